@@ -1,0 +1,384 @@
+"""The configs: what noise to train with, and how a compressed model is stored.
+
+All are plain dataclasses with strict validation and a JSON form. The two quantization configs are
+also what ``config.json`` holds as ``quantization_config`` after compression (the plan included).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, ClassVar
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .registry import Registry
+from .structure import GROUPS, resolve
+
+QUANT_METHOD = "hf_quantnoise"
+FORMAT_VERSION = 1
+NOISE_CONFIG_NAME = "quant_noise_config.json"
+
+NOISES: Registry[type] = Registry("noise")
+SCHEMES: Registry[type] = Registry("scheme")
+
+
+# ---- validation, shared by all configs -----------------------------------------------------------
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_int(name: str, value: Any, low: int, high: int) -> None:
+    if not _is_int(value) or not low <= value <= high:
+        raise ValueError(f"{name}={value!r} must be an integer from {low} to {high}")
+
+
+def _check_choice(name: str, value: Any, choices: tuple) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}")
+
+
+def _check_rate(name: str, value: Any) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name}={value!r} must be a rate from 0 to 1 (0: no noise, 1: QAT)")
+
+
+def _check_block_size(value: Any) -> None:
+    sizes = value if isinstance(value, dict) else {"block_size": value}
+    if not sizes:
+        raise ValueError(f"block_size={value!r} is empty; give an int or {{group or regex: int}}")
+    for key, size in sizes.items():
+        if not _is_int(size) or size < 1:
+            raise ValueError(
+                f"block_size={value!r}: {size!r} (for {key!r}) must be a positive integer"
+            )
+        if isinstance(value, dict):
+            _check_regex("block_size", key)
+
+
+def _check_regex(name: str, pattern: Any) -> None:
+    if not isinstance(pattern, str):
+        raise ValueError(f"{name}: {pattern!r} must be a string (a structure group or a regex)")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{name}: {pattern!r} is no regular expression: {error}") from None
+
+
+def _check_patterns(name: str, value: Any) -> None:
+    if value is None:
+        return
+    if isinstance(value, str):
+        return _check_regex(name, value)
+    if not isinstance(value, (list, tuple)) or not all(isinstance(v, str) for v in value):
+        raise ValueError(
+            f"{name}={value!r} must be a regex string or a list of exact names and suffixes"
+        )
+
+
+def _reject_unknown(cls: type, given: dict[str, Any]) -> None:
+    known = [f.name for f in fields(cls)]
+    for key in given:
+        if key not in known:
+            raise ValueError(f"{cls.__name__} has no field {key!r}; fields: {', '.join(known)}")
+
+
+# ---- noise ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class QuantNoiseConfig:
+    """Which noise to train with (section 4).
+
+    Args:
+        noise: name of the noise function, or a list of names composed in order (Eq. 8):
+            ``"proxy"`` (selected blocks are zeroed), ``"mean"`` (replaced by the mean block),
+            ``"pq"`` (by their nearest centroid), ``"intN"`` (rounded to N bits, Eq. 2).
+        p: share of the blocks noised in each forward, 0 <= p <= 1; a list beside a list of noises.
+        block_size: numbers per block, or a dict from structure group (``"ffn"``, ``"attention"``,
+            ``"embeddings"``, ``"head"``) or regex for layer names to it. A layer that no key of the
+            dict covers gets no noise. intN noise works on single weights and does not read it.
+        n_centroids: size of the codebooks of ``"pq"``.
+        codebook_update: refresh the codebooks of ``"pq"`` every ``"epoch"``, or every n steps.
+        scale_update_steps: refresh scale and zero point of ``"intN"`` every so many steps.
+        target_modules: regex for whole layer names, or a list of exact names and suffixes. None
+            takes every layer except position and type embeddings, whose zeroed rows can make an
+            all-zero vector before a LayerNorm.
+        exclude_modules: layers to leave clean; same form.
+        seed: seed of the k-means behind ``"pq"`` (masks follow torch's global seed).
+
+    Raises:
+        ValueError: naming the field, the value given and what would do.
+    """
+
+    noise: str | list[str] = field(default="proxy", metadata={"help": "Noise, or noises in order."})
+    p: float | list[float] = field(default=0.1, metadata={"help": "Share of noised blocks."})
+    block_size: int | dict[str, int] = field(default=8, metadata={"help": "Numbers per block."})
+    n_centroids: int = field(default=256, metadata={"help": "Size of the codebooks of 'pq'."})
+    codebook_update: str | int = field(default="epoch", metadata={"help": "'epoch' or steps."})
+    scale_update_steps: int = field(default=10, metadata={"help": "Steps between intN refreshes."})
+    target_modules: str | list[str] | None = field(default=None, metadata={"help": "Which layers."})
+    exclude_modules: str | list[str] | None = field(default=None, metadata={"help": "But not."})
+    seed: int = field(default=0, metadata={"help": "Seed of the k-means behind 'pq'."})
+
+    def __post_init__(self) -> None:
+        names = self.noise if isinstance(self.noise, (list, tuple)) else [self.noise]
+        if not names:
+            raise ValueError(f"noise={self.noise!r} is empty; known: {', '.join(NOISES)}")
+        for name in names:
+            if name not in NOISES:
+                raise ValueError(f"noise: {NOISES.unknown(name)}")
+        rates = self.p if isinstance(self.p, (list, tuple)) else [self.p] * len(names)
+        for rate in rates:
+            _check_rate("p", rate)
+        if len(rates) != len(names):
+            raise ValueError(
+                f"p={self.p!r} has {len(rates)} rates for {len(names)} noises {names!r}; "
+                "give one rate for all or one for each"
+            )
+        _check_block_size(self.block_size)
+        _check_int("n_centroids", self.n_centroids, 2, 65536)
+        if self.codebook_update != "epoch":
+            if not _is_int(self.codebook_update):
+                raise ValueError(
+                    f"codebook_update={self.codebook_update!r} must be 'epoch' or a number of steps"
+                )
+            _check_int("codebook_update", self.codebook_update, 1, 2**31)
+        _check_int("scale_update_steps", self.scale_update_steps, 1, 2**31)
+        _check_int("seed", self.seed, 0, 2**63 - 1)
+        _check_patterns("target_modules", self.target_modules)
+        _check_patterns("exclude_modules", self.exclude_modules)
+
+    @property
+    def noises(self) -> list[tuple[str, float]]:
+        """(name, rate) of each noise, in the order in which they are composed."""
+        names = list(self.noise) if isinstance(self.noise, (list, tuple)) else [self.noise]
+        rates = list(self.p) if isinstance(self.p, (list, tuple)) else [self.p] * len(names)
+        return list(zip(names, map(float, rates), strict=True))
+
+    @classmethod
+    def matching(cls, quantization_config: QuantizedModelConfig, **overrides) -> QuantNoiseConfig:
+        """Noise with the very blocks of a target: the proxy on the blocks of an :class:`IPQConfig`,
+        ``intN`` for a :class:`FixedPointConfig`. ``overrides`` are fields of this class."""
+        return cls(**{**quantization_config.noise_settings(), **overrides})
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able dict of all fields."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> QuantNoiseConfig:
+        """The inverse of :meth:`to_dict`; unknown fields are refused."""
+        _reject_unknown(cls, values)
+        return cls(**values)
+
+    def to_json_string(self) -> str:
+        """Indented JSON with sorted keys."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+        """Writes ``quant_noise_config.json`` into a folder, which is made where it is missing."""
+        os.makedirs(save_directory, exist_ok=True)
+        with open(os.path.join(save_directory, NOISE_CONFIG_NAME), "w", encoding="utf-8") as file:
+            file.write(self.to_json_string())
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike) -> QuantNoiseConfig:
+        """Reads the config of a folder (or the JSON file itself).
+
+        Raises:
+            FileNotFoundError: naming the file that is not there.
+        """
+        path = os.fspath(path)
+        file_name = os.path.join(path, NOISE_CONFIG_NAME) if os.path.isdir(path) else path
+        if not os.path.isfile(file_name):
+            raise FileNotFoundError(
+                f"{file_name} is missing; QuantNoiseConfig.save_pretrained(folder) writes it"
+            )
+        with open(file_name, encoding="utf-8") as file:
+            return cls.from_dict(json.load(file))
+
+
+# ---- storage -------------------------------------------------------------------------------------
+
+
+@dataclass(repr=False)
+class QuantizedModelConfig(QuantizationConfigMixin):
+    """What every quantized model's ``quantization_config`` holds, whatever its scheme.
+
+    Args:
+        target_modules: which layers to quantize (regex, or list of exact names and suffixes).
+        exclude_modules: which of them to leave dense.
+        seed: seed of the codebooks.
+        plan: after compression, layer name -> how it is stored. Filled by the package.
+        left_dense: after compression, layer name -> why it is stored in floating point.
+        format_version: version of the layout on disk.
+    """
+
+    target_modules: str | list[str] | None = None
+    exclude_modules: str | list[str] | None = None
+    seed: int = 0
+    plan: dict[str, dict[str, Any]] = field(default_factory=dict)
+    left_dense: dict[str, str] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    scheme: ClassVar[str] = ""
+    quant_method: ClassVar[str] = QUANT_METHOD
+
+    def __post_init__(self) -> None:
+        if not _is_int(self.format_version) or self.format_version < 1:
+            raise ValueError(f"format_version={self.format_version!r} must be a positive integer")
+        if self.format_version > FORMAT_VERSION:
+            raise ValueError(
+                f"format_version={self.format_version} was written by a newer hf_quantnoise; this "
+                f"one reads up to {FORMAT_VERSION}. Install it with: pip install -U hf-quantnoise"
+            )
+        _check_int("seed", self.seed, 0, 2**63 - 1)
+        _check_patterns("target_modules", self.target_modules)
+        _check_patterns("exclude_modules", self.exclude_modules)
+
+    @property
+    def is_compressed(self) -> bool:
+        """Whether the config describes a finished model (it holds a plan)."""
+        return bool(self.plan)
+
+    def noise_settings(self) -> dict[str, Any]:
+        """The fields of the :class:`QuantNoiseConfig` with this target's blocks."""
+        raise NotImplementedError
+
+    def quantizer_settings(self, layer) -> dict[str, Any] | None:
+        """Settings of the quantizer for a layer, or None where this config does not cover it."""
+        raise NotImplementedError
+
+    def stage_groups(self) -> list[str | None]:
+        """The stages in order: a structure group or regex each; None takes all layers."""
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able dict: all fields, the quantization method and the scheme."""
+        return {"quant_method": QUANT_METHOD, "scheme": self.scheme, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs=False, **kwargs):
+        """The inverse of :meth:`to_dict`, for any scheme; unknown fields are refused."""
+        values = {k: v for k, v in config_dict.items() if k not in ("quant_method", "scheme")}
+        target = SCHEMES[config_dict.get("scheme", cls.scheme)]
+        # A newer format may bring fields of its own: say that it is newer, not that they are odd.
+        cls(format_version=values.get("format_version", FORMAT_VERSION))
+        _reject_unknown(target, values)
+        config = target(**values)
+        return (config, kwargs) if return_unused_kwargs else config
+
+
+@SCHEMES.register("ipq")
+@dataclass(repr=False)
+class IPQConfig(QuantizedModelConfig):
+    """Iterative product quantization (section 3.2).
+
+    Args:
+        block_size: numbers per block, or a dict from structure group or regex for layer names to
+            it. The paper has 4 for RoBERTa, and 8 (FFN), 8 (embeddings), 4 (attention) for language
+            models (section 7.8).
+        n_centroids: codewords per codebook, 2 to 65,536; 256 gives one byte per block.
+        stages: structure groups (or regexes) in the order in which they are quantized.
+            Layers of no stage stay in floating point.
+        codebook_bits: 32 or 16, the precision in which centroids are stored.
+        kmeans_iter: most iterations of k-means for each codebook.
+    """
+
+    block_size: int | dict[str, int] = 4
+    n_centroids: int = 256
+    stages: list[str] | tuple[str, ...] = ("ffn", "embeddings", "attention")
+    codebook_bits: int = 32
+    kmeans_iter: int = 20
+
+    scheme: ClassVar[str] = "ipq"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_block_size(self.block_size)
+        _check_int("n_centroids", self.n_centroids, 2, 65536)
+        _check_choice("codebook_bits", self.codebook_bits, (32, 16))
+        _check_int("kmeans_iter", self.kmeans_iter, 1, 100_000)
+        if isinstance(self.stages, str) or not self.stages:
+            raise ValueError(
+                f"stages={self.stages!r} must be a list of structure groups ({', '.join(GROUPS)}) "
+                "or regexes for layer names"
+            )
+        for stage in self.stages:
+            _check_regex("stages", stage)
+        if len(set(self.stages)) != len(self.stages):
+            raise ValueError(f"stages={self.stages!r} names a stage twice")
+        self.stages = list(self.stages)
+        sizes = self.block_size if isinstance(self.block_size, dict) else dict.fromkeys(GROUPS)
+        has_regex = not set(sizes) <= set(GROUPS)
+        for stage in self.stages:
+            if stage in GROUPS and stage not in sizes and not has_regex:
+                raise ValueError(
+                    f"block_size={self.block_size!r} has no entry for the stage {stage!r}; "
+                    f"add one, or take {stage!r} out of stages={self.stages!r}"
+                )
+
+    def noise_settings(self) -> dict[str, Any]:
+        return {
+            "noise": "proxy",
+            "block_size": self.block_size,
+            "n_centroids": self.n_centroids,
+            "target_modules": self.target_modules,
+            "exclude_modules": self.exclude_modules,
+            "seed": self.seed,
+        }
+
+    def quantizer_settings(self, layer) -> dict[str, Any] | None:
+        block_size = resolve(self.block_size, layer)
+        if block_size is None:
+            return None
+        return {
+            "scheme": "pq",
+            "block_size": block_size,
+            "n_centroids": self.n_centroids,
+            "codebook_bits": self.codebook_bits,
+            "n_iter": self.kmeans_iter,
+        }
+
+    def stage_groups(self) -> list[str | None]:
+        return list(self.stages)
+
+
+@SCHEMES.register("fixed_point")
+@dataclass(repr=False)
+class FixedPointConfig(QuantizedModelConfig):
+    """Fixed-point scalar quantization of the weights (section 3.1, Eq. 2).
+
+    Args:
+        bits: N, 1 to 8; codes are packed to N bits each.
+        observer: how scale and zero point are found: ``"minmax"``.
+    """
+
+    bits: int = 8
+    observer: str = "minmax"
+
+    scheme: ClassVar[str] = "fixed_point"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_int("bits", self.bits, 1, 8)
+        _check_choice("observer", self.observer, ("minmax",))
+
+    def noise_settings(self) -> dict[str, Any]:
+        return {
+            "noise": f"int{self.bits}",
+            "target_modules": self.target_modules,
+            "exclude_modules": self.exclude_modules,
+            "seed": self.seed,
+        }
+
+    def quantizer_settings(self, layer) -> dict[str, Any] | None:
+        return {"scheme": "int", "bits": self.bits, "observer": self.observer}
+
+    def stage_groups(self) -> list[str | None]:
+        return [None]

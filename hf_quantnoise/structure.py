@@ -1,0 +1,203 @@
+"""Which layers a model has: their structure group, ties and order, for any architecture.
+
+Nothing here knows an architecture by name. A layer's group is read off the module tree: what lies
+below a class or attribute called attention is attention; any other matrix inside a repeated layer
+is the feed-forward part; a lookup table is an embedding; what is left is the head.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from .blocks import LAYOUTS, WeightLayout, layout_of, weight_matrix
+
+GROUPS = ("ffn", "attention", "embeddings", "head", "conv")
+_ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerInfo:
+    """One layer whose weight can be noised or quantized.
+
+    Attributes:
+        name: path of the module in the model.
+        module: the layer.
+        group: structure group, one of :data:`GROUPS`.
+        layout: how its weight becomes a matrix.
+        rows, columns: shape of that matrix.
+        ties: names of the other layers that hold the very same Parameter.
+        input_table: True for the table of ``get_input_embeddings`` and what is tied to it.
+    """
+
+    name: str
+    module: nn.Module = field(repr=False)
+    group: str
+    layout: WeightLayout = field(repr=False)
+    rows: int
+    columns: int
+    ties: tuple[str, ...] = ()
+    input_table: bool = False
+
+    @property
+    def numel(self) -> int:
+        """Number of weights."""
+        return self.rows * self.columns
+
+
+def _paths_with_classes(model: nn.Module, name: str) -> Iterable[str]:
+    """Attribute names and class names on the way from the root (excluded) to a layer."""
+    module = model
+    for part in name.split("."):
+        module = getattr(module, part)
+        yield part
+        yield type(module).__name__
+
+
+def _inside_repeated_layer(model: nn.Module, name: str) -> bool:
+    module: nn.Module = model
+    for part in name.split(".")[:-1]:
+        module = getattr(module, part)
+        if isinstance(module, nn.ModuleList):
+            return True
+    return False
+
+
+def group_of(model: nn.Module, name: str, layer: nn.Module) -> str:
+    """The structure group of the layer called ``name`` in ``model``."""
+    if any(_ATTENTION.search(part) for part in _paths_with_classes(model, name)):
+        return "attention"
+    if isinstance(layer, nn.Embedding):
+        return "embeddings"
+    return "ffn" if _inside_repeated_layer(model, name) else "head"
+
+
+def _input_table(model: nn.Module) -> nn.Embedding | None:
+    get_inputs = getattr(model, "get_input_embeddings", None)
+    try:
+        inputs = get_inputs() if get_inputs is not None else None
+    except NotImplementedError:  # image models have no table
+        return None
+    return inputs if isinstance(inputs, nn.Embedding) else None
+
+
+def find_layers(model: nn.Module) -> list[LayerInfo]:
+    """All layers the package has a blocking rule for, in the order of the module tree.
+
+    A layer tied to a table belongs to the table's group (``embeddings``). Layers whose weight is
+    already computed by something else (packed, or a ``torch`` parametrization) are left out.
+    """
+    tables = {
+        id(module._parameters.get("weight"))
+        for module in model.modules()
+        if isinstance(module, nn.Embedding)
+    }
+    inputs = _input_table(model)
+    input_id = None if inputs is None else id(inputs._parameters.get("weight"))
+
+    found: list[tuple[str, nn.Module, WeightLayout]] = []
+    users: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        layout = layout_of(module)
+        if layout is None or not name or module._parameters.get("weight") is None:
+            continue
+        found.append((name, module, layout))
+        users.setdefault(id(module._parameters["weight"]), []).append(name)
+
+    layers = []
+    for name, module, layout in found:
+        key = id(module._parameters["weight"])
+        tied_to_table = key in tables and not isinstance(module, nn.Embedding)
+        rows, columns = weight_matrix(module).shape
+        layers.append(
+            LayerInfo(
+                name=name,
+                module=module,
+                group="embeddings" if tied_to_table else group_of(model, name, module),
+                layout=layout,
+                rows=rows,
+                columns=columns,
+                ties=tuple(other for other in users[key] if other != name),
+                input_table=key == input_id,
+            )
+        )
+    return layers
+
+
+def matches(name: str, patterns: str | Sequence[str]) -> bool:
+    """PEFT's contract: a string is a regex for the whole name, a list holds names and suffixes."""
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, name) is not None
+    return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
+
+
+def _require_match(field_name: str, patterns: str | Sequence[str], layers: Sequence[LayerInfo]):
+    wanted = [patterns] if isinstance(patterns, str) else [[pattern] for pattern in patterns]
+    for pattern in wanted:
+        if not any(matches(layer.name, pattern) for layer in layers):
+            shown = pattern if isinstance(pattern, str) else pattern[0]
+            some = ", ".join(layer.name for layer in layers[:6])
+            raise ValueError(
+                f"{field_name}={shown!r} matches no layer of the model. A string is a regex for "
+                f"the whole name, a list holds exact names and suffixes. The model has {some}, ..."
+            )
+
+
+def select_layers(
+    model: nn.Module,
+    target_modules: str | Sequence[str] | None = None,
+    exclude_modules: str | Sequence[str] | None = None,
+) -> list[LayerInfo]:
+    """The layers chosen by PEFT's contract, closed over ties (a pair is chosen or left as one).
+
+    Args:
+        target_modules: which layers to take; None takes all.
+        exclude_modules: which of them to leave; wins over ``target_modules`` and over ties.
+
+    Raises:
+        ValueError: if the model has no layer to choose from, or a pattern matches none.
+    """
+    layers = find_layers(model)
+    if not layers:
+        known = ", ".join(layout.base.__name__ for layout in LAYOUTS)
+        raise ValueError(f"{type(model).__name__} has no layer that can be blocked ({known})")
+    for field_name, patterns in (
+        ("target_modules", target_modules),
+        ("exclude_modules", exclude_modules),
+    ):
+        if patterns is not None:
+            _require_match(field_name, patterns, layers)
+    excluded = {
+        layer.name
+        for layer in layers
+        if exclude_modules is not None and matches(layer.name, exclude_modules)
+    }
+    chosen = {
+        layer.name
+        for layer in layers
+        if target_modules is None or matches(layer.name, target_modules)
+    }
+    return [
+        layer
+        for layer in layers
+        if (layer.name in chosen or chosen.intersection(layer.ties))
+        and layer.name not in excluded
+        and not excluded.intersection(layer.ties)
+    ]
+
+
+def resolve(value: int | dict[str, int], layer: LayerInfo) -> int | None:
+    """The entry of an int-or-dict setting that holds for a layer.
+
+    Keys of a dict are structure groups or regexes for whole layer names; a regex wins over a group.
+    None where no key holds.
+    """
+    if isinstance(value, int):
+        return value
+    for key, entry in value.items():
+        if key not in GROUPS and any(re.fullmatch(key, n) for n in (layer.name, *layer.ties)):
+            return entry
+    return value.get(layer.group)

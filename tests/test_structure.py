@@ -1,0 +1,114 @@
+"""Groups, ties and selection, and the blocking rule they rest on."""
+
+import pytest
+import torch
+from conftest import make_model
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_quantnoise.blocks import from_blocks, layout_of, to_blocks, weight_matrix
+from hf_quantnoise.structure import find_layers, resolve, select_layers
+
+
+def groups(model):
+    return {layer.name: layer.group for layer in find_layers(model)}
+
+
+def test_blocks_are_consecutive_columns_of_a_row():
+    matrix = torch.arange(24.0).view(3, 8)
+    blocks = to_blocks(matrix, 4)
+    assert blocks.shape == (6, 4)
+    assert blocks[1].tolist() == matrix[0, 4:].tolist()
+    assert blocks[2].tolist() == matrix[1, :4].tolist()
+    assert torch.equal(from_blocks(blocks, 3, 8), matrix)
+
+
+def test_a_block_size_that_does_not_divide_is_named():
+    with pytest.raises(ValueError, match=r"block_size=3 does not divide the 8 columns"):
+        to_blocks(torch.zeros(2, 8), 3)
+
+
+def test_conv1d_blocks_are_those_of_the_equivalent_linear():
+    torch.manual_seed(0)
+    conv = Conv1D(12, 8)  # 8 inputs, 12 outputs
+    linear = nn.Linear(8, 12)
+    linear.weight.data.copy_(conv.weight.t())
+    assert torch.equal(to_blocks(weight_matrix(conv), 4), to_blocks(weight_matrix(linear), 4))
+    assert layout_of(conv).from_matrix(weight_matrix(conv)).shape == conv.weight.shape
+
+
+def test_unknown_layers_have_no_rule():
+    assert layout_of(nn.LayerNorm(4)) is None
+    with pytest.raises(TypeError, match="no blocking rule for LayerNorm"):
+        weight_matrix(nn.LayerNorm(4))
+
+
+def test_groups_of_bert():
+    found = groups(make_model("bert"))
+    assert found["bert.embeddings.word_embeddings"] == "embeddings"
+    assert found["bert.encoder.layer.1.attention.self.key"] == "attention"
+    assert found["bert.encoder.layer.1.attention.output.dense"] == "attention"
+    assert found["bert.encoder.layer.0.intermediate.dense"] == "ffn"
+    assert found["bert.encoder.layer.0.output.dense"] == "ffn"
+    assert found["bert.pooler.dense"] == found["classifier"] == "head"
+
+
+def test_groups_of_gpt2():
+    found = groups(make_model("gpt2"))
+    assert found["transformer.wte"] == found["lm_head"] == "embeddings"
+    assert found["transformer.h.0.attn.c_attn"] == "attention"
+    assert found["transformer.h.0.attn.c_proj"] == "attention"
+    assert found["transformer.h.1.mlp.c_proj"] == "ffn"
+
+
+def test_a_tied_head_belongs_to_its_table(tied_model):
+    layers = {layer.name: layer for layer in find_layers(tied_model)}
+    table = next(layer for layer in layers.values() if layer.input_table)
+    (head,) = table.ties
+    assert layers[head].ties == (table.name,)
+    assert layers[head].group == "embeddings"
+    assert layers[head].module.weight is table.module.weight
+
+
+def test_selection_follows_peft():
+    model = make_model("bert")
+    names = [layer.name for layer in select_layers(model, ["query", "classifier"])]
+    assert names == [
+        "bert.encoder.layer.0.attention.self.query",
+        "bert.encoder.layer.1.attention.self.query",
+        "classifier",
+    ]
+    names = [layer.name for layer in select_layers(model, r".*\.1\..*", [r"query"])]
+    assert names and not any(name.endswith("query") for name in names)
+    assert all(".1." in name for name in names)
+
+
+def test_selection_takes_a_tied_pair_whole_or_not_at_all():
+    model = make_model("gpt2")
+    assert [layer.name for layer in select_layers(model, ["wte"])] == ["transformer.wte", "lm_head"]
+    left = [layer.name for layer in select_layers(model, None, ["lm_head"])]
+    assert "lm_head" not in left and "transformer.wte" not in left
+
+
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules"])
+@pytest.mark.parametrize("pattern", ["nothing_here", ["query", "nothing_here"]])
+def test_a_pattern_that_matches_nothing_is_named(field, pattern):
+    with pytest.raises(ValueError) as error:
+        select_layers(make_model("bert"), **{field: pattern})
+    assert f"{field}='nothing_here' matches no layer" in str(error.value)
+    assert "word_embeddings" in str(error.value)
+
+
+def test_a_model_without_layers_is_refused():
+    with pytest.raises(ValueError, match="no layer that can be blocked"):
+        select_layers(nn.Sequential(nn.LayerNorm(4)))
+
+
+def test_resolve_prefers_a_pattern_to_a_group():
+    layers = {layer.name: layer for layer in find_layers(make_model("gpt2"))}
+    sizes = {"attention": 4, r".*\.0\.attn\.c_attn": 2, "embeddings": 8, "lm_head": 16}
+    assert resolve(sizes, layers["transformer.h.0.attn.c_attn"]) == 2
+    assert resolve(sizes, layers["transformer.h.1.attn.c_attn"]) == 4
+    assert resolve(sizes, layers["transformer.wte"]) == 16  # its tied partner is named
+    assert resolve(sizes, layers["transformer.h.0.mlp.c_fc"]) is None
+    assert resolve(8, layers["transformer.h.0.mlp.c_fc"]) == 8
