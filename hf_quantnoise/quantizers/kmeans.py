@@ -1,0 +1,208 @@
+"""k-means in plain torch: vectorised, chunked, seeded, and never with an empty cluster.
+
+The distance of all points of a chunk to all centroids is one matrix product: with the point
+augmented by a one and the centroid by half its squared norm, ||c||^2 / 2 - x c is ||x - c||^2 / 2
+up to a term of the point alone. Chunks stay in cache, and their size in bytes is bounded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .base import require_finite
+
+MAX_BYTES = 4 * 2**20
+SEEDING_POINTS = 16_384
+SAMPLE_POINTS = 65_536
+FULL_ITERATIONS = 3
+
+
+@dataclass(frozen=True)
+class KMeansResult:
+    """Outcome of :func:`kmeans`.
+
+    Attributes:
+        centroids: shape (n_centroids, d), float32.
+        codes: nearest centroid of each point, shape (N,), int64.
+        objective: sum of squared distances (section 3.2), computed from the codes.
+        n_iter: iterations run over all points or over the sample.
+    """
+
+    centroids: Tensor
+    codes: Tensor
+    objective: float
+    n_iter: int
+
+
+def chunk_rows(n_centroids: int, max_bytes: int = MAX_BYTES) -> int:
+    """Points per chunk, so that a float32 distance matrix stays within ``max_bytes``; at least 1,
+    and at most about 1024 at 256 centroids, which fits in cache."""
+    return max(1, min(max_bytes // (4 * n_centroids), 2**18 // n_centroids + 1))
+
+
+def _augment(centroids: Tensor) -> Tensor:
+    """(d + 1, K): -c on top of ||c||^2 / 2, to be multiplied by points with a one appended."""
+    half = centroids.square().sum(1, keepdim=True) / 2
+    return torch.cat([-centroids, half], dim=1).t().contiguous()
+
+
+def _with_ones(points: Tensor) -> Tensor:
+    return torch.cat([points, points.new_ones(len(points), 1)], dim=1)
+
+
+def _nearest(augmented: Tensor, columns: Tensor, n_centroids: int, offset: float) -> Tensor:
+    """Index of the smallest distance in each row.
+
+    Up to 256 centroids index and distance travel in one number: a positive float32 is ordered as
+    the integer of its bits, so the index can stand in its lowest bits and one ``amin``, much faster
+    than ``argmin``, gives both. It rounds distances to 15 bits, and breaks ties by index.
+    """
+    if n_centroids > 256:
+        return (augmented @ columns).argmin(1)
+    distances = torch.addmm(augmented.new_full((1, 1), offset), augmented, columns)
+    bits = distances.view(torch.int32)
+    bits &= ~0xFF
+    bits |= torch.arange(n_centroids, device=bits.device, dtype=torch.int32)
+    return (bits.amin(1) & 0xFF).long()
+
+
+def assign(points: Tensor, centroids: Tensor, max_bytes: int = MAX_BYTES) -> Tensor:
+    """Nearest centroid of each point.
+
+    Args:
+        points: shape (N, d); centred on the centroids inside, so a common offset costs no precision.
+        centroids: shape (K, d).
+        max_bytes: bound on the scratch of a chunk.
+
+    Returns:
+        Codes, shape (N,), int64. Where two centroids are equally near to within 1e-4 of the largest
+        squared distance, either may be given.
+    """
+    centre = centroids.float().mean(0)
+    centroids = centroids.float() - centre
+    columns = _augment(centroids)
+    n_centroids = len(centroids)
+    # ||c||^2 / 2 - x c >= -||x||^2 / 2, so that of the longest point added makes all positive.
+    codes = []
+    for chunk in points.split(chunk_rows(n_centroids, max_bytes)):
+        chunk = chunk.float() - centre
+        offset = float(chunk.square().sum(1).max()) / 2 * 1.001 + 1e-30
+        codes.append(_nearest(_with_ones(chunk), columns, n_centroids, offset))
+    return torch.cat(codes) if codes else torch.empty(0, dtype=torch.int64, device=points.device)
+
+
+def _errors(points: Tensor, centroids: Tensor, codes: Tensor) -> Tensor:
+    return (points - centroids[codes]).square().sum(1)
+
+
+def _seed_centroids(points: Tensor, n_centroids: int, generator: torch.Generator) -> Tensor:
+    """k-means++ on a sample: each next centroid is a point drawn by its squared distance."""
+    sample = points[_draw(len(points), SEEDING_POINTS, generator).to(points.device)]
+    first = int(torch.randint(len(sample), (1,), generator=generator))
+    centroids = sample[first].expand(n_centroids, -1).clone()
+    distances = (sample - centroids[0]).square().sum(1)
+    uniform = torch.rand(n_centroids, generator=generator, dtype=torch.float64)
+    for k in range(1, n_centroids):
+        cumulated = distances.double().cumsum(0)
+        target = uniform[k].to(cumulated.device) * cumulated[-1]
+        pick = torch.searchsorted(cumulated, target, right=True).clamp(max=len(sample) - 1)
+        centroids[k] = sample[pick]
+        distances = torch.minimum(distances, (sample - centroids[k]).square().sum(1))
+    return centroids
+
+
+def _draw(n_points: int, n_draws: int, generator: torch.Generator) -> Tensor:
+    if n_points <= n_draws:
+        return torch.arange(n_points)
+    return torch.randperm(n_points, generator=generator)[:n_draws]
+
+
+def _update(points: Tensor, codes: Tensor, centroids: Tensor, generator) -> Tensor:
+    """Means of the clusters; empty ones start anew at points drawn by their squared error."""
+    n_centroids = len(centroids)
+    counts = torch.bincount(codes, minlength=n_centroids)
+    sums = torch.zeros_like(centroids).index_add_(0, codes, points)
+    means = sums / counts.clamp(min=1)[:, None]
+    empty = (counts == 0).nonzero().flatten()
+    if len(empty):
+        errors = _errors(points, means, codes)
+        cumulated = errors.double().cumsum(0)
+        if cumulated[-1] > 0:  # else every point stands on its centroid: there is nothing to split
+            uniform = torch.rand(len(empty), generator=generator, dtype=torch.float64)
+            targets = uniform.to(points.device) * cumulated[-1]
+            picks = torch.searchsorted(cumulated, targets, right=True).clamp(max=len(points) - 1)
+            means[empty] = points[picks]
+        else:
+            means[empty] = centroids[empty]
+    return means
+
+
+def _iterate(points, centroids, n_iter, generator, max_bytes) -> tuple[Tensor, Tensor, int]:
+    """Lloyd's iterations until the codes stand still; returns centroids, their codes, iterations."""
+    codes = assign(points, centroids, max_bytes)
+    for iteration in range(n_iter):
+        centroids = _update(points, codes, centroids, generator)
+        new_codes = assign(points, centroids, max_bytes)
+        if torch.equal(new_codes, codes):
+            return centroids, codes, iteration + 1
+        codes = new_codes
+    return centroids, codes, n_iter
+
+
+@torch.no_grad()
+def kmeans(
+    points: Tensor,
+    n_centroids: int,
+    *,
+    n_iter: int = 20,
+    seed: int = 0,
+    init: Tensor | None = None,
+    max_bytes: int = MAX_BYTES,
+    sample_size: int = SAMPLE_POINTS,
+) -> KMeansResult:
+    """Learns a codebook: minimises the sum of ||b - c[I]||^2 over all blocks (section 3.2).
+
+    Above ``sample_size`` points a sample is clustered, then all points for three iterations: half
+    the time at the same objective. torch's global random state is not touched.
+
+    Args:
+        points: blocks, shape (N, d), any float dtype; the work is done in float32.
+        n_centroids: K; more than there are distinct points is allowed and gives duplicates.
+        n_iter: most iterations.
+        seed: seed of the start and of the refilling of empty clusters.
+        init: centroids to start from, shape (K, d), in place of k-means++.
+        max_bytes: bound on the scratch of a chunk.
+        sample_size: see above.
+
+    Raises:
+        ValueError: if there are no points, an entry is not finite, or ``init`` has another shape.
+    """
+    if points.dim() != 2 or not len(points):
+        raise ValueError(f"points of shape {tuple(points.shape)}: k-means needs (N, d) with N > 0")
+    require_finite(points)
+    if init is not None and init.shape != (n_centroids, points.shape[1]):
+        raise ValueError(
+            f"init of shape {tuple(init.shape)} does not fit {n_centroids} centroids of "
+            f"{points.shape[1]} numbers"
+        )
+    points = points.detach().float()
+    generator = torch.Generator().manual_seed(seed)
+    done = 0
+    centroids = init.detach().float().clone() if init is not None else None
+    if len(points) > sample_size:
+        sample = points[_draw(len(points), sample_size, generator).to(points.device)]
+        if centroids is None:
+            centroids = _seed_centroids(sample, n_centroids, generator)
+        centroids, _, done = _iterate(sample, centroids, n_iter, generator, max_bytes)
+        n_iter = min(n_iter, FULL_ITERATIONS)
+    elif centroids is None:
+        centroids = _seed_centroids(points, n_centroids, generator)
+    centroids, codes, full = _iterate(points, centroids, n_iter, generator, max_bytes)
+    objective = sum(
+        float(_errors(part, centroids, own).double().sum())
+        for part, own in zip(points.split(2**16), codes.split(2**16), strict=True)
+    )
+    return KMeansResult(centroids, codes, objective, done + full)

@@ -1,0 +1,74 @@
+"""Codes of N bits laid end to end in bytes, lowest bit first."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def code_dtype(bits: int) -> torch.dtype:
+    """dtype of unpacked codes: uint8 up to 8 bits, int32 above."""
+    return torch.uint8 if bits <= 8 else torch.int32
+
+
+def _check(bits: int) -> None:
+    if not 1 <= bits <= 16:
+        raise ValueError(f"bits={bits} must be from 1 to 16")
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """Packs codes into ceil(n * bits / 8) bytes.
+
+    Args:
+        codes: integers from 0 to 2**bits - 1, any shape.
+        bits: bits per code, 1 to 16.
+
+    Returns:
+        uint8, one-dimensional; a view of ``codes`` where they are whole bytes already.
+
+    Raises:
+        ValueError: if ``bits`` or a code is out of range.
+    """
+    _check(bits)
+    codes = codes.reshape(-1)
+    if bits == 8 and codes.dtype == torch.uint8:
+        return codes
+    if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= 2**bits):
+        raise ValueError(
+            f"codes from {int(codes.min())} to {int(codes.max())} do not fit in {bits} bits"
+        )
+    shifts = torch.arange(bits, device=codes.device, dtype=torch.int32)
+    stream = ((codes.int()[:, None] >> shifts) & 1).to(torch.uint8).reshape(-1)
+    stream = torch.nn.functional.pad(stream, (0, -stream.numel() % 8)).view(-1, 8)
+    places = torch.arange(8, device=codes.device, dtype=torch.uint8)
+    return (stream << places).sum(1, dtype=torch.uint8)
+
+
+def unpack_codes(packed: Tensor, bits: int, count: int) -> Tensor:
+    """The inverse of :func:`pack_codes`.
+
+    Args:
+        packed: uint8, one-dimensional.
+        bits: bits per code.
+        count: number of codes.
+
+    Returns:
+        Codes of shape (count,), uint8 up to 8 bits and int32 above.
+
+    Raises:
+        ValueError: if ``packed`` has another length than ``count`` codes take.
+    """
+    _check(bits)
+    if packed.numel() != -(-count * bits // 8):
+        raise ValueError(
+            f"{count} codes of {bits} bits take {-(-count * bits // 8)} bytes, not {packed.numel()}"
+        )
+    if bits == 8:
+        return packed
+    if bits in (1, 2, 4):  # whole codes in every byte
+        shifts = torch.arange(0, 8, bits, device=packed.device, dtype=torch.uint8)
+        return ((packed[:, None] >> shifts) & (2**bits - 1)).reshape(-1)[:count]
+    places = torch.arange(8, device=packed.device, dtype=torch.uint8)
+    stream = ((packed[:, None] >> places) & 1).reshape(-1)[: count * bits].view(count, bits)
+    weights = 2 ** torch.arange(bits, device=packed.device, dtype=torch.int32)
+    return (stream.int() * weights).sum(1, dtype=torch.int32).to(code_dtype(bits))
