@@ -1,0 +1,15 @@
+"""Quantization noise (section 4): the quantizers, applied to a random part of the weights."""
+
+from .functions import NoiseFunction
+from .injection import apply_quant_noise, remove_quant_noise
+from .layers import is_noisy
+from .state import QuantNoiseState, find_state
+
+__all__ = [
+    "NoiseFunction",
+    "QuantNoiseState",
+    "apply_quant_noise",
+    "find_state",
+    "is_noisy",
+    "remove_quant_noise",
+]

@@ -1,0 +1,182 @@
+"""Noise into a model and out of it again: a symmetric pair that touches no parameter."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable
+
+from torch import nn
+
+from ..configuration import NOISES, QuantNoiseConfig
+from ..structure import LayerInfo, find_layers, resolve, select_layers
+from .functions import NoiseFunction
+from .layers import is_noisy, make_clean, make_noisy
+from .operator import WeightNoise
+from .state import NoisedWeight, QuantNoiseState, attach, detach, find_state
+
+logger = logging.getLogger(__name__)
+
+
+def apply_quant_noise(model: nn.Module, qn_config: QuantNoiseConfig) -> nn.Module:
+    """Gives a model quantization noise (section 4), in place.
+
+    Layers stay the same objects with the same parameters, ``state_dict`` keys and ``isinstance``;
+    they are noisy while ``.training``. Codebooks and scales are fitted at once;
+    ``find_state(model)`` holds them, the rates, and why which layers were left clean.
+
+    In a distributed run all ranks must call it: they take the codebooks of rank 0.
+
+    Args:
+        model: any model; ``remove_quant_noise`` takes the noise out again.
+        qn_config: which noise, how much, where.
+
+    Returns:
+        The same object.
+
+    Raises:
+        TypeError: if ``qn_config`` is something else.
+        ValueError: if the model is noisy already, is quantized through and through, or no layer can
+            take the noise; nothing is changed then.
+    """
+    if not isinstance(qn_config, QuantNoiseConfig):
+        raise TypeError(
+            f"qn_config is a {type(qn_config).__name__}; give a QuantNoiseConfig, e.g. "
+            "apply_quant_noise(model, QuantNoiseConfig(noise='proxy', p=0.1))"
+        )
+    if find_state(model) is not None or any(map(is_noisy, model.modules())):
+        raise ValueError(
+            "the model has quantization noise already; call remove_quant_noise(model) first, or "
+            "set find_state(model).p to change the rate"
+        )
+    if getattr(model, "is_quantized", False) and not find_layers(model):
+        raise ValueError(
+            f"{type(model).__name__} is quantized already and has no dense layer left to noise; "
+            "noise goes before quantization (model.dequantize() gives a dense model)"
+        )
+    rates = [rate for _, rate in qn_config.noises]
+    layers = select_layers(model, qn_config.target_modules, qn_config.exclude_modules)
+    weights, refused, by_default = _plan(layers, qn_config, rates)
+    if not weights:
+        raise ValueError(_why_none(layers, qn_config, {**by_default, **refused}))
+    if refused:
+        what = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
+        logger.warning("quantization noise leaves out %d layers (%s)", len(refused), what)
+    state = QuantNoiseState(qn_config, weights, {**by_default, **refused}, rates)
+    state.refresh_codebooks()
+    state.refresh_scales()
+    for weight in weights:
+        for member, module in enumerate(weight.modules):
+            make_noisy(module, weight.noise, member)
+    attach(model, state)
+    return model
+
+
+def remove_quant_noise(model: nn.Module) -> nn.Module:
+    """Takes the noise out of a model, in place: same objects, classes, keys and parameters as
+    before it was applied. A model without noise is returned as it is."""
+    for module in model.modules():
+        if is_noisy(module):
+            make_clean(module)
+    detach(model)
+    return model
+
+
+def _plan(
+    layers: list[LayerInfo], config: QuantNoiseConfig, rates: list[float]
+) -> tuple[list[NoisedWeight], dict[str, str], dict[str, str]]:
+    """The noised weights; and layer name -> reason, for refused layers and for those that the
+    default selection leaves out."""
+    weights: list[NoisedWeight] = []
+    refused: dict[str, str] = {}
+    by_default: dict[str, str] = {}
+    named = {layer.name: layer for layer in layers}
+    seen: set[str] = set()
+    for layer in layers:
+        if layer.name in seen:
+            continue
+        members = (layer, *(named[name] for name in layer.ties))
+        names = tuple(member.name for member in members)
+        seen.update(names)
+        if config.target_modules is None and any(map(_is_side_table, members)):
+            by_default.update(dict.fromkeys(names, _SIDE_TABLE))
+            continue
+        reason = next(filter(None, map(_cannot_be_noised, members)), None)
+        functions, reasons = ([], [reason]) if reason else _functions_for(layer, config)
+        if reasons:
+            refused.update(dict.fromkeys(names, "; ".join(reasons)))
+        if functions:
+            noise = WeightNoise(functions, rates, layer.rows, layer.columns, len(members))
+            weights.append(NoisedWeight(names, tuple(m.module for m in members), noise))
+    return weights, refused, by_default
+
+
+_SIDE_TABLE = (
+    "a table other than the input embeddings (position, type): zeroed rows can make an all-zero "
+    "vector before a LayerNorm; name it in target_modules to noise it"
+)
+
+
+def _is_side_table(layer: LayerInfo) -> bool:
+    return isinstance(layer.module, nn.Embedding) and not layer.input_table
+
+
+def _cannot_be_noised(layer: LayerInfo) -> str | None:
+    """Why noise would have no effect on a layer, or None."""
+    module = layer.module
+    if not module.weight.is_floating_point():
+        return f"its weight is stored as {module.weight.dtype}"
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return "nn.MultiheadAttention reads its weight without calling the layer"
+    if "forward" in module.__dict__:
+        return "its forward was replaced on the instance (by accelerate's dispatch, say)"
+    return None
+
+
+def _functions_for(
+    layer: LayerInfo, config: QuantNoiseConfig
+) -> tuple[list[tuple[int, NoiseFunction]], list[str]]:
+    """The noises of the config that a layer can take, and why it cannot take the others."""
+    functions, reasons = [], []
+    for number, (name, _) in enumerate(config.noises):
+        kind = NOISES[name]
+        block_size = resolve(config.block_size, layer) if kind.reads_block_size else 1
+        if block_size is None:
+            reasons.append(f"block_size has no entry for it (group {layer.group!r})")
+            continue
+        function = kind(name, config, block_size)
+        if reason := function.check(layer.rows, layer.columns):
+            reasons.append(f"{name} noise: {reason}" if len(config.noises) > 1 else reason)
+        else:
+            functions.append((number, function))
+    return functions, reasons
+
+
+def _why_none(
+    layers: Iterable[LayerInfo], config: QuantNoiseConfig, left_clean: dict[str, str]
+) -> str:
+    """The error message where no layer can take the noise."""
+    layers = [layer for layer in layers if left_clean.get(layer.name) != _SIDE_TABLE]
+    if not layers:
+        return (
+            "noise would fall on no layer: there are only tables other than the input embeddings; "
+            f"name them in target_modules (it is {config.target_modules!r})"
+        )
+    columns = sorted({layer.columns for layer in layers})
+    sizes = {layer.name: resolve(config.block_size, layer) for layer in layers}
+    if all(size is None for size in sizes.values()):
+        groups = sorted({layer.group for layer in layers})
+        return (
+            f"block_size={config.block_size!r} has an entry for no layer; the model's groups are "
+            f"{', '.join(groups)}"
+        )
+    if all(layer.columns % (sizes[layer.name] or layer.columns + 1) for layer in layers):
+        common = math.gcd(*columns)
+        use = [size for size in range(2, min(common, 64) + 1) if common % size == 0] or [1]
+        return (
+            f"block_size={config.block_size!r} divides the columns of no layer "
+            f"({', '.join(map(str, columns))}); use one of {', '.join(map(str, use[:8]))}"
+            f"{', ...' if len(use) > 8 else ''}"
+        )
+    some = "; ".join(f"{layer.name}: {left_clean[layer.name]}" for layer in layers[:3])
+    return f"noise={config.noise!r} can work on none of the {len(layers)} layers ({some})"

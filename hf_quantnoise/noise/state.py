@@ -1,0 +1,178 @@
+"""The state of a noisy model: what is noised, how much, and the refresh of codebooks and scales."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..blocks import weight_matrix
+from ..configuration import QuantNoiseConfig
+from .functions import NoiseFunction
+from .operator import WeightNoise
+
+_STATE = "_quant_noise"
+
+
+@dataclass
+class NoisedWeight:
+    """One weight with noise.
+
+    Attributes:
+        names: the layers that hold it; several where they are tied.
+        modules: those layers.
+        noise: the noise.
+    """
+
+    names: tuple[str, ...]
+    modules: tuple[nn.Module, ...]
+    noise: WeightNoise
+
+
+class QuantNoiseState:
+    """Everything about the noise of one model. It is no module, parameter or buffer.
+
+    Attributes:
+        config: the config the noise was made from.
+        weights: the noised weights, in the order of the module tree.
+        left_clean: layer name -> why it has no noise (or lacks one of several).
+    """
+
+    def __init__(
+        self,
+        config: QuantNoiseConfig,
+        weights: list[NoisedWeight],
+        left_clean: dict[str, str],
+        rates: list[float],
+    ) -> None:
+        self.config = config
+        self.weights = weights
+        self.left_clean = left_clean
+        self._rates = rates
+
+    @property
+    def layers(self) -> dict[str, nn.Module]:
+        """Layer name -> layer, for every layer with noise."""
+        return {
+            name: module
+            for weight in self.weights
+            for name, module in zip(weight.names, weight.modules, strict=True)
+        }
+
+    @property
+    def p(self) -> tuple[float, ...]:
+        """The rate of each noise now, in the order of the config; set one for all, or one each."""
+        return tuple(self._rates)
+
+    @p.setter
+    def p(self, value: float | Sequence[float]) -> None:
+        rates = list(value) if isinstance(value, Sequence) else [value] * len(self._rates)
+        if len(rates) != len(self._rates) or not all(0.0 <= rate <= 1.0 for rate in rates):
+            raise ValueError(
+                f"p={value!r} must be a rate from 0 to 1, or {len(self._rates)} of them for the "
+                f"noises {[name for name, _ in self.config.noises]}"
+            )
+        self._rates[:] = map(float, rates)  # the list is shared with every layer
+
+    def refresh_codebooks(self) -> None:
+        """Runs k-means on the present weights, from the present centroids (section 4.2).
+
+        In a distributed run all ranks must call it; they take the codebooks of rank 0.
+        """
+        self._refresh("codebooks")
+
+    def refresh_scales(self) -> None:
+        """Sets scale and zero point of the present weights (Eq. 2); on all ranks, as above."""
+        self._refresh("scales")
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All fitted tensors: ``<layer>.<number of the noise>.<tensor>`` -> tensor.
+
+        Tied layers stand under the first of them.
+        """
+        return {
+            f"{prefix}.{key}": tensor
+            for _, prefix, function in self._functions()
+            for key, tensor in function.state_dict().items()
+        }
+
+    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        """Takes over what :meth:`state_dict` gave, e.g. from a checkpoint.
+
+        Raises:
+            ValueError: if the tensors come from another noise or model; nothing is changed then.
+        """
+        own = self.state_dict().keys()
+        if tensors.keys() != own:
+            odd = sorted(tensors.keys() ^ own)
+            raise ValueError(
+                f"the tensors belong to another noise or model: they have {len(tensors)} names, "
+                f"this noise ({self.config.noise!r}) has {len(own)}; not in both: "
+                f"{', '.join(odd[:4])}{', ...' if len(odd) > 4 else ''}"
+            )
+        parts = [
+            (prefix, function, {key: tensors[f"{prefix}.{key}"] for key in function.state})
+            for _, prefix, function in self._functions()
+        ]
+        for prefix, function, part in parts:
+            try:
+                function.check_state(part)
+            except ValueError as error:
+                raise ValueError(f"{prefix}: {error}") from None
+        for _, function, part in parts:
+            function.load_state_dict(part)
+
+    def _functions(self) -> Iterator[tuple[NoisedWeight, str, NoiseFunction]]:
+        for weight in self.weights:
+            for number, function in weight.noise.functions:
+                yield weight, f"{weight.names[0]}.{number}", function
+
+    @torch.no_grad()
+    def _refresh(self, kind: str) -> None:
+        for index, (weight, _, function) in enumerate(self._functions()):
+            if function.refreshed != kind:
+                continue
+            module = weight.modules[0]
+            with torch.autocast(module.weight.device.type, enabled=False):
+                function.refresh(weight_matrix(module), self.config.seed + index)
+            for key, tensor in function.state.items():
+                function.state[key] = _of_rank_0(tensor)
+
+    def __repr__(self) -> str:
+        return (
+            f"QuantNoiseState(noise={self.config.noise!r}, p={self.p}, "
+            f"{len(self.layers)} layers, {len(self.left_clean)} left clean)"
+        )
+
+
+def _of_rank_0(tensor: Tensor) -> Tensor:
+    """Rank 0's tensor, on every rank of a distributed run."""
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return tensor
+    device = tensor.device
+    if dist.get_backend() == "nccl" and device.type == "cpu":
+        device = torch.device("cuda", torch.cuda.current_device())
+    shared = tensor.to(device).contiguous()
+    dist.broadcast(shared, src=0)
+    return shared.to(tensor.device)
+
+
+def attach(model: nn.Module, state: QuantNoiseState) -> None:
+    """Makes a state reachable from its model."""
+    model.__dict__[_STATE] = state
+
+
+def detach(model: nn.Module) -> None:
+    """Forgets the states of a model and its parts."""
+    for module in model.modules():
+        module.__dict__.pop(_STATE, None)
+
+
+def find_state(model: nn.Module) -> QuantNoiseState | None:
+    """The noise state of a model, or None. Looks through wrappers (DDP, compiled modules)."""
+    return next(
+        (module.__dict__[_STATE] for module in model.modules() if _STATE in module.__dict__), None
+    )

@@ -1,0 +1,178 @@
+"""The noise functions against float64 computations of their equations."""
+
+import pytest
+import torch
+
+from hf_quantnoise import QuantNoiseConfig
+from hf_quantnoise.configuration import NOISES
+from hf_quantnoise.noise.selection import Selection, draw
+
+ROWS, COLUMNS = 48, 32
+KINDS = ["proxy", "mean", "pq", "int8", "int4", "int1"]
+
+
+def make(name: str, block_size: int = 8, n_centroids: int = 16):
+    config = QuantNoiseConfig(noise=name, block_size=block_size, n_centroids=n_centroids)
+    return NOISES[name](name, config, block_size)
+
+
+def matrix(seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(ROWS, COLUMNS, generator=generator).to(dtype)
+
+
+def fitted(name: str, **sizes):
+    function = make(name, **sizes)
+    function.refresh(matrix(), seed=0)
+    return function
+
+
+def selection(function, rows: int, p: float) -> Selection:
+    torch.manual_seed(5)
+    return draw(rows * COLUMNS // function.block_size, p, torch.device("cpu"))
+
+
+def nearest(function, blocks: torch.Tensor) -> torch.Tensor:
+    codebook = function.state["codebook"].double()
+    distances = (blocks.double()[:, None] - codebook[None]).square().sum(-1)
+    return codebook[distances.argmin(1)]
+
+
+def rounded(function, numbers: torch.Tensor) -> torch.Tensor:
+    scale, zero = function.state["scale"].double(), function.state["zero_point"].double()
+    levels = 2**function.quantizer.bits - 1
+    return ((numbers.double() / scale + zero).round().clamp(0, levels) - zero) * scale
+
+
+EXPECTED = {
+    "proxy": lambda function, blocks: torch.zeros_like(blocks).double(),
+    "mean": lambda function, blocks: (
+        matrix().double().view(-1, function.block_size).mean(0).expand_as(blocks)
+    ),
+    "pq": nearest,
+    "int8": rounded,
+    "int4": rounded,
+    "int1": rounded,
+}
+
+
+@pytest.mark.parametrize("p", [0.05, 0.25, 0.6, 1.0])
+@pytest.mark.parametrize("name", KINDS)
+def test_chosen_blocks_become_phi_and_the_rest_is_bit_equal(name, p):
+    function = fitted(name)
+    clean, noisy = matrix(), matrix()
+    chosen = selection(function, ROWS, p)
+    function.distort(noisy, chosen)
+    mask = chosen.as_mask()
+    before, after = (m.view(-1, function.block_size) for m in (clean, noisy))
+    assert torch.equal(after[~mask], before[~mask])
+    expected = EXPECTED[name](function, before)[mask]
+    torch.testing.assert_close(after[mask].double(), expected, rtol=1e-5, atol=1e-6)
+    assert mask.any()
+
+
+@pytest.mark.parametrize("name", ["pq", "int8", "int4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_p_1_is_the_quantizer_bit_for_bit(name, dtype):
+    function = make(name)
+    weight = matrix(dtype=dtype)
+    function.refresh(weight, seed=0)
+    noisy = weight.clone()
+    function.distort(noisy, Selection(noisy.numel() // function.block_size))
+    assert noisy.dtype == dtype
+    assert torch.equal(noisy, function.quantizer.quantize(weight, function.state).to(dtype))
+
+
+def test_p_1_assigns_anew_where_less_keeps_the_codes_of_the_refresh():
+    function = fitted("pq")
+    moved = matrix(seed=1)
+    everything, half = moved.clone(), moved.clone()
+    function.distort(everything, Selection(moved.numel() // 8))
+    assert torch.equal(everything, function.quantizer.quantize(moved, function.state))
+    chosen = selection(function, ROWS, 0.5)
+    function.distort(half, chosen)
+    kept = function.quantizer.quantize(matrix(), function.state).view(-1, 8)[chosen.as_mask()]
+    assert torch.equal(half.view(-1, 8)[chosen.as_mask()], kept)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.6, 1.0])
+@pytest.mark.parametrize("name", KINDS)
+def test_looked_up_rows_get_what_the_table_gets(name, p):
+    function = fitted(name)
+    rows = torch.tensor([7, 0, 47, 7, 13, 0])
+    chosen = selection(function, ROWS, p)
+    table = matrix()
+    function.distort(table, chosen)
+    some = matrix()[rows]
+    function.distort(some, chosen.of_rows(rows, COLUMNS // function.block_size), rows=rows)
+    assert torch.equal(some, table[rows])
+
+
+def test_int4_has_at_most_16_values_and_uses_them():
+    """fairseq's int4 takes its scale for 8 bits: it spans a sixteenth of the range."""
+    function = fitted("int4", block_size=8)
+    noisy = matrix()
+    function.distort(noisy, Selection(noisy.numel()))
+    assert 12 <= noisy.unique().numel() <= 16
+    assert noisy.max() - noisy.min() > 0.9 * (matrix().max() - matrix().min())
+
+
+def test_fixed_point_noise_has_blocks_of_one_weight():
+    function = make("int8", block_size=7)
+    assert function.block_size == 1
+    assert function.check(5, 9) is None
+
+
+def test_what_a_noise_cannot_take_it_says():
+    assert (
+        make("proxy", block_size=7).check(10, 32) == "block_size=7 does not divide its 32 columns"
+    )
+    assert "block_size=7" in make("pq", block_size=7).check(1000, 32)
+    assert "16" in make("pq").check(1, 32)
+    assert make("pq").check(ROWS, COLUMNS) is None
+
+
+def test_a_refresh_follows_the_weights():
+    for name in ("mean", "pq", "int8"):
+        function = fitted(name)
+        before = {key: tensor.clone() for key, tensor in function.state.items()}
+        function.refresh(matrix() * 3, seed=0)
+        assert any(not torch.equal(before[key], function.state[key]) for key in before)
+        again = fitted(name)
+        again.refresh(matrix() * 3, seed=0)
+        assert all(torch.equal(again.state[key], function.state[key]) for key in before)
+
+
+def test_refreshing_on_the_same_weights_never_hurts():
+    function = fitted("pq")
+
+    def error() -> float:
+        noisy = matrix()
+        function.distort(noisy, Selection(noisy.numel() // 8))
+        return float((noisy - matrix()).square().sum())
+
+    first = error()
+    function.refresh(matrix(), seed=1)
+    assert error() <= first * (1 + 1e-6)
+
+
+def test_state_round_trip():
+    for name in ("mean", "pq", "int8"):
+        function, other = fitted(name), make(name)
+        other.refresh(matrix(seed=9), seed=0)
+        other.load_state_dict(function.state_dict())
+        a, b = matrix(), matrix()
+        chosen = selection(function, ROWS, 0.5)
+        function.distort(a, chosen)
+        other.distort(b, chosen)
+        assert torch.equal(a, b)
+        assert all(other.state[key].dtype == function.state[key].dtype for key in function.state)
+
+
+def test_a_foreign_state_is_refused():
+    function = fitted("pq")
+    with pytest.raises(ValueError, match=r"the state of 'pq' noise is \['codebook', 'codes'\]"):
+        function.load_state_dict({"scale": torch.ones(())})
+    wrong = {**function.state_dict(), "codes": torch.zeros(3, 4, dtype=torch.uint8)}
+    with pytest.raises(ValueError, match=r"codes of 'pq' noise has shape \(48, 4\), not \(3, 4\)"):
+        function.load_state_dict(wrong)

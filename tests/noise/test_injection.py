@@ -1,0 +1,386 @@
+"""Noise into a model and out again: what changes, what does not, and what is refused."""
+
+import copy
+import io
+import logging
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
+from transformers.pytorch_utils import Conv1D
+
+from hf_quantnoise import QuantNoiseConfig, apply_quant_noise, remove_quant_noise
+from hf_quantnoise.noise import find_state, is_noisy
+
+
+class Toy(nn.Module):
+    """A table, a side table, one layer of every type and a tied head; forward gives logits."""
+
+    def __init__(self, **table) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words = nn.Embedding(60, 32, **table)
+        self.positions = nn.Embedding(16, 32)
+        self.up = nn.Linear(32, 48)
+        self.down = Conv1D(32, 48)
+        self.head = nn.Linear(32, 60, bias=False)
+        self.head.weight = self.words.weight
+
+    def get_input_embeddings(self):
+        return self.words
+
+    def forward(self, ids):
+        x = self.words(ids) + self.positions(torch.arange(ids.shape[-1]))
+        return self.head(self.down(self.up(x).relu()))
+
+
+IDS = torch.tensor([[1, 5, 1, 59], [0, 7, 7, 2]])
+
+
+def noisy_toy(noise="proxy", p=0.3, **fields) -> Toy:
+    settings = {"n_centroids": 16, **fields}
+    return apply_quant_noise(Toy().train(), QuantNoiseConfig(noise=noise, p=p, **settings))
+
+
+def test_it_returns_the_same_model_with_the_same_parts():
+    model = Toy().train()
+    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+    classes = {name: type(module) for name, module in modules.items()}
+    keys = list(model.state_dict())
+    assert apply_quant_noise(model, QuantNoiseConfig(noise=["pq", "int8"], n_centroids=16)) is model
+    assert list(model.state_dict()) == keys
+    assert dict(model.named_buffers()) == {}
+    after = dict(model.named_parameters())
+    assert all(after[name] is parameter for name, parameter in parameters.items())
+    for name, module in model.named_modules():
+        assert module is modules[name] and isinstance(module, classes[name])
+    assert is_noisy(model.up) and type(model) is Toy
+
+    assert remove_quant_noise(model) is model
+    assert {name: type(module) for name, module in model.named_modules()} == classes
+    assert all(model.get_parameter(name) is p for name, p in parameters.items())
+    assert model.__dict__.keys() == Toy().__dict__.keys()
+    assert model.up.__dict__.keys() == nn.Linear(1, 1).__dict__.keys()
+    assert find_state(model) is None
+
+
+def test_removing_from_a_clean_model_does_nothing():
+    model = Toy()
+    assert remove_quant_noise(remove_quant_noise(model)) is model
+
+
+def test_the_state_says_what_is_noised_and_what_is_not():
+    state = find_state(noisy_toy())
+    assert list(state.layers) == ["words", "head", "up", "down"]
+    assert list(state.left_clean) == ["positions"]
+    assert "target_modules" in state.left_clean["positions"]
+    assert state.p == (0.3,)
+    assert "4 layers, 1 left clean" in repr(state)
+
+
+def test_side_tables_can_be_asked_for():
+    assert "positions" in find_state(noisy_toy(target_modules=["positions"])).layers
+    assert list(find_state(noisy_toy(target_modules="up|down")).layers) == ["up", "down"]
+    assert "up" not in find_state(noisy_toy(exclude_modules=["up"])).layers
+
+
+@pytest.mark.parametrize("noise", ["proxy", "pq", "int8", ["pq", "int4"]])
+def test_training_is_noisy_and_eval_is_clean(noise):
+    model, clean = noisy_toy(noise), Toy()
+    assert not torch.equal(model(IDS), clean(IDS))
+    assert not torch.equal(model(IDS), model(IDS))
+    assert torch.equal(model.eval()(IDS), clean(IDS))
+    find_state(model.train()).p = 0
+    assert torch.equal(model(IDS), clean(IDS))
+    assert "weight" not in model.up.__dict__
+
+
+def test_the_rate_can_be_changed_while_it_runs():
+    model = noisy_toy(["proxy", "int8"], [0.1, 0.2])
+    state = find_state(model)
+    state.p = 0.5
+    assert state.p == (0.5, 0.5)
+    state.p = [0.0, 1.0]
+    assert state.p == (0.0, 1.0)
+    for wrong in (1.5, [0.1], [0.1, -1]):
+        with pytest.raises(ValueError, match=r"must be a rate from 0 to 1, or 2 of them"):
+            state.p = wrong
+    assert state.p == (0.0, 1.0)
+
+
+def test_a_tied_pair_has_one_j():
+    model = noisy_toy("proxy", 0.5)
+    zero_rows = []
+    model.words.register_forward_hook(lambda m, inputs, out: zero_rows.append(out))
+    every_id = torch.arange(60)
+    for ids in (every_id[:8], every_id):  # looked-up rows; the whole table
+        looked_up = model.words(ids)
+        head = model.head(torch.eye(32)).t()  # the matrix that the head used
+        assert torch.equal(looked_up == 0, head[ids] == 0)
+    assert 0.3 < float((looked_up == 0).float().mean()) < 0.7
+
+
+def test_the_padding_row_is_noised_like_the_others_and_gets_no_gradient():
+    model = apply_quant_noise(Toy(padding_idx=1).train(), QuantNoiseConfig(p=1.0))
+    model.words(IDS).sum().backward()
+    assert (model.words(IDS) == 0).all()
+    assert (model.words.weight.grad[1] == 0).all() and (model.words.weight.grad[5] == 1).all()
+
+
+@pytest.mark.parametrize("arguments", [{"scale_grad_by_freq": True}, {"sparse": True}])
+def test_arguments_of_the_table_are_passed_on(arguments):
+    model, clean = Toy(**arguments).train(), Toy(**arguments)
+    del model.head, clean.head
+    apply_quant_noise(model, QuantNoiseConfig(p=0.4))
+    dy = torch.randn(2, 4, 32)
+    model.words(IDS).backward(dy)
+    clean.words(IDS).backward(dy)
+    gradient, expected = model.words.weight.grad, clean.words.weight.grad
+    assert gradient.is_sparse == expected.is_sparse
+    assert torch.equal(gradient.to_dense(), expected.to_dense())
+
+
+def test_max_norm_shrinks_the_parameter_as_ever():
+    model, clean = Toy(max_norm=1.0).train(), Toy(max_norm=1.0)
+    apply_quant_noise(model, QuantNoiseConfig(p=0.4))
+    ids = torch.arange(60).repeat(2)
+    model.words(ids), clean.words(ids)
+    assert torch.equal(model.words.weight, clean.words.weight)
+    assert float(clean.words.weight.detach().norm(dim=1).max()) < 1.001
+
+
+def test_a_table_with_a_forward_of_its_own_keeps_it():
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.positions = OPTLearnedPositionalEmbedding(30, 32)
+
+    model = Model().train()
+    table = model.positions.weight.detach().clone()
+    mask = torch.ones(2, 5, dtype=torch.long)
+    clean = model.positions(mask, 0)
+    apply_quant_noise(model, QuantNoiseConfig(p=0.5, target_modules=["positions"]))
+    noisy = model.positions(mask, 0)
+    assert torch.equal(clean[0], table[2:7])  # the offset of 2
+    kept = noisy != 0
+    assert torch.equal(noisy[kept], clean[kept]) and 0.2 < kept.float().mean() < 0.8
+
+
+def test_weights_survive_twenty_forwards_and_a_failing_one():
+    model = noisy_toy(["pq", "proxy", "int8"], 0.1)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for _ in range(20):
+        model(IDS)
+    with pytest.raises(RuntimeError):
+        model.up(torch.zeros(3, 5))
+    assert "weight" not in model.up.__dict__
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_is_noisy_on_its_own(copier):
+    model = noisy_toy(["pq", "int8"], 0.5)
+    twin = copier(model)
+    assert type(twin.up) is type(model.up)
+    assert find_state(twin).layers["head"] is twin.head
+    assert twin.head.weight is twin.words.weight and twin.up.weight is not model.up.weight
+    torch.manual_seed(0)
+    expected = model(IDS)
+    torch.manual_seed(0)
+    assert torch.equal(twin(IDS), expected)
+    find_state(twin).p = 0
+    assert find_state(model).p == (0.5, 0.5)
+    assert torch.equal(twin(IDS), remove_quant_noise(twin)(IDS))
+    assert is_noisy(model.up) and not is_noisy(twin.up)
+    words = twin.words(torch.arange(60))
+    assert torch.equal(words, twin.words.weight)
+
+
+def test_a_tied_pair_of_a_copy_has_one_j_of_its_own():
+    twin = copy.deepcopy(noisy_toy("proxy", 0.5))
+    assert torch.equal(twin.words(torch.arange(60)) == 0, twin.head(torch.eye(32)).t() == 0)
+
+
+def test_a_copied_part_does_not_bring_the_model_along():
+    model = noisy_toy("pq")
+    size = len(pickle.dumps(copy.deepcopy(model.down)))
+    assert size < 3 * model.down.weight.numel() * 4
+
+
+def test_the_whole_model_can_be_saved_and_its_state_found_through_wrappers():
+    class Wrapper(nn.Module):
+        def __init__(self, module) -> None:
+            super().__init__()
+            self.module = module
+
+    model = noisy_toy()
+    assert find_state(Wrapper(model)) is find_state(model)
+    assert find_state(torch.compile(model, backend="eager")) is find_state(model)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    assert is_noisy(torch.load(file, weights_only=False).up)
+    remove_quant_noise(Wrapper(model))
+    assert not is_noisy(model.up) and find_state(model) is None
+
+
+@pytest.mark.parametrize("noise", ["proxy", "pq", "mean", ["pq", "int8"]])
+def test_state_round_trip_reproduces_the_noise(noise):
+    model, other = noisy_toy(noise), Toy().train()
+    nn.init.normal_(other.up.weight)
+    apply_quant_noise(other, QuantNoiseConfig(noise=noise, p=0.3, n_centroids=16, seed=7))
+    other.load_state_dict(model.state_dict())
+    find_state(other).load_state_dict(find_state(model).state_dict())
+    torch.manual_seed(0)
+    expected = model(IDS)
+    torch.manual_seed(0)
+    assert torch.equal(other(IDS), expected)
+
+
+def test_the_state_of_another_noise_is_refused_whole():
+    state = find_state(noisy_toy("pq"))
+    before = state.state_dict()
+    with pytest.raises(ValueError, match=r"another noise or model.*not in both: down\.0\.codebook"):
+        state.load_state_dict(find_state(noisy_toy("int8")).state_dict())
+    wrong = {**before, "down.0.codebook": torch.zeros(3, 8)}
+    with pytest.raises(ValueError, match=r"down.0: codebook of 'pq' noise has shape \(16, 8\)"):
+        state.load_state_dict({**wrong, "words.0.codebook": torch.zeros(16, 8)})
+    assert all(torch.equal(tensor, before[key]) for key, tensor in state.state_dict().items())
+
+
+def test_refreshes_follow_the_weights_each_its_own_kind():
+    model = noisy_toy(["pq", "int8"])
+    state = find_state(model)
+
+    def changed(refresh) -> set[str]:
+        before = {key: tensor.clone() for key, tensor in state.state_dict().items()}
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.5)
+        refresh()
+        after = state.state_dict()
+        return {key.rpartition(".")[2] for key in after if not torch.equal(after[key], before[key])}
+
+    assert changed(state.refresh_codebooks) <= {"codebook", "codes"}
+    assert "scale" in changed(state.refresh_scales)
+    assert "codebook" not in changed(state.refresh_scales)
+
+
+def test_a_moved_model_takes_its_codebooks_along():
+    """They are no buffers, so model.to(device) does not see them; "meta" stands for a GPU."""
+    for weight in find_state(noisy_toy(["pq", "int8"])).weights:
+        for _, function in weight.noise.functions:
+            moved = function._state_on(torch.device("meta"))
+            assert moved and all(tensor.is_meta for tensor in moved.values())
+            assert moved is function.state
+
+
+@pytest.mark.parametrize("ids", [torch.empty(0, dtype=torch.long), IDS.int(), torch.tensor(3)])
+def test_ids_of_any_shape_and_integer_type(ids):
+    model = noisy_toy("pq", 0.5)
+    assert model.words(ids).shape == (*ids.shape, 32)
+
+
+@pytest.mark.parametrize(
+    ("noise", "backend"), [("proxy", "aot_eager"), ("pq", "eager"), ("int8", "eager")]
+)
+def test_untied_layers_compile_without_a_graph_break(noise, backend):
+    model = noisy_toy(noise, 1.0, target_modules=["up", "down"])
+    torch._dynamo.reset()
+    compiled = torch.compile(nn.Sequential(model.up, model.down), fullgraph=True, backend=backend)
+    x = torch.randn(4, 32)
+    assert torch.equal(compiled(x), model.down(model.up(x)))
+    find_state(model).p = 0.5
+    compiled(x).sum().backward()
+    assert not torch.equal(compiled(x), compiled(x))
+    assert model.up.weight.grad.norm() > 0
+
+
+def test_tied_layers_compile_too():
+    """With a graph break each; the noise must not be lost over it."""
+    model = noisy_toy("int4", 0.5)
+    torch._dynamo.reset()
+    words, head = (torch.compile(part, backend="eager") for part in (model.words, model.head))
+    looked_up, used = words(torch.arange(60)), head(torch.eye(32)).t()
+    assert not torch.equal(looked_up, model.words.weight)
+    assert torch.equal(looked_up, used)
+
+
+# ---- what is refused -----------------------------------------------------------------------------
+
+
+def test_noise_twice_is_refused():
+    model = noisy_toy()
+    for part in (model, nn.Sequential(model), model.up):
+        with pytest.raises(ValueError, match=r"call remove_quant_noise\(model\) first"):
+            apply_quant_noise(part, QuantNoiseConfig())
+    with pytest.raises(TypeError, match="qn_config is a dict; give a QuantNoiseConfig"):
+        apply_quant_noise(Toy(), {"p": 0.1})
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        (
+            {"block_size": 7},
+            "block_size=7 divides the columns of no layer (32, 48); use one of 2, 4, 8, 16",
+        ),
+        (
+            {"block_size": {"attention": 8}},
+            "block_size={'attention': 8} has an entry for no layer; the model's groups are",
+        ),
+        (
+            {"noise": "pq", "n_centroids": 4096},
+            "noise='pq' can work on none of the 4 layers (words: ",
+        ),
+        ({"target_modules": ["query"]}, "target_modules='query' matches no layer"),
+        ({"exclude_modules": "words|up|down"}, "noise would fall on no layer"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_and_nothing_is_changed(fields, words):
+    model = Toy()
+    with pytest.raises(ValueError) as error:
+        apply_quant_noise(model, QuantNoiseConfig(**fields))
+    assert words in str(error.value)
+    assert not any(map(is_noisy, model.modules())) and find_state(model) is None
+
+
+def test_a_quantized_model_is_refused():
+    class Packed(nn.Module):
+        is_quantized = True
+
+    with pytest.raises(ValueError, match="Packed is quantized already.*dequantize"):
+        apply_quant_noise(Packed(), QuantNoiseConfig())
+
+
+def test_layers_that_cannot_be_noised_are_named_once(caplog):
+    model = Toy()
+    model.odd = nn.Linear(9, 8)
+    model.whole = nn.Linear(32, 8)
+    model.whole.weight = nn.Parameter(torch.ones(8, 32, dtype=torch.int8), requires_grad=False)
+    model.hooked = nn.Linear(32, 8)
+    model.hooked.forward = model.hooked.forward
+    model.multi = nn.MultiheadAttention(32, 2)
+    with caplog.at_level(logging.WARNING):
+        apply_quant_noise(model, QuantNoiseConfig(block_size=8))
+    (record,) = caplog.records
+    for word in (
+        "leaves out 4 layers",
+        "odd: block_size=8 does not divide its 9 columns",
+        "whole: its weight is stored as torch.int8",
+        "hooked: its forward was replaced",
+        "multi.out_proj: nn.MultiheadAttention reads its weight",
+    ):
+        assert word in record.getMessage()
+    assert {"odd", "whole", "hooked", "multi.out_proj"} <= find_state(model).left_clean.keys()
+
+
+def test_a_layer_can_lack_one_noise_of_several():
+    model = noisy_toy(["proxy", "int8"], 1.0, block_size=48)
+    state = find_state(model)
+    assert "proxy noise: block_size=48 does not divide its 32 columns" in state.left_clean["up"]
+    assert "up" in state.layers and "down" not in state.left_clean
+    assert (model.down(torch.eye(48)) == model.down.bias).all()
+    assert not (model.up(torch.eye(32)) == model.up.bias).all()

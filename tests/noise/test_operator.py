@@ -1,0 +1,203 @@
+"""psi: what the forward sees, what the gradient sees, and what stays untouched."""
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_quantnoise import QuantNoiseConfig
+from hf_quantnoise.blocks import layout_of, weight_matrix
+from hf_quantnoise.configuration import NOISES
+from hf_quantnoise.noise.operator import StraightThrough, WeightNoise
+
+LAYERS = {
+    "linear": lambda: nn.Linear(32, 48),
+    "conv1d": lambda: Conv1D(48, 32),
+    "embedding": lambda: nn.Embedding(48, 32),
+}
+
+
+def make_layer(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    layer = LAYERS[name]()
+    nn.init.normal_(layer.weight)
+    return layer.to(dtype)
+
+
+def noise_for(layer, noise="proxy", p=0.5, members=1, **fields) -> WeightNoise:
+    config = QuantNoiseConfig(noise=noise, p=p, n_centroids=16, **fields)
+    rows, columns = weight_matrix(layer).shape
+    functions = []
+    for number, (name, _) in enumerate(config.noises):
+        function = NOISES[name](name, config, config.block_size)
+        function.refresh(weight_matrix(layer), seed=0)
+        functions.append((number, function))
+    return WeightNoise(functions, [rate for _, rate in config.noises], rows, columns, members)
+
+
+def psi(noise: WeightNoise, layer: nn.Module, member: int = 0) -> torch.Tensor:
+    return noise.noisy_weight(layer.weight, layout_of(layer), member)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_p_0_is_the_weight_itself_and_draws_nothing(layer):
+    layer = make_layer(layer)
+    noise = noise_for(layer, ["proxy", "int8"], 0.0)
+    before = torch.get_rng_state()
+    assert psi(noise, layer) is layer.weight
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("noise", ["pq", "int8", "int3"])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_p_1_is_the_quantized_weight_bit_for_bit(layer, noise, dtype):
+    layer = make_layer(layer, dtype)
+    operator = noise_for(layer, noise, 1.0)
+    function = operator.functions[0][1]
+    quantized = function.quantizer.quantize(weight_matrix(layer), function.state)
+    noisy = psi(operator, layer)
+    assert noisy.shape == layer.weight.shape and noisy.dtype == dtype
+    assert torch.equal(weight_matrix(layer, noisy), quantized.to(dtype))
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_blocks_are_zeroed_whole_and_along_the_inputs(layer, p):
+    layer = make_layer(layer)
+    noisy = weight_matrix(layer, psi(noise_for(layer, p=p), layer))
+    blocks = noisy.reshape(-1, 8)
+    zero = (blocks == 0).all(1)
+    assert 0 < zero.sum() < len(zero)
+    assert not (blocks[~zero] == 0).any()
+    assert torch.equal(blocks[~zero], weight_matrix(layer).reshape(-1, 8)[~zero])
+
+
+def test_noises_are_composed_in_order_on_one_copy():
+    layer = make_layer("linear")
+    torch.manual_seed(3)
+    both = psi(noise_for(layer, ["int4", "proxy"], [1.0, 0.5]), layer)
+    torch.manual_seed(3)
+    zeros = psi(noise_for(layer, "proxy", 0.5), layer) == 0
+    fixed = psi(noise_for(layer, "int4", 1.0), layer)
+    assert torch.equal(both, torch.where(zeros, 0.0, fixed))
+    swapped = psi(noise_for(layer, ["proxy", "int4"], 1.0), layer)
+    function = noise_for(layer, "int4").functions[0][1]
+    zero = function.quantizer.quantize(torch.zeros_like(layer.weight), function.state)
+    assert torch.equal(swapped, zero)
+
+
+def test_each_noise_of_a_composition_has_its_own_j():
+    layer = make_layer("linear")
+    noisy = psi(noise_for(layer, ["proxy", "proxy"], 0.5), layer)
+    share = float((noisy == 0).float().mean())
+    assert 0.6 < share < 0.9  # 1 - 0.5^2; one J for both would give 0.5
+
+
+def test_the_weight_is_never_written():
+    """fairseq's hook assigns to weight.data: 86% of the weights are zero after 20 forwards."""
+    layer = make_layer("linear")
+    before, version = layer.weight.detach().clone(), layer.weight._version
+    noise = noise_for(layer, ["pq", "proxy", "int8"], 0.1)
+    for _ in range(20):
+        psi(noise, layer).sum().backward()
+    assert torch.equal(layer.weight, before) and layer.weight._version == version
+
+
+@pytest.mark.parametrize("noise", ["proxy", "pq", "int4"])
+@pytest.mark.parametrize("p", [0.3, 1.0])
+def test_gradients_go_straight_through(noise, p):
+    layer, x = make_layer("linear"), torch.randn(7, 32)
+    dy = torch.randn(7, 48)
+    noisy = psi(noise_for(layer, noise, p), layer)
+    torch.nn.functional.linear(x, noisy).backward(dy)
+    assert torch.equal(layer.weight.grad, dy.t() @ x)  # the noise is nowhere in it
+
+
+def test_straight_through_saves_nothing_for_backward():
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda tensor: tensor):
+        weight = torch.zeros(3, requires_grad=True)
+        out = StraightThrough.apply(weight, torch.ones(3))
+    assert saved == []
+    assert torch.equal(out, torch.ones(3)) and out.requires_grad
+
+
+def test_a_frozen_weight_stays_without_gradient():
+    layer = make_layer("linear").requires_grad_(False)
+    noisy = psi(noise_for(layer), layer)
+    assert not noisy.requires_grad and not torch.equal(noisy, layer.weight)
+
+
+def test_autocast_does_not_change_the_assignments():
+    layer = make_layer("linear")
+    noise = noise_for(layer, "pq", 1.0)
+    expected = psi(noise, layer)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(psi(noise, layer), expected)
+        rows = noise.noisy_rows(layer.weight[:5], torch.arange(5))
+    assert torch.equal(rows, expected[:5])
+
+
+def lookup(noise: WeightNoise, layer: nn.Embedding, ids: torch.Tensor, member: int = 0):
+    return noise.noisy_rows(layer(ids), ids, member)
+
+
+@pytest.mark.parametrize("noise", ["proxy", "pq", "int4", "mean"])
+@pytest.mark.parametrize("p", [0.2, 0.5])
+@pytest.mark.parametrize("members", [1, 2])
+def test_a_row_has_the_same_noise_wherever_it_is_looked_up(noise, p, members):
+    layer = make_layer("embedding")
+    ids = torch.tensor([[3, 9, 3, 3], [9, 0, 47, 3]])
+    torch.manual_seed(1)
+    out = lookup(noise_for(layer, noise, p, members), layer, ids)
+    assert out.shape == (2, 4, 32)
+    for row in ids.unique():
+        same = out[ids == row]
+        assert torch.equal(same, same[:1].expand_as(same))
+    assert not torch.equal(out, layer(ids))
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_the_share_of_noised_blocks_in_looked_up_rows_is_p(p):
+    layer = make_layer("embedding")
+    noise, ids = noise_for(layer, "proxy", p), torch.arange(48).repeat(3)
+    blocks = torch.stack([lookup(noise, layer, ids)[:48].view(-1, 8) for _ in range(300)])
+    share = float((blocks == 0).all(-1).float().mean())
+    assert abs(share - p) < 6 * (p * (1 - p) / (300 * 192)) ** 0.5
+
+
+@pytest.mark.parametrize("noise", ["pq", "int8"])
+@pytest.mark.parametrize("members", [1, 2])
+def test_looked_up_rows_at_p_1_are_the_quantized_rows(noise, members):
+    layer = make_layer("embedding")
+    operator = noise_for(layer, noise, 1.0, members)
+    function = operator.functions[0][1]
+    quantized = function.quantizer.quantize(layer.weight.detach(), function.state)
+    ids = torch.tensor([5, 1, 5, 30])
+    assert torch.equal(lookup(operator, layer, ids), quantized[ids])
+
+
+def test_lookup_and_whole_table_share_j_where_they_are_tied():
+    layer = make_layer("embedding")
+    noise = noise_for(layer, ["proxy", "int4"], 0.4, members=2)
+    ids = torch.tensor([3, 3, 20, 7])
+    for _ in range(3):
+        rows = lookup(noise, layer, ids, member=0)
+        table = psi(noise, layer, member=1)
+        assert torch.equal(rows, table[ids])
+
+
+def test_looked_up_rows_get_the_clean_gradient():
+    layer, other = make_layer("embedding"), make_layer("embedding")
+    ids, dy = torch.tensor([3, 9, 3, 0]), torch.randn(4, 32)
+    lookup(noise_for(layer, "proxy", 0.5), layer, ids).backward(dy)
+    other(ids).backward(dy)
+    assert torch.equal(layer.weight.grad, other.weight.grad)
+
+
+def test_a_resized_weight_is_refused():
+    layer = make_layer("linear")
+    noise = noise_for(layer)
+    with pytest.raises(RuntimeError, match=r"48 x 32 weight matrix, which is 50 x 32 now"):
+        noise.noisy_weight(torch.zeros(50, 32), layout_of(layer))
