@@ -1,0 +1,14 @@
+"""Packed layers: a layer of its own class whose weight is held, and stored, as codes."""
+
+from .convert import is_packed, pack_layer, pack_skeleton, packed_layers, packed_names, unpack_model
+from .packed import PackedLayer
+
+__all__ = [
+    "PackedLayer",
+    "is_packed",
+    "pack_layer",
+    "pack_skeleton",
+    "packed_layers",
+    "packed_names",
+    "unpack_model",
+]

@@ -1,0 +1,127 @@
+"""From a layer to its packed form and back, in place: the module object stays the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..blocks import layout_of, weight_matrix
+from ..quantizers import Quantizer
+from ..quantizers.packing import pack_codes
+from .packed import INDICES, PREFIX, PackedLayer, packed_class
+
+
+def is_packed(module: nn.Module) -> bool:
+    """Whether a module is a packed layer."""
+    return isinstance(module, PackedLayer)
+
+
+def packed_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, layer) of every packed layer of a model."""
+    return ((name, module) for name, module in model.named_modules() if is_packed(module))
+
+
+def packed_names(layer: nn.Module) -> list[str]:
+    """Names of the tensors that hold a packed layer's weight, without its bias."""
+    return [name for name in layer._parameters if name.startswith(PREFIX)]
+
+
+def _indices_shape(quantizer: Quantizer, rows: int, columns: int) -> tuple[int, ...]:
+    """(rows, bytes per row) where rows begin on a byte, else the flat number of bytes."""
+    bits_per_row = columns // quantizer.block_size * quantizer.code_bits
+    if bits_per_row % 8 == 0:
+        return rows, bits_per_row // 8
+    return (-(-rows * bits_per_row // 8),)
+
+
+def _become_packed(
+    layers: Sequence[nn.Module], quantizer: Quantizer, tensors: dict[str, Tensor]
+) -> None:
+    """Turns layers that share one weight into packed layers that share one set of tensors."""
+    rows, columns = weight_matrix(layers[0]).shape
+    parameters = {
+        name: nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
+        for name, tensor in tensors.items()
+    }
+    for layer in layers:
+        del layer._parameters["weight"]
+        layer.__class__ = packed_class(type(layer))
+        layer.quantizer, layer.rows, layer.columns = quantizer, rows, columns
+        for name, parameter in parameters.items():
+            layer.register_parameter(name, parameter)
+        # Else transformers' _init_weights decodes the weight to initialise a temporary.
+        layer._is_hf_initialized = True
+
+
+@torch.no_grad()
+def pack_layer(
+    layers: nn.Module | Sequence[nn.Module], quantizer: Quantizer, *, seed: int = 0
+) -> float:
+    """Quantizes the weight of a layer (or of several that are tied) and packs them in place.
+
+    Args:
+        layers: the layer, or all layers that hold the very same weight.
+        quantizer: how the weight is to be stored.
+        seed: seed of the codebook.
+
+    Returns:
+        The relative error ||W - W_q||^2 / ||W||^2.
+
+    Raises:
+        ValueError: if the quantizer cannot take the weight's shape.
+    """
+    layers = [layers] if isinstance(layers, nn.Module) else list(layers)
+    weight = layers[0].weight
+    matrix = weight_matrix(layers[0])
+    rows, columns = matrix.shape
+    if reason := quantizer.check(rows, columns):
+        raise ValueError(f"a {rows} x {columns} weight cannot be stored as {quantizer}: {reason}")
+    state = quantizer.fit(matrix, seed=seed)
+    codes = quantizer.encode(matrix, state)
+    decoded = quantizer.decode(codes, state)
+    error = (matrix.float() - decoded.float()).square().sum() / matrix.float().square().sum()
+    packed = pack_codes(codes.reshape(-1), quantizer.code_bits)
+    tensors = {INDICES: packed.reshape(_indices_shape(quantizer, rows, columns)).clone()}
+    for key, value in state.items():
+        tensors[PREFIX + key] = value.to(device=weight.device, dtype=weight.dtype)
+    _become_packed(layers, quantizer, tensors)
+    return float(error.nan_to_num())
+
+
+def pack_skeleton(layers: nn.Module | Sequence[nn.Module], quantizer: Quantizer) -> None:
+    """Packs layers without quantizing anything: empty tensors of the right shape, on the weight's
+    device (``meta`` while a checkpoint is being loaded), to be filled from a file."""
+    layers = [layers] if isinstance(layers, nn.Module) else list(layers)
+    weight = layers[0].weight
+    rows, columns = weight_matrix(layers[0]).shape
+    tensors = {
+        INDICES: torch.empty(
+            _indices_shape(quantizer, rows, columns), dtype=torch.uint8, device=weight.device
+        )
+    }
+    for key, (shape, _) in quantizer.state_spec(rows, columns).items():
+        tensors[PREFIX + key] = torch.empty(shape, dtype=weight.dtype, device=weight.device)
+    _become_packed(layers, quantizer, tensors)
+
+
+@torch.no_grad()
+def unpack_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Gives every packed layer its decoded weight and its own class back, ties kept. In place."""
+    weights: dict[int, nn.Parameter] = {}
+    for _, layer in list(packed_layers(model)):
+        key = id(layer.weight_indices)
+        if key not in weights:
+            weight = layout_of(layer).from_matrix(layer.decode_rows()).contiguous()
+            weights[key] = nn.Parameter(weight if dtype is None else weight.to(dtype))
+        for name in packed_names(layer):
+            del layer._parameters[name]
+        for name in ("quantizer", "rows", "columns", "_counts", "_shape_only"):
+            layer.__dict__.pop(name, None)
+        layer.__class__ = type(layer).packed_from
+        others = dict(layer._parameters)
+        layer._parameters.clear()  # the weight stands first again, as optimizers count parameters
+        layer.register_parameter("weight", weights[key])
+        layer._parameters.update(others)
+    return model

@@ -1,0 +1,201 @@
+"""Packed layers: codes and codebook in place of a weight, in a subclass of the layer's own class.
+
+A packed layer holds two kinds of parameters: ``weight_indices`` (uint8, the packed codes, no
+gradient) and the float state of its quantizer, e.g. ``weight_codebook``. ``weight`` becomes a
+property that decodes, so every forward written for the original layer still works; the forwards
+below decode no more than they need: looked-up rows of a table, a bounded slice of a matrix.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..blocks import layout_of
+from ..quantizers import Quantizer
+from ..quantizers.packing import unpack_codes
+
+PREFIX = "weight_"
+INDICES = "weight_indices"
+
+# Without gradients a matrix is decoded slice by slice, so that a large table (a tied LM head)
+# never stands whole in memory.
+SCRATCH_BYTES = 8 * 2**20
+
+
+class _AverageOverBlocks(torch.autograd.Function):
+    """Identity whose gradient is divided by the number of blocks of each codeword.
+
+    Autograd sums the gradients of a codeword's blocks; section 3.2 averages them:
+    c <- c - eta / |J_c| * sum over (k, l) in J_c of dL/db_kl.
+    """
+
+    @staticmethod
+    def forward(ctx, codebook: Tensor, counts: Tensor) -> Tensor:
+        ctx.save_for_backward(counts)
+        return codebook.view_as(codebook)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        (counts,) = ctx.saved_tensors
+        return gradient / counts.clamp(min=1).to(gradient.dtype)[:, None], None
+
+
+class PackedLayer:
+    """Mixin of every packed layer; see the module's docstring.
+
+    Attributes:
+        quantizer: how the weight is stored.
+        rows, columns: shape of the weight matrix (``blocks.py``).
+    """
+
+    quantizer: Quantizer
+    rows: int
+    columns: int
+
+    # While a checkpoint is being read the codes are not there yet; transformers still asks for the
+    # weight's shape. True answers with an empty meta tensor instead of decoding.
+    _shape_only: bool = False
+    _counts: Tensor | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The decoded weight, differentiable in the float state; in the layout of the original."""
+        layout = layout_of(self)
+        if self._shape_only:
+            return layout.from_matrix(torch.empty(self.rows, self.columns, device="meta"))
+        return layout.from_matrix(self.decode_rows())
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """The quantizer's float state as parameters, without the averaging of gradients."""
+        return {key: getattr(self, PREFIX + key) for key in self.quantizer.state_spec(1, 1)}
+
+    @property
+    def codes_per_row(self) -> int:
+        """Number of blocks in a row."""
+        return self.columns // self.quantizer.block_size
+
+    @property
+    def rows_are_aligned(self) -> bool:
+        """Whether each row of codes begins on a byte, so that rows can be read alone."""
+        return self.weight_indices.dim() == 2
+
+    def codes(self, rows: Tensor | slice | None = None) -> Tensor:
+        """The codes, shape (rows, columns / block_size); or those of some rows."""
+        packed = self.weight_indices
+        if rows is not None and self.rows_are_aligned:
+            packed, rows = packed[rows], None
+            n_rows = packed.shape[0]
+        else:
+            n_rows = self.rows
+        codes = unpack_codes(
+            packed.reshape(-1), self.quantizer.code_bits, n_rows * self.codes_per_row
+        ).view(n_rows, self.codes_per_row)
+        return codes if rows is None else codes[rows]
+
+    def decode_rows(self, rows: Tensor | slice | None = None) -> Tensor:
+        """The decoded matrix (rows, columns), or some of its rows."""
+        codes, state = self.codes(rows), self.state
+        if torch.is_grad_enabled() and "codebook" in state and state["codebook"].requires_grad:
+            state["codebook"] = _AverageOverBlocks.apply(state["codebook"], self.block_counts())
+        return self.quantizer.decode(codes, state)
+
+    def block_counts(self) -> Tensor:
+        """|J_c|: how many blocks each codeword stands for, shape (n_centroids,)."""
+        device = self.weight_indices.device
+        if self._counts is None or self._counts.device != device:
+            counts = torch.bincount(
+                self.codes().reshape(-1).int(), minlength=self.weight_codebook.shape[0]
+            )
+            object.__setattr__(self, "_counts", counts)
+        return self._counts
+
+    def row_slices(self, itemsize: int) -> list[slice]:
+        """Slices of rows whose decoded form stays within :data:`SCRATCH_BYTES`."""
+        step = max(1, SCRATCH_BYTES // (self.columns * itemsize))
+        if not self.rows_are_aligned or step >= self.rows:
+            return [slice(0, self.rows)]
+        return [slice(start, min(start + step, self.rows)) for start in range(0, self.rows, step)]
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self._counts = None
+        return super()._load_from_state_dict(*args, **kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == INDICES:
+            object.__setattr__(self, "_counts", None)
+        super().__setattr__(name, value)
+
+    def extra_repr(self) -> str:
+        """The original's description, and how the weight is stored."""
+        original = super().extra_repr()
+        return f"{original}{', ' if original else ''}stored={self.quantizer}"
+
+    def __reduce_ex__(self, protocol):
+        # The class is made at run time: pickle rebuilds it from the class it was made of.
+        return _empty_packed, (self.packed_from,), self.__getstate__()
+
+
+def _sliced_linear(layer: PackedLayer, inputs: Tensor, bias: Tensor | None) -> Tensor:
+    """``inputs @ matrix.T + bias`` with the matrix decoded slice by slice."""
+    slices = layer.row_slices(inputs.element_size())
+    parts = [
+        F.linear(inputs, layer.decode_rows(rows), None if bias is None else bias[rows])
+        for rows in slices
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+class _LinearForward(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return super().forward(input)
+        return _sliced_linear(self, input, self.bias)
+
+
+class _Conv1DForward(Conv1D):
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return super().forward(x)
+        return _sliced_linear(self, x, self.bias)
+
+
+class _EmbeddingForward(nn.Embedding):
+    def forward(self, input: Tensor) -> Tensor:
+        if self.max_norm is not None or not self.rows_are_aligned:
+            return super().forward(input)
+        rows = self.decode_rows(input.reshape(-1)).view(*input.shape, self.columns)
+        if self.padding_idx is None or not rows.requires_grad:
+            return rows
+        # As in nn.Embedding, the padding row gives no gradient.
+        return torch.where((input == self.padding_idx)[..., None], rows.detach(), rows)
+
+
+_FORWARDS = {nn.Linear: _LinearForward, Conv1D: _Conv1DForward, nn.Embedding: _EmbeddingForward}
+
+
+@cache
+def packed_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """The packed subclass of a layer class.
+
+    Subclasses that add behaviour (a position offset, an embedding scale) keep it: the frugal
+    forward enters the method resolution order behind them.
+    """
+    base = next(base for base in _FORWARDS if issubclass(cls, base))
+    own = () if cls is base else (cls,)
+    return type(
+        f"Packed{cls.__name__}",
+        (PackedLayer, *own, _FORWARDS[base]),
+        {"packed_from": cls, "__module__": cls.__module__, "__doc__": PackedLayer.__doc__},
+    )
+
+
+def _empty_packed(cls: type[nn.Module]) -> nn.Module:
+    packed = packed_class(cls)
+    return packed.__new__(packed)
