@@ -1,0 +1,222 @@
+"""The transformers quantizer: what ``from_pretrained`` and ``save_pretrained`` call.
+
+Loading: the model stands on the meta device; :meth:`_process_model_before_weight_loading` turns the
+layers of the plan into empty packed layers, transformers reads the tensors straight into them.
+Saving: the state dict is the model's own, plus a sentinel that makes a load without this package
+fail instead of starting from random weights.
+"""
+
+from __future__ import annotations
+
+import re
+from copy import deepcopy
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.quantizers import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils import logging
+
+from ..configuration import QUANT_METHOD, QuantizedModelConfig
+from ..modeling import pack_skeleton, packed_layers, packed_names, unpack_model
+from ..modeling.packed import PREFIX, PackedLayer
+from ..quantizers import quantizer_from_dict
+from ..structure import LayerInfo, find_layers
+from .ties import TieRewriter
+
+logger = logging.get_logger(__name__)
+
+register_quantization_config(QUANT_METHOD)(QuantizedModelConfig)
+
+# The entries of a plan that describe the layer and not its quantizer.
+_LAYER_KEYS = ("group", "rows", "columns", "tied_to")
+
+
+def entry_quantizer(entry: dict):
+    """The quantizer that a plan's entry describes."""
+    return quantizer_from_dict({k: v for k, v in entry.items() if k not in _LAYER_KEYS})
+
+
+def sentinel_name(config: QuantizedModelConfig) -> str:
+    """Name of the one-byte tensor that stands where a packed layer's weight was.
+
+    The first layer by name: JSON sorts the plan, so its order is not the order of the stages.
+    """
+    return f"{min(config.plan)}.weight"
+
+
+def storage_tensor(module: PackedLayer, name: str, tensor: Tensor) -> Tensor:
+    """A packed layer's tensor as it is written: float state in the dtype of its spec."""
+    spec = module.quantizer.state_spec(module.rows, module.columns)
+    key = name.removeprefix(PREFIX)
+    if name == key or key not in spec:
+        return tensor
+    _, dtype = spec[key]
+    smaller = torch.empty((), dtype=dtype).element_size() < tensor.element_size()
+    return tensor.to(dtype) if smaller else tensor
+
+
+@register_quantizer(QUANT_METHOD)
+class QuantNoiseHfQuantizer(HfQuantizer):
+    """Reads, writes and dequantizes models compressed by this package."""
+
+    quantization_config: QuantizedModelConfig
+
+    # ---- what transformers asks before it trains, saves or compiles -----------------------------
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    # ---- loading --------------------------------------------------------------------------------
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs) -> None:
+        config = self.quantization_config
+        if not self.pre_quantized:
+            return
+        if not config.is_compressed:
+            raise ValueError(
+                "quantization_config: its plan is empty, so the checkpoint does not say how its "
+                "layers are stored; save the model with save_pretrained of hf_quantnoise"
+            )
+        # The sentinel as the file names it, with or without the base model's prefix.
+        short = sentinel_name(config).removeprefix(f"{model.base_model_prefix}.")
+        model._keys_to_ignore_on_load_unexpected.add(rf"(^|\.){re.escape(short)}$")
+        layers = {layer.name: layer for layer in find_layers(model)}
+        stored = _plan_for(model, config.plan, layers)
+        plan = _close_over_ties(dict(stored), model, layers)
+        self._joined = plan.keys() - stored.keys()
+        rewriter = TieRewriter(model)
+        for name, entry in plan.items():
+            pack_skeleton(layers[name].module, entry_quantizer(entry))
+            layers[name].module._shape_only = True
+        rewriter.rewrite(
+            {name: packed_names(layers[name].module) for name in plan},
+        )
+        self.quantization_config = deepcopy(config)
+        self.quantization_config.plan = plan
+        self.quantization_config.left_dense = {
+            name: reason
+            for name, reason in _names_for(model, config.left_dense).items()
+            if name in layers
+        }
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs):
+        if not self.pre_quantized:
+            from .packer import ModelPacker  # it needs this module's class
+
+            model.is_quantized = False  # it is dense until now; packing marks it
+            ModelPacker(model, self.quantization_config).pack_all()
+            return model
+        offloaded = "disk" in getattr(model, "hf_device_map", {}).values()
+        for name, layer in packed_layers(model):
+            layer._shape_only = False
+            for tensor_name, tensor in layer.named_parameters(recurse=False):
+                if offloaded or getattr(tensor, "_is_hf_initialized", False):
+                    continue
+                if name in self._joined and not tensor_name.startswith(PREFIX):
+                    torch.nn.init.zeros_(tensor)  # the bias of a head that the file never had
+                else:
+                    raise ValueError(
+                        f"the checkpoint lacks {name}.{tensor_name}, which its plan names: a file "
+                        "is missing or from another model. Download or save the model again"
+                    )
+        return model
+
+    # ---- saving ---------------------------------------------------------------------------------
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict]:
+        state_dict = model.state_dict()
+        written: dict[int, Tensor] = {}  # tied layers must go on sharing one tensor
+        for prefix, layer in packed_layers(model):
+            for name, parameter in layer.named_parameters(recurse=False):
+                key = f"{prefix}.{name}"
+                if id(parameter) not in written:
+                    written[id(parameter)] = storage_tensor(layer, name, state_dict[key])
+                state_dict[key] = written[id(parameter)]
+        state_dict[sentinel_name(self.quantization_config)] = torch.zeros(1, dtype=torch.uint8)
+        return state_dict, {}
+
+    # ---- back to a plain model ------------------------------------------------------------------
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None):
+        unpack_model(model, dtype)
+        submodels = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
+        for submodel in submodels:
+            submodel.__dict__.pop("_tied_weights_keys", None)
+            submodel.config._is_quantized = False
+        for submodel in submodels:
+            submodel.all_tied_weights_keys = submodel.get_expanded_tied_weights_keys(
+                all_submodels=True
+            )
+        return model
+
+
+def attach(model: PreTrainedModel, config: QuantizedModelConfig) -> None:
+    """Marks a model that was packed in memory as quantized, so that it saves and trains as one."""
+    model.hf_quantizer = QuantNoiseHfQuantizer(config, pre_quantized=True)
+    model.is_quantized = True
+    model.quantization_method = config.quant_method
+    model.config.quantization_config = config
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.config._is_quantized = True
+    model.add_model_tags(["quant-noise"])
+
+
+def _names_for(model: PreTrainedModel, entries: dict) -> dict:
+    """Entries under the names they have in this class: with or without the base model's prefix."""
+    prefix = f"{model.base_model_prefix}."
+    modules = dict(model.named_modules())
+    renamed = {}
+    for name, entry in entries.items():
+        for candidate in (name, name.removeprefix(prefix), prefix + name):
+            if candidate in modules:
+                renamed[candidate] = entry
+                break
+    return renamed
+
+
+def _plan_for(
+    model: PreTrainedModel, plan: dict[str, dict], layers: dict[str, LayerInfo]
+) -> dict[str, dict]:
+    """The plan under this class's names, without the layers it lacks (another head)."""
+    own = {}
+    for name, entry in _names_for(model, plan).items():
+        layer = layers.get(name)
+        if layer is None:
+            raise ValueError(f"the plan packs {name}, which is no layer that can be packed here")
+        if (layer.rows, layer.columns) != (entry["rows"], entry["columns"]):
+            logger.warning(
+                f"{name} is {layer.rows} x {layer.columns} in this model but "
+                f"{entry['rows']} x {entry['columns']} in the checkpoint: it starts anew, dense."
+            )
+            continue
+        own[name] = {key: value for key, value in entry.items() if key != "tied_to"}
+        if (partner := entry.get("tied_to")) is not None:
+            own[name]["tied_to"] = next(iter(_names_for(model, {partner: None})), partner)
+    return own
+
+
+def _close_over_ties(
+    plan: dict[str, dict], model: PreTrainedModel, layers: dict[str, LayerInfo]
+) -> dict[str, dict]:
+    """Adds the tied partners that the checkpoint's own class did not have (an LM head)."""
+    for pair in model.all_tied_weights_keys.items():
+        target, source = (name.removesuffix(".weight") for name in pair)
+        for here, there in ((source, target), (target, source)):
+            if here in plan and there in layers and there not in plan:
+                plan[there] = {**plan[here], "tied_to": here}
+    return plan

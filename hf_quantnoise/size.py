@@ -1,0 +1,208 @@
+"""How large a model is, per layer and in all: by formula, on disk, in memory and dense."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .hub.quantizer import sentinel_name, storage_tensor
+from .modeling import packed_layers, packed_names
+from .structure import find_layers
+
+# Names of dtypes in a safetensors header, whose length the report counts.
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SizeRow:
+    """One weight (or any other stored tensor) of a model. All sizes in bytes.
+
+    Attributes:
+        name: name of the parameter or buffer.
+        group: structure group, or ``"other"`` (biases, norms, buffers).
+        stored: how it is stored, e.g. ``"pq 256x4"``, ``"int8"``, ``"float32"``, ``"tied to ..."``.
+        shape: shape of the tensor as the layer sees it.
+        formula_bytes: size by section 3.3: codebook and log2(K) bits per block.
+        disk_bytes: its tensors in the safetensors file.
+        memory_bytes: its tensors in memory.
+        dense_bytes: the tensor in float32.
+    """
+
+    name: str
+    group: str
+    stored: str
+    shape: tuple[int, ...]
+    formula_bytes: int
+    disk_bytes: int
+    memory_bytes: int
+    dense_bytes: int
+
+
+@dataclass(frozen=True)
+class SizeTotal:
+    """Sums over the rows, in bytes; ``disk_bytes`` with the file's header."""
+
+    formula_bytes: int
+    disk_bytes: int
+    memory_bytes: int
+    dense_bytes: int
+
+    @property
+    def times_smaller(self) -> float:
+        """Dense float32 size over size on disk."""
+        return self.dense_bytes / self.disk_bytes
+
+
+@dataclass(frozen=True)
+class SizeReport:
+    """Rows per tensor, and their total. ``str()`` gives a table by group and kind of storage."""
+
+    rows: list[SizeRow]
+    header_bytes: int
+    left_dense: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def total(self) -> SizeTotal:
+        """The sums."""
+        return _total(self.rows, self.header_bytes)
+
+    def __str__(self) -> str:
+        groups: dict[tuple[str, str], list[SizeRow]] = {}
+        for row in self.rows:
+            kind = "tied" if row.stored.startswith("tied") else row.stored
+            groups.setdefault((row.group, kind), []).append(row)
+        lines = [("group", "stored", "tensors", "formula kB", "disk kB", "memory kB", "dense kB")]
+        lines += [
+            (group, kind, str(len(rows)), *_kilobytes(_total(rows, 0)))
+            for (group, kind), rows in sorted(groups.items())
+        ]
+        lines.append(("file header", "", "", "", f"{self.header_bytes / 1e3:,.1f}", "", ""))
+        lines.append(("total", "", str(len(self.rows)), *_kilobytes(self.total)))
+        text = _aligned(lines) + f"\n{self.total.times_smaller:.1f} times smaller than float32"
+        if self.left_dense:
+            text += "\nleft in floating point:"
+            text += "".join(f"\n  {name}: {why}" for name, why in self.left_dense.items())
+        return text
+
+
+def _total(rows: Iterable[SizeRow], header_bytes: int) -> SizeTotal:
+    rows = list(rows)
+    return SizeTotal(
+        formula_bytes=sum(row.formula_bytes for row in rows),
+        disk_bytes=sum(row.disk_bytes for row in rows) + header_bytes,
+        memory_bytes=sum(row.memory_bytes for row in rows),
+        dense_bytes=sum(row.dense_bytes for row in rows),
+    )
+
+
+def _kilobytes(total: SizeTotal) -> tuple[str, ...]:
+    values = (total.formula_bytes, total.disk_bytes, total.memory_bytes, total.dense_bytes)
+    return tuple(f"{value / 1e3:,.1f}" for value in values)
+
+
+def _aligned(lines: list[tuple[str, ...]]) -> str:
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i < 2 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _packed_row(name: str, layer: nn.Module, group: str, disk: dict[str, Tensor]) -> SizeRow:
+    quantizer = layer.quantizer
+    memory = [getattr(layer, tensor) for tensor in packed_names(layer)]
+    blocks = layer.rows * layer.codes_per_row
+    state_bits = sum(
+        8 * torch.empty((), dtype=dtype).element_size() * math.prod(shape)
+        for shape, dtype in quantizer.state_spec(layer.rows, layer.columns).values()
+    )
+    return SizeRow(
+        name=f"{name}.weight",
+        group=group,
+        stored=quantizer.short_name,
+        shape=(layer.rows, layer.columns),
+        formula_bytes=math.ceil((state_bits + quantizer.code_bits * blocks) / 8),
+        disk_bytes=sum(_bytes(disk[f"{name}.{tensor}"]) for tensor in packed_names(layer)),
+        memory_bytes=sum(map(_bytes, memory)),
+        dense_bytes=4 * layer.rows * layer.columns,
+    )
+
+
+def _header_bytes(tensors: dict[str, Tensor]) -> int:
+    """Length of the safetensors header: 8 bytes, then JSON padded to a multiple of 8."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, tensor in tensors.items():
+        end = offset + _bytes(tensor)
+        header[name] = {
+            "dtype": _DTYPES.get(tensor.dtype, "F32"),
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    return 8 + -(-len(json.dumps(header, separators=(",", ":"))) // 8) * 8
+
+
+def size_report(model: nn.Module) -> SizeReport:
+    """Counts the bytes of a model, quantized or dense.
+
+    Args:
+        model: any module; a model packed by this package is reported by layer.
+
+    Returns:
+        The report. ``report.total.disk_bytes`` is the size of ``model.safetensors`` as
+        ``save_pretrained`` writes it, header included.
+    """
+    packed = dict(packed_layers(model))
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    plan = getattr(config, "plan", {}) if packed else {}
+    groups = {f"{layer.name}.weight": layer.group for layer in find_layers(model)}
+    disk: dict[str, Tensor] = {}
+    rows: list[SizeRow] = []
+    owners: dict[int, str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        layer_name, _, tensor_name = name.rpartition(".")
+        layer = packed.get(layer_name)
+        is_weight = layer is not None and tensor_name in packed_names(layer)
+        group = plan.get(layer_name, {}).get("group", "other") if is_weight else groups.get(name)
+        owner = owners.setdefault(id(tensor), layer_name if is_weight else name)
+        own_name = layer_name if is_weight else name
+        if owner != own_name:
+            if not is_weight or tensor_name == packed_names(layer)[0]:
+                shape = (layer.rows, layer.columns) if is_weight else tuple(tensor.shape)
+                label = f"{layer_name}.weight" if is_weight else name
+                rows.append(SizeRow(label, group or "other", f"tied to {owner}", shape, 0, 0, 0, 0))
+            continue
+        disk[name] = storage_tensor(layer, tensor_name, tensor) if is_weight else tensor
+        if is_weight:
+            if tensor_name == packed_names(layer)[-1]:
+                rows.append(_packed_row(layer_name, layer, group, disk))
+            continue
+        size = _bytes(tensor)
+        dense = 4 * tensor.numel() if tensor.is_floating_point() else size
+        kind = str(tensor.dtype).removeprefix("torch.")
+        rows.append(
+            SizeRow(name, group or "other", kind, tuple(tensor.shape), size, size, size, dense)
+        )
+    if packed:
+        sentinel = torch.zeros(1, dtype=torch.uint8)
+        name = sentinel_name(config)
+        disk[name] = sentinel
+        rows.append(SizeRow(name, "other", "sentinel", (1,), 1, 1, 0, 0))
+    return SizeReport(rows, _header_bytes(disk), dict(getattr(config, "left_dense", {}) or {}))

@@ -1,0 +1,348 @@
+"""Saving and loading: bit-equal, the size that is reported, ties, and loud failures."""
+
+import hashlib
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import MAKERS, make_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+)
+
+from hf_quantnoise import (
+    AutoQuantizedModel,
+    AutoQuantizedModelForSequenceClassification,
+    FixedPointConfig,
+    IPQConfig,
+    quantize_model,
+    size_report,
+)
+
+AUTO = {
+    "bert": AutoModelForSequenceClassification,
+    "bert-mlm": AutoModelForMaskedLM,
+    "roberta": AutoModelForSequenceClassification,
+    "roberta-mlm": AutoModelForMaskedLM,
+    "gpt2": AutoModelForCausalLM,
+}
+CONFIGS = {
+    "ipq": IPQConfig(block_size=4, n_centroids=16),
+    "ipq-mixed": IPQConfig(
+        block_size={"ffn": 8, "embeddings": 8, "attention": 4}, n_centroids=16, codebook_bits=16
+    ),
+    "ipq-wide": IPQConfig(block_size=4, n_centroids=31, exclude_modules=r".*position.*|.*wpe"),
+    "int4": FixedPointConfig(bits=4),
+}
+
+
+@pytest.fixture(params=CONFIGS)
+def config(request):
+    return CONFIGS[request.param]
+
+
+@torch.no_grad()
+def logits(model, ids):
+    return model(input_ids=ids).logits
+
+
+def digest(folder):
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.iterdir()
+        if path.suffix in (".safetensors", ".json")
+    }
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_reloaded_logits_are_bit_equal_and_files_identical(name, config, input_ids, tmp_path):
+    model = quantize_model(make_model(name), config, progress=False)
+    expected = logits(model, input_ids)
+    model.save_pretrained(tmp_path / "a")
+    for loader in (AUTO[name], AutoQuantizedModel):
+        again, info = loader.from_pretrained(tmp_path / "a", output_loading_info=True)
+        assert type(again) is type(model)
+        assert torch.equal(logits(again, input_ids), expected)
+        for key in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            assert not info[key]
+    again.save_pretrained(tmp_path / "b")
+    assert digest(tmp_path / "a") == digest(tmp_path / "b")
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_the_report_is_the_file(name, config, tmp_path):
+    model = quantize_model(make_model(name), config, progress=False)
+    model.save_pretrained(tmp_path)
+    size = (tmp_path / "model.safetensors").stat().st_size
+    report = size_report(model)
+    assert report.total.disk_bytes == pytest.approx(size, rel=0.01)
+    dense = make_model(name)
+    dense.save_pretrained(tmp_path / "dense")
+    file = tmp_path / "dense" / "model.safetensors"
+    dense_size, header = file.stat().st_size, int.from_bytes(file.read_bytes()[:8], "little") + 8
+    assert size_report(dense).total.disk_bytes == pytest.approx(dense_size, rel=0.01)
+    assert report.total.dense_bytes == dense_size - header
+    assert size < dense_size
+
+
+def test_the_file_holds_codes_and_no_derived_tensors(tmp_path):
+    quantize_model(make_model("bert"), CONFIGS["ipq-mixed"], progress=False).save_pretrained(
+        tmp_path
+    )
+    tensors = load_file(tmp_path / "model.safetensors")
+    indices = tensors["bert.encoder.layer.0.intermediate.dense.weight_indices"]
+    assert indices.dtype == torch.uint8
+    assert indices.numel() == 64 * 32 // 8 * 4 // 8  # 16 centroids: half a byte per block
+    codebook = tensors["bert.encoder.layer.0.intermediate.dense.weight_codebook"]
+    assert (codebook.dtype, tuple(codebook.shape)) == (torch.float16, (16, 8))
+    packed = [key for key in tensors if "weight_" in key]
+    assert all(key.endswith(("weight_indices", "weight_codebook")) for key in packed)
+    assert not list(tmp_path.glob("*.bin")) and not list(tmp_path.glob("*.py"))
+
+
+@pytest.mark.parametrize("name", ["bert-mlm", "roberta-mlm", "gpt2"])
+def test_a_tied_pair_is_stored_once_and_stays_tied(name, config, tmp_path):
+    model = quantize_model(make_model(name), config, progress=False)
+    model.save_pretrained(tmp_path)
+    again = AUTO[name].from_pretrained(tmp_path)
+    for loaded in (model, again):
+        table, head = loaded.get_input_embeddings(), loaded.get_output_embeddings()
+        if "weight_indices" not in table._parameters:
+            pytest.skip("the table is dense in this config")
+        assert head.weight_indices is table.weight_indices
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        names = [key for key in file.keys() if key.endswith("weight_indices")]  # noqa: SIM118
+    table_rows = [key for key in names if "word_embeddings" in key or "wte" in key]
+    heads = [key for key in names if key.startswith("lm_head.weight") or "decoder" in key]
+    assert len(table_rows) + len(heads) == 1
+
+
+def test_the_base_model_loads_from_a_checkpoint_with_a_head(input_ids, tmp_path):
+    model = quantize_model(make_model("bert"), CONFIGS["ipq"], progress=False)
+    model.save_pretrained(tmp_path / "a")
+    base = AutoModel.from_pretrained(tmp_path / "a")
+    with torch.no_grad():
+        expected = model.bert(input_ids=input_ids).last_hidden_state
+        assert torch.equal(base(input_ids=input_ids).last_hidden_state, expected)
+        base.save_pretrained(tmp_path / "b")
+        again = AutoModel.from_pretrained(tmp_path / "b")
+        assert torch.equal(again(input_ids=input_ids).last_hidden_state, expected)
+    assert not any(key.startswith("bert.") for key in base.config.quantization_config.plan)
+
+
+def test_a_masked_lm_head_joins_the_packed_table_it_is_tied_to(input_ids, tmp_path):
+    quantize_model(make_model("bert"), CONFIGS["ipq"], progress=False).save_pretrained(
+        tmp_path / "a"
+    )
+    model = AutoModelForMaskedLM.from_pretrained(tmp_path / "a")
+    decoder = model.get_output_embeddings()
+    assert decoder.weight_indices is model.get_input_embeddings().weight_indices
+    expected = logits(model, input_ids)
+    model.save_pretrained(tmp_path / "b")
+    again = AutoModelForMaskedLM.from_pretrained(tmp_path / "b")
+    assert torch.equal(logits(again, input_ids), expected)
+
+
+def test_dequantize_gives_a_plain_model(model, input_ids, tmp_path):
+    plain_type, keys = type(model), list(model.state_dict())
+    quantize_model(model, CONFIGS["ipq"], progress=False)
+    expected = logits(model, input_ids)
+    model.dequantize()
+    assert type(model) is plain_type and list(model.state_dict()) == keys
+    assert not hasattr(model.config, "quantization_config")
+    torch.testing.assert_close(logits(model, input_ids), expected)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert torch.equal(logits(again, input_ids), logits(model, input_ids))
+
+
+def test_dequantized_ties_are_kept(tied_model):
+    quantize_model(tied_model, CONFIGS["ipq"], progress=False).dequantize()
+    assert tied_model.get_input_embeddings().weight is tied_model.get_output_embeddings().weight
+
+
+def test_sharded_files(input_ids, tmp_path):
+    model = quantize_model(make_model("gpt2"), CONFIGS["ipq"], progress=False)
+    model.save_pretrained(tmp_path, max_shard_size="8KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    again = AutoQuantizedModel.from_pretrained(tmp_path)
+    assert torch.equal(logits(again, input_ids), logits(model, input_ids))
+
+
+def test_half_precision_loading_casts_centroids_and_not_indices(input_ids, tmp_path):
+    quantize_model(make_model("bert"), CONFIGS["ipq"], progress=False).save_pretrained(tmp_path)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    layer = model.bert.encoder.layer[0].intermediate.dense
+    assert layer.weight_codebook.dtype == torch.bfloat16
+    assert layer.weight_indices.dtype == torch.uint8
+    assert torch.isfinite(logits(model, input_ids)).all()
+
+
+def test_quantizing_while_loading(input_ids, tmp_path):
+    dense = make_model("bert")
+    dense.save_pretrained(tmp_path)
+    config = CONFIGS["ipq"]
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path, quantization_config=config)
+    expected = logits(quantize_model(dense, config, progress=False), input_ids)
+    assert torch.equal(logits(model, input_ids), expected)
+    assert not config.plan, "the user's config is not written to"
+
+
+# ---- loud failures -------------------------------------------------------------------------------
+
+STOCK_LOAD = """
+import sys
+from transformers import AutoModel, AutoModelForSequenceClassification
+for loader in (AutoModel, AutoModelForSequenceClassification):
+    try:
+        loader.from_pretrained(sys.argv[1])
+    except RuntimeError as error:
+        print("refused", str(error)[:60])
+"""
+
+
+def test_transformers_without_the_package_refuses(tmp_path):
+    """Not a warning and random weights: an error, in a process that never imports the package."""
+    quantize_model(make_model("bert"), CONFIGS["ipq"], progress=False).save_pretrained(tmp_path)
+    run = subprocess.run(
+        [sys.executable, "-c", STOCK_LOAD, str(tmp_path)], capture_output=True, text=True
+    )
+    assert run.stdout.count("refused") == 2, run.stdout + run.stderr
+    assert "hf_quantnoise" in run.stderr  # the warning above the error names the package
+
+
+RELOAD = """
+import sys, torch, hf_quantnoise
+from transformers import AutoModelForSequenceClassification
+model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1])
+with torch.no_grad():
+    torch.save(model(input_ids=torch.load(sys.argv[2])).logits, sys.argv[3])
+"""
+
+
+def test_another_process_reads_the_same_logits(input_ids, tmp_path):
+    model = quantize_model(make_model("roberta"), CONFIGS["ipq"], progress=False)
+    model.save_pretrained(tmp_path / "model")
+    torch.save(input_ids, tmp_path / "ids")
+    arguments = [str(tmp_path / name) for name in ("model", "ids", "logits")]
+    torch_threads = torch.get_num_threads()
+    script = f"import torch; torch.set_num_threads({torch_threads})\n{RELOAD}"
+    subprocess.run([sys.executable, "-c", script, *arguments], check=True, capture_output=True)
+    assert torch.equal(torch.load(tmp_path / "logits"), logits(model, input_ids))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model = quantize_model(make_model("bert"), CONFIGS["ipq"], progress=False)
+    model.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def rewrite_config(folder, change):
+    path = folder / "config.json"
+    values = json.loads(path.read_text())
+    change(values["quantization_config"])
+    path.write_text(json.dumps(values))
+
+
+def test_a_missing_file_is_an_error(saved):
+    (saved / "model.safetensors").unlink()
+    with pytest.raises(OSError, match="model.safetensors"):
+        AutoQuantizedModel.from_pretrained(saved)
+
+
+def test_a_file_cut_short_is_named(saved):
+    path = saved / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match="cut short or damaged"):
+        AutoQuantizedModel.from_pretrained(saved)
+    with pytest.raises(Exception, match="incomplete|invalid|deserializ"):
+        AutoModelForSequenceClassification.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("tensor", ["weight_indices", "weight_codebook", "bias"])
+def test_a_missing_tensor_is_an_error_not_garbage(saved, tensor):
+    path = saved / "model.safetensors"
+    tensors = load_file(path)
+    name = f"bert.encoder.layer.0.intermediate.dense.{tensor}"
+    del tensors[name]
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"lacks {name}"):
+        AutoModelForSequenceClassification.from_pretrained(saved)
+
+
+def test_a_future_format_says_what_to_install(saved):
+    rewrite_config(saved, lambda values: values.update(format_version=2, hologram=True))
+    with pytest.raises(ValueError, match="format_version=2.*pip install -U hf-quantnoise"):
+        AutoQuantizedModel.from_pretrained(saved)
+
+
+def test_a_plan_of_other_codes_than_the_file_is_an_error(saved):
+    def other_block_size(values):
+        values["plan"]["bert.encoder.layer.0.intermediate.dense"]["block_size"] = 8
+
+    rewrite_config(saved, other_block_size)
+    with pytest.raises(RuntimeError, match="mismatch"):
+        AutoModelForSequenceClassification.from_pretrained(saved)
+
+
+def test_foreign_checkpoints_are_refused(saved, tmp_path):
+    make_model("bert").save_pretrained(tmp_path / "dense")
+    with pytest.raises(ValueError, match="not quantized.*AutoModel"):
+        AutoQuantizedModel.from_pretrained(tmp_path / "dense")
+    rewrite_config(saved, lambda values: values.update(quant_method="aqlm"))
+    with pytest.raises(ValueError, match="quant_method='aqlm'"):
+        AutoQuantizedModelForSequenceClassification.from_pretrained(saved)
+    with pytest.raises(TypeError, match="from_pretrained"):
+        AutoQuantizedModel()
+
+
+# ---- refused before anything is changed ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (IPQConfig(block_size=5), ["block_size=5", "'ffn'", "[32, 64]"]),
+        (IPQConfig(stages=["fnn"]), ["'fnn'", "groups are"]),
+        (IPQConfig(stages=["ffn", "conv"]), ["'conv'"]),
+        (IPQConfig(target_modules=["nothing"]), ["target_modules='nothing'"]),
+        (IPQConfig(n_centroids=60_000), ["centroids"]),
+    ],
+)
+def test_what_cannot_be_carried_out_changes_nothing(config, words, input_ids):
+    model = make_model("bert")
+    before = logits(model, input_ids)
+    with pytest.raises(ValueError) as error:
+        quantize_model(model, config)
+    for word in words:
+        assert word in str(error.value)
+    assert torch.equal(logits(model, input_ids), before)
+    assert not getattr(model, "is_quantized", False)
+
+
+def test_quantizing_twice_is_refused():
+    model = quantize_model(make_model("bert"), CONFIGS["ipq"], progress=False)
+    with pytest.raises(ValueError, match="quantized already.*dequantize"):
+        quantize_model(model, CONFIGS["ipq"])
+
+
+def test_a_plain_module_is_refused():
+    with pytest.raises(TypeError, match="Linear.*PreTrainedModel"):
+        quantize_model(torch.nn.Linear(8, 8), CONFIGS["ipq"])
+
+
+def test_what_stays_dense_is_said_in_plan_and_report():
+    model = quantize_model(make_model("bert"), IPQConfig(block_size=4, n_centroids=24))
+    config = model.config.quantization_config
+    assert "in no stage" in config.left_dense["classifier"]
+    assert "bert.embeddings.token_type_embeddings" in config.left_dense
+    assert "bert.embeddings.token_type_embeddings" in str(size_report(model))
+    assert set(config.plan).isdisjoint(config.left_dense)

@@ -1,0 +1,67 @@
+"""The report against an independent count of section 3.3's formula and of the bytes in memory."""
+
+import math
+
+import pytest
+import torch
+from conftest import make_model
+
+from hf_quantnoise import FixedPointConfig, IPQConfig, quantize_model, size_report
+
+
+def row_of(report, name):
+    return next(row for row in report.rows if row.name == name)
+
+
+@pytest.mark.parametrize("bits", [32, 16])
+def test_formula_of_section_3_3(bits):
+    config = IPQConfig(block_size=8, n_centroids=16, codebook_bits=bits)
+    report = size_report(quantize_model(make_model("bert"), config, progress=False))
+    row = row_of(report, "bert.encoder.layer.0.intermediate.dense.weight")
+    k, d, blocks = 16, 8, 64 * 32 // 8
+    assert row.formula_bytes == (bits * k * d + math.log2(k) * blocks) / 8
+    assert row.disk_bytes == row.formula_bytes  # half a byte per block, nothing lost to padding
+    assert row.dense_bytes == 4 * 64 * 32
+    assert row.shape == (64, 32)
+    assert "16" in row.stored and "8" in row.stored
+    assert row.group == "ffn"
+
+
+def test_memory_is_what_the_parameters_hold():
+    model = quantize_model(make_model("gpt2"), IPQConfig(n_centroids=16), progress=False)
+    held = {id(t): t for t in model.state_dict(keep_vars=True).values()}
+    expected = sum(tensor.numel() * tensor.element_size() for tensor in held.values())
+    assert size_report(model).total.memory_bytes == expected
+
+
+def test_tied_weights_count_once(tied_model):
+    dense = size_report(tied_model).total
+    unique = {id(p): p for p in tied_model.parameters()}
+    buffers = dict(tied_model.named_buffers())
+    stored = [buffers[name] for name in tied_model.state_dict() if name in buffers]
+    expected = sum(4 * p.numel() for p in unique.values())
+    expected += sum(b.numel() * b.element_size() for b in stored)
+    assert dense.dense_bytes == dense.memory_bytes == expected
+    report = size_report(quantize_model(tied_model, IPQConfig(n_centroids=16), progress=False))
+    assert sum(row.stored.startswith("tied to") for row in report.rows) >= 1
+
+
+def test_int4_is_two_to_a_byte():
+    model = quantize_model(make_model("bert"), FixedPointConfig(bits=4), progress=False)
+    row = row_of(size_report(model), "bert.pooler.dense.weight")
+    assert row.stored == "int4"
+    assert row.disk_bytes == 32 * 32 // 2 + 8  # codes, then scale and zero point in float32
+
+
+def test_half_precision_models_are_compared_with_float32():
+    model = make_model("bert").to(torch.bfloat16)
+    total = size_report(model).total
+    assert total.dense_bytes == pytest.approx(2 * total.memory_bytes, rel=0.01)
+
+
+def test_the_table_shows_groups_totals_and_what_stays_dense():
+    model = quantize_model(make_model("bert"), IPQConfig(n_centroids=16), progress=False)
+    text = str(size_report(model))
+    for word in ("ffn", "embeddings", "attention", "total", "file header", "times smaller"):
+        assert word in text
+    assert "classifier: its group 'head' is in no stage" in text
