@@ -1,0 +1,45 @@
+"""Training with quantization noise and iterative product quantization for Transformers models.
+
+After "Training with Quantization Noise for Extreme Model Compression" (Fan, Stock et al., 2020).
+Importing the package also teaches ``transformers`` to load the models it compressed.
+"""
+
+from .callback import QuantNoiseCallback
+from .compression import CompressionArguments, quantize_model
+from .configuration import FixedPointConfig, IPQConfig, QuantNoiseConfig
+from .hub import (
+    AutoQuantizedModel,
+    AutoQuantizedModelForCausalLM,
+    AutoQuantizedModelForImageClassification,
+    AutoQuantizedModelForMaskedLM,
+    AutoQuantizedModelForQuestionAnswering,
+    AutoQuantizedModelForSeq2SeqLM,
+    AutoQuantizedModelForSequenceClassification,
+    AutoQuantizedModelForTokenClassification,
+)
+from .noise import apply_quant_noise, remove_quant_noise
+from .size import size_report
+from .trainer import QuantNoiseTrainer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AutoQuantizedModel",
+    "AutoQuantizedModelForCausalLM",
+    "AutoQuantizedModelForImageClassification",
+    "AutoQuantizedModelForMaskedLM",
+    "AutoQuantizedModelForQuestionAnswering",
+    "AutoQuantizedModelForSeq2SeqLM",
+    "AutoQuantizedModelForSequenceClassification",
+    "AutoQuantizedModelForTokenClassification",
+    "CompressionArguments",
+    "FixedPointConfig",
+    "IPQConfig",
+    "QuantNoiseCallback",
+    "QuantNoiseConfig",
+    "QuantNoiseTrainer",
+    "apply_quant_noise",
+    "quantize_model",
+    "remove_quant_noise",
+    "size_report",
+]

@@ -1,0 +1,99 @@
+"""``QuantNoiseCallback``: all state of noise training, for this package's trainer or any other."""
+
+from __future__ import annotations
+
+import math
+import os
+
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .configuration import QuantNoiseConfig
+from .noise import apply_quant_noise, find_state
+
+STATE_NAME = "quant_noise_state.safetensors"
+
+
+class QuantNoiseCallback(TrainerCallback):
+    """Injects noise when training begins and refreshes its codebooks and scales while it runs.
+
+    Works with any ``Trainer`` (``trainer.add_callback(QuantNoiseCallback(config))``): TRL,
+    sentence-transformers, or one's own. Checkpoints hold the config and the codebooks beside the
+    weights, and a resumed run goes on with them.
+
+    Args:
+        config: which noise; see :class:`QuantNoiseConfig`.
+    """
+
+    def __init__(self, config: QuantNoiseConfig) -> None:
+        if not isinstance(config, QuantNoiseConfig):
+            raise TypeError(
+                f"config is a {type(config).__name__}; give a QuantNoiseConfig, e.g. "
+                "QuantNoiseConfig(noise='proxy', p=0.1)"
+            )
+        self.config = config
+
+    def prepare(self, model: nn.Module) -> None:
+        """Applies the noise where the model has none yet."""
+        if find_state(model) is None:
+            apply_quant_noise(model, self.config)
+
+    def save(self, model: nn.Module, folder: str | os.PathLike) -> None:
+        """Writes the config and the fitted codebooks and scales into a checkpoint folder."""
+        state = find_state(model)
+        if state is None or not os.path.isdir(folder):
+            return
+        self.config.save_pretrained(folder)
+        tensors = {name: tensor.contiguous() for name, tensor in state.state_dict().items()}
+        if tensors:
+            save_file(tensors, os.path.join(folder, STATE_NAME))
+
+    def load(self, model: nn.Module, folder: str | os.PathLike) -> None:
+        """Reads what :meth:`save` wrote; a folder without it leaves the model as it is.
+
+        Raises:
+            ValueError: if the checkpoint was trained with another noise.
+        """
+        file_name = os.path.join(folder, STATE_NAME)
+        state = find_state(model)
+        if state is not None and os.path.isfile(file_name):
+            state.load_state_dict(load_file(file_name))
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
+    ):
+        """Applies the noise; in a resumed run, reads the checkpoint's codebooks."""
+        model = kwargs["model"]
+        self.prepare(model)
+        if state.global_step > 0:
+            self.load(model, _checkpoint(args, state))
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        """Refreshes the codebooks once per epoch (section 4.2)."""
+        noise = find_state(kwargs["model"])
+        # A run resumed inside an epoch passes here too, with codebooks of that epoch's beginning.
+        begins = state.global_step > 0 and math.isclose(state.epoch, round(state.epoch))
+        if noise is not None and begins and self.config.codebook_update == "epoch":
+            noise.refresh_codebooks()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        """Refreshes codebooks and scales that are due after so many steps."""
+        noise, step = find_state(kwargs["model"]), state.global_step
+        if noise is None or step == 0:
+            return
+        every = self.config.codebook_update
+        if every != "epoch" and step % every == 0:
+            noise.refresh_codebooks()
+        if step % self.config.scale_update_steps == 0:
+            noise.refresh_scales()
+
+    def on_save(self, args, state, control, **kwargs):
+        """Writes the noise's state into the checkpoint that was just saved."""
+        if state.is_world_process_zero:
+            self.save(kwargs["model"], _checkpoint(args, state))
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> str:
+    return os.path.join(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")

@@ -1,0 +1,250 @@
+"""The staged pass: pack a stage, finetune centroids and all that is still dense, evaluate, go on.
+
+Each stage has a trainer of its own. A running trainer's optimizer, scheduler and wrapped model do
+not know parameters that are born under it; a fresh one does.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+from ..configuration import QuantizedModelConfig
+from ..hub.card import format_metrics
+from ..hub.packer import ModelPacker, check_can_be_packed
+from ..modeling.packed import PREFIX
+from ..noise import remove_quant_noise
+from ..size import size_report
+from .arguments import CompressionArguments
+from .distillation import distillation_loss
+from .guards import GuardedTrainer
+
+
+@dataclass
+class StageRecord:
+    """What one stage did.
+
+    Attributes:
+        stage: structure group or regex; ``"dense"`` for the model before the pass.
+        layers: number of layers packed in it.
+        relative_error: ||W - W_q||^2 / ||W||^2 over those layers, before finetuning.
+        metric: what ``evaluate`` gave after the stage's finetuning; empty without an eval set.
+        mb: size on disk so far, in 10^6 bytes.
+        seconds: wall time of the stage.
+        finetuning: what the stage's ``train`` returned; empty without finetuning.
+    """
+
+    stage: str
+    layers: int
+    relative_error: float
+    mb: float
+    seconds: float
+    metric: dict[str, float] = field(default_factory=dict)
+    finetuning: dict[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able dict."""
+        return asdict(self)
+
+    def line(self) -> str:
+        """One line for people."""
+        return (
+            f"{self.stage:<12} {self.layers:>4} layers  relative error {self.relative_error:.4f}  "
+            f"{self.mb:8.3f} MB  {self.seconds:7.1f} s  "
+            f"{format_metrics(self.metric)}"
+        )
+
+
+class StageTrainer(GuardedTrainer):
+    """Finetunes a partly packed model, with labels, a teacher, or both.
+
+    Args:
+        compression_args: weights, temperature and learning rates.
+        teacher: the uncompressed model, or None to learn from labels alone.
+    """
+
+    def __init__(
+        self,
+        *args,
+        compression_args: CompressionArguments,
+        teacher: nn.Module | None = None,
+        **kwargs,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.compression_args = compression_args
+        self.teacher = teacher
+        if teacher is not None:
+            # The loss below is a mean over the batch, whatever the head does with its count.
+            self.model_accepts_loss_kwargs = False
+            self.loss_is_scaled_for_ga = False
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimizer of the run, with a parameter group of their own for the centroids."""
+        rate = self.compression_args.codebook_learning_rate
+        if self.optimizer is not None or rate is None:
+            return super().create_optimizer(model)
+        optimizer = super().create_optimizer(model)
+        names = {
+            id(parameter): name
+            for name, parameter in (self.model if model is None else model).named_parameters()
+        }
+        codebooks = []
+        for group in optimizer.param_groups:
+            own = [
+                parameter
+                for parameter in group["params"]
+                if names[id(parameter)].rpartition(".")[2].startswith(PREFIX)
+            ]
+            kept = {id(parameter) for parameter in own}
+            group["params"] = [p for p in group["params"] if id(p) not in kept]
+            codebooks += own
+        optimizer.add_param_group({"params": codebooks, "lr": rate, "weight_decay": 0.0})
+        return optimizer
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """(1 - w) * loss of the labels + w * divergence from the teacher."""
+        if self.teacher is None or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = inputs.get("labels")
+        weight = self.compression_args.distill_weight
+        if weight < 1:
+            loss, outputs = super().compute_loss(model, dict(inputs), return_outputs=True)
+        else:
+            loss, outputs = 0.0, model(**{k: v for k, v in inputs.items() if k != "labels"})
+        with torch.no_grad():
+            teacher = self.teacher(**{k: v for k, v in inputs.items() if k != "labels"})
+        divergence = distillation_loss(
+            outputs["logits"], teacher["logits"], self.compression_args.temperature, labels
+        )
+        loss = (1 - weight) * loss + weight * divergence
+        return (loss, outputs) if return_outputs else loss
+
+
+def _stage_arguments(
+    args: TrainingArguments, compression_args: CompressionArguments, number: int
+) -> TrainingArguments:
+    """The run's own arguments with the stage's length and learning rate; nothing is written."""
+    stage = copy.copy(args)
+    changes = {
+        "num_train_epochs": compression_args.stage_epochs,
+        "max_steps": -1,
+        "warmup_steps": 0,
+        "save_strategy": "no",
+        "eval_strategy": "no",
+        "load_best_model_at_end": False,
+        "push_to_hub": False,
+        "seed": args.seed + number,
+    }
+    if compression_args.stage_learning_rate is not None:
+        changes["learning_rate"] = compression_args.stage_learning_rate
+    for name, value in changes.items():
+        setattr(stage, name, value)
+    return stage
+
+
+def _teacher_of(
+    model: nn.Module, given: nn.Module | None, compression_args: CompressionArguments
+) -> nn.Module | None:
+    if not compression_args.distill or compression_args.stage_epochs == 0:
+        return None
+    teacher = copy.deepcopy(model) if given is None else given
+    return teacher.eval().requires_grad_(False).to(next(model.parameters()).device)
+
+
+def compress_in_stages(
+    trainer: Trainer,
+    config: QuantizedModelConfig,
+    compression_args: CompressionArguments | None = None,
+    teacher: nn.Module | None = None,
+    report: Callable[[StageRecord], None] | None = None,
+) -> tuple[PreTrainedModel, list[StageRecord]]:
+    """Quantizes a trainer's model stage by stage, in place.
+
+    Args:
+        trainer: gives the model, its data, metrics and arguments.
+        config: what to produce; its ``stages`` are the order.
+        compression_args: how to finetune between stages.
+        teacher: the model to learn from; None takes a frozen copy of the model itself.
+        report: called with each stage's record as it comes.
+
+    Returns:
+        The packed model and the records, the dense model's first.
+
+    Raises:
+        ValueError: before anything is changed, if the config cannot be carried out or a stage has
+            no training data.
+    """
+    compression_args = compression_args or CompressionArguments()
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if compression_args.stage_epochs > 0 and trainer.train_dataset is None:
+        raise ValueError(
+            "compress finetunes between stages and the trainer has no train_dataset; give it one, "
+            "or set CompressionArguments(stage_epochs=0)"
+        )
+    check_can_be_packed(model)
+    remove_quant_noise(model)
+    packer = ModelPacker(model, config)
+    teacher = _teacher_of(model, teacher, compression_args)
+    records: list[StageRecord] = []
+
+    def finish(stage: str, layers: int, error: float, start: float, **more) -> None:
+        record = StageRecord(
+            stage=stage,
+            layers=layers,
+            relative_error=error,
+            mb=size_report(model).total.disk_bytes / 1e6,
+            metric=_evaluate(stage_trainer),
+            seconds=time.perf_counter() - start,
+            **more,
+        )
+        records.append(record)
+        if report is not None:
+            report(record)
+
+    start = time.perf_counter()
+    stage_trainer = _stage_trainer(trainer, model, compression_args, None, 0)
+    finish("dense", 0, 0.0, start)
+    for number, stage in enumerate(tqdm(packer.stages, desc="stages", unit="stage"), 1):
+        start = time.perf_counter()
+        packed = packer.pack_stage(stage)
+        stage_trainer = _stage_trainer(trainer, model, compression_args, teacher, number)
+        trained = {}
+        if compression_args.stage_epochs > 0:
+            trained = stage_trainer.train().metrics
+            model.eval()
+        finish(stage or "all", len(packed.layers), packed.relative_error, start, finetuning=trained)
+    return model, records
+
+
+def _stage_trainer(
+    trainer: Trainer,
+    model: PreTrainedModel,
+    compression_args: CompressionArguments,
+    teacher: nn.Module | None,
+    number: int,
+) -> StageTrainer:
+    return StageTrainer(
+        model,
+        _stage_arguments(trainer.args, compression_args, number),
+        compression_args=compression_args,
+        teacher=teacher,
+        data_collator=trainer.data_collator,
+        train_dataset=trainer.train_dataset,
+        eval_dataset=trainer.eval_dataset,
+        processing_class=trainer.processing_class,
+        compute_loss_func=trainer.compute_loss_func,
+        compute_metrics=trainer.compute_metrics,
+        preprocess_logits_for_metrics=trainer.preprocess_logits_for_metrics,
+    )
+
+
+def _evaluate(trainer: Trainer) -> dict[str, float]:
+    return {} if trainer.eval_dataset is None else trainer.evaluate()

@@ -1,0 +1,124 @@
+"""``QuantNoiseTrainer``: a thin ``Trainer`` that trains with noise, then compresses."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, TrainingArguments
+
+from .callback import QuantNoiseCallback
+from .compression import CompressionArguments, GuardedTrainer, compress_in_stages
+from .compression.stages import StageRecord
+from .configuration import QuantizedModelConfig, QuantNoiseConfig
+from .hub.card import add_card_section
+from .noise import find_state
+
+
+class QuantNoiseTrainer(GuardedTrainer):
+    """Finetunes a model with quantization noise and compresses it.
+
+    Args:
+        model: a transformers model.
+        args: ``TrainingArguments``.
+        qn_config: which noise to train with; None trains without any.
+        kwargs: all that ``Trainer`` takes.
+
+    Attributes:
+        compression_history: after :meth:`compress`, one dict per stage (see
+            :class:`~hf_quantnoise.compression.StageRecord`), the dense model's first.
+
+    Raises:
+        TypeError: if ``qn_config`` is something else.
+
+    Example:
+        >>> trainer = QuantNoiseTrainer(model, args, QuantNoiseConfig(noise="proxy", p=0.1), ...)
+        >>> trainer.train()
+        >>> small = trainer.compress(IPQConfig(block_size=4))
+        >>> small.save_pretrained("out")
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        qn_config: QuantNoiseConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if qn_config is not None and not isinstance(qn_config, QuantNoiseConfig):
+            raise TypeError(
+                f"qn_config is a {type(qn_config).__name__}; the third argument of "
+                "QuantNoiseTrainer is a QuantNoiseConfig, e.g. QuantNoiseConfig(noise='proxy', "
+                "p=0.1); pass data_collator and the rest by name"
+            )
+        super().__init__(model, args, **kwargs)
+        self.qn_config = qn_config
+        self.compression_history: list[dict[str, Any]] = []
+        self.noise_callback: QuantNoiseCallback | None = None
+        if qn_config is not None:
+            self.noise_callback = QuantNoiseCallback(qn_config)
+            self.noise_callback.prepare(self.model)
+            self.add_callback(self.noise_callback)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.noise_callback is not None:
+            self.noise_callback.load(self.model if model is None else model, resume_from_checkpoint)
+
+    def compress(
+        self,
+        config: QuantizedModelConfig,
+        compression_args: CompressionArguments | None = None,
+        teacher: nn.Module | None = None,
+    ) -> PreTrainedModel:
+        """Compresses the model stage by stage (iPQ, section 3.2), in place.
+
+        The noise is removed; each stage quantizes its layers and finetunes centroids and all that
+        is still dense, with the uncompressed model as teacher; a bar shows the stages, and each
+        prints one line.
+
+        Args:
+            config: :class:`IPQConfig` or :class:`FixedPointConfig`.
+            compression_args: how to finetune; the default is one epoch per stage with a teacher.
+            teacher: another model to learn from.
+
+        Returns:
+            The packed model, which is ``self.model`` too.
+
+        Raises:
+            ValueError: before anything is changed, where the config cannot be carried out.
+        """
+        if not isinstance(config, QuantizedModelConfig):
+            raise TypeError(
+                f"config is a {type(config).__name__}; compress takes an IPQConfig or a "
+                "FixedPointConfig, e.g. compress(IPQConfig(block_size=4))"
+            )
+        self.compression_history = []
+        model, _ = compress_in_stages(self, config, compression_args, teacher, self._report_stage)
+        if self.noise_callback is not None:
+            self.remove_callback(self.noise_callback)  # a later train() finetunes the packed model
+            self.noise_callback = None
+        self._forget_dense_model(model)
+        return model
+
+    def _report_stage(self, record: StageRecord) -> None:
+        self.compression_history.append(record.to_dict())
+        if self.is_world_process_zero():
+            tqdm.write(record.line())
+
+    def _forget_dense_model(self, model: PreTrainedModel) -> None:
+        """Drops the optimizer and wrapper of the dense model: their parameters are gone."""
+        self.model = self.model_wrapped = model
+        self.optimizer = self.lr_scheduler = None
+        self.accelerator.free_memory()
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """``Trainer``'s card, headed by how to load the model and followed by what was done."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            card = os.path.join(self.args.output_dir, "README.md")
+            state = find_state(self.model)
+            noise = self.qn_config if state is not None or self.qn_config is not None else None
+            add_card_section(card, self.model, noise, self.compression_history)

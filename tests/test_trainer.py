@@ -1,0 +1,223 @@
+"""The noise phase under ``Trainer``: checkpoints, resuming, the callback, the card."""
+
+import copy
+import json
+
+import pytest
+import torch
+from conftest import make_model
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+)
+
+from hf_quantnoise import (
+    CompressionArguments,
+    IPQConfig,
+    QuantNoiseCallback,
+    QuantNoiseConfig,
+    QuantNoiseTrainer,
+    apply_quant_noise,
+)
+from hf_quantnoise.noise import find_state
+
+NOISES = {
+    "proxy": QuantNoiseConfig(noise="proxy", p=0.2),
+    "pq": QuantNoiseConfig(noise="pq", p=0.2, n_centroids=16, codebook_update=2),
+    "int8": QuantNoiseConfig(noise="int8", p=0.5, scale_update_steps=2),
+    "both": QuantNoiseConfig(noise=["pq", "int8"], p=0.1, n_centroids=16),
+}
+
+
+def arguments(folder, **changes):
+    settings = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 16,
+        "num_train_epochs": 2,
+        "learning_rate": 1e-3,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "save_steps": 4,
+        **changes,
+    }
+    return TrainingArguments(**settings)
+
+
+def parameters(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+
+
+@pytest.mark.parametrize("noise", NOISES.values(), ids=NOISES)
+def test_resuming_in_the_noise_phase_is_bit_exact(noise, tmp_path, parity_data):
+    def trainer(folder):
+        return QuantNoiseTrainer(
+            make_model("bert"), arguments(folder), noise, train_dataset=parity_data
+        )
+
+    straight = trainer(tmp_path / "a")
+    straight.train()
+    resumed = trainer(tmp_path / "b")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-8"))
+    assert_same(parameters(straight.model), parameters(resumed.model))
+
+
+@pytest.mark.parametrize("noise", NOISES.values(), ids=NOISES)
+def test_checkpoints_of_the_noise_phase_are_plain(noise, tmp_path, parity_data):
+    trainer = QuantNoiseTrainer(
+        make_model("bert"), arguments(tmp_path), noise, train_dataset=parity_data
+    )
+    trainer.train()
+    folder = tmp_path / "checkpoint-12"
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == ["BertForSequenceClassification"]
+    plain, info = AutoModelForSequenceClassification.from_pretrained(
+        folder, output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert_same(parameters(plain), parameters(trainer.model))
+    assert QuantNoiseConfig.from_pretrained(folder) == noise
+
+
+def test_the_best_model_is_loaded_at_the_end(tmp_path, parity_data):
+    trainer = QuantNoiseTrainer(
+        make_model("bert"),
+        arguments(tmp_path, eval_strategy="steps", eval_steps=4, load_best_model_at_end=True),
+        NOISES["pq"],
+        train_dataset=parity_data,
+        eval_dataset=parity_data,
+    )
+    trainer.train()
+    best = trainer.state.best_model_checkpoint
+    stored = BertForSequenceClassification.from_pretrained(best)
+    assert_same(parameters(stored), parameters(trainer.model))
+    assert find_state(trainer.model) is not None
+
+
+def test_a_seed_reproduces_a_run_and_another_does_not(tmp_path, parity_data):
+    def run(seed):
+        trainer = QuantNoiseTrainer(
+            make_model("bert"),
+            arguments(tmp_path, seed=seed, data_seed=0, save_strategy="no"),
+            NOISES["proxy"],
+            train_dataset=parity_data,
+        )
+        trainer.train()
+        return parameters(trainer.model)
+
+    assert_same(run(1), run(1))
+    weight = "classifier.weight"
+    assert not torch.equal(run(1)[weight], run(2)[weight])
+
+
+def test_the_callback_does_the_same_for_a_plain_trainer(tmp_path, parity_data):
+    noise = NOISES["pq"]
+    trainer = Trainer(make_model("bert"), arguments(tmp_path / "a"), train_dataset=parity_data)
+    trainer.add_callback(QuantNoiseCallback(noise))
+    trainer.train()
+    ours = QuantNoiseTrainer(
+        make_model("bert"), arguments(tmp_path / "b"), noise, train_dataset=parity_data
+    )
+    ours.train()
+    assert_same(parameters(trainer.model), parameters(ours.model))
+    resumed = Trainer(make_model("bert"), arguments(tmp_path / "a"), train_dataset=parity_data)
+    resumed.add_callback(QuantNoiseCallback(noise))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-8"))
+    assert_same(parameters(resumed.model), parameters(ours.model))
+
+
+def test_codebooks_are_refreshed_when_they_are_due(tmp_path, parity_data, monkeypatch):
+    def refreshes(**fields):
+        noise = QuantNoiseConfig(noise=["pq", "int8"], p=0.1, n_centroids=16, **fields)
+        trainer = QuantNoiseTrainer(
+            make_model("bert"), arguments(tmp_path), noise, train_dataset=parity_data
+        )
+        counts = {"refresh_codebooks": 0, "refresh_scales": 0}
+        for name in counts:
+            original = getattr(type(find_state(trainer.model)), name)
+
+            def counted(self, name=name, original=original):
+                counts[name] += 1
+                return original(self)
+
+            monkeypatch.setattr(type(find_state(trainer.model)), name, counted)
+        trainer.train()
+        monkeypatch.undo()
+        return counts
+
+    # 96 rows, batches of 16, 2 epochs: 12 steps. The fit of the start is apply_quant_noise's.
+    assert refreshes() == {"refresh_codebooks": 1, "refresh_scales": 1}
+    assert refreshes(codebook_update=5) == {"refresh_codebooks": 2, "refresh_scales": 1}
+    assert refreshes(scale_update_steps=3)["refresh_scales"] == 3
+
+
+def test_noise_by_hand_is_taken_as_it_is(tmp_path, parity_data):
+    model = apply_quant_noise(make_model("bert"), NOISES["proxy"])
+    state = find_state(model)
+    trainer = QuantNoiseTrainer(
+        model, arguments(tmp_path, save_strategy="no"), NOISES["proxy"], train_dataset=parity_data
+    )
+    trainer.train()
+    assert find_state(trainer.model) is state
+
+
+def test_without_a_config_it_is_a_trainer(tmp_path, parity_data):
+    settings = arguments(tmp_path, save_strategy="no")
+    results = []
+    for kind in (Trainer, QuantNoiseTrainer):
+        trainer = kind(make_model("bert"), settings, train_dataset=parity_data)
+        trainer.train()
+        results.append(parameters(trainer.model))
+    assert_same(*results)
+
+
+def test_model_init_gets_its_noise(tmp_path, parity_data):
+    trainer = QuantNoiseTrainer(
+        args=arguments(tmp_path, save_strategy="no"),
+        qn_config=NOISES["proxy"],
+        model_init=lambda: make_model("bert"),
+        train_dataset=parity_data,
+    )
+    trainer.train()
+    assert find_state(trainer.model) is not None
+
+
+def test_the_card_says_how_to_load_before_anything_else(tmp_path, parity_data):
+    trainer = QuantNoiseTrainer(
+        make_model("bert"),
+        arguments(tmp_path, save_strategy="no", num_train_epochs=1),
+        NOISES["proxy"],
+        train_dataset=parity_data,
+        eval_dataset=parity_data,
+    )
+    trainer.train()
+    small = trainer.compress(IPQConfig(n_centroids=16), CompressionArguments(stage_epochs=0))
+    trainer.create_model_card(model_name="small")
+    card = (tmp_path / "README.md").read_text()
+    body = card.split("---", 2)[2]
+    assert body.index("import hf_quantnoise") < body.index("# small")
+    assert "quant-noise" in card.split("---", 2)[1]
+    assert "`proxy` at rate 0.2" in body
+    assert all(f"| {stage} |" in body for stage in ("dense", "ffn", "embeddings", "attention"))
+    assert "quant-noise" in small.model_tags
+
+
+def test_compress_leaves_a_noise_free_model(tmp_path, parity_data):
+    trainer = QuantNoiseTrainer(
+        make_model("bert"), arguments(tmp_path), NOISES["proxy"], train_dataset=parity_data
+    )
+    clean = copy.deepcopy(trainer.model).eval()
+    small = trainer.compress(IPQConfig(n_centroids=16), CompressionArguments(stage_epochs=0))
+    assert find_state(small) is None
+    small.train()
+    names = {type(module).__name__ for module in small.modules()}
+    assert not any(name.startswith("QN") for name in names)
+    assert torch.equal(clean.classifier.weight, small.classifier.weight)
