@@ -1,0 +1,337 @@
+#!/usr/bin/env python
+"""The README's table: SST-2, several seeds, one shot beside labels beside teacher.
+
+Per seed, a checkpoint is finetuned without noise and one with it. Each is then compressed in one
+shot, in stages with labels only, and in stages with the uncompressed model as teacher. All seeds
+train on the same sentences. Every figure is one run of ``examples/run_glue.py``, in this process;
+compressed models are scored as they come back from disk.
+
+    python benchmarks/glue_sst2.py --model_dir ../shared/models/minilm \\
+      --data_dir ../shared/data/sst2
+    python benchmarks/glue_sst2.py --table
+
+A finished run appends one line to ``--results`` at once; runs that stand there are skipped, so a
+broken benchmark is started again with the same command.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import shutil
+import statistics
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+
+import torch
+from transformers import HfArgumentParser
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "examples"))
+
+from glue_arguments import parse_arguments, parse_int_or_dict  # noqa: E402
+from run_glue import run, versions  # noqa: E402
+
+# How a checkpoint is compressed: flags of run_glue.py. Staged ones take --stage_epochs as well.
+METHODS = {
+    "one shot": ["--stage_epochs", "0"],
+    "stages, labels only": ["--distill", "False"],
+    "stages, teacher": ["--distill", "True"],
+}
+
+
+@dataclass
+class BenchmarkArguments:
+    """What to run; the defaults are those of the README's table."""
+
+    model_dir: str = field(
+        default="../shared/models/minilm", metadata={"help": "Pretrained checkpoint."}
+    )
+    data_dir: str = field(
+        default="../shared/data/sst2", metadata={"help": "Holds train.parquet and dev.parquet."}
+    )
+    results: str = field(
+        default="benchmarks/results/glue_sst2.jsonl", metadata={"help": "One line per run."}
+    )
+    work_dir: str = field(
+        default="benchmarks/runs/glue_sst2", metadata={"help": "Finetuned checkpoints are kept."}
+    )
+    seeds: list[int] = field(default_factory=lambda: [42, 43, 44], metadata={"help": "Seeds."})
+    train_samples: int = field(
+        default=10_000, metadata={"help": "Training sentences, the same ones for every seed."}
+    )
+    eval_samples: int | None = field(
+        default=None, metadata={"help": "Dev sentences; default: all."}
+    )
+    noises: list[str] = field(
+        default_factory=lambda: ["none", "proxy"], metadata={"help": "One checkpoint for each."}
+    )
+    noise_rate: float = field(default=0.1, metadata={"help": "p of the noise."})
+    noise_block_size: str = field(default="8", metadata={"help": "Blocks of the noise."})
+    epochs: float = field(default=2.0, metadata={"help": "Epochs of the finetuning."})
+    learning_rate: float = field(default=5e-5, metadata={"help": "Its learning rate."})
+    batch_size: int = field(default=32, metadata={"help": "Batch size, finetuning and stages."})
+    max_seq_length: int = field(default=64, metadata={"help": "Tokens per sentence."})
+    methods: list[str] = field(
+        default_factory=lambda: list(METHODS), metadata={"help": f"Of {', '.join(METHODS)}."}
+    )
+    block_sizes: list[str] = field(
+        default_factory=lambda: ["4", "ffn=8,embeddings=8,attention=4"],
+        metadata={"help": "Blocks of the compressed models, each as run_glue.py's --block_size."},
+    )
+    n_centroids: int = field(default=256, metadata={"help": "Centroids per codebook."})
+    codebook_bits: int = field(default=32, metadata={"help": "Bits of a stored centroid."})
+    stage_epochs: float = field(default=1.0, metadata={"help": "Epochs after each stage."})
+    stage_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the stages; default: --learning_rate."}
+    )
+    codebook_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of centroids; default: that of the stage."}
+    )
+    table: bool = field(default=False, metadata={"help": "Print the table of --results, no runs."})
+    keep: bool = field(default=False, metadata={"help": "Keep compressed models in --work_dir."})
+
+    def __post_init__(self) -> None:
+        for method in self.methods:
+            if method not in METHODS:
+                raise ValueError(f"--methods {method!r} is unknown; known: {', '.join(METHODS)}")
+        for blocks in self.block_sizes:
+            parse_int_or_dict("block_sizes", blocks)
+
+
+# ---- runs ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: what decides its figures (the key), its folder and its flags."""
+
+    key: dict
+    folder: str
+    flags: list[str]
+
+
+def _shared_flags(args: BenchmarkArguments, seed: int) -> list[str]:
+    flags = {
+        "train_file": os.path.join(args.data_dir, "train.parquet"),
+        "validation_file": os.path.join(args.data_dir, "dev.parquet"),
+        "task_name": "sst2",
+        "shuffle_train_dataset": True,
+        "max_train_samples": args.train_samples,
+        "max_eval_samples": args.eval_samples,
+        "max_seq_length": args.max_seq_length,
+        "per_device_train_batch_size": args.batch_size,
+        "per_device_eval_batch_size": 64,
+        "learning_rate": args.learning_rate,
+        "seed": seed,
+        "save_strategy": "no",
+        "logging_steps": 100,
+    }
+    return _flags(flags)
+
+
+def _flags(values: dict) -> list[str]:
+    return [word for name, v in values.items() if v is not None for word in (f"--{name}", str(v))]
+
+
+def _slug(*parts: object) -> str:
+    text = "-".join(str(part) for part in parts)
+    return "".join(c if c.isalnum() or c in "-." else "_" for c in text)
+
+
+def _noise_key(args: BenchmarkArguments, noise: str) -> dict:
+    if noise == "none":
+        return {"noise": "none"}
+    return {
+        "noise": noise,
+        "noise_rate": args.noise_rate,
+        "noise_block_size": args.noise_block_size,
+    }
+
+
+def _dense_job(args: BenchmarkArguments, seed: int, noise: str) -> Job:
+    key = {
+        "method": "float32",
+        "seed": seed,
+        "model": os.path.basename(os.path.normpath(args.model_dir)),
+        "train_samples": args.train_samples,
+        "eval_samples": args.eval_samples,
+        "max_seq_length": args.max_seq_length,
+        "epochs": args.epochs,
+        "learning_rate": args.learning_rate,
+        "batch_size": args.batch_size,
+        **_noise_key(args, noise),
+    }
+    # Every setting stands in the folder's name: a checkpoint of other settings is never taken.
+    folder = os.path.join(args.work_dir, _slug(*key.values()))
+    flags = [
+        *_shared_flags(args, seed),
+        *_flags({**_noise_key(args, noise), "num_train_epochs": args.epochs}),
+        *_flags({"model_name_or_path": args.model_dir, "output_dir": folder}),
+        "--no_compress",
+    ]
+    return Job(key, folder, flags)
+
+
+def _compressed_job(args: BenchmarkArguments, dense: Job, method: str, blocks: str) -> Job:
+    staged = method != "one shot"
+    stage = {
+        "stage_epochs": args.stage_epochs,
+        "stage_learning_rate": args.stage_learning_rate,
+        "codebook_learning_rate": args.codebook_learning_rate,
+    }
+    target = {
+        "block_size": blocks,
+        "n_centroids": args.n_centroids,
+        "codebook_bits": args.codebook_bits,
+    }
+    key = {**dense.key, "method": method, **target, **(stage if staged else {})}
+    folder = os.path.join(dense.folder, _slug(method, blocks))
+    flags = [
+        *_shared_flags(args, dense.key["seed"]),
+        *_flags({"model_name_or_path": os.path.join(dense.folder, "dense")}),
+        *_flags({"output_dir": folder, "do_train": False, **target}),
+        *(_flags(stage) if staged else []),
+        *METHODS[method],
+    ]
+    return Job(key, folder, flags)
+
+
+def read_lines(path: str) -> list[dict]:
+    """The finished runs of a results file; none where there is no file."""
+    if not os.path.isfile(path):
+        return []
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file if line.strip()]
+
+
+def _machine() -> str:
+    name = platform.processor() or platform.machine()
+    if os.path.isfile("/proc/cpuinfo"):
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.partition(":")[2].strip() for line in file if "model name" in line]
+        name = names[0] if names else name
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}, {name}"
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def _carry_out(job: Job, args: BenchmarkArguments) -> None:
+    """Runs a job and appends its line."""
+    results = run(parse_arguments(job.flags))
+    compressed = results.get("compressed")
+    figures = results["reloaded"] if compressed else results["dense"]
+    part = compressed or results["dense"]
+    line = {
+        "key": job.key,
+        "accuracy": figures["metrics"]["accuracy"],
+        "bytes": part["bytes"],
+        "dense_bytes": results["dense"]["bytes"],
+        "seconds": part["seconds"],
+        "stages": part.get("stages"),
+        "logits_bit_equal": figures.get("logits_bit_equal"),
+        "examples": results["examples"],
+        "command": shlex.join([os.path.basename(sys.executable), *sys.argv]),
+        "machine": _machine(),
+        "versions": versions(),
+        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    os.makedirs(os.path.dirname(os.path.abspath(args.results)), exist_ok=True)
+    with open(args.results, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def _jobs(args: BenchmarkArguments) -> Iterator[tuple[Job, list[Job]]]:
+    for seed in args.seeds:
+        for noise in args.noises:
+            dense = _dense_job(args, seed, noise)
+            yield (
+                dense,
+                [
+                    _compressed_job(args, dense, method, blocks)
+                    for blocks in args.block_sizes
+                    for method in args.methods
+                ],
+            )
+
+
+def run_all(args: BenchmarkArguments) -> None:
+    """Carries out every run that is not in the results file yet."""
+    done = [line["key"] for line in read_lines(args.results)]
+    for dense, jobs in _jobs(args):
+        missing = [job for job in jobs if job.key not in done]
+        checkpoint = os.path.join(dense.folder, "dense", "model.safetensors")
+        if dense.key not in done or (missing and not os.path.isfile(checkpoint)):
+            print(f"== {dense.key}", flush=True)
+            _carry_out(dense, args) if dense.key not in done else run(parse_arguments(dense.flags))
+        for job in missing:
+            print(f"== {job.key}", flush=True)
+            _carry_out(job, args)
+            if not args.keep:
+                shutil.rmtree(job.folder)
+
+
+# ---- the table -----------------------------------------------------------------------------------
+
+
+def _row(lines: list[dict], seeds: list[int]) -> str:
+    key = lines[0]["key"]
+    by_seed = {line["key"]["seed"]: 100 * line["accuracy"] for line in lines}
+    values = list(by_seed.values())
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    each = " / ".join(f"{by_seed[seed]:.1f}" if seed in by_seed else "-" for seed in seeds)
+    size = statistics.mean(line["bytes"] for line in lines)
+    times = statistics.mean(line["dense_bytes"] / line["bytes"] for line in lines)
+    noise = key["noise"] if key["noise"] == "none" else f"{key['noise']} p={key['noise_rate']:g}"
+    cells = (
+        noise,
+        key["method"],
+        key.get("block_size", ""),
+        f"{statistics.mean(values):.1f}{spread}",
+        each,
+        f"{size / 1e6:.2f}",
+        f"{times:.1f}",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def table(lines: list[dict]) -> str:
+    """The markdown table of some runs: mean and sample standard deviation over seeds.
+
+    Raises:
+        ValueError: if there is no run.
+    """
+    if not lines:
+        raise ValueError("--results holds no finished run; run the benchmark without --table first")
+    seeds = sorted({line["key"]["seed"] for line in lines})
+    groups: dict[str, list[dict]] = {}
+    for line in lines:
+        settings = {k: v for k, v in line["key"].items() if k != "seed"}
+        groups.setdefault(json.dumps(settings, sort_keys=True), []).append(line)
+    names = " / ".join(map(str, seeds))
+    text = [
+        f"| noise | compression | block size | accuracy | seeds {names} | MB | times smaller |",
+        "|---|---|---|---|---|---|---|",
+        *(_row(group, seeds) for group in groups.values()),
+        "",
+        f"{lines[-1]['examples']['train']:,} training and {lines[-1]['examples']['validation']:,} "
+        f"dev sentences; seeds {', '.join(map(str, seeds))}; mean and sample standard deviation.",
+        *(f"Command: `{command}`" for command in dict.fromkeys(line["command"] for line in lines)),
+        *(f"Machine: {machine}" for machine in dict.fromkeys(line["machine"] for line in lines)),
+    ]
+    return "\n".join(text)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point; ``argv`` defaults to the command line."""
+    (args,) = HfArgumentParser(BenchmarkArguments).parse_args_into_dataclasses(args=argv)
+    if not args.table:
+        run_all(args)
+    print(table(read_lines(args.results)))
+
+
+if __name__ == "__main__":
+    main()

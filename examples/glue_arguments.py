@@ -1,0 +1,238 @@
+"""The command line of ``run_glue.py``: model, noise, compression, and ``TrainingArguments``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from dataclasses import dataclass, field
+from typing import Literal
+
+from glue_data import DataArguments
+from transformers import HfArgumentParser, TrainingArguments
+
+from hf_quantnoise import CompressionArguments, FixedPointConfig, IPQConfig, QuantNoiseConfig
+
+
+def parse_int_or_dict(flag: str, text: str) -> int | dict[str, int]:
+    """``8``, ``{"ffn": 8, "attention": 4}`` or ``ffn=8,attention=4`` -> an int or a dict.
+
+    Raises:
+        ValueError: naming the flag and the three forms.
+    """
+    text = str(text).strip()
+    try:
+        if "=" in text and not text.startswith("{"):
+            pairs = (part.rsplit("=", 1) for part in text.split(","))
+            return {key.strip(): int(size) for key, size in pairs}
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if isinstance(value, int | dict) and not isinstance(value, bool):
+        return value
+    raise ValueError(
+        f"--{flag} {text!r} is no block size; give an integer (8), pairs "
+        '(ffn=8,embeddings=8,attention=4) or JSON (\'{"ffn": 8, "attention": 4}\')'
+    )
+
+
+def parse_patterns(text: str | None) -> str | list[str] | None:
+    """A regex for whole layer names, or a JSON list of exact names and suffixes."""
+    try:
+        value = json.loads(text) if text else None
+    except ValueError:
+        return text
+    return value if isinstance(value, list) else text
+
+
+@dataclass
+class ModelArguments:
+    """Which model to start from."""
+
+    model_name_or_path: str = field(metadata={"help": "Checkpoint: a folder or a Hub repository."})
+    config_name: str | None = field(
+        default=None, metadata={"help": "Config, if it is another than the checkpoint's."}
+    )
+    tokenizer_name: str | None = field(
+        default=None, metadata={"help": "Tokenizer, if it is another than the checkpoint's."}
+    )
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "Where downloads and read data are kept."}
+    )
+    model_revision: str = field(
+        default="main", metadata={"help": "Branch, tag or commit of the checkpoint."}
+    )
+    token: str | None = field(
+        default=None, metadata={"help": "Hub token; default: the one of `hf auth login`."}
+    )
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = field(
+        default="float32",
+        metadata={"help": "Type in which weights are loaded and finetuned; auto: as stored."},
+    )
+    ignore_mismatched_sizes: bool = field(
+        default=False, metadata={"help": "Put a new head on a checkpoint that has another's."}
+    )
+
+    def hub(self) -> dict:
+        """Keyword arguments of every ``from_pretrained``."""
+        return {"cache_dir": self.cache_dir, "revision": self.model_revision, "token": self.token}
+
+
+@dataclass
+class NoiseArguments:
+    """Noise on the weights while finetuning (section 4 of the paper)."""
+
+    noise: list[str] = field(
+        default_factory=lambda: ["proxy"],
+        metadata={"help": "proxy, mean, pq, int8, int4, ...; several are composed; none: plain."},
+    )
+    noise_rate: list[float] = field(
+        default_factory=lambda: [0.1],
+        metadata={"help": "Share of the blocks noised in each forward; one, or one per noise."},
+    )
+    noise_block_size: str | None = field(
+        default=None, metadata={"help": "As --block_size, which is also the default."}
+    )
+    noise_n_centroids: int | None = field(
+        default=None, metadata={"help": "Centroids of pq noise; default: --n_centroids."}
+    )
+    codebook_update: str = field(
+        default="epoch", metadata={"help": "Refresh of pq noise's codebooks: epoch, or steps."}
+    )
+    scale_update_steps: int = field(
+        default=10, metadata={"help": "Steps between refreshes of intN noise's scales."}
+    )
+    noise_target_modules: str | None = field(
+        default=None, metadata={"help": "Noised layers: a regex, or a JSON list of suffixes."}
+    )
+    noise_exclude_modules: str | None = field(
+        default=None, metadata={"help": "Layers without noise; same form."}
+    )
+
+    def config(self, options: CompressionOptions, seed: int) -> QuantNoiseConfig | None:
+        """The noise of the run; None for ``--noise none``."""
+        if self.noise == ["none"]:
+            return None
+        single = len(self.noise) == 1
+        update = self.codebook_update
+        return QuantNoiseConfig(
+            noise=self.noise[0] if single else self.noise,
+            p=self.noise_rate[0] if len(self.noise_rate) == 1 else self.noise_rate,
+            block_size=(
+                parse_int_or_dict("block_size", options.block_size)
+                if self.noise_block_size is None
+                else parse_int_or_dict("noise_block_size", self.noise_block_size)
+            ),
+            n_centroids=self.noise_n_centroids or options.n_centroids,
+            codebook_update=int(update) if update.isdigit() else update,
+            scale_update_steps=self.scale_update_steps,
+            target_modules=parse_patterns(self.noise_target_modules),
+            exclude_modules=parse_patterns(self.noise_exclude_modules),
+            seed=seed,
+        )
+
+
+@dataclass
+class CompressionOptions:
+    """What the small model is to be; how it is finetuned is in ``CompressionArguments``."""
+
+    compress: bool = field(default=True, metadata={"help": "Compress the finetuned model."})
+    scheme: Literal["ipq", "fixed_point"] = field(
+        default="ipq", metadata={"help": "Product quantization in stages, or intN."}
+    )
+    block_size: str = field(
+        default="4",
+        metadata={"help": "Numbers per block: 8, or ffn=8,embeddings=8,attention=4, or JSON."},
+    )
+    n_centroids: int = field(default=256, metadata={"help": "Centroids per codebook."})
+    stages: list[str] = field(
+        default_factory=lambda: ["ffn", "embeddings", "attention"],
+        metadata={"help": "Structure groups (or regexes) in the order of quantization."},
+    )
+    codebook_bits: int = field(default=32, metadata={"help": "Bits of a stored centroid: 32, 16."})
+    kmeans_iter: int = field(default=20, metadata={"help": "Most iterations of k-means."})
+    bits: int = field(default=8, metadata={"help": "Bits of a weight under fixed_point."})
+    target_modules: str | None = field(
+        default=None, metadata={"help": "Layers to quantize: a regex, or a JSON list of suffixes."}
+    )
+    exclude_modules: str | None = field(
+        default=None, metadata={"help": "Layers to leave dense; same form."}
+    )
+
+    def config(self, seed: int) -> IPQConfig | FixedPointConfig:
+        """The package's config of the small model."""
+        shared = {
+            "target_modules": parse_patterns(self.target_modules),
+            "exclude_modules": parse_patterns(self.exclude_modules),
+            "seed": seed,
+        }
+        if self.scheme == "fixed_point":
+            return FixedPointConfig(bits=self.bits, **shared)
+        return IPQConfig(
+            block_size=parse_int_or_dict("block_size", self.block_size),
+            n_centroids=self.n_centroids,
+            stages=self.stages,
+            codebook_bits=self.codebook_bits,
+            kmeans_iter=self.kmeans_iter,
+            **shared,
+        )
+
+
+@dataclass
+class GlueTrainingArguments(TrainingArguments):
+    """Every flag of ``TrainingArguments``. With neither ``--do_train`` nor ``--do_eval`` a run does
+    both; with one of them true it does what it is told, as other examples do; ``--do_train False``
+    evaluates and compresses the checkpoint as it is."""
+
+    do_train: bool | None = field(
+        default=None, metadata={"help": "Finetune.", "nargs": "?", "const": True}
+    )
+    do_eval: bool | None = field(
+        default=None, metadata={"help": "Evaluate.", "nargs": "?", "const": True}
+    )
+
+    def __post_init__(self) -> None:
+        given_train, given_eval = self.do_train, self.do_eval
+        self.do_train = not given_eval if given_train is None else given_train
+        self.do_eval = not given_train if given_eval is None else given_eval
+        super().__post_init__()
+
+
+@dataclass
+class Arguments:
+    """All that the command line says."""
+
+    model: ModelArguments
+    data: DataArguments
+    noise: NoiseArguments
+    options: CompressionOptions
+    compression: CompressionArguments
+    training: GlueTrainingArguments
+
+    def to_dict(self) -> dict:
+        """A JSON-able dict without secrets."""
+        parts = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        training = parts.pop("training").to_dict()  # hides hub tokens
+        values = {name: dataclasses.asdict(part) for name, part in parts.items()}
+        values["model"]["token"] = "<TOKEN>" if self.model.token else None
+        return {**values, "training": training}
+
+
+def parse_arguments(argv: list[str] | None = None) -> Arguments:
+    """Reads the command line, or a single JSON file of flags, as other examples do."""
+    parser = HfArgumentParser(
+        [
+            ModelArguments,
+            DataArguments,
+            NoiseArguments,
+            CompressionOptions,
+            CompressionArguments,
+            GlueTrainingArguments,
+        ],
+        description="Finetunes a classifier with quantization noise and compresses it.",
+    )
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if len(argv) == 1 and argv[0].endswith(".json"):
+        return Arguments(*parser.parse_json_file(json_file=os.path.abspath(argv[0])))
+    return Arguments(*parser.parse_args_into_dataclasses(args=argv))

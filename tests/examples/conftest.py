@@ -1,0 +1,109 @@
+"""A tiny BERT on disk, tiny data sets, and the benchmarks on the path."""
+
+import os
+import random
+import sys
+from pathlib import Path
+
+import pandas
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+# The examples are on the path for all tests (pyproject.toml), the benchmarks for these.
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+WORDS = ["a", "the", "film", "plot", "cast", "scene", "was", "is", "and", "very", "null", "n/a"]
+GOOD = ["good", "bright", "warm", "witty", "moving"]
+BAD = ["bad", "dull", "cold", "flat", "boring"]
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> str:
+    """Folder of a random BERT (hidden 32, 2 layers, no classification head) with a tokenizer."""
+    from transformers import BertConfig, BertModel, BertTokenizerFast, set_seed
+
+    folder = tmp_path_factory.mktemp("tiny_bert")
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    pieces = sorted({*"abcdefghijklmnopqrstuvwxyz/", *WORDS, *GOOD, *BAD})
+    vocabulary = [*special, *pieces, *(f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz")]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
+    tokenizer = BertTokenizerFast(str(folder / "vocab.txt"), model_max_length=64)
+    set_seed(0)
+    model = BertModel(
+        BertConfig(
+            vocab_size=len(vocabulary),
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=64,
+            max_position_embeddings=64,
+        )
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def random_sentences(count: int, seed: int) -> tuple[list[str], list[int]]:
+    """Random sentences, 1 where a good word stands in it and 0 where a bad one does."""
+    draw = random.Random(seed)
+    texts, labels = [], []
+    for _ in range(count):
+        label = draw.randrange(2)
+        words = [*draw.choices(WORDS, k=draw.randrange(2, 9)), draw.choice((BAD, GOOD)[label])]
+        draw.shuffle(words)
+        texts.append(" ".join(words))
+        labels.append(label)
+    return texts, labels
+
+
+@pytest.fixture
+def sentences():
+    """:func:`random_sentences`."""
+    return random_sentences
+
+
+WRITERS = {
+    "csv": lambda frame, path: frame.to_csv(path, index=False),
+    "json": lambda frame, path: frame.to_json(path, orient="records"),
+    "jsonl": lambda frame, path: frame.to_json(path, orient="records", lines=True),
+    "parquet": lambda frame, path: frame.to_parquet(path),
+}
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes columns to a file of the test's folder, by its extension; returns its path."""
+
+    def write_file(name: str, columns: dict[str, list]) -> str:
+        path = tmp_path / name
+        WRITERS[path.suffix[1:]](pandas.DataFrame(columns), path)
+        return str(path)
+
+    return write_file
+
+
+@pytest.fixture
+def write_sets(write):
+    """Writes 64 training and 24 validation sentences; ``names`` are the labels 0 and 1."""
+
+    def write_both(extension: str = "csv", names=(0, 1), pair: bool = False) -> list[str]:
+        flags = []
+        for flag, count, seed in (("train", 64, 0), ("validation", 24, 1)):
+            texts, labels = random_sentences(count, seed)
+            columns = {"sentence": texts, "label": [names[label] for label in labels]}
+            if pair:
+                columns = {"sentence1": texts, "sentence2": texts[::-1], "label": columns["label"]}
+            flags += [f"--{flag}_file", write(f"{flag}.{extension}", columns)]
+        return flags
+
+    return write_both
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real data and weights, which is not part of the project."""
+    folder = Path(os.environ.get("HF_QUANTNOISE_SHARED", ROOT.parent / "shared"))
+    if not (folder / "models" / "minilm").is_dir() or not (folder / "data" / "sst2").is_dir():
+        pytest.skip(f"no models/minilm and data/sst2 in {folder}; set HF_QUANTNOISE_SHARED")
+    return folder

@@ -1,0 +1,63 @@
+"""docs/quickstart.md: each mistake it shows is made, and says what stands there."""
+
+import json
+import re
+import shutil
+import textwrap
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("hf_quantnoise")
+
+import hf_quantnoise
+
+TEXT = (Path(__file__).resolve().parents[2] / "docs" / "quickstart.md").read_text(encoding="utf-8")
+MISTAKES = re.findall(r"```python\n([^`]*)```\n```text\n([^`]*)```", TEXT)
+
+
+@pytest.fixture(scope="session")
+def names(tmp_path_factory):
+    """The names that the mistakes use, and the folder in which they are made."""
+    from transformers import (
+        BertConfig,
+        BertForSequenceClassification,
+        DefaultDataCollator,
+        TrainingArguments,
+        set_seed,
+    )
+
+    folder = tmp_path_factory.mktemp("quickstart")
+    set_seed(0)
+    config = BertConfig(num_hidden_layers=1, vocab_size=2000)
+    model = BertForSequenceClassification(config)
+    model.save_pretrained(folder / "dense")
+    small = hf_quantnoise.quantize_model(
+        BertForSequenceClassification(config), hf_quantnoise.FixedPointConfig()
+    )
+    small.save_pretrained(folder / "small")
+    for copy in ("torn", "future"):
+        shutil.copytree(folder / "small", folder / copy)
+    weights = folder / "torn" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    file = folder / "future" / "config.json"
+    values = json.loads(file.read_text())
+    values["quantization_config"]["format_version"] = 9
+    file.write_text(json.dumps(values))
+    args = TrainingArguments(str(folder / "out"), use_cpu=True, report_to="none")
+    own = {"model": model, "small": small, "args": args, "data_collator": DefaultDataCollator()}
+    return folder, {**vars(hf_quantnoise), **own}
+
+
+def test_there_are_mistakes():
+    assert len(MISTAKES) >= 8
+
+
+@pytest.mark.parametrize(("code", "said"), MISTAKES, ids=[code.strip() for code, _ in MISTAKES])
+def test_mistakes_say_what_is_shown(code, said, names, monkeypatch):
+    folder, own = names
+    monkeypatch.chdir(folder)
+    with pytest.raises(Exception) as caught:  # noqa: B017, PT011 (which one is what is compared)
+        exec(code, dict(own))
+    message = f"{type(caught.value).__name__}: {caught.value}"
+    assert " ".join(message.split()) == " ".join(said.split()), textwrap.fill(message, 98)
