@@ -129,6 +129,8 @@ def _shared_flags(args: BenchmarkArguments, seed: int) -> list[str]:
         "seed": seed,
         "save_strategy": "no",
         "logging_steps": 100,
+        "train_sampling_strategy": "group_by_length",  # half the time: most sentences are short
+        "dataloader_pin_memory": False,
     }
     return _flags(flags)
 

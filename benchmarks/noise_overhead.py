@@ -133,8 +133,9 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     given = sys.argv[1:] if arguments is None else arguments
     print(f"`python benchmarks/noise_overhead.py {' '.join(given)}`".replace(" `", "`"))
+    machine = platform.processor() or platform.machine()
     print(
-        f"\nseed {args.seed}, {args.threads} threads, {platform.processor() or platform.machine()}, "
+        f"\nseed {args.seed}, {args.threads} threads, {machine}, "
         f"torch {torch.__version__}; {args.shape}, {args.batch} x {args.length} tokens, AdamW, "
         f"{args.repetitions} interleaved pairs\n"
     )

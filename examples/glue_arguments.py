@@ -203,6 +203,7 @@ class GlueTrainingArguments(TrainingArguments):
 class Arguments:
     """All that the command line says."""
 
+    words: list[str]
     model: ModelArguments
     data: DataArguments
     noise: NoiseArguments
@@ -210,9 +211,19 @@ class Arguments:
     compression: CompressionArguments
     training: GlueTrainingArguments
 
+    @property
+    def command(self) -> list[str]:
+        """The words of the command line without secrets."""
+        secrets = filter(None, (self.model.token, self.training.hub_token))
+        words = self.words
+        for secret in secrets:
+            words = [word.replace(secret, "<TOKEN>") for word in words]
+        return words
+
     def to_dict(self) -> dict:
         """A JSON-able dict without secrets."""
         parts = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        del parts["words"]
         training = parts.pop("training").to_dict()  # hides hub tokens
         values = {name: dataclasses.asdict(part) for name, part in parts.items()}
         values["model"]["token"] = "<TOKEN>" if self.model.token else None
@@ -234,5 +245,5 @@ def parse_arguments(argv: list[str] | None = None) -> Arguments:
     )
     argv = sys.argv[1:] if argv is None else list(argv)
     if len(argv) == 1 and argv[0].endswith(".json"):
-        return Arguments(*parser.parse_json_file(json_file=os.path.abspath(argv[0])))
-    return Arguments(*parser.parse_args_into_dataclasses(args=argv))
+        return Arguments(argv, *parser.parse_json_file(json_file=os.path.abspath(argv[0])))
+    return Arguments(argv, *parser.parse_args_into_dataclasses(args=argv))

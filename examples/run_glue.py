@@ -195,10 +195,17 @@ def _finetune(trainer: QuantNoiseTrainer, args: Arguments, folder: str) -> dict:
     return figures
 
 
-def _compress(trainer: QuantNoiseTrainer, args: Arguments, small_config, folder: str) -> dict:
+def _compress(
+    trainer: QuantNoiseTrainer, args: Arguments, small_config, folder: str, results: ResultsFile
+) -> dict:
     """Compresses in stages and saves; returns the figures of the small model."""
     start = time.perf_counter()
-    small = trainer.compress(small_config, args.compression)
+    small = trainer.compress(
+        small_config,
+        args.compression,
+        report=lambda _: results.add(stages_so_far=trainer.compression_history),
+    )
+    del results.values["stages_so_far"]  # the figures below hold them
     figures = {"seconds": time.perf_counter() - start, "stages": trainer.compression_history}
     if args.training.should_save:
         small.save_pretrained(folder)
@@ -281,7 +288,7 @@ def run(args: Arguments) -> dict:
     data, tokenizer, model = load_all(args)
     results.add(
         seed=training.seed,
-        command=sys.argv,
+        command=args.command,
         versions=versions(),
         arguments=args.to_dict(),
         noise=noise_config.to_dict() if noise_config and training.do_train else None,
@@ -299,7 +306,7 @@ def run(args: Arguments) -> dict:
     trainer = QuantNoiseTrainer(model, training, noise, **parts)
     results.add(dense=_finetune(trainer, args, dense_folder))
     if small_config is not None:
-        results.add(compressed=_compress(trainer, args, small_config, small_folder))
+        results.add(compressed=_compress(trainer, args, small_config, small_folder, results))
         results.add(reloaded=_reload(trainer, args, parts, small_folder))
     if push and training.should_save:
         _push(small_folder if small_config is not None else dense_folder, training)

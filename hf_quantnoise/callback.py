@@ -10,7 +10,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .configuration import QuantNoiseConfig
+from .configuration import NOISE_CONFIG_NAME, QuantNoiseConfig
 from .noise import apply_quant_noise, find_state
 
 STATE_NAME = "quant_noise_state.safetensors"
@@ -56,9 +56,19 @@ class QuantNoiseCallback(TrainerCallback):
         Raises:
             ValueError: if the checkpoint was trained with another noise.
         """
-        file_name = os.path.join(folder, STATE_NAME)
         state = find_state(model)
-        if state is not None and os.path.isfile(file_name):
+        if state is None or not os.path.isfile(os.path.join(folder, NOISE_CONFIG_NAME)):
+            return
+        stored = QuantNoiseConfig.from_pretrained(folder)
+        if stored != state.config:
+            raise ValueError(
+                f"resume_from_checkpoint={os.fspath(folder)!r} was trained with "
+                f"{stored.noise!r} noise and other settings than this run's "
+                f"{state.config.noise!r}; take its config, "
+                f"QuantNoiseConfig.from_pretrained({os.fspath(folder)!r})"
+            )
+        file_name = os.path.join(folder, STATE_NAME)
+        if os.path.isfile(file_name):
             state.load_state_dict(load_file(file_name))
 
     def on_train_begin(

@@ -19,6 +19,8 @@ from .structure import GROUPS, resolve
 
 QUANT_METHOD = "hf_quantnoise"
 FORMAT_VERSION = 1
+# For whoever opens a config.json and wonders; it is written and never read.
+LOAD_HINT = "import hf_quantnoise before loading; pip install hf-quantnoise"
 NOISE_CONFIG_NAME = "quant_noise_config.json"
 
 NOISES: Registry[type] = Registry("noise")
@@ -260,12 +262,14 @@ class QuantizedModelConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able dict: all fields, the quantization method and the scheme."""
-        return {"quant_method": QUANT_METHOD, "scheme": self.scheme, **asdict(self)}
+        head = {"quant_method": QUANT_METHOD, "scheme": self.scheme, "how_to_load": LOAD_HINT}
+        return {**head, **asdict(self)}
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs=False, **kwargs):
         """The inverse of :meth:`to_dict`, for any scheme; unknown fields are refused."""
-        values = {k: v for k, v in config_dict.items() if k not in ("quant_method", "scheme")}
+        head = ("quant_method", "scheme", "how_to_load")
+        values = {key: value for key, value in config_dict.items() if key not in head}
         target = SCHEMES[config_dict.get("scheme", cls.scheme)]
         # A newer format may bring fields of its own: say that it is newer, not that they are odd.
         cls(format_version=values.get("format_version", FORMAT_VERSION))

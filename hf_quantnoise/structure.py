@@ -75,13 +75,19 @@ def group_of(model: nn.Module, name: str, layer: nn.Module) -> str:
     return "ffn" if _inside_repeated_layer(model, name) else "head"
 
 
-def _input_table(model: nn.Module) -> nn.Embedding | None:
-    get_inputs = getattr(model, "get_input_embeddings", None)
-    try:
-        inputs = get_inputs() if get_inputs is not None else None
-    except NotImplementedError:  # image models have no table
-        return None
-    return inputs if isinstance(inputs, nn.Embedding) else None
+def _input_tables(model: nn.Module) -> set[int]:
+    """Ids of the weights that any (sub-)model calls its input embeddings."""
+    tables = set()
+    for module in model.modules():
+        if not hasattr(module, "get_input_embeddings"):
+            continue
+        try:
+            inputs = module.get_input_embeddings()
+        except NotImplementedError:  # image models have none
+            continue
+        if isinstance(inputs, nn.Embedding):
+            tables.add(id(inputs._parameters.get("weight")))
+    return tables
 
 
 def find_layers(model: nn.Module) -> list[LayerInfo]:
@@ -95,8 +101,7 @@ def find_layers(model: nn.Module) -> list[LayerInfo]:
         for module in model.modules()
         if isinstance(module, nn.Embedding)
     }
-    inputs = _input_table(model)
-    input_id = None if inputs is None else id(inputs._parameters.get("weight"))
+    input_ids = _input_tables(model)
 
     found: list[tuple[str, nn.Module, WeightLayout]] = []
     users: dict[int, list[str]] = {}
@@ -121,7 +126,7 @@ def find_layers(model: nn.Module) -> list[LayerInfo]:
                 rows=rows,
                 columns=columns,
                 ties=tuple(other for other in users[key] if other != name),
-                input_table=key == input_id,
+                input_table=key in input_ids,
             )
         )
     return layers

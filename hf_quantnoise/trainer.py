@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -14,7 +15,6 @@ from .compression import CompressionArguments, GuardedTrainer, compress_in_stage
 from .compression.stages import StageRecord
 from .configuration import QuantizedModelConfig, QuantNoiseConfig
 from .hub.card import add_card_section
-from .noise import find_state
 
 
 class QuantNoiseTrainer(GuardedTrainer):
@@ -72,6 +72,7 @@ class QuantNoiseTrainer(GuardedTrainer):
         config: QuantizedModelConfig,
         compression_args: CompressionArguments | None = None,
         teacher: nn.Module | None = None,
+        report: Callable[[StageRecord], None] | None = None,
     ) -> PreTrainedModel:
         """Compresses the model stage by stage (iPQ, section 3.2), in place.
 
@@ -83,6 +84,7 @@ class QuantNoiseTrainer(GuardedTrainer):
             config: :class:`IPQConfig` or :class:`FixedPointConfig`.
             compression_args: how to finetune; the default is one epoch per stage with a teacher.
             teacher: another model to learn from.
+            report: called with each stage's record as it comes, on every process.
 
         Returns:
             The packed model, which is ``self.model`` too.
@@ -96,17 +98,20 @@ class QuantNoiseTrainer(GuardedTrainer):
                 "FixedPointConfig, e.g. compress(IPQConfig(block_size=4))"
             )
         self.compression_history = []
-        model, _ = compress_in_stages(self, config, compression_args, teacher, self._report_stage)
+
+        def keep(record: StageRecord) -> None:
+            self.compression_history.append(record.to_dict())
+            if self.is_world_process_zero():
+                tqdm.write(record.line())
+            if report is not None:
+                report(record)
+
+        model, _ = compress_in_stages(self, config, compression_args, teacher, keep)
         if self.noise_callback is not None:
             self.remove_callback(self.noise_callback)  # a later train() finetunes the packed model
             self.noise_callback = None
         self._forget_dense_model(model)
         return model
-
-    def _report_stage(self, record: StageRecord) -> None:
-        self.compression_history.append(record.to_dict())
-        if self.is_world_process_zero():
-            tqdm.write(record.line())
 
     def _forget_dense_model(self, model: PreTrainedModel) -> None:
         """Drops the optimizer and wrapper of the dense model: their parameters are gone."""
@@ -119,6 +124,4 @@ class QuantNoiseTrainer(GuardedTrainer):
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
             card = os.path.join(self.args.output_dir, "README.md")
-            state = find_state(self.model)
-            noise = self.qn_config if state is not None or self.qn_config is not None else None
-            add_card_section(card, self.model, noise, self.compression_history)
+            add_card_section(card, self.model, self.qn_config, self.compression_history)

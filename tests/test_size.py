@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import make_model
+from tiny import make_model
 
 from hf_quantnoise import FixedPointConfig, IPQConfig, quantize_model, size_report
 

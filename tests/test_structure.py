@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import make_model
+from tiny import make_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 

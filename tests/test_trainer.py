@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import make_model
+from tiny import make_model
 from transformers import (
     AutoModelForSequenceClassification,
     BertForSequenceClassification,
@@ -68,6 +68,17 @@ def test_resuming_in_the_noise_phase_is_bit_exact(noise, tmp_path, parity_data):
     resumed = trainer(tmp_path / "b")
     resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-8"))
     assert_same(parameters(straight.model), parameters(resumed.model))
+
+
+def test_resuming_with_another_noise_is_refused(tmp_path, parity_data):
+    def trainer(noise):
+        return QuantNoiseTrainer(
+            make_model("bert"), arguments(tmp_path), noise, train_dataset=parity_data
+        )
+
+    trainer(NOISES["proxy"]).train()
+    with pytest.raises(ValueError, match="'proxy' noise.*this run's 'pq'.*from_pretrained"):
+        trainer(NOISES["pq"]).train(resume_from_checkpoint=True)
 
 
 @pytest.mark.parametrize("noise", NOISES.values(), ids=NOISES)

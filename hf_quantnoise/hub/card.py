@@ -25,7 +25,7 @@ def _loading(model: PreTrainedModel) -> str:
     )
 
 
-_NOT_METRICS = ("runtime", "per_second", "epoch")
+_NOT_METRICS = ("runtime", "per_second", "preparation_time", "epoch")
 
 
 def format_metrics(metrics: dict[str, float]) -> str:

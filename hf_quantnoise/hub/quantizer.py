@@ -23,6 +23,7 @@ from ..modeling import pack_skeleton, packed_layers, packed_names, unpack_model
 from ..modeling.packed import PREFIX, PackedLayer
 from ..quantizers import quantizer_from_dict
 from ..structure import LayerInfo, find_layers
+from .card import TAG
 from .ties import TieRewriter
 
 logger = logging.get_logger(__name__)
@@ -120,6 +121,7 @@ class QuantNoiseHfQuantizer(HfQuantizer):
             model.is_quantized = False  # it is dense until now; packing marks it
             ModelPacker(model, self.quantization_config).pack_all()
             return model
+        model.add_model_tags([TAG])
         offloaded = "disk" in getattr(model, "hf_device_map", {}).values()
         for name, layer in packed_layers(model):
             layer._shape_only = False
@@ -173,7 +175,7 @@ def attach(model: PreTrainedModel, config: QuantizedModelConfig) -> None:
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.config._is_quantized = True
-    model.add_model_tags(["quant-noise"])
+    model.add_model_tags([TAG])
 
 
 def _names_for(model: PreTrainedModel, entries: dict) -> dict:

@@ -7,6 +7,7 @@ up to a term of the point alone. Chunks stay in cache, and their size in bytes i
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -73,7 +74,7 @@ def assign(points: Tensor, centroids: Tensor, max_bytes: int = MAX_BYTES) -> Ten
     """Nearest centroid of each point.
 
     Args:
-        points: shape (N, d); centred on the centroids inside, so a common offset costs no precision.
+        points: shape (N, d); centred inside, so a common offset costs no precision.
         centroids: shape (K, d).
         max_bytes: bound on the scratch of a chunk.
 
@@ -99,18 +100,25 @@ def _errors(points: Tensor, centroids: Tensor, codes: Tensor) -> Tensor:
 
 
 def _seed_centroids(points: Tensor, n_centroids: int, generator: torch.Generator) -> Tensor:
-    """k-means++ on a sample: each next centroid is a point drawn by its squared distance."""
+    """Greedy k-means++ on a sample: of a few points drawn by their squared distance, the one that
+    lowers the sum of squared distances most becomes the next centroid."""
     sample = points[_draw(len(points), SEEDING_POINTS, generator).to(points.device)]
+    norms = sample.square().sum(1)
     first = int(torch.randint(len(sample), (1,), generator=generator))
     centroids = sample[first].expand(n_centroids, -1).clone()
     distances = (sample - centroids[0]).square().sum(1)
-    uniform = torch.rand(n_centroids, generator=generator, dtype=torch.float64)
+    trials = 2 + int(math.log(n_centroids))
+    uniform = torch.rand(n_centroids, trials, generator=generator, dtype=torch.float64)
+    uniform = uniform.to(points.device)
     for k in range(1, n_centroids):
         cumulated = distances.double().cumsum(0)
-        target = uniform[k].to(cumulated.device) * cumulated[-1]
-        pick = torch.searchsorted(cumulated, target, right=True).clamp(max=len(sample) - 1)
-        centroids[k] = sample[pick]
-        distances = torch.minimum(distances, (sample - centroids[k]).square().sum(1))
+        picks = torch.searchsorted(cumulated, uniform[k] * cumulated[-1], right=True)
+        picks = picks.clamp_(max=len(sample) - 1)
+        new = norms + norms[picks][:, None] - 2 * (sample[picks] @ sample.t())
+        new = torch.minimum(new.clamp_(min=0), distances)
+        best = new.sum(1).argmin()
+        centroids[k] = sample[picks[best]]
+        distances = new[best]
     return centroids
 
 
@@ -141,7 +149,7 @@ def _update(points: Tensor, codes: Tensor, centroids: Tensor, generator) -> Tens
 
 
 def _iterate(points, centroids, n_iter, generator, max_bytes) -> tuple[Tensor, Tensor, int]:
-    """Lloyd's iterations until the codes stand still; returns centroids, their codes, iterations."""
+    """Lloyd's iterations until the codes stand still: centroids, their codes, iterations."""
     codes = assign(points, centroids, max_bytes)
     for iteration in range(n_iter):
         centroids = _update(points, codes, centroids, generator)

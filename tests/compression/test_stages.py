@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_model
+from tiny import make_model
 from transformers import TrainingArguments
 
 from hf_quantnoise import (
@@ -56,7 +56,9 @@ def make_trainer(tmp_path, data, noise=None, model="bert", **arguments):
 def test_the_stages_come_in_the_paper_s_order_and_are_reported(tmp_path, parity_data, capsys):
     trainer = make_trainer(tmp_path, parity_data, QuantNoiseConfig(p=0.1))
     trainer.train()
-    small = trainer.compress(CONFIG)
+    seen = []
+    small = trainer.compress(CONFIG, report=lambda record: seen.append(record.to_dict()))
+    assert seen == trainer.compression_history
     history = trainer.compression_history
     assert [record["stage"] for record in history] == ["dense", "ffn", "embeddings", "attention"]
     assert [record["layers"] for record in history] == [0, 4, 2, 8]

@@ -206,7 +206,9 @@ def test_flags_as_a_json_file(tmp_path):
 
 def test_no_secret_is_written(tmp_path):
     words = f"--model_name_or_path m --output_dir {tmp_path} --token abc --hub_token def".split()
-    written = json.dumps(parse_arguments(words).to_dict())
+    arguments = parse_arguments([*words[:-2], "--hub_token=def"])
+    assert arguments.command[-3:] == ["--token", "<TOKEN>", "--hub_token=<TOKEN>"]
+    written = json.dumps(arguments.to_dict())
     assert '"abc"' not in written and '"def"' not in written
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model
-from server import HubServer
+from hub_server import HubServer
+from tiny import make_model
 
 from hf_quantnoise import AutoQuantizedModel, IPQConfig, quantize_model
 
@@ -20,7 +20,7 @@ import sys
 sys.path[:0] = {[str(Path(__file__).parents[1])]!r}
 import torch
 torch.set_num_threads({torch.get_num_threads()})
-from conftest import make_model
+from tiny import make_model
 from hf_quantnoise import *
 from transformers import AutoModelForSequenceClassification, TrainingArguments, pipeline
 folder = sys.argv[1]

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 import torch
-from conftest import MAKERS, make_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny import MAKERS, make_model
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,

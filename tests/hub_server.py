@@ -1,4 +1,4 @@
-"""A small server on the loopback that speaks the endpoints of the Hub which a push and a load use."""
+"""A small server on the loopback that speaks the endpoints of the Hub for a push and a load."""
 
 from __future__ import annotations
 

@@ -1,0 +1,81 @@
+"""The demo runs, cut short, and prints what it promises."""
+
+import demo
+import pytest
+import torch
+from closing_table import Row, closing_table, weights_mb
+from safetensors.torch import save_file
+
+from hf_quantnoise import AutoQuantizedModelForImageClassification
+
+SHORT = ["--epochs", "0.1", "--stage_epochs", "0.05"]  # a few steps of each
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("demo")
+
+
+@pytest.fixture(scope="module")
+def rows(folder):
+    return demo.main(["--output_dir", str(folder), *SHORT])
+
+
+def test_the_table_tells_the_sizes_of_the_files(rows, folder):
+    assert [row.megabytes for row in rows] == [
+        weights_mb(folder / name) for name in ("dense", "compressed")
+    ]
+    assert rows[0].megabytes > 10 * rows[1].megabytes
+    assert all(0 <= row.score <= 1 for row in rows)
+
+
+def test_the_saved_model_scores_what_the_table_says(rows, folder):
+    _, test = demo.load_data()
+    truth = torch.tensor([example["labels"] for example in test])
+    for name, row in zip(("dense", "compressed"), rows, strict=True):
+        if name == "dense":
+            model = demo.AutoModelForImageClassification.from_pretrained(folder / name)
+        else:
+            model = AutoQuantizedModelForImageClassification.from_pretrained(folder / name)
+        right = (demo.logits(model, test).argmax(-1) == truth).sum().item()
+        assert row.score == pytest.approx(right / len(test))
+
+
+def test_other_logits_after_loading_are_an_error(monkeypatch, tmp_path):
+    answers = iter([torch.zeros(1), torch.ones(1)])
+    monkeypatch.setattr(demo, "logits", lambda *_: next(answers))
+    with pytest.raises(RuntimeError, match="other logits"):
+        demo.main(["--output_dir", str(tmp_path), "--epochs", "0.05", "--stage_epochs", "0"])
+
+
+def test_training_and_test_digits_do_not_overlap_and_are_all_there():
+    train, test = demo.load_data()
+    assert (len(train), len(test)) == (1437, 360)
+    everything = torch.stack([example["pixel_values"] for example in train + test])
+    digits = torch.tensor(demo.load_digits().images, dtype=torch.float32) / 8 - 1
+    assert everything.shape == (1797, 1, 8, 8)
+    # Each digit once: both sides sorted as rows of pixels.
+    assert sorted(everything.flatten(1).tolist()) == sorted(digits.flatten(1).tolist())
+
+
+def test_a_table_counts_times_smaller_from_its_first_row():
+    text = closing_table([Row("a", 12.0, 0.5), Row("longer name", 0.5, None)], metric="f1")
+    head, rule, first, second = text.splitlines()
+    assert head.split() == ["model", "MB", "on", "disk", "times", "smaller", "f1"]
+    assert first.split() == ["a", "12.000", "1.0", "0.5000"]
+    assert second.split() == ["longer", "name", "0.500", "24.0"]
+    assert {len(line) for line in (head, rule, first, second)} == {len(head)}
+
+
+def test_megabytes_are_those_of_the_safetensors_files(tmp_path):
+    for name, count in (("model-1.safetensors", 500), ("model-2.safetensors", 250)):
+        save_file({"x": torch.zeros(count)}, tmp_path / name)
+    (tmp_path / "optimizer.pt").write_bytes(bytes(9999))
+    sizes = [file.stat().st_size for file in tmp_path.glob("*.safetensors")]
+    assert weights_mb(tmp_path) == sum(sizes) / 1e6
+    assert weights_mb(str(tmp_path)) > 3000 / 1e6
+
+
+def test_a_folder_without_weights_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no"):
+        weights_mb(tmp_path)

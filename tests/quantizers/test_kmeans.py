@@ -1,0 +1,148 @@
+"""k-means against scikit-learn and a float64 search, and where it used to break elsewhere."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.cluster import KMeans
+
+from hf_quantnoise.quantizers import assign, kmeans
+from hf_quantnoise.quantizers.kmeans import MAX_BYTES, chunk_rows
+
+
+def points_of(count, d, seed=0):
+    return torch.randn(count, d, generator=torch.Generator().manual_seed(seed))
+
+
+def exact(points, centroids):
+    """Squared distance of each point to its nearest centroid, in float64."""
+    return torch.cdist(points.double(), centroids.double()).square().min(1).values
+
+
+def test_the_objective_is_that_of_the_codes_and_of_a_float64_search():
+    points = points_of(5000, 4)
+    result = kmeans(points, 64)
+    own = (points.double() - result.centroids.double()[result.codes]).square().sum().item()
+    assert result.objective == pytest.approx(own, rel=1e-5)
+    assert own <= exact(points, result.centroids).sum().item() * (1 + 1e-3)
+
+
+@pytest.mark.parametrize(("count", "d", "k"), [(4000, 4, 64), (6000, 8, 256), (12_000, 4, 300)])
+def test_it_is_as_good_as_scikit_learn(count, d, k):
+    """The mean over seeds: a single local minimum may lie 1% off either way."""
+    points = points_of(count, d)
+    reference = sum(
+        KMeans(k, n_init=1, max_iter=20, random_state=seed).fit(points.numpy()).inertia_
+        for seed in range(3)
+    )
+    assert sum(kmeans(points, k, seed=seed).objective for seed in range(3)) <= reference * 1.01
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    k=st.integers(1, 300),
+    d=st.integers(1, 12),
+    offset=st.sampled_from([0.0, 3.0, -40.0]),
+    scale=st.sampled_from([1e-4, 1.0, 100.0]),
+    seed=st.integers(0, 99),
+)
+def test_assignment_is_nearest_in_float64(k, d, offset, scale, seed):
+    points = points_of(500, d, seed) * scale + offset * scale
+    centroids = points_of(k, d, seed + 1) * scale + offset * scale
+    codes = assign(points, centroids)
+    own = (points.double() - centroids.double()[codes]).square().sum(1)
+    best = exact(points, centroids)
+    largest = (points - centroids.mean(0)).double().square().sum(1).max()
+    assert (own - best).max() <= 2e-4 * largest
+
+
+def test_planted_clusters_are_found():
+    centres = points_of(40, 6, 1) * 50
+    points = centres.repeat(50, 1) + points_of(2000, 6, 2) * 0.01
+    found = kmeans(points, 40).centroids
+    assert torch.cdist(centres, found).min(1).values.max() < 0.1
+
+
+def test_a_seed_reproduces_and_the_global_generator_is_untouched():
+    points = points_of(3000, 4)
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    first, again, other = kmeans(points, 32, seed=1), kmeans(points, 32, seed=1), kmeans(points, 32)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(first.centroids, again.centroids) and torch.equal(first.codes, again.codes)
+    assert not torch.equal(first.centroids, other.centroids)
+
+
+def test_no_empty_cluster_even_with_nine_zero_blocks_in_ten():
+    points = points_of(5000, 4)
+    points[500:] = 0
+    result = kmeans(points, 64)
+    assert (torch.bincount(result.codes, minlength=64) > 0).all()
+    assert result.objective < points.square().sum() * 0.2
+
+
+def test_fewer_distinct_points_than_centroids():
+    points = points_of(5, 4).repeat(20, 1)
+    result = kmeans(points, 16)
+    assert result.objective == pytest.approx(0, abs=1e-8)
+    assert result.centroids.shape == (16, 4) and torch.isfinite(result.centroids).all()
+    constant = kmeans(torch.full((50, 4), 0.3), 8)
+    assert constant.objective == pytest.approx(0, abs=1e-8)
+    assert kmeans(torch.zeros(3, 2), 4).objective == 0
+
+
+def test_a_sample_first_is_as_good_as_all_points_throughout():
+    """256 points per centroid in the sample, as in real use; the mean over seeds, since a single
+    local minimum may lie 1% off either way."""
+    points = points_of(20_000, 4)
+    sampled, whole = (
+        sum(kmeans(points, 16, seed=seed, sample_size=size).objective for seed in range(5))
+        for size in (4096, 10**9)
+    )
+    assert sampled <= whole * 1.01
+    assert len(kmeans(points, 16, sample_size=4096).codes) == len(points)
+
+
+def test_a_warm_start_goes_on_from_where_it_was():
+    points = points_of(4000, 4)
+    cold = kmeans(points, 64, n_iter=30)
+    warm = kmeans(points + 1e-4, 64, n_iter=2, init=cold.centroids)
+    assert warm.objective <= cold.objective * 1.001
+    assert warm.n_iter <= 2
+
+
+def test_more_iterations_never_hurt():
+    points = points_of(4000, 4)
+    objectives = [kmeans(points, 64, n_iter=n).objective for n in (1, 3, 10, 30)]
+    assert objectives == sorted(objectives, reverse=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_input_is_clustered_in_float32(dtype):
+    points = points_of(2000, 4).to(dtype)
+    result = kmeans(points, 32)
+    assert result.centroids.dtype == torch.float32
+    assert result.objective == pytest.approx(kmeans(points.float(), 32).objective)
+
+
+def test_the_scratch_is_bounded():
+    for k in (2, 16, 256, 4096, 65536):
+        rows = chunk_rows(k)
+        assert rows >= 1 and rows * k * 4 <= max(MAX_BYTES, 4 * k)
+    assert chunk_rows(256) >= 1024
+    assert chunk_rows(256, max_bytes=4096) == 4
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_entries_that_are_not_finite_are_counted(bad):
+    points = points_of(100, 4)
+    points[3, 1] = bad
+    with pytest.raises(ValueError, match="1 entries of 400 that are NaN or infinite"):
+        kmeans(points, 4)
+
+
+def test_bad_shapes_are_named():
+    with pytest.raises(ValueError, match=r"points of shape \(0, 4\)"):
+        kmeans(torch.zeros(0, 4), 4)
+    with pytest.raises(ValueError, match=r"init of shape \(3, 4\) does not fit 4 centroids of 4"):
+        kmeans(points_of(10, 4), 4, init=torch.zeros(3, 4))

@@ -1,0 +1,186 @@
+"""Both quantizers against the paper's equations in float64."""
+
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_quantnoise.quantizers import FixedPointQuantizer, ProductQuantizer, quantizer_from_dict
+
+QUANTIZERS = [
+    ProductQuantizer(block_size=4, n_centroids=16),
+    ProductQuantizer(block_size=8, n_centroids=300),
+    ProductQuantizer(block_size=2, n_centroids=5, codebook_bits=16),
+    *(FixedPointQuantizer(bits=bits) for bits in range(1, 9)),
+]
+
+
+def matrix_of(rows=96, columns=32, seed=0):
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS, ids=str)
+class TestEveryQuantizer:
+    def test_quantizing_twice_is_quantizing_once(self, quantizer):
+        matrix = matrix_of()
+        state = quantizer.fit(matrix)
+        once = quantizer.quantize(matrix, state)
+        assert torch.equal(quantizer.quantize(once, state), once)
+
+    def test_codes_fit_their_bits_and_the_state_its_spec(self, quantizer):
+        matrix = matrix_of()
+        state = quantizer.fit(matrix)
+        codes = quantizer.encode(matrix, state)
+        assert codes.shape == (96, 32 // quantizer.block_size)
+        assert int(codes.min()) >= 0 and int(codes.max()) < 2**quantizer.code_bits
+        spec = quantizer.state_spec(96, 32)
+        assert {key: tuple(t.shape) for key, t in state.items()} == {
+            k: s for k, (s, _) in spec.items()
+        }
+
+    def test_it_survives_json(self, quantizer):
+        assert quantizer_from_dict(json.loads(json.dumps(quantizer.to_dict()))) == quantizer
+
+    def test_it_is_deterministic(self, quantizer):
+        matrix = matrix_of()
+        first, again = quantizer.fit(matrix, seed=3), quantizer.fit(matrix, seed=3)
+        assert all(torch.equal(first[key], again[key]) for key in first)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_half_precision(self, quantizer, dtype):
+        matrix = matrix_of().to(dtype)
+        result = quantizer.quantize(matrix, quantizer.fit(matrix))
+        assert result.dtype == dtype and torch.isfinite(result).all()
+
+    def test_nan_is_refused(self, quantizer):
+        matrix = matrix_of()
+        matrix[0, 0] = math.nan
+        with pytest.raises(ValueError, match="NaN"):
+            quantizer.fit(matrix)
+
+
+# ---- Eq. 2 ---------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    bits=st.integers(1, 8),
+    offset=st.sampled_from([0.0, 0.5, -2.0, 30.0]),
+    scale=st.sampled_from([1e-3, 1.0, 50.0]),
+    seed=st.integers(0, 999),
+)
+def test_intn_is_eq_2(bits, offset, scale, seed):
+    matrix = matrix_of(8, 12, seed) * scale + offset * scale
+    quantizer = FixedPointQuantizer(bits=bits)
+    state = quantizer.fit(matrix)
+    result = quantizer.quantize(matrix, state).double()
+    exact = matrix.double()
+    s = (exact.max() - exact.min()) / (2**bits - 1)
+    assert float(state["scale"]) == pytest.approx(float(s), rel=1e-5)
+    # Within half a step, and half a step more where rounding z moved the ends of the range.
+    assert (result - exact).abs().max() <= s * (1 + 1e-4) + 1e-6 * exact.abs().max()
+    assert result.unique().numel() <= 2**bits
+    z = torch.round(exact.min() / s)
+    reference = (torch.round(exact / s).clamp(z, z + 2**bits - 1)) * s
+    near_half = ((exact / s).frac().abs() - 0.5).abs() < 1e-3  # float32 may round these otherwise
+    torch.testing.assert_close(result[~near_half], reference[~near_half], rtol=1e-3, atol=1e-5)
+
+
+def test_int4_uses_sixteen_levels_and_not_the_scale_of_int8():
+    matrix = matrix_of(200, 32)
+    quantizer = FixedPointQuantizer(bits=4)
+    state = quantizer.fit(matrix)
+    codes = quantizer.encode(matrix, state)
+    assert codes.unique().tolist() == list(range(16))
+    span = matrix.max() - matrix.min()
+    assert float(state["scale"]) == pytest.approx(float(span) / 15)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("value", [0.0, 0.37, -2.5])
+def test_constant_matrices_are_reproduced(bits, value):
+    matrix = torch.full((4, 8), value)
+    quantizer = FixedPointQuantizer(bits=bits)
+    assert torch.equal(quantizer.quantize(matrix, quantizer.fit(matrix)), matrix)
+
+
+def test_more_bits_never_hurt():
+    matrix = matrix_of()
+    errors = []
+    for bits in range(1, 9):
+        quantizer = FixedPointQuantizer(bits=bits)
+        errors.append(float((quantizer.quantize(matrix, quantizer.fit(matrix)) - matrix).norm()))
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_outliers_after_the_fit_are_clamped():
+    matrix = matrix_of()
+    quantizer = FixedPointQuantizer(bits=8)
+    state = quantizer.fit(matrix)
+    result = quantizer.quantize(matrix * 10, state)
+    step = float(state["scale"])
+    assert float(result.max()) <= float(matrix.max()) + step
+    assert float(result.min()) >= float(matrix.min()) - step
+
+
+# ---- section 3.2 ---------------------------------------------------------------------------------
+
+
+def test_each_block_becomes_its_nearest_centroid():
+    matrix = matrix_of()
+    quantizer = ProductQuantizer(block_size=4, n_centroids=16)
+    state = quantizer.fit(matrix)
+    blocks = matrix.reshape(-1, 4).double()
+    codebook = state["codebook"].double()
+    distances = torch.cdist(blocks, codebook).square()
+    own = (quantizer.quantize(matrix, state).reshape(-1, 4).double() - blocks).square().sum(1)
+    assert (own - distances.min(1).values).max() <= 2e-4 * blocks.square().sum(1).max()
+
+
+def test_decode_is_differentiable_and_sums_over_blocks():
+    quantizer = ProductQuantizer(block_size=4, n_centroids=16)
+    state = quantizer.fit(matrix_of())
+    codes = quantizer.encode(matrix_of(), state)
+    codebook = state["codebook"].requires_grad_()
+    upstream = matrix_of(seed=5)
+    (quantizer.decode(codes, state) * upstream).sum().backward()
+    expected = torch.zeros(16, 4, dtype=torch.float64)
+    expected.index_add_(0, codes.reshape(-1).long(), upstream.reshape(-1, 4).double())
+    torch.testing.assert_close(codebook.grad.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_half_centroids_are_representable_and_pass_gradients():
+    quantizer = ProductQuantizer(block_size=4, n_centroids=16, codebook_bits=16)
+    matrix = matrix_of() * 1e6  # beyond float16: clamped, not infinite
+    state = quantizer.fit(matrix)
+    assert torch.isfinite(state["codebook"]).all()
+    small = quantizer.fit(matrix_of())
+    assert torch.equal(small["codebook"].half().float(), small["codebook"])
+    codebook = small["codebook"].clone().requires_grad_()
+    quantizer.decode(quantizer.encode(matrix_of(), small), {"codebook": codebook}).sum().backward()
+    assert (codebook.grad != 0).any()
+
+
+def test_bytes_by_the_formula_of_section_3_3():
+    assert ProductQuantizer(8, 256).packed_bytes(768, 3072) == (32 * 256 * 8 + 8 * 768 * 384) // 8
+    assert ProductQuantizer(4, 16, 16).packed_bytes(10, 12) == (16 * 16 * 4 + 4 * 30) // 8
+    assert ProductQuantizer(4, 31).code_bits == 5
+    assert FixedPointQuantizer(4).packed_bytes(3, 5) == 8 + 8
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [((8, 30), "block size 4 does not divide its 30 columns"), ((2, 32), "only 16 blocks for 16")],
+)
+def test_what_cannot_be_taken_says_why(shape, words):
+    assert words in ProductQuantizer(block_size=4, n_centroids=16).check(*shape)
+
+
+def test_unknown_plans_are_refused():
+    with pytest.raises(ValueError, match="unknown quantizer 'lattice'"):
+        quantizer_from_dict({"scheme": "lattice"})
+    with pytest.raises(ValueError, match="rotation"):
+        quantizer_from_dict({"scheme": "pq", "rotation": True})
