@@ -124,6 +124,13 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
+def _dense_row(name: str, tensor: Tensor, group: str) -> SizeRow:
+    size = _bytes(tensor)
+    dense = 4 * tensor.numel() if tensor.is_floating_point() else size
+    kind = str(tensor.dtype).removeprefix("torch.")
+    return SizeRow(name, group, kind, tuple(tensor.shape), size, size, size, dense)
+
+
 def _packed_row(name: str, layer: nn.Module, group: str, disk: dict[str, Tensor]) -> SizeRow:
     quantizer = layer.quantizer
     memory = [getattr(layer, tensor) for tensor in packed_names(layer)]
@@ -171,38 +178,34 @@ def size_report(model: nn.Module) -> SizeReport:
     """
     packed = dict(packed_layers(model))
     config = getattr(getattr(model, "config", None), "quantization_config", None)
-    plan = getattr(config, "plan", {}) if packed else {}
     groups = {f"{layer.name}.weight": layer.group for layer in find_layers(model)}
+    groups |= {
+        f"{name}.weight": entry["group"]
+        for name, entry in (getattr(config, "plan", None) or {}).items()
+    }
     disk: dict[str, Tensor] = {}
     rows: list[SizeRow] = []
     owners: dict[int, str] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         layer_name, _, tensor_name = name.rpartition(".")
         layer = packed.get(layer_name)
-        is_weight = layer is not None and tensor_name in packed_names(layer)
-        group = plan.get(layer_name, {}).get("group", "other") if is_weight else groups.get(name)
-        owner = owners.setdefault(id(tensor), layer_name if is_weight else name)
-        own_name = layer_name if is_weight else name
-        if owner != own_name:
-            if not is_weight or tensor_name == packed_names(layer)[0]:
-                shape = (layer.rows, layer.columns) if is_weight else tuple(tensor.shape)
-                label = f"{layer_name}.weight" if is_weight else name
-                rows.append(SizeRow(label, group or "other", f"tied to {owner}", shape, 0, 0, 0, 0))
+        names = [] if layer is None else packed_names(layer)
+        is_code = tensor_name in names
+        label = f"{layer_name}.weight" if is_code else name
+        group = groups.get(label, "other")
+        owner = owners.setdefault(id(tensor), label)
+        if owner != label:
+            if not is_code or tensor_name == names[-1]:
+                shape = (layer.rows, layer.columns) if is_code else tuple(tensor.shape)
+                rows.append(SizeRow(label, group, f"tied to {owner}", shape, 0, 0, 0, 0))
             continue
-        disk[name] = storage_tensor(layer, tensor_name, tensor) if is_weight else tensor
-        if is_weight:
-            if tensor_name == packed_names(layer)[-1]:
-                rows.append(_packed_row(layer_name, layer, group, disk))
-            continue
-        size = _bytes(tensor)
-        dense = 4 * tensor.numel() if tensor.is_floating_point() else size
-        kind = str(tensor.dtype).removeprefix("torch.")
-        rows.append(
-            SizeRow(name, group or "other", kind, tuple(tensor.shape), size, size, size, dense)
-        )
+        disk[name] = storage_tensor(layer, tensor_name, tensor) if is_code else tensor
+        if not is_code:
+            rows.append(_dense_row(name, tensor, group))
+        elif tensor_name == names[-1]:  # all its tensors have been met
+            rows.append(_packed_row(layer_name, layer, group, disk))
     if packed:
-        sentinel = torch.zeros(1, dtype=torch.uint8)
         name = sentinel_name(config)
-        disk[name] = sentinel
+        disk[name] = torch.zeros(1, dtype=torch.uint8)
         rows.append(SizeRow(name, "other", "sentinel", (1,), 1, 1, 0, 0))
-    return SizeReport(rows, _header_bytes(disk), dict(getattr(config, "left_dense", {}) or {}))
+    return SizeReport(rows, _header_bytes(disk), dict(getattr(config, "left_dense", None) or {}))

@@ -106,7 +106,7 @@ class QuantNoiseTrainer(GuardedTrainer):
             if report is not None:
                 report(record)
 
-        model, _ = compress_in_stages(self, config, compression_args, teacher, keep)
+        model = compress_in_stages(self, config, compression_args, teacher, keep)
         if self.noise_callback is not None:
             self.remove_callback(self.noise_callback)  # a later train() finetunes the packed model
             self.noise_callback = None

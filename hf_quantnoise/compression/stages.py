@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from ..configuration import QuantizedModelConfig
 from ..hub.card import format_metrics
-from ..hub.packer import ModelPacker, check_can_be_packed
+from ..hub.packer import ModelPacker, StageResult, check_can_be_packed
 from ..modeling.packed import PREFIX
 from ..noise import remove_quant_noise
 from ..size import size_report
@@ -165,7 +165,7 @@ def compress_in_stages(
     compression_args: CompressionArguments | None = None,
     teacher: nn.Module | None = None,
     report: Callable[[StageRecord], None] | None = None,
-) -> tuple[PreTrainedModel, list[StageRecord]]:
+) -> PreTrainedModel:
     """Quantizes a trainer's model stage by stage, in place.
 
     Args:
@@ -173,10 +173,10 @@ def compress_in_stages(
         config: what to produce; its ``stages`` are the order.
         compression_args: how to finetune between stages.
         teacher: the model to learn from; None takes a frozen copy of the model itself.
-        report: called with each stage's record as it comes.
+        report: called with the record of the dense model, then of each stage as it comes.
 
     Returns:
-        The packed model and the records, the dense model's first.
+        The packed model.
 
     Raises:
         ValueError: before anything is changed, if the config cannot be carried out or a stage has
@@ -192,36 +192,41 @@ def compress_in_stages(
     check_can_be_packed(model)
     remove_quant_noise(model)
     packer = ModelPacker(model, config)
-    teacher = _teacher_of(model, teacher, compression_args)
-    records: list[StageRecord] = []
-
-    def finish(stage: str, layers: int, error: float, start: float, **more) -> None:
-        record = StageRecord(
-            stage=stage,
-            layers=layers,
-            relative_error=error,
-            mb=size_report(model).total.disk_bytes / 1e6,
-            metric=_evaluate(stage_trainer),
-            seconds=time.perf_counter() - start,
-            **more,
-        )
-        records.append(record)
-        if report is not None:
-            report(record)
-
+    report = report or (lambda record: None)
     start = time.perf_counter()
     stage_trainer = _stage_trainer(trainer, model, compression_args, None, 0)
-    finish("dense", 0, 0.0, start)
+    report(_record("dense", stage_trainer, start))
+    teacher = _teacher_of(model, teacher, compression_args)
     for number, stage in enumerate(tqdm(packer.stages, desc="stages", unit="stage"), 1):
         start = time.perf_counter()
         packed = packer.pack_stage(stage)
         stage_trainer = _stage_trainer(trainer, model, compression_args, teacher, number)
-        trained = {}
+        finetuning = {}
         if compression_args.stage_epochs > 0:
-            trained = stage_trainer.train().metrics
+            finetuning = stage_trainer.train().metrics
             model.eval()
-        finish(stage or "all", len(packed.layers), packed.relative_error, start, finetuning=trained)
-    return model, records
+        report(_record(stage or "all", stage_trainer, start, packed, finetuning))
+    return model
+
+
+def _record(
+    stage: str,
+    stage_trainer: Trainer,
+    start: float,
+    packed: StageResult | None = None,
+    finetuning: dict[str, float] | None = None,
+) -> StageRecord:
+    """Evaluates, and puts a stage's figures together."""
+    metric = {} if stage_trainer.eval_dataset is None else stage_trainer.evaluate()
+    return StageRecord(
+        stage=stage,
+        layers=len(packed.layers) if packed else 0,
+        relative_error=packed.relative_error if packed else 0.0,
+        mb=size_report(stage_trainer.model).total.disk_bytes / 1e6,
+        metric=metric,
+        seconds=time.perf_counter() - start,
+        finetuning=finetuning or {},
+    )
 
 
 def _stage_trainer(
@@ -244,7 +249,3 @@ def _stage_trainer(
         compute_metrics=trainer.compute_metrics,
         preprocess_logits_for_metrics=trainer.preprocess_logits_for_metrics,
     )
-
-
-def _evaluate(trainer: Trainer) -> dict[str, float]:
-    return {} if trainer.eval_dataset is None else trainer.evaluate()
