@@ -4,7 +4,7 @@
 A small vision transformer learns scikit-learn's handwritten digits (1797 images of 8 x 8 pixels)
 while blocks of its weights are zeroed at random. Product quantization then takes it apart stage by
 stage; what comes out is saved, loaded into a fresh model and compared with what went in. One to two
-minutes on 2 cores.
+minutes.
 
     python examples/demo.py
 """
@@ -133,4 +133,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
 
 
 if __name__ == "__main__":
+    # More threads would wait for each other longer than such small matrices take, and with one the
+    # figures do not depend on the number of cores.
+    torch.set_num_threads(1)
     main()

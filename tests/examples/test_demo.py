@@ -1,47 +1,64 @@
 """The demo runs, cut short, and prints what it promises."""
 
+import contextlib
+import io
+
 import demo
 import pytest
 import torch
 from closing_table import Row, closing_table, weights_mb
 from safetensors.torch import save_file
-
-from hf_quantnoise import AutoQuantizedModelForImageClassification
+from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
 SHORT = ["--epochs", "0.1", "--stage_epochs", "0.05"]  # a few steps of each
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("demo")
+def run(tmp_path_factory):
+    """A shortened demo: its folder, the rows it returned, what it printed, the logits it saw."""
+    folder, seen = tmp_path_factory.mktemp("demo"), []
+    logits = demo.logits
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
+        patch.setattr(demo, "logits", lambda *given: seen.append(logits(*given)) or seen[-1])
+        rows = demo.main(["--output_dir", str(folder), *SHORT])
+    return folder, rows, out.getvalue(), seen
 
 
-@pytest.fixture(scope="module")
-def rows(folder):
-    return demo.main(["--output_dir", str(folder), *SHORT])
-
-
-def test_the_table_tells_the_sizes_of_the_files(rows, folder):
+def test_the_table_closes_the_run_and_tells_the_sizes_of_the_files(run):
+    folder, rows, printed, _ = run
+    assert printed.endswith(f"\n\n{closing_table(rows)}\n")
     assert [row.megabytes for row in rows] == [
         weights_mb(folder / name) for name in ("dense", "compressed")
     ]
     assert rows[0].megabytes > 10 * rows[1].megabytes
-    assert all(0 <= row.score <= 1 for row in rows)
 
 
-def test_the_saved_model_scores_what_the_table_says(rows, folder):
+def test_the_saved_model_gives_the_logits_of_the_compressed_one(run):
+    folder, _, printed, seen = run
+    assert "bit for bit" in printed
+    _, test = demo.load_data()
+    fresh = AutoModelForImageClassification.from_pretrained(folder / "compressed")
+    compressed, reloaded = seen
+    assert compressed.shape == (len(test), 10)
+    assert torch.equal(compressed, reloaded)
+    assert torch.equal(compressed, demo.logits(fresh, test))
+
+
+def test_the_saved_models_score_what_the_table_says(run):
+    folder, rows, *_ = run
     _, test = demo.load_data()
     truth = torch.tensor([example["labels"] for example in test])
     for name, row in zip(("dense", "compressed"), rows, strict=True):
-        if name == "dense":
-            model = demo.AutoModelForImageClassification.from_pretrained(folder / name)
-        else:
-            model = AutoQuantizedModelForImageClassification.from_pretrained(folder / name)
+        model = AutoModelForImageClassification.from_pretrained(folder / name)
         right = (demo.logits(model, test).argmax(-1) == truth).sum().item()
         assert row.score == pytest.approx(right / len(test))
 
 
 def test_other_logits_after_loading_are_an_error(monkeypatch, tmp_path):
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    image = {"image_size": 8, "patch_size": 4, "num_channels": 1, "num_labels": 10}
+    config = ViTConfig(**sizes, **image, intermediate_size=64)
+    monkeypatch.setattr(demo, "make_model", lambda: ViTForImageClassification(config))
     answers = iter([torch.zeros(1), torch.ones(1)])
     monkeypatch.setattr(demo, "logits", lambda *_: next(answers))
     with pytest.raises(RuntimeError, match="other logits"):
