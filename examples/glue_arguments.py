@@ -79,6 +79,10 @@ class ModelArguments:
         return {"cache_dir": self.cache_dir, "revision": self.model_revision, "token": self.token}
 
 
+def _word_or_steps(text: str) -> str | int:
+    return int(text) if text.isdigit() else text
+
+
 @dataclass
 class NoiseArguments:
     """Noise on the weights while finetuning (section 4 of the paper)."""
@@ -91,11 +95,20 @@ class NoiseArguments:
         default_factory=lambda: [0.1],
         metadata={"help": "Share of the blocks noised in each forward; one, or one per noise."},
     )
+    noise_schedule: str = field(
+        default="constant", metadata={"help": "constant, or steps over which the rate rises."}
+    )
     noise_block_size: str | None = field(
         default=None, metadata={"help": "As --block_size, which is also the default."}
     )
     noise_n_centroids: int | None = field(
         default=None, metadata={"help": "Centroids of pq noise; default: --n_centroids."}
+    )
+    noise_block_selection: str = field(
+        default="all", metadata={"help": "What is drawn: all (single blocks) or cluster."}
+    )
+    noise_observer: str | None = field(
+        default=None, metadata={"help": "Range of intN noise; default: --observer."}
     )
     codebook_update: str = field(
         default="epoch", metadata={"help": "Refresh of pq noise's codebooks: epoch, or steps."}
@@ -115,7 +128,6 @@ class NoiseArguments:
         if self.noise == ["none"]:
             return None
         single = len(self.noise) == 1
-        update = self.codebook_update
         return QuantNoiseConfig(
             noise=self.noise[0] if single else self.noise,
             p=self.noise_rate[0] if len(self.noise_rate) == 1 else self.noise_rate,
@@ -125,7 +137,10 @@ class NoiseArguments:
                 else parse_int_or_dict("noise_block_size", self.noise_block_size)
             ),
             n_centroids=self.noise_n_centroids or options.n_centroids,
-            codebook_update=int(update) if update.isdigit() else update,
+            block_selection=self.noise_block_selection,
+            observer=self.noise_observer or options.observer,
+            p_schedule=_word_or_steps(self.noise_schedule),
+            codebook_update=_word_or_steps(self.codebook_update),
             scale_update_steps=self.scale_update_steps,
             target_modules=parse_patterns(self.noise_target_modules),
             exclude_modules=parse_patterns(self.noise_exclude_modules),
@@ -150,9 +165,14 @@ class CompressionOptions:
         default_factory=lambda: ["ffn", "embeddings", "attention"],
         metadata={"help": "Structure groups (or regexes) in the order of quantization."},
     )
-    codebook_bits: int = field(default=32, metadata={"help": "Bits of a stored centroid: 32, 16."})
+    codebook_bits: int = field(
+        default=32, metadata={"help": "Bits of a stored centroid: 32, 16, 8."}
+    )
     kmeans_iter: int = field(default=20, metadata={"help": "Most iterations of k-means."})
     bits: int = field(default=8, metadata={"help": "Bits of a weight under fixed_point."})
+    observer: str = field(
+        default="minmax", metadata={"help": "Range of intN: minmax, channel or histogram."}
+    )
     target_modules: str | None = field(
         default=None, metadata={"help": "Layers to quantize: a regex, or a JSON list of suffixes."}
     )
@@ -168,7 +188,7 @@ class CompressionOptions:
             "seed": seed,
         }
         if self.scheme == "fixed_point":
-            return FixedPointConfig(bits=self.bits, **shared)
+            return FixedPointConfig(bits=self.bits, observer=self.observer, **shared)
         return IPQConfig(
             block_size=parse_int_or_dict("block_size", self.block_size),
             n_centroids=self.n_centroids,

@@ -89,9 +89,13 @@ class QuantNoiseCallback(TrainerCallback):
             noise.refresh_codebooks()
 
     def on_step_begin(self, args, state, control, **kwargs):
-        """Refreshes codebooks and scales that are due after so many steps."""
+        """Sets the rates by their schedule; refreshes codebooks and scales that are due."""
         noise, step = find_state(kwargs["model"]), state.global_step
-        if noise is None or step == 0:
+        if noise is None:
+            return
+        if self.config.p_schedule != "constant":
+            noise.p = self.config.p_at(step)
+        if step == 0:
             return
         every = self.config.codebook_update
         if every != "epoch" and step % every == 0:

@@ -8,14 +8,24 @@ from __future__ import annotations
 
 import json
 import os
-import re
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .registry import Registry
 from .structure import GROUPS, resolve
+from .validation import (
+    check_block_size,
+    check_choice,
+    check_int,
+    check_patterns,
+    check_rate,
+    check_regex,
+    check_word_or_steps,
+    is_int,
+    reject_unknown,
+)
 
 QUANT_METHOD = "hf_quantnoise"
 FORMAT_VERSION = 1
@@ -25,68 +35,7 @@ NOISE_CONFIG_NAME = "quant_noise_config.json"
 
 NOISES: Registry[type] = Registry("noise")
 SCHEMES: Registry[type] = Registry("scheme")
-
-
-# ---- validation, shared by all configs -----------------------------------------------------------
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _check_int(name: str, value: Any, low: int, high: int) -> None:
-    if not _is_int(value) or not low <= value <= high:
-        raise ValueError(f"{name}={value!r} must be an integer from {low} to {high}")
-
-
-def _check_choice(name: str, value: Any, choices: tuple) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}")
-
-
-def _check_rate(name: str, value: Any) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0.0 <= value <= 1.0:
-        raise ValueError(f"{name}={value!r} must be a rate from 0 to 1 (0: no noise, 1: QAT)")
-
-
-def _check_block_size(value: Any) -> None:
-    sizes = value if isinstance(value, dict) else {"block_size": value}
-    if not sizes:
-        raise ValueError(f"block_size={value!r} is empty; give an int or {{group or regex: int}}")
-    for key, size in sizes.items():
-        if not _is_int(size) or size < 1:
-            raise ValueError(
-                f"block_size={value!r}: {size!r} (for {key!r}) must be a positive integer"
-            )
-        if isinstance(value, dict):
-            _check_regex("block_size", key)
-
-
-def _check_regex(name: str, pattern: Any) -> None:
-    if not isinstance(pattern, str):
-        raise ValueError(f"{name}: {pattern!r} must be a string (a structure group or a regex)")
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{name}: {pattern!r} is no regular expression: {error}") from None
-
-
-def _check_patterns(name: str, value: Any) -> None:
-    if value is None:
-        return
-    if isinstance(value, str):
-        return _check_regex(name, value)
-    if not isinstance(value, (list, tuple)) or not all(isinstance(v, str) for v in value):
-        raise ValueError(
-            f"{name}={value!r} must be a regex string or a list of exact names and suffixes"
-        )
-
-
-def _reject_unknown(cls: type, given: dict[str, Any]) -> None:
-    known = [f.name for f in fields(cls)]
-    for key in given:
-        if key not in known:
-            raise ValueError(f"{cls.__name__} has no field {key!r}; fields: {', '.join(known)}")
+OBSERVERS: Registry = Registry("observer")
 
 
 # ---- noise ---------------------------------------------------------------------------------------
@@ -101,11 +50,18 @@ class QuantNoiseConfig:
             ``"proxy"`` (selected blocks are zeroed), ``"mean"`` (replaced by the mean block),
             ``"pq"`` (by their nearest centroid), ``"intN"`` (rounded to N bits, Eq. 2).
         p: share of the blocks noised in each forward, 0 <= p <= 1; a list beside a list of noises.
+        p_schedule: ``"constant"``, or a number of optimizer steps over which the rates rise from 0
+            to ``p`` in a straight line. The callback carries it out.
         block_size: numbers per block, or a dict from structure group (``"ffn"``, ``"attention"``,
             ``"embeddings"``, ``"head"``) or regex for layer names to it. A layer that no key of the
             dict covers gets no noise. intN noise works on single weights and does not read it.
         n_centroids: size of the codebooks of ``"pq"``.
+        block_selection: ``"all"`` draws single blocks, ``"cluster"`` whole clusters, each with
+            probability p (table 5). intN noise draws single weights either way.
         codebook_update: refresh the codebooks of ``"pq"`` every ``"epoch"``, or every n steps.
+        observer: the range of ``"intN"``: ``"minmax"`` (that of the weight), ``"channel"`` (one for
+            each output feature, or row of a table), ``"histogram"`` (running minimum and maximum,
+            and the range between them with the lowest squared error: section 7.7, table 10).
         scale_update_steps: refresh scale and zero point of ``"intN"`` every so many steps.
         target_modules: regex for whole layer names, or a list of exact names and suffixes. None
             takes every layer except position and type embeddings, whose zeroed rows can make an
@@ -119,10 +75,17 @@ class QuantNoiseConfig:
 
     noise: str | list[str] = field(default="proxy", metadata={"help": "Noise, or noises in order."})
     p: float | list[float] = field(default=0.1, metadata={"help": "Share of noised blocks."})
+    p_schedule: str | int = field(
+        default="constant", metadata={"help": "'constant', or steps of linear warm-up."}
+    )
     block_size: int | dict[str, int] = field(default=8, metadata={"help": "Numbers per block."})
     n_centroids: int = field(default=256, metadata={"help": "Size of the codebooks of 'pq'."})
+    block_selection: str = field(
+        default="all", metadata={"help": "'all' or 'cluster': what is drawn (table 5)."}
+    )
     codebook_update: str | int = field(default="epoch", metadata={"help": "'epoch' or steps."})
     scale_update_steps: int = field(default=10, metadata={"help": "Steps between intN refreshes."})
+    observer: str = field(default="minmax", metadata={"help": "Range of 'intN' noise."})
     target_modules: str | list[str] | None = field(default=None, metadata={"help": "Which layers."})
     exclude_modules: str | list[str] | None = field(default=None, metadata={"help": "But not."})
     seed: int = field(default=0, metadata={"help": "Seed of the k-means behind 'pq'."})
@@ -136,24 +99,29 @@ class QuantNoiseConfig:
                 raise ValueError(f"noise: {NOISES.unknown(name)}")
         rates = self.p if isinstance(self.p, (list, tuple)) else [self.p] * len(names)
         for rate in rates:
-            _check_rate("p", rate)
+            check_rate("p", rate)
         if len(rates) != len(names):
             raise ValueError(
                 f"p={self.p!r} has {len(rates)} rates for {len(names)} noises {names!r}; "
                 "give one rate for all or one for each"
             )
-        _check_block_size(self.block_size)
-        _check_int("n_centroids", self.n_centroids, 2, 65536)
-        if self.codebook_update != "epoch":
-            if not _is_int(self.codebook_update):
-                raise ValueError(
-                    f"codebook_update={self.codebook_update!r} must be 'epoch' or a number of steps"
-                )
-            _check_int("codebook_update", self.codebook_update, 1, 2**31)
-        _check_int("scale_update_steps", self.scale_update_steps, 1, 2**31)
-        _check_int("seed", self.seed, 0, 2**63 - 1)
-        _check_patterns("target_modules", self.target_modules)
-        _check_patterns("exclude_modules", self.exclude_modules)
+        check_block_size(self.block_size)
+        check_int("n_centroids", self.n_centroids, 2, 65536)
+        check_choice("block_selection", self.block_selection, ("all", "cluster"))
+        if self.block_selection == "cluster" and not any(
+            NOISES[name].reads_block_size for name in names
+        ):
+            raise ValueError(
+                f"block_selection='cluster' needs a noise on blocks; noise={self.noise!r} works on "
+                "single weights: take block_selection='all'"
+            )
+        check_word_or_steps("p_schedule", self.p_schedule, "constant")
+        check_word_or_steps("codebook_update", self.codebook_update, "epoch")
+        check_choice("observer", self.observer, tuple(OBSERVERS))
+        check_int("scale_update_steps", self.scale_update_steps, 1, 2**31)
+        check_int("seed", self.seed, 0, 2**63 - 1)
+        check_patterns("target_modules", self.target_modules)
+        check_patterns("exclude_modules", self.exclude_modules)
 
     @property
     def noises(self) -> list[tuple[str, float]]:
@@ -161,6 +129,13 @@ class QuantNoiseConfig:
         names = list(self.noise) if isinstance(self.noise, (list, tuple)) else [self.noise]
         rates = list(self.p) if isinstance(self.p, (list, tuple)) else [self.p] * len(names)
         return list(zip(names, map(float, rates), strict=True))
+
+    def p_at(self, step: int) -> list[float]:
+        """The rate of each noise at an optimizer step (0 is the first), by ``p_schedule``."""
+        share = 1.0
+        if self.p_schedule != "constant":
+            share = min(1.0, (step + 1) / self.p_schedule)
+        return [share * rate for _, rate in self.noises]
 
     @classmethod
     def matching(cls, quantization_config: QuantizedModelConfig, **overrides) -> QuantNoiseConfig:
@@ -175,7 +150,7 @@ class QuantNoiseConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> QuantNoiseConfig:
         """The inverse of :meth:`to_dict`; unknown fields are refused."""
-        _reject_unknown(cls, values)
+        reject_unknown(cls, values)
         return cls(**values)
 
     def to_json_string(self) -> str:
@@ -232,16 +207,16 @@ class QuantizedModelConfig(QuantizationConfigMixin):
     quant_method: ClassVar[str] = QUANT_METHOD
 
     def __post_init__(self) -> None:
-        if not _is_int(self.format_version) or self.format_version < 1:
+        if not is_int(self.format_version) or self.format_version < 1:
             raise ValueError(f"format_version={self.format_version!r} must be a positive integer")
         if self.format_version > FORMAT_VERSION:
             raise ValueError(
                 f"format_version={self.format_version} was written by a newer hf_quantnoise; this "
                 f"one reads up to {FORMAT_VERSION}. Install it with: pip install -U hf-quantnoise"
             )
-        _check_int("seed", self.seed, 0, 2**63 - 1)
-        _check_patterns("target_modules", self.target_modules)
-        _check_patterns("exclude_modules", self.exclude_modules)
+        check_int("seed", self.seed, 0, 2**63 - 1)
+        check_patterns("target_modules", self.target_modules)
+        check_patterns("exclude_modules", self.exclude_modules)
 
     @property
     def is_compressed(self) -> bool:
@@ -273,7 +248,7 @@ class QuantizedModelConfig(QuantizationConfigMixin):
         target = SCHEMES[config_dict.get("scheme", cls.scheme)]
         # A newer format may bring fields of its own: say that it is newer, not that they are odd.
         cls(format_version=values.get("format_version", FORMAT_VERSION))
-        _reject_unknown(target, values)
+        reject_unknown(target, values)
         config = target(**values)
         return (config, kwargs) if return_unused_kwargs else config
 
@@ -290,7 +265,8 @@ class IPQConfig(QuantizedModelConfig):
         n_centroids: codewords per codebook, 2 to 65,536; 256 gives one byte per block.
         stages: structure groups (or regexes) in the order in which they are quantized.
             Layers of no stage stay in floating point.
-        codebook_bits: 32 or 16, the precision in which centroids are stored.
+        codebook_bits: 32, 16 or 8, the precision in which centroids are stored; 8 is section 3.3,
+            Eq. 2 on the codebook.
         kmeans_iter: most iterations of k-means for each codebook.
     """
 
@@ -304,17 +280,17 @@ class IPQConfig(QuantizedModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_block_size(self.block_size)
-        _check_int("n_centroids", self.n_centroids, 2, 65536)
-        _check_choice("codebook_bits", self.codebook_bits, (32, 16))
-        _check_int("kmeans_iter", self.kmeans_iter, 1, 100_000)
+        check_block_size(self.block_size)
+        check_int("n_centroids", self.n_centroids, 2, 65536)
+        check_choice("codebook_bits", self.codebook_bits, (32, 16, 8))
+        check_int("kmeans_iter", self.kmeans_iter, 1, 100_000)
         if isinstance(self.stages, str) or not self.stages:
             raise ValueError(
                 f"stages={self.stages!r} must be a list of structure groups ({', '.join(GROUPS)}) "
                 "or regexes for layer names"
             )
         for stage in self.stages:
-            _check_regex("stages", stage)
+            check_regex("stages", stage)
         if len(set(self.stages)) != len(self.stages):
             raise ValueError(f"stages={self.stages!r} names a stage twice")
         self.stages = list(self.stages)
@@ -360,7 +336,9 @@ class FixedPointConfig(QuantizedModelConfig):
 
     Args:
         bits: N, 1 to 8; codes are packed to N bits each.
-        observer: how scale and zero point are found: ``"minmax"``.
+        observer: the range that the N bits are spread over: ``"minmax"`` (that of the weight),
+            ``"channel"`` (one for each output feature, or row of a table), ``"histogram"`` (the one
+            with the lowest squared error).
     """
 
     bits: int = 8
@@ -370,12 +348,13 @@ class FixedPointConfig(QuantizedModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_int("bits", self.bits, 1, 8)
-        _check_choice("observer", self.observer, ("minmax",))
+        check_int("bits", self.bits, 1, 8)
+        check_choice("observer", self.observer, tuple(OBSERVERS))
 
     def noise_settings(self) -> dict[str, Any]:
         return {
             "noise": f"int{self.bits}",
+            "observer": self.observer,
             "target_modules": self.target_modules,
             "exclude_modules": self.exclude_modules,
             "seed": self.seed,

@@ -27,6 +27,8 @@ from hf_quantnoise.configuration import FORMAT_VERSION, QuantizedModelConfig
         ({"n_centroids": 1}, ["n_centroids=1", "2 to 65536"]),
         ({"codebook_update": "day"}, ["codebook_update='day'", "'epoch'"]),
         ({"codebook_update": 0}, ["codebook_update=0"]),
+        ({"p_schedule": "cosine"}, ["p_schedule='cosine'", "'constant'", "steps"]),
+        ({"p_schedule": 0}, ["p_schedule=0"]),
         ({"scale_update_steps": 0}, ["scale_update_steps=0"]),
         ({"target_modules": 3}, ["target_modules=3", "regex"]),
         ({"exclude_modules": "["}, ["exclude_modules", "regular expression"]),
@@ -45,7 +47,7 @@ def test_bad_noise_configs_are_refused(fields, words):
     [
         ({"block_size": 2.5}, ["block_size=2.5"]),
         ({"n_centroids": 100_000}, ["n_centroids=100000", "65536"]),
-        ({"codebook_bits": 8}, ["codebook_bits=8", "32, 16"]),
+        ({"codebook_bits": 4}, ["codebook_bits=4", "32, 16, 8"]),
         ({"stages": "ffn"}, ["stages='ffn'", "list"]),
         ({"stages": []}, ["stages=[]"]),
         ({"stages": ["ffn", "ffn"]}, ["twice"]),

@@ -12,6 +12,7 @@ FLOORS = (
     "registry",
     "blocks",
     "structure",
+    "validation",
     "configuration",
     "quantizers",
     "noise",

@@ -13,13 +13,14 @@ def row_of(report, name):
     return next(row for row in report.rows if row.name == name)
 
 
-@pytest.mark.parametrize("bits", [32, 16])
+@pytest.mark.parametrize("bits", [32, 16, 8])
 def test_formula_of_section_3_3(bits):
     config = IPQConfig(block_size=8, n_centroids=16, codebook_bits=bits)
     report = size_report(quantize_model(make_model("bert"), config, progress=False))
     row = row_of(report, "bert.encoder.layer.0.intermediate.dense.weight")
     k, d, blocks = 16, 8, 64 * 32 // 8
-    assert row.formula_bytes == (bits * k * d + math.log2(k) * blocks) / 8
+    scales = 64 if bits == 8 else 0  # one scale and one zero point in float32
+    assert row.formula_bytes == (bits * k * d + scales + math.log2(k) * blocks) / 8
     assert row.disk_bytes == row.formula_bytes  # half a byte per block, nothing lost to padding
     assert row.dense_bytes == 4 * 64 * 32
     assert row.shape == (64, 32)

@@ -10,6 +10,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertForSequenceClassification,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 
@@ -168,6 +169,30 @@ def test_codebooks_are_refreshed_when_they_are_due(tmp_path, parity_data, monkey
     assert refreshes() == {"refresh_codebooks": 1, "refresh_scales": 1}
     assert refreshes(codebook_update=5) == {"refresh_codebooks": 2, "refresh_scales": 1}
     assert refreshes(scale_update_steps=3)["refresh_scales"] == 3
+
+
+def test_the_rate_warms_up_and_a_resumed_run_goes_on_with_it(tmp_path, parity_data):
+    noise = QuantNoiseConfig(noise=["pq", "int8"], p=[0.4, 0.2], n_centroids=16, p_schedule=8)
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen.append(find_state(kwargs["model"]).p)
+
+    trainer = QuantNoiseTrainer(
+        make_model("bert"), arguments(tmp_path), noise,
+        train_dataset=parity_data, callbacks=[Watch()],
+    )  # fmt: skip
+    trainer.train()
+    expected = [(0.4 * min(1, t / 8), 0.2 * min(1, t / 8)) for t in range(1, 13)]
+    assert seen == [pytest.approx(rates) for rates in expected]
+    first, seen[:] = list(seen), []
+    resumed = QuantNoiseTrainer(
+        make_model("bert"), arguments(tmp_path), noise,
+        train_dataset=parity_data, callbacks=[Watch()],
+    )  # fmt: skip
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert seen == first[4:]
 
 
 def test_noise_by_hand_is_taken_as_it_is(tmp_path, parity_data):

@@ -19,7 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
 from ..configuration import QUANT_METHOD, QuantizedModelConfig
-from ..modeling import pack_skeleton, packed_layers, packed_names, unpack_model
+from ..modeling import pack_skeleton, packed_layers, packed_names, read_states, unpack_model
 from ..modeling.packed import PREFIX, PackedLayer
 from ..quantizers import quantizer_from_dict
 from ..structure import LayerInfo, find_layers
@@ -48,14 +48,12 @@ def sentinel_name(config: QuantizedModelConfig) -> str:
 
 
 def storage_tensor(module: PackedLayer, name: str, tensor: Tensor) -> Tensor:
-    """A packed layer's tensor as it is written: float state in the dtype of its spec."""
-    spec = module.quantizer.state_spec(module.rows, module.columns)
+    """A packed layer's tensor as it is written; those that are no state of its quantizer as they
+    are."""
     key = name.removeprefix(PREFIX)
-    if name == key or key not in spec:
+    if name == key or key not in module.quantizer.state_spec(module.rows, module.columns):
         return tensor
-    _, dtype = spec[key]
-    smaller = torch.empty((), dtype=dtype).element_size() < tensor.element_size()
-    return tensor.to(dtype) if smaller else tensor
+    return module.quantizer.to_storage(key, tensor, module.state)
 
 
 @register_quantizer(QUANT_METHOD)
@@ -125,6 +123,11 @@ class QuantNoiseHfQuantizer(HfQuantizer):
         offloaded = "disk" in getattr(model, "hf_device_map", {}).values()
         for name, layer in packed_layers(model):
             layer._shape_only = False
+            if offloaded and layer.quantizer.is_stored_otherwise:
+                raise ValueError(
+                    f"device_map: {name} stores its centroids in 8 bits, which cannot be read from "
+                    "disk layer by layer; give a device_map without 'disk'"
+                )
             for tensor_name, tensor in layer.named_parameters(recurse=False):
                 if offloaded or getattr(tensor, "_is_hf_initialized", False):
                     continue
@@ -135,6 +138,7 @@ class QuantNoiseHfQuantizer(HfQuantizer):
                         f"the checkpoint lacks {name}.{tensor_name}, which its plan names: a file "
                         "is missing or from another model. Download or save the model again"
                     )
+        read_states(model)
         return model
 
     # ---- saving ---------------------------------------------------------------------------------

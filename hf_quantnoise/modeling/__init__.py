@@ -1,6 +1,14 @@
 """Packed layers: a layer of its own class whose weight is held, and stored, as codes."""
 
-from .convert import is_packed, pack_layer, pack_skeleton, packed_layers, packed_names, unpack_model
+from .convert import (
+    is_packed,
+    pack_layer,
+    pack_skeleton,
+    packed_layers,
+    packed_names,
+    read_states,
+    unpack_model,
+)
 from .packed import PackedLayer
 
 __all__ = [
@@ -10,5 +18,6 @@ __all__ = [
     "pack_skeleton",
     "packed_layers",
     "packed_names",
+    "read_states",
     "unpack_model",
 ]

@@ -36,15 +36,38 @@ def _indices_shape(quantizer: Quantizer, rows: int, columns: int) -> tuple[int, 
     return (-(-rows * bits_per_row // 8),)
 
 
+def _parameters(quantizer: Quantizer, tensors: dict[str, Tensor]) -> dict[str, nn.Parameter]:
+    """Parameters of a packed layer; codes, and what its quantizer says is not trained, get no
+    gradient."""
+    frozen = {PREFIX + key for key in quantizer.not_trained}
+    return {
+        name: nn.Parameter(tensor, tensor.is_floating_point() and name not in frozen)
+        for name, tensor in tensors.items()
+    }
+
+
+@torch.no_grad()
+def read_states(model: nn.Module) -> None:
+    """After a checkpoint was read: the float state of every packed layer gets its working form."""
+    read: dict[int, dict[str, nn.Parameter]] = {}
+    for _, layer in packed_layers(model):
+        if not layer.quantizer.is_stored_otherwise:
+            continue
+        key = id(layer.weight_indices)  # tied layers go on sharing one set
+        if key not in read:
+            state = layer.quantizer.from_storage(layer.state)
+            tensors = {PREFIX + name: tensor.detach() for name, tensor in state.items()}
+            read[key] = _parameters(layer.quantizer, tensors)
+        for name, parameter in read[key].items():
+            layer.register_parameter(name, parameter)
+
+
 def _become_packed(
     layers: Sequence[nn.Module], quantizer: Quantizer, tensors: dict[str, Tensor]
 ) -> None:
     """Turns layers that share one weight into packed layers that share one set of tensors."""
     rows, columns = weight_matrix(layers[0]).shape
-    parameters = {
-        name: nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
-        for name, tensor in tensors.items()
-    }
+    parameters = _parameters(quantizer, tensors)
     for layer in layers:
         del layer._parameters["weight"]
         layer.__class__ = packed_class(type(layer))

@@ -104,6 +104,8 @@ class PackedLayer:
         codes, state = self.codes(rows), self.state
         if torch.is_grad_enabled() and "codebook" in state and state["codebook"].requires_grad:
             state["codebook"] = _AverageOverBlocks.apply(state["codebook"], self.block_counts())
+        if rows is not None:
+            state = self.quantizer.state_of_rows(state, rows)
         return self.quantizer.decode(codes, state)
 
     def block_counts(self) -> Tensor:

@@ -28,12 +28,14 @@ class NoiseFunction(ABC):
 
     Attributes:
         reads_block_size: False where the noise works on single weights.
+        by_cluster: whether J consists of whole clusters (``block_selection="cluster"``).
         refreshed: which refresh keeps its state current: ``"codebooks"``, ``"scales"`` or None.
         state: fitted tensors. They are no buffers: nothing of them enters the model's state_dict.
     """
 
     reads_block_size: ClassVar[bool] = True
-    refreshed: ClassVar[str | None] = None
+    by_cluster: bool = False
+    refreshed: str | None = None
 
     def __init__(self, name: str, config: QuantNoiseConfig, block_size: int) -> None:
         self.name = name
@@ -49,6 +51,10 @@ class NoiseFunction(ABC):
     def refresh(self, matrix: Tensor, seed: int) -> None:
         """Fits the state to a weight matrix (rows, columns), from the old state where it helps."""
         return None
+
+    def n_choices(self, n_blocks: int) -> int:
+        """What J is drawn from: the blocks, or the clusters they belong to."""
+        return self.quantizer.n_centroids if self.by_cluster else n_blocks
 
     @abstractmethod
     def distort(self, matrix: Tensor, selection: Selection, rows: Tensor | None = None) -> None:
@@ -95,8 +101,36 @@ class NoiseFunction(ABC):
         return self.state
 
 
+class BlockNoise(NoiseFunction):
+    """A noise on blocks of several numbers, which knows their clusters where it needs them.
+
+    With ``block_selection="cluster"`` J consists of the blocks of randomly chosen clusters (table
+    5), so that every such noise needs an assignment: ``codes``, those of the last refresh.
+    """
+
+    needs_codes: ClassVar[bool] = False
+
+    def __init__(self, name: str, config: QuantNoiseConfig, block_size: int) -> None:
+        super().__init__(name, config, block_size)
+        self.quantizer = ProductQuantizer(block_size=block_size, n_centroids=config.n_centroids)
+        self.by_cluster = config.block_selection == "cluster"
+        self.has_codes = self.needs_codes or self.by_cluster
+        if self.has_codes:
+            self.refreshed = "codebooks"
+
+    def check(self, rows: int, columns: int) -> str | None:
+        reason = super().check(rows, columns)
+        return reason or (self.quantizer.check(rows, columns) if self.has_codes else None)
+
+    def refresh(self, matrix: Tensor, seed: int) -> None:
+        if self.has_codes:
+            old = {"codebook": self.state["codebook"]} if self.state else None
+            fitted = self.quantizer.fit(matrix, seed=seed, init=old)
+            self.state = {**fitted, "codes": self.quantizer.encode(matrix, fitted)}
+
+
 @NOISES.register("proxy")
-class ProxyNoise(NoiseFunction):
+class ProxyNoise(BlockNoise):
     """phi_proxy(v) = 0: cheap, and close to the noise of product quantization (section 4.2)."""
 
     def distort(self, matrix: Tensor, selection: Selection, rows: Tensor | None = None) -> None:
@@ -104,14 +138,14 @@ class ProxyNoise(NoiseFunction):
 
 
 @NOISES.register("mean")
-class MeanNoise(NoiseFunction):
+class MeanNoise(BlockNoise):
     """phi(v) = the mean block of the weight at the last refresh (section 4.2)."""
 
     refreshed = "codebooks"
 
     def refresh(self, matrix: Tensor, seed: int) -> None:
-        mean = to_blocks(matrix, self.block_size).float().mean(dim=0)
-        self.state = {"mean": mean}
+        super().refresh(matrix, seed)
+        self.state["mean"] = to_blocks(matrix, self.block_size).float().mean(dim=0)
 
     def distort(self, matrix: Tensor, selection: Selection, rows: Tensor | None = None) -> None:
         blocks = to_blocks(matrix, self.block_size)
@@ -124,7 +158,7 @@ class MeanNoise(NoiseFunction):
 
 
 @NOISES.register("pq")
-class ProductNoise(NoiseFunction):
+class ProductNoise(BlockNoise):
     """phi_PQ(v) = the centroid of v (Eq. 9): exact product quantization of the blocks in J.
 
     Assignments are those of the last refresh: a block in J becomes ``codebook[codes]``. At p = 1,
@@ -132,19 +166,7 @@ class ProductNoise(NoiseFunction):
     forward, which is QAT proper. In a composition "pq" belongs first: it looks at the clean weight.
     """
 
-    refreshed = "codebooks"
-
-    def __init__(self, name: str, config: QuantNoiseConfig, block_size: int) -> None:
-        super().__init__(name, config, block_size)
-        self.quantizer = ProductQuantizer(block_size=block_size, n_centroids=config.n_centroids)
-
-    def check(self, rows: int, columns: int) -> str | None:
-        return super().check(rows, columns) or self.quantizer.check(rows, columns)
-
-    def refresh(self, matrix: Tensor, seed: int) -> None:
-        fitted = {key: value for key, value in self.state.items() if key != "codes"}
-        state = self.quantizer.fit(matrix, seed=seed, init=fitted or None)
-        self.state = {**state, "codes": self.quantizer.encode(matrix, state)}
+    needs_codes = True
 
     def distort(self, matrix: Tensor, selection: Selection, rows: Tensor | None = None) -> None:
         state = self._state_on(matrix.device)
@@ -170,20 +192,31 @@ class FixedPointNoise(NoiseFunction):
 
     def __init__(self, name: str, config: QuantNoiseConfig, block_size: int) -> None:
         super().__init__(name, config, block_size)
-        self.quantizer = FixedPointQuantizer(bits=int(name.removeprefix("int")))
+        bits = int(name.removeprefix("int"))
+        self.quantizer = FixedPointQuantizer(bits=bits, observer=config.observer)
 
     def check(self, rows: int, columns: int) -> str | None:
         return self.quantizer.check(rows, columns)
 
     def refresh(self, matrix: Tensor, seed: int) -> None:
-        self.state = self.quantizer.fit(matrix, seed=seed)
+        running = (self.state["low"], self.state["high"]) if self.state else None
+        fitted, (low, high) = self.quantizer.fit_running(matrix, running)
+        self.state = {**fitted, "low": low, "high": high}
 
     def distort(self, matrix: Tensor, selection: Selection, rows: Tensor | None = None) -> None:
         state = self._state_on(matrix.device)
+        per_row = state["scale"].dim() > 0
         numbers = to_blocks(matrix, 1)
 
         def values(indices: Tensor | None) -> Tensor:
-            chosen = numbers if indices is None else numbers.index_select(0, indices)
-            return self.quantizer.quantize(chosen, state)
+            if indices is None:
+                own = state if rows is None else self.quantizer.state_of_rows(state, rows)
+                return self.quantizer.quantize(matrix, own).view(-1, 1)
+            chosen = numbers.index_select(0, indices)
+            if not per_row:
+                return self.quantizer.quantize(chosen, state)
+            owner = indices // matrix.shape[1]
+            owner = owner if rows is None else rows[owner]
+            return self.quantizer.quantize(chosen, self.quantizer.state_of_rows(state, owner))
 
         selection.replace(numbers, values)

@@ -82,7 +82,7 @@ class WeightNoise:
             self._check_shape(tuple(matrix.shape))
             copy = matrix.clone(memory_format=torch.contiguous_format)
             for function, selection in self._draws(self.rows, weight.device, member):
-                function.distort(copy, selection)
+                function.distort(copy, _blocks_of(function, selection))
             noisy = layout.from_matrix(copy)
         return StraightThrough.apply(weight, noisy)
 
@@ -101,20 +101,21 @@ class WeightNoise:
             copy = values.detach().reshape(-1, self.columns).clone()
             if self.shared is None:
                 for function, selection in self._draws(flat.numel(), values.device, member):
-                    function.distort(copy, selection, rows=flat)
+                    function.distort(copy, _blocks_of(function, selection, flat), rows=flat)
                 copy = copy[_first_occurrences(flat, self.rows)]
             else:
                 # The head that holds the same weight needs J for all rows anyway.
                 for function, selection in self._draws(self.rows, values.device, member):
-                    per_row = self.columns // function.block_size
-                    function.distort(copy, selection.of_rows(flat, per_row), rows=flat)
+                    if not function.by_cluster:
+                        selection = selection.of_rows(flat, self.columns // function.block_size)
+                    function.distort(copy, _blocks_of(function, selection, flat), rows=flat)
         return StraightThrough.apply(values, copy.view(values.shape))
 
     def _draws(
         self, rows: int, device: torch.device, member: int
     ) -> Iterator[tuple[NoiseFunction, Selection]]:
         active = [(f, self.rates[number]) for number, f in self.functions if self.rates[number] > 0]
-        sizes = [(rows * (self.columns // f.block_size), p) for f, p in active]
+        sizes = [(f.n_choices(rows * (self.columns // f.block_size)), p) for f, p in active]
         if self.shared is not None:
             selections = self.shared.draw(member, sizes, device)
         else:
@@ -128,6 +129,16 @@ class WeightNoise:
                 f"{' x '.join(map(str, shape))} now (resized embeddings?): call "
                 "remove_quant_noise(model), then apply_quant_noise(model, config)"
             )
+
+
+def _blocks_of(
+    function: NoiseFunction, selection: Selection, rows: Tensor | None = None
+) -> Selection:
+    """J over blocks: where whole clusters were drawn, the blocks that belong to them."""
+    if not function.by_cluster:
+        return selection
+    codes = function.state["codes"]
+    return selection.of_clusters(codes if rows is None else codes[rows])
 
 
 def _first_occurrences(ids: Tensor, rows: int) -> Tensor:

@@ -60,6 +60,13 @@ class Selection:
             mask=self.as_mask().view(-1, blocks_per_row)[rows].reshape(-1),
         )
 
+    def of_clusters(self, codes: Tensor) -> Selection:
+        """J over blocks, from J over clusters: codes, any shape, name the cluster of each block."""
+        if self.everything:
+            return Selection(codes.numel())
+        mask = self.as_mask().to(codes.device)
+        return Selection(codes.numel(), mask=mask[codes.reshape(-1).int()])
+
     def zero(self, blocks: Tensor) -> None:
         """Zeroes the chosen blocks in place; blocks: (count, block size), contiguous."""
         if self.indices is not None:

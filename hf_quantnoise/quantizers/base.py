@@ -71,6 +71,31 @@ class Quantizer(ABC):
     def check(self, rows: int, columns: int) -> str | None:
         """Why a (rows, columns) matrix cannot be stored so; None where it can."""
 
+    def state_of_rows(self, state: dict[str, Tensor], rows: Tensor | slice) -> dict[str, Tensor]:
+        """The part of a state that decodes some rows; the state itself where rows share it."""
+        return state
+
+    @property
+    def not_trained(self) -> set[str]:
+        """Keys of the state that no gradient reaches."""
+        return set()
+
+    def to_storage(self, key: str, tensor: Tensor, state: dict[str, Tensor]) -> Tensor:
+        """A tensor of the state as it is written to a file: in the dtype of its spec where that is
+        smaller."""
+        _, dtype = self.state_spec(1, 1)[key]
+        smaller = torch.empty((), dtype=dtype).element_size() < tensor.element_size()
+        return tensor.to(dtype) if smaller else tensor
+
+    @property
+    def is_stored_otherwise(self) -> bool:
+        """Whether :meth:`from_storage` has work to do."""
+        return False
+
+    def from_storage(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A state in its working form, from one as it was read from a file."""
+        return state
+
     def quantize(self, matrix: Tensor, state: dict[str, Tensor]) -> Tensor:
         """decode(encode(matrix)): the matrix as it would be read back."""
         return self.decode(self.encode(matrix, state), state)

@@ -8,17 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..registry import Registry
+from ..configuration import OBSERVERS
 from .base import QUANTIZERS, Quantizer, require_finite
+from .observers import CHUNK_NUMBERS, Range, extremes
 from .packing import code_dtype
-
-OBSERVERS: Registry = Registry("observer")
-
-
-@OBSERVERS.register("minmax")
-def minmax(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """The range of the weights themselves: (min W, max W), scalars."""
-    return torch.aminmax(matrix)
 
 
 @QUANTIZERS.register("int")
@@ -26,16 +19,17 @@ def minmax(matrix: Tensor) -> tuple[Tensor, Tensor]:
 class FixedPointQuantizer(Quantizer):
     """Each weight is stored as round(w / s + z), clamped to 0 .. 2^N - 1 (Eq. 2).
 
-    State: ``scale`` s and ``zero_point`` z, scalars in floating point, with
+    State: ``scale`` s and ``zero_point`` z in floating point, with
 
-        s = (max W - min W) / (2^N - 1),  z = -round(min W / s).
+        s = (max W - min W) / (2^N - 1),  z = -round(min W / s),
 
-    Eq. 2 writes z without the minus; c = (round(w / s + z) - z) s is the same for either sign, as z
-    is an integer, and with the minus the codes count from 0.
+    scalars, or of shape (rows, 1) where the observer is per channel. Eq. 2 writes z without the
+    minus; c = (round(w / s + z) - z) s is the same for either sign, as z is an integer, and with
+    the minus the codes count from 0.
 
     Args:
         bits: N, 1 to 8.
-        observer: how the range is found.
+        observer: how the range (min W, max W) is found (``observers.py``).
     """
 
     bits: int = 8
@@ -50,17 +44,65 @@ class FixedPointQuantizer(Quantizer):
 
     @property
     def short_name(self) -> str:
-        return f"int{self.bits}"
+        return f"int{self.bits}" + ("" if self.observer == "minmax" else f" {self.observer}")
 
     def fit(self, matrix, *, seed=0, init=None):
+        return self.fit_running(matrix)[0]
+
+    def fit_running(
+        self, matrix: Tensor, running: Range | None = None
+    ) -> tuple[dict[str, Tensor], Range]:
+        """As :meth:`fit`, with the extremes met so far.
+
+        Args:
+            matrix: the weight.
+            running: what the last call gave; only a running observer reads it.
+
+        Returns:
+            The state; and the extremes up to and with this matrix, scalars.
+        """
         require_finite(matrix)
-        low, high = OBSERVERS[self.observer](matrix.float())
+        observer, numbers = OBSERVERS[self.observer], matrix.float()
+        states = []
+        for low, high in observer.candidates(numbers, self.bits, running):
+            state = self._state(low, high)
+            states.append({key: value.to(matrix.dtype) for key, value in state.items()})
+        state = states[0]
+        if len(states) > 1:
+            errors = [self._errors(numbers, state) for state in states]
+            best = torch.stack(errors).argmin(0)
+            state = {
+                key: torch.stack([state[key] for state in states]).gather(
+                    0, best.expand_as(state[key])[None]
+                )[0]
+                for key in state
+            }
+        return state, extremes(numbers, running)
+
+    def _state(self, low: Tensor, high: Tensor) -> dict[str, Tensor]:
         scale = (high - low) / (2**self.bits - 1)
         # A constant matrix has no range: with its own magnitude as scale it is reproduced exactly.
         constant = torch.where(low == 0, torch.ones_like(low), low.abs())
         scale = torch.where(scale > 0, scale, constant)
-        zero_point = -torch.round(low / scale)
-        return {"scale": scale.to(matrix.dtype), "zero_point": zero_point.to(matrix.dtype)}
+        return {"scale": scale, "zero_point": -torch.round(low / scale)}
+
+    def _errors(self, matrix: Tensor, state: dict[str, Tensor]) -> Tensor:
+        """Squared error of a matrix under a state: for each row where the state has rows, shape
+        (rows, 1), else a scalar."""
+        parts = []
+        step = max(1, CHUNK_NUMBERS // matrix.shape[1])
+        for start in range(0, len(matrix), step):
+            rows = slice(start, start + step)
+            part = matrix[rows]
+            decoded = self.quantize(part, self.state_of_rows(state, rows))
+            parts.append((decoded - part).double().square().sum(1, keepdim=True))
+        errors = torch.cat(parts)
+        return errors if state["scale"].dim() else errors.sum()
+
+    def state_of_rows(self, state, rows):
+        if not OBSERVERS[self.observer].per_channel:
+            return state
+        return {key: value[rows] for key, value in state.items()}
 
     def encode(self, matrix, state):
         scale, zero_point = state["scale"].float(), state["zero_point"].float()
@@ -72,7 +114,8 @@ class FixedPointQuantizer(Quantizer):
         return (codes.to(scale.dtype) - state["zero_point"]) * scale
 
     def state_spec(self, rows, columns):
-        return {"scale": ((), torch.float32), "zero_point": ((), torch.float32)}
+        shape = (rows, 1) if OBSERVERS[self.observer].per_channel else ()
+        return {"scale": (shape, torch.float32), "zero_point": (shape, torch.float32)}
 
     def check(self, rows, columns):
         return None

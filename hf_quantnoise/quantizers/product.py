@@ -12,21 +12,21 @@ from torch import Tensor
 
 from ..blocks import to_blocks
 from .base import QUANTIZERS, Quantizer
+from .fixed_point import FixedPointQuantizer
 from .kmeans import assign, kmeans
 from .packing import code_dtype
 
 
-class _RoundToHalf(torch.autograd.Function):
-    """float16 values, straight-through: centroids are used as they are stored."""
+class _AsStored(torch.autograd.Function):
+    """Centroids as they are stored, straight-through."""
 
     @staticmethod
-    def forward(ctx, codebook: Tensor) -> Tensor:
-        limit = torch.finfo(torch.float16).max
-        return codebook.clamp(-limit, limit).to(torch.float16).to(codebook.dtype)
+    def forward(ctx, codebook: Tensor, stored: Tensor) -> Tensor:
+        return stored.view_as(stored)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        return gradient
+    def backward(ctx, gradient: Tensor):
+        return gradient, None
 
 
 class _Lookup(torch.autograd.Function):
@@ -50,17 +50,27 @@ class _Lookup(torch.autograd.Function):
         return total.to(gradient.dtype), None
 
 
+# Section 3.3: Eq. 2 on the centroids themselves, and how its state is named in theirs.
+_EIGHT_BITS = FixedPointQuantizer(bits=8)
+_ON_CODEBOOK = "codebook_"
+
+
+def _of_codebook(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: state[_ON_CODEBOOK + key] for key in ("scale", "zero_point")}
+
+
 @QUANTIZERS.register("pq")
 @dataclass(frozen=True)
 class ProductQuantizer(Quantizer):
     """Each block is stored as the index of its nearest centroid.
 
-    State: ``codebook``, shape (n_centroids, block_size).
+    State: ``codebook``, shape (n_centroids, block_size); with 8 bits per centroid also the scalars
+    ``codebook_scale`` and ``codebook_zero_point`` of Eq. 2 on the codebook (section 3.3).
 
     Args:
         block_size: d, numbers per block.
         n_centroids: K; a code takes ceil(log2 K) bits.
-        codebook_bits: 32 or 16: precision in which centroids are stored, and therefore used.
+        codebook_bits: 32, 16 or 8: precision in which centroids are stored, and therefore used.
         n_iter: most iterations of k-means.
     """
 
@@ -77,8 +87,8 @@ class ProductQuantizer(Quantizer):
 
     @property
     def short_name(self) -> str:
-        half = " f16" if self.codebook_bits == 16 else ""
-        return f"pq {self.n_centroids}x{self.block_size}{half}"
+        precision = {32: "", 16: " f16", 8: " int8"}[self.codebook_bits]
+        return f"pq {self.n_centroids}x{self.block_size}{precision}"
 
     def fit(self, matrix, *, seed=0, init=None):
         start = None if init is None else init["codebook"]
@@ -89,18 +99,65 @@ class ProductQuantizer(Quantizer):
             seed=seed,
             init=start,
         )
-        return {"codebook": self._stored(result.centroids.to(matrix.dtype))}
+        state = {"codebook": result.centroids.to(matrix.dtype)}
+        if self.codebook_bits == 8:
+            fitted = _EIGHT_BITS.fit(state["codebook"])
+            state |= {_ON_CODEBOOK + key: value for key, value in fitted.items()}
+        return state
 
     def encode(self, matrix, state):
-        codes = assign(to_blocks(matrix, self.block_size), self._stored(state["codebook"]))
+        codes = assign(to_blocks(matrix, self.block_size), self.centroids(state))
         return codes.to(code_dtype(self.code_bits)).view(matrix.shape[0], -1)
 
     def decode(self, codes, state):
-        return _Lookup.apply(self._stored(state["codebook"]), codes).flatten(-2)
+        return _Lookup.apply(self.centroids(state), codes).flatten(-2)
 
     def state_spec(self, rows, columns):
-        dtype = torch.float16 if self.codebook_bits == 16 else torch.float32
-        return {"codebook": ((self.n_centroids, self.block_size), dtype)}
+        shape = (self.n_centroids, self.block_size)
+        if self.codebook_bits == 8:
+            on_codebook = _EIGHT_BITS.state_spec(*shape)
+            extra = {_ON_CODEBOOK + key: value for key, value in on_codebook.items()}
+            return {"codebook": (shape, torch.uint8), **extra}
+        return {"codebook": (shape, torch.float16 if self.codebook_bits == 16 else torch.float32)}
+
+    @property
+    def not_trained(self):
+        return {_ON_CODEBOOK + key for key in ("scale", "zero_point")}
+
+    def to_storage(self, key, tensor, state):
+        if key != "codebook" or self.codebook_bits != 8:
+            return super().to_storage(key, tensor, state)
+        return _EIGHT_BITS.encode(tensor, _of_codebook(state))
+
+    @property
+    def is_stored_otherwise(self):
+        return self.codebook_bits == 8
+
+    def from_storage(self, state):
+        if self.codebook_bits != 8:
+            return state
+        return {**state, "codebook": _EIGHT_BITS.decode(state["codebook"], _of_codebook(state))}
+
+    def centroids(self, state: dict[str, Tensor]) -> Tensor:
+        """The centroids as they are stored, shape (n_centroids, block_size); straight-through.
+
+        In training, scale and zero point of an 8-bit codebook follow it from step to step.
+        """
+        codebook = state["codebook"]
+        if self.codebook_bits == 32:
+            return codebook
+        trained = torch.is_grad_enabled() and codebook.requires_grad
+        with torch.no_grad():
+            if self.codebook_bits == 16:
+                limit = torch.finfo(torch.float16).max
+                stored = codebook.clamp(-limit, limit).to(torch.float16).to(codebook.dtype)
+            else:
+                on_codebook = _of_codebook(state)
+                if trained:
+                    for key, value in _EIGHT_BITS.fit(codebook).items():
+                        on_codebook[key].copy_(value)
+                stored = _EIGHT_BITS.quantize(codebook, on_codebook)
+        return _AsStored.apply(codebook, stored)
 
     def check(self, rows, columns):
         if columns % self.block_size:
@@ -109,6 +166,3 @@ class ProductQuantizer(Quantizer):
         if blocks <= self.n_centroids:
             return f"it has only {blocks} blocks for {self.n_centroids} centroids"
         return None
-
-    def _stored(self, codebook: Tensor) -> Tensor:
-        return _RoundToHalf.apply(codebook) if self.codebook_bits == 16 else codebook

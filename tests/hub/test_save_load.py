@@ -38,8 +38,11 @@ CONFIGS = {
     "ipq-mixed": IPQConfig(
         block_size={"ffn": 8, "embeddings": 8, "attention": 4}, n_centroids=16, codebook_bits=16
     ),
+    "ipq-int8": IPQConfig(block_size=4, n_centroids=16, codebook_bits=8),
     "ipq-wide": IPQConfig(block_size=4, n_centroids=31, exclude_modules=r".*position.*|.*wpe"),
     "int4": FixedPointConfig(bits=4),
+    "int1-channel": FixedPointConfig(bits=1, observer="channel"),
+    "int8-histogram": FixedPointConfig(bits=8, observer="histogram"),
 }
 
 

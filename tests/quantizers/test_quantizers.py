@@ -14,7 +14,13 @@ QUANTIZERS = [
     ProductQuantizer(block_size=4, n_centroids=16),
     ProductQuantizer(block_size=8, n_centroids=300),
     ProductQuantizer(block_size=2, n_centroids=5, codebook_bits=16),
+    ProductQuantizer(block_size=4, n_centroids=16, codebook_bits=8),
     *(FixedPointQuantizer(bits=bits) for bits in range(1, 9)),
+    *(
+        FixedPointQuantizer(bits, observer)
+        for bits in (2, 8)
+        for observer in ("channel", "histogram")
+    ),
 ]
 
 
@@ -152,16 +158,52 @@ def test_decode_is_differentiable_and_sums_over_blocks():
     torch.testing.assert_close(codebook.grad.double(), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_half_centroids_are_representable_and_pass_gradients():
-    quantizer = ProductQuantizer(block_size=4, n_centroids=16, codebook_bits=16)
-    matrix = matrix_of() * 1e6  # beyond float16: clamped, not infinite
-    state = quantizer.fit(matrix)
-    assert torch.isfinite(state["codebook"]).all()
-    small = quantizer.fit(matrix_of())
-    assert torch.equal(small["codebook"].half().float(), small["codebook"])
-    codebook = small["codebook"].clone().requires_grad_()
-    quantizer.decode(quantizer.encode(matrix_of(), small), {"codebook": codebook}).sum().backward()
-    assert (codebook.grad != 0).any()
+@pytest.mark.parametrize("bits", [16, 8])
+def test_small_centroids_are_used_as_stored_and_pass_gradients(bits):
+    quantizer = ProductQuantizer(block_size=4, n_centroids=16, codebook_bits=bits)
+    huge = matrix_of() * 1e6  # beyond float16: clamped, not infinite
+    assert torch.isfinite(quantizer.quantize(huge, quantizer.fit(huge))).all()
+    state = quantizer.fit(matrix_of())
+    codes = quantizer.encode(matrix_of(), state)
+    used = quantizer.decode(codes, state)
+    written = {key: quantizer.to_storage(key, value, state) for key, value in state.items()}
+    spec = quantizer.state_spec(*matrix_of().shape)
+    assert {key: value.dtype for key, value in written.items()} == {
+        k: d for k, (_, d) in spec.items()
+    }
+    read = quantizer.from_storage(written)
+    assert torch.equal(quantizer.decode(codes, read), used)
+    # Written again, the file is the same.
+    again = {key: quantizer.to_storage(key, value, read) for key, value in read.items()}
+    assert all(torch.equal(again[key], written[key]) for key in written)
+    state["codebook"].requires_grad_()
+    quantizer.decode(codes, state).sum().backward()
+    assert torch.equal(
+        state["codebook"].grad[:, 0], torch.bincount(codes.flatten().int(), minlength=16).float()
+    )
+
+
+def test_eight_bit_centroids_are_eq_2_on_the_codebook():
+    quantizer = ProductQuantizer(block_size=4, n_centroids=16, codebook_bits=8)
+    state = quantizer.fit(matrix_of())
+    codebook = state["codebook"].double()
+    scale = (codebook.max() - codebook.min()) / 255
+    zero = torch.round(codebook.min() / scale)
+    expected = (torch.round(codebook / scale - zero) + zero) * scale
+    torch.testing.assert_close(quantizer.centroids(state).double(), expected, rtol=1e-5, atol=1e-6)
+    assert quantizer.packed_bytes(96, 32) == 16 * 4 + 8 + 96 * 8 // 2
+
+
+def test_the_scale_of_eight_bit_centroids_follows_them_in_training_only():
+    quantizer = ProductQuantizer(block_size=4, n_centroids=16, codebook_bits=8)
+    state = quantizer.fit(matrix_of())
+    before = float(state["codebook_scale"])
+    state["codebook"] = (state["codebook"] * 2).requires_grad_()
+    with torch.no_grad():
+        quantizer.centroids(state)
+    assert float(state["codebook_scale"]) == before
+    quantizer.centroids(state)
+    assert float(state["codebook_scale"]) == pytest.approx(2 * before)
 
 
 def test_bytes_by_the_formula_of_section_3_3():

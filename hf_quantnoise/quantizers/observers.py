@@ -1,0 +1,91 @@
+"""Observers: which range of a weight N bits are spread over (sections 3.1, 7.7 and table 10).
+
+An observer names candidates, and the one with the lowest squared error is taken, group by group:
+a histogram or a channel's own range is only ever used where it is better than the plain range.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..configuration import OBSERVERS
+
+# Rows whose intermediate values are held at a time while errors are measured.
+CHUNK_NUMBERS = 2**20
+BINS = 2048
+# The histogram observer's range begins and ends at one of so many steps (and no more: all pairs
+# of them are tried).
+STEPS = 64
+
+Range = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Observer:
+    """How the range of a weight is found.
+
+    Attributes:
+        candidates: (matrix (rows, columns) in float32, bits, the extremes so far or None) -> ranges
+            (low, high), each a pair of scalars or of (rows, 1).
+        per_channel: whether there is a range for each row (the output dimension).
+        running: whether the extremes of earlier observations widen the range.
+    """
+
+    candidates: Callable[[Tensor, int, Range | None], list[Range]]
+    per_channel: bool = False
+    running: bool = False
+
+
+def extremes(matrix: Tensor, running: Range | None = None) -> Range:
+    """(min W, max W), scalars; widened by the extremes of earlier matrices."""
+    low, high = torch.aminmax(matrix)
+    if running is None:
+        return low, high
+    return torch.minimum(low, running[0]), torch.maximum(high, running[1])
+
+
+def _minmax(matrix: Tensor, bits: int, running: Range | None) -> list[Range]:
+    return [extremes(matrix)]
+
+
+def _channel(matrix: Tensor, bits: int, running: Range | None) -> list[Range]:
+    low, high = torch.aminmax(matrix, dim=1, keepdim=True)
+    whole = extremes(matrix)
+    return [(low, high), (whole[0].expand_as(low), whole[1].expand_as(high))]
+
+
+def _histogram(matrix: Tensor, bits: int, running: Range | None) -> list[Range]:
+    """The range between two of STEPS + 1 places that costs least, weighing a histogram's bins."""
+    low, high = extremes(matrix, running)
+    whole = (low, high)
+    if not bool(high > low):
+        return [whole]
+    counts = _counts(matrix, low, high)
+    places = torch.linspace(0, 1, STEPS + 1, device=matrix.device)
+    first, last = torch.triu_indices(STEPS + 1, STEPS + 1, 1, device=matrix.device)
+    start, width = places[first][:, None], (places[last] - places[first])[:, None]
+    centres = (torch.arange(BINS, device=matrix.device) + 0.5) / BINS
+    scale = width / (2**bits - 1)
+    levels = ((centres - start) / scale).round_().clamp_(0, 2**bits - 1)
+    errors = levels.mul_(scale).add_(start).sub_(centres).square_() @ counts
+    best = errors.argmin()
+    found = low + (high - low) * start[best, 0]
+    return [(found, found + (high - low) * width[best, 0]), whole]
+
+
+def _counts(matrix: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Histogram of a matrix over BINS equal bins from low to high: float32, its sum 1."""
+    counts = torch.zeros(BINS, dtype=torch.int64, device=matrix.device)
+    for part in matrix.reshape(-1).split(CHUNK_NUMBERS):
+        bins = ((part - low) * (BINS / (high - low))).long().clamp_(0, BINS - 1)
+        counts += torch.bincount(bins, minlength=BINS)
+    return counts / matrix.numel()
+
+
+OBSERVERS.register("minmax")(Observer(_minmax))
+OBSERVERS.register("channel")(Observer(_channel, per_channel=True))
+OBSERVERS.register("histogram")(Observer(_histogram, running=True))

@@ -1,0 +1,73 @@
+"""Checks of single fields, shared by all configs: each error names the field, the value given and
+what would do."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+from typing import Any
+
+
+def is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def check_int(name: str, value: Any, low: int, high: int) -> None:
+    if not is_int(value) or not low <= value <= high:
+        raise ValueError(f"{name}={value!r} must be an integer from {low} to {high}")
+
+
+def check_word_or_steps(name: str, value: Any, word: str) -> None:
+    if value == word or (is_int(value) and 1 <= value <= 2**31):
+        return
+    raise ValueError(f"{name}={value!r} must be {word!r} or a number of steps, at least 1")
+
+
+def check_choice(name: str, value: Any, choices: tuple) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}")
+
+
+def check_rate(name: str, value: Any) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name}={value!r} must be a rate from 0 to 1 (0: no noise, 1: QAT)")
+
+
+def check_block_size(value: Any) -> None:
+    sizes = value if isinstance(value, dict) else {"block_size": value}
+    if not sizes:
+        raise ValueError(f"block_size={value!r} is empty; give an int or {{group or regex: int}}")
+    for key, size in sizes.items():
+        if not is_int(size) or size < 1:
+            raise ValueError(
+                f"block_size={value!r}: {size!r} (for {key!r}) must be a positive integer"
+            )
+        if isinstance(value, dict):
+            check_regex("block_size", key)
+
+
+def check_regex(name: str, pattern: Any) -> None:
+    if not isinstance(pattern, str):
+        raise ValueError(f"{name}: {pattern!r} must be a string (a structure group or a regex)")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{name}: {pattern!r} is no regular expression: {error}") from None
+
+
+def check_patterns(name: str, value: Any) -> None:
+    if value is None:
+        return
+    if isinstance(value, str):
+        return check_regex(name, value)
+    if not isinstance(value, (list, tuple)) or not all(isinstance(v, str) for v in value):
+        raise ValueError(
+            f"{name}={value!r} must be a regex string or a list of exact names and suffixes"
+        )
+
+
+def reject_unknown(cls: type, given: dict[str, Any]) -> None:
+    known = [f.name for f in fields(cls)]
+    for key in given:
+        if key not in known:
+            raise ValueError(f"{cls.__name__} has no field {key!r}; fields: {', '.join(known)}")

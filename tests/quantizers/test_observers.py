@@ -1,0 +1,103 @@
+"""Observers against float64 references."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_quantnoise import FixedPointConfig, QuantNoiseConfig
+from hf_quantnoise.quantizers import FixedPointQuantizer
+
+matrices = st.builds(
+    lambda rows, columns, seed, spread, offset: (
+        np.random.default_rng(seed).standard_t(2 + spread, (rows, columns)) * 10.0 ** (spread - 3)
+        + offset
+    ).astype(np.float32),
+    st.integers(1, 12),
+    st.integers(1, 40),
+    st.integers(0, 2**31),
+    st.integers(0, 6),
+    st.sampled_from([0.0, 1.0, -30.0]),
+)
+
+
+def error(matrix: np.ndarray, low, high, bits: int) -> np.ndarray:
+    """Squared error of each row in float64, by Eq. 2 with the range clamped."""
+    matrix = matrix.astype(np.float64)
+    low, high = np.broadcast_arrays(np.float64(low), np.float64(high))
+    scale = (high - low) / (2**bits - 1)
+    scale = np.where(scale > 0, scale, np.where(low == 0, 1.0, np.abs(low)))
+    zero = np.round(low / scale)
+    return (
+        (np.clip(np.round(matrix / scale), zero, zero + 2**bits - 1) * scale - matrix) ** 2
+    ).sum(1)
+
+
+def measured(matrix: np.ndarray, bits: int, observer: str) -> float:
+    quantizer = FixedPointQuantizer(bits=bits, observer=observer)
+    tensor = torch.from_numpy(matrix)
+    result = quantizer.quantize(tensor, quantizer.fit(tensor))
+    return float((result.double() - tensor.double()).square().sum())
+
+
+def tolerance(matrix: np.ndarray) -> float:
+    # float32 rounding of w / s where the offset is far larger than the range.
+    return 1e-9 + 1e-5 * float((matrix.astype(np.float64) ** 2).mean())
+
+
+@settings(max_examples=60, deadline=None)
+@given(matrices, st.integers(1, 8))
+def test_no_observer_is_worse_than_min_max(matrix, bits):
+    reference = error(matrix, matrix.min(), matrix.max(), bits).sum()
+    for observer in ("minmax", "channel", "histogram"):
+        assert measured(matrix, bits, observer) <= reference * 1.001 + tolerance(matrix), observer
+
+
+def test_channels_have_ranges_of_their_own():
+    rng = np.random.default_rng(0)
+    matrix = (rng.normal(size=(6, 50)) * 10.0 ** np.arange(-3, 3)[:, None]).astype(np.float32)
+    rows = [error(row[None], row.min(), row.max(), 4)[0] for row in matrix]
+    assert measured(matrix, 4, "channel") == pytest.approx(sum(rows), rel=1e-4)
+    # The small rows vanish under the range of the large ones.
+    small = float((matrix[:4].astype(np.float64) ** 2).sum())
+    shared = error(matrix, matrix.min(), matrix.max(), 4)[:4].sum()
+    assert shared > 0.9 * small and sum(rows[:4]) < 0.02 * small
+    state = FixedPointQuantizer(4, "channel").fit(torch.from_numpy(matrix))
+    assert state["scale"].shape == (6, 1)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_the_histogram_range_is_near_the_best_there_is(bits):
+    matrix = np.random.default_rng(1).standard_t(3, (64, 64)).astype(np.float32)
+    low, high = float(matrix.min()), float(matrix.max())
+    ends = np.linspace(low, high, 41)
+    best = min(error(matrix, a, b, bits).sum() for i, a in enumerate(ends) for b in ends[i + 1 :])
+    assert measured(matrix, bits, "histogram") <= 1.05 * best
+    if bits < 8:  # heavy tails: clipping a few weights pays
+        assert best < 0.5 * error(matrix, low, high, bits).sum()
+
+
+def test_the_histogram_observer_remembers_the_extremes_it_met():
+    quantizer = FixedPointQuantizer(8, "histogram")
+    wide, narrow = torch.linspace(-4, 4, 256)[None], torch.linspace(-1, 1, 256)[None]
+    _, running = quantizer.fit_running(wide)
+    _, running = quantizer.fit_running(narrow, running)
+    assert [float(value) for value in running] == [-4.0, 4.0]
+    again, _ = quantizer.fit_running(narrow, running)
+    # The memory widens what is searched, not what is found.
+    assert float(again["scale"]) < 2.2 / 255
+
+
+def test_damaged_weights_are_refused_by_every_observer():
+    for observer in ("minmax", "channel", "histogram"):
+        with pytest.raises(ValueError, match="NaN or infinite"):
+            FixedPointQuantizer(8, observer).fit(torch.tensor([[1.0, math.nan]]))
+
+
+@pytest.mark.parametrize("config", [QuantNoiseConfig, FixedPointConfig])
+def test_an_unknown_observer_is_refused(config):
+    with pytest.raises(ValueError, match="observer='median' must be one of 'minmax', 'channel'"):
+        config(observer="median")
