@@ -82,7 +82,16 @@ class BenchmarkArguments:
         default_factory=lambda: ["4", "ffn=8,embeddings=8,attention=4"],
         metadata={"help": "Blocks of the compressed models, each as run_glue.py's --block_size."},
     )
-    n_centroids: int = field(default=256, metadata={"help": "Centroids per codebook."})
+    n_centroids: str = field(
+        default="256", metadata={"help": "Centroids per codebook, as run_glue.py's --n_centroids."}
+    )
+    stages: list[str] = field(
+        default_factory=lambda: ["ffn", "embeddings", "attention"],
+        metadata={"help": "Stages in order, as run_glue.py's."},
+    )
+    exclude_modules: str | None = field(
+        default=None, metadata={"help": "Layers to leave dense, as run_glue.py's."}
+    )
     codebook_bits: int = field(default=32, metadata={"help": "Bits of a stored centroid."})
     stage_epochs: float = field(default=1.0, metadata={"help": "Epochs after each stage."})
     stage_learning_rate: float | None = field(
@@ -189,13 +198,16 @@ def _compressed_job(args: BenchmarkArguments, dense: Job, method: str, blocks: s
         "block_size": blocks,
         "n_centroids": args.n_centroids,
         "codebook_bits": args.codebook_bits,
+        "exclude_modules": args.exclude_modules,
     }
-    key = {**dense.key, "method": method, **target, **(stage if staged else {})}
+    key = {**dense.key, "method": method, **target, "stages": args.stages}
+    key |= stage if staged else {}
     folder = os.path.join(dense.folder, _slug(method, blocks))
     flags = [
         *_shared_flags(args, dense.key["seed"]),
         *_flags({"model_name_or_path": os.path.join(dense.folder, "dense")}),
         *_flags({"output_dir": folder, "do_train": False, **target}),
+        *("--stages", *args.stages),
         *(_flags(stage) if staged else []),
         *METHODS[method],
     ]
@@ -292,6 +304,7 @@ def _row(lines: list[dict], seeds: list[int]) -> str:
         noise,
         key["method"],
         key.get("block_size", ""),
+        str(key.get("n_centroids", "")),
         f"{statistics.mean(values):.1f}{spread}",
         each,
         f"{size / 1e6:.2f}",
@@ -315,8 +328,9 @@ def table(lines: list[dict]) -> str:
         groups.setdefault(json.dumps(settings, sort_keys=True), []).append(line)
     names = " / ".join(map(str, seeds))
     text = [
-        f"| noise | compression | block size | accuracy | seeds {names} | MB | times smaller |",
-        "|---|---|---|---|---|---|---|",
+        f"| noise | compression | block size | centroids | accuracy | seeds {names} | MB | "
+        "times smaller |",
+        "|---|---|---|---|---|---|---|---|",
         *(_row(group, seeds) for group in groups.values()),
         "",
         f"{lines[-1]['examples']['train']:,} training and {lines[-1]['examples']['validation']:,} "

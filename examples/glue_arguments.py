@@ -32,7 +32,7 @@ def parse_int_or_dict(flag: str, text: str) -> int | dict[str, int]:
     if isinstance(value, int | dict) and not isinstance(value, bool):
         return value
     raise ValueError(
-        f"--{flag} {text!r} is no block size; give an integer (8), pairs "
+        f"--{flag} {text!r} is no size; give an integer (8), pairs "
         '(ffn=8,embeddings=8,attention=4) or JSON (\'{"ffn": 8, "attention": 4}\')'
     )
 
@@ -101,7 +101,7 @@ class NoiseArguments:
     noise_block_size: str | None = field(
         default=None, metadata={"help": "As --block_size, which is also the default."}
     )
-    noise_n_centroids: int | None = field(
+    noise_n_centroids: str | None = field(
         default=None, metadata={"help": "Centroids of pq noise; default: --n_centroids."}
     )
     noise_block_selection: str = field(
@@ -136,7 +136,9 @@ class NoiseArguments:
                 if self.noise_block_size is None
                 else parse_int_or_dict("noise_block_size", self.noise_block_size)
             ),
-            n_centroids=self.noise_n_centroids or options.n_centroids,
+            n_centroids=parse_int_or_dict(
+                "n_centroids", self.noise_n_centroids or options.n_centroids
+            ),
             block_selection=self.noise_block_selection,
             observer=self.noise_observer or options.observer,
             p_schedule=_word_or_steps(self.noise_schedule),
@@ -160,7 +162,9 @@ class CompressionOptions:
         default="4",
         metadata={"help": "Numbers per block: 8, or ffn=8,embeddings=8,attention=4, or JSON."},
     )
-    n_centroids: int = field(default=256, metadata={"help": "Centroids per codebook."})
+    n_centroids: str = field(
+        default="256", metadata={"help": "Centroids per codebook, in the form of --block_size."}
+    )
     stages: list[str] = field(
         default_factory=lambda: ["ffn", "embeddings", "attention"],
         metadata={"help": "Structure groups (or regexes) in the order of quantization."},
@@ -191,7 +195,7 @@ class CompressionOptions:
             return FixedPointConfig(bits=self.bits, observer=self.observer, **shared)
         return IPQConfig(
             block_size=parse_int_or_dict("block_size", self.block_size),
-            n_centroids=self.n_centroids,
+            n_centroids=parse_int_or_dict("n_centroids", self.n_centroids),
             stages=self.stages,
             codebook_bits=self.codebook_bits,
             kmeans_iter=self.kmeans_iter,

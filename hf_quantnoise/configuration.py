@@ -14,12 +14,12 @@ from typing import Any, ClassVar
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .registry import Registry
-from .structure import GROUPS, resolve
+from .structure import GROUPS, block_size_of, entry_for
 from .validation import (
-    check_block_size,
     check_choice,
     check_int,
     check_patterns,
+    check_per_layer,
     check_rate,
     check_regex,
     check_word_or_steps,
@@ -31,6 +31,7 @@ QUANT_METHOD = "hf_quantnoise"
 FORMAT_VERSION = 1
 # For whoever opens a config.json and wonders; it is written and never read.
 LOAD_HINT = "import hf_quantnoise before loading; pip install hf-quantnoise"
+MAX_BLOCK_SIZE = 65_536
 NOISE_CONFIG_NAME = "quant_noise_config.json"
 
 NOISES: Registry[type] = Registry("noise")
@@ -55,7 +56,7 @@ class QuantNoiseConfig:
         block_size: numbers per block, or a dict from structure group (``"ffn"``, ``"attention"``,
             ``"embeddings"``, ``"head"``) or regex for layer names to it. A layer that no key of the
             dict covers gets no noise. intN noise works on single weights and does not read it.
-        n_centroids: size of the codebooks of ``"pq"``.
+        n_centroids: size of the codebooks of ``"pq"``; an int or a dict like ``block_size``.
         block_selection: ``"all"`` draws single blocks, ``"cluster"`` whole clusters, each with
             probability p (table 5). intN noise draws single weights either way.
         codebook_update: refresh the codebooks of ``"pq"`` every ``"epoch"``, or every n steps.
@@ -79,7 +80,9 @@ class QuantNoiseConfig:
         default="constant", metadata={"help": "'constant', or steps of linear warm-up."}
     )
     block_size: int | dict[str, int] = field(default=8, metadata={"help": "Numbers per block."})
-    n_centroids: int = field(default=256, metadata={"help": "Size of the codebooks of 'pq'."})
+    n_centroids: int | dict[str, int] = field(
+        default=256, metadata={"help": "Size of the codebooks of 'pq'."}
+    )
     block_selection: str = field(
         default="all", metadata={"help": "'all' or 'cluster': what is drawn (table 5)."}
     )
@@ -105,8 +108,8 @@ class QuantNoiseConfig:
                 f"p={self.p!r} has {len(rates)} rates for {len(names)} noises {names!r}; "
                 "give one rate for all or one for each"
             )
-        check_block_size(self.block_size)
-        check_int("n_centroids", self.n_centroids, 2, 65536)
+        check_per_layer("block_size", self.block_size, 1, MAX_BLOCK_SIZE)
+        check_per_layer("n_centroids", self.n_centroids, 2, 65536)
         check_choice("block_selection", self.block_selection, ("all", "cluster"))
         if self.block_selection == "cluster" and not any(
             NOISES[name].reads_block_size for name in names
@@ -192,7 +195,8 @@ class QuantizedModelConfig(QuantizationConfigMixin):
         exclude_modules: which of them to leave dense.
         seed: seed of the codebooks.
         plan: after compression, layer name -> how it is stored. Filled by the package.
-        left_dense: after compression, layer name -> why it is stored in floating point.
+        left_dense: after compression, name of a layer or bare parameter -> why it is stored in
+            floating point.
         format_version: version of the layout on disk.
     """
 
@@ -262,7 +266,8 @@ class IPQConfig(QuantizedModelConfig):
         block_size: numbers per block, or a dict from structure group or regex for layer names to
             it. The paper has 4 for RoBERTa, and 8 (FFN), 8 (embeddings), 4 (attention) for language
             models (section 7.8).
-        n_centroids: codewords per codebook, 2 to 65,536; 256 gives one byte per block.
+        n_centroids: codewords per codebook, 2 to 65,536; 256 gives one byte per block. An int or a
+            dict like ``block_size``.
         stages: structure groups (or regexes) in the order in which they are quantized.
             Layers of no stage stay in floating point.
         codebook_bits: 32, 16 or 8, the precision in which centroids are stored; 8 is section 3.3,
@@ -271,7 +276,7 @@ class IPQConfig(QuantizedModelConfig):
     """
 
     block_size: int | dict[str, int] = 4
-    n_centroids: int = 256
+    n_centroids: int | dict[str, int] = 256
     stages: list[str] | tuple[str, ...] = ("ffn", "embeddings", "attention")
     codebook_bits: int = 32
     kmeans_iter: int = 20
@@ -280,8 +285,8 @@ class IPQConfig(QuantizedModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_block_size(self.block_size)
-        check_int("n_centroids", self.n_centroids, 2, 65536)
+        check_per_layer("block_size", self.block_size, 1, MAX_BLOCK_SIZE)
+        check_per_layer("n_centroids", self.n_centroids, 2, 65536)
         check_choice("codebook_bits", self.codebook_bits, (32, 16, 8))
         check_int("kmeans_iter", self.kmeans_iter, 1, 100_000)
         if isinstance(self.stages, str) or not self.stages:
@@ -294,12 +299,16 @@ class IPQConfig(QuantizedModelConfig):
         if len(set(self.stages)) != len(self.stages):
             raise ValueError(f"stages={self.stages!r} names a stage twice")
         self.stages = list(self.stages)
-        sizes = self.block_size if isinstance(self.block_size, dict) else dict.fromkeys(GROUPS)
-        has_regex = not set(sizes) <= set(GROUPS)
+        for name in ("block_size", "n_centroids"):
+            self._check_covers_stages(name, getattr(self, name))
+
+    def _check_covers_stages(self, name: str, value: int | dict[str, int]) -> None:
+        if not isinstance(value, dict) or not set(value) <= set(GROUPS):
+            return  # a regex may cover anything
         for stage in self.stages:
-            if stage in GROUPS and stage not in sizes and not has_regex:
+            if stage in GROUPS and stage not in value:
                 raise ValueError(
-                    f"block_size={self.block_size!r} has no entry for the stage {stage!r}; "
+                    f"{name}={value!r} has no entry for the stage {stage!r}; "
                     f"add one, or take {stage!r} out of stages={self.stages!r}"
                 )
 
@@ -314,13 +323,14 @@ class IPQConfig(QuantizedModelConfig):
         }
 
     def quantizer_settings(self, layer) -> dict[str, Any] | None:
-        block_size = resolve(self.block_size, layer)
-        if block_size is None:
+        block_size = block_size_of(self.block_size, layer)
+        n_centroids = entry_for(self.n_centroids, layer)
+        if block_size is None or n_centroids is None:
             return None
         return {
             "scheme": "pq",
             "block_size": block_size,
-            "n_centroids": self.n_centroids,
+            "n_centroids": n_centroids,
             "codebook_bits": self.codebook_bits,
             "n_iter": self.kmeans_iter,
         }

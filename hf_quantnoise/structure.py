@@ -1,8 +1,9 @@
 """Which layers a model has: their structure group, ties and order, for any architecture.
 
 Nothing here knows an architecture by name. A layer's group is read off the module tree: what lies
-below a class or attribute called attention is attention; any other matrix inside a repeated layer
-is the feed-forward part; a lookup table is an embedding; what is left is the head.
+below a class or attribute called attention is attention; lookup tables and convolutions are groups
+of their own; any other matrix inside a repeated layer is the feed-forward part; what is left is the
+head.
 """
 
 from __future__ import annotations
@@ -12,8 +13,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
+from transformers.utils import logging
 
-from .blocks import LAYOUTS, WeightLayout, layout_of, weight_matrix
+from .blocks import LAYOUTS, WeightLayout, kernel_area, layout_of, weight_matrix
+
+logger = logging.get_logger(__name__)
 
 GROUPS = ("ffn", "attention", "embeddings", "head", "conv")
 _ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
@@ -72,6 +76,8 @@ def group_of(model: nn.Module, name: str, layer: nn.Module) -> str:
         return "attention"
     if isinstance(layer, nn.Embedding):
         return "embeddings"
+    if isinstance(layer, nn.Conv2d):
+        return "conv"
     return "ffn" if _inside_repeated_layer(model, name) else "head"
 
 
@@ -130,6 +136,34 @@ def find_layers(model: nn.Module) -> list[LayerInfo]:
             )
         )
     return layers
+
+
+# Weights outside of known layers are named wherever they are; from this share of all weights on
+# they are worth a warning.
+NOTABLE_SHARE = 0.01
+
+
+def other_weights(model: nn.Module) -> dict[str, str]:
+    """Parameters of two or more dimensions that belong to no layer the package can block, such as
+    ``in_proj_weight`` of ``nn.MultiheadAttention`` or the fused experts of a mixture.
+
+    Returns:
+        Parameter name -> why it is left alone, with its share of all weights.
+    """
+    known = {id(layer.module._parameters["weight"]) for layer in find_layers(model)}
+    total = sum(parameter.numel() for parameter in model.parameters())
+    others = {}
+    for name, parameter in model.named_parameters():
+        owner = type(model.get_submodule(name.rpartition(".")[0])).__name__
+        if parameter.dim() >= 2 and parameter.is_floating_point() and id(parameter) not in known:
+            share = parameter.numel() / total
+            others[name] = (
+                f"{owner} holds it as a bare parameter, which has no blocking rule "
+                f"({share:.1%} of the weights)"
+            )
+            if share >= NOTABLE_SHARE:
+                logger.warning("left alone: %s: %s", name, others[name])
+    return others
 
 
 def matches(name: str, patterns: str | Sequence[str]) -> bool:
@@ -194,15 +228,25 @@ def select_layers(
     ]
 
 
-def resolve(value: int | dict[str, int], layer: LayerInfo) -> int | None:
-    """The entry of an int-or-dict setting that holds for a layer.
+def _key_for(value: dict[str, int], layer: LayerInfo) -> str | None:
+    for key in value:
+        if key not in GROUPS and any(re.fullmatch(key, n) for n in (layer.name, *layer.ties)):
+            return key
+    return layer.group if layer.group in value else None
+
+
+def entry_for(value: int | dict[str, int], layer: LayerInfo) -> int | None:
+    """What an int-or-dict setting gives a layer.
 
     Keys of a dict are structure groups or regexes for whole layer names; a regex wins over a group.
     None where no key holds.
     """
-    if isinstance(value, int):
-        return value
-    for key, entry in value.items():
-        if key not in GROUPS and any(re.fullmatch(key, n) for n in (layer.name, *layer.ties)):
-            return entry
-    return value.get(layer.group)
+    return value.get(_key_for(value, layer)) if isinstance(value, dict) else value
+
+
+def block_size_of(value: int | dict[str, int], layer: LayerInfo) -> int | None:
+    """As :func:`entry_for`, with the paper's rule for convolutions (section 7.8): one with a kernel
+    of several numbers has its area as block size, unless a regex says otherwise."""
+    size, area = entry_for(value, layer), kernel_area(layer.module)
+    by_regex = isinstance(value, dict) and _key_for(value, layer) not in GROUPS
+    return size if size is None or area == 1 or by_regex else area

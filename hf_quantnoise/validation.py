@@ -33,17 +33,18 @@ def check_rate(name: str, value: Any) -> None:
         raise ValueError(f"{name}={value!r} must be a rate from 0 to 1 (0: no noise, 1: QAT)")
 
 
-def check_block_size(value: Any) -> None:
-    sizes = value if isinstance(value, dict) else {"block_size": value}
-    if not sizes:
-        raise ValueError(f"block_size={value!r} is empty; give an int or {{group or regex: int}}")
-    for key, size in sizes.items():
-        if not is_int(size) or size < 1:
+def check_per_layer(name: str, value: Any, low: int, high: int) -> None:
+    """An integer for all layers, or a dict from structure group or regex to one."""
+    if not isinstance(value, dict):
+        return check_int(name, value, low, high)
+    if not value:
+        raise ValueError(f"{name}={value!r} is empty; give an int or {{group or regex: int}}")
+    for key, entry in value.items():
+        if not is_int(entry) or not low <= entry <= high:
             raise ValueError(
-                f"block_size={value!r}: {size!r} (for {key!r}) must be a positive integer"
+                f"{name}={value!r}: {entry!r} (for {key!r}) must be an integer from {low} to {high}"
             )
-        if isinstance(value, dict):
-            check_regex("block_size", key)
+        check_regex(name, key)
 
 
 def check_regex(name: str, pattern: Any) -> None:

@@ -20,7 +20,7 @@ from hf_quantnoise.configuration import FORMAT_VERSION, QuantizedModelConfig
         ({"noise": "int9"}, ["'int9'", "int8"]),
         ({"noise": []}, ["noise=[]"]),
         ({"noise": ["pq", "int8"], "p": [0.1]}, ["p=[0.1]", "1 rates for 2 noises"]),
-        ({"block_size": 0}, ["block_size=0", "positive integer"]),
+        ({"block_size": 0}, ["block_size=0", "an integer from 1"]),
         ({"block_size": {}}, ["block_size={}", "empty"]),
         ({"block_size": {"ffn": 8, "attention": -4}}, ["-4", "'attention'"]),
         ({"block_size": {"ff(": 8}}, ["'ff('", "regular expression"]),

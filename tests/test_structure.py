@@ -5,9 +5,15 @@ import torch
 from tiny import make_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
 
 from hf_quantnoise.blocks import from_blocks, layout_of, to_blocks, weight_matrix
-from hf_quantnoise.structure import find_layers, resolve, select_layers
+from hf_quantnoise.structure import (
+    block_size_of,
+    find_layers,
+    other_weights,
+    select_layers,
+)
 
 
 def groups(model):
@@ -34,7 +40,10 @@ def test_conv1d_blocks_are_those_of_the_equivalent_linear():
     linear = nn.Linear(8, 12)
     linear.weight.data.copy_(conv.weight.t())
     assert torch.equal(to_blocks(weight_matrix(conv), 4), to_blocks(weight_matrix(linear), 4))
-    assert layout_of(conv).from_matrix(weight_matrix(conv)).shape == conv.weight.shape
+    assert (
+        layout_of(conv).from_matrix(weight_matrix(conv), conv.weight.shape).shape
+        == conv.weight.shape
+    )
 
 
 def test_unknown_layers_have_no_rule():
@@ -107,8 +116,25 @@ def test_a_model_without_layers_is_refused():
 def test_resolve_prefers_a_pattern_to_a_group():
     layers = {layer.name: layer for layer in find_layers(make_model("gpt2"))}
     sizes = {"attention": 4, r".*\.0\.attn\.c_attn": 2, "embeddings": 8, "lm_head": 16}
-    assert resolve(sizes, layers["transformer.h.0.attn.c_attn"]) == 2
-    assert resolve(sizes, layers["transformer.h.1.attn.c_attn"]) == 4
-    assert resolve(sizes, layers["transformer.wte"]) == 16  # its tied partner is named
-    assert resolve(sizes, layers["transformer.h.0.mlp.c_fc"]) is None
-    assert resolve(8, layers["transformer.h.0.mlp.c_fc"]) == 8
+    assert block_size_of(sizes, layers["transformer.h.0.attn.c_attn"]) == 2
+    assert block_size_of(sizes, layers["transformer.h.1.attn.c_attn"]) == 4
+    assert block_size_of(sizes, layers["transformer.wte"]) == 16  # its tied partner is named
+    assert block_size_of(sizes, layers["transformer.h.0.mlp.c_fc"]) is None
+    assert block_size_of(8, layers["transformer.h.0.mlp.c_fc"]) == 8
+
+
+def test_bare_parameters_are_named_and_large_ones_are_warned_of(caplog):
+    model = nn.ModuleDict(
+        {"attend": nn.MultiheadAttention(64, 2), "head": nn.Linear(64, 4), "norm": nn.LayerNorm(64)}
+    )
+    model.register_parameter("tokens", nn.Parameter(torch.zeros(1, 1, 64)))
+    logging.get_logger("hf_quantnoise").propagate = True
+    try:
+        with caplog.at_level("WARNING", logger="hf_quantnoise"):
+            others = other_weights(model)
+    finally:
+        logging.get_logger("hf_quantnoise").propagate = False
+    assert set(others) == {"attend.in_proj_weight", "tokens"}
+    assert "MultiheadAttention holds it as a bare parameter" in others["attend.in_proj_weight"]
+    assert "attend.in_proj_weight" in caplog.text and "tokens" not in caplog.text
+    assert not other_weights(make_model("bert"))

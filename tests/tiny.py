@@ -5,8 +5,18 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
+    ConvNextConfig,
+    ConvNextForImageClassification,
+    EfficientNetConfig,
+    EfficientNetForImageClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    MobileNetV1Config,
+    MobileNetV1ForImageClassification,
+    MobileNetV2Config,
+    MobileNetV2ForImageClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
     RobertaConfig,
     RobertaForMaskedLM,
     RobertaForSequenceClassification,
@@ -38,3 +48,38 @@ def make_model(name: str, seed: int = 0):
     """A tiny random model, in eval mode, the same for the same seed."""
     torch.manual_seed(seed)
     return MAKERS[name]().eval()
+
+
+IMAGE_SIZE = 32
+CLASSES = {"num_labels": 4}
+VISION_MAKERS = {
+    "mobilenet-v1": lambda: MobileNetV1ForImageClassification(
+        MobileNetV1Config(image_size=IMAGE_SIZE, depth_multiplier=0.125, **CLASSES)
+    ),
+    "mobilenet-v2": lambda: MobileNetV2ForImageClassification(
+        MobileNetV2Config(image_size=IMAGE_SIZE, depth_multiplier=0.25, **CLASSES)
+    ),
+    "efficientnet": lambda: EfficientNetForImageClassification(
+        EfficientNetConfig(
+            image_size=IMAGE_SIZE, width_coefficient=0.25, depth_coefficient=0.25, hidden_dim=320,
+            **CLASSES,
+        )
+    ),
+    "resnet": lambda: ResNetForImageClassification(
+        ResNetConfig(
+            embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic", **CLASSES
+        )
+    ),
+    "convnext": lambda: ConvNextForImageClassification(
+        ConvNextConfig(hidden_sizes=[16, 32], depths=[1, 1], num_stages=2, **CLASSES)
+    ),
+}  # fmt: skip
+
+
+def make_vision_model(name: str, seed: int = 0):
+    """A tiny random image classifier whose BatchNorm buffers are not those of a new one."""
+    torch.manual_seed(seed)
+    model = VISION_MAKERS[name]().train()
+    with torch.no_grad():
+        model(pixel_values=torch.randn(4, 3, IMAGE_SIZE, IMAGE_SIZE))
+    return model.eval()

@@ -94,6 +94,7 @@ class QuantNoiseHfQuantizer(HfQuantizer):
         short = sentinel_name(config).removeprefix(f"{model.base_model_prefix}.")
         model._keys_to_ignore_on_load_unexpected.add(rf"(^|\.){re.escape(short)}$")
         layers = {layer.name: layer for layer in find_layers(model)}
+        parameters = dict(model.named_parameters())
         stored = _plan_for(model, config.plan, layers)
         plan = _close_over_ties(dict(stored), model, layers)
         self._joined = plan.keys() - stored.keys()
@@ -109,7 +110,7 @@ class QuantNoiseHfQuantizer(HfQuantizer):
         self.quantization_config.left_dense = {
             name: reason
             for name, reason in _names_for(model, config.left_dense).items()
-            if name in layers
+            if name in layers or name in parameters
         }
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs):
@@ -158,6 +159,8 @@ class QuantNoiseHfQuantizer(HfQuantizer):
     # ---- back to a plain model ------------------------------------------------------------------
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None):
+        if isinstance(dtype, str):  # config.dtype is its name once the model was saved
+            dtype = getattr(torch, dtype)
         unpack_model(model, dtype)
         submodels = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
         for submodel in submodels:
@@ -185,11 +188,11 @@ def attach(model: PreTrainedModel, config: QuantizedModelConfig) -> None:
 def _names_for(model: PreTrainedModel, entries: dict) -> dict:
     """Entries under the names they have in this class: with or without the base model's prefix."""
     prefix = f"{model.base_model_prefix}."
-    modules = dict(model.named_modules())
+    names = {*dict(model.named_modules()), *dict(model.named_parameters())}
     renamed = {}
     for name, entry in entries.items():
         for candidate in (name, name.removeprefix(prefix), prefix + name):
-            if candidate in modules:
+            if candidate in names:
                 renamed[candidate] = entry
                 break
     return renamed

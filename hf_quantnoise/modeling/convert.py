@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..blocks import layout_of, weight_matrix
+from ..blocks import weight_matrix
 from ..quantizers import Quantizer
 from ..quantizers.packing import pack_codes
 from .packed import INDICES, PREFIX, PackedLayer, packed_class
@@ -67,11 +67,13 @@ def _become_packed(
 ) -> None:
     """Turns layers that share one weight into packed layers that share one set of tensors."""
     rows, columns = weight_matrix(layers[0]).shape
+    shape = layers[0].weight.shape
     parameters = _parameters(quantizer, tensors)
     for layer in layers:
         del layer._parameters["weight"]
         layer.__class__ = packed_class(type(layer))
         layer.quantizer, layer.rows, layer.columns = quantizer, rows, columns
+        layer.weight_shape = shape
         for name, parameter in parameters.items():
             layer.register_parameter(name, parameter)
         # Else transformers' _init_weights decodes the weight to initialise a temporary.
@@ -136,11 +138,11 @@ def unpack_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Modul
     for _, layer in list(packed_layers(model)):
         key = id(layer.weight_indices)
         if key not in weights:
-            weight = layout_of(layer).from_matrix(layer.decode_rows()).contiguous()
+            weight = layer.weight.contiguous()
             weights[key] = nn.Parameter(weight if dtype is None else weight.to(dtype))
         for name in packed_names(layer):
             del layer._parameters[name]
-        for name in ("quantizer", "rows", "columns", "_counts", "_shape_only"):
+        for name in ("quantizer", "rows", "columns", "weight_shape", "_counts", "_shape_only"):
             layer.__dict__.pop(name, None)
         layer.__class__ = type(layer).packed_from
         others = dict(layer._parameters)

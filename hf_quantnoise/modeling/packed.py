@@ -52,11 +52,13 @@ class PackedLayer:
     Attributes:
         quantizer: how the weight is stored.
         rows, columns: shape of the weight matrix (``blocks.py``).
+        weight_shape: shape of the weight itself.
     """
 
     quantizer: Quantizer
     rows: int
     columns: int
+    weight_shape: torch.Size
 
     # While a checkpoint is being read the codes are not there yet; transformers still asks for the
     # weight's shape. True answers with an empty meta tensor instead of decoding.
@@ -68,8 +70,10 @@ class PackedLayer:
         """The decoded weight, differentiable in the float state; in the layout of the original."""
         layout = layout_of(self)
         if self._shape_only:
-            return layout.from_matrix(torch.empty(self.rows, self.columns, device="meta"))
-        return layout.from_matrix(self.decode_rows())
+            return layout.from_matrix(
+                torch.empty(self.rows, self.columns, device="meta"), self.weight_shape
+            )
+        return layout.from_matrix(self.decode_rows(), self.weight_shape)
 
     @property
     def state(self) -> dict[str, Tensor]:
@@ -179,7 +183,13 @@ class _EmbeddingForward(nn.Embedding):
         return torch.where((input == self.padding_idx)[..., None], rows.detach(), rows)
 
 
-_FORWARDS = {nn.Linear: _LinearForward, Conv1D: _Conv1DForward, nn.Embedding: _EmbeddingForward}
+# A convolution's own forward reads ``weight`` once: it needs no frugal one.
+_FORWARDS = {
+    nn.Linear: _LinearForward,
+    Conv1D: _Conv1DForward,
+    nn.Embedding: _EmbeddingForward,
+    nn.Conv2d: nn.Conv2d,
+}
 
 
 @cache

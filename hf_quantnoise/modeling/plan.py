@@ -11,7 +11,7 @@ from torch import nn
 
 from ..configuration import QuantizedModelConfig
 from ..quantizers import Quantizer, quantizer_from_dict
-from ..structure import GROUPS, LayerInfo, select_layers
+from ..structure import GROUPS, LayerInfo, other_weights, select_layers
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def make_plan(
 
     Returns:
         A dict from stage to the weights it packs, bottom-up; and a dict from the name of each
-        layer that stays in floating point to the reason.
+        layer (or bare parameter) that stays in floating point to the reason.
 
     Raises:
         ValueError: where a pattern matches no layer, or a stage can take none of its layers.
@@ -86,7 +86,7 @@ def make_plan(
         if stage is False:
             reason = f"its group {layer.group!r} is in no stage"
         elif settings is None:
-            reason = f"block_size has no entry for it (group {layer.group!r})"
+            reason = f"block_size or n_centroids has no entry for it (group {layer.group!r})"
         else:
             quantizer = quantizer_from_dict(settings)
             weight = layer.module.weight
@@ -96,7 +96,7 @@ def make_plan(
                 continue
         left.update(dict.fromkeys((member.name for member in members), reason))
     _require_work(config, plan, left, list(layers.values()))
-    return plan, left
+    return plan, {**left, **other_weights(model)}
 
 
 def _require_work(config, plan, left, layers: Sequence[LayerInfo]) -> None:

@@ -25,6 +25,7 @@ class NoiseFunction(ABC):
         name: the name it is registered under.
         config: the whole noise config.
         block_size: numbers per block for this weight.
+        n_centroids: size of its codebook, for noises that have one.
 
     Attributes:
         reads_block_size: False where the noise works on single weights.
@@ -37,7 +38,9 @@ class NoiseFunction(ABC):
     by_cluster: bool = False
     refreshed: str | None = None
 
-    def __init__(self, name: str, config: QuantNoiseConfig, block_size: int) -> None:
+    def __init__(
+        self, name: str, config: QuantNoiseConfig, block_size: int, n_centroids: int
+    ) -> None:
         self.name = name
         self.block_size = block_size if self.reads_block_size else 1
         self.state: dict[str, Tensor] = {}
@@ -110,9 +113,11 @@ class BlockNoise(NoiseFunction):
 
     needs_codes: ClassVar[bool] = False
 
-    def __init__(self, name: str, config: QuantNoiseConfig, block_size: int) -> None:
-        super().__init__(name, config, block_size)
-        self.quantizer = ProductQuantizer(block_size=block_size, n_centroids=config.n_centroids)
+    def __init__(
+        self, name: str, config: QuantNoiseConfig, block_size: int, n_centroids: int
+    ) -> None:
+        super().__init__(name, config, block_size, n_centroids)
+        self.quantizer = ProductQuantizer(block_size=block_size, n_centroids=n_centroids)
         self.by_cluster = config.block_selection == "cluster"
         self.has_codes = self.needs_codes or self.by_cluster
         if self.has_codes:
@@ -190,8 +195,10 @@ class FixedPointNoise(NoiseFunction):
     reads_block_size = False
     refreshed = "scales"
 
-    def __init__(self, name: str, config: QuantNoiseConfig, block_size: int) -> None:
-        super().__init__(name, config, block_size)
+    def __init__(
+        self, name: str, config: QuantNoiseConfig, block_size: int, n_centroids: int
+    ) -> None:
+        super().__init__(name, config, block_size, n_centroids)
         bits = int(name.removeprefix("int"))
         self.quantizer = FixedPointQuantizer(bits=bits, observer=config.observer)
 
@@ -204,7 +211,8 @@ class FixedPointNoise(NoiseFunction):
         self.state = {**fitted, "low": low, "high": high}
 
     def distort(self, matrix: Tensor, selection: Selection, rows: Tensor | None = None) -> None:
-        state = self._state_on(matrix.device)
+        on_device = self._state_on(matrix.device)
+        state = {key: on_device[key] for key in self.quantizer.state_spec(*matrix.shape)}
         per_row = state["scale"].dim() > 0
         numbers = to_blocks(matrix, 1)
 

@@ -9,7 +9,14 @@ from collections.abc import Iterable
 from torch import nn
 
 from ..configuration import NOISES, QuantNoiseConfig
-from ..structure import LayerInfo, find_layers, resolve, select_layers
+from ..structure import (
+    LayerInfo,
+    block_size_of,
+    entry_for,
+    find_layers,
+    other_weights,
+    select_layers,
+)
 from .functions import NoiseFunction
 from .layers import is_noisy, make_clean, make_noisy
 from .operator import WeightNoise
@@ -62,7 +69,8 @@ def apply_quant_noise(model: nn.Module, qn_config: QuantNoiseConfig) -> nn.Modul
     if refused:
         what = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
         logger.warning("quantization noise leaves out %d layers (%s)", len(refused), what)
-    state = QuantNoiseState(qn_config, weights, {**by_default, **refused}, rates)
+    left_clean = {**by_default, **refused, **other_weights(model)}
+    state = QuantNoiseState(qn_config, weights, left_clean, rates)
     state.refresh_codebooks()
     state.refresh_scales()
     for weight in weights:
@@ -140,11 +148,15 @@ def _functions_for(
     functions, reasons = [], []
     for number, (name, _) in enumerate(config.noises):
         kind = NOISES[name]
-        block_size = resolve(config.block_size, layer) if kind.reads_block_size else 1
-        if block_size is None:
-            reasons.append(f"block_size has no entry for it (group {layer.group!r})")
+        sizes = {"block_size": 1, "n_centroids": 1}
+        if kind.reads_block_size:
+            sizes["block_size"] = block_size_of(config.block_size, layer)
+            sizes["n_centroids"] = entry_for(config.n_centroids, layer)
+        if missing := [key for key, size in sizes.items() if size is None]:
+            what = " and ".join(missing)
+            reasons.append(f"{what} has no entry for it (group {layer.group!r})")
             continue
-        function = kind(name, config, block_size)
+        function = kind(name, config, **sizes)
         if reason := function.check(layer.rows, layer.columns):
             reasons.append(f"{name} noise: {reason}" if len(config.noises) > 1 else reason)
         else:
@@ -163,7 +175,7 @@ def _why_none(
             f"name them in target_modules (it is {config.target_modules!r})"
         )
     columns = sorted({layer.columns for layer in layers})
-    sizes = {layer.name: resolve(config.block_size, layer) for layer in layers}
+    sizes = {layer.name: block_size_of(config.block_size, layer) for layer in layers}
     if all(size is None for size in sizes.values()):
         groups = sorted({layer.group for layer in layers})
         return (

@@ -83,7 +83,7 @@ class WeightNoise:
             copy = matrix.clone(memory_format=torch.contiguous_format)
             for function, selection in self._draws(self.rows, weight.device, member):
                 function.distort(copy, _blocks_of(function, selection))
-            noisy = layout.from_matrix(copy)
+            noisy = layout.from_matrix(copy, weight.shape)
         return StraightThrough.apply(weight, noisy)
 
     def noisy_rows(self, values: Tensor, ids: Tensor, member: int = 0) -> Tensor:

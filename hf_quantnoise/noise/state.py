@@ -38,7 +38,7 @@ class QuantNoiseState:
     Attributes:
         config: the config the noise was made from.
         weights: the noised weights, in the order of the module tree.
-        left_clean: layer name -> why it has no noise (or lacks one of several).
+        left_clean: layer (or bare parameter) name -> why it has no noise, or lacks one of several.
     """
 
     def __init__(

@@ -19,6 +19,7 @@ MAX_BYTES = 4 * 2**20
 SEEDING_POINTS = 16_384
 SAMPLE_POINTS = 65_536
 FULL_ITERATIONS = 3
+MOST_INDEX_BITS = 10
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,8 @@ class KMeansResult:
 
 def chunk_rows(n_centroids: int, max_bytes: int = MAX_BYTES) -> int:
     """Points per chunk, so that a float32 distance matrix stays within ``max_bytes``; at least 1,
-    and at most about 1024 at 256 centroids, which fits in cache."""
-    return max(1, min(max_bytes // (4 * n_centroids), 2**18 // n_centroids + 1))
+    and at most about 1024 at 256 centroids (512 at more), which fits in cache."""
+    return max(1, min(max_bytes // (4 * n_centroids), max(2**18 // n_centroids + 1, 512)))
 
 
 def _augment(centroids: Tensor) -> Tensor:
@@ -57,17 +58,18 @@ def _with_ones(points: Tensor) -> Tensor:
 def _nearest(augmented: Tensor, columns: Tensor, n_centroids: int, offset: float) -> Tensor:
     """Index of the smallest distance in each row.
 
-    Up to 256 centroids index and distance travel in one number: a positive float32 is ordered as
+    Up to 1024 centroids index and distance travel in one number: a positive float32 is ordered as
     the integer of its bits, so the index can stand in its lowest bits and one ``amin``, much faster
-    than ``argmin``, gives both. It rounds distances to 15 bits, and breaks ties by index.
+    than ``argmin``, gives both. It rounds distances to 13 to 22 bits, and breaks ties by index.
     """
-    if n_centroids > 256:
+    index_bits = (n_centroids - 1).bit_length()
+    if index_bits > MOST_INDEX_BITS:
         return (augmented @ columns).argmin(1)
     distances = torch.addmm(augmented.new_full((1, 1), offset), augmented, columns)
     bits = distances.view(torch.int32)
-    bits &= ~0xFF
+    bits &= -(2**index_bits)
     bits |= torch.arange(n_centroids, device=bits.device, dtype=torch.int32)
-    return (bits.amin(1) & 0xFF).long()
+    return (bits.amin(1) & (2**index_bits - 1)).long()
 
 
 def assign(points: Tensor, centroids: Tensor, max_bytes: int = MAX_BYTES) -> Tensor:
@@ -79,7 +81,7 @@ def assign(points: Tensor, centroids: Tensor, max_bytes: int = MAX_BYTES) -> Ten
         max_bytes: bound on the scratch of a chunk.
 
     Returns:
-        Codes, shape (N,), int64. Where two centroids are equally near to within 1e-4 of the largest
+        Codes, shape (N,), int64. Where two centroids are equally near to within 5e-4 of the largest
         squared distance, either may be given.
     """
     centre = centroids.float().mean(0)

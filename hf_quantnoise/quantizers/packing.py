@@ -68,7 +68,13 @@ def unpack_codes(packed: Tensor, bits: int, count: int) -> Tensor:
     if bits in (1, 2, 4):  # whole codes in every byte
         shifts = torch.arange(0, 8, bits, device=packed.device, dtype=torch.uint8)
         return ((packed[:, None] >> shifts) & (2**bits - 1)).reshape(-1)[:count]
-    places = torch.arange(8, device=packed.device, dtype=torch.uint8)
-    stream = ((packed[:, None] >> places) & 1).reshape(-1)[: count * bits].view(count, bits)
-    weights = 2 ** torch.arange(bits, device=packed.device, dtype=torch.int32)
-    return (stream.int() * weights).sum(1, dtype=torch.int32).to(code_dtype(bits))
+    # Eight codes fill `bits` bytes; each lies within three bytes in a row (two zeros pad the last).
+    groups = -(-count // 8)
+    octets = torch.nn.functional.pad(packed, (0, groups * bits - packed.numel())).view(-1, bits)
+    octets = torch.nn.functional.pad(octets.int(), (0, 2))
+    codes = torch.empty(groups, 8, dtype=torch.int32, device=packed.device)
+    for number in range(8):
+        byte, shift = divmod(number * bits, 8)
+        word = octets[:, byte] | octets[:, byte + 1] << 8 | octets[:, byte + 2] << 16
+        codes[:, number] = (word >> shift) & (2**bits - 1)
+    return codes.view(-1)[:count].to(code_dtype(bits))

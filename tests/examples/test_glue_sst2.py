@@ -66,7 +66,13 @@ def test_runs_are_recorded_once_and_resumed(flags, tmp_path, capsys, monkeypatch
 def test_table_of_known_figures():
     def line(seed, method, accuracy, size):
         return {
-            "key": {"seed": seed, "method": method, "noise": "none", "block_size": "4"},
+            "key": {
+                "seed": seed,
+                "method": method,
+                "noise": "none",
+                "block_size": "4",
+                "n_centroids": "256",
+            },
             "accuracy": accuracy,
             "bytes": size,
             "dense_bytes": 90_000_000,
@@ -81,9 +87,9 @@ def test_table_of_known_figures():
     spread = statistics.stdev([81.0, 82.0, 83.0])
     assert (
         rows[2]
-        == f"| none | one shot | 4 | 82.0 ± {spread:.1f} | 81.0 / 82.0 / 83.0 | 6.00 | 15.0 |"
+        == f"| none | one shot | 4 | 256 | 82.0 ± {spread:.1f} | 81.0 / 82.0 / 83.0 | 6.00 | 15.0 |"
     )
-    assert rows[3] == "| none | stages, teacher | 4 | 90.0 | - / 90.0 / - | 5.00 | 18.0 |"
+    assert rows[3] == "| none | stages, teacher | 4 | 256 | 90.0 | - / 90.0 / - | 5.00 | 18.0 |"
     assert "seeds 1, 2, 3" in rows[5] and "10,000 training and 872 dev" in rows[5]
     assert rows[6] == "Command: `python benchmarks/glue_sst2.py`"
 
@@ -106,7 +112,7 @@ def test_settings_are_never_mixed_up(flags):
 def test_mistakes_are_named(flags):
     with pytest.raises(ValueError, match=r"--methods 'magic' is unknown; known: one shot"):
         glue_sst2.main([*flags, "--methods", "magic"])
-    with pytest.raises(ValueError, match=r"--block_sizes 'x' is no block size"):
+    with pytest.raises(ValueError, match=r"--block_sizes 'x' is no size"):
         glue_sst2.main([*flags, "--block_sizes", "x"])
     with pytest.raises(ValueError, match=r"--results holds no finished run"):
         glue_sst2.main([*flags, "--table"])

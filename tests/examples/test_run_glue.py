@@ -227,7 +227,7 @@ def test_block_sizes_in_three_forms(text, value):
 
 @pytest.mark.parametrize("text", ["eight", "8.5", "ffn=8,4", "ffn=x", "[8]", "true", ""])
 def test_block_sizes_that_are_none(text):
-    with pytest.raises(ValueError, match=r"--block_size '.*' is no block size; give an integer"):
+    with pytest.raises(ValueError, match=r"--block_size '.*' is no size; give an integer"):
         parse_int_or_dict("block_size", text)
 
 

@@ -13,7 +13,7 @@ KINDS = ["proxy", "mean", "pq", "int8", "int4", "int1"]
 
 def make(name: str, block_size: int = 8, n_centroids: int = 16):
     config = QuantNoiseConfig(noise=name, block_size=block_size, n_centroids=n_centroids)
-    return NOISES[name](name, config, block_size)
+    return NOISES[name](name, config, block_size, n_centroids)
 
 
 def matrix(seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -29,7 +29,7 @@ def noise_for(layer, noise="proxy", p=0.5, members=1, **fields) -> WeightNoise:
     rows, columns = weight_matrix(layer).shape
     functions = []
     for number, (name, _) in enumerate(config.noises):
-        function = NOISES[name](name, config, config.block_size)
+        function = NOISES[name](name, config, config.block_size, config.n_centroids)
         function.refresh(weight_matrix(layer), seed=0)
         functions.append((number, function))
     return WeightNoise(functions, [rate for _, rate in config.noises], rows, columns, members)

@@ -1,0 +1,155 @@
+"""Convolutions: the block rules of section 7.8, noise, packing, and the buffers of BatchNorm."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny import IMAGE_SIZE, VISION_MAKERS, make_vision_model
+from torch import nn
+from transformers import AutoModelForImageClassification
+
+from hf_quantnoise import (
+    AutoQuantizedModel,
+    IPQConfig,
+    QuantNoiseConfig,
+    apply_quant_noise,
+    quantize_model,
+    remove_quant_noise,
+    size_report,
+)
+from hf_quantnoise.blocks import kernel_area, to_blocks, weight_matrix
+from hf_quantnoise.modeling import packed_layers
+from hf_quantnoise.noise import find_state
+from hf_quantnoise.structure import block_size_of, find_layers
+
+
+def pixels(seed: int = 1) -> torch.Tensor:
+    return torch.randn(3, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> torch.Tensor:
+    return model.eval()(pixel_values=pixels()).logits
+
+
+@pytest.mark.parametrize(
+    ("conv", "area"),
+    [
+        (nn.Conv2d(16, 8, 1), 1),
+        (nn.Conv2d(16, 8, 1, groups=4), 1),
+        (nn.Conv2d(16, 16, 3, groups=16), 9),
+        (nn.Conv2d(16, 16, 5, stride=2, padding=2, groups=16), 25),
+        (nn.Conv2d(16, 8, 3, dilation=2), 9),
+        (nn.Conv2d(16, 8, 3, groups=2), 9),
+        (nn.Conv2d(16, 8, (1, 3)), 3),
+        (nn.Conv2d(3, 8, 4, stride=4), 1),  # patches that do not overlap: a Linear layer
+    ],
+)
+def test_block_rules(conv, area):
+    assert kernel_area(conv) == area
+    (layer,) = find_layers(nn.Sequential(conv))
+    assert layer.group == "conv"
+    expected = 4 if area == 1 else area
+    assert block_size_of(4, layer) == expected
+    assert block_size_of({"conv": 4}, layer) == expected
+    assert block_size_of({"conv": 4, ".*": 2}, layer) == 2
+    assert block_size_of({"ffn": 4}, layer) is None
+
+
+def test_a_block_of_the_area_is_one_kernel_of_one_channel():
+    conv = nn.Conv2d(6, 4, 3, groups=2)
+    blocks = to_blocks(weight_matrix(conv), 9).view(4, 3, 3, 3)
+    assert torch.equal(blocks, conv.weight)
+
+
+def test_a_block_of_a_one_by_one_convolution_runs_over_input_channels():
+    conv, linear = nn.Conv2d(16, 8, 1), nn.Linear(16, 8)
+    linear.weight.data.copy_(conv.weight[:, :, 0, 0])
+    assert torch.equal(to_blocks(weight_matrix(conv), 4), to_blocks(weight_matrix(linear), 4))
+
+
+@pytest.mark.parametrize("noise", ["proxy", "pq", "int4"])
+@pytest.mark.parametrize("name", VISION_MAKERS)
+def test_noise_trains_and_leaves_the_model_as_it_was(name, noise):
+    model = make_vision_model(name)
+    clean = logits(model)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    config = QuantNoiseConfig(noise=noise, p=0.3, block_size=4, n_centroids=8)
+    apply_quant_noise(model, config)
+    assert torch.equal(logits(model), clean)
+    assert any(isinstance(layer, nn.Conv2d) for layer in find_state(model).layers.values())
+    model.train()
+    # BatchNorm's running statistics are the only thing a forward may write.
+    output = model(pixel_values=pixels(), labels=torch.tensor([0, 1, 2]))
+    output.loss.backward()
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    for key, value in model.named_parameters():
+        assert torch.equal(before[key], value), key
+        assert value.grad is not None and torch.isfinite(value.grad).all(), key
+    model.load_state_dict(before)
+    assert torch.equal(logits(remove_quant_noise(model)), clean)
+
+
+@pytest.mark.parametrize("name", VISION_MAKERS)
+def test_compressed_image_models_reload_bit_equal(name, tmp_path):
+    model = make_vision_model(name)
+    groups = {layer.group for layer in find_layers(model)} - {"head"}
+    config = IPQConfig(block_size=4, n_centroids=8, stages=sorted(groups))
+    model = quantize_model(model, config, progress=False)
+    assert any(isinstance(layer, nn.Conv2d) for _, layer in packed_layers(model))
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    for loader in (AutoModelForImageClassification, AutoQuantizedModel):
+        again, info = loader.from_pretrained(tmp_path, output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+        assert type(again).__name__ == type(model).__name__
+        assert torch.equal(logits(again), expected)
+        # BatchNorm's statistics travel too.
+        for key, value in model.named_buffers():
+            assert torch.equal(value, again.get_buffer(key)), key
+    size = (tmp_path / "model.safetensors").stat().st_size
+    assert abs(size_report(model).total.disk_bytes - size) <= 0.01 * size
+    dense = model.dequantize()
+    torch.testing.assert_close(logits(dense), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_another_process_reads_the_same_model(tmp_path):
+    model = quantize_model(
+        make_vision_model("mobilenet-v2"),
+        IPQConfig(block_size=4, n_centroids=16, stages=["conv"], codebook_bits=8),
+        progress=False,
+    )
+    model.save_pretrained(tmp_path)
+    torch.save(pixels(), tmp_path / "pixels.pt")
+    program = (
+        "import sys, torch, hf_quantnoise\n"
+        "from transformers import AutoModelForImageClassification\n"
+        "folder = sys.argv[1]\n"
+        "model = AutoModelForImageClassification.from_pretrained(folder)\n"
+        "pixels = torch.load(folder + '/pixels.pt')\n"
+        "with torch.no_grad():\n"
+        "    torch.save(model(pixel_values=pixels).logits, folder + '/logits.pt')\n"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True)
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), logits(model), rtol=0, atol=0)
+
+
+def test_a_depthwise_layer_too_small_for_a_codebook_stays_dense_and_says_so():
+    model = make_vision_model("mobilenet-v2")
+    config = IPQConfig(block_size=4, n_centroids=256, stages=["conv"])
+    model = quantize_model(model, config, progress=False)
+    left = model.config.quantization_config.left_dense
+    assert any("blocks for 256 centroids" in reason for reason in left.values())
+    assert "conv" in str(size_report(model))
+
+
+def test_centroids_of_convolutions_can_be_trained():
+    model = make_vision_model("resnet")
+    model = quantize_model(
+        model, IPQConfig(block_size=4, n_centroids=16, stages=["conv"]), progress=False
+    ).train()
+    model(pixel_values=pixels(), labels=torch.tensor([0, 1, 2])).loss.backward()
+    for name, layer in packed_layers(model):
+        assert layer.weight_codebook.grad.abs().sum() > 0, name
