@@ -64,6 +64,11 @@ class QuantNoiseConfig:
             each output feature, or row of a table), ``"histogram"`` (running minimum and maximum,
             and the range between them with the lowest squared error: section 7.7, table 10).
         scale_update_steps: refresh scale and zero point of ``"intN"`` every so many steps.
+        layerdrop: rate at which each layer of a stack is skipped in training (LayerDrop, 4.2).
+        layerdrop_ste: let gradients flow as if no layer was skipped (table 11).
+        activation_bits: bits, 1 to 8, that what enters a noised layer is rounded to in training, or
+            None. Its range is that of the first ``activation_calibration`` forwards, then fixed.
+        activation_calibration: forwards that set that range, rounding nothing.
         target_modules: regex for whole layer names, or a list of exact names and suffixes. None
             takes every layer except position and type embeddings, whose zeroed rows can make an
             all-zero vector before a LayerNorm.
@@ -89,6 +94,14 @@ class QuantNoiseConfig:
     codebook_update: str | int = field(default="epoch", metadata={"help": "'epoch' or steps."})
     scale_update_steps: int = field(default=10, metadata={"help": "Steps between intN refreshes."})
     observer: str = field(default="minmax", metadata={"help": "Range of 'intN' noise."})
+    layerdrop: float = field(default=0.0, metadata={"help": "Rate of skipped layers."})
+    layerdrop_ste: bool = field(
+        default=False, metadata={"help": "Gradients as if no layer was skipped (table 11)."}
+    )
+    activation_bits: int | None = field(default=None, metadata={"help": "Bits of activations."})
+    activation_calibration: int = field(
+        default=16, metadata={"help": "Forwards that set the range of activations."}
+    )
     target_modules: str | list[str] | None = field(default=None, metadata={"help": "Which layers."})
     exclude_modules: str | list[str] | None = field(default=None, metadata={"help": "But not."})
     seed: int = field(default=0, metadata={"help": "Seed of the k-means behind 'pq'."})
@@ -121,6 +134,10 @@ class QuantNoiseConfig:
         check_word_or_steps("p_schedule", self.p_schedule, "constant")
         check_word_or_steps("codebook_update", self.codebook_update, "epoch")
         check_choice("observer", self.observer, tuple(OBSERVERS))
+        check_rate("layerdrop", self.layerdrop)
+        if self.activation_bits is not None:
+            check_int("activation_bits", self.activation_bits, 1, 8)
+        check_int("activation_calibration", self.activation_calibration, 1, 2**31)
         check_int("scale_update_steps", self.scale_update_steps, 1, 2**31)
         check_int("seed", self.seed, 0, 2**63 - 1)
         check_patterns("target_modules", self.target_modules)
@@ -193,6 +210,8 @@ class QuantizedModelConfig(QuantizationConfigMixin):
     Args:
         target_modules: which layers to quantize (regex, or list of exact names and suffixes).
         exclude_modules: which of them to leave dense.
+        activation_bits: bits, 1 to 8, that what enters a quantized layer is rounded to (7.7), with
+            a scale found on calibration data; None leaves activations in floating point.
         seed: seed of the codebooks.
         plan: after compression, layer name -> how it is stored. Filled by the package.
         left_dense: after compression, name of a layer or bare parameter -> why it is stored in
@@ -202,6 +221,7 @@ class QuantizedModelConfig(QuantizationConfigMixin):
 
     target_modules: str | list[str] | None = None
     exclude_modules: str | list[str] | None = None
+    activation_bits: int | None = None
     seed: int = 0
     plan: dict[str, dict[str, Any]] = field(default_factory=dict)
     left_dense: dict[str, str] = field(default_factory=dict)
@@ -218,6 +238,8 @@ class QuantizedModelConfig(QuantizationConfigMixin):
                 f"format_version={self.format_version} was written by a newer hf_quantnoise; this "
                 f"one reads up to {FORMAT_VERSION}. Install it with: pip install -U hf-quantnoise"
             )
+        if self.activation_bits is not None:
+            check_int("activation_bits", self.activation_bits, 1, 8)
         check_int("seed", self.seed, 0, 2**63 - 1)
         check_patterns("target_modules", self.target_modules)
         check_patterns("exclude_modules", self.exclude_modules)
@@ -230,6 +252,10 @@ class QuantizedModelConfig(QuantizationConfigMixin):
     def noise_settings(self) -> dict[str, Any]:
         """The fields of the :class:`QuantNoiseConfig` with this target's blocks."""
         raise NotImplementedError
+
+    def _shared_with_noise(self) -> dict[str, Any]:
+        names = ("activation_bits", "target_modules", "exclude_modules", "seed")
+        return {name: getattr(self, name) for name in names}
 
     def quantizer_settings(self, layer) -> dict[str, Any] | None:
         """Settings of the quantizer for a layer, or None where this config does not cover it."""
@@ -317,9 +343,7 @@ class IPQConfig(QuantizedModelConfig):
             "noise": "proxy",
             "block_size": self.block_size,
             "n_centroids": self.n_centroids,
-            "target_modules": self.target_modules,
-            "exclude_modules": self.exclude_modules,
-            "seed": self.seed,
+            **self._shared_with_noise(),
         }
 
     def quantizer_settings(self, layer) -> dict[str, Any] | None:
@@ -365,9 +389,7 @@ class FixedPointConfig(QuantizedModelConfig):
         return {
             "noise": f"int{self.bits}",
             "observer": self.observer,
-            "target_modules": self.target_modules,
-            "exclude_modules": self.exclude_modules,
-            "seed": self.seed,
+            **self._shared_with_noise(),
         }
 
     def quantizer_settings(self, layer) -> dict[str, Any] | None:

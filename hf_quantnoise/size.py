@@ -35,6 +35,8 @@ class SizeRow:
         disk_bytes: its tensors in the safetensors file.
         memory_bytes: its tensors in memory.
         dense_bytes: the tensor in float32.
+        activation_bytes: what enters a packed layer for one position (batch size 1): the term 8 n
+            of section 3.3's M, or 32 n where activations are floating point. 0 for the rest.
     """
 
     name: str
@@ -45,6 +47,7 @@ class SizeRow:
     disk_bytes: int
     memory_bytes: int
     dense_bytes: int
+    activation_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class SizeTotal:
     disk_bytes: int
     memory_bytes: int
     dense_bytes: int
+    activation_bytes: int = 0
 
     @property
     def times_smaller(self) -> float:
@@ -80,12 +84,15 @@ class SizeReport:
         for row in self.rows:
             kind = "tied" if row.stored.startswith("tied") else row.stored
             groups.setdefault((row.group, kind), []).append(row)
-        lines = [("group", "stored", "tensors", "formula kB", "disk kB", "memory kB", "dense kB")]
+        lines = [
+            ("group", "stored", "tensors", "formula kB", "disk kB", "memory kB", "dense kB",
+             "inputs kB")
+        ]  # fmt: skip
         lines += [
             (group, kind, str(len(rows)), *_kilobytes(_total(rows, 0)))
             for (group, kind), rows in sorted(groups.items())
         ]
-        lines.append(("file header", "", "", "", f"{self.header_bytes / 1e3:,.1f}", "", ""))
+        lines.append(("file header", "", "", "", f"{self.header_bytes / 1e3:,.1f}", "", "", ""))
         lines.append(("total", "", str(len(self.rows)), *_kilobytes(self.total)))
         text = _aligned(lines) + f"\n{self.total.times_smaller:.1f} times smaller than float32"
         if self.left_dense:
@@ -101,11 +108,15 @@ def _total(rows: Iterable[SizeRow], header_bytes: int) -> SizeTotal:
         disk_bytes=sum(row.disk_bytes for row in rows) + header_bytes,
         memory_bytes=sum(row.memory_bytes for row in rows),
         dense_bytes=sum(row.dense_bytes for row in rows),
+        activation_bytes=sum(row.activation_bytes for row in rows),
     )
 
 
 def _kilobytes(total: SizeTotal) -> tuple[str, ...]:
-    values = (total.formula_bytes, total.disk_bytes, total.memory_bytes, total.dense_bytes)
+    values = (
+        total.formula_bytes, total.disk_bytes, total.memory_bytes, total.dense_bytes,
+        total.activation_bytes,
+    )  # fmt: skip
     return tuple(f"{value / 1e3:,.1f}" for value in values)
 
 
@@ -148,7 +159,15 @@ def _packed_row(name: str, layer: nn.Module, group: str, disk: dict[str, Tensor]
         disk_bytes=sum(_bytes(disk[f"{name}.{tensor}"]) for tensor in packed_names(layer)),
         memory_bytes=sum(map(_bytes, memory)),
         dense_bytes=4 * layer.rows * layer.columns,
+        activation_bytes=_input_bytes(layer),
     )
+
+
+def _input_bytes(layer: nn.Module) -> int:
+    if isinstance(layer, nn.Embedding):
+        return 0
+    inputs = layer.in_channels if isinstance(layer, nn.Conv2d) else layer.columns
+    return math.ceil((layer.activation_bits or 32) * inputs / 8)
 
 
 def _header_bytes(tensors: dict[str, Tensor]) -> int:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
 from .blocks import LAYOUTS, WeightLayout, kernel_area, layout_of, weight_matrix
@@ -136,6 +137,19 @@ def find_layers(model: nn.Module) -> list[LayerInfo]:
             )
         )
     return layers
+
+
+def find_stacks(model: nn.Module) -> list[list[str]]:
+    """The stacks of repeated layers (encoder, decoder, or both), each as the names of its layers in
+    order: lists of two or more layers of one class that transformers can checkpoint one by one."""
+    stacks = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or len(module) < 2:
+            continue
+        first = type(module[0])
+        if issubclass(first, GradientCheckpointingLayer) and all(type(m) is first for m in module):
+            stacks.append([f"{name}.{number}" for number in range(len(module))])
+    return stacks
 
 
 # Weights outside of known layers are named wherever they are; from this share of all weights on

@@ -10,6 +10,7 @@ import hf_quantnoise
 ROOT = Path(hf_quantnoise.__file__).parent
 FLOORS = (
     "registry",
+    "distributed",
     "blocks",
     "structure",
     "validation",

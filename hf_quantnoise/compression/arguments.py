@@ -28,6 +28,10 @@ class CompressionArguments:
         default=None,
         metadata={"help": "Learning rate of the centroids; default: stage_learning_rate."},
     )
+    calibration_batches: int = field(
+        default=8,
+        metadata={"help": "Training batches that set the scales of activations, if quantized."},
+    )
     distill: bool = field(
         default=True,
         metadata={"help": "Learn from the uncompressed model's logits (section 3.2)."},
@@ -47,6 +51,8 @@ class CompressionArguments:
                 raise ValueError(f"{name}={value!r} must be above 0, or None")
         if not self.stage_epochs >= 0:
             raise ValueError(f"stage_epochs={self.stage_epochs!r} must be 0 or more")
+        if not self.calibration_batches >= 1:
+            raise ValueError(f"calibration_batches={self.calibration_batches!r} must be 1 or more")
         if not 0 <= self.distill_weight <= 1:
             raise ValueError(f"distill_weight={self.distill_weight!r} must be from 0 to 1")
         if not self.temperature > 0:

@@ -1,16 +1,23 @@
-"""Quantization in one shot: no training, no data."""
+"""Quantization in one shot: no training, and no data but for the scales of activations."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 from transformers import PreTrainedModel
 
 from ..configuration import QuantizedModelConfig
 from ..hub.packer import ModelPacker
+from ..modeling import packed_layers
+from ..modeling.activations import calibrate, require_batches
 from ..noise import remove_quant_noise
 
 
 def quantize_model(
-    model: PreTrainedModel, config: QuantizedModelConfig, progress: bool = True
+    model: PreTrainedModel,
+    config: QuantizedModelConfig,
+    progress: bool = True,
+    calibration_data: Iterable[dict] | None = None,
 ) -> PreTrainedModel:
     """Quantizes a model in one shot (the traditional PQ of section 3.2, or intN of section 3.1).
 
@@ -18,14 +25,21 @@ def quantize_model(
         model: a dense model, converted in place; noise is removed first.
         config: :class:`IPQConfig` or :class:`FixedPointConfig`.
         progress: show a progress bar.
+        calibration_data: a few batches, each the keyword arguments of a forward; needed where
+            ``config.activation_bits`` is set (7.7), and not read otherwise.
 
     Returns:
         The same object, packed: ``save_pretrained``, ``push_to_hub`` and ``Trainer`` take it.
 
     Raises:
         TypeError: if the model is no ``PreTrainedModel``.
-        ValueError: if it is quantized already, or the config cannot be carried out.
+        ValueError: if it is quantized already, the config cannot be carried out, or activations
+            are to be quantized without calibration data; the model is dense then as before.
     """
+    batches = list(calibration_data or []) if config.activation_bits is not None else []
+    if config.activation_bits is not None:
+        require_batches(batches)
     remove_quant_noise(model)
     ModelPacker(model, config).pack_all(progress)
+    calibrate(model, [layer for _, layer in packed_layers(model)], batches)
     return model

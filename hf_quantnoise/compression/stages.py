@@ -10,6 +10,7 @@ import copy
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from ..configuration import QuantizedModelConfig
 from ..hub.card import format_metrics
 from ..hub.packer import ModelPacker, StageResult, check_can_be_packed
+from ..modeling.activations import calibrate, require_batches
 from ..modeling.packed import PREFIX
 from ..noise import remove_quant_noise
 from ..size import size_report
@@ -184,11 +186,14 @@ def compress_in_stages(
     """
     compression_args = compression_args or CompressionArguments()
     model = trainer.accelerator.unwrap_model(trainer.model)
-    if compression_args.stage_epochs > 0 and trainer.train_dataset is None:
-        raise ValueError(
-            "compress finetunes between stages and the trainer has no train_dataset; give it one, "
-            "or set CompressionArguments(stage_epochs=0)"
-        )
+    if trainer.train_dataset is None:
+        if compression_args.stage_epochs > 0:
+            raise ValueError(
+                "compress finetunes between stages and the trainer has no train_dataset; give it "
+                "one, or set CompressionArguments(stage_epochs=0)"
+            )
+        if config.activation_bits is not None:
+            require_batches([])
     check_can_be_packed(model)
     remove_quant_noise(model)
     packer = ModelPacker(model, config)
@@ -201,12 +206,26 @@ def compress_in_stages(
         start = time.perf_counter()
         packed = packer.pack_stage(stage)
         stage_trainer = _stage_trainer(trainer, model, compression_args, teacher, number)
+        _calibrate(stage_trainer, model, packed)
         finetuning = {}
         if compression_args.stage_epochs > 0:
             finetuning = stage_trainer.train().metrics
             model.eval()
         report(_record(stage or "all", stage_trainer, start, packed, finetuning))
     return model
+
+
+def _calibrate(stage_trainer: StageTrainer, model: PreTrainedModel, packed: StageResult) -> None:
+    """Sets the scales of what enters the layers of a stage, on its training data (7.7)."""
+    layers = [model.get_submodule(name) for name in packed.layers]
+    if all(layer.activation_bits is None for layer in layers):
+        return
+    count = stage_trainer.compression_args.calibration_batches
+    batches = list(islice(stage_trainer.get_train_dataloader(), count))
+
+    calibrate(
+        model, layers, batches, lambda batch: stage_trainer.prediction_step(model, batch, False)
+    )
 
 
 def _record(

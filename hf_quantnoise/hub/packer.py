@@ -81,7 +81,12 @@ class ModelPacker:
 
     def _pack(self, planned: PlannedWeight, number: int) -> float:
         modules: list[nn.Module] = [layer.module for layer in planned.layers]
-        error = pack_layer(modules, planned.quantizer, seed=self.config.seed + number)
+        error = pack_layer(
+            modules,
+            planned.quantizer,
+            seed=self.config.seed + number,
+            activation_bits=planned.activation_bits,
+        )
         self.config.plan.update(planned.entries())
         return error
 

@@ -31,7 +31,7 @@ logger = logging.get_logger(__name__)
 register_quantization_config(QUANT_METHOD)(QuantizedModelConfig)
 
 # The entries of a plan that describe the layer and not its quantizer.
-_LAYER_KEYS = ("group", "rows", "columns", "tied_to")
+_LAYER_KEYS = ("group", "rows", "columns", "activation_bits", "tied_to")
 
 
 def entry_quantizer(entry: dict):
@@ -100,7 +100,7 @@ class QuantNoiseHfQuantizer(HfQuantizer):
         self._joined = plan.keys() - stored.keys()
         rewriter = TieRewriter(model)
         for name, entry in plan.items():
-            pack_skeleton(layers[name].module, entry_quantizer(entry))
+            pack_skeleton(layers[name].module, entry_quantizer(entry), entry.get("activation_bits"))
             layers[name].module._shape_only = True
         rewriter.rewrite(
             {name: packed_names(layers[name].module) for name in plan},

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..blocks import weight_matrix
 from ..quantizers import Quantizer
 from ..quantizers.packing import pack_codes
-from .packed import INDICES, PREFIX, PackedLayer, packed_class
+from .packed import INDICES, INPUT_NAMES, PREFIX, PackedLayer, packed_class
 
 
 def is_packed(module: nn.Module) -> bool:
@@ -63,11 +63,14 @@ def read_states(model: nn.Module) -> None:
 
 
 def _become_packed(
-    layers: Sequence[nn.Module], quantizer: Quantizer, tensors: dict[str, Tensor]
+    layers: Sequence[nn.Module],
+    quantizer: Quantizer,
+    tensors: dict[str, Tensor],
+    activation_bits: int | None,
 ) -> None:
     """Turns layers that share one weight into packed layers that share one set of tensors."""
     rows, columns = weight_matrix(layers[0]).shape
-    shape = layers[0].weight.shape
+    shape, dtype = layers[0].weight.shape, layers[0].weight.dtype
     parameters = _parameters(quantizer, tensors)
     for layer in layers:
         del layer._parameters["weight"]
@@ -76,13 +79,22 @@ def _become_packed(
         layer.weight_shape = shape
         for name, parameter in parameters.items():
             layer.register_parameter(name, parameter)
+        if activation_bits is not None and not isinstance(layer, nn.Embedding):
+            layer.activation_bits = activation_bits
+            for name in INPUT_NAMES:  # tied layers read different inputs
+                scalar = layer.weight_indices.new_zeros((), dtype=dtype)
+                layer.register_parameter(name, nn.Parameter(scalar, requires_grad=False))
         # Else transformers' _init_weights decodes the weight to initialise a temporary.
         layer._is_hf_initialized = True
 
 
 @torch.no_grad()
 def pack_layer(
-    layers: nn.Module | Sequence[nn.Module], quantizer: Quantizer, *, seed: int = 0
+    layers: nn.Module | Sequence[nn.Module],
+    quantizer: Quantizer,
+    *,
+    seed: int = 0,
+    activation_bits: int | None = None,
 ) -> float:
     """Quantizes the weight of a layer (or of several that are tied) and packs them in place.
 
@@ -90,6 +102,7 @@ def pack_layer(
         layers: the layer, or all layers that hold the very same weight.
         quantizer: how the weight is to be stored.
         seed: seed of the codebook.
+        activation_bits: bits of what enters the layer; ``activations.calibrate`` sets its scale.
 
     Returns:
         The relative error ||W - W_q||^2 / ||W||^2.
@@ -111,11 +124,15 @@ def pack_layer(
     tensors = {INDICES: packed.reshape(_indices_shape(quantizer, rows, columns)).clone()}
     for key, value in state.items():
         tensors[PREFIX + key] = value.to(device=weight.device, dtype=weight.dtype)
-    _become_packed(layers, quantizer, tensors)
+    _become_packed(layers, quantizer, tensors, activation_bits)
     return float(error.nan_to_num())
 
 
-def pack_skeleton(layers: nn.Module | Sequence[nn.Module], quantizer: Quantizer) -> None:
+def pack_skeleton(
+    layers: nn.Module | Sequence[nn.Module],
+    quantizer: Quantizer,
+    activation_bits: int | None = None,
+) -> None:
     """Packs layers without quantizing anything: empty tensors of the right shape, on the weight's
     device (``meta`` while a checkpoint is being loaded), to be filled from a file."""
     layers = [layers] if isinstance(layers, nn.Module) else list(layers)
@@ -128,7 +145,7 @@ def pack_skeleton(layers: nn.Module | Sequence[nn.Module], quantizer: Quantizer)
     }
     for key, (shape, _) in quantizer.state_spec(rows, columns).items():
         tensors[PREFIX + key] = torch.empty(shape, dtype=weight.dtype, device=weight.device)
-    _become_packed(layers, quantizer, tensors)
+    _become_packed(layers, quantizer, tensors, activation_bits)
 
 
 @torch.no_grad()
@@ -140,9 +157,17 @@ def unpack_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Modul
         if key not in weights:
             weight = layer.weight.contiguous()
             weights[key] = nn.Parameter(weight if dtype is None else weight.to(dtype))
-        for name in packed_names(layer):
-            del layer._parameters[name]
-        for name in ("quantizer", "rows", "columns", "weight_shape", "_counts", "_shape_only"):
+        for name in [*packed_names(layer), *INPUT_NAMES]:
+            layer._parameters.pop(name, None)
+        for name in (
+            "activation_bits",
+            "quantizer",
+            "rows",
+            "columns",
+            "weight_shape",
+            "_counts",
+            "_shape_only",
+        ):
             layer.__dict__.pop(name, None)
         layer.__class__ = type(layer).packed_from
         others = dict(layer._parameters)

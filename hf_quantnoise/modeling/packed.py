@@ -18,10 +18,13 @@ from transformers.pytorch_utils import Conv1D
 
 from ..blocks import layout_of
 from ..quantizers import Quantizer
+from ..quantizers.fixed_point import round_activations
 from ..quantizers.packing import unpack_codes
+from .activations import InputObserver
 
 PREFIX = "weight_"
 INDICES = "weight_indices"
+INPUT_NAMES = ("input_scale", "input_zero_point")
 
 # Without gradients a matrix is decoded slice by slice, so that a large table (a tied LM head)
 # never stands whole in memory.
@@ -53,17 +56,30 @@ class PackedLayer:
         quantizer: how the weight is stored.
         rows, columns: shape of the weight matrix (``blocks.py``).
         weight_shape: shape of the weight itself.
+        activation_bits: bits that what enters the layer is rounded to (``activations.py``), or
+            None. Scale and zero point are ``input_scale`` and ``input_zero_point``.
     """
 
     quantizer: Quantizer
     rows: int
     columns: int
     weight_shape: torch.Size
+    activation_bits: int | None = None
+    _observer: InputObserver | None = None
 
     # While a checkpoint is being read the codes are not there yet; transformers still asks for the
     # weight's shape. True answers with an empty meta tensor instead of decoding.
     _shape_only: bool = False
     _counts: Tensor | None = None
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The original forward, on rounded inputs where activations are quantized."""
+        if self._observer is not None:
+            self._observer.observe(input)
+        elif self.activation_bits is not None:
+            state = {"scale": self.input_scale, "zero_point": self.input_zero_point}
+            input = round_activations(input, state, self.activation_bits)
+        return super().forward(input, *args, **kwargs)
 
     @property
     def weight(self) -> Tensor:

@@ -20,6 +20,7 @@ class PlannedWeight:
 
     layers: tuple[LayerInfo, ...]
     quantizer: Quantizer
+    activation_bits: int | None = None
 
     def entries(self) -> dict[str, dict[str, Any]]:
         """The plan's entries in their JSON form, one for each layer."""
@@ -32,6 +33,8 @@ class PlannedWeight:
                 "columns": layer.columns,
                 **self.quantizer.to_dict(),
             }
+            if self.activation_bits is not None:
+                entries[layer.name]["activation_bits"] = self.activation_bits
             if layer.name != first:
                 entries[layer.name]["tied_to"] = first
         return entries
@@ -92,7 +95,7 @@ def make_plan(
             weight = layer.module.weight
             reason = _refusal(layer, quantizer, weight.numel() * weight.element_size())
             if reason is None:
-                plan[stage].append(PlannedWeight(members, quantizer))
+                plan[stage].append(PlannedWeight(members, quantizer, config.activation_bits))
                 continue
         left.update(dict.fromkeys((member.name for member in members), reason))
     _require_work(config, plan, left, list(layers.values()))

@@ -18,6 +18,7 @@ from ..structure import (
     select_layers,
 )
 from .functions import NoiseFunction
+from .layerdrop import LayerDrop, make_droppable, make_undroppable, require_stacks
 from .layers import is_noisy, make_clean, make_noisy
 from .operator import WeightNoise
 from .state import NoisedWeight, QuantNoiseState, attach, detach, find_state
@@ -69,13 +70,19 @@ def apply_quant_noise(model: nn.Module, qn_config: QuantNoiseConfig) -> nn.Modul
     if refused:
         what = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
         logger.warning("quantization noise leaves out %d layers (%s)", len(refused), what)
+    drop = None
+    if qn_config.layerdrop > 0:
+        drop = LayerDrop(qn_config.layerdrop, qn_config.layerdrop_ste)
+        require_stacks(model, qn_config.layerdrop)
     left_clean = {**by_default, **refused, **other_weights(model)}
-    state = QuantNoiseState(qn_config, weights, left_clean, rates)
+    state = QuantNoiseState(qn_config, weights, left_clean, rates, drop)
     state.refresh_codebooks()
     state.refresh_scales()
     for weight in weights:
-        for member, module in enumerate(weight.modules):
-            make_noisy(module, weight.noise, member)
+        for member, (name, module) in enumerate(zip(weight.names, weight.modules, strict=True)):
+            make_noisy(module, weight.noise, member, state.activations.get(name))
+    if drop is not None:
+        make_droppable(model, drop)
     attach(model, state)
     return model
 
@@ -86,6 +93,7 @@ def remove_quant_noise(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if is_noisy(module):
             make_clean(module)
+    make_undroppable(model)
     detach(model)
     return model
 

@@ -13,11 +13,13 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ..blocks import LAYOUTS, WeightLayout, layout_of
+from .activations import ActivationNoise
 from .operator import WeightNoise
 
 # Attributes of a noisy layer, beside those of its original class.
 _NOISE = "_quant_noise_weight"
 _MEMBER = "_quant_noise_member"
+_ACTIVATIONS = "_quant_noise_activations"
 
 
 class QuantNoiseLayer:
@@ -31,12 +33,15 @@ class QuantNoiseLayer:
     _quant_noise_layout: ClassVar[WeightLayout]
     _quant_noise_weight: WeightNoise
     _quant_noise_member: int
+    _quant_noise_activations: ActivationNoise | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original forward, with the noisy weight of Eq. 7 in the weight's place."""
         noise = self._quant_noise_weight
         if not self.training or not noise.active:
             return super().forward(*args, **kwargs)
+        if self._quant_noise_activations is not None:
+            args = (self._quant_noise_activations(args[0]), *args[1:])
         outer = self.__dict__.get("weight")  # replicas of nn.DataParallel keep their weight here
         noisy = noise.noisy_weight(self.weight, self._quant_noise_layout, self._quant_noise_member)
         # Dynamo follows self.__dict__ only where it is written out: no local name for it.
@@ -90,24 +95,31 @@ def is_noisy(module: nn.Module) -> bool:
     return isinstance(module, QuantNoiseLayer)
 
 
-def make_noisy(module: nn.Module, noise: WeightNoise, member: int = 0) -> None:
+def make_noisy(
+    module: nn.Module,
+    noise: WeightNoise,
+    member: int = 0,
+    activations: ActivationNoise | None = None,
+) -> None:
     """Turns a layer into a noisy one, in place.
 
     Args:
         module: a layer that ``blocks.layout_of`` knows.
         noise: the noise of its weight.
         member: number of the layer among those that hold the same weight.
+        activations: what is done to its input, or None.
     """
     assert layout_of(module) is not None and not is_noisy(module)
     module.__dict__[_NOISE] = noise
     module.__dict__[_MEMBER] = member
+    module.__dict__[_ACTIVATIONS] = activations
     module.__class__ = noisy_class(type(module))
 
 
 def make_clean(module: nn.Module) -> None:
     """The inverse of :func:`make_noisy`: the same object with its original class."""
     module.__class__ = type(module).noised_from
-    for name in (_NOISE, _MEMBER):
+    for name in (_NOISE, _MEMBER, _ACTIVATIONS):
         module.__dict__.pop(name)
 
 

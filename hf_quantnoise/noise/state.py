@@ -6,12 +6,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..blocks import weight_matrix
 from ..configuration import QuantNoiseConfig
+from ..distributed import of_rank_0
+from .activations import ActivationNoise
 from .functions import NoiseFunction
+from .layerdrop import LayerDrop
 from .operator import WeightNoise
 
 _STATE = "_quant_noise"
@@ -38,6 +40,8 @@ class QuantNoiseState:
     Attributes:
         config: the config the noise was made from.
         weights: the noised weights, in the order of the module tree.
+        activations: layer name -> what rounds its input; empty without ``activation_bits``.
+        layerdrop: rate at which layers are skipped, or None.
         left_clean: layer (or bare parameter) name -> why it has no noise, or lacks one of several.
     """
 
@@ -47,11 +51,20 @@ class QuantNoiseState:
         weights: list[NoisedWeight],
         left_clean: dict[str, str],
         rates: list[float],
+        layerdrop: LayerDrop | None = None,
     ) -> None:
         self.config = config
         self.weights = weights
         self.left_clean = left_clean
         self._rates = rates
+        self.layerdrop = layerdrop
+        self.activations: dict[str, ActivationNoise] = {}
+        if config.activation_bits is not None:
+            self.activations = {
+                name: ActivationNoise(config.activation_bits, config.activation_calibration)
+                for name, module in self.layers.items()
+                if not isinstance(module, nn.Embedding)
+            }
 
     @property
     def layers(self) -> dict[str, nn.Module]:
@@ -89,14 +102,17 @@ class QuantNoiseState:
         self._refresh("scales")
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All fitted tensors: ``<layer>.<number of the noise>.<tensor>`` -> tensor.
+        """All fitted tensors: ``<layer>.<number of the noise>.<tensor>`` -> tensor, and
+        ``<layer>.input.<tensor>`` for activations.
 
         Tied layers stand under the first of them.
         """
+        parts = [(prefix, function) for _, prefix, function in self._functions()]
+        parts += [(f"{name}.input", noise) for name, noise in self.activations.items()]
         return {
             f"{prefix}.{key}": tensor
-            for _, prefix, function in self._functions()
-            for key, tensor in function.state_dict().items()
+            for prefix, part in parts
+            for key, tensor in part.state_dict().items()
         }
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
@@ -124,6 +140,9 @@ class QuantNoiseState:
                 raise ValueError(f"{prefix}: {error}") from None
         for _, function, part in parts:
             function.load_state_dict(part)
+        for name, noise in self.activations.items():
+            own_part = {key: tensors[f"{name}.input.{key}"] for key in noise.state_dict()}
+            noise.load_state_dict(own_part)
 
     def _functions(self) -> Iterator[tuple[NoisedWeight, str, NoiseFunction]]:
         for weight in self.weights:
@@ -139,25 +158,13 @@ class QuantNoiseState:
             with torch.autocast(module.weight.device.type, enabled=False):
                 function.refresh(weight_matrix(module), self.config.seed + index)
             for key, tensor in function.state.items():
-                function.state[key] = _of_rank_0(tensor)
+                function.state[key] = of_rank_0(tensor)
 
     def __repr__(self) -> str:
         return (
             f"QuantNoiseState(noise={self.config.noise!r}, p={self.p}, "
             f"{len(self.layers)} layers, {len(self.left_clean)} left clean)"
         )
-
-
-def _of_rank_0(tensor: Tensor) -> Tensor:
-    """Rank 0's tensor, on every rank of a distributed run."""
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
-        return tensor
-    device = tensor.device
-    if dist.get_backend() == "nccl" and device.type == "cpu":
-        device = torch.device("cuda", torch.cuda.current_device())
-    shared = tensor.to(device).contiguous()
-    dist.broadcast(shared, src=0)
-    return shared.to(tensor.device)
 
 
 def attach(model: nn.Module, state: QuantNoiseState) -> None:

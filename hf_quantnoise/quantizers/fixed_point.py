@@ -65,7 +65,7 @@ class FixedPointQuantizer(Quantizer):
         observer, numbers = OBSERVERS[self.observer], matrix.float()
         states = []
         for low, high in observer.candidates(numbers, self.bits, running):
-            state = self._state(low, high)
+            state = self.state_of_range(low, high)
             states.append({key: value.to(matrix.dtype) for key, value in state.items()})
         state = states[0]
         if len(states) > 1:
@@ -79,13 +79,6 @@ class FixedPointQuantizer(Quantizer):
             }
         return state, extremes(numbers, running)
 
-    def _state(self, low: Tensor, high: Tensor) -> dict[str, Tensor]:
-        scale = (high - low) / (2**self.bits - 1)
-        # A constant matrix has no range: with its own magnitude as scale it is reproduced exactly.
-        constant = torch.where(low == 0, torch.ones_like(low), low.abs())
-        scale = torch.where(scale > 0, scale, constant)
-        return {"scale": scale, "zero_point": -torch.round(low / scale)}
-
     def _errors(self, matrix: Tensor, state: dict[str, Tensor]) -> Tensor:
         """Squared error of a matrix under a state: for each row where the state has rows, shape
         (rows, 1), else a scalar."""
@@ -98,6 +91,14 @@ class FixedPointQuantizer(Quantizer):
             parts.append((decoded - part).double().square().sum(1, keepdim=True))
         errors = torch.cat(parts)
         return errors if state["scale"].dim() else errors.sum()
+
+    def state_of_range(self, low: Tensor, high: Tensor) -> dict[str, Tensor]:
+        """The state that spreads the N bits over a range."""
+        scale = (high - low) / (2**self.bits - 1)
+        # A constant matrix has no range: with its own magnitude as scale it is reproduced exactly.
+        constant = torch.where(low == 0, torch.ones_like(low), low.abs())
+        scale = torch.where(scale > 0, scale, constant)
+        return {"scale": scale, "zero_point": -torch.round(low / scale)}
 
     def state_of_rows(self, state, rows):
         if not OBSERVERS[self.observer].per_channel:
@@ -119,3 +120,36 @@ class FixedPointQuantizer(Quantizer):
 
     def check(self, rows, columns):
         return None
+
+
+class _RoundWithin(torch.autograd.Function):
+    """Rounded numbers forward; backward identity within the range, nothing outside of it."""
+
+    @staticmethod
+    def forward(ctx, numbers: Tensor, rounded: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        ctx.save_for_backward((numbers >= low) & (numbers <= high))
+        return rounded.view_as(rounded)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        (inside,) = ctx.saved_tensors
+        return gradient * inside, None, None, None
+
+
+def round_activations(numbers: Tensor, state: dict[str, Tensor], bits: int) -> Tensor:
+    """Activations as N-bit integers would hold them (Eq. 2, section 7.7), straight-through within
+    the range.
+
+    Args:
+        numbers: any shape and float dtype, which is also that of the result.
+        state: ``scale`` and ``zero_point``, scalars.
+        bits: N.
+    """
+    scale, zero_point = state["scale"].float(), state["zero_point"].float()
+    with torch.no_grad(), torch.autocast(numbers.device.type, enabled=False):
+        levels = numbers.float().div(scale).add_(zero_point).round_().clamp_(0, 2**bits - 1)
+        rounded = levels.sub_(zero_point).mul_(scale).to(numbers.dtype)
+    if not (torch.is_grad_enabled() and numbers.requires_grad):
+        return rounded
+    low, high = -zero_point * scale, (2**bits - 1 - zero_point) * scale
+    return _RoundWithin.apply(numbers, rounded, low, high)

@@ -59,26 +59,35 @@ def _channel(matrix: Tensor, bits: int, running: Range | None) -> list[Range]:
 
 
 def _histogram(matrix: Tensor, bits: int, running: Range | None) -> list[Range]:
-    """The range between two of STEPS + 1 places that costs least, weighing a histogram's bins."""
-    low, high = extremes(matrix, running)
-    whole = (low, high)
-    if not bool(high > low):
+    whole = extremes(matrix, running)
+    if not bool(whole[1] > whole[0]):
         return [whole]
-    counts = _counts(matrix, low, high)
-    places = torch.linspace(0, 1, STEPS + 1, device=matrix.device)
-    first, last = torch.triu_indices(STEPS + 1, STEPS + 1, 1, device=matrix.device)
+    return [range_of_histogram(histogram(matrix, *whole), *whole, bits), whole]
+
+
+def range_of_histogram(counts: Tensor, low: Tensor, high: Tensor, bits: int) -> Range:
+    """The range between two of STEPS + 1 places that has the lowest squared error.
+
+    Args:
+        counts: numbers in each of BINS equal bins from ``low`` to ``high``, float32.
+        low, high: scalars, ``low < high``.
+        bits: N.
+    """
+    places = torch.linspace(0, 1, STEPS + 1, device=counts.device)
+    first, last = torch.triu_indices(STEPS + 1, STEPS + 1, 1, device=counts.device)
     start, width = places[first][:, None], (places[last] - places[first])[:, None]
-    centres = (torch.arange(BINS, device=matrix.device) + 0.5) / BINS
+    centres = (torch.arange(BINS, device=counts.device) + 0.5) / BINS
     scale = width / (2**bits - 1)
     levels = ((centres - start) / scale).round_().clamp_(0, 2**bits - 1)
     errors = levels.mul_(scale).add_(start).sub_(centres).square_() @ counts
     best = errors.argmin()
     found = low + (high - low) * start[best, 0]
-    return [(found, found + (high - low) * width[best, 0]), whole]
+    return found, found + (high - low) * width[best, 0]
 
 
-def _counts(matrix: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Histogram of a matrix over BINS equal bins from low to high: float32, its sum 1."""
+def histogram(matrix: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Share of the numbers in each of BINS equal bins from low to high, float32; what lies outside
+    counts in the outermost bins."""
     counts = torch.zeros(BINS, dtype=torch.int64, device=matrix.device)
     for part in matrix.reshape(-1).split(CHUNK_NUMBERS):
         bins = ((part - low) * (BINS / (high - low))).long().clamp_(0, BINS - 1)

@@ -365,7 +365,7 @@ def test_layers_that_cannot_be_noised_are_named_once(caplog):
     model.multi = nn.MultiheadAttention(32, 2)
     with caplog.at_level(logging.WARNING):
         apply_quant_noise(model, QuantNoiseConfig(block_size=8))
-    bare, record = caplog.records
+    record, bare = caplog.records
     assert "multi.in_proj_weight" in bare.getMessage()
     for word in (
         "leaves out 4 layers",

@@ -1,0 +1,99 @@
+"""Fixed-point activations (sections 3.3 and 7.7): what enters a packed layer is rounded to N bits.
+
+Scale and zero point are found by the histogram method in a few forward passes, then fixed; they are
+scalars in the checkpoint, ``input_scale`` and ``input_zero_point``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..distributed import of_rank_0
+from ..quantizers import FixedPointQuantizer
+from ..quantizers.observers import extremes, histogram, range_of_histogram
+
+
+class InputObserver:
+    """Watches the inputs of one layer: first their extremes, then their histogram."""
+
+    def __init__(self) -> None:
+        self.range: tuple[Tensor, Tensor] | None = None
+        self.counts: Tensor | None = None
+        self.bins_are_fixed = False
+
+    def observe(self, inputs: Tensor) -> None:
+        """Takes the inputs of one forward into account."""
+        numbers = inputs.detach().float()
+        if not self.bins_are_fixed:
+            self.range = extremes(numbers, self.range)
+            return
+        share = histogram(numbers, *self.range) * numbers.numel()
+        self.counts = share if self.counts is None else self.counts + share
+
+    def state(self, bits: int) -> dict[str, Tensor]:
+        """Scale and zero point with the lowest squared error over all that was seen."""
+        low, high = self.range
+        if self.counts is not None and bool(high > low):
+            low, high = range_of_histogram(self.counts / self.counts.sum(), low, high, bits)
+        return FixedPointQuantizer(bits=bits).state_of_range(low, high)
+
+
+def require_batches(batches: Sequence) -> None:
+    """Raises ValueError where there is nothing to calibrate on."""
+    if not batches:
+        raise ValueError(
+            "activation_bits needs calibration data, and there is none: give a trainer with a "
+            "train_dataset, or quantize_model(..., calibration_data=[batch, ...])"
+        )
+
+
+@torch.no_grad()
+def calibrate(
+    model: nn.Module,
+    layers: Iterable[nn.Module],
+    batches: Sequence,
+    forward: Callable[[object], object] | None = None,
+) -> None:
+    """Sets scale and zero point of the inputs of packed layers (7.7): the batches pass twice, for
+    the extremes and for the histogram.
+
+    Args:
+        model: the model that holds the layers; put in eval mode meanwhile.
+        layers: packed layers with ``activation_bits``; others are passed over.
+        batches: keyword arguments of the model's forward, a dict each.
+        forward: runs one batch; None takes ``model(**batch)``.
+
+    Raises:
+        ValueError: if there is no batch, or a layer never ran on them.
+    """
+    layers = [layer for layer in layers if layer.activation_bits is not None]
+    if not layers:
+        return
+    require_batches(batches)
+    forward = forward or (lambda batch: model(**batch))
+    was_training = model.training
+    model.eval()
+    observers = [InputObserver() for _ in layers]
+    try:
+        for layer, observer in zip(layers, observers, strict=True):
+            layer.__dict__["_observer"] = observer
+        for fixed in (False, True):
+            for observer in observers:
+                observer.bins_are_fixed = fixed
+            for batch in batches:
+                forward(batch)
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("_observer", None)
+        model.train(was_training)
+    for layer, observer in zip(layers, observers, strict=True):
+        if observer.range is None:
+            raise ValueError(
+                f"activation_bits: {layer} never ran on the calibration data, so its input has no "
+                "range; leave it out with exclude_modules"
+            )
+        for key, value in observer.state(layer.activation_bits).items():
+            layer.get_parameter(f"input_{key}").copy_(of_rank_0(value))

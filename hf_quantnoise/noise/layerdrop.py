@@ -1,0 +1,215 @@
+"""LayerDrop, the noise of pruning (sections 4.2 and 7.9): whole layers are skipped while training.
+
+A layer of a stack becomes a subclass of its own class, as noisy layers do; nothing is registered.
+What a skipped layer must return is learned in the first forward. Its hidden states come back as
+they went in; what else it was given and returned likewise; what it made itself (attention weights)
+becomes None. A layer that made something another one reads (T5's position bias) is never skipped.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from ..structure import find_stacks
+from .operator import StraightThrough
+
+logger = logging.get_logger(__name__)
+
+_DROP = "_layer_drop"
+_PLAN = "_layer_drop_plan"
+HIDDEN = "hidden_states"
+
+
+class LayerDrop:
+    """The rate of a model's stacks, shared by all their layers.
+
+    Attributes:
+        rate: probability with which each layer is skipped, in each forward of its own.
+        straight_through: whether gradients flow as if nothing was skipped (table 11), which costs
+            the layer's forward and backward all the same.
+    """
+
+    def __init__(self, rate: float, straight_through: bool = False) -> None:
+        self.rate = rate
+        self.straight_through = straight_through
+        self._made: list[tuple[weakref.ref, DroppableLayer]] = []
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_made": []}
+
+    def makers_of(self, given: Iterable[Any]) -> list[DroppableLayer]:
+        """The layers that made one of the tensors which another layer is given."""
+        ids = {id(value) for value in given}
+        return [layer for made, layer in self._made if id(made()) in ids]
+
+    def remember(self, made: Iterable[Any], layer: DroppableLayer) -> None:
+        """Notes what a layer made itself, beside its hidden states."""
+        self._made += [(weakref.ref(value), layer) for value in made if isinstance(value, Tensor)]
+
+
+@dataclass(frozen=True)
+class SkipPlan:
+    """What a skipped layer returns.
+
+    Attributes:
+        in_tuple: whether the hidden states stand in a tuple.
+        others: for each element behind them, the argument (position or name) it is, or None.
+    """
+
+    in_tuple: bool
+    others: tuple[int | str | None, ...] = ()
+
+
+class _Skip(torch.autograd.Function):
+    """Identity that gives a layer's parameters zero gradients: DDP waits for every parameter."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(*parameters)
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        return gradient, *(torch.zeros_like(parameter) for parameter in ctx.saved_tensors)
+
+
+class DroppableLayer:
+    """Mixin of a layer that may be skipped.
+
+    Attributes:
+        dropped_from: the class of the original layer.
+    """
+
+    dropped_from: ClassVar[type[nn.Module]]
+    _layer_drop: LayerDrop
+    _layer_drop_plan: SkipPlan | str | None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The original forward; in training, now and then, the hidden states as they came."""
+        drop = self._layer_drop
+        if not self.training or drop.rate <= 0:
+            return super().forward(*args, **kwargs)
+        # From the CPU's generator, which gradient checkpointing restores for its recomputation.
+        skip = bool(torch.rand(()) < drop.rate)
+        plan = self._layer_drop_plan
+        if not skip or not isinstance(plan, SkipPlan):
+            outputs = super().forward(*args, **kwargs)
+            if plan is None:
+                self._learn(args, kwargs, outputs)
+            return outputs
+        hidden = args[0] if args else kwargs[HIDDEN]
+        if drop.straight_through:
+            outputs = super().forward(*args, **kwargs)
+            kept = StraightThrough.apply(_hidden_of(outputs), hidden)
+        else:
+            kept = self._skipped(hidden)
+        given = _given(args, kwargs)
+        others = [None if key is None else given[key] for key in plan.others]
+        return (kept, *others) if plan.in_tuple else kept
+
+    def _skipped(self, hidden: Tensor) -> Tensor:
+        if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+            return hidden
+        return _Skip.apply(hidden, *(p for p in self.parameters() if p.requires_grad))
+
+    def _learn(self, args: tuple, kwargs: dict, outputs: Any) -> None:
+        drop, given = self._layer_drop, _given(args, kwargs)
+        for maker in drop.makers_of(given.values()):
+            maker._never_skip("another layer reads what it makes")
+        plan = _plan_of(args, kwargs, outputs)
+        if isinstance(plan, str):
+            return self._never_skip(plan)
+        self.__dict__[_PLAN] = plan
+        if plan.in_tuple:
+            made = [o for o, key in zip(outputs[1:], plan.others, strict=True) if key is None]
+            drop.remember(made, self)
+
+    def _never_skip(self, reason: str) -> None:
+        if not isinstance(self._layer_drop_plan, str):
+            logger.warning("layerdrop never skips a %s: %s", self.dropped_from.__name__, reason)
+        self.__dict__[_PLAN] = reason
+
+    def __reduce_ex__(self, protocol):
+        # The class is made at run time: pickle rebuilds it from the class it was made of.
+        return _empty_droppable, (self.dropped_from,), self.__getstate__()
+
+
+def _hidden_of(outputs: Any) -> Any:
+    return outputs[0] if isinstance(outputs, tuple) else outputs
+
+
+def _given(args: Sequence, kwargs: Mapping) -> dict[Any, Any]:
+    return {**dict(enumerate(args)), **kwargs}
+
+
+def _plan_of(args: tuple, kwargs: dict, outputs: Any) -> SkipPlan | str:
+    """The plan that follows from one forward, or why the layer cannot be skipped."""
+    if not args and HIDDEN not in kwargs:
+        return f"it is called without {HIDDEN}"
+    hidden, result = args[0] if args else kwargs[HIDDEN], _hidden_of(outputs)
+    if not isinstance(result, Tensor) or not isinstance(hidden, Tensor):
+        return f"it returns a {type(result).__name__} for a {type(hidden).__name__}"
+    if result.shape != hidden.shape:
+        return f"it turns {tuple(hidden.shape)} into {tuple(result.shape)}"
+    if not isinstance(outputs, tuple):
+        return SkipPlan(in_tuple=False)
+    given = [(key, value) for key, value in _given(args, kwargs).items() if value is not None]
+    others = (
+        next((key for key, value in given if value is element), None) for element in outputs[1:]
+    )
+    return SkipPlan(in_tuple=True, others=tuple(others))
+
+
+@cache
+def droppable_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """The droppable subclass of a layer class."""
+    attributes = {"dropped_from": cls, "__module__": cls.__module__, "__doc__": cls.__doc__}
+    return type(f"Droppable{cls.__name__}", (DroppableLayer, cls), attributes)
+
+
+def _empty_droppable(cls: type[nn.Module]) -> nn.Module:
+    droppable = droppable_class(cls)
+    return droppable.__new__(droppable)
+
+
+def require_stacks(model: nn.Module, rate: float) -> list[str]:
+    """The names of the layers in a model's stacks.
+
+    Raises:
+        ValueError: if the model has no stack.
+    """
+    names = [name for stack in find_stacks(model) for name in stack]
+    if not names:
+        raise ValueError(
+            f"layerdrop={rate!r}: {type(model).__name__} has no stack of two or more like layers "
+            "that could be skipped (layers of one shared weight and convolutional stages cannot); "
+            "set layerdrop=0"
+        )
+    return names
+
+
+def make_droppable(model: nn.Module, drop: LayerDrop) -> None:
+    """Turns the layers of a model's stacks into droppable ones, in place."""
+    for name in require_stacks(model, drop.rate):
+        layer = model.get_submodule(name)
+        layer.__dict__[_DROP] = drop
+        layer.__dict__[_PLAN] = None
+        layer.__class__ = droppable_class(type(layer))
+
+
+def make_undroppable(model: nn.Module) -> None:
+    """The inverse of :func:`make_droppable`."""
+    for module in model.modules():
+        if isinstance(module, DroppableLayer):
+            module.__class__ = type(module).dropped_from
+            for name in (_DROP, _PLAN):
+                module.__dict__.pop(name)

@@ -1,0 +1,148 @@
+"""Fixed-point activations of packed layers: calibrated, fixed, saved (sections 3.3 and 7.7)."""
+
+import pytest
+import torch
+from tiny import make_model, make_vision_model
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainingArguments
+
+from hf_quantnoise import (
+    CompressionArguments,
+    FixedPointConfig,
+    IPQConfig,
+    QuantNoiseTrainer,
+    quantize_model,
+    size_report,
+)
+from hf_quantnoise.modeling import packed_layers
+from hf_quantnoise.modeling.activations import InputObserver
+from hf_quantnoise.quantizers.fixed_point import round_activations
+
+CONFIGS = {
+    "ipq + int8": IPQConfig(n_centroids=16, codebook_bits=8, activation_bits=8),
+    "int8": FixedPointConfig(bits=8, activation_bits=8),
+    "int4": FixedPointConfig(bits=4, activation_bits=4, observer="channel"),
+}
+
+
+def batches(count=3):
+    generator = torch.Generator().manual_seed(7)
+    return [{"input_ids": torch.randint(5, 320, (4, 9), generator=generator)} for _ in range(count)]
+
+
+@torch.no_grad()
+def logits(model, ids):
+    return model(input_ids=ids).logits
+
+
+@pytest.fixture(params=CONFIGS)
+def config(request):
+    return CONFIGS[request.param]
+
+
+def test_rounding_is_eq_2_and_straight_through_within_the_range():
+    numbers = torch.linspace(-3, 5, 101, requires_grad=True)
+    state = {"scale": torch.tensor(0.25), "zero_point": torch.tensor(8.0)}
+    rounded = round_activations(numbers, state, 4)
+    expected = ((numbers.double() / 0.25 + 8).round().clamp(0, 15) - 8) * 0.25
+    torch.testing.assert_close(rounded.double(), expected)
+    rounded.sum().backward()
+    inside = (numbers >= -2) & (numbers <= 1.75)
+    assert torch.equal(numbers.grad, inside.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_keeps_the_dtype(dtype):
+    state = {"scale": torch.tensor(0.25), "zero_point": torch.tensor(8.0)}
+    assert round_activations(torch.ones(3, dtype=dtype), state, 8).dtype == dtype
+
+
+def test_an_outlier_is_clipped_where_that_costs_less():
+    generator = torch.Generator().manual_seed(0)
+    numbers = torch.randn(20_000, generator=generator)
+    numbers[0] = 60.0
+    observer = InputObserver()
+    for fixed in (False, True):
+        observer.bins_are_fixed = fixed
+        for part in numbers.split(5000):
+            observer.observe(part)
+
+    def error(state):
+        return float((round_activations(numbers, state, 4) - numbers).double().square().sum())
+
+    plain = InputObserver()
+    plain.observe(numbers)
+    assert error(observer.state(4)) < 0.5 * error(plain.state(4))
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_inputs_are_rounded_with_fixed_scales_that_travel(name, config, input_ids, tmp_path):
+    model = quantize_model(make_model(name), config, progress=False, calibration_data=batches())
+    layers = dict(packed_layers(model))
+    linear = [layer for layer in layers.values() if not isinstance(layer, nn.Embedding)]
+    assert linear and all(float(layer.input_scale) > 0 for layer in linear)
+    assert all(layer.activation_bits is None for layer in set(layers.values()) - set(linear))
+    seen = {}
+
+    def watch(module, args, output):
+        seen[module] = (args[0].detach(), output.detach())
+
+    hooks = [layer.register_forward_hook(watch) for layer in linear]
+    expected = logits(model, input_ids)
+    for hook in hooks:
+        hook.remove()
+    for layer, (inputs, output) in seen.items():
+        state = {"scale": layer.input_scale, "zero_point": layer.input_zero_point}
+        rounded = round_activations(inputs, state, config.activation_bits)
+        assert rounded.unique().numel() <= 2**config.activation_bits
+        weight = layer.weight.t() if "Conv1D" in type(layer).__name__ else layer.weight
+        by_hand = nn.functional.linear(rounded, weight, layer.bias)
+        torch.testing.assert_close(output, by_hand, rtol=1e-4, atol=1e-5)
+    model.save_pretrained(tmp_path)
+    auto = AutoModelForCausalLM if name == "gpt2" else AutoModelForSequenceClassification
+    again, info = auto.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert torch.equal(logits(again, input_ids), expected)
+    total = size_report(again).total
+    size = (tmp_path / "model.safetensors").stat().st_size
+    assert abs(total.disk_bytes - size) <= 0.01 * size
+    wide = quantize_model(make_model(name), IPQConfig(n_centroids=16), progress=False)
+    if len(dict(packed_layers(wide))) == len(layers):
+        ratio = 32 / config.activation_bits
+        assert size_report(wide).total.activation_bytes == ratio * total.activation_bytes
+    assert not any("input_scale" in key for key in again.dequantize().state_dict())
+
+
+def test_convolutions_round_their_inputs_too():
+    model = make_vision_model("resnet")
+    data = [{"pixel_values": torch.randn(2, 3, 32, 32)}]
+    config = IPQConfig(n_centroids=16, stages=["conv"], activation_bits=8)
+    model = quantize_model(model, config, progress=False, calibration_data=data)
+    assert all(float(layer.input_scale) > 0 for _, layer in packed_layers(model))
+
+
+def test_without_data_it_is_refused_before_anything_is_changed(input_ids):
+    model = make_model("bert")
+    before = logits(model, input_ids)
+    with pytest.raises(ValueError, match="activation_bits needs calibration data"):
+        quantize_model(model, CONFIGS["int8"], progress=False)
+    assert torch.equal(logits(model, input_ids), before)
+    with pytest.raises(ValueError, match="activation_bits=9 must be an integer from 1 to 8"):
+        IPQConfig(activation_bits=9)
+
+
+@pytest.mark.parametrize("epochs", [0.0, 0.5])
+def test_the_staged_pass_calibrates_each_stage(tmp_path, parity_data, epochs, input_ids):
+    args = TrainingArguments(
+        str(tmp_path), per_device_train_batch_size=16, disable_tqdm=True, report_to="none"
+    )
+    trainer = QuantNoiseTrainer(make_model("bert"), args, train_dataset=parity_data)
+    small = trainer.compress(
+        IPQConfig(n_centroids=16, codebook_bits=8, activation_bits=8),
+        CompressionArguments(stage_epochs=epochs, calibration_batches=2),
+    )
+    linear = [layer for _, layer in packed_layers(small) if not isinstance(layer, nn.Embedding)]
+    assert len(linear) == 12 and all(float(layer.input_scale) > 0 for layer in linear)
+    small.eval().save_pretrained(tmp_path / "small")
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "small")
+    assert torch.equal(logits(again, input_ids), logits(small, input_ids))

@@ -1,0 +1,234 @@
+"""LayerDrop: layers skipped while training, in stacks of any architecture (4.2, 7.9, table 11)."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from tiny import make_model, make_vision_model
+from torch import nn
+from transformers import (
+    AlbertConfig,
+    AlbertForMaskedLM,
+    BartConfig,
+    BartForConditionalGeneration,
+    BloomConfig,
+    BloomForCausalLM,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForMaskedLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from hf_quantnoise import QuantNoiseConfig, apply_quant_noise, remove_quant_noise
+from hf_quantnoise.noise import find_state
+from hf_quantnoise.structure import find_stacks
+
+TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+SMALL = {
+    "vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2,
+    "intermediate_size": 64,
+}  # fmt: skip
+OTHERS = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, **TOKENS)),
+    "bloom": lambda: BloomForCausalLM(
+        BloomConfig(vocab_size=320, hidden_size=32, n_layer=3, n_head=2, **TOKENS)
+    ),
+    "deberta": lambda: DebertaV2ForSequenceClassification(
+        DebertaV2Config(**SMALL, relative_attention=True, pos_att_type=["p2c", "c2p"])
+    ),
+    "distilbert": lambda: DistilBertForMaskedLM(
+        DistilBertConfig(vocab_size=320, dim=32, n_layers=3, n_heads=2, hidden_dim=64)
+    ),
+    "t5": lambda: T5ForConditionalGeneration(
+        T5Config(vocab_size=320, d_model=32, d_kv=16, d_ff=64, num_layers=3, num_heads=2,
+                 decoder_start_token_id=0)
+    ),
+    "bart": lambda: BartForConditionalGeneration(
+        BartConfig(vocab_size=320, d_model=32, encoder_layers=3, decoder_layers=3,
+                   encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=64,
+                   decoder_ffn_dim=64, **TOKENS)
+    ),
+    "vit": lambda: ViTForImageClassification(
+        ViTConfig(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64,
+                  image_size=32, patch_size=8)
+    ),
+}  # fmt: skip
+NAMES = ["bert", "roberta-mlm", "gpt2", *OTHERS]
+
+
+def make(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    model = OTHERS[name]() if name in OTHERS else make_model(name)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model.eval()
+
+
+def inputs_of(name: str) -> dict:
+    generator = torch.Generator().manual_seed(1)
+    if name == "vit":
+        return {"pixel_values": torch.randn(2, 3, 32, 32, generator=generator)}
+    ids = torch.randint(5, 320, (2, 9), generator=generator)
+    more = {"decoder_input_ids": ids[:, :5]} if name in ("t5", "bart") else {}
+    return {"input_ids": ids, **more}
+
+
+def dropping(model: nn.Module, rate: float, **fields) -> nn.Module:
+    """LayerDrop alone: the noise on weights has a rate of 0."""
+    config = QuantNoiseConfig(p=0.0, block_size=4, layerdrop=rate, **fields)
+    return apply_quant_noise(model, config)
+
+
+class PassOn(nn.Module):
+    def forward(self, hidden_states, *args, **kwargs):
+        return hidden_states, None
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    return [model.get_submodule(name) for stack in find_stacks(model) for name in stack]
+
+
+def quiet(model: nn.Module) -> nn.Module:
+    """Training mode without functional dropout."""
+    model.train()
+    for module in model.modules():
+        for attribute in ("dropout", "attention_dropout", "activation_dropout", "dropout_prob"):
+            if isinstance(getattr(module, attribute, None), float):
+                setattr(module, attribute, 0.0)
+    return model
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_skipping_all_is_the_model_without_them(name):
+    model, shorter = make(name), make(name)
+    drop = dropping(model, 1e-9)
+    quiet(drop)(**inputs_of(name))  # what the layers return is learned here
+    find_state(drop).layerdrop.rate = 1.0
+    skippable = [
+        name for name in (n for stack in find_stacks(model) for n in stack)
+        if not isinstance(model.get_submodule(name)._layer_drop_plan, str)
+    ]  # fmt: skip
+    total = len(layers_of(model))
+    # T5's first blocks make the position bias that all others read.
+    assert len(skippable) == (total - 2 if name == "t5" else total)
+    for path in reversed(skippable):
+        stack, _, number = path.rpartition(".")
+        if name == "deberta":  # it cannot do without any layer
+            shorter.get_submodule(stack)[int(number)] = PassOn()
+        else:
+            del shorter.get_submodule(stack)[int(number)]
+    with torch.no_grad():
+        expected = quiet(shorter)(**inputs_of(name)).logits
+        result = quiet(drop)(**inputs_of(name)).logits
+    torch.testing.assert_close(result, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_evaluation_keys_classes_and_removal(name):
+    model, untouched = make(name), make(name)
+    keys, classes = list(model.state_dict()), [type(module) for module in model.modules()]
+    drop = dropping(model, 0.5)
+    with torch.no_grad():
+        assert torch.equal(drop.eval()(**inputs_of(name)).logits,
+                           untouched(**inputs_of(name)).logits)  # fmt: skip
+    assert list(drop.state_dict()) == keys
+    for module, cls in zip(drop.modules(), classes, strict=True):
+        assert isinstance(module, cls)
+    remove_quant_noise(drop)
+    assert [type(module) for module in drop.modules()] == classes
+    assert not any("_layer_drop" in key for module in drop.modules() for key in module.__dict__)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_training_step_reaches_what_was_not_skipped(name):
+    model = dropping(make(name), 0.5)
+    torch.manual_seed(3)
+    for _ in range(4):
+        output = model.train()(**inputs_of(name))
+        output.logits.float().square().mean().backward()
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    assert grads and all(torch.isfinite(grad).all() for grad in grads)
+
+
+def test_each_layer_is_skipped_at_the_rate():
+    model = dropping(make("bert"), 0.3).train()
+    model(**inputs_of("bert"))
+    rounds, ran = 300, [0, 0]
+    for number, layer in enumerate(layers_of(model)):
+
+        def count(module, args, kwargs, number=number):
+            ran[number] += 1
+
+        layer.attention.register_forward_pre_hook(count, with_kwargs=True)
+    with torch.no_grad():
+        for _ in range(rounds):
+            model(**inputs_of("bert"))
+    for count in ran:
+        assert abs(count / rounds - 0.7) < 5 * (0.3 * 0.7 / rounds) ** 0.5
+
+
+def test_gradients_stop_at_a_skipped_layer_and_with_the_estimator_pass_through_it():
+    grads = {}
+    for straight in (False, True):
+        model = dropping(make("gpt2"), 1e-9, layerdrop_ste=straight)
+        quiet(model)(**inputs_of("gpt2"))
+        find_state(model).layerdrop.rate = 1.0
+        output = model(**inputs_of("gpt2")).logits
+        output.square().mean().backward()
+        grads[straight] = (output.detach(), [p.grad for p in layers_of(model)[0].parameters()])
+    assert torch.equal(grads[False][0], grads[True][0])
+    assert all(grad is None for grad in grads[False][1])
+    assert all(grad is not None for grad in grads[True][1])
+    assert sum(float(grad.abs().sum()) for grad in grads[True][1]) > 0
+
+
+def test_recomputation_skips_the_same_layers():
+    results = []
+    for checkpointing in (False, True):
+        model = dropping(make("llama"), 0.5)
+        quiet(model)(**inputs_of("llama"))
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(11)
+        model(**inputs_of("llama"), use_cache=False).logits.square().mean().backward()
+        results.append([None if p.grad is None else p.grad.clone() for p in model.parameters()])
+    for one, other in zip(*results, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other)
+
+
+def test_a_key_value_cache_in_training_and_generation_after_it(input_ids):
+    model = dropping(make("gpt2"), 0.5).train()
+    for _ in range(5):
+        assert model(input_ids, use_cache=True).past_key_values is not None
+    plain = make("gpt2").generate(input_ids, max_new_tokens=4, do_sample=False)
+    assert torch.equal(model.eval().generate(input_ids, max_new_tokens=4, do_sample=False), plain)
+
+
+def test_copies_and_pickles():
+    model = dropping(make("bert"), 0.4)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.manual_seed(0)
+        one = model.train()(**inputs_of("bert")).logits
+        torch.manual_seed(0)
+        assert torch.equal(other.train()(**inputs_of("bert")).logits, one)
+
+
+def test_models_without_a_stack_are_refused_unchanged():
+    albert = AlbertForMaskedLM(AlbertConfig(**SMALL, embedding_size=16))
+    for model in (make_vision_model("resnet"), albert):
+        classes = [type(module) for module in model.modules()]
+        with pytest.raises(ValueError, match="layerdrop=0.2: .* has no stack of two or more"):
+            apply_quant_noise(model, QuantNoiseConfig(block_size=1, layerdrop=0.2))
+        assert [type(module) for module in model.modules()] == classes
+    with pytest.raises(ValueError, match="layerdrop=1.5 must be a rate from 0 to 1"):
+        QuantNoiseConfig(layerdrop=1.5)
