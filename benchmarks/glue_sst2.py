@@ -32,8 +32,9 @@ from transformers import HfArgumentParser
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "examples"))
 
-from glue_arguments import parse_arguments, parse_int_or_dict  # noqa: E402
-from run_glue import run, versions  # noqa: E402
+from compression_run import versions  # noqa: E402
+from example_arguments import parse_int_or_dict  # noqa: E402
+from run_glue import parse, run  # noqa: E402
 
 # How a checkpoint is compressed: flags of run_glue.py. Staged ones take --stage_epochs as well.
 METHODS = {
@@ -235,7 +236,7 @@ def _machine() -> str:
 
 def _carry_out(job: Job, args: BenchmarkArguments) -> None:
     """Runs a job and appends its line."""
-    results = run(parse_arguments(job.flags))
+    results = run(parse(job.flags))
     compressed = results.get("compressed")
     figures = results["reloaded"] if compressed else results["dense"]
     part = compressed or results["dense"]
@@ -280,7 +281,7 @@ def run_all(args: BenchmarkArguments) -> None:
         checkpoint = os.path.join(dense.folder, "dense", "model.safetensors")
         if dense.key not in done or (missing and not os.path.isfile(checkpoint)):
             print(f"== {dense.key}", flush=True)
-            _carry_out(dense, args) if dense.key not in done else run(parse_arguments(dense.flags))
+            _carry_out(dense, args) if dense.key not in done else run(parse(dense.flags))
         for job in missing:
             print(f"== {job.key}", flush=True)
             _carry_out(job, args)

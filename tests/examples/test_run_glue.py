@@ -8,8 +8,8 @@ import torch
 
 pytest.importorskip("hf_quantnoise")
 
-from glue_arguments import parse_arguments, parse_int_or_dict, parse_patterns
-from run_glue import main
+from example_arguments import parse_int_or_dict, parse_patterns
+from run_glue import main, parse
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 SMALL = ["--n_centroids", "8", "--block_size", "4", "--stage_epochs", "0.5"]
@@ -144,7 +144,7 @@ def test_results_of_a_broken_run_stay(start, write_sets, monkeypatch, tmp_path):
     def fail(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("run_glue.QuantNoiseTrainer.compress", fail)
+    monkeypatch.setattr("compression_run.QuantNoiseTrainer.compress", fail)
     with pytest.raises(KeyboardInterrupt):
         start(*write_sets(), *SMALL)
     results = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -164,7 +164,7 @@ def test_what_was_checked_is_pushed(start, write_sets, monkeypatch):
         def upload_folder(self, repo_id, folder_path):
             pushed.append((repo_id, sorted(os.listdir(folder_path)), folder_path))
 
-    monkeypatch.setattr("run_glue.HfApi", Hub)
+    monkeypatch.setattr("compression_run.HfApi", Hub)
     push = ["--push_to_hub", "--hub_model_id", "small", "--hub_token", "secret"]
     _, folder = start(*write_sets(), *SMALL, *push)
     ((repository, files, pushed_folder),) = pushed
@@ -192,7 +192,7 @@ def test_what_was_checked_is_pushed(start, write_sets, monkeypatch):
 )
 def test_do_train_and_do_eval(flags, train, evaluate, tmp_path):
     out = ["--output_dir", str(tmp_path), "--model_name_or_path", "m"]
-    training = parse_arguments([*out, *flags]).training
+    training = parse([*out, *flags]).training
     assert (training.do_train, training.do_eval) == (train, evaluate)
 
 
@@ -200,13 +200,13 @@ def test_flags_as_a_json_file(tmp_path):
     path = tmp_path / "flags.json"
     flags = {"model_name_or_path": "m", "output_dir": str(tmp_path), "noise": ["int8"], "seed": 3}
     path.write_text(json.dumps(flags))
-    arguments = parse_arguments([str(path)])
+    arguments = parse([str(path)])
     assert arguments.noise.noise == ["int8"] and arguments.training.seed == 3
 
 
 def test_no_secret_is_written(tmp_path):
     words = f"--model_name_or_path m --output_dir {tmp_path} --token abc --hub_token def".split()
-    arguments = parse_arguments([*words[:-2], "--hub_token=def"])
+    arguments = parse([*words[:-2], "--hub_token=def"])
     assert arguments.command[-3:] == ["--token", "<TOKEN>", "--hub_token=<TOKEN>"]
     written = json.dumps(arguments.to_dict())
     assert '"abc"' not in written and '"def"' not in written

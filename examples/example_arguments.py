@@ -1,4 +1,5 @@
-"""The command line of ``run_glue.py``: model, noise, compression, and ``TrainingArguments``."""
+"""The command line of all examples: model, noise, compression, and ``TrainingArguments``; each adds
+its own data."""
 
 from __future__ import annotations
 
@@ -7,9 +8,8 @@ import json
 import os
 import sys
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from glue_data import DataArguments
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_quantnoise import CompressionArguments, FixedPointConfig, IPQConfig, QuantNoiseConfig
@@ -110,6 +110,10 @@ class NoiseArguments:
     noise_observer: str | None = field(
         default=None, metadata={"help": "Range of intN noise; default: --observer."}
     )
+    layerdrop: float = field(default=0.0, metadata={"help": "Rate of skipped layers."})
+    layerdrop_ste: bool = field(
+        default=False, metadata={"help": "Gradients as if no layer was skipped."}
+    )
     codebook_update: str = field(
         default="epoch", metadata={"help": "Refresh of pq noise's codebooks: epoch, or steps."}
     )
@@ -141,6 +145,9 @@ class NoiseArguments:
             ),
             block_selection=self.noise_block_selection,
             observer=self.noise_observer or options.observer,
+            activation_bits=options.activation_bits,
+            layerdrop=self.layerdrop,
+            layerdrop_ste=self.layerdrop_ste,
             p_schedule=_word_or_steps(self.noise_schedule),
             codebook_update=_word_or_steps(self.codebook_update),
             scale_update_steps=self.scale_update_steps,
@@ -177,6 +184,10 @@ class CompressionOptions:
     observer: str = field(
         default="minmax", metadata={"help": "Range of intN: minmax, channel or histogram."}
     )
+    activation_bits: int | None = field(
+        default=None,
+        metadata={"help": "Bits of what enters a quantized layer; noise rounds it likewise."},
+    )
     target_modules: str | None = field(
         default=None, metadata={"help": "Layers to quantize: a regex, or a JSON list of suffixes."}
     )
@@ -189,6 +200,7 @@ class CompressionOptions:
         shared = {
             "target_modules": parse_patterns(self.target_modules),
             "exclude_modules": parse_patterns(self.exclude_modules),
+            "activation_bits": self.activation_bits,
             "seed": seed,
         }
         if self.scheme == "fixed_point":
@@ -204,7 +216,7 @@ class CompressionOptions:
 
 
 @dataclass
-class GlueTrainingArguments(TrainingArguments):
+class RunTrainingArguments(TrainingArguments):
     """Every flag of ``TrainingArguments``. With neither ``--do_train`` nor ``--do_eval`` a run does
     both; with one of them true it does what it is told, as other examples do; ``--do_train False``
     evaluates and compresses the checkpoint as it is."""
@@ -229,11 +241,11 @@ class Arguments:
 
     words: list[str]
     model: ModelArguments
-    data: DataArguments
+    data: Any
     noise: NoiseArguments
     options: CompressionOptions
     compression: CompressionArguments
-    training: GlueTrainingArguments
+    training: RunTrainingArguments
 
     @property
     def command(self) -> list[str]:
@@ -254,18 +266,24 @@ class Arguments:
         return {**values, "training": training}
 
 
-def parse_arguments(argv: list[str] | None = None) -> Arguments:
-    """Reads the command line, or a single JSON file of flags, as other examples do."""
+def parse_arguments(data_class: type, description: str, argv: list[str] | None = None) -> Arguments:
+    """Reads the command line, or a single JSON file of flags, as other examples do.
+
+    Args:
+        data_class: the example's dataclass of data flags.
+        description: what ``--help`` begins with.
+        argv: the words; None takes the process's own.
+    """
     parser = HfArgumentParser(
         [
             ModelArguments,
-            DataArguments,
+            data_class,
             NoiseArguments,
             CompressionOptions,
             CompressionArguments,
-            GlueTrainingArguments,
+            RunTrainingArguments,
         ],
-        description="Finetunes a classifier with quantization noise and compresses it.",
+        description=description,
     )
     argv = sys.argv[1:] if argv is None else list(argv)
     if len(argv) == 1 and argv[0].endswith(".json"):

@@ -1,0 +1,271 @@
+"""The run that all examples share: finetune, evaluate, compress, save, reload, table.
+
+``out/dense`` is the finetuned model, ``out/compressed`` the small one, ``out/results.json`` holds
+every figure. With ``--do_train False`` the checkpoint is compressed as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import datasets
+import torch
+import transformers
+from closing_table import Row, closing_table, weights_mb
+from example_arguments import Arguments
+from huggingface_hub import HfApi
+from transformers import PreTrainedModel, Trainer, set_seed
+
+import hf_quantnoise
+from hf_quantnoise import QuantNoiseTrainer, size_report
+
+logger = logging.getLogger(__name__)
+
+DENSE, COMPRESSED = "dense", "compressed"
+
+
+@dataclass
+class Job:
+    """What an example prepares.
+
+    Attributes:
+        model: the checkpoint, with the head the data needs.
+        parts: keyword arguments of any ``Trainer``: datasets, collator, metrics, processing class.
+        auto_class: what loads the compressed model again.
+        metric: the one in the closing table.
+        task: the Hub's name of the task, for the card.
+        dataset: the Hub's name of the data, for the card; or None.
+        add_scores: makes further figures of evaluated ones (a perplexity of a loss).
+    """
+
+    model: PreTrainedModel
+    parts: dict
+    auto_class: type
+    metric: str
+    task: str
+    dataset: str | None = None
+    add_scores: Callable[[dict[str, float]], dict[str, float]] = field(default=dict)
+
+
+class ResultsFile:
+    """``results.json``: rewritten whole with every new figure, so that a broken run leaves some."""
+
+    def __init__(self, path: str, enabled: bool = True) -> None:
+        self.path, self.enabled, self.values = path, enabled, {}
+
+    def add(self, **values) -> None:
+        """Adds figures and writes the file."""
+        self.values.update(values)
+        if not self.enabled:
+            return
+        os.makedirs(os.path.dirname(self.path), exist_ok=True)
+        with open(f"{self.path}.part", "w", encoding="utf-8") as file:
+            json.dump(self.values, file, indent=2, default=str)
+            file.write("\n")
+        os.replace(f"{self.path}.part", self.path)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a figure depends on."""
+    own = getattr(hf_quantnoise, "__version__", "unknown")
+    return {
+        "hf_quantnoise": own,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "datasets": datasets.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def finetunes_stages(args: Arguments) -> bool:
+    """Whether the stages train, so that training data is needed even without ``--do_train``."""
+    return args.options.compress and args.compression.stage_epochs > 0
+
+
+def require_train_data(args: Arguments, given: bool, flag: str = "--train_file") -> None:
+    """Refuses a run whose stages would have nothing to train on.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    if finetunes_stages(args) and not args.training.do_train and not given:
+        raise ValueError(
+            f"--stage_epochs {args.compression.stage_epochs} finetunes between the stages and "
+            f"needs {flag}; give it, or --stage_epochs 0 to quantize without finetuning"
+        )
+
+
+def scores(metrics: dict[str, float], job: Job) -> dict[str, float]:
+    """``evaluate``'s figures without their prefix, and what the example makes of them."""
+    plain = {name.removeprefix("eval_"): value for name, value in metrics.items()}
+    return {**plain, **job.add_scores(plain)}
+
+
+@torch.no_grad()
+def answers_equally(one, other, collator, rows, device) -> bool:
+    """Whether two models give bit-equal logits on some tokenized rows."""
+    batch = collator([dict(row) for row in rows]).to(device)
+    batch.pop("labels", None)
+    first, second = (model.to(device).eval()(**batch).logits for model in (one, other))
+    return torch.equal(first, second)
+
+
+def set_up_logging(training) -> None:
+    """Messages of this run on stdout, at the level the flags ask for."""
+    logging.basicConfig(
+        format="%(asctime)s - %(levelname)s - %(name)s - %(message)s",
+        datefmt="%m/%d/%Y %H:%M:%S",
+        handlers=[logging.StreamHandler(sys.stdout)],
+    )
+    level = training.get_process_log_level()
+    logging.getLogger().setLevel(max(level, logging.INFO))
+    for name in ("compression_run", "glue_data", "glue_labels"):
+        logging.getLogger(name).setLevel(level)
+    datasets.utils.logging.set_verbosity(max(level, logging.WARNING))
+    transformers.utils.logging.set_verbosity(level)
+
+
+def _finetune(trainer: QuantNoiseTrainer, args: Arguments, job: Job, folder: str) -> dict:
+    """Trains and evaluates; returns the figures of the dense model, saved in ``folder``."""
+    figures: dict = {"dtype": str(trainer.model.dtype).removeprefix("torch.")}
+    start = time.perf_counter()
+    if args.training.do_train:
+        output = trainer.train(resume_from_checkpoint=args.training.resume_from_checkpoint)
+        figures["training"] = output.metrics
+    figures["seconds"] = time.perf_counter() - start
+    if args.training.do_eval:
+        figures["metrics"] = scores(trainer.evaluate(), job)
+    trainer.save_model(folder)
+    figures["bytes"] = round(1e6 * weights_mb(folder))
+    return figures
+
+
+def _compress(
+    trainer: QuantNoiseTrainer, args: Arguments, job: Job, small_config, results: ResultsFile
+) -> dict:
+    """Compresses in stages and saves; returns the figures of the small model."""
+    folder = os.path.join(args.training.output_dir, COMPRESSED)
+    start = time.perf_counter()
+    small = trainer.compress(
+        small_config,
+        args.compression,
+        report=lambda _: results.add(stages_so_far=trainer.compression_history),
+    )
+    del results.values["stages_so_far"]  # the figures below hold them
+    figures = {"seconds": time.perf_counter() - start, "stages": trainer.compression_history}
+    if args.training.should_save:
+        small.save_pretrained(folder)
+        trainer.processing_class.save_pretrained(folder)
+    _write_card(trainer, args, job, folder)
+    args.training.distributed_state.wait_for_everyone()
+    report = size_report(small)
+    if args.training.process_index == 0:
+        print(f"\n{report}", flush=True)
+    figures["bytes"] = round(1e6 * weights_mb(folder))
+    figures["reported_bytes"] = report.total.disk_bytes
+    return figures
+
+
+def _reload(trainer: QuantNoiseTrainer, args: Arguments, job: Job, folder: str) -> dict:
+    """Loads the small model afresh and evaluates it.
+
+    Raises:
+        RuntimeError: if it does not give the very logits of the one in memory.
+    """
+    fresh, parts = job.auto_class.from_pretrained(folder), job.parts
+    examples = parts["eval_dataset"] or parts["train_dataset"]
+    figures: dict = {}
+    if examples is not None:
+        rows = examples.select(range(min(32, len(examples))))
+        device = args.training.device
+        equal = answers_equally(trainer.model, fresh, parts["data_collator"], rows, device)
+        figures["logits_bit_equal"] = equal
+        if not equal:
+            raise RuntimeError(
+                f"the model loaded from {folder!r} gives other logits than the one saved there"
+            )
+    if args.training.do_eval:
+        figures["metrics"] = scores(Trainer(fresh, args.training, **parts).evaluate(), job)
+    return figures
+
+
+def _push(folder: str, training) -> None:
+    """Uploads a folder as it stands: the very files that were checked."""
+    name = training.hub_model_id or os.path.basename(os.path.abspath(training.output_dir))
+    api = HfApi(token=training.hub_token)
+    repository = api.create_repo(name, private=training.hub_private_repo, exist_ok=True)
+    api.upload_folder(repo_id=repository.repo_id, folder_path=folder)
+
+
+def _write_card(trainer: QuantNoiseTrainer, args: Arguments, job: Job, folder: str) -> None:
+    trainer.create_model_card(tasks=job.task, dataset=job.dataset)
+    if args.training.should_save:
+        os.replace(
+            os.path.join(args.training.output_dir, "README.md"), os.path.join(folder, "README.md")
+        )
+
+
+def _closing_table(results: ResultsFile, args: Arguments) -> str:
+    """Dense and small model: MB on disk, times smaller, metric before and after."""
+    values, metric = results.values, results.values["metric"]
+    dense, small = values["dense"], values.get("compressed")
+    kind = "finetuned" if args.training.do_train else "given"
+    score = dense.get("metrics", {}).get(metric)
+    rows = [Row(f"{kind}, {dense['dtype']}", dense["bytes"] / 1e6, score)]
+    if small is not None:
+        score = values["reloaded"].get("metrics", {}).get(metric)
+        rows.append(Row("compressed, reloaded", small["bytes"] / 1e6, score))
+    return closing_table(rows, metric)
+
+
+def run(args: Arguments, prepare: Callable[[Arguments], Job]) -> dict:
+    """Carries out what the command line says.
+
+    Args:
+        args: the command line.
+        prepare: reads data and model.
+
+    Returns:
+        What ``results.json`` holds.
+    """
+    training = args.training
+    # Configs first: a mistake in them is told before anything is read or trained.
+    noise_config = args.noise.config(args.options, training.seed) if training.do_train else None
+    small_config = args.options.config(training.seed) if args.options.compress else None
+    # Only the final model is pushed, not each checkpoint of the float one.
+    push, training.push_to_hub = training.push_to_hub, False
+    folders = [os.path.join(training.output_dir, name) for name in (DENSE, COMPRESSED)]
+    results = ResultsFile(os.path.join(training.output_dir, "results.json"), training.should_save)
+
+    set_seed(training.seed)
+    job = prepare(args)
+    counts = {"train": job.parts["train_dataset"], "validation": job.parts["eval_dataset"]}
+    results.add(
+        seed=training.seed,
+        command=args.command,
+        versions=versions(),
+        arguments=args.to_dict(),
+        noise=noise_config.to_dict() if noise_config else None,
+        quantization=small_config.to_dict() if small_config else None,
+        examples={name: len(rows) if rows else 0 for name, rows in counts.items()},
+        metric=job.metric,
+    )
+    if not training.do_eval:
+        job.parts["eval_dataset"] = None
+    trainer = QuantNoiseTrainer(job.model, training, noise_config, **job.parts)
+    results.add(dense=_finetune(trainer, args, job, folders[0]))
+    if small_config is not None:
+        results.add(compressed=_compress(trainer, args, job, small_config, results))
+        results.add(reloaded=_reload(trainer, args, job, folders[1]))
+    if push and training.should_save:
+        _push(folders[small_config is not None], training)
+    if training.process_index == 0:
+        print(f"\n{_closing_table(results, args)}", flush=True)
+    return results.values
