@@ -111,8 +111,8 @@ def scores(metrics: dict[str, float], job: Job) -> dict[str, float]:
 @torch.no_grad()
 def answers_equally(one, other, collator, rows, device) -> bool:
     """Whether two models give bit-equal logits on some tokenized rows."""
-    batch = collator([dict(row) for row in rows]).to(device)
-    batch.pop("labels", None)
+    rows = collator([dict(row) for row in rows])
+    batch = {name: tensor.to(device) for name, tensor in rows.items() if name != "labels"}
     first, second = (model.to(device).eval()(**batch).logits for model in (one, other))
     return torch.equal(first, second)
 

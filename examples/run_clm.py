@@ -1,0 +1,203 @@
+#!/usr/bin/env python
+"""Finetunes a causal language model with quantization noise, compresses it, loads it again.
+
+    python examples/run_clm.py --model_name_or_path gpt2 --train_file train.txt \\
+      --validation_file valid.txt --sequence_length 512 --output_dir out
+
+    python examples/run_clm.py --model_name_or_path gpt2 --dataset_name Salesforce/wikitext \\
+      --dataset_config_name wikitext-2-raw-v1 --output_dir out
+
+Text is tokenized as one stream and cut into pieces of equal length. The closing table gives the
+perplexity per token of the model's own tokenizer, and ``results.json`` the one per word too, which
+the literature gives for WikiText (words are what white space separates, and each line's end).
+
+The run itself is in ``compression_run.py``, the flags are in ``example_arguments.py``; they can
+also be given as one JSON file.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, field
+
+from compression_run import Job, finetunes_stages, require_train_data, set_up_logging
+from compression_run import run as run_job
+from datasets import Dataset, load_dataset
+from example_arguments import Arguments, parse_arguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, default_data_collator
+
+
+@dataclass
+class TextArguments:
+    """What to train and evaluate on."""
+
+    dataset_name: str | None = field(default=None, metadata={"help": "Dataset on the Hub."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
+    train_file: str | None = field(default=None, metadata={"help": "Training text, UTF-8."})
+    validation_file: str | None = field(default=None, metadata={"help": "Validation text."})
+    text_column: str = field(default="text", metadata={"help": "Column of the Hub's dataset."})
+    sequence_length: int = field(default=512, metadata={"help": "Tokens per example."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use fewer examples."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use fewer examples."})
+
+    def __post_init__(self) -> None:
+        if self.sequence_length < 2:
+            raise ValueError(f"--sequence_length {self.sequence_length} must be 2 or more")
+        if self.dataset_name is None and not (self.train_file or self.validation_file):
+            raise ValueError(
+                "no text: give --train_file and --validation_file, or --dataset_name of the Hub"
+            )
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Tokenized text.
+
+    Attributes:
+        rows: examples of equal length.
+        tokens, words: number of predicted tokens, and of words (with line ends) they stand for.
+    """
+
+    rows: Dataset
+    tokens: int
+    words: float
+
+
+def read_text(args: TextArguments, split: str, file_name: str | None, cache_dir) -> list[str]:
+    """The lines of a split, from a file or from the Hub.
+
+    Raises:
+        ValueError: naming the flag of a file that is missing or empty.
+    """
+    flag = "--train_file" if split == "train" else "--validation_file"
+    if file_name is None:
+        if args.dataset_name is None:
+            raise ValueError(f"the {split} split needs {flag}; give it a UTF-8 text file")
+        rows = load_dataset(
+            args.dataset_name, args.dataset_config_name, split=split, cache_dir=cache_dir
+        )
+        if args.text_column not in rows.column_names:
+            raise ValueError(
+                f"--text_column {args.text_column!r} is not in {args.dataset_name}; it has "
+                f"{', '.join(rows.column_names)}"
+            )
+        return [line if line.endswith("\n") else f"{line}\n" for line in rows[args.text_column]]
+    if not os.path.isfile(file_name):
+        raise ValueError(f"{flag} {file_name!r} is no file; give a UTF-8 text file")
+    with open(file_name, encoding="utf-8") as file:
+        lines = file.readlines()
+    if not any(line.strip() for line in lines):
+        raise ValueError(f"{flag} {file_name!r} holds no text")
+    return lines
+
+
+def cut(lines: list[str], tokenizer, length: int, limit: int | None, flag: str) -> Pieces:
+    """Tokenizes lines as one stream and cuts it into examples.
+
+    Args:
+        lines: the text.
+        tokenizer: the model's.
+        length: tokens per example; what is left at the end is dropped.
+        limit: most examples, or None.
+        flag: where the text came from, for the error.
+
+    Raises:
+        ValueError: if the text is shorter than one example.
+    """
+    encoded = tokenizer(lines, add_special_tokens=False, return_attention_mask=False)
+    stream = [token for line in encoded["input_ids"] for token in line]
+    count = len(stream) // length
+    if count == 0:
+        raise ValueError(
+            f"{flag} has {len(stream)} tokens, less than --sequence_length {length}; give more "
+            "text or a smaller length"
+        )
+    words = sum(len(line.split()) + 1 for line in lines)
+    count = min(count, limit or count)
+    predicted = count * (length - 1)  # nothing stands before the first token of an example
+    examples = [stream[i * length : (i + 1) * length] for i in range(count)]
+    return Pieces(
+        Dataset.from_dict({"input_ids": examples, "labels": examples}),
+        tokens=predicted,
+        words=words * predicted / len(stream),
+    )
+
+
+def perplexities(scores: dict[str, float], pieces: Pieces) -> dict[str, float]:
+    """exp of the mean loss per token, and per word of the text."""
+    loss = scores["loss"]
+    return {
+        "perplexity": _exp(loss),
+        "word_perplexity": _exp(loss * pieces.tokens / pieces.words),
+    }
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf
+
+
+def prepare(args: Arguments) -> Job:
+    """Tokenized text, tokenizer and model."""
+    data, model_args = args.data, args.model
+    require_train_data(args, given=bool(data.train_file or data.dataset_name))
+    tokenizer = AutoTokenizer.from_pretrained(
+        model_args.tokenizer_name or model_args.model_name_or_path, **model_args.hub()
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        model_args.model_name_or_path, dtype=model_args.dtype, **model_args.hub()
+    )
+    reach = getattr(model.config, "max_position_embeddings", None)
+    if reach is not None and data.sequence_length > reach:
+        raise ValueError(
+            f"--sequence_length {data.sequence_length} is more than the model's {reach} positions"
+        )
+
+    def pieces(split: str, file_name: str | None, limit: int | None, flag: str) -> Pieces:
+        lines = read_text(data, split, file_name, model_args.cache_dir)
+        return cut(lines, tokenizer, data.sequence_length, limit, flag)
+
+    train = validation = None
+    if args.training.do_train or finetunes_stages(args):
+        train = pieces("train", data.train_file, data.max_train_samples, "--train_file")
+    if args.training.do_eval:
+        validation = pieces(
+            "validation", data.validation_file, data.max_eval_samples, "--validation_file"
+        )
+    args.training.prediction_loss_only = True  # logits of whole texts would fill the memory
+    return Job(
+        model=model,
+        parts={
+            "train_dataset": train and train.rows,
+            "eval_dataset": validation and validation.rows,
+            "processing_class": tokenizer,
+            "data_collator": default_data_collator,
+        },
+        auto_class=AutoModelForCausalLM,
+        metric="perplexity",
+        task="text-generation",
+        dataset=data.dataset_name,
+        add_scores=lambda scores: perplexities(scores, validation),
+    )
+
+
+def parse(argv: list[str] | None = None) -> Arguments:
+    """The command line; ``argv`` defaults to the process's own."""
+    what = "Finetunes a causal language model with quantization noise and compresses it."
+    return parse_arguments(TextArguments, what, argv)
+
+
+def run(args: Arguments) -> dict:
+    """Carries out a command line; returns what ``results.json`` holds."""
+    return run_job(args, prepare)
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Entry point."""
+    args = parse(argv)
+    set_up_logging(args.training)
+    return run(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""run_image_classification.py the whole way on a tiny model, and what it says to mistakes."""
+
+import io
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from run_image_classification import main
+from tiny import make_vision_model
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+PROCESSOR = {
+    "image_processor_type": "MobileNetV1ImageProcessor",
+    "size": {"shortest_edge": 40},
+    "crop_size": {"height": 32, "width": 32},
+}
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    folder = tmp_path / "model"
+    make_vision_model("mobilenet-v2").save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
+    return folder
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Images of one colour each: which of four it is, is the label."""
+    rng = np.random.default_rng(0)
+    paths = {}
+    for split, count in (("train", 48), ("validation", 16)):
+        labels = rng.integers(0, 4, count)
+        labels[:4] = range(4)
+        images = []
+        for label in labels:
+            pixels = rng.integers(0, 60, (20, 24, 3)) + 60 * label
+            buffer = io.BytesIO()
+            Image.fromarray(pixels.astype(np.uint8)).save(buffer, "PNG")
+            images.append(buffer.getvalue())
+        paths[split] = tmp_path / f"{split}.parquet"
+        table = pa.table({"image": pa.array(images, pa.binary()), "label": labels})
+        pq.write_table(table, paths[split])
+    return paths
+
+
+def flags(checkpoint, files, tmp_path, *more):
+    return [
+        *("--model_name_or_path", str(checkpoint), "--train_file", str(files["train"])),
+        *("--validation_file", str(files["validation"]), "--output_dir", str(tmp_path / "out")),
+        *("--num_train_epochs", "1", "--save_strategy", "no", "--disable_tqdm", "True"),
+        *("--per_device_train_batch_size", "8", "--n_centroids", "8", "--stage_epochs", "0.5"),
+        *("--cache_dir", str(tmp_path / "cache"), "--stages", "conv", *more),
+    ]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["--noise", "proxy"],
+        ["--noise", "pq", "--codebook_bits", "8", "--activation_bits", "8"],
+        ["--noise", "int8", "--scheme", "fixed_point", "--observer", "histogram"],
+    ],
+)
+def test_the_whole_way(checkpoint, files, tmp_path, settings, capsys):
+    main(flags(checkpoint, files, tmp_path, *settings))
+    stored = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert stored["reloaded"]["logits_bit_equal"] is True
+    assert stored["examples"] == {"train": 48, "validation": 16}
+    assert stored["compressed"]["bytes"] < stored["dense"]["bytes"]
+    assert 0 <= stored["reloaded"]["metrics"]["accuracy"] <= 1
+    assert "times smaller" in capsys.readouterr().out
+    small = AutoModelForImageClassification.from_pretrained(tmp_path / "out" / "compressed")
+    assert small.config.id2label == {0: "0", 1: "1", 2: "2", 3: "3"}
+    # What prepares its inputs lies beside it.
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "out" / "compressed")
+    pixels = processor(Image.new("RGB", (50, 40)), return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (1, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.isfinite(small(pixels).logits).all()
+
+
+def test_another_size_of_the_images(checkpoint, files, tmp_path):
+    main(flags(checkpoint, files, tmp_path, "--image_size", "24", "--no_compress"))
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "out" / "dense")
+    assert processor.crop_size["height"] == 24
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"--validation_file": "x.parquet"}, "--validation_file 'x.parquet' is no file"),
+        ({"--image_column": "img"}, "--image_column 'img' is no column of .*image, label"),
+        ({"--stages": "ffn"}, "stages: 'ffn' holds no layer of the model; its groups are"),
+        ({"--image_size": "0"}, "--image_size 0 must be 1 or more"),
+    ],
+)
+def test_mistakes_are_named(checkpoint, files, tmp_path, change, words):
+    given = flags(checkpoint, files, tmp_path, "--do_train", "False", "--stage_epochs", "0")
+    for name, value in change.items():
+        if name in given:
+            given[given.index(name) + 1] = value
+        else:
+            given += [name, value]
+    with pytest.raises(ValueError, match=words):
+        main(given)
