@@ -10,7 +10,9 @@ from transformers import PreTrainedModel
 
 from ..configuration import QuantNoiseConfig
 
-TAG = "quant-noise"
+# The second says how to load the model even on a card that is not ours: model.push_to_hub writes
+# transformers' own, whose top these tags are.
+TAGS = ("quant-noise", "import-hf_quantnoise")
 _START = "<!-- hf_quantnoise -->"
 
 
@@ -83,7 +85,7 @@ def add_card_section(
     """
     card = ModelCard.load(file_name)
     tags = card.data.tags or []
-    card.data.tags = [*tags, *(tag for tag in [TAG] if tag not in tags)]
+    card.data.tags = [*tags, *(tag for tag in TAGS if tag not in tags)]
     text = card.text.split(_START)[0] if _START in card.text else card.text
     card.text = card_section(model, noise, history) + "\n" + text.lstrip()
     card.save(file_name)

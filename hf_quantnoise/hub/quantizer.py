@@ -23,7 +23,7 @@ from ..modeling import pack_skeleton, packed_layers, packed_names, read_states, 
 from ..modeling.packed import PREFIX, PackedLayer
 from ..quantizers import quantizer_from_dict
 from ..structure import LayerInfo, find_layers
-from .card import TAG
+from .card import TAGS
 from .ties import TieRewriter
 
 logger = logging.get_logger(__name__)
@@ -123,7 +123,7 @@ class QuantNoiseHfQuantizer(HfQuantizer):
             model.is_quantized = False  # it is dense until now; packing marks it
             ModelPacker(model, self.quantization_config).pack_all()
             return model
-        model.add_model_tags([TAG])
+        model.add_model_tags(list(TAGS))
         offloaded = "disk" in getattr(model, "hf_device_map", {}).values()
         for name, layer in packed_layers(model):
             layer._shape_only = False
@@ -195,7 +195,7 @@ def attach(model: PreTrainedModel, config: QuantizedModelConfig) -> None:
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.config._is_quantized = True
-    model.add_model_tags([TAG])
+    model.add_model_tags(list(TAGS))
 
 
 def _names_for(model: PreTrainedModel, entries: dict) -> dict:
