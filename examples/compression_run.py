@@ -19,7 +19,7 @@ import datasets
 import torch
 import transformers
 from closing_table import Row, closing_table, weights_mb
-from example_arguments import Arguments
+from example_arguments import Arguments, parse_arguments
 from huggingface_hub import HfApi
 from transformers import PreTrainedModel, Trainer, set_seed
 
@@ -269,3 +269,26 @@ def run(args: Arguments, prepare: Callable[[Arguments], Job]) -> dict:
     if training.process_index == 0:
         print(f"\n{_closing_table(results, args)}", flush=True)
     return results.values
+
+
+@dataclass(frozen=True)
+class Example:
+    """A script: its data flags, what it is for, and how it prepares a job."""
+
+    data_class: type
+    description: str
+    prepare: Callable[[Arguments], Job]
+
+    def parse(self, argv: list[str] | None = None) -> Arguments:
+        """The command line; ``argv`` defaults to the process's own."""
+        return parse_arguments(self.data_class, self.description, argv)
+
+    def run(self, args: Arguments) -> dict:
+        """Carries out a command line; returns what ``results.json`` holds."""
+        return run(args, self.prepare)
+
+    def main(self, argv: list[str] | None = None) -> dict:
+        """Entry point."""
+        args = self.parse(argv)
+        set_up_logging(args.training)
+        return self.run(args)

@@ -21,10 +21,9 @@ import math
 import os
 from dataclasses import dataclass, field
 
-from compression_run import Job, finetunes_stages, require_train_data, set_up_logging
-from compression_run import run as run_job
+from compression_run import Example, Job, finetunes_stages, require_train_data
 from datasets import Dataset, load_dataset
-from example_arguments import Arguments, parse_arguments
+from example_arguments import Arguments
 from transformers import AutoModelForCausalLM, AutoTokenizer, default_data_collator
 
 
@@ -181,23 +180,12 @@ def prepare(args: Arguments) -> Job:
     )
 
 
-def parse(argv: list[str] | None = None) -> Arguments:
-    """The command line; ``argv`` defaults to the process's own."""
-    what = "Finetunes a causal language model with quantization noise and compresses it."
-    return parse_arguments(TextArguments, what, argv)
-
-
-def run(args: Arguments) -> dict:
-    """Carries out a command line; returns what ``results.json`` holds."""
-    return run_job(args, prepare)
-
-
-def main(argv: list[str] | None = None) -> dict:
-    """Entry point."""
-    args = parse(argv)
-    set_up_logging(args.training)
-    return run(args)
-
+example = Example(
+    TextArguments,
+    "Finetunes a causal language model with quantization noise and compresses it.",
+    prepare,
+)
+parse, run, main = example.parse, example.run, example.main
 
 if __name__ == "__main__":
     main()

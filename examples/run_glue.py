@@ -16,9 +16,8 @@ The run itself is in ``compression_run.py``, the flags are in ``example_argument
 
 from __future__ import annotations
 
-from compression_run import Job, finetunes_stages, require_train_data, set_up_logging
-from compression_run import run as run_job
-from example_arguments import Arguments, ModelArguments, parse_arguments
+from compression_run import Example, Job, finetunes_stages, require_train_data
+from example_arguments import Arguments, ModelArguments
 from glue_data import DataArguments, GlueData, load_glue_data, tokenize
 from glue_labels import metrics_function
 from transformers import (
@@ -94,23 +93,12 @@ def prepare(args: Arguments) -> Job:
     )
 
 
-def parse(argv: list[str] | None = None) -> Arguments:
-    """The command line; ``argv`` defaults to the process's own."""
-    what = "Finetunes a classifier with quantization noise and compresses it."
-    return parse_arguments(DataArguments, what, argv)
-
-
-def run(args: Arguments) -> dict:
-    """Carries out a command line; returns what ``results.json`` holds."""
-    return run_job(args, prepare)
-
-
-def main(argv: list[str] | None = None) -> dict:
-    """Entry point."""
-    args = parse(argv)
-    set_up_logging(args.training)
-    return run(args)
-
+example = Example(
+    DataArguments,
+    "Finetunes a classifier with quantization noise and compresses it.",
+    prepare,
+)
+parse, run, main = example.parse, example.run, example.main
 
 if __name__ == "__main__":
     main()
