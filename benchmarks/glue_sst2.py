@@ -306,6 +306,7 @@ def _row(lines: list[dict], seeds: list[int]) -> str:
         key["method"],
         key.get("block_size", ""),
         str(key.get("n_centroids", "")),
+        f"{key['stage_epochs']:g}" if "stage_epochs" in key else "",
         f"{statistics.mean(values):.1f}{spread}",
         each,
         f"{size / 1e6:.2f}",
@@ -329,9 +330,9 @@ def table(lines: list[dict]) -> str:
         groups.setdefault(json.dumps(settings, sort_keys=True), []).append(line)
     names = " / ".join(map(str, seeds))
     text = [
-        f"| noise | compression | block size | centroids | accuracy | seeds {names} | MB | "
-        "times smaller |",
-        "|---|---|---|---|---|---|---|---|",
+        "| noise | compression | block size | centroids | epochs per stage | accuracy | "
+        f"seeds {names} | MB | times smaller |",
+        "|---|---|---|---|---|---|---|---|---|",
         *(_row(group, seeds) for group in groups.values()),
         "",
         f"{lines[-1]['examples']['train']:,} training and {lines[-1]['examples']['validation']:,} "
