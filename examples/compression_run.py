@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, Trainer, set_seed
 
 import hf_quantnoise
 from hf_quantnoise import QuantNoiseTrainer, size_report
+from hf_quantnoise.modeling.plan import make_plan
 
 logger = logging.getLogger(__name__)
 
@@ -246,6 +247,8 @@ def run(args: Arguments, prepare: Callable[[Arguments], Job]) -> dict:
 
     set_seed(training.seed)
     job = prepare(args)
+    if small_config is not None:
+        make_plan(job.model, small_config)  # what cannot be carried out is told before training
     counts = {"train": job.parts["train_dataset"], "validation": job.parts["eval_dataset"]}
     results.add(
         seed=training.seed,

@@ -244,7 +244,7 @@ def test_patterns_are_a_regex_or_a_list():
         (["--noise", "prxy"], r"unknown noise 'prxy'.*Did you mean 'proxy'"),
         (["--block_size", "0"], r"block_size=0"),
         (["--stages", "ffm", "--block_size", "4"], r"stages: 'ffm' holds no layer"),
-        (["--block_size", "5"], r"block_size=5 divides the columns of no layer"),
+        (["--noise_block_size", "5"], r"block_size=5 divides the columns of no layer"),
         (["--block_size", "5", "--noise", "none"], r"block_size=5.*choose a block_size"),
         (["--noise_target_modules", "nothing"], r"target_modules='nothing' matches no layer"),
         (["--codebook_bits", "7"], r"codebook_bits=7 must be one of"),
@@ -259,6 +259,15 @@ def test_patterns_are_a_regex_or_a_list():
 def test_mistakes_are_named(flags, message, start, write_sets):
     with pytest.raises(ValueError, match=message):
         start(*write_sets(), "--n_centroids", "8", "--num_train_epochs", "0.1", *flags)
+
+
+def test_a_plan_that_cannot_be_carried_out_is_told_before_training(start, write_sets, monkeypatch):
+    def train(*args, **kwargs):
+        raise AssertionError("it trained first")
+
+    monkeypatch.setattr("compression_run.QuantNoiseTrainer.train", train)
+    with pytest.raises(ValueError, match="block_size=5.*choose a block_size"):
+        start(*write_sets(), "--n_centroids", "8", "--block_size", "5", "--noise", "none")
 
 
 @pytest.mark.slow
