@@ -27,8 +27,6 @@ import hf_quantnoise
 from hf_quantnoise import QuantNoiseTrainer, size_report
 from hf_quantnoise.modeling.plan import make_plan
 
-logger = logging.getLogger(__name__)
-
 DENSE, COMPRESSED = "dense", "compressed"
 
 
@@ -126,8 +124,7 @@ def set_up_logging(training) -> None:
         handlers=[logging.StreamHandler(sys.stdout)],
     )
     level = training.get_process_log_level()
-    logging.getLogger().setLevel(max(level, logging.INFO))
-    for name in ("compression_run", "glue_data", "glue_labels"):
+    for name in ("glue_data", "glue_labels"):
         logging.getLogger(name).setLevel(level)
     datasets.utils.logging.set_verbosity(max(level, logging.WARNING))
     transformers.utils.logging.set_verbosity(level)
@@ -238,8 +235,10 @@ def run(args: Arguments, prepare: Callable[[Arguments], Job]) -> dict:
     """
     training = args.training
     # Configs first: a mistake in them is told before anything is read or trained.
-    noise_config = args.noise.config(args.options, training.seed) if training.do_train else None
+    noise_config = args.noise.config(args.options, training.seed)
     small_config = args.options.config(training.seed) if args.options.compress else None
+    if not training.do_train:
+        noise_config = None
     # Only the final model is pushed, not each checkpoint of the float one.
     push, training.push_to_hub = training.push_to_hub, False
     folders = [os.path.join(training.output_dir, name) for name in (DENSE, COMPRESSED)]

@@ -22,10 +22,10 @@ import io
 import os
 from dataclasses import dataclass, field
 
-import numpy as np
 from compression_run import Example, Job, finetunes_stages, require_train_data
 from datasets import ClassLabel, Dataset, load_dataset
 from example_arguments import Arguments
+from glue_labels import metrics_function
 from PIL import Image, UnidentifiedImageError
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
@@ -144,13 +144,6 @@ def load_processor(args: Arguments):
     return processor
 
 
-def accuracy(prediction) -> dict[str, float]:
-    """Share of right answers."""
-    logits, labels = prediction
-    logits = logits[0] if isinstance(logits, tuple) else logits
-    return {"accuracy": float(np.mean(np.argmax(logits, axis=-1) == labels))}
-
-
 def prepare(args: Arguments) -> Job:
     """Images, image processor and model."""
     data, model_args = args.data, args.model
@@ -180,7 +173,7 @@ def prepare(args: Arguments) -> Job:
         parts={
             "train_dataset": train,
             "eval_dataset": validation,
-            "compute_metrics": accuracy,
+            "compute_metrics": metrics_function(("accuracy",), is_regression=False),
             "processing_class": processor,
             "data_collator": ImageCollator(processor, data, ids),
         },

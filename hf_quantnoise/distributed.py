@@ -7,9 +7,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+def is_distributed() -> bool:
+    """Whether this process is one of several of a run."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def of_rank_0(tensor: Tensor) -> Tensor:
     """Rank 0's tensor, on every rank of a distributed run."""
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+    if not is_distributed():
         return tensor
     device = tensor.device
     if dist.get_backend() == "nccl" and device.type == "cpu":

@@ -36,8 +36,9 @@ def quantize_model(
         ValueError: if it is quantized already, the config cannot be carried out, or activations
             are to be quantized without calibration data; the model is dense then as before.
     """
-    batches = list(calibration_data or []) if config.activation_bits is not None else []
+    batches: list[dict] = []
     if config.activation_bits is not None:
+        batches = list(calibration_data or [])
         require_batches(batches)
     remove_quant_noise(model)
     ModelPacker(model, config).pack_all(progress)

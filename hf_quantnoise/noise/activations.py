@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..distributed import is_distributed
 from ..quantizers import FixedPointQuantizer
 from ..quantizers.fixed_point import round_activations
 from ..quantizers.observers import extremes
@@ -53,7 +54,7 @@ class ActivationNoise:
 
 def _of_all_ranks(extreme: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """The extremes over the batches of all ranks."""
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+    if not is_distributed():
         return extreme
     both = torch.stack([-extreme[0], extreme[1]])
     dist.all_reduce(both, op=dist.ReduceOp.MAX)

@@ -73,7 +73,7 @@ def apply_quant_noise(model: nn.Module, qn_config: QuantNoiseConfig) -> nn.Modul
     drop = None
     if qn_config.layerdrop > 0:
         drop = LayerDrop(qn_config.layerdrop, qn_config.layerdrop_ste)
-        require_stacks(model, qn_config.layerdrop)
+        stacked = require_stacks(model, qn_config.layerdrop)
     left_clean = {**by_default, **refused, **other_weights(model)}
     state = QuantNoiseState(qn_config, weights, left_clean, rates, drop)
     state.refresh_codebooks()
@@ -82,7 +82,7 @@ def apply_quant_noise(model: nn.Module, qn_config: QuantNoiseConfig) -> nn.Modul
         for member, (name, module) in enumerate(zip(weight.names, weight.modules, strict=True)):
             make_noisy(module, weight.noise, member, state.activations.get(name))
     if drop is not None:
-        make_droppable(model, drop)
+        make_droppable(model, drop, stacked)
     attach(model, state)
     return model
 

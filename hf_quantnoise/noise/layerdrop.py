@@ -15,10 +15,10 @@ from functools import cache
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from ..distributed import is_distributed
 from ..structure import find_stacks
 from .operator import StraightThrough
 
@@ -117,7 +117,7 @@ class DroppableLayer:
         return (kept, *others) if plan.in_tuple else kept
 
     def _skipped(self, hidden: Tensor) -> Tensor:
-        if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        if not is_distributed():
             return hidden
         return _Skip.apply(hidden, *(p for p in self.parameters() if p.requires_grad))
 
@@ -197,9 +197,9 @@ def require_stacks(model: nn.Module, rate: float) -> list[str]:
     return names
 
 
-def make_droppable(model: nn.Module, drop: LayerDrop) -> None:
-    """Turns the layers of a model's stacks into droppable ones, in place."""
-    for name in require_stacks(model, drop.rate):
+def make_droppable(model: nn.Module, drop: LayerDrop, names: Iterable[str]) -> None:
+    """Turns layers, by their names from :func:`require_stacks`, into droppable ones, in place."""
+    for name in names:
         layer = model.get_submodule(name)
         layer.__dict__[_DROP] = drop
         layer.__dict__[_PLAN] = None

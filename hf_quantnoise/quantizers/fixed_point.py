@@ -59,12 +59,14 @@ class FixedPointQuantizer(Quantizer):
             running: what the last call gave; only a running observer reads it.
 
         Returns:
-            The state; and the extremes up to and with this matrix, scalars.
+            The state; and the extremes it lies in, scalars: with a running observer those of all
+            matrices up to this one.
         """
         require_finite(matrix)
         observer, numbers = OBSERVERS[self.observer], matrix.float()
+        whole = extremes(numbers, running if observer.running else None)
         states = []
-        for low, high in observer.candidates(numbers, self.bits, running):
+        for low, high in observer.candidates(numbers, self.bits, whole):
             state = self.state_of_range(low, high)
             states.append({key: value.to(matrix.dtype) for key, value in state.items()})
         state = states[0]
@@ -77,7 +79,7 @@ class FixedPointQuantizer(Quantizer):
                 )[0]
                 for key in state
             }
-        return state, extremes(numbers, running)
+        return state, whole
 
     def _errors(self, matrix: Tensor, state: dict[str, Tensor]) -> Tensor:
         """Squared error of a matrix under a state: for each row where the state has rows, shape
@@ -105,10 +107,13 @@ class FixedPointQuantizer(Quantizer):
             return state
         return {key: value[rows] for key, value in state.items()}
 
-    def encode(self, matrix, state):
+    def levels(self, numbers: Tensor, state: dict[str, Tensor]) -> Tensor:
+        """round(w / s + z), clamped, still in float32: NaN stays NaN."""
         scale, zero_point = state["scale"].float(), state["zero_point"].float()
-        codes = matrix.float().div(scale).add_(zero_point).round_().clamp_(0, 2**self.bits - 1)
-        return codes.to(code_dtype(self.bits))
+        return numbers.float().div(scale).add_(zero_point).round_().clamp_(0, 2**self.bits - 1)
+
+    def encode(self, matrix, state):
+        return self.levels(matrix, state).to(code_dtype(self.bits))
 
     def decode(self, codes, state):
         scale = state["scale"]
@@ -145,11 +150,11 @@ def round_activations(numbers: Tensor, state: dict[str, Tensor], bits: int) -> T
         state: ``scale`` and ``zero_point``, scalars.
         bits: N.
     """
-    scale, zero_point = state["scale"].float(), state["zero_point"].float()
+    quantizer = FixedPointQuantizer(bits=bits)
+    state = {key: value.float() for key, value in state.items()}
     with torch.no_grad(), torch.autocast(numbers.device.type, enabled=False):
-        levels = numbers.float().div(scale).add_(zero_point).round_().clamp_(0, 2**bits - 1)
-        rounded = levels.sub_(zero_point).mul_(scale).to(numbers.dtype)
+        rounded = quantizer.decode(quantizer.levels(numbers, state), state).to(numbers.dtype)
     if not (torch.is_grad_enabled() and numbers.requires_grad):
         return rounded
-    low, high = -zero_point * scale, (2**bits - 1 - zero_point) * scale
+    low, high = (quantizer.decode(torch.tensor(level), state) for level in (0, 2**bits - 1))
     return _RoundWithin.apply(numbers, rounded, low, high)

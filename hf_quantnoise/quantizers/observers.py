@@ -29,13 +29,13 @@ class Observer:
     """How the range of a weight is found.
 
     Attributes:
-        candidates: (matrix (rows, columns) in float32, bits, the extremes so far or None) -> ranges
-            (low, high), each a pair of scalars or of (rows, 1).
+        candidates: (matrix (rows, columns) in float32, bits, its extremes) -> ranges (low, high),
+            each a pair of scalars or of (rows, 1).
         per_channel: whether there is a range for each row (the output dimension).
         running: whether the extremes of earlier observations widen the range.
     """
 
-    candidates: Callable[[Tensor, int, Range | None], list[Range]]
+    candidates: Callable[[Tensor, int, Range], list[Range]]
     per_channel: bool = False
     running: bool = False
 
@@ -48,18 +48,16 @@ def extremes(matrix: Tensor, running: Range | None = None) -> Range:
     return torch.minimum(low, running[0]), torch.maximum(high, running[1])
 
 
-def _minmax(matrix: Tensor, bits: int, running: Range | None) -> list[Range]:
-    return [extremes(matrix)]
+def _minmax(matrix: Tensor, bits: int, whole: Range) -> list[Range]:
+    return [whole]
 
 
-def _channel(matrix: Tensor, bits: int, running: Range | None) -> list[Range]:
+def _channel(matrix: Tensor, bits: int, whole: Range) -> list[Range]:
     low, high = torch.aminmax(matrix, dim=1, keepdim=True)
-    whole = extremes(matrix)
     return [(low, high), (whole[0].expand_as(low), whole[1].expand_as(high))]
 
 
-def _histogram(matrix: Tensor, bits: int, running: Range | None) -> list[Range]:
-    whole = extremes(matrix, running)
+def _histogram(matrix: Tensor, bits: int, whole: Range) -> list[Range]:
     if not bool(whole[1] > whole[0]):
         return [whole]
     return [range_of_histogram(histogram(matrix, *whole), *whole, bits), whole]

@@ -53,10 +53,11 @@ class _Lookup(torch.autograd.Function):
 # Section 3.3: Eq. 2 on the centroids themselves, and how its state is named in theirs.
 _EIGHT_BITS = FixedPointQuantizer(bits=8)
 _ON_CODEBOOK = "codebook_"
+_KEYS = tuple(_EIGHT_BITS.state_spec(1, 1))
 
 
 def _of_codebook(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key: state[_ON_CODEBOOK + key] for key in ("scale", "zero_point")}
+    return {key: state[_ON_CODEBOOK + key] for key in _KEYS}
 
 
 @QUANTIZERS.register("pq")
@@ -122,7 +123,7 @@ class ProductQuantizer(Quantizer):
 
     @property
     def not_trained(self):
-        return {_ON_CODEBOOK + key for key in ("scale", "zero_point")}
+        return {_ON_CODEBOOK + key for key in _KEYS}
 
     def to_storage(self, key, tensor, state):
         if key != "codebook" or self.codebook_bits != 8:

@@ -242,6 +242,7 @@ def test_patterns_are_a_regex_or_a_list():
     [
         (["--noise_rate", "1.5"], r"p=1\.5 must be a rate from 0 to 1"),
         (["--noise", "prxy"], r"unknown noise 'prxy'.*Did you mean 'proxy'"),
+        (["--noise", "prxy", "--do_train", "False"], r"unknown noise 'prxy'"),
         (["--block_size", "0"], r"block_size=0"),
         (["--stages", "ffm", "--block_size", "4"], r"stages: 'ffm' holds no layer"),
         (["--noise_block_size", "5"], r"block_size=5 divides the columns of no layer"),
