@@ -1,0 +1,229 @@
+"""How a compressed model is stored (section 3).
+
+The configs here are what ``config.json`` holds as ``quantization_config`` after compression, the
+plan included.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..registry import Registry
+from ..structure import GROUPS, block_size_of, entry_for
+from ..validation import (
+    check_choice,
+    check_int,
+    check_patterns,
+    check_per_layer,
+    check_regex,
+    is_int,
+    reject_unknown,
+)
+
+QUANT_METHOD = "hf_quantnoise"
+FORMAT_VERSION = 1
+# For whoever opens a config.json and wonders; it is written and never read.
+LOAD_HINT = "import hf_quantnoise before loading; pip install hf-quantnoise"
+MAX_BLOCK_SIZE = 65_536
+
+SCHEMES: Registry[type] = Registry("scheme")
+OBSERVERS: Registry = Registry("observer")
+
+
+@dataclass(repr=False)
+class QuantizedModelConfig(QuantizationConfigMixin):
+    """What every quantized model's ``quantization_config`` holds, whatever its scheme.
+
+    Args:
+        target_modules: which layers to quantize (regex, or list of exact names and suffixes).
+        exclude_modules: which of them to leave dense.
+        activation_bits: bits, 1 to 8, that what enters a quantized layer is rounded to (7.7), with
+            a scale found on calibration data; None leaves activations in floating point.
+        seed: seed of the codebooks.
+        plan: after compression, layer name -> how it is stored. Filled by the package.
+        left_dense: after compression, name of a layer or bare parameter -> why it is stored in
+            floating point.
+        format_version: version of the layout on disk.
+    """
+
+    target_modules: str | list[str] | None = None
+    exclude_modules: str | list[str] | None = None
+    activation_bits: int | None = None
+    seed: int = 0
+    plan: dict[str, dict[str, Any]] = field(default_factory=dict)
+    left_dense: dict[str, str] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    scheme: ClassVar[str] = ""
+    quant_method: ClassVar[str] = QUANT_METHOD
+
+    def __post_init__(self) -> None:
+        if not is_int(self.format_version) or self.format_version < 1:
+            raise ValueError(f"format_version={self.format_version!r} must be a positive integer")
+        if self.format_version > FORMAT_VERSION:
+            raise ValueError(
+                f"format_version={self.format_version} was written by a newer hf_quantnoise; this "
+                f"one reads up to {FORMAT_VERSION}. Install it with: pip install -U hf-quantnoise"
+            )
+        if self.activation_bits is not None:
+            check_int("activation_bits", self.activation_bits, 1, 8)
+        check_int("seed", self.seed, 0, 2**63 - 1)
+        check_patterns("target_modules", self.target_modules)
+        check_patterns("exclude_modules", self.exclude_modules)
+
+    @property
+    def is_compressed(self) -> bool:
+        """Whether the config describes a finished model (it holds a plan)."""
+        return bool(self.plan)
+
+    def noise_settings(self) -> dict[str, Any]:
+        """The fields of the :class:`QuantNoiseConfig` with this target's blocks."""
+        raise NotImplementedError
+
+    def _shared_with_noise(self) -> dict[str, Any]:
+        names = ("activation_bits", "target_modules", "exclude_modules", "seed")
+        return {name: getattr(self, name) for name in names}
+
+    def quantizer_settings(self, layer) -> dict[str, Any] | None:
+        """Settings of the quantizer for a layer, or None where this config does not cover it."""
+        raise NotImplementedError
+
+    def stage_groups(self) -> list[str | None]:
+        """The stages in order: a structure group or regex each; None takes all layers."""
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able dict: all fields, the quantization method and the scheme."""
+        head = {"quant_method": QUANT_METHOD, "scheme": self.scheme, "how_to_load": LOAD_HINT}
+        return {**head, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs=False, **kwargs):
+        """The inverse of :meth:`to_dict`, for any scheme; unknown fields are refused."""
+        head = ("quant_method", "scheme", "how_to_load")
+        values = {key: value for key, value in config_dict.items() if key not in head}
+        target = SCHEMES[config_dict.get("scheme", cls.scheme)]
+        # A newer format may bring fields of its own: say that it is newer, not that they are odd.
+        cls(format_version=values.get("format_version", FORMAT_VERSION))
+        reject_unknown(target, values)
+        config = target(**values)
+        return (config, kwargs) if return_unused_kwargs else config
+
+
+@SCHEMES.register("ipq")
+@dataclass(repr=False)
+class IPQConfig(QuantizedModelConfig):
+    """Iterative product quantization (section 3.2).
+
+    Args:
+        block_size: numbers per block, or a dict from structure group or regex for layer names to
+            it. The paper has 4 for RoBERTa, and 8 (FFN), 8 (embeddings), 4 (attention) for language
+            models (section 7.8).
+        n_centroids: codewords per codebook, 2 to 65,536; 256 gives one byte per block. An int or a
+            dict like ``block_size``.
+        stages: structure groups (or regexes) in the order in which they are quantized.
+            Layers of no stage stay in floating point.
+        codebook_bits: 32, 16 or 8, the precision in which centroids are stored; 8 is section 3.3,
+            Eq. 2 on the codebook.
+        kmeans_iter: most iterations of k-means for each codebook.
+    """
+
+    block_size: int | dict[str, int] = 4
+    n_centroids: int | dict[str, int] = 256
+    stages: list[str] | tuple[str, ...] = ("ffn", "embeddings", "attention")
+    codebook_bits: int = 32
+    kmeans_iter: int = 20
+
+    scheme: ClassVar[str] = "ipq"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_per_layer("block_size", self.block_size, 1, MAX_BLOCK_SIZE)
+        check_per_layer("n_centroids", self.n_centroids, 2, 65536)
+        check_choice("codebook_bits", self.codebook_bits, (32, 16, 8))
+        check_int("kmeans_iter", self.kmeans_iter, 1, 100_000)
+        if isinstance(self.stages, str) or not self.stages:
+            raise ValueError(
+                f"stages={self.stages!r} must be a list of structure groups ({', '.join(GROUPS)}) "
+                "or regexes for layer names"
+            )
+        for stage in self.stages:
+            check_regex("stages", stage)
+        if len(set(self.stages)) != len(self.stages):
+            raise ValueError(f"stages={self.stages!r} names a stage twice")
+        self.stages = list(self.stages)
+        for name in ("block_size", "n_centroids"):
+            self._check_covers_stages(name, getattr(self, name))
+
+    def _check_covers_stages(self, name: str, value: int | dict[str, int]) -> None:
+        if not isinstance(value, dict) or not set(value) <= set(GROUPS):
+            return  # a regex may cover anything
+        for stage in self.stages:
+            if stage in GROUPS and stage not in value:
+                raise ValueError(
+                    f"{name}={value!r} has no entry for the stage {stage!r}; "
+                    f"add one, or take {stage!r} out of stages={self.stages!r}"
+                )
+
+    def noise_settings(self) -> dict[str, Any]:
+        return {
+            "noise": "proxy",
+            "block_size": self.block_size,
+            "n_centroids": self.n_centroids,
+            **self._shared_with_noise(),
+        }
+
+    def quantizer_settings(self, layer) -> dict[str, Any] | None:
+        block_size = block_size_of(self.block_size, layer)
+        n_centroids = entry_for(self.n_centroids, layer)
+        if block_size is None or n_centroids is None:
+            return None
+        return {
+            "scheme": "pq",
+            "block_size": block_size,
+            "n_centroids": n_centroids,
+            "codebook_bits": self.codebook_bits,
+            "n_iter": self.kmeans_iter,
+        }
+
+    def stage_groups(self) -> list[str | None]:
+        return list(self.stages)
+
+
+@SCHEMES.register("fixed_point")
+@dataclass(repr=False)
+class FixedPointConfig(QuantizedModelConfig):
+    """Fixed-point scalar quantization of the weights (section 3.1, Eq. 2).
+
+    Args:
+        bits: N, 1 to 8; codes are packed to N bits each.
+        observer: the range that the N bits are spread over: ``"minmax"`` (that of the weight),
+            ``"channel"`` (one for each output feature, or row of a table), ``"histogram"`` (the one
+            with the lowest squared error).
+    """
+
+    bits: int = 8
+    observer: str = "minmax"
+
+    scheme: ClassVar[str] = "fixed_point"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_int("bits", self.bits, 1, 8)
+        check_choice("observer", self.observer, tuple(OBSERVERS))
+
+    def noise_settings(self) -> dict[str, Any]:
+        return {
+            "noise": f"int{self.bits}",
+            "observer": self.observer,
+            **self._shared_with_noise(),
+        }
+
+    def quantizer_settings(self, layer) -> dict[str, Any] | None:
+        return {"scheme": "int", "bits": self.bits, "observer": self.observer}
+
+    def stage_groups(self) -> list[str | None]:
+        return [None]
