@@ -74,8 +74,18 @@ class QuantNoiseCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
     ):
-        """Applies the noise; in a resumed run, reads the checkpoint's codebooks."""
+        """Applies the noise; in a resumed run, reads the checkpoint's codebooks.
+
+        Raises:
+            ValueError: if layers are to share weights that the optimizer holds already.
+        """
         model = kwargs["model"]
+        if self.config.share_layers != 1 and find_state(model) is None:
+            raise ValueError(
+                f"share_layers={self.config.share_layers!r}: the optimizer holds the weights of "
+                "every layer already; call QuantNoiseCallback.prepare(model) before the trainer is "
+                "made"
+            )
         self.prepare(model)
         if state.global_step > 0:
             self.load(model, _checkpoint(args, state))

@@ -34,7 +34,8 @@ class SizeRow:
         formula_bytes: size by section 3.3: codebook and log2(K) bits per block.
         disk_bytes: its tensors in the safetensors file.
         memory_bytes: its tensors in memory.
-        dense_bytes: the tensor in float32.
+        dense_bytes: the tensor in float32, in the model as it was before layers were taken out or
+            shared; 0 for a tied weight that was one from the beginning.
         activation_bytes: what enters a packed layer for one position (batch size 1): the term 8 n
             of section 3.3's M, or 32 n where activations are floating point. 0 for the rest.
     """
@@ -185,6 +186,10 @@ def _header_bytes(tensors: dict[str, Tensor]) -> int:
     return 8 + -(-len(json.dumps(header, separators=(",", ":"))) // 8) * 8
 
 
+def _lies_in(name: str, layers: Iterable[str]) -> bool:
+    return any(name.startswith(f"{layer}.") for layer in layers)
+
+
 def size_report(model: nn.Module) -> SizeReport:
     """Counts the bytes of a model, quantized or dense.
 
@@ -202,6 +207,7 @@ def size_report(model: nn.Module) -> SizeReport:
         f"{name}.weight": entry["group"]
         for name, entry in (getattr(config, "plan", None) or {}).items()
     }
+    shared = getattr(config, "shared_layers", None) or {}
     disk: dict[str, Tensor] = {}
     rows: list[SizeRow] = []
     owners: dict[int, str] = {}
@@ -216,13 +222,16 @@ def size_report(model: nn.Module) -> SizeReport:
         if owner != label:
             if not is_code or tensor_name == names[-1]:
                 shape = (layer.rows, layer.columns) if is_code else tuple(tensor.shape)
-                rows.append(SizeRow(label, group, f"tied to {owner}", shape, 0, 0, 0, 0))
+                own = 4 * math.prod(shape) if _lies_in(label, shared) else 0
+                rows.append(SizeRow(label, group, f"tied to {owner}", shape, 0, 0, 0, own))
             continue
         disk[name] = storage_tensor(layer, tensor_name, tensor) if is_code else tensor
         if not is_code:
             rows.append(_dense_row(name, tensor, group))
         elif tensor_name == names[-1]:  # all its tensors have been met
             rows.append(_packed_row(layer_name, layer, group, disk))
+    for name, weights in (getattr(config, "pruned_layers", None) or {}).items():
+        rows.append(SizeRow(name, "other", "pruned", (weights,), 0, 0, 0, 4 * weights))
     if packed:
         name = sentinel_name(config)
         disk[name] = torch.zeros(1, dtype=torch.uint8)

@@ -187,16 +187,24 @@ def matches(name: str, patterns: str | Sequence[str]) -> bool:
     return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
 
 
-def _require_match(field_name: str, patterns: str | Sequence[str], layers: Sequence[LayerInfo]):
+def require_match(
+    field_name: str, patterns: str | Sequence[str], names: Sequence[str]
+) -> list[str]:
+    """The names that patterns match, in order.
+
+    Raises:
+        ValueError: naming the field, if one of the patterns matches none.
+    """
     wanted = [patterns] if isinstance(patterns, str) else [[pattern] for pattern in patterns]
     for pattern in wanted:
-        if not any(matches(layer.name, pattern) for layer in layers):
+        if not any(matches(name, pattern) for name in names):
             shown = pattern if isinstance(pattern, str) else pattern[0]
-            some = ", ".join(layer.name for layer in layers[:6])
             raise ValueError(
                 f"{field_name}={shown!r} matches no layer of the model. A string is a regex for "
-                f"the whole name, a list holds exact names and suffixes. The model has {some}, ..."
+                f"the whole name, a list holds exact names and suffixes. The model has "
+                f"{', '.join(names[:6])}, ..."
             )
+    return [name for name in names if matches(name, patterns)]
 
 
 def select_layers(
@@ -217,22 +225,12 @@ def select_layers(
     if not layers:
         known = ", ".join(layout.base.__name__ for layout in LAYOUTS)
         raise ValueError(f"{type(model).__name__} has no layer that can be blocked ({known})")
-    for field_name, patterns in (
-        ("target_modules", target_modules),
-        ("exclude_modules", exclude_modules),
-    ):
-        if patterns is not None:
-            _require_match(field_name, patterns, layers)
-    excluded = {
-        layer.name
-        for layer in layers
-        if exclude_modules is not None and matches(layer.name, exclude_modules)
-    }
-    chosen = {
-        layer.name
-        for layer in layers
-        if target_modules is None or matches(layer.name, target_modules)
-    }
+    names = [layer.name for layer in layers]
+    chosen, excluded = set(names), set()
+    if target_modules is not None:
+        chosen = set(require_match("target_modules", target_modules, names))
+    if exclude_modules is not None:
+        excluded = set(require_match("exclude_modules", exclude_modules, names))
     return [
         layer
         for layer in layers

@@ -72,3 +72,18 @@ def reject_unknown(cls: type, given: dict[str, Any]) -> None:
     for key in given:
         if key not in known:
             raise ValueError(f"{cls.__name__} has no field {key!r}; fields: {', '.join(known)}")
+
+
+def check_share_layers(name: str, value: Any) -> None:
+    """A number of layers per chunk, or the names of the layers of each chunk."""
+    if is_int(value) and value >= 1:
+        return
+    chunks = value if isinstance(value, (list, tuple)) else []
+    named = [layer for chunk in chunks if isinstance(chunk, (list, tuple)) for layer in chunk]
+    if not named or not all(isinstance(layer, str) for layer in named):
+        raise ValueError(
+            f"{name}={value!r} must be the number of layers per chunk (1: no sharing), or a list "
+            "of chunks, each a list of layer names"
+        )
+    if twice := sorted({layer for layer in named if named.count(layer) > 1}):
+        raise ValueError(f"{name}={value!r} names {twice[0]!r} twice")

@@ -4,6 +4,9 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from datasets import Dataset
@@ -37,3 +40,16 @@ def parity_data():
     labels = (ids[:, 0] > VOCABULARY // 2).long()
     data = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
     return Dataset.from_dict({name: tensor.tolist() for name, tensor in data.items()})
+
+
+@pytest.fixture
+def run_python():
+    """Runs a program in a process of its own, which must succeed."""
+
+    def run(program: str, *arguments: str) -> None:
+        done = subprocess.run(
+            [sys.executable, "-c", program, *arguments], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+
+    return run

@@ -13,6 +13,8 @@ FLOORS = (
     "distributed",
     "blocks",
     "structure",
+    "sharing",
+    "pruning",
     "validation",
     "configuration",
     "quantizers",

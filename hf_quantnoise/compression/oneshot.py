@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..configuration import QuantizedModelConfig
 from ..hub.packer import ModelPacker
 from ..modeling import packed_layers
 from ..modeling.activations import calibrate, require_batches
-from ..noise import remove_quant_noise
+from ..noise import find_state, remove_quant_noise
+
+
+def without_noise(model: nn.Module, config: QuantizedModelConfig) -> QuantizedModelConfig:
+    """Takes the noise out of a model, in place.
+
+    Returns:
+        The config; where it leaves ``share_layers`` open, with what the noise shared.
+    """
+    state = find_state(model)
+    remove_quant_noise(model)
+    if state is None or config.share_layers is not None:
+        return config
+    return replace(config, share_layers=state.config.share_layers)
 
 
 def quantize_model(
@@ -40,7 +55,6 @@ def quantize_model(
     if config.activation_bits is not None:
         batches = list(calibration_data or [])
         require_batches(batches)
-    remove_quant_noise(model)
-    ModelPacker(model, config).pack_all(progress)
+    ModelPacker(model, without_noise(model, config)).pack_all(progress)
     calibrate(model, [layer for _, layer in packed_layers(model)], batches)
     return model

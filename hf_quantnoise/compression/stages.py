@@ -23,11 +23,11 @@ from ..hub.card import format_metrics
 from ..hub.packer import ModelPacker, StageResult, check_can_be_packed
 from ..modeling.activations import calibrate, require_batches
 from ..modeling.packed import PREFIX
-from ..noise import remove_quant_noise
 from ..size import size_report
 from .arguments import CompressionArguments
 from .distillation import distillation_loss
 from .guards import GuardedTrainer
+from .oneshot import without_noise
 
 
 @dataclass
@@ -35,7 +35,8 @@ class StageRecord:
     """What one stage did.
 
     Attributes:
-        stage: structure group or regex; ``"dense"`` for the model before the pass.
+        stage: structure group or regex; ``"dense"`` for the model before the pass,
+            ``"restructured"`` after layers were taken out or shared.
         layers: number of layers packed in it.
         relative_error: ||W - W_q||^2 / ||W||^2 over those layers, before finetuning.
         metric: what ``evaluate`` gave after the stage's finetuning; empty without an eval set.
@@ -195,13 +196,17 @@ def compress_in_stages(
         if config.activation_bits is not None:
             require_batches([])
     check_can_be_packed(model)
-    remove_quant_noise(model)
-    packer = ModelPacker(model, config)
+    packer = ModelPacker(model, without_noise(model, config))
     report = report or (lambda record: None)
     start = time.perf_counter()
     stage_trainer = _stage_trainer(trainer, model, compression_args, None, 0)
     report(_record("dense", stage_trainer, start))
     teacher = _teacher_of(model, teacher, compression_args)
+    if packer.restructuring.changes:
+        start = time.perf_counter()
+        packer.restructure()
+        stage_trainer = _stage_trainer(trainer, model, compression_args, None, 0)
+        report(_record("restructured", stage_trainer, start))
     for number, stage in enumerate(tqdm(packer.stages, desc="stages", unit="stage"), 1):
         start = time.perf_counter()
         packed = packer.pack_stage(stage)

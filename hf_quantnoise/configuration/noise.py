@@ -14,6 +14,7 @@ from ..validation import (
     check_patterns,
     check_per_layer,
     check_rate,
+    check_share_layers,
     check_word_or_steps,
     reject_unknown,
 )
@@ -46,11 +47,14 @@ class QuantNoiseConfig:
             each output feature, or row of a table), ``"histogram"`` (running minimum and maximum,
             and the range between them with the lowest squared error: section 7.7, table 10).
         scale_update_steps: refresh scale and zero point of ``"intN"`` every so many steps.
-        layerdrop: rate at which each layer of a stack is skipped in training (LayerDrop, 4.2).
+        layerdrop: rate at which each layer of a stack is skipped in training (LayerDrop, 4.2);
+            the layers of a chunk that ``share_layers`` makes are skipped together (7.6).
         layerdrop_ste: let gradients flow as if no layer was skipped (table 11).
         activation_bits: bits, 1 to 8, that what enters a noised layer is rounded to in training, or
             None. Its range is that of the first ``activation_calibration`` forwards, then fixed.
         activation_calibration: forwards that set that range, rounding nothing.
+        share_layers: adjacent layers of a stack share their weights in chunks of n (7.9), beginning
+            with those of the first; or a list of chunks, each a list of layer names. 1: no sharing.
         target_modules: regex for whole layer names, or a list of exact names and suffixes. None
             takes every layer except position and type embeddings, whose zeroed rows can make an
             all-zero vector before a LayerNorm.
@@ -83,6 +87,9 @@ class QuantNoiseConfig:
     activation_bits: int | None = field(default=None, metadata={"help": "Bits of activations."})
     activation_calibration: int = field(
         default=16, metadata={"help": "Forwards that set the range of activations."}
+    )
+    share_layers: int | list[list[str]] = field(
+        default=1, metadata={"help": "Layers per chunk of shared weights, or the chunks by name."}
     )
     target_modules: str | list[str] | None = field(default=None, metadata={"help": "Which layers."})
     exclude_modules: str | list[str] | None = field(default=None, metadata={"help": "But not."})
@@ -120,6 +127,7 @@ class QuantNoiseConfig:
         if self.activation_bits is not None:
             check_int("activation_bits", self.activation_bits, 1, 8)
         check_int("activation_calibration", self.activation_calibration, 1, 2**31)
+        check_share_layers("share_layers", self.share_layers)
         check_int("scale_update_steps", self.scale_update_steps, 1, 2**31)
         check_int("seed", self.seed, 0, 2**63 - 1)
         check_patterns("target_modules", self.target_modules)

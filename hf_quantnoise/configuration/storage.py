@@ -19,6 +19,7 @@ from ..validation import (
     check_patterns,
     check_per_layer,
     check_regex,
+    check_share_layers,
     is_int,
     reject_unknown,
 )
@@ -42,19 +43,30 @@ class QuantizedModelConfig(QuantizationConfigMixin):
         exclude_modules: which of them to leave dense.
         activation_bits: bits, 1 to 8, that what enters a quantized layer is rounded to (7.7), with
             a scale found on calibration data; None leaves activations in floating point.
+        share_layers: adjacent layers share their weights in chunks of n, stored once (7.9); or a
+            list of chunks, each a list of layer names. None shares what the model's noise shared.
+        prune_layers: layers that are taken out first: ``"every_other"`` chunk (or layer, where none
+            are shared), the second first; or a regex for whole layer names, or a list of exact
+            names and suffixes.
         seed: seed of the codebooks.
         plan: after compression, layer name -> how it is stored. Filled by the package.
         left_dense: after compression, name of a layer or bare parameter -> why it is stored in
             floating point.
+        shared_layers: after compression, layer -> the layer whose weights it holds.
+        pruned_layers: after compression, name of each layer taken out -> weights it had.
         format_version: version of the layout on disk.
     """
 
     target_modules: str | list[str] | None = None
     exclude_modules: str | list[str] | None = None
     activation_bits: int | None = None
+    share_layers: int | list[list[str]] | None = None
+    prune_layers: str | list[str] | None = None
     seed: int = 0
     plan: dict[str, dict[str, Any]] = field(default_factory=dict)
     left_dense: dict[str, str] = field(default_factory=dict)
+    shared_layers: dict[str, str] = field(default_factory=dict)
+    pruned_layers: dict[str, int] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     scheme: ClassVar[str] = ""
@@ -70,6 +82,9 @@ class QuantizedModelConfig(QuantizationConfigMixin):
             )
         if self.activation_bits is not None:
             check_int("activation_bits", self.activation_bits, 1, 8)
+        if self.share_layers is not None:
+            check_share_layers("share_layers", self.share_layers)
+        check_patterns("prune_layers", self.prune_layers)
         check_int("seed", self.seed, 0, 2**63 - 1)
         check_patterns("target_modules", self.target_modules)
         check_patterns("exclude_modules", self.exclude_modules)
@@ -85,7 +100,8 @@ class QuantizedModelConfig(QuantizationConfigMixin):
 
     def _shared_with_noise(self) -> dict[str, Any]:
         names = ("activation_bits", "target_modules", "exclude_modules", "seed")
-        return {name: getattr(self, name) for name in names}
+        shared = 1 if self.share_layers is None else self.share_layers
+        return {**{name: getattr(self, name) for name in names}, "share_layers": shared}
 
     def quantizer_settings(self, layer) -> dict[str, Any] | None:
         """Settings of the quantizer for a layer, or None where this config does not cover it."""

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from ..configuration import QuantizedModelConfig
 from ..modeling import pack_layer, packed_layers, packed_names
 from ..modeling.plan import PlannedWeight, make_plan
+from ..modeling.restructure import declare_shared, plan_restructuring
 from .quantizer import attach
 from .ties import TieRewriter
 
@@ -48,7 +49,15 @@ class ModelPacker:
         self.model = model
         self.config = deepcopy(config)
         self.config.plan = {}
+        self.restructuring = plan_restructuring(model, self.config)
         self.stages, self.config.left_dense = make_plan(model, self.config)
+
+    def restructure(self) -> None:
+        """Takes layers out and lets layers share weights, as the config says (7.9); the stages are
+        those of what is left. Before the first of them; there may be nothing to do."""
+        if self.restructuring.changes:
+            self.restructuring.carry_out(self.model, self.config)
+            self.stages, self.config.left_dense = make_plan(self.model, self.config)
 
     def pack_stage(self, stage: str | None, progress: bool = True) -> StageResult:
         """Packs the layers of one stage, bottom-up.
@@ -69,11 +78,13 @@ class ModelPacker:
             names += [layer.name for layer in planned.layers]
         modules = dict(self.model.named_modules())
         rewriter.rewrite({name: packed_names(modules[name]) for name in names})
+        declare_shared(self.model, self.config.shared_layers)
         attach(self.model, self.config)
         return StageResult(stage, tuple(names), error / energy if energy else 0.0)
 
     def pack_all(self, progress: bool = False) -> list[StageResult]:
-        """Packs every stage, without training in between."""
+        """Restructures, then packs every stage, without training in between."""
+        self.restructure()
         return [self.pack_stage(stage, progress) for stage in self.stages]
 
     def _norm(self, planned: PlannedWeight) -> float:

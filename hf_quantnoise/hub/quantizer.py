@@ -21,7 +21,9 @@ from transformers.utils import logging
 from ..configuration import QUANT_METHOD, QuantizedModelConfig
 from ..modeling import pack_skeleton, packed_layers, packed_names, read_states, unpack_model
 from ..modeling.packed import PREFIX, PackedLayer
+from ..modeling.restructure import declare_shared
 from ..quantizers import quantizer_from_dict
+from ..sharing import unshare
 from ..structure import LayerInfo, find_layers
 from .card import TAGS
 from .ties import TieRewriter
@@ -110,6 +112,10 @@ class QuantNoiseHfQuantizer(HfQuantizer):
         )
         self.quantization_config = deepcopy(config)
         self.quantization_config.plan = plan
+        shared = _names_for(model, config.shared_layers)
+        shared = {n: next(iter(_names_for(model, {source: None}))) for n, source in shared.items()}
+        self.quantization_config.shared_layers = shared
+        declare_shared(model, shared)
         self.quantization_config.left_dense = {
             name: reason
             for name, reason in _names_for(model, config.left_dense).items()
@@ -166,6 +172,7 @@ class QuantNoiseHfQuantizer(HfQuantizer):
         if isinstance(dtype, str):  # config.dtype is its name once the model was saved
             dtype = getattr(torch, dtype)
         unpack_model(model, dtype)
+        unshare(model, self.quantization_config.shared_layers)
         submodels = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
         for submodel in submodels:
             submodel.__dict__.pop("_tied_weights_keys", None)

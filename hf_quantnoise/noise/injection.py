@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from ..configuration import NOISES, QuantNoiseConfig
+from ..sharing import LayerSharing, chunks_of
 from ..structure import (
     LayerInfo,
     block_size_of,
@@ -18,7 +19,7 @@ from ..structure import (
     select_layers,
 )
 from .functions import NoiseFunction
-from .layerdrop import LayerDrop, make_droppable, make_undroppable, require_stacks
+from .layerdrop import LayerDrop, droppable_chunks, make_droppable, make_undroppable
 from .layers import is_noisy, make_clean, make_noisy
 from .operator import WeightNoise
 from .state import NoisedWeight, QuantNoiseState, attach, detach, find_state
@@ -62,6 +63,26 @@ def apply_quant_noise(model: nn.Module, qn_config: QuantNoiseConfig) -> nn.Modul
             f"{type(model).__name__} is quantized already and has no dense layer left to noise; "
             "noise goes before quantization (model.dequantize() gives a dense model)"
         )
+    sharing = LayerSharing(model, chunks_of(model, qn_config.share_layers))
+    try:
+        state = _fitted_state(model, qn_config, sharing)
+    except Exception:
+        sharing.undo()
+        raise
+    sharing.release()
+    for weight in state.weights:
+        for member, (name, module) in enumerate(zip(weight.names, weight.modules, strict=True)):
+            make_noisy(module, weight.noise, member, state.activations.get(name))
+    if state.layerdrop is not None:
+        make_droppable(model, state.layerdrop)
+    attach(model, state)
+    return model
+
+
+def _fitted_state(
+    model: nn.Module, qn_config: QuantNoiseConfig, sharing: LayerSharing
+) -> QuantNoiseState:
+    """The state of a model whose layers share already, codebooks and scales fitted."""
     rates = [rate for _, rate in qn_config.noises]
     layers = select_layers(model, qn_config.target_modules, qn_config.exclude_modules)
     weights, refused, by_default = _plan(layers, qn_config, rates)
@@ -72,24 +93,21 @@ def apply_quant_noise(model: nn.Module, qn_config: QuantNoiseConfig) -> nn.Modul
         logger.warning("quantization noise leaves out %d layers (%s)", len(refused), what)
     drop = None
     if qn_config.layerdrop > 0:
-        drop = LayerDrop(qn_config.layerdrop, qn_config.layerdrop_ste)
-        stacked = require_stacks(model, qn_config.layerdrop)
+        chunks = droppable_chunks(model, sharing.chunks, qn_config.layerdrop)
+        drop = LayerDrop(qn_config.layerdrop, qn_config.layerdrop_ste, chunks)
     left_clean = {**by_default, **refused, **other_weights(model)}
-    state = QuantNoiseState(qn_config, weights, left_clean, rates, drop)
+    state = QuantNoiseState(qn_config, weights, left_clean, rates, sharing, drop)
     state.refresh_codebooks()
     state.refresh_scales()
-    for weight in weights:
-        for member, (name, module) in enumerate(zip(weight.names, weight.modules, strict=True)):
-            make_noisy(module, weight.noise, member, state.activations.get(name))
-    if drop is not None:
-        make_droppable(model, drop, stacked)
-    attach(model, state)
-    return model
+    return state
 
 
 def remove_quant_noise(model: nn.Module) -> nn.Module:
     """Takes the noise out of a model, in place: same objects, classes, keys and parameters as
-    before it was applied. A model without noise is returned as it is."""
+    before it was applied; layers that shared weights hold a copy of them each. A model without
+    noise is returned as it is."""
+    if (state := find_state(model)) is not None:
+        state.sharing.undo()
     for module in model.modules():
         if is_noisy(module):
             make_clean(module)

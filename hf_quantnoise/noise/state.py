@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..blocks import weight_matrix
 from ..configuration import QuantNoiseConfig
 from ..distributed import of_rank_0
+from ..sharing import LayerSharing
 from .activations import ActivationNoise
 from .functions import NoiseFunction
 from .layerdrop import LayerDrop
@@ -42,6 +43,7 @@ class QuantNoiseState:
         weights: the noised weights, in the order of the module tree.
         activations: layer name -> what rounds its input; empty without ``activation_bits``.
         layerdrop: rate at which layers are skipped, or None.
+        sharing: which layers share their weights.
         left_clean: layer (or bare parameter) name -> why it has no noise, or lacks one of several.
     """
 
@@ -51,12 +53,14 @@ class QuantNoiseState:
         weights: list[NoisedWeight],
         left_clean: dict[str, str],
         rates: list[float],
+        sharing: LayerSharing,
         layerdrop: LayerDrop | None = None,
     ) -> None:
         self.config = config
         self.weights = weights
         self.left_clean = left_clean
         self._rates = rates
+        self.sharing = sharing
         self.layerdrop = layerdrop
         self.activations: dict[str, ActivationNoise] = {}
         if config.activation_bits is not None:
