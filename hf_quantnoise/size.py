@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from .hub.quantizer import sentinel_name, storage_tensor
 from .modeling import packed_layers, packed_names
@@ -171,6 +173,15 @@ def _input_bytes(layer: nn.Module) -> int:
     return math.ceil((layer.activation_bits or 32) * inputs / 8)
 
 
+def _as_named_in_file(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under the names ``save_pretrained`` writes, which for some models are older and
+    longer than those of the modules; without memory."""
+    tensors = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
+    return (
+        revert_weight_conversion(model, tensors) if isinstance(model, PreTrainedModel) else tensors
+    )
+
+
 def _header_bytes(tensors: dict[str, Tensor]) -> int:
     """Length of the safetensors header: 8 bytes, then JSON padded to a multiple of 8."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -184,6 +195,14 @@ def _header_bytes(tensors: dict[str, Tensor]) -> int:
         }
         offset = end
     return 8 + -(-len(json.dumps(header, separators=(",", ":"))) // 8) * 8
+
+
+def _groups(model: nn.Module, config) -> dict[str, str]:
+    """Name of each weight, dense or packed -> structure group."""
+    groups = {f"{layer.name}.weight": layer.group for layer in find_layers(model)}
+    for name, entry in (getattr(config, "plan", None) or {}).items():
+        groups[f"{name}.weight"] = entry["group"]
+    return groups
 
 
 def _lies_in(name: str, layers: Iterable[str]) -> bool:
@@ -202,11 +221,7 @@ def size_report(model: nn.Module) -> SizeReport:
     """
     packed = dict(packed_layers(model))
     config = getattr(getattr(model, "config", None), "quantization_config", None)
-    groups = {f"{layer.name}.weight": layer.group for layer in find_layers(model)}
-    groups |= {
-        f"{name}.weight": entry["group"]
-        for name, entry in (getattr(config, "plan", None) or {}).items()
-    }
+    groups = _groups(model, config)
     shared = getattr(config, "shared_layers", None) or {}
     disk: dict[str, Tensor] = {}
     rows: list[SizeRow] = []
@@ -236,4 +251,5 @@ def size_report(model: nn.Module) -> SizeReport:
         name = sentinel_name(config)
         disk[name] = torch.zeros(1, dtype=torch.uint8)
         rows.append(SizeRow(name, "other", "sentinel", (1,), 1, 1, 0, 0))
-    return SizeReport(rows, _header_bytes(disk), dict(getattr(config, "left_dense", None) or {}))
+    header_bytes = _header_bytes(_as_named_in_file(model, disk))
+    return SizeReport(rows, header_bytes, dict(getattr(config, "left_dense", None) or {}))

@@ -21,9 +21,9 @@ from transformers.utils import logging
 from ..configuration import QUANT_METHOD, QuantizedModelConfig
 from ..modeling import pack_skeleton, packed_layers, packed_names, read_states, unpack_model
 from ..modeling.packed import PREFIX, PackedLayer
-from ..modeling.restructure import declare_shared
+from ..modeling.restructure import declare_shared, tied_late
 from ..quantizers import quantizer_from_dict
-from ..sharing import unshare
+from ..sharing import share, unshare
 from ..structure import LayerInfo, find_layers
 from .card import TAGS
 from .ties import TieRewriter
@@ -112,10 +112,14 @@ class QuantNoiseHfQuantizer(HfQuantizer):
         )
         self.quantization_config = deepcopy(config)
         self.quantization_config.plan = plan
-        shared = _names_for(model, config.shared_layers)
-        shared = {n: next(iter(_names_for(model, {source: None}))) for n, source in shared.items()}
+        shared = {
+            name: next(iter(_names_for(model, {source: None})))
+            for name, source in _names_for(model, config.shared_layers).items()
+        }
         self.quantization_config.shared_layers = shared
-        declare_shared(model, shared)
+        late = tied_late(model, shared)
+        declare_shared(model, shared, without=late)
+        model._keys_to_ignore_on_load_missing.update(f"^{re.escape(name)}$" for name in late)
         self.quantization_config.left_dense = {
             name: reason
             for name, reason in _names_for(model, config.left_dense).items()
@@ -149,8 +153,22 @@ class QuantNoiseHfQuantizer(HfQuantizer):
                         "is missing or from another model. Download or save the model again"
                     )
         read_states(model)
+        self._tie_late(model, offloaded)
         _align(model)
         return model
+
+    def _tie_late(self, model: PreTrainedModel, offloaded: bool) -> None:
+        """Ties what transformers would have spoilt; see :func:`tied_late`."""
+        shared = self.quantization_config.shared_layers
+        if not (late := tied_late(model, shared)):
+            return
+        if offloaded:
+            raise ValueError(
+                f"device_map: {late[0]} is shared by layers and cannot be read from disk layer by "
+                "layer; give a device_map without 'disk'"
+            )
+        share(model, [(source, name) for name, source in shared.items()])
+        declare_shared(model, shared)
 
     # ---- saving ---------------------------------------------------------------------------------
 

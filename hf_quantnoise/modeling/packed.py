@@ -84,12 +84,11 @@ class PackedLayer:
     @property
     def weight(self) -> Tensor:
         """The decoded weight, differentiable in the float state; in the layout of the original."""
-        layout = layout_of(self)
         if self._shape_only:
-            return layout.from_matrix(
-                torch.empty(self.rows, self.columns, device="meta"), self.weight_shape
-            )
-        return layout.from_matrix(self.decode_rows(), self.weight_shape)
+            # Outputs first whatever the layout: transformers pads biases by the first dimension of
+            # a tied weight, and would cut those of a Conv1D.
+            return torch.empty(self.rows, self.columns, device="meta")
+        return layout_of(self).from_matrix(self.decode_rows(), self.weight_shape)
 
     @property
     def state(self) -> dict[str, Tensor]:

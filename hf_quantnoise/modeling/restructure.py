@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from ..configuration import QuantizedModelConfig
 from ..pruning import Pruning, layers_to_prune, plan_pruning
 from ..sharing import Chunk, chunks_of, share, sources_of, tensors_in_both
+from .convert import is_packed
 from .packed import INPUT_NAMES
 
 
@@ -59,13 +62,36 @@ def plan_restructuring(model: PreTrainedModel, config: QuantizedModelConfig) -> 
     return Restructuring(weights, pruning, renamed)
 
 
-def declare_shared(model: PreTrainedModel, shared_layers: dict[str, str]) -> None:
+def tied_late(model: PreTrainedModel, shared_layers: dict[str, str]) -> list[str]:
+    """Tensors of shared layers that transformers must not tie while it loads: those of dense
+    ``Conv1D``, whose biases it would cut to the length of their inputs (``_adjust_bias``)."""
+    names = [
+        f"{name}.{tensor}"
+        for name, source in shared_layers.items()
+        for tensor in _shared_tensors(model, name, source)
+    ]
+    owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in names}
+    return [
+        name for name in names if isinstance(owners[name], Conv1D) and not is_packed(owners[name])
+    ]
+
+
+def _shared_tensors(model: PreTrainedModel, name: str, source: str) -> list[str]:
+    tensors = tensors_in_both(model.get_submodule(name), model.get_submodule(source))
+    # Layers of one weight read different inputs.
+    return [tensor for tensor in tensors if tensor.rpartition(".")[2] not in INPUT_NAMES]
+
+
+def declare_shared(
+    model: PreTrainedModel, shared_layers: dict[str, str], without: Collection[str] = ()
+) -> None:
     """Tells transformers which tensors are one, under the names they have now: it then stores them
     once and ties them after loading.
 
     Args:
         model: the model, packed wholly, in part or not at all.
         shared_layers: layer -> the layer whose weights it holds.
+        without: full names of tensors to leave out.
     """
     for prefix, module in model.named_modules():
         if not isinstance(module, PreTrainedModel):
@@ -79,14 +105,15 @@ def declare_shared(model: PreTrainedModel, shared_layers: dict[str, str]) -> Non
         ties = {
             f"{name}.{tensor}": f"{source}.{tensor}"
             for name, source in own.items()
-            for tensor in tensors_in_both(module.get_submodule(name), module.get_submodule(source))
-            if tensor.rpartition(".")[2] not in INPUT_NAMES  # layers read different inputs
+            for tensor in _shared_tensors(module, name, source)
+            if f"{start}{name}.{tensor}" not in without
         }
-        if ties:
-            for attribute in ("_tied_weights_keys", "all_tied_weights_keys"):
-                old = {
-                    target: source
-                    for target, source in (getattr(module, attribute, None) or {}).items()
-                    if not any(target.startswith(f"{name}.") for name in own)
-                }
-                setattr(module, attribute, {**old, **ties})
+        if not own:
+            continue
+        for attribute in ("_tied_weights_keys", "all_tied_weights_keys"):
+            old = {
+                target: source
+                for target, source in (getattr(module, attribute, None) or {}).items()
+                if not any(target.startswith(f"{name}.") for name in own)
+            }
+            setattr(module, attribute, {**old, **ties})
