@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, Trainer, set_seed
 
 import hf_quantnoise
 from hf_quantnoise import QuantNoiseTrainer, size_report
-from hf_quantnoise.modeling.plan import make_plan
+from hf_quantnoise.hub import ModelPacker
 
 DENSE, COMPRESSED = "dense", "compressed"
 
@@ -247,7 +247,7 @@ def run(args: Arguments, prepare: Callable[[Arguments], Job]) -> dict:
     set_seed(training.seed)
     job = prepare(args)
     if small_config is not None:
-        make_plan(job.model, small_config)  # what cannot be carried out is told before training
+        ModelPacker(job.model, small_config)  # what cannot be done is told before training
     counts = {"train": job.parts["train_dataset"], "validation": job.parts["eval_dataset"]}
     results.add(
         seed=training.seed,

@@ -37,6 +37,21 @@ def parse_int_or_dict(flag: str, text: str) -> int | dict[str, int]:
     )
 
 
+def parse_share_layers(text: str) -> int | list[list[str]]:
+    """``2``, or JSON: the names of the layers of each chunk.
+
+    Raises:
+        ValueError: naming the flag and the two forms.
+    """
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise ValueError(
+            f"--share_layers {text!r} is no number of layers; give an integer (2), or JSON with "
+            'the names of the layers of each chunk (\'[["blocks.1", "blocks.2"]]\')'
+        ) from None
+
+
 def parse_patterns(text: str | None) -> str | list[str] | None:
     """A regex for whole layer names, or a JSON list of exact names and suffixes."""
     try:
@@ -151,6 +166,7 @@ class NoiseArguments:
             p_schedule=_word_or_steps(self.noise_schedule),
             codebook_update=_word_or_steps(self.codebook_update),
             scale_update_steps=self.scale_update_steps,
+            share_layers=parse_share_layers(options.share_layers),
             target_modules=parse_patterns(self.noise_target_modules),
             exclude_modules=parse_patterns(self.noise_exclude_modules),
             seed=seed,
@@ -188,6 +204,16 @@ class CompressionOptions:
         default=None,
         metadata={"help": "Bits of what enters a quantized layer; noise rounds it likewise."},
     )
+    share_layers: str = field(
+        default="1",
+        metadata={
+            "help": "Layers per chunk of shared weights, in training (with noise) and on disk."
+        },
+    )
+    prune_layers: str | None = field(
+        default=None,
+        metadata={"help": "Layers taken out first: every_other, a regex, or a JSON list of names."},
+    )
     target_modules: str | None = field(
         default=None, metadata={"help": "Layers to quantize: a regex, or a JSON list of suffixes."}
     )
@@ -201,6 +227,8 @@ class CompressionOptions:
             "target_modules": parse_patterns(self.target_modules),
             "exclude_modules": parse_patterns(self.exclude_modules),
             "activation_bits": self.activation_bits,
+            "share_layers": parse_share_layers(self.share_layers),
+            "prune_layers": parse_patterns(self.prune_layers),
             "seed": seed,
         }
         if self.scheme == "fixed_point":

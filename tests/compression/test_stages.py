@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from stacked import inputs_of, make_stacked
 from tiny import make_model
 from transformers import TrainingArguments
 
@@ -44,7 +45,7 @@ def make_trainer(tmp_path, data, noise=None, model="bert", **arguments):
         **arguments,
     }
     return QuantNoiseTrainer(
-        make_model(model),
+        make_model(model) if isinstance(model, str) else model,
         TrainingArguments(**settings),
         noise,
         train_dataset=data,
@@ -273,6 +274,55 @@ def test_bad_compression_arguments_are_named(fields):
     (name,) = fields
     with pytest.raises(ValueError, match=f"{name}="):
         CompressionArguments(**fields)
+
+
+# ---- layers shared and taken out (7.9) -----------------------------------------------------------
+
+
+def test_layers_are_shared_and_pruned_before_the_first_stage(tmp_path, parity_data):
+    noise = QuantNoiseConfig(p=0.1, block_size=4, share_layers=2, layerdrop=0.2)
+    trainer = make_trainer(tmp_path, parity_data, noise, model=make_stacked("bert", 6))
+    trainer.train()
+    config = IPQConfig(block_size=4, n_centroids=16, prune_layers="every_other")
+    small = trainer.compress(config)
+    assert small.config.num_hidden_layers == 4
+    history = {record["stage"]: record for record in trainer.compression_history}
+    assert list(history) == ["dense", "restructured", "ffn", "embeddings", "attention"]
+    # Of three chunks the second goes, and two hold the weights of one layer each: a third is left.
+    dense = trainer.model.bert.encoder.layer
+    assert dense[1].attention.self.query.bias is dense[0].attention.self.query.bias
+    stacks = history["dense"]["mb"] - history["restructured"]["mb"]
+    layer = 4e-6 * sum(p.numel() for p in make_stacked("bert", 1).bert.encoder.parameters())
+    assert stacks == pytest.approx(4 * layer, rel=0.06)  # names in the file's header beside them
+    assert history["restructured"]["metric"]["eval_loss"] > 0
+    shared = small.config.quantization_config.shared_layers
+    assert shared == {
+        "bert.encoder.layer.1": "bert.encoder.layer.0",
+        "bert.encoder.layer.3": "bert.encoder.layer.2",
+    }
+    small.save_pretrained(tmp_path / "small")
+    again = AutoQuantizedModel.from_pretrained(tmp_path / "small")
+    with torch.no_grad():
+        expected = small(**inputs_of("bert")).logits
+        assert torch.equal(again(**inputs_of("bert")).logits, expected)
+
+
+def test_the_teacher_is_the_whole_model(tmp_path, parity_data, monkeypatch):
+    trainer = make_trainer(tmp_path, parity_data, model=make_stacked("bert", 4))
+    seen = []
+
+    def divergence(student, teacher, *others):
+        seen.append(teacher)
+        return distillation_loss(student, teacher, *others)
+
+    monkeypatch.setattr("hf_quantnoise.compression.stages.distillation_loss", divergence)
+    whole = copy.deepcopy(trainer.model).eval()
+    trainer.compress(IPQConfig(**_fields(prune_layers="every_other", stages=["ffn"])))
+    ids = torch.tensor(parity_data[:]["input_ids"])
+    with torch.no_grad():
+        expected = whole(input_ids=ids).logits
+    for logits in seen[0]:
+        assert any(torch.allclose(logits, one, atol=1e-6) for one in expected)
 
 
 # ---- the loss ------------------------------------------------------------------------------------

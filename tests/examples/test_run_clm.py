@@ -63,7 +63,9 @@ def flags(checkpoint, texts, tmp_path, *more):
         ["--noise", "proxy", "--noise_schedule", "3", "--layerdrop", "0.2"],
         ["--noise", "pq", "int8", "--codebook_bits", "8", "--activation_bits", "8"],
         ["--noise", "int4", "--scheme", "fixed_point", "--bits", "4", "--observer", "channel"],
-        ["--noise", "mean", "--noise_block_selection", "cluster"],
+        ["--noise", "mean", "--noise_block_selection", "cluster", "--codebook_bits", "16"],
+        ["--noise", "int8", "--noise_observer", "histogram", "--share_layers", "2"],
+        ["--noise", "none", "--scheme", "fixed_point", "--prune_layers", "every_other"],
     ],
 )
 def test_the_whole_way(checkpoint, texts, tmp_path, settings, capsys):
@@ -99,6 +101,8 @@ def test_pieces_are_the_stream_without_gaps(checkpoint):
         ({"--sequence_length": "1"}, "--sequence_length 1 must be 2 or more"),
         ({"--sequence_length": "65"}, "--sequence_length 65 is more than the model's 64 positions"),
         ({"--max_eval_samples": "3", "--noise": "pqq"}, "unknown noise 'pqq'"),
+        ({"--share_layers": "two"}, "--share_layers 'two' is no number of layers"),
+        ({"--prune_layers": ".*9"}, "prune_layers='.\\*9' matches no layer of the model"),
     ],
 )
 def test_mistakes_are_named(checkpoint, texts, tmp_path, change, words):

@@ -20,6 +20,10 @@ PROCESSOR = {
 }
 
 
+# Adjacent blocks with weights of one shape.
+LIKE = ["mobilenet_v2.layer.7", "mobilenet_v2.layer.8"]
+
+
 @pytest.fixture
 def checkpoint(tmp_path):
     folder = tmp_path / "model"
@@ -64,6 +68,8 @@ def flags(checkpoint, files, tmp_path, *more):
         ["--noise", "proxy"],
         ["--noise", "pq", "--codebook_bits", "8", "--activation_bits", "8"],
         ["--noise", "int8", "--scheme", "fixed_point", "--observer", "histogram"],
+        ["--noise", "mean", "--codebook_bits", "16", "--share_layers", json.dumps([LIKE])],
+        ["--noise", "int4", "--scheme", "fixed_point", "--bits", "4", "--observer", "channel"],
     ],
 )
 def test_the_whole_way(checkpoint, files, tmp_path, settings, capsys):
