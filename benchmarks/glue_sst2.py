@@ -18,23 +18,16 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-import shlex
 import shutil
 import statistics
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 
-import torch
+from results_file import append_line, read_lines  # it puts the examples on the path
 from transformers import HfArgumentParser
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "examples"))
-
-from compression_run import versions  # noqa: E402
-from example_arguments import parse_int_or_dict  # noqa: E402
-from run_glue import parse, run  # noqa: E402
+from example_arguments import parse_int_or_dict  # isort: skip
+from run_glue import parse, run  # isort: skip
 
 # How a checkpoint is compressed: flags of run_glue.py. Staged ones take --stage_epochs as well.
 METHODS = {
@@ -215,48 +208,9 @@ def _compressed_job(args: BenchmarkArguments, dense: Job, method: str, blocks: s
     return Job(key, folder, flags)
 
 
-def read_lines(path: str) -> list[dict]:
-    """The finished runs of a results file; none where there is no file."""
-    if not os.path.isfile(path):
-        return []
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.strip()]
-
-
-def _machine() -> str:
-    name = platform.processor() or platform.machine()
-    if os.path.isfile("/proc/cpuinfo"):
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.partition(":")[2].strip() for line in file if "model name" in line]
-        name = names[0] if names else name
-    if torch.cuda.is_available():
-        return f"{torch.cuda.get_device_name()}, {name}"
-    return f"{name}, {torch.get_num_threads()} threads"
-
-
 def _carry_out(job: Job, args: BenchmarkArguments) -> None:
     """Runs a job and appends its line."""
-    results = run(parse(job.flags))
-    compressed = results.get("compressed")
-    figures = results["reloaded"] if compressed else results["dense"]
-    part = compressed or results["dense"]
-    line = {
-        "key": job.key,
-        "accuracy": figures["metrics"]["accuracy"],
-        "bytes": part["bytes"],
-        "dense_bytes": results["dense"]["bytes"],
-        "seconds": part["seconds"],
-        "stages": part.get("stages"),
-        "logits_bit_equal": figures.get("logits_bit_equal"),
-        "examples": results["examples"],
-        "command": shlex.join([os.path.basename(sys.executable), *sys.argv]),
-        "machine": _machine(),
-        "versions": versions(),
-        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-    os.makedirs(os.path.dirname(os.path.abspath(args.results)), exist_ok=True)
-    with open(args.results, "a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    append_line(args.results, job.key, run(parse(job.flags)), "accuracy")
 
 
 def _jobs(args: BenchmarkArguments) -> Iterator[tuple[Job, list[Job]]]:

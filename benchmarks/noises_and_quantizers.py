@@ -1,0 +1,216 @@
+#!/usr/bin/env python
+"""Every noise and every quantizer on real text and images: the paper's tables 1 and 5 in small.
+
+Each row is one run of an example: finetuned with a noise, compressed, scored as it comes back from
+disk. Beside it stands the model before compression, of the same run.
+
+    python benchmarks/noises_and_quantizers.py --task text \\
+      --model_dir ../shared/models/stories260K --data_dir ../shared/data/wikitext2
+    python benchmarks/noises_and_quantizers.py --task images \\
+      --model_dir ../shared/models/mobilenet_v1_0.75_224 --data_dir ../shared/data/cifar10
+    python benchmarks/noises_and_quantizers.py --task text --table
+
+A finished run appends one line to the results at once; runs that stand there are skipped.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import statistics
+from dataclasses import dataclass, field
+from typing import Literal
+
+from results_file import append_line, read_lines  # it puts the examples on the path
+from transformers import HfArgumentParser
+
+import run_clm  # isort: skip
+import run_image_classification  # isort: skip
+
+
+@dataclass(frozen=True)
+class Task:
+    """An example and its settings here.
+
+    Attributes:
+        parse, run: of the example.
+        metric: its score.
+        files: names of the training and validation data in ``--data_dir``.
+        flags: settings of every row.
+        pq: settings of rows with product quantization.
+        shared: flags of the row with shared and pruned layers; empty where there are no stacks.
+    """
+
+    parse: object
+    run: object
+    metric: str
+    files: tuple[str, str]
+    flags: str
+    pq: str
+    shared: str = ""
+
+
+TASKS = {
+    "text": Task(
+        parse=run_clm.parse,
+        run=run_clm.run,
+        metric="word_perplexity",
+        files=("train.txt", "valid.txt"),
+        flags="--sequence_length 256 --max_train_samples 1000 --max_eval_samples 200 "
+        "--num_train_epochs 2 --learning_rate 2e-3 --per_device_train_batch_size 16",
+        pq="--block_size 4 --n_centroids 64 --stage_epochs 0.5 --codebook_learning_rate 5e-3",
+        shared="--share_layers 2 --prune_layers every_other --layerdrop 0.2",
+    ),
+    "images": Task(
+        parse=run_image_classification.parse,
+        run=run_image_classification.run,
+        metric="accuracy",
+        files=("train.parquet", "test.parquet"),
+        flags="--image_size 64 --ignore_mismatched_sizes --max_train_samples 3000 "
+        "--max_eval_samples 1000 --num_train_epochs 2 --learning_rate 1e-3 "
+        "--per_device_train_batch_size 32",
+        pq="--block_size 4 --stages conv head --stage_epochs 0.5 --codebook_learning_rate 5e-3",
+    ),
+}  # fmt: skip
+ONE_SHOT = "--stage_epochs 0"
+INT8_CENTROIDS = "--codebook_bits 8 --activation_bits 8"
+
+
+def _int(bits: int, observer: str = "minmax", more: str = "") -> str:
+    return f"--scheme fixed_point --bits {bits} --observer {observer} {ONE_SHOT} {more}"
+
+
+# (noise, its flags, compression, its flags); {pq} stands for the task's own settings.
+ROWS = [
+    ("none", "", "PQ, one shot", "{pq} --stage_epochs 0"),
+    ("none", "", "iPQ", "{pq}"),
+    ("proxy", "--noise_rate 0.1", "iPQ", "{pq}"),
+    ("proxy, clusters", "--noise_rate 0.1 --noise_block_selection cluster", "iPQ", "{pq}"),
+    ("mean", "--noise_rate 0.1", "iPQ", "{pq}"),
+    ("pq", "--noise_rate 0.1", "iPQ", "{pq}"),
+    ("pq, clusters", "--noise_rate 0.1 --noise_block_selection cluster", "iPQ", "{pq}"),
+    ("none", "", "iPQ + int8", "{pq} " + INT8_CENTROIDS),
+    ("pq int8", "--noise_rate 0.1", "iPQ + int8", "{pq} " + INT8_CENTROIDS),
+    ("none", "", "int8", _int(8)),
+    ("none", "", "int8, activations too", _int(8, more="--activation_bits 8")),
+    ("int8", "--noise_rate 0.5", "int8", _int(8)),
+    ("none", "", "int4", _int(4)),
+    ("none", "", "int4, histogram", _int(4, "histogram")),
+    ("none", "", "int4, channel", _int(4, "channel")),
+    ("int4", "--noise_rate 0.5", "int4", _int(4)),
+    ("int4", "--noise_rate 1", "int4 (QAT)", _int(4)),
+    ("int4", "--noise_rate 0.5", "int4, channel", _int(4, "channel")),
+    ("proxy", "--noise_rate 0.1", "iPQ, shared and pruned", "{pq} {shared}"),
+]
+
+
+@dataclass
+class BenchmarkArguments:
+    """What to run."""
+
+    task: Literal["text", "images"] = field(metadata={"help": "Language model, or image classes."})
+    model_dir: str = field(default="", metadata={"help": "Pretrained checkpoint."})
+    data_dir: str = field(default="", metadata={"help": "Holds the task's two files."})
+    seeds: list[int] = field(default_factory=lambda: [42], metadata={"help": "Seeds."})
+    rows: list[int] | None = field(default=None, metadata={"help": "Only these rows, from 0."})
+    more: str = field(default="", metadata={"help": "Further flags of the example, in one word."})
+    results: str | None = field(
+        default=None, metadata={"help": "Default: benchmarks/results/noises_<task>.jsonl."}
+    )
+    work_dir: str = field(default="benchmarks/runs/noises", metadata={"help": "For the runs."})
+    table: bool = field(default=False, metadata={"help": "Print the table, run nothing."})
+
+    def __post_init__(self) -> None:
+        self.results = self.results or f"benchmarks/results/noises_{self.task}.jsonl"
+        if not self.table and not (self.model_dir and self.data_dir):
+            raise ValueError("give --model_dir and --data_dir, or --table")
+
+
+def _settings(task: Task, row: tuple[str, str, str, str]) -> list[str]:
+    """All flags of a row that decide its figures."""
+    noise, noise_flags, _, compression = row
+    return [
+        *("--noise", *noise.partition(",")[0].split(), *noise_flags.split()),
+        *task.flags.split(),
+        *compression.format(pq=task.pq, shared=task.shared).split(),
+    ]
+
+
+def run_all(args: BenchmarkArguments) -> None:
+    """Carries out every run that is not in the results file yet."""
+    task = TASKS[args.task]
+    done = [line["key"] for line in read_lines(args.results)]
+    rows = ROWS if args.rows is None else [ROWS[number] for number in args.rows]
+    rows = [row for row in rows if task.shared or "{shared}" not in row[3]]
+    folder = os.path.join(args.work_dir, args.task)
+    files = [os.path.join(args.data_dir, name) for name in task.files]
+    everywhere = [
+        *("--model_name_or_path", args.model_dir, "--output_dir", folder),
+        *("--train_file", files[0], "--validation_file", files[1], "--save_strategy", "no"),
+        *("--per_device_eval_batch_size", "64", "--dataloader_pin_memory", "False"),
+        *("--disable_tqdm", "True", "--logging_steps", "1000"),
+    ]
+    for seed in args.seeds:
+        for row in rows:
+            settings = [*_settings(task, row), *args.more.split()]
+            key = {"noise": row[0], "compression": row[2], "settings": " ".join(settings)}
+            key["seed"] = seed
+            if key in done:
+                continue
+            print(f"== {key}", flush=True)
+            flags = [*everywhere, *settings, "--seed", str(seed)]
+            append_line(args.results, key, task.run(task.parse(flags)), task.metric)
+            shutil.rmtree(folder)
+
+
+def table(lines: list[dict], metric: str) -> str:
+    """The markdown table: the score before and after, per seed.
+
+    Raises:
+        ValueError: if there is no run.
+    """
+    if not lines:
+        raise ValueError("the results hold no finished run; run the benchmark without --table")
+    groups: dict[tuple, list[dict]] = {}
+    for line in lines:
+        key = line["key"]
+        groups.setdefault((key["noise"], key["compression"], key["settings"]), []).append(line)
+    seeds = sorted({line["key"]["seed"] for line in lines})
+    name = metric.replace("_", " ")
+    text = [
+        f"| noise | compression | {name}, float32 | {name}, compressed | by seed | MB | "
+        "times smaller |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    scale = 100 if metric == "accuracy" else 1
+    for (noise, compression, _), group in groups.items():
+        by_seed = {line["key"]["seed"]: scale * line[metric] for line in group}
+        dense = statistics.mean(scale * line[f"dense_{metric}"] for line in group)
+        each = " / ".join(f"{by_seed[seed]:.1f}" if seed in by_seed else "-" for seed in seeds)
+        size = statistics.mean(line["bytes"] for line in group)
+        times = group[0]["dense_bytes"] / size
+        text.append(
+            f"| {noise} | {compression} | {dense:.1f} | "
+            f"{statistics.mean(by_seed.values()):.1f} | {each} | {size / 1e6:.3f} | {times:.1f} |"
+        )
+    counts = lines[-1]["examples"]
+    text += [
+        "",
+        f"{counts['train']:,} training and {counts['validation']:,} validation examples; seeds "
+        f"{', '.join(map(str, seeds))}.",
+        *(f"Command: `{command}`" for command in dict.fromkeys(line["command"] for line in lines)),
+        *(f"Machine: {name}" for name in dict.fromkeys(line["machine"] for line in lines)),
+    ]
+    return "\n".join(text)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point; ``argv`` defaults to the command line."""
+    (args,) = HfArgumentParser(BenchmarkArguments).parse_args_into_dataclasses(args=argv)
+    if not args.table:
+        run_all(args)
+    print(table(read_lines(args.results), TASKS[args.task].metric))
+
+
+if __name__ == "__main__":
+    main()
