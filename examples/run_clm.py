@@ -18,35 +18,33 @@ also be given as one JSON file.
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from compression_run import Example, Job, finetunes_stages, require_train_data
 from datasets import Dataset, load_dataset
 from example_arguments import Arguments
+from example_data import Split, SplitArguments
 from transformers import AutoModelForCausalLM, AutoTokenizer, default_data_collator
 
 
 @dataclass
-class TextArguments:
+class TextArguments(SplitArguments):
     """What to train and evaluate on."""
 
-    dataset_name: str | None = field(default=None, metadata={"help": "Dataset on the Hub."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
-    train_file: str | None = field(default=None, metadata={"help": "Training text, UTF-8."})
-    validation_file: str | None = field(default=None, metadata={"help": "Validation text."})
+    content: ClassVar[str] = "text"
+    file_kind: ClassVar[str] = "a UTF-8 text file"
+
+    dataset_config_name: str | None = field(
+        default=None, metadata={"help": "Configuration of the dataset on the Hub."}
+    )
     text_column: str = field(default="text", metadata={"help": "Column of the Hub's dataset."})
     sequence_length: int = field(default=512, metadata={"help": "Tokens per example."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use fewer examples."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Use fewer examples."})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.sequence_length < 2:
             raise ValueError(f"--sequence_length {self.sequence_length} must be 2 or more")
-        if self.dataset_name is None and not (self.train_file or self.validation_file):
-            raise ValueError(
-                "no text: give --train_file and --validation_file, or --dataset_name of the Hub"
-            )
 
 
 @dataclass(frozen=True)
@@ -63,18 +61,15 @@ class Pieces:
     words: float
 
 
-def read_text(args: TextArguments, split: str, file_name: str | None, cache_dir) -> list[str]:
+def read_text(args: TextArguments, split: Split, cache_dir: str | None) -> list[str]:
     """The lines of a split, from a file or from the Hub.
 
     Raises:
-        ValueError: naming the flag of a file that is missing or empty.
+        ValueError: naming the flag of a column that is missing or a file that is empty.
     """
-    flag = "--train_file" if split == "train" else "--validation_file"
-    if file_name is None:
-        if args.dataset_name is None:
-            raise ValueError(f"the {split} split needs {flag}; give it a UTF-8 text file")
+    if split.file is None:
         rows = load_dataset(
-            args.dataset_name, args.dataset_config_name, split=split, cache_dir=cache_dir
+            args.dataset_name, args.dataset_config_name, split=split.name, cache_dir=cache_dir
         )
         if args.text_column not in rows.column_names:
             raise ValueError(
@@ -82,12 +77,10 @@ def read_text(args: TextArguments, split: str, file_name: str | None, cache_dir)
                 f"{', '.join(rows.column_names)}"
             )
         return [line if line.endswith("\n") else f"{line}\n" for line in rows[args.text_column]]
-    if not os.path.isfile(file_name):
-        raise ValueError(f"{flag} {file_name!r} is no file; give a UTF-8 text file")
-    with open(file_name, encoding="utf-8") as file:
+    with open(split.file, encoding="utf-8") as file:
         lines = file.readlines()
     if not any(line.strip() for line in lines):
-        raise ValueError(f"{flag} {file_name!r} holds no text")
+        raise ValueError(f"{split.flag} {split.file!r} holds no text")
     return lines
 
 
@@ -139,7 +132,7 @@ def _exp(value: float) -> float:
 def prepare(args: Arguments) -> Job:
     """Tokenized text, tokenizer and model."""
     data, model_args = args.data, args.model
-    require_train_data(args, given=bool(data.train_file or data.dataset_name))
+    require_train_data(args, data.has_train_data)
     tokenizer = AutoTokenizer.from_pretrained(
         model_args.tokenizer_name or model_args.model_name_or_path, **model_args.hub()
     )
@@ -152,17 +145,16 @@ def prepare(args: Arguments) -> Job:
             f"--sequence_length {data.sequence_length} is more than the model's {reach} positions"
         )
 
-    def pieces(split: str, file_name: str | None, limit: int | None, flag: str) -> Pieces:
-        lines = read_text(data, split, file_name, model_args.cache_dir)
-        return cut(lines, tokenizer, data.sequence_length, limit, flag)
+    def pieces(name: str) -> Pieces:
+        split = data.split(name)
+        lines = read_text(data, split, model_args.cache_dir)
+        return cut(lines, tokenizer, data.sequence_length, split.limit, split.flag)
 
     train = validation = None
     if args.training.do_train or finetunes_stages(args):
-        train = pieces("train", data.train_file, data.max_train_samples, "--train_file")
+        train = pieces("train")
     if args.training.do_eval:
-        validation = pieces(
-            "validation", data.validation_file, data.max_eval_samples, "--validation_file"
-        )
+        validation = pieces("validation")
     args.training.prediction_loss_only = True  # logits of whole texts would fill the memory
     return Job(
         model=model,

@@ -19,70 +19,57 @@ also be given as one JSON file.
 from __future__ import annotations
 
 import io
-import os
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from compression_run import Example, Job, finetunes_stages, require_train_data
 from datasets import ClassLabel, Dataset, load_dataset
 from example_arguments import Arguments
+from example_data import Split, SplitArguments
 from glue_labels import metrics_function
 from PIL import Image, UnidentifiedImageError
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
 
 @dataclass
-class ImageArguments:
+class ImageArguments(SplitArguments):
     """What to train and evaluate on."""
 
-    dataset_name: str | None = field(default=None, metadata={"help": "Dataset on the Hub."})
-    train_file: str | None = field(default=None, metadata={"help": "Training images, parquet."})
-    validation_file: str | None = field(default=None, metadata={"help": "Validation images."})
+    content: ClassVar[str] = "images"
+    file_kind: ClassVar[str] = "a parquet file of images"
+
     validation_split: str = field(default="test", metadata={"help": "Split of the Hub's dataset."})
     image_column: str = field(default="image", metadata={"help": "Column of the images."})
     label_column: str = field(default="label", metadata={"help": "Column of the labels."})
     image_size: int | None = field(
         default=None, metadata={"help": "Pixels per side; default: what the checkpoint says."}
     )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use fewer images."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Use fewer images."})
 
     def __post_init__(self) -> None:
-        if self.dataset_name is None and not (self.train_file or self.validation_file):
-            raise ValueError(
-                "no images: give --train_file and --validation_file, or --dataset_name of the Hub"
-            )
+        super().__post_init__()
         if self.image_size is not None and self.image_size < 1:
             raise ValueError(f"--image_size {self.image_size} must be 1 or more")
 
 
-def load_images(args: ImageArguments, split: str, cache_dir: str | None) -> Dataset:
+def load_images(args: ImageArguments, split: Split, cache_dir: str | None) -> Dataset:
     """The rows of a split, from a file or from the Hub, with the two columns that are needed.
 
     Raises:
-        ValueError: naming the flag of a file or column that is missing.
+        ValueError: naming the flag of a column that is missing.
     """
-    train = split == "train"
-    flag, limit = ("--train_file", args.max_train_samples) if train else (
-        "--validation_file", args.max_eval_samples
-    )  # fmt: skip
-    file_name = args.train_file if train else args.validation_file
-    if file_name is None and args.dataset_name is None:
-        raise ValueError(f"the {split} split needs {flag}; give it a parquet file of images")
-    if file_name is not None and not os.path.isfile(file_name):
-        raise ValueError(f"{flag} {file_name!r} is no file; give a parquet file of images")
-    if file_name is None:
-        name = "train" if train else args.validation_split
+    if split.file is None:
+        name = "train" if split.name == "train" else args.validation_split
         rows = load_dataset(args.dataset_name, split=name, cache_dir=cache_dir)
     else:
-        rows = load_dataset("parquet", data_files=file_name, split="train", cache_dir=cache_dir)
+        rows = load_dataset("parquet", data_files=split.file, split="train", cache_dir=cache_dir)
     for name, column in (("image", args.image_column), ("label", args.label_column)):
         if column not in rows.column_names:
             raise ValueError(
-                f"--{name}_column {column!r} is no column of {file_name or args.dataset_name}; it "
+                f"--{name}_column {column!r} is no column of {split.file or args.dataset_name}; it "
                 f"has {', '.join(rows.column_names)}"
             )
     rows = rows.select_columns([args.image_column, args.label_column])
-    return rows.select(range(min(limit, len(rows)))) if limit else rows
+    return rows.select(range(min(split.limit, len(rows)))) if split.limit else rows
 
 
 def label_names(rows: Dataset, column: str) -> list[str]:
@@ -147,12 +134,12 @@ def load_processor(args: Arguments):
 def prepare(args: Arguments) -> Job:
     """Images, image processor and model."""
     data, model_args = args.data, args.model
-    require_train_data(args, given=bool(data.train_file or data.dataset_name))
+    require_train_data(args, data.has_train_data)
     train = validation = None
     if args.training.do_train or finetunes_stages(args):
-        train = load_images(data, "train", model_args.cache_dir)
+        train = load_images(data, data.split("train"), model_args.cache_dir)
     if args.training.do_eval:
-        validation = load_images(data, "validation", model_args.cache_dir)
+        validation = load_images(data, data.split("validation"), model_args.cache_dir)
     if train is None and validation is None:
         raise ValueError("nothing to do: give --do_train, --do_eval or --stage_epochs above 0")
     names = label_names(train if train is not None else validation, data.label_column)

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pandas
 import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parents[2]
 # The examples are on the path for all tests (pyproject.toml), the benchmarks for these.
@@ -107,3 +110,54 @@ def shared() -> Path:
     if not (folder / "models" / "minilm").is_dir() or not (folder / "data" / "sst2").is_dir():
         pytest.skip(f"no models/minilm and data/sst2 in {folder}; set HF_QUANTNOISE_SHARED")
     return folder
+
+
+@pytest.fixture
+def changed():
+    """Makes words of a command line with some flags' values replaced, or added at the end."""
+
+    def change(words: list[str], values: dict[str, str]) -> list[str]:
+        words = list(words)
+        for name, value in values.items():
+            if name in words:
+                words[words.index(name) + 1] = value
+            else:
+                words += [name, value]
+        return words
+
+    return change
+
+
+# ---- a language model and its text ---------------------------------------------------------------
+
+NUMBERED = [f"w{number}" for number in range(40)]
+
+
+@pytest.fixture
+def text_checkpoint(tmp_path):
+    """A tiny Llama with a tokenizer of one token per word."""
+    vocabulary = {"<unk>": 0, "</s>": 1, "<nl>": 2}
+    vocabulary |= {word: number + 3 for number, word in enumerate(NUMBERED)}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=64, pad_token_id=1, eos_token_id=1,
+    )  # fmt: skip
+    folder = tmp_path / "model"
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def texts(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    paths = {}
+    for split, lines in (("train", 60), ("validation", 20)):
+        ids = torch.randint(0, len(NUMBERED), (lines, 12), generator=generator).sort(1).values
+        paths[split] = tmp_path / f"{split}.txt"
+        paths[split].write_text("".join(" ".join(NUMBERED[i] for i in row) + "\n" for row in ids))
+    return paths

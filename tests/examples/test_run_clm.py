@@ -4,52 +4,13 @@ import json
 import math
 
 import pytest
-import torch
 from run_clm import cut, main
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
-
-WORDS = [f"w{number}" for number in range(40)]
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 
-@pytest.fixture
-def checkpoint(tmp_path):
-    """A tiny Llama with a tokenizer of one token per word."""
-    vocabulary = {"<unk>": 0, "</s>": 1, "<nl>": 2}
-    vocabulary |= {word: number + 3 for number, word in enumerate(WORDS)}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=2, max_position_embeddings=64, pad_token_id=1, eos_token_id=1,
-    )  # fmt: skip
-    folder = tmp_path / "model"
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def texts(tmp_path):
-    generator = torch.Generator().manual_seed(0)
-    paths = {}
-    for split, lines in (("train", 60), ("validation", 20)):
-        ids = torch.randint(0, len(WORDS), (lines, 12), generator=generator).sort(1).values
-        paths[split] = tmp_path / f"{split}.txt"
-        paths[split].write_text("".join(" ".join(WORDS[i] for i in row) + "\n" for row in ids))
-    return paths
-
-
-def flags(checkpoint, texts, tmp_path, *more):
+def flags(text_checkpoint, texts, tmp_path, *more):
     return [
-        *("--model_name_or_path", str(checkpoint), "--train_file", str(texts["train"])),
+        *("--model_name_or_path", str(text_checkpoint), "--train_file", str(texts["train"])),
         *("--validation_file", str(texts["validation"]), "--output_dir", str(tmp_path / "out")),
         *("--sequence_length", "16", "--num_train_epochs", "1", "--save_strategy", "no"),
         *("--per_device_train_batch_size", "8", "--n_centroids", "8", "--stage_epochs", "0.5"),
@@ -68,8 +29,8 @@ def flags(checkpoint, texts, tmp_path, *more):
         ["--noise", "none", "--scheme", "fixed_point", "--prune_layers", "every_other"],
     ],
 )
-def test_the_whole_way(checkpoint, texts, tmp_path, settings, capsys):
-    values = main(flags(checkpoint, texts, tmp_path, *settings))
+def test_the_whole_way(text_checkpoint, texts, tmp_path, settings, capsys):
+    values = main(flags(text_checkpoint, texts, tmp_path, *settings))
     stored = json.loads((tmp_path / "out" / "results.json").read_text())
     assert stored["reloaded"]["logits_bit_equal"] is True
     for part in ("dense", "reloaded"):
@@ -85,9 +46,9 @@ def test_the_whole_way(checkpoint, texts, tmp_path, settings, capsys):
     assert small.is_quantized
 
 
-def test_pieces_are_the_stream_without_gaps(checkpoint):
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint)
-    lines = [" ".join(WORDS[i : i + 5]) + "\n" for i in range(0, 20, 5)]
+def test_pieces_are_the_stream_without_gaps(text_checkpoint):
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(text_checkpoint)
+    lines = [" ".join(f"w{number}" for number in range(i, i + 5)) + "\n" for i in range(0, 20, 5)]
     pieces = cut(lines, tokenizer, 6, None, "--train_file")
     assert [row for rows in pieces.rows["input_ids"] for row in rows] == list(range(3, 21))
     assert pieces.tokens == 3 * 5
@@ -105,18 +66,13 @@ def test_pieces_are_the_stream_without_gaps(checkpoint):
         ({"--prune_layers": ".*9"}, "prune_layers='.\\*9' matches no layer of the model"),
     ],
 )
-def test_mistakes_are_named(checkpoint, texts, tmp_path, change, words):
-    given = flags(checkpoint, texts, tmp_path)
-    for name, value in change.items():
-        if name in given:
-            given[given.index(name) + 1] = value
-        else:
-            given += [name, value]
+def test_mistakes_are_named(text_checkpoint, texts, tmp_path, changed, change, words):
+    given = flags(text_checkpoint, texts, tmp_path)
     with pytest.raises(ValueError, match=words):
-        main(given)
+        main(changed(given, change))
 
 
-def test_text_shorter_than_an_example_is_refused(checkpoint, texts, tmp_path):
+def test_text_shorter_than_an_example_is_refused(text_checkpoint, texts, tmp_path):
     texts["train"].write_text("w1 w2 w3\n")
     with pytest.raises(ValueError, match="--train_file has 3 tokens, less than --sequence_length"):
-        main(flags(checkpoint, texts, tmp_path))
+        main(flags(text_checkpoint, texts, tmp_path))

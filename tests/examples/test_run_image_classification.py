@@ -105,12 +105,7 @@ def test_another_size_of_the_images(checkpoint, files, tmp_path):
         ({"--image_size": "0"}, "--image_size 0 must be 1 or more"),
     ],
 )
-def test_mistakes_are_named(checkpoint, files, tmp_path, change, words):
+def test_mistakes_are_named(checkpoint, files, tmp_path, changed, change, words):
     given = flags(checkpoint, files, tmp_path, "--do_train", "False", "--stage_epochs", "0")
-    for name, value in change.items():
-        if name in given:
-            given[given.index(name) + 1] = value
-        else:
-            given += [name, value]
     with pytest.raises(ValueError, match=words):
-        main(given)
+        main(changed(given, change))
