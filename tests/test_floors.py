@@ -11,6 +11,7 @@ ROOT = Path(hf_quantnoise.__file__).parent
 FLOORS = (
     "registry",
     "distributed",
+    "shadow",
     "blocks",
     "structure",
     "sharing",

@@ -169,7 +169,7 @@ def unpack_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Modul
             "_shape_only",
         ):
             layer.__dict__.pop(name, None)
-        layer.__class__ = type(layer).packed_from
+        layer.__class__ = type(layer).made_of
         others = dict(layer._parameters)
         layer._parameters.clear()  # the weight stands first again, as optimizers count parameters
         layer.register_parameter("weight", weights[key])

@@ -20,6 +20,7 @@ from ..blocks import layout_of
 from ..quantizers import Quantizer
 from ..quantizers.fixed_point import round_activations
 from ..quantizers.packing import unpack_codes
+from ..shadow import Shadow, shadow_class
 from .activations import InputObserver
 
 PREFIX = "weight_"
@@ -49,7 +50,7 @@ class _AverageOverBlocks(torch.autograd.Function):
         return gradient / counts.clamp(min=1).to(gradient.dtype)[:, None], None
 
 
-class PackedLayer:
+class PackedLayer(Shadow):
     """Mixin of every packed layer; see the module's docstring.
 
     Attributes:
@@ -158,10 +159,6 @@ class PackedLayer:
         original = super().extra_repr()
         return f"{original}{', ' if original else ''}stored={self.quantizer}"
 
-    def __reduce_ex__(self, protocol):
-        # The class is made at run time: pickle rebuilds it from the class it was made of.
-        return _empty_packed, (self.packed_from,), self.__getstate__()
-
 
 def _sliced_linear(layer: PackedLayer, inputs: Tensor, bias: Tensor | None) -> Tensor:
     """``inputs @ matrix.T + bias`` with the matrix decoded slice by slice."""
@@ -216,13 +213,5 @@ def packed_class(cls: type[nn.Module]) -> type[nn.Module]:
     """
     base = next(base for base in _FORWARDS if issubclass(cls, base))
     own = () if cls is base else (cls,)
-    return type(
-        f"Packed{cls.__name__}",
-        (PackedLayer, *own, _FORWARDS[base]),
-        {"packed_from": cls, "__module__": cls.__module__, "__doc__": PackedLayer.__doc__},
-    )
-
-
-def _empty_packed(cls: type[nn.Module]) -> nn.Module:
-    packed = packed_class(cls)
-    return packed.__new__(packed)
+    bases = (PackedLayer, *own, _FORWARDS[base])
+    return shadow_class("Packed", cls, bases, packed_class, __doc__=PackedLayer.__doc__)

@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from transformers.cache_utils import CacheLayerMixin
 from transformers.utils import logging
 
 from ..distributed import is_distributed
+from ..shadow import Shadow, shadow_class
 from ..sharing import Chunk
 from ..structure import find_stacks
 from .operator import StraightThrough
@@ -96,14 +97,9 @@ class _Skip(torch.autograd.Function):
         return gradient, *(torch.zeros_like(parameter) for parameter in ctx.saved_tensors)
 
 
-class DroppableLayer:
-    """Mixin of a layer that may be skipped.
+class DroppableLayer(Shadow):
+    """Mixin of a layer that may be skipped."""
 
-    Attributes:
-        dropped_from: the class of the original layer.
-    """
-
-    dropped_from: ClassVar[type[nn.Module]]
     _layer_drop: LayerDrop
     _layer_drop_draw: SharedDraw
     _layer_drop_member: int
@@ -166,12 +162,8 @@ class DroppableLayer:
 
     def _never_skip(self, reason: str) -> None:
         if not isinstance(self._layer_drop_plan, str):
-            logger.warning("layerdrop never skips a %s: %s", self.dropped_from.__name__, reason)
+            logger.warning("layerdrop never skips a %s: %s", self.made_of.__name__, reason)
         self.__dict__[_PLAN] = reason
-
-    def __reduce_ex__(self, protocol):
-        # The class is made at run time: pickle rebuilds it from the class it was made of.
-        return _empty_droppable, (self.dropped_from,), self.__getstate__()
 
 
 def _cache_copied(value: Any) -> Any:
@@ -218,13 +210,7 @@ def _plan_of(args: tuple, kwargs: dict, outputs: Any) -> SkipPlan | str:
 @cache
 def droppable_class(cls: type[nn.Module]) -> type[nn.Module]:
     """The droppable subclass of a layer class."""
-    attributes = {"dropped_from": cls, "__module__": cls.__module__, "__doc__": cls.__doc__}
-    return type(f"Droppable{cls.__name__}", (DroppableLayer, cls), attributes)
-
-
-def _empty_droppable(cls: type[nn.Module]) -> nn.Module:
-    droppable = droppable_class(cls)
-    return droppable.__new__(droppable)
+    return shadow_class("Droppable", cls, (DroppableLayer, cls), droppable_class)
 
 
 def droppable_chunks(model: nn.Module, chunks: Sequence[Chunk], rate: float) -> list[Chunk]:
@@ -265,6 +251,6 @@ def make_undroppable(model: nn.Module) -> None:
     """The inverse of :func:`make_droppable`."""
     for module in model.modules():
         if isinstance(module, DroppableLayer):
-            module.__class__ = type(module).dropped_from
+            module.__class__ = type(module).made_of
             for name in (_DROP, _PLAN, _DRAW, _MEMBER):
                 module.__dict__.pop(name)

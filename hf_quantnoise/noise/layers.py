@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ..blocks import LAYOUTS, WeightLayout, layout_of
+from ..shadow import Shadow, shadow_class
 from .activations import ActivationNoise
 from .operator import WeightNoise
 
@@ -22,14 +23,9 @@ _MEMBER = "_quant_noise_member"
 _ACTIVATIONS = "_quant_noise_activations"
 
 
-class QuantNoiseLayer:
-    """Mixin of every noisy layer: noise while ``.training``, the original layer otherwise.
+class QuantNoiseLayer(Shadow):
+    """Mixin of every noisy layer: noise while ``.training``, the original layer otherwise."""
 
-    Attributes:
-        noised_from: the class of the clean layer.
-    """
-
-    noised_from: ClassVar[type[nn.Module]]
     _quant_noise_layout: ClassVar[WeightLayout]
     _quant_noise_weight: WeightNoise
     _quant_noise_member: int
@@ -54,10 +50,6 @@ class QuantNoiseLayer:
             else:
                 self.__dict__["weight"] = outer
 
-    def __reduce_ex__(self, protocol):
-        # The class is made at run time: pickle rebuilds it from the class it was made of.
-        return _empty_noisy, (self.noised_from,), self.__getstate__()
-
 
 class QuantNoiseLookup(QuantNoiseLayer):
     """Mixin of a noisy lookup table: only the rows that are looked up get noise."""
@@ -81,13 +73,7 @@ def noisy_class(cls: type[nn.Module]) -> type[nn.Module]:
     """
     mixin = QuantNoiseLookup if cls.forward is nn.Embedding.forward else QuantNoiseLayer
     layout = next(layout for layout in LAYOUTS if issubclass(cls, layout.base))
-    attributes = {
-        "noised_from": cls,
-        "_quant_noise_layout": layout,
-        "__module__": cls.__module__,
-        "__doc__": cls.__doc__,
-    }
-    return type(f"QN{cls.__name__}", (mixin, cls), attributes)
+    return shadow_class("QN", cls, (mixin, cls), noisy_class, _quant_noise_layout=layout)
 
 
 def is_noisy(module: nn.Module) -> bool:
@@ -118,11 +104,6 @@ def make_noisy(
 
 def make_clean(module: nn.Module) -> None:
     """The inverse of :func:`make_noisy`: the same object with its original class."""
-    module.__class__ = type(module).noised_from
+    module.__class__ = type(module).made_of
     for name in (_NOISE, _MEMBER, _ACTIVATIONS):
         module.__dict__.pop(name)
-
-
-def _empty_noisy(cls: type[nn.Module]) -> nn.Module:
-    noisy = noisy_class(cls)
-    return noisy.__new__(noisy)
