@@ -315,7 +315,7 @@ def test_the_teacher_is_the_whole_model(tmp_path, parity_data, monkeypatch):
         seen.append(teacher)
         return distillation_loss(student, teacher, *others)
 
-    monkeypatch.setattr("hf_quantnoise.compression.stages.distillation_loss", divergence)
+    monkeypatch.setattr("hf_quantnoise.compression.stage_trainer.distillation_loss", divergence)
     whole = copy.deepcopy(trainer.model).eval()
     trainer.compress(IPQConfig(**_fields(prune_layers="every_other", stages=["ffn"])))
     ids = torch.tensor(parity_data[:]["input_ids"])

@@ -20,6 +20,7 @@ LAYERS = {
     "embedding": lambda: nn.Embedding(24, 16),
     "conv 1x1": lambda: nn.Conv2d(16, 24, 1),
     "conv 3x3": lambda: nn.Conv2d(4, 24, 3, stride=2, padding=1),
+    "grouped 3x3": lambda: nn.Conv2d(8, 24, 3, groups=2),
     "depthwise 5x5": lambda: nn.Conv2d(24, 24, 5, padding=2, groups=24),
 }
 NOISES = ["proxy", "mean", "pq", *(f"int{bits}" for bits in range(1, 9))]
