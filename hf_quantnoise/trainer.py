@@ -73,6 +73,7 @@ class QuantNoiseTrainer(GuardedTrainer):
         compression_args: CompressionArguments | None = None,
         teacher: nn.Module | None = None,
         report: Callable[[StageRecord], None] | None = None,
+        resume_from_checkpoint: bool = False,
     ) -> PreTrainedModel:
         """Compresses the model stage by stage (iPQ, section 3.2), in place.
 
@@ -85,6 +86,9 @@ class QuantNoiseTrainer(GuardedTrainer):
             compression_args: how to finetune; the default is one epoch per stage with a teacher.
             teacher: another model to learn from.
             report: called with each stage's record as it comes, on every process.
+            resume_from_checkpoint: go on where an earlier ``compress`` with the same settings was
+                killed, and end with the same model; it begins where nothing was left. The pass
+                writes as the trainer does, so not with ``save_strategy="no"``.
 
         Returns:
             The packed model, which is ``self.model`` too.
@@ -106,7 +110,9 @@ class QuantNoiseTrainer(GuardedTrainer):
             if report is not None:
                 report(record)
 
-        model = compress_in_stages(self, config, compression_args, teacher, keep)
+        model = compress_in_stages(
+            self, config, compression_args, teacher, keep, resume=resume_from_checkpoint
+        )
         if self.noise_callback is not None:
             self.remove_callback(self.noise_callback)  # a later train() finetunes the packed model
             self.noise_callback = None

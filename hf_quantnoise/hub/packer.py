@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -10,7 +12,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..configuration import QuantizedModelConfig
-from ..modeling import pack_layer, packed_layers, packed_names
+from ..modeling import pack_layer, pack_skeleton, packed_layers, packed_names
 from ..modeling.plan import PlannedWeight, make_plan
 from ..modeling.restructure import declare_shared, plan_restructuring
 from .quantizer import attach
@@ -66,21 +68,39 @@ class ModelPacker:
             stage: a key of :attr:`stages`.
             progress: show a bar that counts weights.
         """
-        rewriter = TieRewriter(self.model)
         names: list[str] = []
         error = energy = 0.0
         bar = tqdm(self.stages[stage], desc=f"quantize {stage or 'all layers'}", unit="layer",
                    disable=not progress, leave=False)  # fmt: skip
-        for number, planned in enumerate(bar):
-            norm = self._norm(planned)
-            error += norm * self._pack(planned, number)
-            energy += norm
-            names += [layer.name for layer in planned.layers]
+        with self._names_follow(names):
+            for number, planned in enumerate(bar):
+                norm = self._norm(planned)
+                error += norm * self._pack(planned, number)
+                energy += norm
+                names += [layer.name for layer in planned.layers]
+        return StageResult(stage, tuple(names), error / energy if energy else 0.0)
+
+    def restore_stage(self, stage: str | None) -> None:
+        """Gives the layers of a stage their packed form without quantizing them: what they hold is
+        to be read from somewhere."""
+        names: list[str] = []
+        with self._names_follow(names):
+            for planned in self.stages[stage]:
+                modules = [layer.module for layer in planned.layers]
+                pack_skeleton(modules, planned.quantizer, planned.activation_bits)
+                self.config.plan.update(planned.entries())
+                names += [layer.name for layer in planned.layers]
+
+    @contextmanager
+    def _names_follow(self, names: list[str]) -> Iterator[None]:
+        """Around the packing of layers, whose names are added meanwhile: keeps what transformers
+        knows of the model in step."""
+        rewriter = TieRewriter(self.model)
+        yield
         modules = dict(self.model.named_modules())
         rewriter.rewrite({name: packed_names(modules[name]) for name in names})
         declare_shared(self.model, self.config.shared_layers)
         attach(self.model, self.config)
-        return StageResult(stage, tuple(names), error / energy if energy else 0.0)
 
     def pack_all(self, progress: bool = False) -> list[StageResult]:
         """Restructures, then packs every stage, without training in between."""
