@@ -76,6 +76,10 @@ class CompressionArguments:
         default=8,
         metadata={"help": "Training batches that set the scales of activations, if quantized."},
     )
+    plots: bool = field(
+        default=True,
+        metadata={"help": "Draw the finished pass: PNG files in output_dir/plots."},
+    )
     distill: bool = field(
         default=True,
         metadata={"help": "Learn from the uncompressed model's logits (section 3.2)."},

@@ -30,6 +30,7 @@ from ..modeling.activations import calibrate, require_batches
 from ..noise import remove_quant_noise
 from ..size import size_report
 from .arguments import CompressionArguments, StageSettings
+from .figures import codebook_use, forward_logs, log_record
 from .oneshot import without_noise
 from .pass_files import FOLDER, PassFiles, SavedStage, put_into_memory
 from .resumable import OptimizerState
@@ -51,6 +52,8 @@ class StageRecord:
         mb: size on disk so far, in 10^6 bytes.
         seconds: wall time of the stage.
         finetuning: what the stage's ``train`` returned; empty without finetuning.
+        layer_errors: ||W - W_q||^2 / ||W||^2 of each weight packed in it, before finetuning.
+        codebook_use: share of all centroids so far that some block is assigned to.
     """
 
     stage: str
@@ -60,6 +63,8 @@ class StageRecord:
     seconds: float
     metric: dict[str, float] = field(default_factory=dict)
     finetuning: dict[str, float] = field(default_factory=dict)
+    layer_errors: dict[str, float] = field(default_factory=dict)
+    codebook_use: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able dict."""
@@ -231,11 +236,14 @@ class StagedPass:
         self._save(number)
 
     def _add(self, record: StageRecord) -> None:
+        log_record(self.trainer, record, len(self.history))
         self.history.append(record)
         self.report(record)
 
     def _asked(self) -> dict[str, dict]:
-        asked = {"config": self.config.to_dict(), "compression_args": asdict(self.args)}
+        arguments = asdict(self.args)
+        del arguments["plots"]  # it changes no model
+        asked = {"config": self.config.to_dict(), "compression_args": arguments}
         return json.loads(json.dumps(asked))
 
     def _save(self, number: int) -> None:
@@ -249,7 +257,7 @@ class StagedPass:
 
     def _stage_trainer(self, stage: str | None, number: int) -> StageTrainer:
         trainer, settings = self.trainer, self.args.of_stage(stage)
-        return StageTrainer(
+        stage_trainer = StageTrainer(
             self.model,
             self._stage_arguments(settings, number),
             compression_args=replace(
@@ -266,6 +274,8 @@ class StagedPass:
             compute_metrics=trainer.compute_metrics,
             preprocess_logits_for_metrics=trainer.preprocess_logits_for_metrics,
         )
+        forward_logs(stage_trainer, trainer, number)
+        return stage_trainer
 
     def _span(self, number: int) -> tuple[float, float]:
         """The part of the learning-rate schedule that a stage has."""
@@ -286,6 +296,7 @@ class StagedPass:
             "eval_strategy": IntervalStrategy.NO,
             "load_best_model_at_end": False,
             "push_to_hub": False,
+            "report_to": [],  # the run's own trainer shows what is logged
             "seed": args.seed + number,
         }
         if self.args.stage_schedule == "restart":
@@ -351,4 +362,6 @@ def _record(
         metric=metric,
         seconds=time.perf_counter() - start,
         finetuning=finetuning or {},
+        layer_errors=packed.errors if packed else {},
+        codebook_use=codebook_use(stage_trainer.model),
     )

@@ -27,11 +27,13 @@ class StageResult:
         stage: the structure group or regex; None for a pass without stages.
         layers: names of the layers packed.
         relative_error: sum of ||W - W_q||^2 over the stage, over its sum of ||W||^2.
+        errors: ||W - W_q||^2 / ||W||^2 of each weight, by the first layer that holds it.
     """
 
     stage: str | None
     layers: tuple[str, ...]
     relative_error: float
+    errors: dict[str, float]
 
 
 class ModelPacker:
@@ -69,16 +71,18 @@ class ModelPacker:
             progress: show a bar that counts weights.
         """
         names: list[str] = []
+        errors: dict[str, float] = {}
         error = energy = 0.0
         bar = tqdm(self.stages[stage], desc=f"quantize {stage or 'all layers'}", unit="layer",
                    disable=not progress, leave=False)  # fmt: skip
         with self._names_follow(names):
             for number, planned in enumerate(bar):
                 norm = self._norm(planned)
-                error += norm * self._pack(planned, number)
-                energy += norm
+                own = self._pack(planned, number)
+                error, energy = error + norm * own, energy + norm
+                errors[planned.layers[0].name] = own
                 names += [layer.name for layer in planned.layers]
-        return StageResult(stage, tuple(names), error / energy if energy else 0.0)
+        return StageResult(stage, tuple(names), error / energy if energy else 0.0, errors)
 
     def restore_stage(self, stage: str | None) -> None:
         """Gives the layers of a stage their packed form without quantizing them: what they hold is
