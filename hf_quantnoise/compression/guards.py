@@ -45,8 +45,8 @@ class GuardedTrainer(Trainer):
     * Centroids get no weight decay: it would pull them to zero, not regularise a weight.
     * A checkpoint of another structure (dense, or another stage) is refused; ``Trainer`` would load
       it with a warning and hand the optimizer state of other shapes to a fused kernel.
-    * A model that was evaluated before is trained with all processes. accelerate (1.15) takes it for
-      wrapped already, leaves DDP out, and each rank trains on its own without a word.
+    * A model that was evaluated before is trained with all processes. accelerate (1.15) takes it
+      for wrapped already, leaves DDP out, and each rank trains on its own without a word.
     """
 
     def __init__(self, *args, **kwargs) -> None:
