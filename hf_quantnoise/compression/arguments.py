@@ -86,14 +86,14 @@ class CompressionArguments:
     )
     distill: bool = field(
         default=True,
-        metadata={"help": "Learn from the uncompressed model's logits (section 3.2)."},
+        metadata={"help": "Learn from a teacher, the uncompressed model (section 3.2)."},
     )
     distill_weight: float = field(
         default=1.0,
-        metadata={"help": "Share of the teacher's term in the loss; the labels have the rest."},
+        metadata={"help": "Share of the teacher's logits in the loss; the labels have the rest."},
     )
     temperature: float = field(
-        default=1.0, metadata={"help": "Temperature of both softmaxes in the teacher's term."}
+        default=1.0, metadata={"help": "Temperature of both softmaxes of the logits."}
     )
     distill_hidden: float = field(
         default=0.0,
@@ -107,7 +107,7 @@ class CompressionArguments:
         default="all",
         metadata={
             "help": "Layers whose hidden states and attention maps are compared: 'all', 'last', or "
-            "places counted from 0, as in 0,3,5 (in Python a list will do, too)."
+            "places counted from 0, as in 0,3,5."
         },
     )
     teacher_device: str | None = field(

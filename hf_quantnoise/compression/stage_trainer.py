@@ -72,14 +72,13 @@ class StageTrainer(ResumableTrainer):
         u * that of attention maps, with the weights w, v and u of the arguments."""
         if self.teacher is None or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        student = self.accelerator.unwrap_model(model)
-        self.teacher.prepare(student)
+        self.teacher.prepare(self.model)
         weight, flags = self.compression_args.distill_weight, self.teacher.flags
         if weight < 1:
             loss, outputs = super().compute_loss(model, {**inputs, **flags}, return_outputs=True)
         else:
             loss, outputs = 0.0, model(**self.teacher.inputs_of(inputs, self.label_names), **flags)
-        terms = self.teacher.divergences(student, outputs, inputs, self.label_names)
+        terms = self.teacher.divergences(self.model, outputs, inputs, self.label_names)
         loss = (1 - weight) * loss
         for name, (share, value) in terms.items():
             loss = loss + share * value

@@ -125,7 +125,7 @@ class Teacher:
         Raises:
             ValueError: naming the field and the way out.
         """
-        student = trainer.accelerator.unwrap_model(trainer.model)
+        student = trainer.model
         inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
         was_training = student.training
         student.eval()

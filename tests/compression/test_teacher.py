@@ -104,6 +104,28 @@ def test_gradient_accumulation_does_not_multiply_any_term(task, tmp_path):
     assert losses[4] == pytest.approx(losses[1], rel=1e-4)
 
 
+def test_the_head_is_known_behind_a_wrapper(tmp_path):
+    """As under DDP or torch.compile: the class of what is called says nothing."""
+
+    class Wrapped(torch.nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def forward(self, **inputs):
+            return self.module(**inputs)
+
+    model, args = sharp(make_model("gpt2")), CompressionArguments()
+    stage = StageTrainer(
+        model, TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"),
+        compression_args=args, teacher=Teacher(model, make_model("gpt2", seed=5), args),
+    )  # fmt: skip
+    model.train()
+    inputs = TASKS["causal LM"][1]()
+    losses = [stage.compute_loss(one, inputs) for one in (model, Wrapped(model))]
+    assert torch.equal(*losses)
+
+
 # ---- attention maps ------------------------------------------------------------------------------
 
 
