@@ -189,7 +189,7 @@ def test_gradient_checkpointing_keeps_the_gradients_or_says_so(reentrant, tmp_pa
             compression_args=args, teacher=teacher,
         )  # fmt: skip
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.activation_checkpointing_enable({"use_reentrant": reentrant})
         model.train()
         with teacher.attention_maps(model):
             if checkpointing and reentrant:
@@ -331,3 +331,18 @@ def test_a_teacher_on_the_cpu_teaches_a_student_on_a_gpu():
 def test_bad_arguments_are_named(fields, message):
     with pytest.raises(ValueError, match=message):
         CompressionArguments(**fields)
+
+
+def test_all_terms_under_autocast(tmp_path, monkeypatch):
+    """The models in bfloat16, the divergences in float32: finite, and near those of float32."""
+    first = {}
+    for bf16 in (False, True):
+        watch = Watch(monkeypatch)
+        model = sharp(make_model("bert"))
+        trainer = make_trainer(tmp_path, model=model, bf16=bf16, learning_rate=1e-9)
+        arguments = CompressionArguments(distill_hidden=1.0, distill_attention=1.0)
+        trainer.compress(ATTENTION, arguments)
+        first[bf16] = {n: watch.of(f"teacher_{n}")[0] for n in ("hidden", "attention")}
+        monkeypatch.undo()
+    for name, value in first[False].items():
+        assert first[True][name] == pytest.approx(value, rel=0.1)
