@@ -7,6 +7,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
+from .distillation import read_layers
+
 SCHEDULES = ("restart", "continue")
 
 
@@ -82,14 +86,43 @@ class CompressionArguments:
     )
     distill: bool = field(
         default=True,
-        metadata={"help": "Learn from the uncompressed model's logits (section 3.2)."},
+        metadata={"help": "Learn from a teacher, the uncompressed model (section 3.2)."},
     )
     distill_weight: float = field(
         default=1.0,
-        metadata={"help": "Share of the teacher's term in the loss; the labels have the rest."},
+        metadata={"help": "Share of the teacher's logits in the loss; the labels have the rest."},
     )
     temperature: float = field(
-        default=1.0, metadata={"help": "Temperature of both softmaxes in the teacher's term."}
+        default=1.0, metadata={"help": "Temperature of both softmaxes of the logits."}
+    )
+    distill_hidden: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the relative error of hidden states, added to the loss."},
+    )
+    distill_attention: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the divergence of attention maps, added to the loss."},
+    )
+    distill_layers: str = field(
+        default="all",
+        metadata={
+            "help": "Layers whose hidden states and attention maps are compared: 'all', 'last', or "
+            "places counted from 0, as in 0,3,5."
+        },
+    )
+    teacher_device: str | None = field(
+        default=None,
+        metadata={"help": "Where the teacher is, e.g. 'cpu'; default: beside the model."},
+    )
+    distill_cache: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep the teacher's logits of each training example for later epochs and "
+            "stages, in main memory."
+        },
+    )
+    distill_cache_mb: float = field(
+        default=512.0, metadata={"help": "Most that distill_cache may take, in 10^6 bytes."}
     )
 
     def __post_init__(self) -> None:
@@ -113,6 +146,35 @@ class CompressionArguments:
             raise ValueError(f"distill_weight={self.distill_weight!r} must be from 0 to 1")
         if not self.temperature > 0:
             raise ValueError(f"temperature={self.temperature!r} must be above 0")
+        self._check_teacher()
+
+    def _check_teacher(self) -> None:
+        for name in ("distill_hidden", "distill_attention"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be 0 or more")
+        inner = self.distill_hidden > 0 or self.distill_attention > 0
+        if inner and not self.distill:
+            raise ValueError(
+                "distill_hidden and distill_attention need a teacher, and distill=False leaves it "
+                "out; set distill=True (distill_weight=0 for no term of the logits)"
+            )
+        if self.distill_layers not in ("all", "last"):
+            read_layers(self.distill_layers)
+        if self.teacher_device is not None:
+            try:
+                torch.device(self.teacher_device)
+            except (RuntimeError, TypeError):
+                raise ValueError(
+                    f"teacher_device={self.teacher_device!r} must be a device, e.g. 'cpu' or "
+                    "'cuda:1', or None"
+                ) from None
+        if not self.distill_cache_mb > 0:
+            raise ValueError(f"distill_cache_mb={self.distill_cache_mb!r} must be above 0")
+        if self.distill_cache and inner:
+            raise ValueError(
+                "distill_cache=True keeps logits only; set distill_hidden=0 and "
+                "distill_attention=0, or distill_cache=False"
+            )
 
     def of_stage(self, stage: str | None) -> StageSettings:
         """What holds for one stage: its own settings, and the common ones for the rest."""

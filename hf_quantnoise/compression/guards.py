@@ -18,6 +18,13 @@ logger = logging.get_logger(__name__)
 _PASSES_KWARGS_ON = re.compile(r"loss_function\([^()]*(?:\([^()]*\)[^()]*)*\*\*", re.DOTALL)
 
 
+def without_adapters(model: nn.Module) -> nn.Module:
+    """The model that PEFT wrapped; any other as it is."""
+    while hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+    return model
+
+
 def loss_reads_num_items(model: nn.Module) -> bool:
     """Whether a model's loss is normalised by ``num_items_in_batch``, read off its forward.
 
@@ -25,8 +32,7 @@ def loss_reads_num_items(model: nn.Module) -> bool:
     family accept them and ignore them (a plain mean), so that loss and gradient come out multiplied
     by the gradient accumulation steps.
     """
-    while hasattr(model, "get_base_model"):  # PEFT
-        model = model.get_base_model()
+    model = without_adapters(model)
     try:
         source = inspect.getsource(type(model).forward)
     except (OSError, TypeError):

@@ -7,8 +7,8 @@ from torch import nn
 
 from ..modeling.packed import PREFIX
 from .arguments import CompressionArguments
-from .distillation import distillation_loss
 from .resumable import ResumableTrainer
+from .teacher import Teacher
 
 
 class StageTrainer(ResumableTrainer):
@@ -16,7 +16,7 @@ class StageTrainer(ResumableTrainer):
 
     Args:
         compression_args: weights, temperature and learning rates.
-        teacher: the uncompressed model, or None to learn from labels alone.
+        teacher: what is learnt of the uncompressed model, or None to learn from labels alone.
         kwargs: what :class:`ResumableTrainer` and ``Trainer`` take.
     """
 
@@ -24,12 +24,14 @@ class StageTrainer(ResumableTrainer):
         self,
         *args,
         compression_args: CompressionArguments,
-        teacher: nn.Module | None = None,
+        teacher: Teacher | None = None,
         **kwargs,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.compression_args = compression_args
         self.teacher = teacher
+        self._sums: dict[str, torch.Tensor] = {}
+        self._batches = 0
         if teacher is not None:
             # The loss below is a mean over the batch, whatever the head does with its count.
             self.model_accepts_loss_kwargs = False
@@ -58,20 +60,42 @@ class StageTrainer(ResumableTrainer):
         optimizer.add_param_group({"params": codebooks, "lr": rate, "weight_decay": 0.0})
         return optimizer
 
+    def train(self, *args, **kwargs):
+        """As ``Trainer`` does, with attention maps where the teacher's are a target."""
+        if self.teacher is None:
+            return super().train(*args, **kwargs)
+        with self.teacher.attention_maps(self.model):
+            return super().train(*args, **kwargs)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """(1 - w) * loss of the labels + w * divergence from the teacher."""
+        """(1 - w) * loss of the labels + w * divergence of the logits + v * that of hidden states +
+        u * that of attention maps, with the weights w, v and u of the arguments."""
         if self.teacher is None or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        labels = inputs.get("labels")
-        weight = self.compression_args.distill_weight
+        self.teacher.prepare(self.model)
+        weight, flags = self.compression_args.distill_weight, self.teacher.flags
         if weight < 1:
-            loss, outputs = super().compute_loss(model, dict(inputs), return_outputs=True)
+            loss, outputs = super().compute_loss(model, {**inputs, **flags}, return_outputs=True)
         else:
-            loss, outputs = 0.0, model(**{k: v for k, v in inputs.items() if k != "labels"})
-        with torch.no_grad():
-            teacher = self.teacher(**{k: v for k, v in inputs.items() if k != "labels"})
-        divergence = distillation_loss(
-            outputs["logits"], teacher["logits"], self.compression_args.temperature, labels
-        )
-        loss = (1 - weight) * loss + weight * divergence
+            loss, outputs = 0.0, model(**self.teacher.inputs_of(inputs, self.label_names), **flags)
+        terms = self.teacher.divergences(self.model, outputs, inputs, self.label_names)
+        loss = (1 - weight) * loss
+        for name, (share, value) in terms.items():
+            loss = loss + share * value
+            self._sums[name] = self._sums.get(name, 0.0) + value.detach()
+        self._batches += 1
         return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the teacher's terms, each the mean since the last log, and the use of its cache."""
+        logs = dict(logs)
+        if "loss" in logs and self._batches:
+            for name, total in self._sums.items():
+                mean = self.accelerator.gather(total / self._batches).mean()
+                logs[f"teacher_{name}"] = mean.item()
+            self._sums, self._batches = {}, 0
+        cache = None if self.teacher is None else self.teacher.cache
+        if "train_runtime" in logs and cache is not None:
+            logs["teacher_cache_mb"] = cache.bytes / 1e6
+            logs["teacher_cache_hits"] = cache.found / max(1, cache.asked)
+        super().log(logs, start_time)

@@ -35,6 +35,7 @@ from .oneshot import without_noise
 from .pass_files import FOLDER, PassFiles, SavedStage, put_into_memory
 from .resumable import OptimizerState
 from .stage_trainer import StageTrainer
+from .teacher import Teacher
 
 logger = logging.get_logger(__name__)
 
@@ -103,7 +104,7 @@ class StagedPass:
     ) -> None:
         self.trainer, self.config = trainer, config
         self.args = compression_args or CompressionArguments()
-        self.teacher = teacher
+        self.given_teacher, self.teacher = teacher, None
         self.report = report or (lambda record: None)
         self.model = trainer.accelerator.unwrap_model(trainer.model)
         self.history: list[StageRecord] = []
@@ -164,7 +165,9 @@ class StagedPass:
 
     def _make_teacher(self) -> None:
         if self.args.distill and self._trains:
-            self.teacher = _frozen(self.model, self.teacher)
+            self.teacher = Teacher(self.model, self.given_teacher, self.args)
+            if self.teacher.needs_check:
+                self.teacher.check(self._stage_trainer(None, 0))
         else:
             self.teacher = None
 
@@ -325,11 +328,6 @@ def compress_in_stages(
 ) -> PreTrainedModel:
     """Quantizes a trainer's model stage by stage, in place; see :class:`StagedPass`."""
     return StagedPass(trainer, config, compression_args, teacher, report).run(resume)
-
-
-def _frozen(model: nn.Module, given: nn.Module | None) -> nn.Module:
-    teacher = copy.deepcopy(model) if given is None else given
-    return teacher.eval().requires_grad_(False).to(next(model.parameters()).device)
 
 
 def _calibrate(stage_trainer: StageTrainer, model: PreTrainedModel, packed: StageResult) -> None:

@@ -5,7 +5,6 @@ import copy
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from stacked import inputs_of, make_stacked
 from tiny import make_model
 from transformers import TrainingArguments
@@ -20,8 +19,8 @@ from hf_quantnoise import (
     quantize_model,
     size_report,
 )
-from hf_quantnoise.compression.distillation import distillation_loss
 from hf_quantnoise.compression.guards import loss_reads_num_items
+from hf_quantnoise.compression.teacher import Teacher
 from hf_quantnoise.modeling import packed_layers
 
 CONFIG = IPQConfig(block_size=4, n_centroids=16)
@@ -131,7 +130,8 @@ def test_the_given_teacher_is_used_and_left_alone(tmp_path, parity_data):
     calls = []
     teacher.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     make_trainer(tmp_path, parity_data).compress(CONFIG, teacher=teacher)
-    assert len(calls) == 3 * 6 and not any(calls)  # three stages of six batches
+    # One batch to see that they go together, then three stages of six.
+    assert len(calls) == 1 + 3 * 6 and not any(calls)
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
 
 
@@ -310,12 +310,13 @@ def test_layers_are_shared_and_pruned_before_the_first_stage(tmp_path, parity_da
 def test_the_teacher_is_the_whole_model(tmp_path, parity_data, monkeypatch):
     trainer = make_trainer(tmp_path, parity_data, model=make_stacked("bert", 4))
     seen = []
+    original = Teacher.outputs
 
-    def divergence(student, teacher, *others):
-        seen.append(teacher)
-        return distillation_loss(student, teacher, *others)
+    def outputs(self, *batch):
+        seen.append(original(self, *batch)["logits"])
+        return {"logits": seen[-1]}
 
-    monkeypatch.setattr("hf_quantnoise.compression.stage_trainer.distillation_loss", divergence)
+    monkeypatch.setattr(Teacher, "outputs", outputs)
     whole = copy.deepcopy(trainer.model).eval()
     trainer.compress(IPQConfig(**_fields(prune_layers="every_other", stages=["ffn"])))
     ids = torch.tensor(parity_data[:]["input_ids"])
@@ -323,31 +324,3 @@ def test_the_teacher_is_the_whole_model(tmp_path, parity_data, monkeypatch):
         expected = whole(input_ids=ids).logits
     for logits in seen[0]:
         assert any(torch.allclose(logits, one, atol=1e-6) for one in expected)
-
-
-# ---- the loss ------------------------------------------------------------------------------------
-
-
-def test_distillation_loss_against_a_float64_reference():
-    torch.manual_seed(0)
-    student, teacher = torch.randn(6, 5), torch.randn(6, 5)
-    s, t = student.double().numpy() / 2.0, teacher.double().numpy() / 2.0
-    p = np.exp(t) / np.exp(t).sum(-1, keepdims=True)
-    q = np.exp(s) / np.exp(s).sum(-1, keepdims=True)
-    expected = 4.0 * (p * (np.log(p) - np.log(q))).sum(-1).mean()
-    assert distillation_loss(student, teacher, 2.0).item() == pytest.approx(expected, rel=1e-5)
-    assert distillation_loss(student, student).item() == pytest.approx(0, abs=1e-6)
-
-
-def test_distillation_leaves_ignored_tokens_out_and_knows_regression():
-    torch.manual_seed(0)
-    student, teacher = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
-    labels = torch.tensor([[1, -100, -100], [-100, 2, -100]])
-    kept = torch.stack([student[0, 0], student[1, 1]]), torch.stack([teacher[0, 0], teacher[1, 1]])
-    torch.testing.assert_close(
-        distillation_loss(student, teacher, labels=labels), distillation_loss(*kept)
-    )
-    single = torch.randn(4, 1), torch.randn(4, 1)
-    assert distillation_loss(*single) == F.mse_loss(*single)
-    with pytest.raises(ValueError, match="teacher's logits are"):
-        distillation_loss(torch.randn(2, 3), torch.randn(2, 4))

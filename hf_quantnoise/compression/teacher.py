@@ -1,0 +1,146 @@
+"""The teacher of the staged pass: frozen, in eval mode, on a device of its own if need be."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+from transformers import Trainer
+
+from .arguments import CompressionArguments
+from .heads import logits_divergence
+from .inner_targets import eager_attention, inner_terms, without_attention_dropout
+from .teacher_cache import TeacherCache
+
+
+class Teacher:
+    """A frozen model, and what a student learns of it.
+
+    Args:
+        student: the model that is compressed, before anything is changed.
+        given: the model to learn from, frozen and put in eval mode in place; None takes a copy of
+            the student.
+        args: weights of the terms, temperature, device and cache.
+
+    Attributes:
+        model: the frozen model.
+        cache: its logits so far, or None.
+        flags: keyword arguments that both forwards need.
+
+    Raises:
+        ValueError: if the teacher is the student itself.
+    """
+
+    def __init__(
+        self, student: nn.Module, given: nn.Module | None, args: CompressionArguments
+    ) -> None:
+        if given is student:
+            raise ValueError(
+                "teacher: the model cannot teach itself, for it changes; leave teacher=None (a "
+                "frozen copy of it is taken), or give another model"
+            )
+        self.args = args
+        self.given = given is not None
+        device = args.teacher_device or next(student.parameters()).device
+        model = copy.deepcopy(student) if given is None else given
+        self.model = model.eval().requires_grad_(False).to(device)
+        self.device = next(self.model.parameters()).device
+        self.decodes = bool(getattr(student.config, "is_encoder_decoder", False))
+        self.cache = (
+            TeacherCache(args.distill_cache_mb, self.decodes) if args.distill_cache else None
+        )
+        self.terms, self.flags = inner_terms(
+            args.distill_hidden, args.distill_attention, args.distill_layers
+        )
+
+    @property
+    def reads_attention(self) -> bool:
+        """Whether attention maps are a target."""
+        return "attention" in self.terms
+
+    def inputs_of(self, inputs: Mapping[str, Any], label_names: list[str]) -> dict[str, Any]:
+        """A batch without labels, which are for the loss that is left out. Encoder-decoder models
+        keep theirs: they make the decoder's inputs of them."""
+        given = ("decoder_input_ids" in inputs) or ("decoder_inputs_embeds" in inputs)
+        if self.decodes and not given:
+            return dict(inputs)
+        return {name: value for name, value in inputs.items() if name not in label_names}
+
+    @torch.no_grad()
+    def outputs(self, inputs: Mapping[str, Any], label_names: list[str]) -> dict[str, Any]:
+        """What the teacher says to a batch, on the device of the batch.
+
+        Args:
+            inputs: the batch, with labels or without.
+            label_names: which of it are labels.
+        """
+        if self.cache is not None:
+            return self.cache.outputs(inputs, lambda part: self._forward(part, label_names))
+        return self._forward(inputs, label_names)
+
+    def _forward(self, inputs: Mapping[str, Any], label_names: list[str]) -> dict[str, Any]:
+        home = next(x.device for x in inputs.values() if isinstance(x, Tensor))
+        batch = send_to_device(self.inputs_of(inputs, label_names), self.device)
+        outputs = self.model(**batch, **self.flags)
+        kept = {name: value for name, value in outputs.items() if isinstance(value, Tensor | tuple)}
+        return send_to_device(kept, home)
+
+    def divergences(
+        self,
+        student: nn.Module,
+        outputs: Mapping[str, Any],
+        inputs: Mapping[str, Any],
+        label_names: list[str],
+    ) -> dict[str, tuple[float, Tensor]]:
+        """Name of each term -> its weight in the loss, and its value.
+
+        Args:
+            student: the model that is compressed, not wrapped.
+            outputs: of its forward, with :attr:`flags`.
+            inputs: the batch, with labels.
+            label_names: which of it are labels.
+        """
+        own = self.outputs(inputs, label_names)
+        logits = logits_divergence(student, outputs, own, inputs, self.args.temperature)
+        terms = {"logits": (self.args.distill_weight, logits)}
+        for name, (weight, term) in self.terms.items():
+            terms[name] = (weight, term(outputs, own, inputs))
+        return terms
+
+    @property
+    def needs_check(self) -> bool:
+        """Whether student and teacher might not go together."""
+        return self.given or bool(self.flags) or self.cache is not None
+
+    def check(self, trainer: Trainer) -> None:
+        """Compares student and teacher on one batch.
+
+        Args:
+            trainer: has the student, still dense, and its data.
+
+        Raises:
+            ValueError: naming the field and the way out.
+        """
+        student = trainer.model
+        inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+        was_training = student.training
+        student.eval()
+        with torch.no_grad(), self.attention_maps(student):
+            batch = self.inputs_of(inputs, trainer.label_names)
+            self.divergences(student, student(**batch, **self.flags), inputs, trainer.label_names)
+        student.train(was_training)
+        if self.cache is not None and hasattr(trainer.train_dataset, "__len__"):
+            self.cache.require_room(len(trainer.train_dataset))
+
+    def attention_maps(self, student: nn.Module):
+        """A context in which both models compute their attention maps, if they are a target."""
+        return eager_attention(*((student, self.model) if self.reads_attention else ()))
+
+    def prepare(self, student: nn.Module) -> None:
+        """Before each forward of the student in training."""
+        if self.reads_attention:
+            without_attention_dropout(student)

@@ -1,0 +1,126 @@
+"""The teacher's logits are kept: found again for the same inputs, and for no others."""
+
+import copy
+
+import pytest
+import torch
+from stage_runs import ONE_STAGE, Watch, make_trainer
+from tasks import EXAMPLES, TASKS
+from tiny import make_model
+
+from hf_quantnoise import CompressionArguments, IPQConfig
+from hf_quantnoise.compression.heads import logits_divergence
+from hf_quantnoise.compression.teacher import Teacher
+from hf_quantnoise.compression.teacher_cache import TeacherCache
+from hf_quantnoise.modeling import packed_layers
+
+
+def count_forwards(teacher):
+    rows = []
+    teacher.register_forward_hook(
+        lambda m, args, kwargs, out: rows.append(len(kwargs["attention_mask"])), with_kwargs=True
+    )
+    return rows
+
+
+def test_with_a_cache_each_example_is_computed_once_and_the_result_is_the_same(
+    tmp_path, monkeypatch
+):
+    results, rows = {}, {}
+    watch = Watch(monkeypatch)
+    for cache in (False, True):
+        teacher = make_model("bert", seed=5)
+        rows[cache] = count_forwards(teacher)
+        arguments = CompressionArguments(stage_epochs=3, distill_cache=cache)
+        config = IPQConfig(block_size=4, n_centroids=8, stages=["ffn", "attention"])
+        results[cache] = make_trainer(tmp_path).compress(config, arguments, teacher)
+    assert sum(rows[True]) == EXAMPLES  # the batch of the check among them
+    assert sum(rows[False]) == 8 + 2 * 3 * EXAMPLES
+    for name, parameter in results[True].named_parameters():
+        expected = results[False].get_parameter(name)
+        torch.testing.assert_close(parameter, expected, rtol=1e-3, atol=1e-5)
+    assert watch.of("teacher_cache_mb")[-1] == pytest.approx(EXAMPLES * 2 * 4 / 1e6)
+    assert watch.of("teacher_cache_hits")[-1] > 0.8
+
+
+@pytest.mark.parametrize("task", ["tokens", "questions", "masked LM", "t5", "vit"])
+def test_what_is_found_is_what_was_computed(task):
+    make, data = TASKS[task]
+    model, batch = make(), data()
+    teacher = Teacher(model, None, CompressionArguments(distill_cache=True))
+    plain = Teacher(model, None, CompressionArguments())
+    labels = ["labels", "start_positions", "end_positions"]
+    for order in (slice(0, 8), slice(4, 12), slice(0, 16), [15, 3, 7]):
+        part = {name: value[order] for name, value in batch.items()}
+        found, expected = teacher.outputs(part, labels), plain.outputs(part, labels)
+        with torch.no_grad():
+            outputs = other_outputs(model, part)
+            pair = [logits_divergence(model, outputs, out, part) for out in (found, expected)]
+        torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-6)
+    assert len(teacher.cache) == EXAMPLES
+    assert (teacher.cache.asked, teacher.cache.found) == (8 + 8 + 16 + 3, 4 + 12 + 3)
+
+
+def other_outputs(model, part):
+    changed = copy.deepcopy(model)
+    torch.manual_seed(0)
+    for parameter in changed.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return changed(**part)
+
+
+def test_padding_at_the_end_is_no_part_of_the_key_and_at_the_start_it_is():
+    calls = []
+
+    def compute(inputs):
+        calls.append(len(inputs["input_ids"]))
+        return {"logits": inputs["input_ids"].float().unsqueeze(-1)}
+
+    def batch(ids, mask):
+        return {"input_ids": torch.tensor([ids]), "attention_mask": torch.tensor([mask])}
+
+    cache = TeacherCache(limit_mb=1.0)
+    cache.outputs(batch([5, 6, 0], [1, 1, 0]), compute)
+    assert len(calls) == 1
+    found = cache.outputs(batch([5, 6, 9, 9], [1, 1, 0, 0]), compute)["logits"]
+    assert len(calls) == 1
+    assert found.flatten().tolist() == [5.0, 6.0, 0.0, 0.0]
+    cache.outputs(batch([0, 5, 6], [0, 1, 1]), compute)  # positions are others
+    cache.outputs(batch([5, 7, 0], [1, 1, 0]), compute)
+    assert len(calls) == 3
+
+
+def test_padding_that_has_labels_is_kept():
+    def compute(inputs):
+        return {"logits": inputs["input_ids"].float().unsqueeze(-1)}
+
+    cache = TeacherCache(limit_mb=1.0)
+    inputs = {"input_ids": torch.tensor([[5, 6, 3]]), "attention_mask": torch.tensor([[1, 1, 0]])}
+    labelled = {**inputs, "labels": torch.tensor([[5, 6, 3]])}
+    cache.outputs(inputs, compute)
+    for _ in range(2):
+        assert cache.outputs(labelled, compute)["logits"].flatten().tolist() == [5.0, 6.0, 3.0]
+
+
+def test_classes_are_not_taken_for_positions():
+    """As many classes as positions: none of them is padding."""
+    cache = TeacherCache(limit_mb=1.0)
+    inputs = {"input_ids": torch.tensor([[5, 6, 0]]), "attention_mask": torch.tensor([[1, 1, 0]])}
+    for _ in range(2):
+        out = cache.outputs(inputs, lambda part: {"logits": torch.tensor([[1.0, 2.0, 3.0]])})
+        assert out["logits"].tolist() == [[1.0, 2.0, 3.0]]
+
+
+def test_the_cache_is_bounded_and_what_cannot_fit_is_refused_at_once(tmp_path):
+    batch = TASKS["classification"][1]()
+    model = make_model("bert")
+    arguments = CompressionArguments(distill_cache=True, distill_cache_mb=5 * 8 / 1e6)
+    teacher = Teacher(model, None, arguments)
+    for _ in range(2):
+        teacher.outputs(batch, ["labels"])
+    assert len(teacher.cache) == 5 and teacher.cache.bytes == 5 * 8
+    trainer = make_trainer(tmp_path, "causal LM")
+    arguments = CompressionArguments(distill_cache=True, distill_cache_mb=0.05)
+    with pytest.raises(ValueError, match=r"distill_cache: .*16 examples.*distill_cache_mb=0.05"):
+        trainer.compress(ONE_STAGE, arguments)
+    assert not any(packed_layers(trainer.model))
