@@ -245,7 +245,8 @@ class StagedPass:
 
     def _asked(self) -> dict[str, dict]:
         arguments = asdict(self.args)
-        del arguments["plots"]  # it changes no model
+        for name in ("plots", "teacher_device", "distill_cache_mb"):  # they change no model
+            del arguments[name]
         asked = {"config": self.config.to_dict(), "compression_args": arguments}
         return json.loads(json.dumps(asked))
 
