@@ -23,6 +23,7 @@ from ..hub.packer import ModelPacker, StageResult, check_can_be_packed
 from ..modeling.activations import calibrate, require_batches
 from ..size import size_report
 from .arguments import CompressionArguments
+from .budget import first_batches, within_target
 from .oneshot import without_noise
 from .stage_trainer import StageTrainer
 
@@ -128,7 +129,9 @@ def compress_in_stages(
         if config.activation_bits is not None:
             require_batches([])
     check_can_be_packed(model)
-    packer = ModelPacker(model, without_noise(model, config))
+    batches = first_batches(trainer, compression_args.budget_batches)
+    config = within_target(model, without_noise(model, config), batches)
+    packer = ModelPacker(model, config)
     report = report or (lambda record: None)
     start = time.perf_counter()
     stage_trainer = _stage_trainer(trainer, model, compression_args, None, 0)
