@@ -5,7 +5,7 @@ from .budget import Allotment, allot, plan_budget
 from .guards import GuardedTrainer
 from .oneshot import quantize_model
 from .stages import StageRecord, compress_in_stages
-from .target import check_target_can_be_met, file_bytes
+from .target import check_plan, file_bytes
 
 __all__ = [
     "Allotment",
@@ -13,7 +13,7 @@ __all__ = [
     "GuardedTrainer",
     "StageRecord",
     "allot",
-    "check_target_can_be_met",
+    "check_plan",
     "compress_in_stages",
     "file_bytes",
     "plan_budget",

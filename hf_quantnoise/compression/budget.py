@@ -25,8 +25,8 @@ from .candidates import WeightChoices, choices_for
 from .sensitivity import costs_by_error, costs_by_output
 from .target import (
     check_target_can_be_met,
+    check_within_target,
     file_bytes,
-    target_bytes,
     weights_to_store,
     with_choices,
 )
@@ -179,12 +179,7 @@ def within_target(
     if not config.settings_by_name():
         return allot(model, config, batches, progress)
     check_can_be_packed(model)
-    target, size = target_bytes(restructured_copy(model, config), config), file_bytes(model, config)
-    if size > target:
-        raise ValueError(
-            f"{config.target} allows {target:,} bytes and layer_quantizers makes a file of "
-            f"{size:,}; give some layers fewer bits, or empty layer_quantizers to allot anew"
-        )
+    check_within_target(model, config)
     return config
 
 

@@ -22,8 +22,10 @@ from ..structure import LayerInfo
 
 BLOCK_SIZES = range(2, 17)
 CENTROIDS = tuple(2**bits for bits in range(4, 13))
-# Bits of intN -> observers. The search for a narrower range is slow, and pays with few levels.
-RANGES = {bits: ("histogram" if bits <= 4 else "minmax", "channel") for bits in range(2, 9)}
+BITS = range(2, 9)
+# The search for a narrower range costs a small weight as much as a large one, and pays where there
+# are few levels.
+SEARCHED_BITS, SEARCHED_NUMBERS = 4, 2**14
 
 # What is fitted, on so many numbers of a weight.
 FITTED_CENTROIDS = (16, 64, 256)
@@ -130,8 +132,9 @@ def choices_for(
                 trial = sampled.fit_codebook(quantizer, curve)
             error = sampled.error_of(curve, quantizer) if sampled is not None else 0.0
             _add(found, settings, quantizer, dense.bytes, error, trial)
-    for bits, observers in RANGES.items():
-        for observer in observers:
+    for bits in BITS:
+        searched = bits <= SEARCHED_BITS and found.numel >= SEARCHED_NUMBERS
+        for observer in ("histogram" if searched else "minmax", "channel"):
             settings = {"scheme": "int", "bits": bits, "observer": observer}
             quantizer = quantizer_from_dict(settings)
             error = sampled.error_of_range(quantizer) if sampled is not None else 0.0

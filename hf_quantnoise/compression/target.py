@@ -43,6 +43,35 @@ def target_bytes(model: PreTrainedModel, config: IPQConfig) -> int:
     return int(config.target_bits_per_weight * sum(p.numel() for p in model.parameters()) / 8)
 
 
+def check_plan(model: PreTrainedModel, config: QuantizedModelConfig) -> None:
+    """Whether a config can be carried out on a dense model, which is left as it is; its target too,
+    as far as that can be told without measuring.
+
+    Raises:
+        ValueError: as ``quantize_model`` would.
+    """
+    if config.target is None:
+        ModelPacker(model, config)
+    elif config.settings_by_name():
+        check_within_target(model, config)
+    else:
+        check_target_can_be_met(model, config)
+
+
+def check_within_target(model: PreTrainedModel, config: IPQConfig) -> None:
+    """Whether ``layer_quantizers`` makes a file within the target.
+
+    Raises:
+        ValueError: with both sizes, if it does not; or if it cannot be carried out.
+    """
+    target, size = target_bytes(restructured_copy(model, config), config), file_bytes(model, config)
+    if size > target:
+        raise ValueError(
+            f"{config.target} allows {target:,} bytes and layer_quantizers makes a file of "
+            f"{size:,}; give some layers fewer bits, or empty layer_quantizers to allot anew"
+        )
+
+
 def check_target_can_be_met(model: PreTrainedModel, config: IPQConfig) -> int:
     """The bytes a target allows, after a look at whether any allotment fits; nothing is measured.
 

@@ -6,6 +6,7 @@ plan included.
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
@@ -138,6 +139,10 @@ class QuantizedModelConfig(QuantizationConfigMixin):
         return (config, kwargs) if return_unused_kwargs else config
 
 
+def _for_all_groups(value: int | dict[str, int]) -> dict[str, int]:
+    return value if isinstance(value, dict) else dict.fromkeys(GROUPS, value)
+
+
 @SCHEMES.register("ipq")
 @dataclass(repr=False)
 class IPQConfig(QuantizedModelConfig):
@@ -214,10 +219,25 @@ class IPQConfig(QuantizedModelConfig):
     def noise_settings(self) -> dict[str, Any]:
         return {
             "noise": "proxy",
-            "block_size": self.block_size,
-            "n_centroids": self.n_centroids,
+            "block_size": self._with_names("block_size"),
+            "n_centroids": self._with_names("n_centroids"),
             **self._shared_with_noise(),
         }
+
+    def _with_names(self, name: str) -> int | dict[str, int]:
+        """A setting with what ``layer_quantizers`` gives single layers."""
+        value = getattr(self, name)
+        named = {
+            re.escape(layer): entry[name]
+            for layer, entry in self.layer_quantizers.items()
+            if name in entry
+        }
+        if named and self.prune_layers is not None:
+            raise ValueError(
+                "layer_quantizers names layers as they are once prune_layers took some out, so "
+                "noise on the whole model cannot match it; give QuantNoiseConfig a block_size"
+            )
+        return {**_for_all_groups(value), **named} if named else value
 
     @property
     def target(self) -> str | None:
