@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from stacked import inputs_of, make_stacked
 from tiny import make_vision_model
 from transformers import RobertaConfig, RobertaForSequenceClassification
@@ -17,7 +19,7 @@ from hf_quantnoise import (
 )
 from hf_quantnoise.compression import file_bytes, plan_budget
 from hf_quantnoise.compression.distillation import distillation_loss
-from hf_quantnoise.compression.sensitivity import divergence
+from hf_quantnoise.compression.sensitivity import _interpolated, divergence
 from hf_quantnoise.modeling import packed_layers
 from hf_quantnoise.modeling.copies import copy_of_shapes
 from hf_quantnoise.quantizers import ProductQuantizer
@@ -151,6 +153,30 @@ def test_it_beats_a_uniform_plan_of_the_same_size(saved_bytes):
         for layer in ("mlp.c_fc", "mlp.c_proj", "attn.c_attn"):
             name = "transformer.h.{}." + layer
             assert sizes[name.format(weak)] < sizes[name.format(strong)]
+
+
+def test_a_weight_that_the_batches_do_not_reach_still_costs_something():
+    model = make_stacked("gpt2", 2)
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_proj.weight.zero_()
+    config = IPQConfig(target_size_mb=0.022, **SMALL)
+    found = plan_budget(model, config, [inputs_of("gpt2")], progress=False)
+    weights = {weight.name.removeprefix("transformer.h."): weight for weight in found.weights}
+    idle, busy = weights["0.mlp.c_fc"], weights["1.mlp.c_fc"]
+    assert idle.stored != "dense" and idle.cost > 0
+    assert idle.bytes < busy.bytes
+
+
+@given(
+    st.lists(st.tuples(st.floats(1e-6, 1), st.floats(0, 10)), min_size=1, max_size=2),
+    st.lists(st.floats(0, 1), min_size=2, max_size=6),
+)
+def test_divergence_is_carried_over_through_the_measured_points_and_rises(points, errors):
+    curve = [_interpolated(points, error) for error in sorted(errors)]
+    assert all(a <= b * (1 + 1e-9) + 1e-12 for a, b in zip(curve, curve[1:], strict=False))
+    error, first = min(points)
+    assert _interpolated(points, error) == pytest.approx(first)
+    assert _interpolated(points, error / 10) == pytest.approx(first / 10)
 
 
 @pytest.mark.parametrize("masked", [False, True])
