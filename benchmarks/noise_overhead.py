@@ -39,10 +39,13 @@ class Case:
     noise: str
     p: float
     tables: bool
+    observer: str = "minmax"
 
     @property
     def label(self) -> str:
-        return f"{self.noise} p={self.p:g}{', tables too' if self.tables else ', linear layers'}"
+        observer = f" {self.observer}" if self.observer != "minmax" else ""
+        where = ", tables too" if self.tables else ", linear layers"
+        return f"{self.noise}{observer} p={self.p:g}{where}"
 
 
 def make_model(shape: str, seed: int) -> BertForSequenceClassification:
@@ -93,6 +96,7 @@ def measure(case: Case, args: argparse.Namespace) -> str:
         noise=case.noise,
         p=case.p,
         block_size=args.block_size,
+        observer=case.observer,
         exclude_modules=None if case.tables else TABLES,
         seed=args.seed,
     )
@@ -117,6 +121,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="minilm")
     parser.add_argument("--noise", nargs="+", default=["proxy", "pq", "int8", "int4"])
+    parser.add_argument(
+        "--observer", nargs="+", default=["minmax"], help="ranges of intN noise, each in turn"
+    )
     parser.add_argument("--p", type=float, default=0.1, help="rate of the noise, above 0")
     parser.add_argument("--block_size", type=int, default=8)
     parser.add_argument("--batch", type=int, default=16)
@@ -142,8 +149,9 @@ def main(arguments: list[str] | None = None) -> None:
     print("| noise | step time, median | quartiles | clean step (ms) | refresh (s) |")
     print("|---|---|---|---|---|")
     for noise in args.noise:
-        for tables in (False, True):
-            print(measure(Case(noise, args.p, tables), args), flush=True)
+        for observer in args.observer if noise.startswith("int") else ["minmax"]:
+            for tables in (False, True):
+                print(measure(Case(noise, args.p, tables, observer), args), flush=True)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ TASKS = {
     "text": Task(
         parse=run_clm.parse,
         run=run_clm.run,
-        metric="word_perplexity",
+        metric="perplexity",
         files=("train.txt", "valid.txt"),
         flags="--sequence_length 256 --max_train_samples 1000 --max_eval_samples 200 "
         "--num_train_epochs 2 --learning_rate 2e-3 --per_device_train_batch_size 16",

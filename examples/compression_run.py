@@ -85,7 +85,8 @@ def versions() -> dict[str, str]:
 
 def finetunes_stages(args: Arguments) -> bool:
     """Whether the stages train, so that training data is needed even without ``--do_train``."""
-    return args.options.compress and args.compression.stage_epochs > 0
+    stages = args.options.config(args.training.seed).stage_groups()
+    return args.options.compress and args.compression.trains(stages)
 
 
 def require_train_data(args: Arguments, given: bool, flag: str = "--train_file") -> None:
@@ -145,6 +146,28 @@ def _finetune(trainer: QuantNoiseTrainer, args: Arguments, job: Job, folder: str
     return figures
 
 
+def _earlier_figures(output_dir: str) -> dict:
+    """Figures of the dense model of a run whose compression was killed.
+
+    Raises:
+        ValueError: if there was none.
+    """
+    path = os.path.join(output_dir, "results.json")
+    if not os.path.isfile(path):
+        raise ValueError(
+            f"--resume_compression: {path} is missing, so nothing was begun there; take the "
+            "--output_dir of the run that was killed, or leave the flag out"
+        )
+    with open(path, encoding="utf-8") as file:
+        values = json.load(file)
+    if "dense" not in values:
+        raise ValueError(
+            f"--resume_compression: the run in {output_dir!r} was killed before it compressed; "
+            "take --resume_from_checkpoint to go on with its finetuning"
+        )
+    return values["dense"]
+
+
 def _compress(
     trainer: QuantNoiseTrainer, args: Arguments, job: Job, small_config, results: ResultsFile
 ) -> dict:
@@ -155,6 +178,7 @@ def _compress(
         small_config,
         args.compression,
         report=lambda _: results.add(stages_so_far=trainer.compression_history),
+        resume_from_checkpoint=args.options.resume_compression,
     )
     del results.values["stages_so_far"]  # the figures below hold them
     figures = {"seconds": time.perf_counter() - start, "stages": trainer.compression_history}
@@ -214,7 +238,7 @@ def _closing_table(results: ResultsFile, args: Arguments) -> str:
     """Dense and small model: MB on disk, times smaller, metric before and after."""
     values, metric = results.values, results.values["metric"]
     dense, small = values["dense"], values.get("compressed")
-    kind = "finetuned" if args.training.do_train else "given"
+    kind = "finetuned" if "training" in dense else "given"
     score = dense.get("metrics", {}).get(metric)
     rows = [Row(f"{kind}, {dense['dtype']}", dense["bytes"] / 1e6, score)]
     if small is not None:
@@ -239,6 +263,10 @@ def run(args: Arguments, prepare: Callable[[Arguments], Job]) -> dict:
     small_config = args.options.config(training.seed) if args.options.compress else None
     if not training.do_train:
         noise_config = None
+    earlier = {}
+    if args.options.resume_compression:
+        earlier = {"dense": _earlier_figures(training.output_dir)}
+        noise_config, training.do_train = None, False
     # Only the final model is pushed, not each checkpoint of the float one.
     push, training.push_to_hub = training.push_to_hub, False
     folders = [os.path.join(training.output_dir, name) for name in (DENSE, COMPRESSED)]
@@ -258,11 +286,13 @@ def run(args: Arguments, prepare: Callable[[Arguments], Job]) -> dict:
         quantization=small_config.to_dict() if small_config else None,
         examples={name: len(rows) if rows else 0 for name, rows in counts.items()},
         metric=job.metric,
+        **earlier,
     )
     if not training.do_eval:
         job.parts["eval_dataset"] = None
     trainer = QuantNoiseTrainer(job.model, training, noise_config, **job.parts)
-    results.add(dense=_finetune(trainer, args, job, folders[0]))
+    if not args.options.resume_compression:
+        results.add(dense=_finetune(trainer, args, job, folders[0]))
     if small_config is not None:
         results.add(compressed=_compress(trainer, args, job, small_config, results))
         results.add(reloaded=_reload(trainer, args, job, folders[1]))

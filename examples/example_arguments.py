@@ -194,6 +194,10 @@ class CompressionOptions:
     """What the small model is to be; how it is finetuned is in ``CompressionArguments``."""
 
     compress: bool = field(default=True, metadata={"help": "Compress the finetuned model."})
+    resume_compression: bool = field(
+        default=False,
+        metadata={"help": "Go on with the compression of a run that was killed in it."},
+    )
     scheme: Literal["ipq", "fixed_point"] = field(
         default="ipq", metadata={"help": "Product quantization in stages, or intN."}
     )

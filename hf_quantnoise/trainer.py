@@ -12,9 +12,12 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from .callback import QuantNoiseCallback
 from .compression import CompressionArguments, GuardedTrainer, compress_in_stages
+from .compression.figures import PLOTS, plot_compression
 from .compression.stages import StageRecord
 from .configuration import QuantizedModelConfig, QuantNoiseConfig
 from .hub.card import add_card_section
+from .noise import find_state
+from .size import size_report
 
 
 class QuantNoiseTrainer(GuardedTrainer):
@@ -73,18 +76,22 @@ class QuantNoiseTrainer(GuardedTrainer):
         compression_args: CompressionArguments | None = None,
         teacher: nn.Module | None = None,
         report: Callable[[StageRecord], None] | None = None,
+        resume_from_checkpoint: bool = False,
     ) -> PreTrainedModel:
         """Compresses the model stage by stage (iPQ, section 3.2), in place.
 
         The noise is removed; each stage quantizes its layers and finetunes centroids and all that
-        is still dense, with the uncompressed model as teacher; a bar shows the stages, and each
-        prints one line.
+        is still dense, with the uncompressed model as teacher. Bars show stages, layers and steps,
+        each stage prints one line, and every figure is in the trainer's logs.
 
         Args:
             config: :class:`IPQConfig` or :class:`FixedPointConfig`.
             compression_args: how to finetune; the default is one epoch per stage with a teacher.
             teacher: another model to learn from.
             report: called with each stage's record as it comes, on every process.
+            resume_from_checkpoint: go on where an earlier ``compress`` with the same settings was
+                killed, and end with the same model; it begins where nothing was left. The pass
+                writes as the trainer does, so not with ``save_strategy="no"``.
 
         Returns:
             The packed model, which is ``self.model`` too.
@@ -106,12 +113,25 @@ class QuantNoiseTrainer(GuardedTrainer):
             if report is not None:
                 report(record)
 
-        model = compress_in_stages(self, config, compression_args, teacher, keep)
+        model = compress_in_stages(
+            self, config, compression_args, teacher, keep, resume=resume_from_checkpoint
+        )
         if self.noise_callback is not None:
             self.remove_callback(self.noise_callback)  # a later train() finetunes the packed model
             self.noise_callback = None
         self._forget_dense_model(model)
+        if (compression_args or CompressionArguments()).plots and self.args.should_save:
+            folder = os.path.join(self.args.output_dir, PLOTS)
+            plot_compression(self.compression_history, size_report(model), folder)
         return model
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """``Trainer``'s log; beside a training loss it has the rates of the noise and the share of
+        all weights that it replaces in a forward, on average."""
+        state = find_state(self.model) if self.noise_callback is not None else None
+        if state is not None and "loss" in logs:
+            logs = {**logs, **state.figures(self.model)}
+        super().log(logs, start_time)
 
     def _forget_dense_model(self, model: PreTrainedModel) -> None:
         """Drops the optimizer and wrapper of the dense model: their parameters are gone."""

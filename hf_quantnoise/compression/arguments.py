@@ -2,7 +2,33 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
+
+SCHEDULES = ("restart", "continue")
+
+
+@dataclass(frozen=True)
+class StageSettings:
+    """How one stage is finetuned.
+
+    Attributes:
+        epochs: passes over the training data, where ``steps`` is None.
+        steps: optimizer steps, or None.
+        learning_rate, codebook_learning_rate: None takes the run's, and the stage's.
+    """
+
+    epochs: float
+    steps: int | None
+    learning_rate: float | None
+    codebook_learning_rate: float | None
+
+    @property
+    def trains(self) -> bool:
+        """Whether anything is finetuned at all."""
+        return self.epochs > 0 if self.steps is None else self.steps > 0
 
 
 @dataclass
@@ -28,6 +54,24 @@ class CompressionArguments:
         default=None,
         metadata={"help": "Learning rate of the centroids; default: stage_learning_rate."},
     )
+    stage_steps: int | None = field(
+        default=None,
+        metadata={"help": "Optimizer steps of finetuning after each stage, instead of epochs."},
+    )
+    stage_settings: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "JSON for stages that differ: {stage: {epochs, steps, learning_rate, "
+            "codebook_learning_rate}}."
+        },
+    )
+    stage_schedule: str = field(
+        default="restart",
+        metadata={
+            "help": "'restart': each stage has an optimizer and a learning-rate schedule of its "
+            "own; 'continue': one schedule over all stages, and optimizer state of what stays."
+        },
+    )
     calibration_batches: int = field(
         default=8,
         metadata={"help": "Training batches that set the scales of activations, if quantized."},
@@ -37,6 +81,10 @@ class CompressionArguments:
         metadata={
             "help": "Training batches to measure sensitivities on, for a target size; 0: none."
         },
+    )
+    plots: bool = field(
+        default=True,
+        metadata={"help": "Draw the finished pass: PNG files in output_dir/plots."},
     )
     distill: bool = field(
         default=True,
@@ -55,6 +103,14 @@ class CompressionArguments:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}={value!r} must be above 0, or None")
+        if self.stage_steps is not None and not self.stage_steps >= 0:
+            raise ValueError(f"stage_steps={self.stage_steps!r} must be 0 or more, or None")
+        if self.stage_schedule not in SCHEDULES:
+            raise ValueError(
+                f"stage_schedule={self.stage_schedule!r} must be one of "
+                f"{', '.join(map(repr, SCHEDULES))}"
+            )
+        self.stage_settings = _read_settings(self.stage_settings)
         if not self.stage_epochs >= 0:
             raise ValueError(f"stage_epochs={self.stage_epochs!r} must be 0 or more")
         if not self.calibration_batches >= 1:
@@ -65,3 +121,75 @@ class CompressionArguments:
             raise ValueError(f"distill_weight={self.distill_weight!r} must be from 0 to 1")
         if not self.temperature > 0:
             raise ValueError(f"temperature={self.temperature!r} must be above 0")
+
+    def of_stage(self, stage: str | None) -> StageSettings:
+        """What holds for one stage: its own settings, and the common ones for the rest."""
+        own = (self.stage_settings or {}).get("all" if stage is None else stage, {})
+        epochs, steps = self.stage_epochs, self.stage_steps
+        if own.keys() & {"epochs", "steps"}:  # one of them overrules both common ones
+            epochs, steps = own.get("epochs", 0.0), own.get("steps")
+        return StageSettings(
+            epochs=epochs,
+            steps=steps,
+            learning_rate=own.get("learning_rate", self.stage_learning_rate),
+            codebook_learning_rate=own.get("codebook_learning_rate", self.codebook_learning_rate),
+        )
+
+    def trains(self, stages: Iterable[str | None]) -> bool:
+        """Whether any stage is finetuned."""
+        return any(self.of_stage(stage).trains for stage in stages)
+
+    def check_stages(self, stages: Iterable[str | None]) -> None:
+        """Compares ``stage_settings`` with the stages of a config.
+
+        Raises:
+            ValueError: naming a stage that is none, or lengths that cannot be added up.
+        """
+        stages = list(stages)
+        known = ["all" if stage is None else stage for stage in stages]
+        for stage in self.stage_settings or {}:
+            if stage not in known:
+                raise ValueError(
+                    f"stage_settings names the stage {stage!r}; the config's stages are {known}"
+                )
+        kinds = {self.of_stage(stage).steps is None for stage in stages}
+        if self.stage_schedule == "continue" and len(kinds) > 1:
+            raise ValueError(
+                "stage_schedule='continue' is one schedule over all stages; give the length of all "
+                "of them in epochs, or of all in steps"
+            )
+
+
+_KEYS = ("epochs", "steps", "learning_rate", "codebook_learning_rate")
+
+
+def _read_settings(value: Any) -> dict[str, dict[str, float]] | None:
+    """``stage_settings`` from JSON or a dict, checked."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            value = repr(value)
+    if value is None:
+        return None
+    if not isinstance(value, Mapping) or not all(
+        isinstance(own, Mapping) for own in value.values()
+    ):
+        raise ValueError(
+            f"stage_settings={value!r} must be a dict, or JSON, from stage to its settings, e.g. "
+            '{"attention": {"epochs": 2, "learning_rate": 1e-5}}'
+        )
+    for stage, own in value.items():
+        for key, number in own.items():
+            if key not in _KEYS:
+                raise ValueError(
+                    f"stage_settings: {key!r} (of stage {stage!r}) is unknown; known: "
+                    f"{', '.join(_KEYS)}"
+                )
+            rate = "rate" in key
+            if not isinstance(number, int | float) or number < 0 or (rate and number == 0):
+                raise ValueError(
+                    f"stage_settings: {key}={number!r} (of stage {stage!r}) must be "
+                    f"{'above 0' if rate else '0 or more'}"
+                )
+    return {stage: dict(own) for stage, own in value.items()}

@@ -39,18 +39,26 @@ def loss_reads_num_items(model: nn.Module) -> bool:
 
 
 class GuardedTrainer(Trainer):
-    """``Trainer`` with three guards, each over a public hook.
+    """``Trainer`` with four guards, each over a public hook.
 
     * Gradient accumulation does not multiply the loss of heads that take a plain mean.
     * Centroids get no weight decay: it would pull them to zero, not regularise a weight.
     * A checkpoint of another structure (dense, or another stage) is refused; ``Trainer`` would load
       it with a warning and hand the optimizer state of other shapes to a fused kernel.
+    * A model that was evaluated before is trained with all processes. accelerate (1.15) takes it
+      for wrapped already, leaves DDP out, and each rank trains on its own without a word.
     """
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         if self.model_accepts_loss_kwargs and not loss_reads_num_items(self.model):
             self.model_accepts_loss_kwargs = False
+
+    def train(self, *args, **kwargs):
+        """``Trainer.train``, under DDP whatever was done with the model before."""
+        if self.args.world_size > 1 and self.model_wrapped is self.model:
+            self.model.__dict__.pop("_is_accelerate_prepared", None)
+        return super().train(*args, **kwargs)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """The names ``Trainer`` decays, without the packed layers' parameters."""

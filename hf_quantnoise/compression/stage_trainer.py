@@ -8,15 +8,16 @@ from torch import nn
 from ..modeling.packed import PREFIX
 from .arguments import CompressionArguments
 from .distillation import distillation_loss
-from .guards import GuardedTrainer
+from .resumable import ResumableTrainer
 
 
-class StageTrainer(GuardedTrainer):
+class StageTrainer(ResumableTrainer):
     """Finetunes a partly packed model, with labels, a teacher, or both.
 
     Args:
         compression_args: weights, temperature and learning rates.
         teacher: the uncompressed model, or None to learn from labels alone.
+        kwargs: what :class:`ResumableTrainer` and ``Trainer`` take.
     """
 
     def __init__(

@@ -1,31 +1,43 @@
 """The staged pass: pack a stage, finetune centroids and all that is still dense, evaluate, go on.
 
 Each stage has a trainer of its own. A running trainer's optimizer, scheduler and wrapped model do
-not know parameters that are born under it; a fresh one does.
+not know parameters that are born under it; a fresh one does, and can go on from the earlier one's
+state. Where checkpoints are written at all (``save_strategy``), the pass writes its own; see
+``pass_files``.
 """
 
 from __future__ import annotations
 
 import copy
+import json
+import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from typing import Any
 
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+from transformers.utils import logging
 
 from ..configuration import QuantizedModelConfig
 from ..hub.card import format_metrics
 from ..hub.packer import ModelPacker, StageResult, check_can_be_packed
 from ..modeling.activations import calibrate, require_batches
+from ..noise import remove_quant_noise
 from ..size import size_report
-from .arguments import CompressionArguments
+from .arguments import CompressionArguments, StageSettings
 from .budget import first_batches, within_target
+from .figures import codebook_use, forward_logs, log_record
 from .oneshot import without_noise
+from .pass_files import FOLDER, PassFiles, SavedStage, put_into_memory
+from .resumable import OptimizerState
 from .stage_trainer import StageTrainer
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -41,6 +53,8 @@ class StageRecord:
         mb: size on disk so far, in 10^6 bytes.
         seconds: wall time of the stage.
         finetuning: what the stage's ``train`` returned; empty without finetuning.
+        layer_errors: ||W - W_q||^2 / ||W||^2 of each weight packed in it, before finetuning.
+        codebook_use: share of all centroids so far that some block is assigned to.
     """
 
     stage: str
@@ -50,6 +64,8 @@ class StageRecord:
     seconds: float
     metric: dict[str, float] = field(default_factory=dict)
     finetuning: dict[str, float] = field(default_factory=dict)
+    layer_errors: dict[str, float] = field(default_factory=dict)
+    codebook_use: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able dict."""
@@ -64,45 +80,8 @@ class StageRecord:
         )
 
 
-def _stage_arguments(
-    args: TrainingArguments, compression_args: CompressionArguments, number: int
-) -> TrainingArguments:
-    """The run's own arguments with the stage's length and learning rate; nothing is written."""
-    stage = copy.copy(args)
-    changes = {
-        "num_train_epochs": compression_args.stage_epochs,
-        "max_steps": -1,
-        "warmup_steps": 0,
-        "save_strategy": "no",
-        "eval_strategy": "no",
-        "load_best_model_at_end": False,
-        "push_to_hub": False,
-        "seed": args.seed + number,
-    }
-    if compression_args.stage_learning_rate is not None:
-        changes["learning_rate"] = compression_args.stage_learning_rate
-    for name, value in changes.items():
-        setattr(stage, name, value)
-    return stage
-
-
-def _teacher_of(
-    model: nn.Module, given: nn.Module | None, compression_args: CompressionArguments
-) -> nn.Module | None:
-    if not compression_args.distill or compression_args.stage_epochs == 0:
-        return None
-    teacher = copy.deepcopy(model) if given is None else given
-    return teacher.eval().requires_grad_(False).to(next(model.parameters()).device)
-
-
-def compress_in_stages(
-    trainer: Trainer,
-    config: QuantizedModelConfig,
-    compression_args: CompressionArguments | None = None,
-    teacher: nn.Module | None = None,
-    report: Callable[[StageRecord], None] | None = None,
-) -> PreTrainedModel:
-    """Quantizes a trainer's model stage by stage, in place.
+class StagedPass:
+    """One pass over a trainer's model.
 
     Args:
         trainer: gives the model, its data, metrics and arguments.
@@ -111,48 +90,252 @@ def compress_in_stages(
         teacher: the model to learn from; None takes a frozen copy of the model itself.
         report: called with the record of the dense model, then of each stage as it comes.
 
-    Returns:
-        The packed model.
-
     Raises:
-        ValueError: before anything is changed, if the config cannot be carried out or a stage has
-            no training data.
+        ValueError: if a stage has no training data, or the settings name stages that are none.
     """
-    compression_args = compression_args or CompressionArguments()
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    if trainer.train_dataset is None:
-        if compression_args.stage_epochs > 0:
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        config: QuantizedModelConfig,
+        compression_args: CompressionArguments | None = None,
+        teacher: nn.Module | None = None,
+        report: Callable[[StageRecord], None] | None = None,
+    ) -> None:
+        self.trainer, self.config = trainer, config
+        self.args = compression_args or CompressionArguments()
+        self.teacher = teacher
+        self.report = report or (lambda record: None)
+        self.model = trainer.accelerator.unwrap_model(trainer.model)
+        self.history: list[StageRecord] = []
+        self.stages = config.stage_groups()
+        self.args.check_stages(self.stages)
+        self._trains = self.args.trains(self.stages)
+        if trainer.train_dataset is None:
+            if self._trains:
+                raise ValueError(
+                    "compress finetunes between stages and the trainer has no train_dataset; give "
+                    "it one, or set CompressionArguments(stage_epochs=0)"
+                )
+            if config.activation_bits is not None:
+                require_batches([])
+        check_can_be_packed(self.model)
+        keeps = trainer.args.save_strategy != SaveStrategy.NO
+        folder = os.path.join(trainer.args.output_dir, FOLDER) if keeps else None
+        self.files = PassFiles(folder, trainer.args.should_save)
+        self._optimizer_state: OptimizerState = {}
+
+    def run(self, resume: bool = False) -> PreTrainedModel:
+        """Carries the pass out, in place.
+
+        Args:
+            resume: go on from what an earlier pass with the same settings left; begin where there
+                is nothing.
+
+        Returns:
+            The packed model.
+        """
+        saved = self._saved() if resume else []
+        if not saved:
+            self.files.clear()
+        self.trainer.accelerator.wait_for_everyone()
+        done = self._go_back(saved) if saved else self._begin()
+        numbered = list(enumerate(self.stages, 1))
+        for number, stage in tqdm(numbered[done:], desc="stages", unit="stage"):
+            if stage in self.packer.stages:  # layer_quantizers may leave all of it dense
+                self._stage(number, stage)
+        return self.model.eval()
+
+    # ---- from where it starts -------------------------------------------------------------------
+
+    def _begin(self) -> int:
+        batches = first_batches(self.trainer, self.args.budget_batches)
+        config = within_target(self.model, without_noise(self.model, self.config), batches)
+        self.packer = ModelPacker(self.model, config)
+        start = time.perf_counter()
+        self._add(_record("dense", self._stage_trainer(None, 0), start))
+        self._save(0)
+        self._make_teacher()
+        self._restructure()
+        return 0
+
+    def _restructure(self) -> None:
+        if not self.packer.restructuring.changes:
+            return
+        start = time.perf_counter()
+        self.packer.restructure()
+        self._add(_record("restructured", self._stage_trainer(None, 0), start))
+
+    def _make_teacher(self) -> None:
+        if self.args.distill and self._trains:
+            self.teacher = _frozen(self.model, self.teacher)
+        else:
+            self.teacher = None
+
+    def _saved(self) -> list[SavedStage]:
+        """What an earlier pass left, the dense model first; empty where there is nothing.
+
+        Raises:
+            ValueError: if nothing is ever written, or that pass had other settings.
+        """
+        if self.files.folder is None:
             raise ValueError(
-                "compress finetunes between stages and the trainer has no train_dataset; give it "
-                "one, or set CompressionArguments(stage_epochs=0)"
+                "resume_from_checkpoint: the pass leaves nothing to go on from with "
+                "save_strategy='no'; set save_strategy='steps' or 'epoch' from the first run on"
             )
-        if config.activation_bits is not None:
-            require_batches([])
-    check_can_be_packed(model)
-    batches = first_batches(trainer, compression_args.budget_batches)
-    config = within_target(model, without_noise(model, config), batches)
-    packer = ModelPacker(model, config)
-    report = report or (lambda record: None)
-    start = time.perf_counter()
-    stage_trainer = _stage_trainer(trainer, model, compression_args, None, 0)
-    report(_record("dense", stage_trainer, start))
-    teacher = _teacher_of(model, teacher, compression_args)
-    if packer.restructuring.changes:
+        saved = self.files.stages()
+        if not saved:
+            logger.warning(f"nothing to go on from in {self.files.folder}; the pass begins anew")
+            return []
+        asked, now = saved[-1].content["asked"], self._asked()
+        for part in asked:
+            odd = [key for key in now[part] if asked[part].get(key) != now[part][key]]
+            if odd:
+                was, is_now = asked[part].get(odd[0]), now[part][odd[0]]
+                raise ValueError(
+                    f"resume_from_checkpoint: the pass in {self.files.folder} was begun with "
+                    f"{odd[0]}={was!r}, now it is {is_now!r}; take the same {part}, or begin anew "
+                    "without resume_from_checkpoint"
+                )
+        return saved
+
+    def _go_back(self, saved: list[SavedStage]) -> int:
+        """The model, teacher and records as they were after the newest finished stage."""
+        remove_quant_noise(self.model)
+        put_into_memory(self.model, saved[0].tensors())
+        newest = saved[-1]
+        config = QuantizedModelConfig.from_dict(newest.content["config"])
+        self.packer = ModelPacker(self.model, config)
+        self._make_teacher()
+        records = [StageRecord(**record) for record in newest.content["history"]]
+        if newest.number == 0:
+            records = [record for record in records if record.stage == "dense"]
+        for record in records:
+            self._add(record)
+        if newest.number == 0:
+            self._restructure()
+        else:
+            self.packer.restructure()
+            for stage in self.stages[: newest.number]:
+                if stage not in self.packer.stages:
+                    continue
+                self.packer.restore_stage(stage)
+            put_into_memory(self.model, newest.tensors())
+            self._optimizer_state = newest.optimizer()
+        return newest.number
+
+    # ---- a stage --------------------------------------------------------------------------------
+
+    def _stage(self, number: int, stage: str | None) -> None:
         start = time.perf_counter()
-        packer.restructure()
-        stage_trainer = _stage_trainer(trainer, model, compression_args, None, 0)
-        report(_record("restructured", stage_trainer, start))
-    for number, stage in enumerate(tqdm(packer.stages, desc="stages", unit="stage"), 1):
-        start = time.perf_counter()
-        packed = packer.pack_stage(stage)
-        stage_trainer = _stage_trainer(trainer, model, compression_args, teacher, number)
-        _calibrate(stage_trainer, model, packed)
+        packed = self.packer.pack_stage(stage)
+        stage_trainer = self._stage_trainer(stage, number)
+        _calibrate(stage_trainer, self.model, packed)
         finetuning = {}
-        if compression_args.stage_epochs > 0:
-            finetuning = stage_trainer.train().metrics
-            model.eval()
-        report(_record(stage or "all", stage_trainer, start, packed, finetuning))
-    return model
+        if self.args.of_stage(stage).trains:
+            checkpoint = self.files.checkpoint(number)
+            finetuning = stage_trainer.train(resume_from_checkpoint=checkpoint).metrics
+            self.model.eval()
+            if self.args.stage_schedule == "continue":
+                self._optimizer_state = stage_trainer.optimizer_state()
+        self._add(_record(stage or "all", stage_trainer, start, packed, finetuning))
+        self._save(number)
+
+    def _add(self, record: StageRecord) -> None:
+        log_record(self.trainer, record, len(self.history))
+        self.history.append(record)
+        self.report(record)
+
+    def _asked(self) -> dict[str, dict]:
+        arguments = asdict(self.args)
+        del arguments["plots"]  # it changes no model
+        asked = {"config": self.config.to_dict(), "compression_args": arguments}
+        return json.loads(json.dumps(asked))
+
+    def _save(self, number: int) -> None:
+        content = {
+            "asked": self._asked(),
+            "config": self.packer.config.to_dict(),
+            "history": [record.to_dict() for record in self.history],
+        }
+        self.files.save_stage(number, self.model, content, self._optimizer_state)
+        self.trainer.accelerator.wait_for_everyone()
+
+    def _stage_trainer(self, stage: str | None, number: int) -> StageTrainer:
+        trainer, settings = self.trainer, self.args.of_stage(stage)
+        stage_trainer = StageTrainer(
+            self.model,
+            self._stage_arguments(settings, number),
+            compression_args=replace(
+                self.args, codebook_learning_rate=settings.codebook_learning_rate
+            ),
+            teacher=self.teacher if number > 0 else None,
+            span=self._span(number),
+            optimizer_state=self._optimizer_state,
+            data_collator=trainer.data_collator,
+            train_dataset=trainer.train_dataset,
+            eval_dataset=trainer.eval_dataset,
+            processing_class=trainer.processing_class,
+            compute_loss_func=trainer.compute_loss_func,
+            compute_metrics=trainer.compute_metrics,
+            preprocess_logits_for_metrics=trainer.preprocess_logits_for_metrics,
+        )
+        forward_logs(stage_trainer, trainer, number)
+        return stage_trainer
+
+    def _span(self, number: int) -> tuple[float, float]:
+        """The part of the learning-rate schedule that a stage has."""
+        if self.args.stage_schedule == "restart" or number == 0:
+            return 0.0, 1.0
+        settings = [self.args.of_stage(stage) for stage in self.stages]
+        lengths = [each.epochs if each.steps is None else each.steps for each in settings]
+        before, whole = sum(lengths[: number - 1]), sum(lengths)
+        return (before / whole, (before + lengths[number - 1]) / whole) if whole else (0.0, 1.0)
+
+    def _stage_arguments(self, settings: StageSettings, number: int) -> TrainingArguments:
+        """The run's own arguments with the stage's length and learning rate."""
+        args = self.trainer.args
+        stage = copy.copy(args)
+        changes = {
+            "num_train_epochs": settings.epochs,
+            "max_steps": -1 if settings.steps is None else settings.steps,
+            "eval_strategy": IntervalStrategy.NO,
+            "load_best_model_at_end": False,
+            "push_to_hub": False,
+            "report_to": [],  # the run's own trainer shows what is logged
+            "seed": args.seed + number,
+        }
+        if self.args.stage_schedule == "restart":
+            changes["warmup_steps"] = 0
+        if settings.learning_rate is not None:
+            changes["learning_rate"] = settings.learning_rate
+        if self.files.folder is not None:
+            changes["output_dir"] = self.files.run_folder(number)
+            changes["save_only_model"] = False
+            # One may be torn when the pass is killed.
+            changes["save_total_limit"] = max(2, args.save_total_limit or 2)
+            if args.save_strategy == SaveStrategy.BEST:
+                changes["save_strategy"] = SaveStrategy.EPOCH
+        for name, value in changes.items():
+            setattr(stage, name, value)
+        return stage
+
+
+def compress_in_stages(
+    trainer: Trainer,
+    config: QuantizedModelConfig,
+    compression_args: CompressionArguments | None = None,
+    teacher: nn.Module | None = None,
+    report: Callable[[StageRecord], None] | None = None,
+    resume: bool = False,
+) -> PreTrainedModel:
+    """Quantizes a trainer's model stage by stage, in place; see :class:`StagedPass`."""
+    return StagedPass(trainer, config, compression_args, teacher, report).run(resume)
+
+
+def _frozen(model: nn.Module, given: nn.Module | None) -> nn.Module:
+    teacher = copy.deepcopy(model) if given is None else given
+    return teacher.eval().requires_grad_(False).to(next(model.parameters()).device)
 
 
 def _calibrate(stage_trainer: StageTrainer, model: PreTrainedModel, packed: StageResult) -> None:
@@ -185,26 +368,6 @@ def _record(
         metric=metric,
         seconds=time.perf_counter() - start,
         finetuning=finetuning or {},
-    )
-
-
-def _stage_trainer(
-    trainer: Trainer,
-    model: PreTrainedModel,
-    compression_args: CompressionArguments,
-    teacher: nn.Module | None,
-    number: int,
-) -> StageTrainer:
-    return StageTrainer(
-        model,
-        _stage_arguments(trainer.args, compression_args, number),
-        compression_args=compression_args,
-        teacher=teacher,
-        data_collator=trainer.data_collator,
-        train_dataset=trainer.train_dataset,
-        eval_dataset=trainer.eval_dataset,
-        processing_class=trainer.processing_class,
-        compute_loss_func=trainer.compute_loss_func,
-        compute_metrics=trainer.compute_metrics,
-        preprocess_logits_for_metrics=trainer.preprocess_logits_for_metrics,
+        layer_errors=packed.errors if packed else {},
+        codebook_use=codebook_use(stage_trainer.model),
     )

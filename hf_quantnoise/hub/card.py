@@ -30,12 +30,17 @@ def _loading(model: PreTrainedModel) -> str:
 _NOT_METRICS = ("runtime", "per_second", "preparation_time", "epoch")
 
 
+def is_metric(name: str, value: object) -> bool:
+    """Whether an entry of ``evaluate``'s result is a score, and no timing."""
+    return isinstance(value, float) and not any(word in name for word in _NOT_METRICS)
+
+
 def format_metrics(metrics: dict[str, float]) -> str:
     """``evaluate``'s result on one line, without timings: ``"loss 0.3100, accuracy 0.9100"``."""
     return ", ".join(
         f"{name.removeprefix('eval_')} {value:.4f}"
         for name, value in metrics.items()
-        if isinstance(value, float) and not any(word in name for word in _NOT_METRICS)
+        if is_metric(name, value)
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -25,11 +27,13 @@ class StageResult:
         stage: the structure group or regex; None for a pass without stages.
         layers: names of the layers packed.
         relative_error: sum of ||W - W_q||^2 over the stage, over its sum of ||W||^2.
+        errors: ||W - W_q||^2 / ||W||^2 of each weight, by the first layer that holds it.
     """
 
     stage: str | None
     layers: tuple[str, ...]
     relative_error: float
+    errors: dict[str, float]
 
 
 class ModelPacker:
@@ -68,21 +72,41 @@ class ModelPacker:
             stage: a key of :attr:`stages`.
             progress: show a bar that counts weights.
         """
-        rewriter = TieRewriter(self.model)
         names: list[str] = []
+        errors: dict[str, float] = {}
         error = energy = 0.0
         bar = tqdm(self.stages[stage], desc=f"quantize {stage or 'all layers'}", unit="layer",
                    disable=not progress, leave=False)  # fmt: skip
-        for number, planned in enumerate(bar):
-            norm = self._norm(planned)
-            error += norm * self._pack(planned, number)
-            energy += norm
-            names += [layer.name for layer in planned.layers]
+        with self._names_follow(names):
+            for number, planned in enumerate(bar):
+                norm = self._norm(planned)
+                own = self._pack(planned, number)
+                error, energy = error + norm * own, energy + norm
+                errors[planned.layers[0].name] = own
+                names += [layer.name for layer in planned.layers]
+        return StageResult(stage, tuple(names), error / energy if energy else 0.0, errors)
+
+    def restore_stage(self, stage: str | None) -> None:
+        """Gives the layers of a stage their packed form without quantizing them: what they hold is
+        to be read from somewhere."""
+        names: list[str] = []
+        with self._names_follow(names):
+            for planned in self.stages[stage]:
+                modules = [layer.module for layer in planned.layers]
+                pack_skeleton(modules, planned.quantizer, planned.activation_bits)
+                self.config.plan.update(planned.entries())
+                names += [layer.name for layer in planned.layers]
+
+    @contextmanager
+    def _names_follow(self, names: list[str]) -> Iterator[None]:
+        """Around the packing of layers, whose names are added meanwhile: keeps what transformers
+        knows of the model in step."""
+        rewriter = TieRewriter(self.model)
+        yield
         modules = dict(self.model.named_modules())
         rewriter.rewrite({name: packed_names(modules[name]) for name in names})
         declare_shared(self.model, self.config.shared_layers)
         attach(self.model, self.config)
-        return StageResult(stage, tuple(names), error / energy if energy else 0.0)
 
     def pack_all(self, progress: bool = False) -> list[StageResult]:
         """Restructures, then packs every stage, without training in between."""
@@ -93,11 +117,8 @@ class ModelPacker:
         """As :meth:`pack_all`, with empty tensors: nothing is quantized. For models on the meta
         device, whose bytes are to be counted."""
         self.restructure()
-        for planned in (planned for stage in self.stages.values() for planned in stage):
-            modules = [layer.module for layer in planned.layers]
-            pack_skeleton(modules, planned.quantizer, planned.activation_bits)
-            self.config.plan.update(planned.entries())
-        attach(self.model, self.config)
+        for stage in self.stages:
+            self.restore_stage(stage)
 
     def _norm(self, planned: PlannedWeight) -> float:
         return float(planned.layers[0].module.weight.detach().float().square().sum())

@@ -28,7 +28,7 @@ def test_every_row_runs_once(flags, tmp_path, capsys):
     ]
     assert all(line["logits_bit_equal"] for line in lines)
     assert lines[1]["bytes"] < lines[0]["bytes"] < lines[0]["dense_bytes"]
-    assert lines[0]["dense_word_perplexity"] > 1 < lines[0]["word_perplexity"]
+    assert lines[0]["dense_perplexity"] > 1 < lines[0]["perplexity"]
     benchmark.main([*flags, *rows])
     assert read_lines(tmp_path / "results.jsonl") == lines
     assert not list((tmp_path / "runs").iterdir())

@@ -12,6 +12,8 @@ from example_arguments import parse_int_or_dict, parse_patterns
 from run_glue import main, parse
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from hf_quantnoise.compression.stage_trainer import StageTrainer
+
 SMALL = ["--n_centroids", "8", "--block_size", "4", "--stage_epochs", "0.5"]
 NAMES = ("dull", "great")
 
@@ -296,6 +298,31 @@ def test_a_plan_that_cannot_be_carried_out_is_told_before_training(start, write_
     monkeypatch.setattr("compression_run.QuantNoiseTrainer.train", train)
     with pytest.raises(ValueError, match="block_size=5.*choose a block_size"):
         start(*write_sets(), "--n_centroids", "8", "--block_size", "5", "--noise", "none")
+
+
+def test_a_killed_compression_goes_on(start, write_sets, monkeypatch):
+    files, often = write_sets(), ["--save_steps", "2", "--stage_epochs", "1", "--n_centroids", "8"]
+    _, straight = start(*files, *often, out="straight")
+    real, calls = StageTrainer.training_step, []
+
+    def killed(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(StageTrainer, "training_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        start(*files, *often, out="killed")
+    results, folder = start(*files, *often, "--resume_compression", out="killed")
+    for name in ("dense", "compressed"):
+        one, other = (path / name / "model.safetensors" for path in (straight, folder))
+        assert one.read_bytes() == other.read_bytes()
+    stored = json.loads((straight / "results.json").read_text())
+    assert results["dense"]["metrics"]["accuracy"] == stored["dense"]["metrics"]["accuracy"]
+    assert results["reloaded"]["metrics"]["loss"] == stored["reloaded"]["metrics"]["loss"]
+    with pytest.raises(ValueError, match="--resume_compression: .*results.json is missing"):
+        start(*files, *often, "--resume_compression", out="elsewhere")
 
 
 @pytest.mark.slow

@@ -1,0 +1,135 @@
+"""What a pass shows: figures in the run's logs, and plots that can be opened."""
+
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from stacked import make_stacked
+from transformers import TrainerCallback, TrainingArguments
+
+from hf_quantnoise import (
+    CompressionArguments,
+    FixedPointConfig,
+    IPQConfig,
+    QuantNoiseConfig,
+    QuantNoiseTrainer,
+    quantize_model,
+    size_report,
+)
+from hf_quantnoise.compression.figures import codebook_use, plot_compression
+from hf_quantnoise.modeling import packed_layers
+
+CONFIG = IPQConfig(block_size=4, n_centroids=16)
+
+
+class Listener(TrainerCallback):
+    """Stands for TensorBoard, trackio and the rest: notes each log with its step."""
+
+    def __init__(self):
+        self.lines = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.lines.append((state.global_step, dict(logs)))
+
+
+@pytest.fixture
+def make_trainer(tmp_path, parity_data):
+    def make(noise=None, **changes):
+        settings = {
+            "per_device_train_batch_size": 16, "learning_rate": 1e-3, "report_to": "none",
+            "save_strategy": "no", "disable_tqdm": True, "use_cpu": True, "logging_steps": 2,
+            "num_train_epochs": 1,
+        }  # fmt: skip
+        args = TrainingArguments(**{"output_dir": str(tmp_path), **settings, **changes})
+        listener = Listener()
+        trainer = QuantNoiseTrainer(
+            make_stacked("bert", 2), args, noise, train_dataset=parity_data,
+            eval_dataset=parity_data, callbacks=[listener],
+        )  # fmt: skip
+        return trainer, listener
+
+    return make
+
+
+def test_every_figure_of_the_pass_is_in_the_logs(make_trainer):
+    trainer, listener = make_trainer()
+    trainer.train()
+    before = len(listener.lines)
+    trainer.compress(CONFIG)
+    lines = listener.lines[before:]
+    names = {name for _, logs in lines for name in logs}
+    wanted = ["loss", "learning_rate", "eval_loss", "mb", "relative_error", "codebook_use", "stage"]
+    assert {f"compression_{name}" for name in wanted} <= names
+    assert "compression_error/bert.encoder.layer.1.output.dense" in names
+    steps = [step for step, _ in lines]
+    assert steps == sorted(steps) and steps[0] == 6  # they go on where the training ended
+    assert steps[-1] == 6 + 3 * 6
+    sizes = [logs["compression_mb"] for _, logs in lines if "compression_mb" in logs]
+    assert sizes == [record["mb"] for record in trainer.compression_history]
+    assert trainer.state.log_history[-1]["compression_stage"] == 3
+
+
+def test_a_log_is_printed_once(make_trainer, capsys):
+    trainer, _ = make_trainer()
+    trainer.compress(CONFIG, CompressionArguments(plots=False))
+    printed = [line for line in capsys.readouterr().out.splitlines() if "_loss'" in line]
+    assert len(printed) == len(set(printed)) > 3
+
+
+def test_the_noise_is_in_the_logs_of_the_training(make_trainer):
+    noise = QuantNoiseConfig(noise=["pq", "int8"], p=[0.1, 0.4], block_size=4, n_centroids=16)
+    trainer, listener = make_trainer(noise)
+    clean = ("position_embeddings", "token_type", "classifier")
+    layers = [
+        parameter.numel()
+        for name, parameter in trainer.model.named_parameters()
+        if parameter.dim() == 2 and not any(word in name for word in clean)
+    ]
+    # The classifier has too few blocks for a codebook, and int8 noise alone.
+    noised = (1 - 0.9 * 0.6) * sum(layers) + 0.4 * trainer.model.classifier.weight.numel()
+    trainer.train()
+    logs = next(logs for _, logs in listener.lines if "loss" in logs)
+    assert (logs["noise_p_0"], logs["noise_p_1"]) == (0.1, 0.4)
+    everything = sum(parameter.numel() for parameter in trainer.model.parameters())
+    assert logs["noised_share"] == pytest.approx(noised / everything)
+
+
+def test_codebook_use_counts_each_codebook_once():
+    model = quantize_model(make_stacked("gpt2", 2), CONFIG, progress=False)
+    used, total = 0, 0
+    for name, layer in packed_layers(model):
+        if name != "lm_head":  # tied to the table
+            used += len(set(layer.codes().flatten().tolist()))
+            total += 16
+    assert codebook_use(model) == pytest.approx(used / total)
+    intn = quantize_model(make_stacked("gpt2", 2), FixedPointConfig(bits=4), progress=False)
+    assert codebook_use(intn) is None
+
+
+def test_plots_are_drawn_at_the_end(make_trainer, tmp_path):
+    trainer, _ = make_trainer()
+    trainer.compress(CONFIG)
+    for name in ("stages.png", "layers.png"):
+        with Image.open(tmp_path / "plots" / name) as image:
+            assert image.width > 300 and len(image.convert("RGB").getcolors(10**6)) > 10
+    trainer, _ = make_trainer(output_dir=str(tmp_path / "other"))
+    trainer.compress(CONFIG, CompressionArguments(plots=False))
+    assert not (tmp_path / "other" / "plots").exists()
+
+
+def test_a_pass_without_metrics_is_drawn_too(tmp_path):
+    model = quantize_model(make_stacked("bert", 2), CONFIG, progress=False)
+    record = {"stage": "ffn", "mb": 1.0, "metric": {}, "relative_error": 0.3, "layer_errors": {}}
+    paths = plot_compression([record], size_report(model), str(tmp_path))
+    assert len(paths) == 2
+
+
+def test_without_matplotlib_it_says_so(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    report = size_report(torch.nn.Linear(2, 2))
+    monkeypatch.setattr("hf_quantnoise.compression.figures.logger.propagate", True)
+    logger = "hf_quantnoise.compression.figures"
+    with caplog.at_level("WARNING", logger=logger):
+        assert plot_compression([], report, str(tmp_path / "plots")) == []
+    assert not (tmp_path / "plots").exists()

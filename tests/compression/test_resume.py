@@ -1,0 +1,255 @@
+"""A pass that was killed goes on and ends with the model of an undisturbed one, bit for bit."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from stacked import make_stacked
+from transformers import TrainingArguments
+
+from hf_quantnoise import (
+    CompressionArguments,
+    FixedPointConfig,
+    IPQConfig,
+    QuantNoiseTrainer,
+)
+from hf_quantnoise.compression import pass_files
+from hf_quantnoise.compression.pass_files import tensors_in_memory
+from hf_quantnoise.compression.stage_trainer import StageTrainer
+
+PQ = {"block_size": 4, "n_centroids": 16}
+CASES = {
+    "ipq": (IPQConfig(**PQ), CompressionArguments()),
+    "half centroids": (IPQConfig(**PQ, codebook_bits=16), CompressionArguments(distill=False)),
+    "int8 centroids and inputs": (
+        IPQConfig(**PQ, codebook_bits=8, activation_bits=8),
+        CompressionArguments(stage_steps=4),
+    ),
+    "one schedule": (IPQConfig(**PQ), CompressionArguments(stage_schedule="continue")),
+    "fewer layers": (
+        IPQConfig(**PQ, share_layers=2, prune_layers="every_other"),
+        CompressionArguments(stage_schedule="continue"),
+    ),
+    "int4": (FixedPointConfig(bits=4), CompressionArguments()),
+}
+
+
+def make_trainer(folder, data, model=None, **changes):
+    settings = {
+        "output_dir": str(folder), "per_device_train_batch_size": 16, "learning_rate": 1e-3,
+        "report_to": "none", "save_strategy": "steps", "save_steps": 2, "disable_tqdm": True,
+        "use_cpu": True, "num_train_epochs": 1,
+    }  # fmt: skip
+    return QuantNoiseTrainer(
+        model or make_stacked("bert", 4),
+        TrainingArguments(**{**settings, **changes}),
+        None,
+        train_dataset=data,
+        eval_dataset=data.select(range(16)),
+    )
+
+
+class Killed(BaseException):
+    """Not an Exception: nobody may catch it."""
+
+
+@pytest.fixture
+def kill(monkeypatch):
+    """Makes a function raise at its n-th call."""
+
+    def arrange(target, name, call):
+        real, calls = getattr(target, name), []
+
+        def counted(*args, **kwargs):
+            calls.append(None)
+            if len(calls) == call:
+                raise Killed
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(target, name, counted)
+        return lambda: monkeypatch.setattr(target, name, real)
+
+    return arrange
+
+
+def tensors(model):
+    return {name: tensor.clone() for name, tensor in tensors_in_memory(model).items()}
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+
+
+def spoilt(model):
+    """The same structure with other weights: a resumed process has what it has."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    return model
+
+
+def compare(again, straight):
+    assert_same(tensors(again.model), tensors(straight.model))
+    one, other = (each.model.config.quantization_config for each in (again, straight))
+    assert one.to_dict() == other.to_dict()
+    for one, other in zip(again.compression_history, straight.compression_history, strict=True):
+        for key in ("stage", "layers", "mb", "relative_error"):
+            assert one[key] == other[key]
+        assert one["metric"]["eval_loss"] == other["metric"]["eval_loss"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_killed_inside_a_stage(case, tmp_path, parity_data, kill):
+    config, arguments = CASES[case]
+    straight = make_trainer(tmp_path / "a", parity_data)
+    straight.compress(config, arguments)
+    release = kill(StageTrainer, "training_step", 5 if case == "int4" else 10)
+    with pytest.raises(Killed):
+        make_trainer(tmp_path / "b", parity_data).compress(config, arguments)
+    release()
+    again = make_trainer(tmp_path / "b", parity_data, model=spoilt(make_stacked("bert", 4)))
+    again.compress(config, arguments, resume_from_checkpoint=True)
+    compare(again, straight)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, parity_data):
+    trainer = make_trainer(tmp_path_factory.mktemp("straight"), parity_data)
+    trainer.compress(*CASES["ipq"])
+    return trainer
+
+
+# Files are moved to their places in this order: the dense model's tensors, its folder, then for
+# each stage three checkpoints' last files, the stage's tensors, its folder.
+@pytest.mark.parametrize("call", [1, 2, 3, 6, 7, 11, 12, 17])
+def test_killed_while_writing(call, straight, tmp_path, parity_data, kill):
+    release = kill(pass_files.os, "replace", call)
+    with pytest.raises(Killed):
+        make_trainer(tmp_path, parity_data).compress(*CASES["ipq"])
+    release()
+    again = make_trainer(tmp_path, parity_data)
+    again.compress(*CASES["ipq"], resume_from_checkpoint=True)
+    compare(again, straight)
+
+
+def test_a_torn_checkpoint_is_passed_over_for_the_one_before(
+    straight, tmp_path, parity_data, kill, caplog
+):
+    release = kill(StageTrainer, "training_step", 6)
+    with pytest.raises(Killed):
+        make_trainer(tmp_path, parity_data).compress(*CASES["ipq"])
+    release()
+    newest = tmp_path / "compression" / "run-1" / "checkpoint-4"
+    assert (newest / "memory.safetensors").is_file()
+    (newest / "memory.safetensors").unlink()
+    (newest / "model.safetensors").write_bytes(b"torn")
+    files = pass_files.PassFiles(str(tmp_path / "compression"))
+    assert files.checkpoint(1).endswith("checkpoint-2")
+    assert not newest.exists()
+    again = make_trainer(tmp_path, parity_data)
+    again.compress(*CASES["ipq"], resume_from_checkpoint=True)
+    compare(again, straight)
+
+
+def test_a_finished_pass_is_not_done_again(straight, tmp_path, parity_data, monkeypatch):
+    first = make_trainer(tmp_path, parity_data)
+    first.compress(*CASES["ipq"])
+    kept = sorted(path.name for path in (tmp_path / "compression").iterdir())
+    assert kept == ["stage-0", "stage-3"]
+    monkeypatch.setattr(StageTrainer, "training_step", None)  # nothing is trained any more
+    again = make_trainer(tmp_path, parity_data)
+    again.compress(*CASES["ipq"], resume_from_checkpoint=True)
+    compare(again, straight)
+
+
+def test_without_resuming_an_earlier_pass_is_forgotten(straight, tmp_path, parity_data):
+    other = IPQConfig(**{**PQ, "n_centroids": 8})
+    make_trainer(tmp_path, parity_data).compress(other, CompressionArguments(stage_epochs=0))
+    again = make_trainer(tmp_path, parity_data)
+    again.compress(*CASES["ipq"])
+    compare(again, straight)
+
+
+def test_resuming_where_nothing_was_left_begins(straight, tmp_path, parity_data):
+    trainer = make_trainer(tmp_path, parity_data)
+    trainer.compress(*CASES["ipq"], resume_from_checkpoint=True)
+    compare(trainer, straight)
+
+
+def test_another_pass_or_model_is_refused(tmp_path, parity_data):
+    def trainer(model=None, **changes):
+        return make_trainer(tmp_path, parity_data, model=model, **changes)
+
+    one_shot = CompressionArguments(stage_epochs=0)
+    trainer().compress(IPQConfig(**PQ), one_shot)
+    with pytest.raises(ValueError, match="begun with n_centroids=16, now it is 8; take the same"):
+        config = IPQConfig(**{**PQ, "n_centroids": 8})
+        trainer().compress(config, one_shot, resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="begun with stage_epochs=0, now it is 1.0"):
+        trainer().compress(IPQConfig(**PQ), resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="model is another than the one that was compressed"):
+        larger = trainer(make_stacked("bert", 5))
+        larger.compress(IPQConfig(**PQ), one_shot, resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="nothing to go on from with save_strategy='no'"):
+        quiet = trainer(save_strategy="no")
+        quiet.compress(IPQConfig(**PQ), one_shot, resume_from_checkpoint=True)
+
+
+def test_with_save_strategy_no_nothing_is_written(tmp_path, parity_data):
+    trainer = make_trainer(tmp_path, parity_data, save_strategy="no")
+    trainer.compress(IPQConfig(**PQ), CompressionArguments(stage_steps=1))
+    assert not (tmp_path / "compression").exists()
+
+
+PROGRAM = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from datasets import load_from_disk
+from safetensors.torch import save_file
+from test_resume import CASES, make_trainer, tensors
+
+torch.set_num_threads(1)
+folder = Path(sys.argv[2])
+trainer = make_trainer(folder / sys.argv[3], load_from_disk(str(folder / "data")))
+trainer.compress(*CASES["ipq"], resume_from_checkpoint=True)
+save_file(tensors(trainer.model), folder / f"{sys.argv[3]}.safetensors")
+"""
+
+
+@pytest.mark.slow
+def test_sigkill_again_and_again(tmp_path, parity_data):
+    """A process is killed whenever a new file has come, until it gets through in one go."""
+    parity_data.save_to_disk(str(tmp_path / "data"))
+    here = Path(__file__).parent
+    paths = os.pathsep.join([str(here.parent), *sys.path])
+
+    def start(name):
+        words = [sys.executable, "-c", PROGRAM, str(here), str(tmp_path), name]
+        return subprocess.Popen(words, env={**os.environ, "PYTHONPATH": paths})
+
+    assert start("straight").wait() == 0
+    kills = 0
+    for patience in (1, 4, 9, 14, 19, 24, 10**6):
+        process, seen = start("killed"), set()
+        while process.poll() is None:
+            for folder, _, names in os.walk(tmp_path / "killed"):  # folders may go meanwhile
+                seen |= {os.path.join(folder, name) for name in names if "safetensors" in name}
+            if len(seen) >= patience:
+                process.send_signal(signal.SIGKILL)
+                kills += 1
+                break
+            time.sleep(0.002)
+        if process.wait() == 0:
+            break
+    assert kills >= 3
+    one, other = (load_file(tmp_path / f"{name}.safetensors") for name in ("straight", "killed"))
+    assert_same(one, other)
