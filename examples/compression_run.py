@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, Trainer, set_seed
 
 import hf_quantnoise
 from hf_quantnoise import QuantNoiseTrainer, size_report
-from hf_quantnoise.hub import ModelPacker
+from hf_quantnoise.compression import check_plan
 
 DENSE, COMPRESSED = "dense", "compressed"
 
@@ -275,7 +275,7 @@ def run(args: Arguments, prepare: Callable[[Arguments], Job]) -> dict:
     set_seed(training.seed)
     job = prepare(args)
     if small_config is not None:
-        ModelPacker(job.model, small_config)  # what cannot be done is told before training
+        check_plan(job.model, small_config)  # what cannot be done is told before training
     counts = {"train": job.parts["train_dataset"], "validation": job.parts["eval_dataset"]}
     results.add(
         seed=training.seed,

@@ -61,6 +61,22 @@ def parse_patterns(text: str | None) -> str | list[str] | None:
     return value if isinstance(value, list) else text
 
 
+def read_layer_quantizers(file_name: str) -> dict[str, dict]:
+    """How single layers are stored: JSON from layer name to settings, or the config.json of a
+    compressed model, whose allotment it is then.
+
+    Raises:
+        ValueError: naming the flag, if the file cannot be read.
+    """
+    try:
+        with open(file_name, encoding="utf-8") as file:
+            values = json.load(file)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--layer_quantizers {file_name!r} is no JSON file: {error}") from None
+    stored = values.get("quantization_config", {}) if isinstance(values, dict) else {}
+    return stored.get("layer_quantizers") or stored.get("plan") or values
+
+
 @dataclass
 class ModelArguments:
     """Which model to start from."""
@@ -200,6 +216,17 @@ class CompressionOptions:
         default=32, metadata={"help": "Bits of a stored centroid: 32, 16, 8."}
     )
     kmeans_iter: int = field(default=20, metadata={"help": "Most iterations of k-means."})
+    target_size_mb: float | None = field(
+        default=None,
+        metadata={"help": "MB the file may have; blocks and centroids are then allotted by layer."},
+    )
+    target_bits_per_weight: float | None = field(
+        default=None, metadata={"help": "The same in bits for each parameter."}
+    )
+    layer_quantizers: str | None = field(
+        default=None,
+        metadata={"help": "JSON file: how single layers are stored, or another run's config.json."},
+    )
     bits: int = field(default=8, metadata={"help": "Bits of a weight under fixed_point."})
     observer: str = field(
         default="minmax", metadata={"help": "Range of intN: minmax, channel or histogram."}
@@ -235,14 +262,25 @@ class CompressionOptions:
             "prune_layers": parse_patterns(self.prune_layers),
             "seed": seed,
         }
+        sizes = {
+            "target_size_mb": self.target_size_mb,
+            "target_bits_per_weight": self.target_bits_per_weight,
+            "layer_quantizers": self.layer_quantizers,
+        }
+        given = {name: value for name, value in sizes.items() if value is not None}
         if self.scheme == "fixed_point":
+            if given:
+                raise ValueError(f"--{next(iter(given))} is of --scheme ipq; take one of them out")
             return FixedPointConfig(bits=self.bits, observer=self.observer, **shared)
+        if self.layer_quantizers is not None:
+            given["layer_quantizers"] = read_layer_quantizers(self.layer_quantizers)
         return IPQConfig(
             block_size=parse_int_or_dict("block_size", self.block_size),
             n_centroids=parse_int_or_dict("n_centroids", self.n_centroids),
             stages=self.stages,
             codebook_bits=self.codebook_bits,
             kmeans_iter=self.kmeans_iter,
+            **given,
             **shared,
         )
 

@@ -5,7 +5,7 @@ Importing the package also teaches ``transformers`` to load the models it compre
 """
 
 from .callback import QuantNoiseCallback
-from .compression import CompressionArguments, quantize_model
+from .compression import CompressionArguments, allot, quantize_model
 from .configuration import FixedPointConfig, IPQConfig, QuantNoiseConfig
 from .hub import (
     AutoQuantizedModel,
@@ -38,6 +38,7 @@ __all__ = [
     "QuantNoiseCallback",
     "QuantNoiseConfig",
     "QuantNoiseTrainer",
+    "allot",
     "apply_quant_noise",
     "quantize_model",
     "remove_quant_noise",

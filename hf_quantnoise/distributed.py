@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -10,6 +12,20 @@ from torch import Tensor
 def is_distributed() -> bool:
     """Whether this process is one of several of a run."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def is_rank_0() -> bool:
+    """Whether this process speaks for the run."""
+    return not is_distributed() or dist.get_rank() == 0
+
+
+def object_of_rank_0(value: Any) -> Any:
+    """Rank 0's picklable object, on every rank of a distributed run."""
+    if not is_distributed():
+        return value
+    shared = [value]
+    dist.broadcast_object_list(shared, src=0)
+    return shared[0]
 
 
 def of_rank_0(tensor: Tensor) -> Tensor:

@@ -16,12 +16,14 @@ from .hub.quantizer import sentinel_name, storage_tensor
 from .modeling import packed_layers, packed_names
 from .structure import find_layers
 
-# Names of dtypes in a safetensors header, whose length the report counts.
+# Names of dtypes in a safetensors header, whose length the report counts, in the order in which
+# tensors of that dtype stand in the file.
 _DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.int32: "I32",
+    torch.bfloat16: "BF16", torch.float16: "F16", torch.int16: "I16", torch.int8: "I8",
     torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
+_ORDER = {dtype: place for place, dtype in enumerate(_DTYPES)}
 
 
 @dataclass(frozen=True)
@@ -183,10 +185,14 @@ def _as_named_in_file(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str,
 
 
 def _header_bytes(tensors: dict[str, Tensor]) -> int:
-    """Length of the safetensors header: 8 bytes, then JSON padded to a multiple of 8."""
+    """Length of the safetensors header: 8 bytes, then JSON padded to a multiple of 8.
+
+    To the byte, as long as every dtype is known: offsets have as many digits as in the file.
+    """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for name, tensor in tensors.items():
+    in_file = sorted(tensors.items(), key=lambda item: (_ORDER.get(item[1].dtype, 2), item[0]))
+    for name, tensor in in_file:
         end = offset + _bytes(tensor)
         header[name] = {
             "dtype": _DTYPES.get(tensor.dtype, "F32"),

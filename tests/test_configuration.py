@@ -54,6 +54,20 @@ def test_bad_noise_configs_are_refused(fields, words):
         ({"block_size": {"ffn": 8}}, ["block_size", "'embeddings'", "stages"]),
         ({"format_version": FORMAT_VERSION + 1}, ["newer", "pip install -U"]),
         ({"format_version": 0}, ["format_version=0"]),
+        ({"target_size_mb": 0}, ["target_size_mb=0", "above 0"]),
+        ({"target_size_mb": "14 MB"}, ["target_size_mb='14 MB'", "number"]),
+        ({"target_size_mb": float("inf")}, ["target_size_mb=inf"]),
+        ({"target_bits_per_weight": -1.5}, ["target_bits_per_weight=-1.5"]),
+        ({"target_bits_per_weight": True}, ["target_bits_per_weight=True"]),
+        ({"target_size_mb": 14, "target_bits_per_weight": 2}, ["both", "one of them"]),
+        ({"layer_quantizers": [1]}, ["layer_quantizers=[1]", "dict from layer name"]),
+        ({"layer_quantizers": {"a": "int4"}}, ["layer_quantizers['a']='int4'", "scheme"]),
+        ({"layer_quantizers": {"a": {"bits": 4}}}, ["layer_quantizers['a']", '"scheme"']),
+        ({"layer_quantizers": {"a": {"scheme": "int", "bits": 9}}}, ["['a']: bits=9", "1 to 8"]),
+        ({"layer_quantizers": {"a": {"scheme": "pq", "block_size": 0}}}, ["['a']: block_size=0"]),
+        ({"layer_quantizers": {"a": {"scheme": "pq", "n_centroids": 1}}}, ["n_centroids=1"]),
+        ({"layer_quantizers": {"a": {"scheme": "pq", "codebook_bits": 4}}}, ["codebook_bits=4"]),
+        ({"layer_quantizers": {"a": {"scheme": "pq", "n_iter": 0}}}, ["n_iter=0"]),
     ],
 )
 def test_bad_ipq_configs_are_refused(fields, words):
@@ -96,6 +110,15 @@ def test_noise_config_says_what_is_missing_or_unknown(tmp_path):
         IPQConfig(),
         IPQConfig(block_size={"ffn": 8, "embeddings": 8, "attention": 4}, codebook_bits=16),
         FixedPointConfig(bits=4, exclude_modules=["classifier"]),
+        IPQConfig(target_bits_per_weight=1.5),
+        IPQConfig(
+            target_size_mb=14,
+            layer_quantizers={
+                "a": {"scheme": "pq", "block_size": 8, "n_centroids": 64},
+                "b": {"scheme": "int", "bits": 4, "observer": "channel"},
+                "c": {"scheme": "dense"},
+            },
+        ),
     ],
 )
 def test_storage_configs_round_trip_through_json(config):
@@ -125,3 +148,22 @@ def test_matching_noise_has_the_blocks_of_its_target():
     exact = QuantNoiseConfig.matching(IPQConfig(), noise="pq")
     assert exact.noise == "pq"
     assert QuantNoiseConfig.matching(FixedPointConfig(bits=4)).noise == "int4"
+
+
+def test_matching_noise_has_the_blocks_of_single_layers():
+    layers = {
+        "a.0": {"scheme": "pq", "block_size": 8, "n_centroids": 64},
+        "a.1": {"scheme": "int", "bits": 4},
+    }
+    noise = QuantNoiseConfig.matching(IPQConfig(layer_quantizers=layers))
+    assert noise.block_size[r"a\.0"] == 8 and noise.n_centroids[r"a\.0"] == 64
+    assert noise.block_size["ffn"] == noise.block_size["head"] == 4
+    assert r"a\.1" not in noise.block_size
+    with pytest.raises(ValueError, match="prune_layers.*block_size"):
+        QuantNoiseConfig.matching(IPQConfig(layer_quantizers=layers, prune_layers="every_other"))
+
+
+def test_what_a_plan_says_of_the_layer_is_no_setting_of_its_quantizer():
+    entry = {"scheme": "int", "bits": 4, "observer": "minmax"}
+    described = {**entry, "group": "ffn", "rows": 4, "columns": 4, "tied_to": "b"}
+    assert IPQConfig(layer_quantizers={"a": described}).layer_quantizers == {"a": entry}

@@ -80,6 +80,12 @@ class CompressionArguments:
         default=8,
         metadata={"help": "Training batches that set the scales of activations, if quantized."},
     )
+    budget_batches: int = field(
+        default=1,
+        metadata={
+            "help": "Training batches to measure sensitivities on, for a target size; 0: none."
+        },
+    )
     plots: bool = field(
         default=True,
         metadata={"help": "Draw the finished pass: PNG files in output_dir/plots."},
@@ -142,6 +148,8 @@ class CompressionArguments:
             raise ValueError(f"stage_epochs={self.stage_epochs!r} must be 0 or more")
         if not self.calibration_batches >= 1:
             raise ValueError(f"calibration_batches={self.calibration_batches!r} must be 1 or more")
+        if not self.budget_batches >= 0:
+            raise ValueError(f"budget_batches={self.budget_batches!r} must be 0 or more")
         if not 0 <= self.distill_weight <= 1:
             raise ValueError(f"distill_weight={self.distill_weight!r} must be from 0 to 1")
         if not self.temperature > 0:

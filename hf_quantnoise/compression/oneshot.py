@@ -13,6 +13,7 @@ from ..hub.packer import ModelPacker
 from ..modeling import packed_layers
 from ..modeling.activations import calibrate, require_batches
 from ..noise import find_state, remove_quant_noise
+from .budget import within_target
 
 
 def without_noise(model: nn.Module, config: QuantizedModelConfig) -> QuantizedModelConfig:
@@ -39,22 +40,26 @@ def quantize_model(
     Args:
         model: a dense model, converted in place; noise is removed first.
         config: :class:`IPQConfig` or :class:`FixedPointConfig`.
-        progress: show a progress bar.
+        progress: show progress bars, and how a target was allotted.
         calibration_data: a few batches, each the keyword arguments of a forward; needed where
-            ``config.activation_bits`` is set (7.7), and not read otherwise.
+            ``config.activation_bits`` is set (7.7), of use where a target is (``budget.py``), and
+            not read otherwise.
 
     Returns:
         The same object, packed: ``save_pretrained``, ``push_to_hub`` and ``Trainer`` take it.
 
     Raises:
         TypeError: if the model is no ``PreTrainedModel``.
-        ValueError: if it is quantized already, the config cannot be carried out, or activations
-            are to be quantized without calibration data; the model is dense then as before.
+        ValueError: if it is quantized already, the config cannot be carried out, its target cannot
+            be met, or activations are to be quantized without calibration data; the model is dense
+            then as before.
     """
     batches: list[dict] = []
-    if config.activation_bits is not None:
+    if config.activation_bits is not None or config.target is not None:
         batches = list(calibration_data or [])
+    if config.activation_bits is not None:
         require_batches(batches)
-    ModelPacker(model, without_noise(model, config)).pack_all(progress)
+    config = within_target(model, without_noise(model, config), batches, progress)
+    ModelPacker(model, config).pack_all(progress)
     calibrate(model, [layer for _, layer in packed_layers(model)], batches)
     return model

@@ -30,6 +30,7 @@ from ..modeling.activations import calibrate, require_batches
 from ..noise import remove_quant_noise
 from ..size import size_report
 from .arguments import CompressionArguments, StageSettings
+from .budget import first_batches, within_target
 from .figures import codebook_use, forward_logs, log_record
 from .oneshot import without_noise
 from .pass_files import FOLDER, PassFiles, SavedStage, put_into_memory
@@ -142,13 +143,16 @@ class StagedPass:
         done = self._go_back(saved) if saved else self._begin()
         numbered = list(enumerate(self.stages, 1))
         for number, stage in tqdm(numbered[done:], desc="stages", unit="stage"):
-            self._stage(number, stage)
+            if stage in self.packer.stages:  # layer_quantizers may leave all of it dense
+                self._stage(number, stage)
         return self.model.eval()
 
     # ---- from where it starts -------------------------------------------------------------------
 
     def _begin(self) -> int:
-        self.packer = ModelPacker(self.model, without_noise(self.model, self.config))
+        batches = first_batches(self.trainer, self.args.budget_batches)
+        config = within_target(self.model, without_noise(self.model, self.config), batches)
+        self.packer = ModelPacker(self.model, config)
         start = time.perf_counter()
         self._add(_record("dense", self._stage_trainer(None, 0), start))
         self._save(0)
@@ -216,6 +220,8 @@ class StagedPass:
         else:
             self.packer.restructure()
             for stage in self.stages[: newest.number]:
+                if stage not in self.packer.stages:
+                    continue
                 self.packer.restore_stage(stage)
             put_into_memory(self.model, newest.tensors())
             self._optimizer_state = newest.optimizer()

@@ -3,6 +3,7 @@
 All are plain dataclasses with strict validation and a JSON form.
 """
 
+from .allotment import DENSE, LAYER_KEYS
 from .noise import NOISE_CONFIG_NAME, NOISES, QuantNoiseConfig
 from .storage import (
     FORMAT_VERSION,
@@ -15,7 +16,9 @@ from .storage import (
 )
 
 __all__ = [
+    "DENSE",
     "FORMAT_VERSION",
+    "LAYER_KEYS",
     "NOISES",
     "NOISE_CONFIG_NAME",
     "OBSERVERS",

@@ -6,6 +6,7 @@ plan included.
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
@@ -23,12 +24,12 @@ from ..validation import (
     is_int,
     reject_unknown,
 )
+from .allotment import MAX_BLOCK_SIZE, MAX_CENTROIDS, check_target, checked_layer_quantizers
 
 QUANT_METHOD = "hf_quantnoise"
 FORMAT_VERSION = 1
 # For whoever opens a config.json and wonders; it is written and never read.
 LOAD_HINT = "import hf_quantnoise before loading; pip install hf-quantnoise"
-MAX_BLOCK_SIZE = 65_536
 
 SCHEMES: Registry[type] = Registry("scheme")
 OBSERVERS: Registry = Registry("observer")
@@ -107,6 +108,15 @@ class QuantizedModelConfig(QuantizationConfigMixin):
         """Settings of the quantizer for a layer, or None where this config does not cover it."""
         raise NotImplementedError
 
+    def settings_by_name(self) -> dict[str, dict[str, Any]]:
+        """Layer name -> settings, of the layers that the config names one by one."""
+        return {}
+
+    @property
+    def target(self) -> str | None:
+        """The size that is asked for, in words; None where none is."""
+        return None
+
     def stage_groups(self) -> list[str | None]:
         """The stages in order: a structure group or regex each; None takes all layers."""
         raise NotImplementedError
@@ -129,6 +139,10 @@ class QuantizedModelConfig(QuantizationConfigMixin):
         return (config, kwargs) if return_unused_kwargs else config
 
 
+def _for_all_groups(value: int | dict[str, int]) -> dict[str, int]:
+    return value if isinstance(value, dict) else dict.fromkeys(GROUPS, value)
+
+
 @SCHEMES.register("ipq")
 @dataclass(repr=False)
 class IPQConfig(QuantizedModelConfig):
@@ -145,6 +159,11 @@ class IPQConfig(QuantizedModelConfig):
         codebook_bits: 32, 16 or 8, the precision in which centroids are stored; 8 is section 3.3,
             Eq. 2 on the codebook.
         kmeans_iter: most iterations of k-means for each codebook.
+        target_size_mb: the saved file may have so many MB (10^6 bytes); block size, number of
+            centroids or intN are then allotted weight by weight (``compression/budget.py``).
+        target_bits_per_weight: the same in bits for each parameter of the model.
+        layer_quantizers: layer name -> how it is stored, e.g. ``{"scheme": "int", "bits": 4}``; it
+            overrules the fields above. A target fills it in; given, nothing is allotted anew.
     """
 
     block_size: int | dict[str, int] = 4
@@ -152,13 +171,16 @@ class IPQConfig(QuantizedModelConfig):
     stages: list[str] | tuple[str, ...] = ("ffn", "embeddings", "attention")
     codebook_bits: int = 32
     kmeans_iter: int = 20
+    target_size_mb: float | None = None
+    target_bits_per_weight: float | None = None
+    layer_quantizers: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     scheme: ClassVar[str] = "ipq"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_per_layer("block_size", self.block_size, 1, MAX_BLOCK_SIZE)
-        check_per_layer("n_centroids", self.n_centroids, 2, 65536)
+        check_per_layer("n_centroids", self.n_centroids, 2, MAX_CENTROIDS)
         check_choice("codebook_bits", self.codebook_bits, (32, 16, 8))
         check_int("kmeans_iter", self.kmeans_iter, 1, 100_000)
         if isinstance(self.stages, str) or not self.stages:
@@ -173,6 +195,16 @@ class IPQConfig(QuantizedModelConfig):
         self.stages = list(self.stages)
         for name in ("block_size", "n_centroids"):
             self._check_covers_stages(name, getattr(self, name))
+        targets = ("target_size_mb", "target_bits_per_weight")
+        for name in targets:
+            check_target(name, getattr(self, name))
+        if all(getattr(self, name) is not None for name in targets):
+            raise ValueError(
+                f"target_size_mb={self.target_size_mb!r} and "
+                f"target_bits_per_weight={self.target_bits_per_weight!r} both say how large the "
+                "file may be; give one of them"
+            )
+        self.layer_quantizers = checked_layer_quantizers("layer_quantizers", self.layer_quantizers)
 
     def _check_covers_stages(self, name: str, value: int | dict[str, int]) -> None:
         if not isinstance(value, dict) or not set(value) <= set(GROUPS):
@@ -187,12 +219,40 @@ class IPQConfig(QuantizedModelConfig):
     def noise_settings(self) -> dict[str, Any]:
         return {
             "noise": "proxy",
-            "block_size": self.block_size,
-            "n_centroids": self.n_centroids,
+            "block_size": self._with_names("block_size"),
+            "n_centroids": self._with_names("n_centroids"),
             **self._shared_with_noise(),
         }
 
+    def _with_names(self, name: str) -> int | dict[str, int]:
+        """A setting with what ``layer_quantizers`` gives single layers."""
+        value = getattr(self, name)
+        named = {
+            re.escape(layer): entry[name]
+            for layer, entry in self.layer_quantizers.items()
+            if name in entry
+        }
+        if named and self.prune_layers is not None:
+            raise ValueError(
+                "layer_quantizers names layers as they are once prune_layers took some out, so "
+                "noise on the whole model cannot match it; give QuantNoiseConfig a block_size"
+            )
+        return {**_for_all_groups(value), **named} if named else value
+
+    @property
+    def target(self) -> str | None:
+        for name in ("target_size_mb", "target_bits_per_weight"):
+            if (value := getattr(self, name)) is not None:
+                return f"{name}={value!r}"
+        return None
+
+    def settings_by_name(self) -> dict[str, dict[str, Any]]:
+        return self.layer_quantizers
+
     def quantizer_settings(self, layer) -> dict[str, Any] | None:
+        for name in (layer.name, *layer.ties):
+            if name in self.layer_quantizers:
+                return self.layer_quantizers[name]
         block_size = block_size_of(self.block_size, layer)
         n_centroids = entry_for(self.n_centroids, layer)
         if block_size is None or n_centroids is None:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from ..configuration import QuantizedModelConfig
 from ..modeling import pack_layer, pack_skeleton, packed_layers, packed_names
 from ..modeling.plan import PlannedWeight, make_plan
-from ..modeling.restructure import declare_shared, plan_restructuring
+from ..modeling.restructure import declare_shared, plan_restructuring, restructured_copy
 from .quantizer import attach
 from .ties import TieRewriter
 
@@ -54,7 +54,9 @@ class ModelPacker:
         self.config = deepcopy(config)
         self.config.plan = {}
         self.restructuring = plan_restructuring(model, self.config)
-        self.stages, self.config.left_dense = make_plan(model, self.config)
+        # The plan is that of what will be left; if it cannot be carried out, nothing was touched.
+        planned = restructured_copy(model, self.config) if self.restructuring.changes else model
+        self.stages, self.config.left_dense = make_plan(planned, self.config)
 
     def restructure(self) -> None:
         """Takes layers out and lets layers share weights, as the config says (7.9); the stages are
@@ -110,6 +112,13 @@ class ModelPacker:
         """Restructures, then packs every stage, without training in between."""
         self.restructure()
         return [self.pack_stage(stage, progress) for stage in self.stages]
+
+    def pack_skeletons(self) -> None:
+        """As :meth:`pack_all`, with empty tensors: nothing is quantized. For models on the meta
+        device, whose bytes are to be counted."""
+        self.restructure()
+        for stage in self.stages:
+            self.restore_stage(stage)
 
     def _norm(self, planned: PlannedWeight) -> float:
         return float(planned.layers[0].module.weight.detach().float().square().sum())

@@ -18,7 +18,7 @@ from transformers.quantizers import register_quantization_config, register_quant
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
-from ..configuration import QUANT_METHOD, QuantizedModelConfig
+from ..configuration import LAYER_KEYS, QUANT_METHOD, QuantizedModelConfig
 from ..modeling import pack_skeleton, packed_layers, packed_names, read_states, unpack_model
 from ..modeling.packed import PREFIX, PackedLayer
 from ..modeling.restructure import declare_shared, tied_late
@@ -35,13 +35,10 @@ register_quantization_config(QUANT_METHOD)(QuantizedModelConfig)
 # Bytes; what torch's own allocator gives.
 ALIGNMENT = 64
 
-# The entries of a plan that describe the layer and not its quantizer.
-_LAYER_KEYS = ("group", "rows", "columns", "activation_bits", "tied_to")
-
 
 def entry_quantizer(entry: dict):
     """The quantizer that a plan's entry describes."""
-    return quantizer_from_dict({k: v for k, v in entry.items() if k not in _LAYER_KEYS})
+    return quantizer_from_dict({k: v for k, v in entry.items() if k not in LAYER_KEYS})
 
 
 def sentinel_name(config: QuantizedModelConfig) -> str:
@@ -89,6 +86,11 @@ class QuantNoiseHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs) -> None:
         config = self.quantization_config
         if not self.pre_quantized:
+            if config.target is not None:
+                raise ValueError(
+                    f"{config.target}: from_pretrained does not allot a size; load the dense model "
+                    "and give it to quantize_model(model, config), or to QuantNoiseTrainer"
+                )
             return
         if not config.is_compressed:
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,9 +10,12 @@ from typing import Any
 
 from torch import nn
 
-from ..configuration import QuantizedModelConfig
+from ..configuration import DENSE, QuantizedModelConfig
 from ..quantizers import Quantizer, quantizer_from_dict
-from ..structure import GROUPS, LayerInfo, other_weights, select_layers
+from ..structure import GROUPS, LayerInfo, find_layers, other_weights, select_layers
+
+# Why a layer is dense that layer_quantizers says to leave.
+BY_NAME = "layer_quantizers leaves it dense"
 
 
 @dataclass(frozen=True)
@@ -69,40 +73,110 @@ def make_plan(
         layer (or bare parameter) that stays in floating point to the reason.
 
     Raises:
-        ValueError: where a pattern matches no layer, or a stage can take none of its layers.
+        ValueError: where a pattern matches no layer, a stage can take none of its layers, or
+            ``layer_quantizers`` names a layer or a way to store it that does not exist.
     """
-    stages = config.stage_groups()
-    plan: dict[str | None, list[PlannedWeight]] = {stage: [] for stage in stages}
+    layers = select_layers(model, config.target_modules, config.exclude_modules)
+    _require_known(config, model, layers)
+    plan: dict[str | None, list[PlannedWeight]] = {stage: [] for stage in config.stage_groups()}
     left: dict[str, str] = {}
-    layers = {
-        layer.name: layer
-        for layer in select_layers(model, config.target_modules, config.exclude_modules)
-    }
-    seen: set[str] = set()
-    for layer in layers.values():
-        if layer.name in seen:
-            continue
-        members = (layer, *(layers[name] for name in layer.ties))
-        seen.update(member.name for member in members)
-        stage = stage_of(layer, stages)
+    for members in weights_of(layers):
+        layer = members[0]
+        stage = stage_of(layer, list(plan))
         settings = config.quantizer_settings(layer) if stage is not False else None
         if stage is False:
             reason = f"its group {layer.group!r} is in no stage"
         elif settings is None:
             reason = f"block_size or n_centroids has no entry for it (group {layer.group!r})"
+        elif settings["scheme"] == DENSE:
+            reason = BY_NAME
         else:
-            quantizer = quantizer_from_dict(settings)
-            weight = layer.module.weight
-            reason = _refusal(layer, quantizer, weight.numel() * weight.element_size())
+            quantizer, reason = _quantizer_for(members, settings, config.settings_by_name())
             if reason is None:
                 plan[stage].append(PlannedWeight(members, quantizer, config.activation_bits))
                 continue
         left.update(dict.fromkeys((member.name for member in members), reason))
-    _require_work(config, plan, left, list(layers.values()))
-    return plan, {**left, **other_weights(model)}
+    return _with_work(config, plan, left, layers), {**left, **other_weights(model)}
 
 
-def _require_work(config, plan, left, layers: Sequence[LayerInfo]) -> None:
+def weights_of(layers: Sequence[LayerInfo]) -> list[tuple[LayerInfo, ...]]:
+    """The weights of some layers, each as the layers that hold it, in the order of the first."""
+    by_name = {layer.name: layer for layer in layers}
+    weights, seen = [], set()
+    for layer in layers:
+        if layer.name not in seen:
+            weights.append((layer, *(by_name[name] for name in layer.ties)))
+            seen.update((layer.name, *layer.ties))
+    return weights
+
+
+def _quantizer_for(
+    members: tuple[LayerInfo, ...], settings: dict[str, Any], by_name: dict[str, dict[str, Any]]
+) -> tuple[Quantizer, str | None]:
+    """The quantizer of a weight, and why it cannot take it; a layer that the config names raises
+    instead, since it was to be stored just so."""
+    layer, weight = members[0], members[0].module.weight
+    named = next((member.name for member in members if member.name in by_name), None)
+    try:
+        quantizer = quantizer_from_dict(settings)
+    except ValueError as error:
+        if named is None:
+            raise
+        raise ValueError(f"layer_quantizers[{named!r}]: {error}; {DENSE!r} leaves it") from None
+    reason = _refusal(layer, quantizer, weight.numel() * weight.element_size())
+    if reason is not None and named is not None:
+        raise ValueError(
+            f"layer_quantizers[{named!r}]: {quantizer.short_name} cannot store it: {reason}; give "
+            f'other settings, or {{"scheme": "{DENSE}"}}'
+        )
+    return quantizer, reason
+
+
+def _require_known(
+    config: QuantizedModelConfig, model: nn.Module, layers: Sequence[LayerInfo]
+) -> None:
+    """Refuses settings for layers that are not the model's, that the config leaves out, or that
+    contradict each other for one weight."""
+    by_name, chosen = config.settings_by_name(), {layer.name: layer for layer in layers}
+    for name, settings in by_name.items():
+        where = f"layer_quantizers[{name!r}]"
+        if name not in chosen:
+            known = [layer.name for layer in find_layers(model)]
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = (
+                f" Did you mean {close[0]!r}?" if close else f" It has {', '.join(known[:4])}, ..."
+            )
+            raise ValueError(
+                f"{where}: target_modules and exclude_modules leave this layer out"
+                if name in known
+                else f"{where}: {type(model).__name__} has no such layer to quantize, after "
+                f"prune_layers and share_layers. {hint}"
+            )
+        layer = chosen[name]
+        if settings["scheme"] == DENSE:
+            continue
+        if stage_of(layer, config.stage_groups()) is False:
+            raise ValueError(
+                f"{where}: its group {layer.group!r} is in no stage; add it to "
+                f"stages={config.stage_groups()!r}, or take the entry out"
+            )
+    for name, settings in by_name.items():
+        for other in chosen[name].ties:
+            if by_name.get(other, settings) != settings:
+                raise ValueError(
+                    f"layer_quantizers: {name} and {other} hold one weight and are to be stored "
+                    f"in two ways, {settings} and {by_name[other]}; leave one entry"
+                )
+
+
+def _with_work(
+    config: QuantizedModelConfig,
+    plan: dict[str | None, list[PlannedWeight]],
+    left: dict[str, str],
+    layers: Sequence[LayerInfo],
+) -> dict[str | None, list[PlannedWeight]]:
+    """The stages that pack something. One that the config names away, layer by layer, has no work;
+    one that packs nothing for another reason is refused."""
     stages = list(plan)
     for stage in stages:
         if plan[stage]:
@@ -113,6 +187,8 @@ def _require_work(config, plan, left, layers: Sequence[LayerInfo]) -> None:
             raise ValueError(
                 f"stages: {stage!r} holds no layer of the model; its groups are {groups}"
             )
+        if all(left[layer.name] == BY_NAME for layer in own):
+            continue
         widths = sorted({layer.columns for layer in own})
         tried = config.quantizer_settings(own[0]) or {}
         reasons = "; ".join(f"{layer.name}: {left[layer.name]}" for layer in own[:3])
@@ -121,3 +197,6 @@ def _require_work(config, plan, left, layers: Sequence[LayerInfo]) -> None:
             f"{len(own)} layers ({reasons}). Their columns number {widths}: choose a block_size "
             "that divides them, fewer n_centroids, or leave the stage out"
         )
+    if not any(plan.values()):
+        raise ValueError("layer_quantizers leaves every layer dense: nothing is to be quantized")
+    return {stage: weights for stage, weights in plan.items() if weights}

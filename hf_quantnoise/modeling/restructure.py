@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -12,6 +12,7 @@ from ..configuration import QuantizedModelConfig
 from ..pruning import Pruning, layers_to_prune, plan_pruning
 from ..sharing import Chunk, chunks_of, share, sources_of, tensors_in_both
 from .convert import is_packed
+from .copies import copy_without_tensors
 from .packed import INPUT_NAMES
 
 
@@ -60,6 +61,18 @@ def plan_restructuring(model: PreTrainedModel, config: QuantizedModelConfig) -> 
     kept = [[name for name in chunk if name not in gone] for chunk in chunks]
     renamed = [tuple(pruning.renamed.get(name, name) for name in chunk) for chunk in kept if chunk]
     return Restructuring(weights, pruning, renamed)
+
+
+def restructured_copy(model: PreTrainedModel, config: QuantizedModelConfig) -> PreTrainedModel:
+    """The model as it will be packed, with layers taken out and shared, holding the very same
+    tensors; the model itself is left as it is.
+
+    Raises:
+        ValueError: as :func:`plan_restructuring`.
+    """
+    copy = copy_without_tensors(model)
+    plan_restructuring(copy, config).carry_out(copy, replace(config))
+    return copy
 
 
 def tied_late(model: PreTrainedModel, shared_layers: dict[str, str]) -> list[str]:

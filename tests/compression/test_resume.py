@@ -37,6 +37,8 @@ CASES = {
         CompressionArguments(stage_schedule="continue"),
     ),
     "int4": (FixedPointConfig(bits=4), CompressionArguments()),
+    # The allotment is that of the undisturbed pass: spoilt weights would be given another.
+    "a size on disk": (IPQConfig(target_size_mb=0.05, codebook_bits=16), CompressionArguments()),
 }
 
 

@@ -142,6 +142,26 @@ def test_regression_in_fixed_point(start, write_sets):
     assert model.config.num_labels == 1
 
 
+def test_a_size_on_disk_and_its_allotment_used_again(start, write_sets):
+    files = write_sets()
+    _, folder = start(*files, *SMALL, "--stage_epochs", "0", "--noise", "none", out="plain")
+    target = 1.2 * sizes(folder / "compressed") / 1e6
+    flags = ["--stage_epochs", "0", "--noise", "none", "--codebook_bits", "16"]
+    results, folder = start(*files, *flags, "--target_size_mb", str(target), out="first")
+    assert 0.9 * target * 1e6 < sizes(folder / "compressed") <= target * 1e6
+    assert results["quantization"]["target_size_mb"] == target
+    stored = json.loads((folder / "compressed" / "config.json").read_text())["quantization_config"]
+    again, other = start(
+        *files,
+        *flags,
+        "--layer_quantizers",
+        str(folder / "compressed" / "config.json"),
+        out="again",
+    )
+    assert again["quantization"]["layer_quantizers"] == stored["layer_quantizers"]
+    assert sizes(other / "compressed") == sizes(folder / "compressed")
+
+
 def test_results_of_a_broken_run_stay(start, write_sets, monkeypatch, tmp_path):
     def fail(*args, **kwargs):
         raise KeyboardInterrupt
@@ -250,6 +270,13 @@ def test_patterns_are_a_regex_or_a_list():
         (["--noise_block_size", "5"], r"block_size=5 divides the columns of no layer"),
         (["--block_size", "5", "--noise", "none"], r"block_size=5.*choose a block_size"),
         (["--noise_target_modules", "nothing"], r"target_modules='nothing' matches no layer"),
+        (["--target_size_mb", "0.001"], r"0\.001 allows 1,000 bytes.*smallest allotment"),
+        (["--target_size_mb", "1", "--target_bits_per_weight", "1"], r"both say how large"),
+        (
+            ["--target_bits_per_weight", "4", "--scheme", "fixed_point"],
+            r"--target_bits_per_weight is of --scheme ipq",
+        ),
+        (["--layer_quantizers", "missing.json"], r"'missing\.json' is no JSON file"),
         (["--codebook_bits", "7"], r"codebook_bits=7 must be one of"),
         (["--stage_epochs", "-1"], r"stage_epochs=-1"),
         (

@@ -1,0 +1,270 @@
+"""An allotment: shown, saved, edited, used again, carried out in stages, on all ranks, refused."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+from stacked import inputs_of, make_stacked
+from test_stages import make_trainer
+
+from hf_quantnoise import (
+    AutoQuantizedModel,
+    CompressionArguments,
+    FixedPointConfig,
+    IPQConfig,
+    QuantNoiseConfig,
+    allot,
+    apply_quant_noise,
+    quantize_model,
+    size_report,
+)
+from hf_quantnoise.compression import budget, check_plan, plan_budget
+from hf_quantnoise.configuration import QuantizedModelConfig
+from hf_quantnoise.modeling import packed_layers
+
+SMALL = {"codebook_bits": 16, "kmeans_iter": 3}
+
+
+# ---- the allotment: shown, saved, edited, used again -----------------------------------------
+
+
+@pytest.fixture(scope="module")
+def allotted():
+    return allot(make_stacked("bert", 2), IPQConfig(target_size_mb=0.04, **SMALL), progress=False)
+
+
+def test_the_table_shows_every_weight_and_the_size(capsys):
+    model = make_stacked("gpt2", 2)
+    config = allot(model, IPQConfig(target_size_mb=0.035, **SMALL))
+    printed = capsys.readouterr().out
+    for name in config.layer_quantizers:
+        assert name in printed
+    assert "transformer.wte (+1)" in printed  # the head holds it too
+    assert "MB of 0.035 MB" in printed and "cost" in printed
+
+
+def test_an_allotment_survives_json_and_makes_the_same_file_again(allotted, tmp_path):
+    values = json.loads(allotted.to_json_string())
+    again = QuantizedModelConfig.from_dict(values)
+    assert again.layer_quantizers == allotted.layer_quantizers
+    for folder, config in (("a", allotted), ("b", again)):
+        quantize_model(make_stacked("bert", 2), config, progress=False).save_pretrained(
+            tmp_path / folder
+        )
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    stored = json.loads((tmp_path / "a" / "config.json").read_text())["quantization_config"]
+    assert stored["layer_quantizers"] == allotted.layer_quantizers
+    assert stored["target_size_mb"] == 0.04
+    loaded = AutoQuantizedModel.from_pretrained(tmp_path / "a")
+    assert loaded.config.quantization_config.layer_quantizers == allotted.layer_quantizers
+    # A loaded model's config, plan and all, is one to quantize another model with.
+    other = quantize_model(
+        make_stacked("bert", 2), loaded.config.quantization_config, progress=False
+    )
+    assert other.config.quantization_config.plan == loaded.config.quantization_config.plan
+
+
+def test_an_edited_allotment_is_carried_out_and_not_measured_again(allotted, monkeypatch):
+    monkeypatch.setattr("hf_quantnoise.compression.budget.choices_for", None)
+    edited = copy.deepcopy(allotted)
+    query = "bert.encoder.layer.0.attention.self.query"
+    key = "bert.encoder.layer.1.attention.self.key"
+    edited.layer_quantizers[query] = {"scheme": "int", "bits": 2}
+    edited.layer_quantizers[key] = {"scheme": "pq", "block_size": 8, "n_centroids": 16}
+    small = quantize_model(make_stacked("bert", 2), edited, progress=False)
+    assert small.get_submodule(query).quantizer.short_name == "int2"
+    assert small.get_submodule(key).quantizer.short_name == "pq 16x8"
+
+
+def test_an_edited_allotment_over_the_target_is_refused(allotted):
+    edited = copy.deepcopy(allotted)
+    for name in list(edited.layer_quantizers)[:8]:
+        edited.layer_quantizers[name] = {"scheme": "dense"}
+    model = make_stacked("bert", 2)
+    with pytest.raises(ValueError, match=r"target_size_mb=0.04 allows 40,000 bytes.*makes a file"):
+        quantize_model(model, edited, progress=False)
+    assert not list(packed_layers(model))
+
+
+def test_a_plan_of_another_run_is_an_allotment():
+    first = quantize_model(make_stacked("gpt2", 2), IPQConfig(n_centroids=16), progress=False)
+    plan = first.config.quantization_config.plan
+    again = quantize_model(
+        make_stacked("gpt2", 2), IPQConfig(layer_quantizers=plan, block_size=8), progress=False
+    )
+    assert again.config.quantization_config.plan == plan
+
+
+def test_pruned_and_shared_layers_are_named_as_they_are_afterwards(tmp_path):
+    fields = {"share_layers": 2, "prune_layers": "every_other"}
+    config = IPQConfig(target_size_mb=0.027, **fields, **SMALL)
+    config = allot(make_stacked("bert", 8), config, progress=False)
+    numbers = {n.split(".")[3] for n in config.layer_quantizers if ".layer." in n}
+    assert numbers == {"0", "2"}  # four of eight are left, in two chunks
+    small = quantize_model(make_stacked("bert", 8), config, progress=False)
+    small.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").stat().st_size <= 27_000
+    again = AutoQuantizedModel.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        logits = [m(**inputs_of("bert")).logits for m in (small.eval(), again)]
+    assert torch.equal(*logits)
+
+
+# ---- in the staged pass ----------------------------------------------------------------------
+
+
+def test_the_staged_pass_measures_on_its_training_data(tmp_path, parity_data, capsys, monkeypatch):
+    seen = []
+    measured = budget.costs_by_output
+    monkeypatch.setattr(
+        budget, "costs_by_output", lambda *args: seen.append(args[2]) or measured(*args)
+    )
+    trainer = make_trainer(tmp_path / "run", parity_data, QuantNoiseConfig(p=0.1))
+    args = CompressionArguments(stage_epochs=0.2, budget_batches=2)
+    small = trainer.compress(IPQConfig(target_size_mb=0.045, **SMALL), args)
+    assert len(seen) == 1 and len(seen[0]) == 2
+    assert seen[0][0]["input_ids"].shape == (16, 8)
+    assert "MB of 0.045 MB" in capsys.readouterr().out
+    assert [record["stage"] for record in trainer.compression_history][0] == "dense"
+    small.save_pretrained(tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").stat().st_size <= 45_000
+    assert small.config.quantization_config.layer_quantizers
+
+
+def test_a_stage_that_is_left_dense_is_passed_over(tmp_path, parity_data):
+    layers = {
+        name: {"scheme": "dense"}
+        for name, layer in make_stacked("bert", 2).named_modules()
+        if "attention" in name and hasattr(layer, "weight") and "LayerNorm" not in name
+    }
+    trainer = make_trainer(tmp_path, parity_data)
+    small = trainer.compress(
+        IPQConfig(n_centroids=16, layer_quantizers=layers), CompressionArguments(stage_epochs=0)
+    )
+    stages = [record["stage"] for record in trainer.compression_history]
+    assert stages == ["dense", "ffn", "embeddings"]
+    reasons = small.config.quantization_config.left_dense
+    assert all(reasons[name] == "layer_quantizers leaves it dense" for name in layers)
+
+
+RANK = """
+import json, sys
+import torch
+import torch.distributed as dist
+from stacked import make_stacked
+
+from hf_quantnoise import IPQConfig, allot
+
+rank, folder = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+torch.manual_seed(rank)  # each rank has batches of its own
+batch = {"input_ids": torch.randint(5, 320, (2, 9))}
+config = IPQConfig(target_size_mb=0.03, codebook_bits=16)
+config = allot(make_stacked("gpt2", 2), config, [batch])
+with open(f"{folder}/{rank}.json", "w") as file:
+    json.dump(config.layer_quantizers, file)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()), reason="torch was built without gloo"
+)
+def test_all_ranks_carry_out_the_allotment_of_rank_0(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(rank), str(tmp_path)],
+            env=environment, stdout=subprocess.PIPE, text=True,
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    printed = [process.communicate(timeout=300)[0] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0]
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second and len(first) > 5
+    torch.manual_seed(0)
+    batch = {"input_ids": torch.randint(5, 320, (2, 9))}
+    config = IPQConfig(target_size_mb=0.03, codebook_bits=16)
+    assert allot(make_stacked("gpt2", 2), config, [batch], False).layer_quantizers == first
+    assert "whole file" in printed[0] and "whole file" not in printed[1]
+
+
+# ---- what is refused -------------------------------------------------------------------------
+
+
+def test_an_unreachable_target_says_what_is_reachable():
+    model = make_stacked("bert", 2)
+    before = copy.deepcopy(model.state_dict())
+    config = IPQConfig(target_size_mb=0.01, prune_layers="every_other")
+    with pytest.raises(ValueError, match="smallest allotment takes"):
+        check_plan(model, config)
+    with pytest.raises(ValueError) as error:
+        quantize_model(model, config, progress=False)
+    for words in (
+        "target_size_mb=0.01 allows 10,000 bytes", "smallest allotment takes", "bits per weight",
+        "no stage quantizes", "stages may also have head", "codebook_bits", "prune_layers",
+    ):  # fmt: skip
+        assert words in str(error.value)
+    assert model.config.num_hidden_layers == 2
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    size = int(str(error.value).split("takes ")[1].split(" ")[0].replace(",", ""))
+    reachable = IPQConfig(target_size_mb=size / 1e6, prune_layers="every_other", kmeans_iter=1)
+    small = quantize_model(model, reachable, progress=False)
+    assert size_report(small).total.disk_bytes <= size
+
+
+NAME = "bert.encoder.layer.0.output.dense"
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"target_size_mb": 5}, ["target_size_mb=5", "without quantization", "smaller target"]),
+        ({"layer_quantizers": {"bert.encoder.layer.0.output.dens": {"scheme": "dense"}}},
+         ["'bert.encoder.layer.0.output.dens'", "no such layer", f"Did you mean '{NAME}'"]),
+        ({"layer_quantizers": {NAME: {"scheme": "pqq"}}}, [NAME, "'pqq'", "known: ", "pq"]),
+        ({"layer_quantizers": {NAME: {"scheme": "int", "bit": 4}}}, [NAME, "bit"]),
+        ({"layer_quantizers": {NAME: {"scheme": "pq", "block_size": 7}}},
+         [NAME, "block size 7 does not divide"]),
+        ({"layer_quantizers": {"classifier": {"scheme": "int", "bits": 4}}},
+         ["'classifier'", "in no stage", "stages="]),
+        ({"layer_quantizers": {NAME: {"scheme": "dense"}}, "exclude_modules": [NAME]},
+         [NAME, "exclude_modules"]),
+        ({"layer_quantizers": {"bert.encoder.layer.0.output.dense": {"scheme": "int", "bits": 2},
+                               "bert.encoder.layer.1.output.dense": {"scheme": "int", "bits": 3}},
+          "share_layers": 2}, ["one weight", "two ways"]),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_carried_out_is_refused_before_anything_is_changed(fields, words):
+    model = make_stacked("bert", 2)
+    with pytest.raises(ValueError) as error:
+        quantize_model(model, IPQConfig(n_centroids=16, **fields), progress=False)
+    for word in words:
+        assert word in str(error.value)
+    assert not list(packed_layers(model))
+
+
+def test_errors_of_use(tmp_path):
+    model = make_stacked("bert", 2)
+    with pytest.raises(ValueError, match="has no target"):
+        plan_budget(model, IPQConfig())
+    with pytest.raises(TypeError, match="FixedPointConfig"):
+        plan_budget(model, FixedPointConfig())
+    config = IPQConfig(target_size_mb=0.04)
+    with pytest.raises(ValueError, match="remove_quant_noise"):
+        plan_budget(apply_quant_noise(make_stacked("bert", 2), QuantNoiseConfig()), config)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="target_size_mb=0.04: from_pretrained does not"):
+        type(model).from_pretrained(tmp_path, quantization_config=config)
+    unmoved = copy.deepcopy(model)
+    with torch.no_grad():
+        unmoved.classifier.weight.zero_()
+    with pytest.raises(ValueError, match="left the output of all calibration batches as it is"):
+        plan_budget(unmoved, config, [inputs_of("bert")], progress=False)
