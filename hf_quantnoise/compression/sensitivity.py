@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from ..blocks import weight_matrix
 from ..structure import LayerInfo
 from .candidates import Trial, WeightChoices
-from .distillation import distillation_loss
+from .heads import logits_divergence
 
 # A few batches do not reach every word and path: no weight counts for less than this share of the
 # median sensitivity.
@@ -51,25 +51,20 @@ def outputs_of(outputs: Any) -> dict[str, Tensor]:
 
 
 def divergence(
-    outputs: dict[str, Tensor], reference: dict[str, Tensor], batch: Mapping[str, Any]
+    model: nn.Module,
+    outputs: dict[str, Tensor],
+    reference: dict[str, Tensor],
+    batch: Mapping[str, Any],
 ) -> float:
-    """How far outputs lie from those of the unquantized model, a sum over its heads.
-
-    Logits: :func:`distillation_loss`, without the tokens that labels (-100) or, where there are
-    none, the attention mask leave out. Anything else: the squared error relative to the reference.
-    """
+    """How far outputs lie from those of the unquantized model: of logits the teacher's divergence
+    (``heads.py``), of anything else the squared error relative to the reference."""
+    if all(name.endswith("logits") for name in outputs):
+        return float(logits_divergence(model, outputs, reference, batch))
     total = 0.0
     for name, own in outputs.items():
         other = reference[name].float()
-        if not name.endswith("logits"):
-            difference = (own.float() - other).square().mean()
-            total += float(difference / other.square().mean().clamp(min=1e-30))
-            continue
-        labels, mask = batch.get("labels"), batch.get("attention_mask")
-        if labels is None and mask is not None and own.dim() > 2:
-            labels = mask.long() - 1  # any label but -100 counts
-            labels = labels.masked_fill(mask == 0, -100)
-        total += float(distillation_loss(own, other, labels=labels))
+        error = (own.float() - other).square().mean()
+        total += float(error / other.square().mean().clamp(min=1e-30))
     return total
 
 
@@ -99,7 +94,7 @@ class OutputDivergence:
             for layer in members:
                 layer.module._parameters["weight"] = trial
             found = [
-                divergence(outputs_of(self.model(**batch)), reference, batch)
+                divergence(self.model, outputs_of(self.model(**batch)), reference, batch)
                 for batch, reference in zip(self.batches, self.reference, strict=True)
             ]
         finally:

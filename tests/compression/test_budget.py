@@ -18,7 +18,8 @@ from hf_quantnoise import (
     size_report,
 )
 from hf_quantnoise.compression import file_bytes, plan_budget
-from hf_quantnoise.compression.distillation import distillation_loss
+from hf_quantnoise.compression.distillation import softmax_divergence
+from hf_quantnoise.compression.heads import logits_divergence
 from hf_quantnoise.compression.sensitivity import _interpolated, divergence
 from hf_quantnoise.modeling import packed_layers
 from hf_quantnoise.modeling.copies import copy_of_shapes
@@ -126,7 +127,7 @@ def uneven_model():
 
 @torch.no_grad()
 def true_divergence(model, reference, ids):
-    return float(distillation_loss(model(ids).logits, reference(ids).logits))
+    return float(softmax_divergence(model(ids).logits, reference(ids).logits))
 
 
 def test_it_beats_a_uniform_plan_of_the_same_size(saved_bytes):
@@ -179,22 +180,18 @@ def test_divergence_is_carried_over_through_the_measured_points_and_rises(points
     assert _interpolated(points, error / 10) == pytest.approx(first / 10)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_the_divergence_is_the_teacher_s_without_what_is_padding(masked):
+def test_the_divergence_is_the_teacher_s_and_padding_does_not_count():
     generator = torch.Generator().manual_seed(0)
     own, other = torch.randn(2, 2, 5, 7, generator=generator)
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
-    batch = {"attention_mask": mask} if masked else {}
-    keep = mask.bool() if masked else torch.ones(2, 5, dtype=torch.bool)
-    p, q = other.double().softmax(-1), own.double().softmax(-1)
-    expected = float((p * (p / q).log()).sum(-1)[keep].mean())
-    found = divergence({"logits": own}, {"logits": other}, batch)
-    assert found == pytest.approx(expected, rel=1e-5)
-    # Two heads (start and end of an answer) add up; hidden states have no softmax.
-    twice = {"start_logits": own, "end_logits": own}, {"start_logits": other, "end_logits": other}
-    assert divergence(*twice, batch) == pytest.approx(2 * expected, rel=1e-5)
+    model, batch = make_stacked("gpt2", 1), {"attention_mask": mask}
+    found = divergence(model, {"logits": own}, {"logits": other}, batch)
+    assert found == float(logits_divergence(model, {"logits": own}, {"logits": other}, batch)) > 0
+    padded = own + 5 * (1 - mask)[..., None] * torch.randn(2, 5, 7, generator=generator)
+    assert divergence(model, {"logits": padded}, {"logits": other}, batch) == found
+    # Hidden states have no softmax.
     relative = float((own - other).square().sum() / other.square().sum())
-    found = divergence({"last_hidden_state": own}, {"last_hidden_state": other}, batch)
+    found = divergence(model, {"last_hidden_state": own}, {"last_hidden_state": other}, batch)
     assert found == pytest.approx(relative, rel=1e-5)
 
 
