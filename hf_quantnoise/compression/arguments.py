@@ -30,7 +30,9 @@ class CompressionArguments:
     )
     calibration_batches: int = field(
         default=8,
-        metadata={"help": "Training batches that set the scales of activations, if quantized."},
+        metadata={
+            "help": "Training batches that set the scales of activations and the importance."
+        },
     )
     distill: bool = field(
         default=True,

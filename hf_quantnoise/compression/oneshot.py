@@ -1,4 +1,4 @@
-"""Quantization in one shot: no training, and no data but for the scales of activations."""
+"""Quantization in one shot: no training, and no data but for calibration."""
 
 from __future__ import annotations
 
@@ -41,20 +41,21 @@ def quantize_model(
         config: :class:`IPQConfig` or :class:`FixedPointConfig`.
         progress: show a progress bar.
         calibration_data: a few batches, each the keyword arguments of a forward; needed where
-            ``config.activation_bits`` is set (7.7), and not read otherwise.
+            ``config.activation_bits`` is set (7.7) or ``config.importance`` is
+            ``"activations"``, and not read otherwise.
 
     Returns:
         The same object, packed: ``save_pretrained``, ``push_to_hub`` and ``Trainer`` take it.
 
     Raises:
         TypeError: if the model is no ``PreTrainedModel``.
-        ValueError: if it is quantized already, the config cannot be carried out, or activations
-            are to be quantized without calibration data; the model is dense then as before.
+        ValueError: if it is quantized already, the config cannot be carried out, or needs
+            calibration data and there is none; the model is dense then as before.
     """
     batches: list[dict] = []
-    if config.activation_bits is not None:
+    if config.reads_data:
         batches = list(calibration_data or [])
-        require_batches(batches)
-    ModelPacker(model, without_noise(model, config)).pack_all(progress)
+        require_batches(batches, config.reads_data)
+    ModelPacker(model, without_noise(model, config)).pack_all(progress, batches)
     calibrate(model, [layer for _, layer in packed_layers(model)], batches)
     return model

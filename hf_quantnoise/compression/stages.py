@@ -125,8 +125,8 @@ def compress_in_stages(
                 "compress finetunes between stages and the trainer has no train_dataset; give it "
                 "one, or set CompressionArguments(stage_epochs=0)"
             )
-        if config.activation_bits is not None:
-            require_batches([])
+        if config.reads_data:
+            require_batches([], config.reads_data)
     check_can_be_packed(model)
     packer = ModelPacker(model, without_noise(model, config))
     report = report or (lambda record: None)
@@ -141,7 +141,8 @@ def compress_in_stages(
         report(_record("restructured", stage_trainer, start))
     for number, stage in enumerate(tqdm(packer.stages, desc="stages", unit="stage"), 1):
         start = time.perf_counter()
-        packed = packer.pack_stage(stage)
+        data = _calibration(stage_trainer, model) if config.weighs_errors else ()
+        packed = packer.pack_stage(stage, True, *data)
         stage_trainer = _stage_trainer(trainer, model, compression_args, teacher, number)
         _calibrate(stage_trainer, model, packed)
         finetuning = {}
@@ -157,12 +158,17 @@ def _calibrate(stage_trainer: StageTrainer, model: PreTrainedModel, packed: Stag
     layers = [model.get_submodule(name) for name in packed.layers]
     if all(layer.activation_bits is None for layer in layers):
         return
+    batches, forward = _calibration(stage_trainer, model)
+    calibrate(model, layers, batches, forward)
+
+
+def _calibration(
+    stage_trainer: StageTrainer, model: PreTrainedModel
+) -> tuple[list, Callable[[object], object]]:
+    """The first training batches, and what runs one of them."""
     count = stage_trainer.compression_args.calibration_batches
     batches = list(islice(stage_trainer.get_train_dataloader(), count))
-
-    calibrate(
-        model, layers, batches, lambda batch: stage_trainer.prediction_step(model, batch, False)
-    )
+    return batches, lambda batch: stage_trainer.prediction_step(model, batch, False)
 
 
 def _record(

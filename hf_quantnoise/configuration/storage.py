@@ -90,6 +90,18 @@ class QuantizedModelConfig(QuantizationConfigMixin):
         check_patterns("exclude_modules", self.exclude_modules)
 
     @property
+    def weighs_errors(self) -> bool:
+        """Whether a weight's error counts by what its layer's inputs are on calibration data."""
+        return False
+
+    @property
+    def reads_data(self) -> str | None:
+        """The field that needs calibration data, or None."""
+        if self.weighs_errors:
+            return "importance"
+        return None if self.activation_bits is None else "activation_bits"
+
+    @property
     def is_compressed(self) -> bool:
         """Whether the config describes a finished model (it holds a plan)."""
         return bool(self.plan)
@@ -145,6 +157,8 @@ class IPQConfig(QuantizedModelConfig):
         codebook_bits: 32, 16 or 8, the precision in which centroids are stored; 8 is section 3.3,
             Eq. 2 on the codebook.
         kmeans_iter: most iterations of k-means for each codebook.
+        importance: ``"none"``, or ``"activations"``: k-means weighs the error of each number by the
+            squares of what it is multiplied with on calibration data (diagonal of X^T X).
     """
 
     block_size: int | dict[str, int] = 4
@@ -152,6 +166,7 @@ class IPQConfig(QuantizedModelConfig):
     stages: list[str] | tuple[str, ...] = ("ffn", "embeddings", "attention")
     codebook_bits: int = 32
     kmeans_iter: int = 20
+    importance: str = "none"
 
     scheme: ClassVar[str] = "ipq"
 
@@ -161,6 +176,7 @@ class IPQConfig(QuantizedModelConfig):
         check_per_layer("n_centroids", self.n_centroids, 2, 65536)
         check_choice("codebook_bits", self.codebook_bits, (32, 16, 8))
         check_int("kmeans_iter", self.kmeans_iter, 1, 100_000)
+        check_choice("importance", self.importance, ("none", "activations"))
         if isinstance(self.stages, str) or not self.stages:
             raise ValueError(
                 f"stages={self.stages!r} must be a list of structure groups ({', '.join(GROUPS)}) "
@@ -183,6 +199,10 @@ class IPQConfig(QuantizedModelConfig):
                     f"{name}={value!r} has no entry for the stage {stage!r}; "
                     f"add one, or take {stage!r} out of stages={self.stages!r}"
                 )
+
+    @property
+    def weighs_errors(self) -> bool:
+        return self.importance != "none"
 
     def noise_settings(self) -> dict[str, Any]:
         return {

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..configuration import QuantizedModelConfig
 from ..modeling import pack_layer, packed_layers, packed_names
+from ..modeling.activations import require_batches
+from ..modeling.importance import measure_importance
 from ..modeling.plan import PlannedWeight, make_plan
 from ..modeling.restructure import declare_shared, plan_restructuring
 from .quantizer import attach
@@ -59,13 +62,26 @@ class ModelPacker:
             self.restructuring.carry_out(self.model, self.config)
             self.stages, self.config.left_dense = make_plan(self.model, self.config)
 
-    def pack_stage(self, stage: str | None, progress: bool = True) -> StageResult:
+    def pack_stage(
+        self,
+        stage: str | None,
+        progress: bool = True,
+        batches: Sequence = (),
+        forward: Callable[[object], object] | None = None,
+    ) -> StageResult:
         """Packs the layers of one stage, bottom-up.
 
         Args:
             stage: a key of :attr:`stages`.
             progress: show a bar that counts weights.
+            batches, forward: calibration data, read where the config has ``importance``
+                (``modeling/importance.py``): the inputs are those of the model as it stands, with
+                the stages before this one packed.
+
+        Raises:
+            ValueError: if the config needs calibration data and there is none.
         """
+        importance = self._importance(stage, batches, forward)
         rewriter = TieRewriter(self.model)
         names: list[str] = []
         error = energy = 0.0
@@ -73,7 +89,7 @@ class ModelPacker:
                    disable=not progress, leave=False)  # fmt: skip
         for number, planned in enumerate(bar):
             norm = self._norm(planned)
-            error += norm * self._pack(planned, number)
+            error += norm * self._pack(planned, number, importance[number])
             energy += norm
             names += [layer.name for layer in planned.layers]
         modules = dict(self.model.named_modules())
@@ -82,21 +98,29 @@ class ModelPacker:
         attach(self.model, self.config)
         return StageResult(stage, tuple(names), error / energy if energy else 0.0)
 
-    def pack_all(self, progress: bool = False) -> list[StageResult]:
+    def pack_all(self, progress: bool = False, batches: Sequence = ()) -> list[StageResult]:
         """Restructures, then packs every stage, without training in between."""
         self.restructure()
-        return [self.pack_stage(stage, progress) for stage in self.stages]
+        return [self.pack_stage(stage, progress, batches) for stage in self.stages]
+
+    def _importance(self, stage, batches, forward) -> list[Tensor | None]:
+        weights = [[layer.module for layer in planned.layers] for planned in self.stages[stage]]
+        if not self.config.weighs_errors:
+            return [None] * len(weights)
+        require_batches(batches, "importance")
+        return measure_importance(self.model, weights, batches, forward)
 
     def _norm(self, planned: PlannedWeight) -> float:
         return float(planned.layers[0].module.weight.detach().float().square().sum())
 
-    def _pack(self, planned: PlannedWeight, number: int) -> float:
+    def _pack(self, planned: PlannedWeight, number: int, importance: Tensor | None) -> float:
         modules: list[nn.Module] = [layer.module for layer in planned.layers]
         error = pack_layer(
             modules,
             planned.quantizer,
             seed=self.config.seed + number,
             activation_bits=planned.activation_bits,
+            importance=importance,
         )
         self.config.plan.update(planned.entries())
         return error

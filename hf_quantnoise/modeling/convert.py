@@ -95,6 +95,7 @@ def pack_layer(
     *,
     seed: int = 0,
     activation_bits: int | None = None,
+    importance: Tensor | None = None,
 ) -> float:
     """Quantizes the weight of a layer (or of several that are tied) and packs them in place.
 
@@ -103,6 +104,7 @@ def pack_layer(
         quantizer: how the weight is to be stored.
         seed: seed of the codebook.
         activation_bits: bits of what enters the layer; ``activations.calibrate`` sets its scale.
+        importance: weight of each number's squared error (``importance.py``); None: all alike.
 
     Returns:
         The relative error ||W - W_q||^2 / ||W||^2.
@@ -116,8 +118,8 @@ def pack_layer(
     rows, columns = matrix.shape
     if reason := quantizer.check(rows, columns):
         raise ValueError(f"a {rows} x {columns} weight cannot be stored as {quantizer}: {reason}")
-    state = quantizer.fit(matrix, seed=seed)
-    codes = quantizer.encode(matrix, state)
+    state = quantizer.fit(matrix, seed=seed, importance=importance)
+    codes = quantizer.encode(matrix, state, importance)
     decoded = quantizer.decode(codes, state)
     error = (matrix.float() - decoded.float()).square().sum() / matrix.float().square().sum()
     packed = pack_codes(codes.reshape(-1), quantizer.code_bits)

@@ -42,7 +42,12 @@ class Quantizer(ABC):
 
     @abstractmethod
     def fit(
-        self, matrix: Tensor, *, seed: int = 0, init: dict[str, Tensor] | None = None
+        self,
+        matrix: Tensor,
+        *,
+        seed: int = 0,
+        init: dict[str, Tensor] | None = None,
+        importance: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Fits the state to a matrix (rows, columns).
 
@@ -50,14 +55,20 @@ class Quantizer(ABC):
             matrix: the weight.
             seed: seed of whatever is random in the fit.
             init: an earlier state to start from.
+            importance: weight above 0 of each number's squared error, of a shape that broadcasts to
+                that of the matrix (``modeling/importance.py``); None weighs all alike. A quantizer
+                that rounds number by number has no use for it.
 
         Raises:
             ValueError: if the matrix has entries that are not finite.
         """
 
     @abstractmethod
-    def encode(self, matrix: Tensor, state: dict[str, Tensor]) -> Tensor:
-        """The code of each block, (rows, columns / block_size): uint8, int32 above 8 bits."""
+    def encode(
+        self, matrix: Tensor, state: dict[str, Tensor], importance: Tensor | None = None
+    ) -> Tensor:
+        """The code of each block, (rows, columns / block_size): uint8, int32 above 8 bits; the one
+        of the lowest error, weighted as in :meth:`fit`."""
 
     @abstractmethod
     def decode(self, codes: Tensor, state: dict[str, Tensor]) -> Tensor:

@@ -91,7 +91,7 @@ class ProductQuantizer(Quantizer):
         precision = {32: "", 16: " f16", 8: " int8"}[self.codebook_bits]
         return f"pq {self.n_centroids}x{self.block_size}{precision}"
 
-    def fit(self, matrix, *, seed=0, init=None):
+    def fit(self, matrix, *, seed=0, init=None, importance=None):
         start = None if init is None else init["codebook"]
         result = kmeans(
             to_blocks(matrix, self.block_size),
@@ -99,6 +99,7 @@ class ProductQuantizer(Quantizer):
             n_iter=self.n_iter,
             seed=seed,
             init=start,
+            weights=self._block_weights(matrix, importance),
         )
         state = {"codebook": result.centroids.to(matrix.dtype)}
         if self.codebook_bits == 8:
@@ -106,8 +107,21 @@ class ProductQuantizer(Quantizer):
             state |= {_ON_CODEBOOK + key: value for key, value in fitted.items()}
         return state
 
-    def encode(self, matrix, state):
-        codes = assign(to_blocks(matrix, self.block_size), self.centroids(state))
+    def _block_weights(self, matrix: Tensor, importance: Tensor | None) -> Tensor | None:
+        """The importance of each number of each block (N, block_size); (N, 1) by rows alone."""
+        if importance is None:
+            return None
+        if importance.shape[1] == 1:
+            n_blocks = matrix.shape[1] // self.block_size
+            return importance.expand(len(matrix), n_blocks).reshape(-1, 1)
+        return to_blocks(importance.expand_as(matrix), self.block_size)
+
+    def encode(self, matrix, state, importance=None):
+        codes = assign(
+            to_blocks(matrix, self.block_size),
+            self.centroids(state),
+            weights=self._block_weights(matrix, importance),
+        )
         return codes.to(code_dtype(self.code_bits)).view(matrix.shape[0], -1)
 
     def decode(self, codes, state):
