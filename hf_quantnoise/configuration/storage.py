@@ -14,6 +14,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..registry import Registry
 from ..structure import GROUPS, block_size_of, entry_for
 from ..validation import (
+    check_bool,
     check_choice,
     check_int,
     check_patterns,
@@ -159,6 +160,8 @@ class IPQConfig(QuantizedModelConfig):
         kmeans_iter: most iterations of k-means for each codebook.
         importance: ``"none"``, or ``"activations"``: k-means weighs the error of each number by the
             squares of what it is multiplied with on calibration data (diagonal of X^T X).
+        row_scale: whether each row of a weight (an output feature, a word) has a float16 scale,
+            fitted along with the codebook and trained with it.
     """
 
     block_size: int | dict[str, int] = 4
@@ -167,6 +170,7 @@ class IPQConfig(QuantizedModelConfig):
     codebook_bits: int = 32
     kmeans_iter: int = 20
     importance: str = "none"
+    row_scale: bool = False
 
     scheme: ClassVar[str] = "ipq"
 
@@ -177,6 +181,7 @@ class IPQConfig(QuantizedModelConfig):
         check_choice("codebook_bits", self.codebook_bits, (32, 16, 8))
         check_int("kmeans_iter", self.kmeans_iter, 1, 100_000)
         check_choice("importance", self.importance, ("none", "activations"))
+        check_bool("row_scale", self.row_scale)
         if isinstance(self.stages, str) or not self.stages:
             raise ValueError(
                 f"stages={self.stages!r} must be a list of structure groups ({', '.join(GROUPS)}) "
@@ -223,6 +228,7 @@ class IPQConfig(QuantizedModelConfig):
             "n_centroids": n_centroids,
             "codebook_bits": self.codebook_bits,
             "n_iter": self.kmeans_iter,
+            "row_scale": self.row_scale,
         }
 
     def stage_groups(self) -> list[str | None]:

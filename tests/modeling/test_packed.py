@@ -37,6 +37,8 @@ QUANTIZERS = {
     "pq-5bit": ProductQuantizer(block_size=8, n_centroids=31),
     "pq-half": ProductQuantizer(block_size=4, n_centroids=16, codebook_bits=16),
     "pq-int8": ProductQuantizer(block_size=4, n_centroids=16, codebook_bits=8),
+    "pq-row-scale": ProductQuantizer(block_size=8, n_centroids=31, row_scale=True),
+    "pq-row-scale-int8": ProductQuantizer(4, 16, codebook_bits=8, row_scale=True),
     "int8": FixedPointQuantizer(bits=8),
     "int5-channel": FixedPointQuantizer(bits=5, observer="channel"),
     "int3": FixedPointQuantizer(bits=3),
