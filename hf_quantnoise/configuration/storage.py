@@ -162,6 +162,8 @@ class IPQConfig(QuantizedModelConfig):
             squares of what it is multiplied with on calibration data (diagonal of X^T X).
         row_scale: whether each row of a weight (an output feature, a word) has a float16 scale,
             fitted along with the codebook and trained with it.
+        n_codebooks: 1, or 2: a block is the sum of a centroid of each of two codebooks of
+            ``n_centroids``, stored as two codes. Blocks of 8 then take the codes of blocks of 4.
     """
 
     block_size: int | dict[str, int] = 4
@@ -171,6 +173,7 @@ class IPQConfig(QuantizedModelConfig):
     kmeans_iter: int = 20
     importance: str = "none"
     row_scale: bool = False
+    n_codebooks: int = 1
 
     scheme: ClassVar[str] = "ipq"
 
@@ -182,6 +185,7 @@ class IPQConfig(QuantizedModelConfig):
         check_int("kmeans_iter", self.kmeans_iter, 1, 100_000)
         check_choice("importance", self.importance, ("none", "activations"))
         check_bool("row_scale", self.row_scale)
+        check_choice("n_codebooks", self.n_codebooks, (1, 2))
         if isinstance(self.stages, str) or not self.stages:
             raise ValueError(
                 f"stages={self.stages!r} must be a list of structure groups ({', '.join(GROUPS)}) "
@@ -223,7 +227,7 @@ class IPQConfig(QuantizedModelConfig):
         if block_size is None or n_centroids is None:
             return None
         return {
-            "scheme": "pq",
+            "scheme": "pq" if self.n_codebooks == 1 else "additive",
             "block_size": block_size,
             "n_centroids": n_centroids,
             "codebook_bits": self.codebook_bits,

@@ -30,7 +30,8 @@ def packed_names(layer: nn.Module) -> list[str]:
 
 def _indices_shape(quantizer: Quantizer, rows: int, columns: int) -> tuple[int, ...]:
     """(rows, bytes per row) where rows begin on a byte, else the flat number of bytes."""
-    bits_per_row = columns // quantizer.block_size * quantizer.code_bits
+    codes_per_row = columns // quantizer.block_size * quantizer.codes_per_block
+    bits_per_row = codes_per_row * quantizer.code_bits
     if bits_per_row % 8 == 0:
         return rows, bits_per_row // 8
     return (-(-rows * bits_per_row // 8),)

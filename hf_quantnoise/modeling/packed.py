@@ -98,8 +98,8 @@ class PackedLayer(Shadow):
 
     @property
     def codes_per_row(self) -> int:
-        """Number of blocks in a row."""
-        return self.columns // self.quantizer.block_size
+        """Number of codes in a row: one for each block, or several."""
+        return self.columns // self.quantizer.block_size * self.quantizer.codes_per_block
 
     @property
     def rows_are_aligned(self) -> bool:
@@ -107,7 +107,7 @@ class PackedLayer(Shadow):
         return self.weight_indices.dim() == 2
 
     def codes(self, rows: Tensor | slice | None = None) -> Tensor:
-        """The codes, shape (rows, columns / block_size); or those of some rows."""
+        """The codes, shape (rows, codes_per_row); or those of some rows."""
         packed = self.weight_indices
         if rows is not None and self.rows_are_aligned:
             packed, rows = packed[rows], None
@@ -129,12 +129,11 @@ class PackedLayer(Shadow):
         return self.quantizer.decode(codes, state)
 
     def block_counts(self) -> Tensor:
-        """|J_c|: how many blocks each codeword stands for, shape (n_centroids,)."""
+        """|J_c|: how many blocks each codeword is used for, one for each row of the codebook."""
         device = self.weight_indices.device
         if self._counts is None or self._counts.device != device:
-            counts = torch.bincount(
-                self.codes().reshape(-1).int(), minlength=self.weight_codebook.shape[0]
-            )
+            rows = self.quantizer.codebook_rows(self.codes()).reshape(-1).int()
+            counts = torch.bincount(rows, minlength=self.weight_codebook.shape[0])
             object.__setattr__(self, "_counts", counts)
         return self._counts
 

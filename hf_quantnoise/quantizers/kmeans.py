@@ -116,9 +116,23 @@ def assign(
     return torch.cat(codes) if codes else torch.empty(0, dtype=torch.int64, device=points.device)
 
 
-def _errors(points: Tensor, centroids: Tensor, codes: Tensor, weights: Tensor | None) -> Tensor:
-    squares = (points - centroids[codes]).square()
+def nearest_few(
+    points: Tensor, centroids: Tensor, count: int, weights: Tensor | None = None
+) -> Tensor:
+    """The nearest centroids of each point, nearest first: (N, min(count, K)). Not in chunks."""
+    columns = _columns(centroids, weights is not None)
+    distances = _augmented(points, weights) @ columns
+    return distances.topk(min(count, len(centroids)), dim=1, largest=False).indices
+
+
+def squared_errors(points: Tensor, decoded: Tensor, weights: Tensor | None = None) -> Tensor:
+    """(Weighted) squared distance of each point to what stands for it, shape (N,)."""
+    squares = (points - decoded).square()
     return (squares if weights is None else weights * squares).sum(1)
+
+
+def _errors(points: Tensor, centroids: Tensor, codes: Tensor, weights: Tensor | None) -> Tensor:
+    return squared_errors(points, centroids[codes], weights)
 
 
 def _seed_centroids(
@@ -126,7 +140,7 @@ def _seed_centroids(
 ) -> Tensor:
     """Greedy k-means++ on a sample: of a few points drawn by their squared distance, the one that
     lowers the sum of squared distances most becomes the next centroid."""
-    drawn = _draw(len(points), SEEDING_POINTS, generator).to(points.device)
+    drawn = draw(len(points), SEEDING_POINTS, generator).to(points.device)
     sample = points[drawn]
     own = sample.new_ones(1, 1) if weights is None else weights[drawn]
     weighted = own * sample
@@ -151,7 +165,8 @@ def _seed_centroids(
     return centroids
 
 
-def _draw(n_points: int, n_draws: int, generator: torch.Generator) -> Tensor:
+def draw(n_points: int, n_draws: int, generator: torch.Generator) -> Tensor:
+    """Indices of so many points, each at most once; of all in order where there are no more."""
     if n_points <= n_draws:
         return torch.arange(n_points)
     return torch.randperm(n_points, generator=generator)[:n_draws]
@@ -275,7 +290,7 @@ def kmeans(
     done = 0
     centroids = init.detach().float().clone() if init is not None else None
     if len(points) > sample_size:
-        drawn = _draw(len(points), sample_size, generator).to(points.device)
+        drawn = draw(len(points), sample_size, generator).to(points.device)
         sample, own = points[drawn], None if weights is None else weights[drawn]
         if centroids is None:
             centroids = _seed_centroids(sample, own, n_centroids, generator)

@@ -63,9 +63,8 @@ def _in_half(tensor: Tensor) -> Tensor:
 
 
 # Section 3.3: Eq. 2 on the centroids themselves, and how its state is named in theirs.
-_EIGHT_BITS = FixedPointQuantizer(bits=8)
 _ON_CODEBOOK = "codebook_"
-_KEYS = tuple(_EIGHT_BITS.state_spec(1, 1))
+_KEYS = tuple(FixedPointQuantizer(bits=8).state_spec(1, 1))
 
 
 def _of_codebook(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -99,6 +98,15 @@ class ProductQuantizer(Quantizer):
     scheme: ClassVar[str] = "pq"
 
     @property
+    def _eight_bits(self) -> FixedPointQuantizer:
+        observer = "minmax" if self.codes_per_block == 1 else "channel"
+        return FixedPointQuantizer(bits=8, observer=observer)
+
+    def _books(self, codebook: Tensor) -> Tensor:
+        """Each codebook as a row: what has one scale in 8 bits."""
+        return codebook.reshape(self.codes_per_block, -1)
+
+    @property
     def code_bits(self) -> int:
         return math.ceil(math.log2(self.n_centroids))
 
@@ -121,7 +129,7 @@ class ProductQuantizer(Quantizer):
             codebook, _ = self._cluster(seed, matrix, importance, start, self.n_iter)
             state = {"codebook": codebook.to(matrix.dtype)}
         if self.codebook_bits == 8:
-            fitted = _EIGHT_BITS.fit(state["codebook"])
+            fitted = self._eight_bits.fit(self._books(state["codebook"]))
             state |= {_ON_CODEBOOK + key: value for key, value in fitted.items()}
         return state
 
@@ -156,25 +164,39 @@ class ProductQuantizer(Quantizer):
     def encode(self, matrix, state, importance=None):
         if self.row_scale:
             matrix = matrix.float() / as_divisor(self.scales(state).float())
-        codes = assign(
+        codes = self._assign(
             to_blocks(matrix, self.block_size),
             self.centroids(state),
-            weights=self._block_weights(matrix, importance),
+            self._block_weights(matrix, importance),
         )
         return codes.to(code_dtype(self.code_bits)).view(matrix.shape[0], -1)
 
+    def _assign(self, blocks: Tensor, codebook: Tensor, weights: Tensor | None) -> Tensor:
+        """The codes of blocks (N, block_size): shape (N,), or (N, codes_per_block)."""
+        return assign(blocks, codebook, weights=weights)
+
+    def codebook_rows(self, codes: Tensor) -> Tensor:
+        """The row of ``codebook`` that each code stands for; codes of a row (or block) last."""
+        return codes
+
     def decode(self, codes, state):
-        decoded = _Lookup.apply(self.centroids(state), codes).flatten(-2)
+        return self._scaled(self._look_up(codes, state).flatten(-2), state)
+
+    def _look_up(self, codes: Tensor, state: dict[str, Tensor]) -> Tensor:
+        """The centroid of each code, (..., block_size)."""
+        return _Lookup.apply(self.centroids(state), self.codebook_rows(codes))
+
+    def _scaled(self, decoded: Tensor, state: dict[str, Tensor]) -> Tensor:
         return decoded * self.scales(state) if self.row_scale else decoded
 
     def state_spec(self, rows, columns):
-        shape = (self.n_centroids, self.block_size)
+        shape = (self.codes_per_block * self.n_centroids, self.block_size)
         dtype = {32: torch.float32, 16: torch.float16, 8: torch.uint8}[self.codebook_bits]
         spec = {"codebook": (shape, dtype)}
         if self.row_scale:
             spec["row_scale"] = ((rows, 1), torch.float16)
         if self.codebook_bits == 8:
-            on_codebook = _EIGHT_BITS.state_spec(*shape)
+            on_codebook = self._eight_bits.state_spec(self.codes_per_block, 1)
             spec |= {_ON_CODEBOOK + key: value for key, value in on_codebook.items()}
         return spec
 
@@ -187,7 +209,7 @@ class ProductQuantizer(Quantizer):
 
     def to_storage(self, key, tensor, state):
         if key == "codebook" and self.codebook_bits == 8:
-            return _EIGHT_BITS.encode(tensor, _of_codebook(state))
+            return self._eight_bits.encode(self._books(tensor), _of_codebook(state)).view_as(tensor)
         _, dtype = self.state_spec(1, 1)[key]
         within = _within_half(tensor) if dtype == torch.float16 else tensor
         return super().to_storage(key, within, state)
@@ -199,7 +221,9 @@ class ProductQuantizer(Quantizer):
     def from_storage(self, state):
         if self.codebook_bits != 8:
             return state
-        return {**state, "codebook": _EIGHT_BITS.decode(state["codebook"], _of_codebook(state))}
+        codes = state["codebook"]
+        decoded = self._eight_bits.decode(self._books(codes), _of_codebook(state))
+        return {**state, "codebook": decoded.view_as(codes)}
 
     def centroids(self, state: dict[str, Tensor]) -> Tensor:
         """The centroids as they are stored, shape (n_centroids, block_size); straight-through.
@@ -216,9 +240,10 @@ class ProductQuantizer(Quantizer):
             else:
                 on_codebook = _of_codebook(state)
                 if trained:
-                    for key, value in _EIGHT_BITS.fit(codebook).items():
+                    for key, value in self._eight_bits.fit(self._books(codebook)).items():
                         on_codebook[key].copy_(value)
-                stored = _EIGHT_BITS.quantize(codebook, on_codebook)
+                stored = self._eight_bits.quantize(self._books(codebook), on_codebook)
+                stored = stored.view_as(codebook)
         return _AsStored.apply(codebook, stored)
 
     def scales(self, state: dict[str, Tensor]) -> Tensor:
@@ -230,6 +255,7 @@ class ProductQuantizer(Quantizer):
         if columns % self.block_size:
             return f"block size {self.block_size} does not divide its {columns} columns"
         blocks = rows * columns // self.block_size
-        if blocks <= self.n_centroids:
-            return f"it has only {blocks} blocks for {self.n_centroids} centroids"
+        n_centroids = self.codes_per_block * self.n_centroids
+        if blocks <= n_centroids:
+            return f"it has only {blocks} blocks for {n_centroids} centroids"
         return None
