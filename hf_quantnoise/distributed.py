@@ -12,6 +12,13 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """The sum of a tensor over the ranks of a distributed run; in place."""
+    if is_distributed():
+        dist.all_reduce(tensor)
+    return tensor
+
+
 def of_rank_0(tensor: Tensor) -> Tensor:
     """Rank 0's tensor, on every rank of a distributed run."""
     if not is_distributed():

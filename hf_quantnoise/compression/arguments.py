@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ..validation import check_int
+
 
 @dataclass
 class CompressionArguments:
@@ -34,6 +36,13 @@ class CompressionArguments:
             "help": "Training batches that set the scales of activations and the importance."
         },
     )
+    reassign_steps: int | None = field(
+        default=None,
+        metadata={"help": "Optimizer steps after which blocks may change codewords; None: never."},
+    )
+    reassign_share: float = field(
+        default=0.01, metadata={"help": "Most blocks of a weight that do so each time, a share."}
+    )
     distill: bool = field(
         default=True,
         metadata={"help": "Learn from the uncompressed model's logits (section 3.2)."},
@@ -55,6 +64,12 @@ class CompressionArguments:
             raise ValueError(f"stage_epochs={self.stage_epochs!r} must be 0 or more")
         if not self.calibration_batches >= 1:
             raise ValueError(f"calibration_batches={self.calibration_batches!r} must be 1 or more")
+        if self.reassign_steps is not None:
+            check_int("reassign_steps", self.reassign_steps, 1, 2**31)
+        if not 0 < self.reassign_share <= 1:
+            raise ValueError(
+                f"reassign_share={self.reassign_share!r} must be above 0 and at most 1"
+            )
         if not 0 <= self.distill_weight <= 1:
             raise ValueError(f"distill_weight={self.distill_weight!r} must be from 0 to 1")
         if not self.temperature > 0:

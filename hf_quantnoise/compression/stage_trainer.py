@@ -9,6 +9,7 @@ from ..modeling.packed import PREFIX
 from .arguments import CompressionArguments
 from .distillation import distillation_loss
 from .guards import GuardedTrainer
+from .reassign import ReassignCallback
 
 
 class StageTrainer(GuardedTrainer):
@@ -29,6 +30,8 @@ class StageTrainer(GuardedTrainer):
         super().__init__(*args, **kwargs)
         self.compression_args = compression_args
         self.teacher = teacher
+        if (steps := compression_args.reassign_steps) is not None:
+            self.add_callback(ReassignCallback(steps, compression_args.reassign_share))
         if teacher is not None:
             # The loss below is a mean over the batch, whatever the head does with its count.
             self.model_accepts_loss_kwargs = False

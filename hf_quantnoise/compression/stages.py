@@ -24,6 +24,7 @@ from ..modeling.activations import calibrate, require_batches
 from ..size import size_report
 from .arguments import CompressionArguments
 from .oneshot import without_noise
+from .reassign import require_centroids
 from .stage_trainer import StageTrainer
 
 
@@ -127,6 +128,7 @@ def compress_in_stages(
             )
         if config.reads_data:
             require_batches([], config.reads_data)
+    require_centroids(config, compression_args)
     check_can_be_packed(model)
     packer = ModelPacker(model, without_noise(model, config))
     report = report or (lambda record: None)

@@ -8,7 +8,8 @@ below decode no more than they need: looked-up rows of a table, a bounded slice 
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -72,6 +73,8 @@ class PackedLayer(Shadow):
     # weight's shape. True answers with an empty meta tensor instead of decoding.
     _shape_only: bool = False
     _counts: Tensor | None = None
+    # Takes (rows, gradient of the decoded rows) in every backward (``compression/reassign.py``).
+    _on_gradient: Callable[[Tensor | slice | None, Tensor], None] | None = None
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The original forward, on rounded inputs where activations are quantized."""
@@ -126,7 +129,10 @@ class PackedLayer(Shadow):
             state["codebook"] = _AverageOverBlocks.apply(state["codebook"], self.block_counts())
         if rows is not None:
             state = self.quantizer.state_of_rows(state, rows)
-        return self.quantizer.decode(codes, state)
+        decoded = self.quantizer.decode(codes, state)
+        if self._on_gradient is not None and decoded.requires_grad:
+            decoded.register_hook(partial(self._on_gradient, rows))
+        return decoded
 
     def block_counts(self) -> Tensor:
         """|J_c|: how many blocks each codeword is used for, one for each row of the codebook."""
