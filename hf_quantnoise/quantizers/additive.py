@@ -15,13 +15,20 @@ from torch import Tensor
 
 from ..blocks import to_blocks
 from .base import QUANTIZERS
-from .kmeans import SAMPLE_POINTS, assign, cluster_means, draw, kmeans, nearest_few, squared_errors
+from .kmeans import (
+    SAMPLE_POINTS,
+    assign,
+    chunk_rows,
+    cluster_means,
+    draw,
+    kmeans,
+    nearest_few,
+    squared_errors,
+)
 from .product import ProductQuantizer
 
 # First centroids tried for each block. With 8 the search loses about 1% to one with 32.
 BEAM = 8
-# Blocks searched at a time.
-CHUNK = 2048
 ROUNDS = 6
 
 
@@ -102,9 +109,10 @@ class AdditiveQuantizer(ProductQuantizer):
             weights = None  # one weight for a whole block moves none of its minima
         first, second = codebook.float().split(self.n_centroids)
         codes = []
-        for start in range(0, len(blocks), CHUNK):
-            part = blocks[start : start + CHUNK].float()
-            own = None if weights is None else weights[start : start + CHUNK].float()
+        step = chunk_rows(self.n_centroids)
+        for start in range(0, len(blocks), step):
+            part = blocks[start : start + step].float()
+            own = None if weights is None else weights[start : start + step].float()
             few = nearest_few(part, first, BEAM, own)
             width = few.shape[1]
             left = (part[:, None] - first[few]).flatten(0, 1)
