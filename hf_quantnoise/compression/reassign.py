@@ -101,7 +101,13 @@ class ReassignCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         for name in ("fsdp", "deepspeed", "torch_compile"):
             if getattr(args, name, None):
-                raise ValueError(f"reassign_steps={self.steps} does not go with {name} yet")
+                raise ValueError(self._refusal(name))
+
+    def _refusal(self, name: str) -> str:
+        return (
+            f"reassign_steps={self.steps} does not go with {name} yet: codes are changed in place, "
+            "on every rank alike; leave one of the two out"
+        )
 
     def on_step_begin(self, args, state, control, model: nn.Module, **kwargs):
         step = state.global_step + 1
@@ -110,6 +116,8 @@ class ReassignCallback(TrainerCallback):
         for _, layer in packed_layers(model):
             if not isinstance(layer.quantizer, ProductQuantizer):
                 continue
+            if hasattr(layer.weight_indices, "full_tensor"):  # a DTensor, FSDP by environment
+                raise ValueError(self._refusal("sharded parameters"))
             key = id(layer.weight_indices)
             if key not in self._weights:
                 shape, device = (layer.rows, layer.columns), layer.weight_indices.device
