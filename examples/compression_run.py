@@ -247,6 +247,19 @@ def _closing_table(results: ResultsFile, args: Arguments) -> str:
     return closing_table(rows, metric)
 
 
+def _settings(args: Arguments, job: Job) -> dict:
+    """What decides a run's figures."""
+    counts = {"train": job.parts["train_dataset"], "validation": job.parts["eval_dataset"]}
+    return {
+        "seed": args.training.seed,
+        "command": args.command,
+        "versions": versions(),
+        "arguments": args.to_dict(),
+        "examples": {name: len(rows) if rows else 0 for name, rows in counts.items()},
+        "metric": job.metric,
+    }
+
+
 def run(args: Arguments, prepare: Callable[[Arguments], Job]) -> dict:
     """Carries out what the command line says.
 
@@ -276,17 +289,10 @@ def run(args: Arguments, prepare: Callable[[Arguments], Job]) -> dict:
     job = prepare(args)
     if small_config is not None:
         check_plan(job.model, small_config)  # what cannot be done is told before training
-    counts = {"train": job.parts["train_dataset"], "validation": job.parts["eval_dataset"]}
+    results.add(**_settings(args, job), **earlier)
     results.add(
-        seed=training.seed,
-        command=args.command,
-        versions=versions(),
-        arguments=args.to_dict(),
         noise=noise_config.to_dict() if noise_config else None,
         quantization=small_config.to_dict() if small_config else None,
-        examples={name: len(rows) if rows else 0 for name, rows in counts.items()},
-        metric=job.metric,
-        **earlier,
     )
     if not training.do_eval:
         job.parts["eval_dataset"] = None

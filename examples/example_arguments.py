@@ -216,6 +216,13 @@ class CompressionOptions:
         default=32, metadata={"help": "Bits of a stored centroid: 32, 16, 8."}
     )
     kmeans_iter: int = field(default=20, metadata={"help": "Most iterations of k-means."})
+    importance: Literal["none", "activations"] = field(
+        default="none", metadata={"help": "Weigh errors by what the inputs are on training data."}
+    )
+    row_scale: bool = field(default=False, metadata={"help": "A scale for each row of a weight."})
+    n_codebooks: int = field(
+        default=1, metadata={"help": "2: a block is the sum of two centroids; double --block_size."}
+    )
     target_size_mb: float | None = field(
         default=None,
         metadata={"help": "MB the file may have; blocks and centroids are then allotted by layer."},
@@ -280,6 +287,9 @@ class CompressionOptions:
             stages=self.stages,
             codebook_bits=self.codebook_bits,
             kmeans_iter=self.kmeans_iter,
+            importance=self.importance,
+            row_scale=self.row_scale,
+            n_codebooks=self.n_codebooks,
             **given,
             **shared,
         )

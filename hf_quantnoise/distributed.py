@@ -28,13 +28,35 @@ def object_of_rank_0(value: Any) -> Any:
     return shared[0]
 
 
-def of_rank_0(tensor: Tensor) -> Tensor:
-    """Rank 0's tensor, on every rank of a distributed run."""
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """The sum of a tensor over the ranks of a distributed run; in place."""
+    if is_distributed():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def of_rank(tensor: Tensor, rank: int) -> Tensor:
+    """One rank's tensor, on every rank of a distributed run."""
     if not is_distributed():
         return tensor
     device = tensor.device
     if dist.get_backend() == "nccl" and device.type == "cpu":
         device = torch.device("cuda", torch.cuda.current_device())
     shared = tensor.to(device).contiguous()
-    dist.broadcast(shared, src=0)
+    dist.broadcast(shared, src=rank)
     return shared.to(tensor.device)
+
+
+def of_rank_0(tensor: Tensor) -> Tensor:
+    """Rank 0's tensor, on every rank of a distributed run."""
+    return of_rank(tensor, 0)
+
+
+def owner_of(number: int) -> int:
+    """The rank that does the n-th of several pieces of work, which go round."""
+    return number % dist.get_world_size() if is_distributed() else 0
+
+
+def is_mine(number: int) -> bool:
+    """Whether this rank does the n-th piece."""
+    return not is_distributed() or dist.get_rank() == owner_of(number)

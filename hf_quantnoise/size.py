@@ -150,7 +150,7 @@ def _dense_row(name: str, tensor: Tensor, group: str) -> SizeRow:
 def _packed_row(name: str, layer: nn.Module, group: str, disk: dict[str, Tensor]) -> SizeRow:
     quantizer = layer.quantizer
     memory = [getattr(layer, tensor) for tensor in packed_names(layer)]
-    blocks = layer.rows * layer.codes_per_row
+    codes = layer.rows * layer.codes_per_row
     state_bits = sum(
         8 * torch.empty((), dtype=dtype).element_size() * math.prod(shape)
         for shape, dtype in quantizer.state_spec(layer.rows, layer.columns).values()
@@ -160,7 +160,7 @@ def _packed_row(name: str, layer: nn.Module, group: str, disk: dict[str, Tensor]
         group=group,
         stored=quantizer.short_name,
         shape=(layer.rows, layer.columns),
-        formula_bytes=math.ceil((state_bits + quantizer.code_bits * blocks) / 8),
+        formula_bytes=math.ceil((state_bits + quantizer.code_bits * codes) / 8),
         disk_bytes=sum(_bytes(disk[f"{name}.{tensor}"]) for tensor in packed_names(layer)),
         memory_bytes=sum(map(_bytes, memory)),
         dense_bytes=4 * layer.rows * layer.columns,

@@ -81,8 +81,7 @@ class QuantNoiseTrainer(GuardedTrainer):
         """Compresses the model stage by stage (iPQ, section 3.2), in place.
 
         The noise is removed; each stage quantizes its layers and finetunes centroids and all that
-        is still dense, with the uncompressed model as teacher. Bars show stages, layers and steps,
-        each stage prints one line, and every figure is in the trainer's logs.
+        is still dense, with the uncompressed model as teacher. Every figure is in the logs.
 
         Args:
             config: :class:`IPQConfig` or :class:`FixedPointConfig`.
@@ -99,11 +98,7 @@ class QuantNoiseTrainer(GuardedTrainer):
         Raises:
             ValueError: before anything is changed, where the config cannot be carried out.
         """
-        if not isinstance(config, QuantizedModelConfig):
-            raise TypeError(
-                f"config is a {type(config).__name__}; compress takes an IPQConfig or a "
-                "FixedPointConfig, e.g. compress(IPQConfig(block_size=4))"
-            )
+        _require_config(config)
         self.compression_history = []
 
         def keep(record: StageRecord) -> None:
@@ -113,6 +108,7 @@ class QuantNoiseTrainer(GuardedTrainer):
             if report is not None:
                 report(record)
 
+        compression_args = compression_args or CompressionArguments()
         model = compress_in_stages(
             self, config, compression_args, teacher, keep, resume=resume_from_checkpoint
         )
@@ -120,7 +116,7 @@ class QuantNoiseTrainer(GuardedTrainer):
             self.remove_callback(self.noise_callback)  # a later train() finetunes the packed model
             self.noise_callback = None
         self._forget_dense_model(model)
-        if (compression_args or CompressionArguments()).plots and self.args.should_save:
+        if compression_args.plots and self.args.should_save:
             folder = os.path.join(self.args.output_dir, PLOTS)
             plot_compression(self.compression_history, size_report(model), folder)
         return model
@@ -145,3 +141,11 @@ class QuantNoiseTrainer(GuardedTrainer):
         if self.is_world_process_zero():
             card = os.path.join(self.args.output_dir, "README.md")
             add_card_section(card, self.model, self.qn_config, self.compression_history)
+
+
+def _require_config(config: object) -> None:
+    if not isinstance(config, QuantizedModelConfig):
+        raise TypeError(
+            f"config is a {type(config).__name__}; compress takes an IPQConfig or a "
+            "FixedPointConfig, e.g. compress(IPQConfig(block_size=4))"
+        )

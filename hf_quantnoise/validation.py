@@ -17,6 +17,11 @@ def check_int(name: str, value: Any, low: int, high: int) -> None:
         raise ValueError(f"{name}={value!r} must be an integer from {low} to {high}")
 
 
+def check_bool(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r} must be True or False")
+
+
 def check_word_or_steps(name: str, value: Any, word: str) -> None:
     if value == word or (is_int(value) and 1 <= value <= 2**31):
         return

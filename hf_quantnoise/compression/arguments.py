@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..validation import check_int
 from .distillation import read_layers
 
 SCHEDULES = ("restart", "continue")
@@ -78,7 +79,16 @@ class CompressionArguments:
     )
     calibration_batches: int = field(
         default=8,
-        metadata={"help": "Training batches that set the scales of activations, if quantized."},
+        metadata={
+            "help": "Training batches that set the scales of activations and the importance."
+        },
+    )
+    reassign_steps: int | None = field(
+        default=None,
+        metadata={"help": "Optimizer steps after which blocks may change codewords; None: never."},
+    )
+    reassign_share: float = field(
+        default=0.01, metadata={"help": "Most blocks of a weight that do so each time, a share."}
     )
     budget_batches: int = field(
         default=1,
@@ -150,6 +160,12 @@ class CompressionArguments:
             raise ValueError(f"calibration_batches={self.calibration_batches!r} must be 1 or more")
         if not self.budget_batches >= 0:
             raise ValueError(f"budget_batches={self.budget_batches!r} must be 0 or more")
+        if self.reassign_steps is not None:
+            check_int("reassign_steps", self.reassign_steps, 1, 2**31)
+        if not 0 < self.reassign_share <= 1:
+            raise ValueError(
+                f"reassign_share={self.reassign_share!r} must be above 0 and at most 1"
+            )
         if not 0 <= self.distill_weight <= 1:
             raise ValueError(f"distill_weight={self.distill_weight!r} must be from 0 to 1")
         if not self.temperature > 0:

@@ -1,4 +1,4 @@
-"""Quantization in one shot: no training, and no data but for the scales of activations."""
+"""Quantization in one shot: no training, and no data but for calibration."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def quantize_model(
         config: :class:`IPQConfig` or :class:`FixedPointConfig`.
         progress: show progress bars, and how a target was allotted.
         calibration_data: a few batches, each the keyword arguments of a forward; needed where
-            ``config.activation_bits`` is set (7.7), of use where a target is (``budget.py``), and
-            not read otherwise.
+            ``config.activation_bits`` is set (7.7) or ``config.importance`` is
+            ``"activations"``, of use where a target is (``budget.py``), and not read otherwise.
 
     Returns:
         The same object, packed: ``save_pretrained``, ``push_to_hub`` and ``Trainer`` take it.
@@ -51,15 +51,15 @@ def quantize_model(
     Raises:
         TypeError: if the model is no ``PreTrainedModel``.
         ValueError: if it is quantized already, the config cannot be carried out, its target cannot
-            be met, or activations are to be quantized without calibration data; the model is dense
-            then as before.
+            be met, or it needs calibration data and there is none; the model is dense then as
+            before.
     """
     batches: list[dict] = []
-    if config.activation_bits is not None or config.target is not None:
+    if config.reads_data or config.target is not None:
         batches = list(calibration_data or [])
-    if config.activation_bits is not None:
-        require_batches(batches)
+    if config.reads_data:
+        require_batches(batches, config.reads_data)
     config = within_target(model, without_noise(model, config), batches, progress)
-    ModelPacker(model, config).pack_all(progress)
+    ModelPacker(model, config).pack_all(progress, batches if config.reads_data else ())
     calibrate(model, [layer for _, layer in packed_layers(model)], batches)
     return model

@@ -7,6 +7,7 @@ from torch import nn
 
 from ..modeling.packed import PREFIX
 from .arguments import CompressionArguments
+from .reassign import ReassignCallback
 from .resumable import ResumableTrainer
 from .teacher import Teacher
 
@@ -32,6 +33,8 @@ class StageTrainer(ResumableTrainer):
         self.teacher = teacher
         self._sums: dict[str, torch.Tensor] = {}
         self._batches = 0
+        if (steps := compression_args.reassign_steps) is not None:
+            self.add_callback(ReassignCallback(steps, compression_args.reassign_share))
         if teacher is not None:
             # The loss below is a mean over the batch, whatever the head does with its count.
             self.model_accepts_loss_kwargs = False

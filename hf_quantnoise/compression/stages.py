@@ -34,6 +34,7 @@ from .budget import first_batches, within_target
 from .figures import codebook_use, forward_logs, log_record
 from .oneshot import without_noise
 from .pass_files import FOLDER, PassFiles, SavedStage, put_into_memory
+from .reassign import require_centroids
 from .resumable import OptimizerState
 from .stage_trainer import StageTrainer
 from .teacher import Teacher
@@ -118,8 +119,9 @@ class StagedPass:
                     "compress finetunes between stages and the trainer has no train_dataset; give "
                     "it one, or set CompressionArguments(stage_epochs=0)"
                 )
-            if config.activation_bits is not None:
-                require_batches([])
+            if config.reads_data:
+                require_batches([], config.reads_data)
+        require_centroids(config, self.args)
         check_can_be_packed(self.model)
         keeps = trainer.args.save_strategy != SaveStrategy.NO
         folder = os.path.join(trainer.args.output_dir, FOLDER) if keeps else None
@@ -152,7 +154,7 @@ class StagedPass:
     def _begin(self) -> int:
         batches = first_batches(self.trainer, self.args.budget_batches)
         config = within_target(self.model, without_noise(self.model, self.config), batches)
-        self.packer = ModelPacker(self.model, config)
+        self.packer = ModelPacker(self.model, config, on_all_ranks=True)
         start = time.perf_counter()
         self._add(_record("dense", self._stage_trainer(None, 0), start))
         self._save(0)
@@ -208,7 +210,7 @@ class StagedPass:
         put_into_memory(self.model, saved[0].tensors())
         newest = saved[-1]
         config = QuantizedModelConfig.from_dict(newest.content["config"])
-        self.packer = ModelPacker(self.model, config)
+        self.packer = ModelPacker(self.model, config, on_all_ranks=True)
         self._make_teacher()
         records = [StageRecord(**record) for record in newest.content["history"]]
         if newest.number == 0:
@@ -231,7 +233,10 @@ class StagedPass:
 
     def _stage(self, number: int, stage: str | None) -> None:
         start = time.perf_counter()
-        packed = self.packer.pack_stage(stage)
+        data = ()
+        if self.config.weighs_errors:
+            data = _calibration(self._stage_trainer(None, 0), self.model)
+        packed = self.packer.pack_stage(stage, True, *data)
         stage_trainer = self._stage_trainer(stage, number)
         _calibrate(stage_trainer, self.model, packed)
         finetuning = {}
@@ -342,12 +347,17 @@ def _calibrate(stage_trainer: StageTrainer, model: PreTrainedModel, packed: Stag
     layers = [model.get_submodule(name) for name in packed.layers]
     if all(layer.activation_bits is None for layer in layers):
         return
+    batches, forward = _calibration(stage_trainer, model)
+    calibrate(model, layers, batches, forward)
+
+
+def _calibration(
+    stage_trainer: StageTrainer, model: PreTrainedModel
+) -> tuple[list, Callable[[object], object]]:
+    """The first training batches, and what runs one of them."""
     count = stage_trainer.compression_args.calibration_batches
     batches = list(islice(stage_trainer.get_train_dataloader(), count))
-
-    calibrate(
-        model, layers, batches, lambda batch: stage_trainer.prediction_step(model, batch, False)
-    )
+    return batches, lambda batch: stage_trainer.prediction_step(model, batch, False)
 
 
 def _record(

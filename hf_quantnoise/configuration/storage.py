@@ -15,6 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..registry import Registry
 from ..structure import GROUPS, block_size_of, entry_for
 from ..validation import (
+    check_bool,
     check_choice,
     check_int,
     check_patterns,
@@ -91,6 +92,18 @@ class QuantizedModelConfig(QuantizationConfigMixin):
         check_patterns("exclude_modules", self.exclude_modules)
 
     @property
+    def weighs_errors(self) -> bool:
+        """Whether a weight's error counts by what its layer's inputs are on calibration data."""
+        return False
+
+    @property
+    def reads_data(self) -> str | None:
+        """The field that needs calibration data, or None."""
+        if self.weighs_errors:
+            return "importance"
+        return None if self.activation_bits is None else "activation_bits"
+
+    @property
     def is_compressed(self) -> bool:
         """Whether the config describes a finished model (it holds a plan)."""
         return bool(self.plan)
@@ -159,6 +172,12 @@ class IPQConfig(QuantizedModelConfig):
         codebook_bits: 32, 16 or 8, the precision in which centroids are stored; 8 is section 3.3,
             Eq. 2 on the codebook.
         kmeans_iter: most iterations of k-means for each codebook.
+        importance: ``"none"``, or ``"activations"``: k-means weighs the error of each number by the
+            squares of what it is multiplied with on calibration data (diagonal of X^T X).
+        row_scale: whether each row of a weight (an output feature, a word) has a float16 scale,
+            fitted along with the codebook and trained with it.
+        n_codebooks: 1, or 2: a block is the sum of a centroid of each of two codebooks of
+            ``n_centroids``, stored as two codes. Blocks of 8 then take the codes of blocks of 4.
         target_size_mb: the saved file may have so many MB (10^6 bytes); block size, number of
             centroids or intN are then allotted weight by weight (``compression/budget.py``).
         target_bits_per_weight: the same in bits for each parameter of the model.
@@ -171,6 +190,9 @@ class IPQConfig(QuantizedModelConfig):
     stages: list[str] | tuple[str, ...] = ("ffn", "embeddings", "attention")
     codebook_bits: int = 32
     kmeans_iter: int = 20
+    importance: str = "none"
+    row_scale: bool = False
+    n_codebooks: int = 1
     target_size_mb: float | None = None
     target_bits_per_weight: float | None = None
     layer_quantizers: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -183,6 +205,9 @@ class IPQConfig(QuantizedModelConfig):
         check_per_layer("n_centroids", self.n_centroids, 2, MAX_CENTROIDS)
         check_choice("codebook_bits", self.codebook_bits, (32, 16, 8))
         check_int("kmeans_iter", self.kmeans_iter, 1, 100_000)
+        check_choice("importance", self.importance, ("none", "activations"))
+        check_bool("row_scale", self.row_scale)
+        check_choice("n_codebooks", self.n_codebooks, (1, 2))
         if isinstance(self.stages, str) or not self.stages:
             raise ValueError(
                 f"stages={self.stages!r} must be a list of structure groups ({', '.join(GROUPS)}) "
@@ -215,6 +240,10 @@ class IPQConfig(QuantizedModelConfig):
                     f"{name}={value!r} has no entry for the stage {stage!r}; "
                     f"add one, or take {stage!r} out of stages={self.stages!r}"
                 )
+
+    @property
+    def weighs_errors(self) -> bool:
+        return self.importance != "none"
 
     def noise_settings(self) -> dict[str, Any]:
         return {
@@ -258,11 +287,12 @@ class IPQConfig(QuantizedModelConfig):
         if block_size is None or n_centroids is None:
             return None
         return {
-            "scheme": "pq",
+            "scheme": "pq" if self.n_codebooks == 1 else "additive",
             "block_size": block_size,
             "n_centroids": n_centroids,
             "codebook_bits": self.codebook_bits,
             "n_iter": self.kmeans_iter,
+            "row_scale": self.row_scale,
         }
 
     def stage_groups(self) -> list[str | None]:

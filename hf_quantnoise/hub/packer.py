@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..configuration import QuantizedModelConfig
+from ..distributed import is_distributed, is_mine, of_rank, owner_of, sum_over_ranks
 from ..modeling import pack_layer, pack_skeleton, packed_layers, packed_names
+from ..modeling.activations import require_batches
+from ..modeling.importance import measure_importance
 from ..modeling.plan import PlannedWeight, make_plan
 from ..modeling.restructure import declare_shared, plan_restructuring, restructured_copy
 from .quantizer import attach
@@ -42,13 +46,18 @@ class ModelPacker:
     Args:
         model: a dense model; its layers are converted in place.
         config: how to store it; copied, and the copy's ``plan`` grows with the stages.
+        on_all_ranks: whether all ranks of a distributed run pack the same model: weights go round
+            among them, and each gets what the others clustered.
 
     Raises:
         TypeError: if the model is no ``PreTrainedModel``.
         ValueError: if it is quantized already, or the config cannot be carried out.
     """
 
-    def __init__(self, model: PreTrainedModel, config: QuantizedModelConfig) -> None:
+    def __init__(
+        self, model: PreTrainedModel, config: QuantizedModelConfig, on_all_ranks: bool = False
+    ) -> None:
+        self.on_all_ranks = on_all_ranks
         check_can_be_packed(model)
         self.model = model
         self.config = deepcopy(config)
@@ -65,25 +74,42 @@ class ModelPacker:
             self.restructuring.carry_out(self.model, self.config)
             self.stages, self.config.left_dense = make_plan(self.model, self.config)
 
-    def pack_stage(self, stage: str | None, progress: bool = True) -> StageResult:
+    def pack_stage(
+        self,
+        stage: str | None,
+        progress: bool = True,
+        batches: Sequence = (),
+        forward: Callable[[object], object] | None = None,
+    ) -> StageResult:
         """Packs the layers of one stage, bottom-up.
 
         Args:
             stage: a key of :attr:`stages`.
             progress: show a bar that counts weights.
+            batches, forward: calibration data, read where the config has ``importance``
+                (``modeling/importance.py``): the inputs are those of the model as it stands, with
+                the stages before this one packed.
+
+        Raises:
+            ValueError: if the config needs calibration data and there is none.
         """
+        importance = self._importance(stage, batches, forward)
         names: list[str] = []
         errors: dict[str, float] = {}
-        error = energy = 0.0
+        norms: list[float] = []
+        energy = 0.0
         bar = tqdm(self.stages[stage], desc=f"quantize {stage or 'all layers'}", unit="layer",
                    disable=not progress, leave=False)  # fmt: skip
         with self._names_follow(names):
             for number, planned in enumerate(bar):
                 norm = self._norm(planned)
-                own = self._pack(planned, number)
-                error, energy = error + norm * own, energy + norm
+                own = self._pack(planned, number, importance[number])
+                energy += norm
                 errors[planned.layers[0].name] = own
+                norms.append(norm)
                 names += [layer.name for layer in planned.layers]
+            self._exchange(stage, errors)
+        error = sum(norm * own for norm, own in zip(norms, errors.values(), strict=True))
         return StageResult(stage, tuple(names), error / energy if energy else 0.0, errors)
 
     def restore_stage(self, stage: str | None) -> None:
@@ -108,10 +134,17 @@ class ModelPacker:
         declare_shared(self.model, self.config.shared_layers)
         attach(self.model, self.config)
 
-    def pack_all(self, progress: bool = False) -> list[StageResult]:
+    def pack_all(self, progress: bool = False, batches: Sequence = ()) -> list[StageResult]:
         """Restructures, then packs every stage, without training in between."""
         self.restructure()
-        return [self.pack_stage(stage, progress) for stage in self.stages]
+        return [self.pack_stage(stage, progress, batches) for stage in self.stages]
+
+    def _importance(self, stage, batches, forward) -> list[Tensor | None]:
+        weights = [[layer.module for layer in planned.layers] for planned in self.stages[stage]]
+        if not self.config.weighs_errors:
+            return [None] * len(weights)
+        require_batches(batches, "importance")
+        return measure_importance(self.model, weights, batches, forward)
 
     def pack_skeletons(self) -> None:
         """As :meth:`pack_all`, with empty tensors: nothing is quantized. For models on the meta
@@ -123,16 +156,35 @@ class ModelPacker:
     def _norm(self, planned: PlannedWeight) -> float:
         return float(planned.layers[0].module.weight.detach().float().square().sum())
 
-    def _pack(self, planned: PlannedWeight, number: int) -> float:
+    def _pack(self, planned: PlannedWeight, number: int, importance: Tensor | None) -> float:
+        """Packs one weight; returns its relative error. What another rank clusters is left empty,
+        with an error of 0, until :meth:`_exchange`."""
         modules: list[nn.Module] = [layer.module for layer in planned.layers]
-        error = pack_layer(
+        self.config.plan.update(planned.entries())
+        if self.on_all_ranks and not is_mine(number):
+            pack_skeleton(modules, planned.quantizer, planned.activation_bits)
+            return 0.0
+        return pack_layer(
             modules,
             planned.quantizer,
             seed=self.config.seed + number,
             activation_bits=planned.activation_bits,
+            importance=importance,
         )
-        self.config.plan.update(planned.entries())
-        return error
+
+    @torch.no_grad()
+    def _exchange(self, stage: str | None, errors: dict[str, float]) -> None:
+        """Gives every rank what each has clustered, codes and state alike."""
+        if not self.on_all_ranks or not is_distributed():
+            return
+        for number, planned in enumerate(self.stages[stage]):
+            layer = planned.layers[0].module
+            for name in packed_names(layer):
+                tensor = layer._parameters[name]
+                tensor.copy_(of_rank(tensor.detach(), owner_of(number)))
+        device = layer.weight_indices.device
+        found = torch.tensor(list(errors.values()), device=device, dtype=torch.float32)
+        errors.update(zip(errors, sum_over_ranks(found).tolist(), strict=True))
 
 
 def check_can_be_packed(model: nn.Module) -> None:

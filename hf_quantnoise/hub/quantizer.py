@@ -86,11 +86,7 @@ class QuantNoiseHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs) -> None:
         config = self.quantization_config
         if not self.pre_quantized:
-            if config.target is not None:
-                raise ValueError(
-                    f"{config.target}: from_pretrained does not allot a size; load the dense model "
-                    "and give it to quantize_model(model, config), or to QuantNoiseTrainer"
-                )
+            _require_no_data(config)
             return
         if not config.is_compressed:
             raise ValueError(
@@ -202,6 +198,17 @@ class QuantNoiseHfQuantizer(HfQuantizer):
                 all_submodels=True
             )
         return model
+
+
+def _require_no_data(config: QuantizedModelConfig) -> None:
+    """Refuses what cannot be done while a dense checkpoint is loaded."""
+    needs = config.target or config.reads_data
+    if needs:
+        raise ValueError(
+            f"{needs}: from_pretrained has no data to measure on; load the dense model and give it "
+            "to quantize_model(model, config, calibration_data=[batch, ...]), or to "
+            "QuantNoiseTrainer"
+        )
 
 
 @torch.no_grad()

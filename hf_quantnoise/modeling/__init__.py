@@ -7,6 +7,7 @@ from .convert import (
     packed_layers,
     packed_names,
     read_states,
+    set_codes,
     unpack_model,
 )
 from .packed import PackedLayer
@@ -19,5 +20,6 @@ __all__ = [
     "packed_layers",
     "packed_names",
     "read_states",
+    "set_codes",
     "unpack_model",
 ]

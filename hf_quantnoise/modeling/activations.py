@@ -6,7 +6,8 @@ scalars in the checkpoint, ``input_scale`` and ``input_zero_point``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -41,13 +42,24 @@ class InputObserver:
         return FixedPointQuantizer(bits=bits).state_of_range(low, high)
 
 
-def require_batches(batches: Sequence) -> None:
-    """Raises ValueError where there is nothing to calibrate on."""
+def require_batches(batches: Sequence, needed_by: str = "activation_bits") -> None:
+    """Raises ValueError where there is nothing to calibrate on, naming the field that needs it."""
     if not batches:
         raise ValueError(
-            "activation_bits needs calibration data, and there is none: give a trainer with a "
+            f"{needed_by} needs calibration data, and there is none: give a trainer with a "
             "train_dataset, or quantize_model(..., calibration_data=[batch, ...])"
         )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts a model in eval mode for a while."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 @torch.no_grad()
@@ -74,21 +86,19 @@ def calibrate(
         return
     require_batches(batches)
     forward = forward or (lambda batch: model(**batch))
-    was_training = model.training
-    model.eval()
     observers = [InputObserver() for _ in layers]
     try:
         for layer, observer in zip(layers, observers, strict=True):
             layer.__dict__["_observer"] = observer
-        for fixed in (False, True):
-            for observer in observers:
-                observer.bins_are_fixed = fixed
-            for batch in batches:
-                forward(batch)
+        with evaluating(model):
+            for fixed in (False, True):
+                for observer in observers:
+                    observer.bins_are_fixed = fixed
+                for batch in batches:
+                    forward(batch)
     finally:
         for layer in layers:
             layer.__dict__.pop("_observer", None)
-        model.train(was_training)
     for layer, observer in zip(layers, observers, strict=True):
         if observer.range is None:
             raise ValueError(

@@ -30,7 +30,8 @@ def packed_names(layer: nn.Module) -> list[str]:
 
 def _indices_shape(quantizer: Quantizer, rows: int, columns: int) -> tuple[int, ...]:
     """(rows, bytes per row) where rows begin on a byte, else the flat number of bytes."""
-    bits_per_row = columns // quantizer.block_size * quantizer.code_bits
+    codes_per_row = columns // quantizer.block_size * quantizer.codes_per_block
+    bits_per_row = codes_per_row * quantizer.code_bits
     if bits_per_row % 8 == 0:
         return rows, bits_per_row // 8
     return (-(-rows * bits_per_row // 8),)
@@ -95,6 +96,7 @@ def pack_layer(
     *,
     seed: int = 0,
     activation_bits: int | None = None,
+    importance: Tensor | None = None,
 ) -> float:
     """Quantizes the weight of a layer (or of several that are tied) and packs them in place.
 
@@ -103,6 +105,7 @@ def pack_layer(
         quantizer: how the weight is to be stored.
         seed: seed of the codebook.
         activation_bits: bits of what enters the layer; ``activations.calibrate`` sets its scale.
+        importance: weight of each number's squared error (``importance.py``); None: all alike.
 
     Returns:
         The relative error ||W - W_q||^2 / ||W||^2.
@@ -116,8 +119,8 @@ def pack_layer(
     rows, columns = matrix.shape
     if reason := quantizer.check(rows, columns):
         raise ValueError(f"a {rows} x {columns} weight cannot be stored as {quantizer}: {reason}")
-    state = quantizer.fit(matrix, seed=seed)
-    codes = quantizer.encode(matrix, state)
+    state = quantizer.fit(matrix, seed=seed, importance=importance)
+    codes = quantizer.encode(matrix, state, importance)
     decoded = quantizer.decode(codes, state)
     error = (matrix.float() - decoded.float()).square().sum() / matrix.float().square().sum()
     packed = pack_codes(codes.reshape(-1), quantizer.code_bits)
@@ -146,6 +149,21 @@ def pack_skeleton(
     for key, (shape, _) in quantizer.state_spec(rows, columns).items():
         tensors[PREFIX + key] = torch.empty(shape, dtype=weight.dtype, device=weight.device)
     _become_packed(layers, quantizer, tensors, activation_bits)
+
+
+@torch.no_grad()
+def set_codes(layers: Sequence[PackedLayer], codes: Tensor) -> None:
+    """Gives the layers that hold one packed weight other codes, in place.
+
+    Args:
+        layers: all packed layers that share the codes.
+        codes: shape (rows, codes_per_row), as ``PackedLayer.codes`` gives them.
+    """
+    indices = layers[0].weight_indices
+    packed = pack_codes(codes.reshape(-1), layers[0].quantizer.code_bits)
+    indices.data.copy_(packed.view_as(indices))
+    for layer in layers:
+        layer._counts = None
 
 
 @torch.no_grad()

@@ -8,7 +8,8 @@ below decode no more than they need: looked-up rows of a table, a bounded slice 
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -72,6 +73,8 @@ class PackedLayer(Shadow):
     # weight's shape. True answers with an empty meta tensor instead of decoding.
     _shape_only: bool = False
     _counts: Tensor | None = None
+    # Takes (rows, gradient of the decoded rows) in every backward (``compression/reassign.py``).
+    _on_gradient: Callable[[Tensor | slice | None, Tensor], None] | None = None
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The original forward, on rounded inputs where activations are quantized."""
@@ -98,8 +101,8 @@ class PackedLayer(Shadow):
 
     @property
     def codes_per_row(self) -> int:
-        """Number of blocks in a row."""
-        return self.columns // self.quantizer.block_size
+        """Number of codes in a row: one for each block, or several."""
+        return self.columns // self.quantizer.block_size * self.quantizer.codes_per_block
 
     @property
     def rows_are_aligned(self) -> bool:
@@ -107,7 +110,7 @@ class PackedLayer(Shadow):
         return self.weight_indices.dim() == 2
 
     def codes(self, rows: Tensor | slice | None = None) -> Tensor:
-        """The codes, shape (rows, columns / block_size); or those of some rows."""
+        """The codes, shape (rows, codes_per_row); or those of some rows."""
         packed = self.weight_indices
         if rows is not None and self.rows_are_aligned:
             packed, rows = packed[rows], None
@@ -126,15 +129,17 @@ class PackedLayer(Shadow):
             state["codebook"] = _AverageOverBlocks.apply(state["codebook"], self.block_counts())
         if rows is not None:
             state = self.quantizer.state_of_rows(state, rows)
-        return self.quantizer.decode(codes, state)
+        decoded = self.quantizer.decode(codes, state)
+        if self._on_gradient is not None and decoded.requires_grad:
+            decoded.register_hook(partial(self._on_gradient, rows))
+        return decoded
 
     def block_counts(self) -> Tensor:
-        """|J_c|: how many blocks each codeword stands for, shape (n_centroids,)."""
+        """|J_c|: how many blocks each codeword is used for, one for each row of the codebook."""
         device = self.weight_indices.device
         if self._counts is None or self._counts.device != device:
-            counts = torch.bincount(
-                self.codes().reshape(-1).int(), minlength=self.weight_codebook.shape[0]
-            )
+            rows = self.quantizer.codebook_rows(self.codes()).reshape(-1).int()
+            counts = torch.bincount(rows, minlength=self.weight_codebook.shape[0])
             object.__setattr__(self, "_counts", counts)
         return self._counts
 

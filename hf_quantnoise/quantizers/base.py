@@ -20,17 +20,19 @@ QUANTIZERS: Registry[type[Quantizer]] = Registry("quantizer")
 
 
 class Quantizer(ABC):
-    """Stores a matrix (rows, columns) as one code per block, and a state shared by all of them.
+    """Stores a matrix (rows, columns) as one code (or two) per block, and a state shared by all.
 
     Attributes:
         scheme: name in a plan.
         block_size: numbers per block.
         code_bits: bits per code.
+        codes_per_block: codes that stand side by side for a block.
         short_name: for tables, e.g. ``"pq 256x4"``.
     """
 
     scheme: ClassVar[str]
     block_size: int
+    codes_per_block: ClassVar[int] = 1
 
     @property
     @abstractmethod
@@ -42,7 +44,12 @@ class Quantizer(ABC):
 
     @abstractmethod
     def fit(
-        self, matrix: Tensor, *, seed: int = 0, init: dict[str, Tensor] | None = None
+        self,
+        matrix: Tensor,
+        *,
+        seed: int = 0,
+        init: dict[str, Tensor] | None = None,
+        importance: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Fits the state to a matrix (rows, columns).
 
@@ -50,14 +57,21 @@ class Quantizer(ABC):
             matrix: the weight.
             seed: seed of whatever is random in the fit.
             init: an earlier state to start from.
+            importance: weight above 0 of each number's squared error, of a shape that broadcasts to
+                that of the matrix (``modeling/importance.py``); None weighs all alike. A quantizer
+                that rounds number by number has no use for it.
 
         Raises:
             ValueError: if the matrix has entries that are not finite.
         """
 
     @abstractmethod
-    def encode(self, matrix: Tensor, state: dict[str, Tensor]) -> Tensor:
-        """The code of each block, (rows, columns / block_size): uint8, int32 above 8 bits."""
+    def encode(
+        self, matrix: Tensor, state: dict[str, Tensor], importance: Tensor | None = None
+    ) -> Tensor:
+        """The code of each block, (rows, columns / block_size): uint8, int32 above 8 bits; the one
+        of the lowest error, weighted as in :meth:`fit`. With several codes per block so many
+        times the columns, those of a block side by side."""
 
     @abstractmethod
     def decode(self, codes: Tensor, state: dict[str, Tensor]) -> Tensor:
@@ -102,7 +116,8 @@ class Quantizer(ABC):
 
     def packed_bytes(self, rows: int, columns: int) -> int:
         """Bytes on disk: the packed codes and the state."""
-        codes = -(-rows * columns // self.block_size * self.code_bits // 8)
+        n_codes = rows * columns // self.block_size * self.codes_per_block
+        codes = -(-n_codes * self.code_bits // 8)
         state = sum(
             math.prod(shape) * torch.empty((), dtype=dtype).element_size()
             for shape, dtype in self.state_spec(rows, columns).values()

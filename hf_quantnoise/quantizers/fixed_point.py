@@ -46,7 +46,7 @@ class FixedPointQuantizer(Quantizer):
     def short_name(self) -> str:
         return f"int{self.bits}" + ("" if self.observer == "minmax" else f" {self.observer}")
 
-    def fit(self, matrix, *, seed=0, init=None):
+    def fit(self, matrix, *, seed=0, init=None, importance=None):
         return self.fit_running(matrix)[0]
 
     def fit_running(
@@ -112,7 +112,7 @@ class FixedPointQuantizer(Quantizer):
         scale, zero_point = state["scale"].float(), state["zero_point"].float()
         return numbers.float().div(scale).add_(zero_point).round_().clamp_(0, 2**self.bits - 1)
 
-    def encode(self, matrix, state):
+    def encode(self, matrix, state, importance=None):
         return self.levels(matrix, state).to(code_dtype(self.bits))
 
     def decode(self, codes, state):

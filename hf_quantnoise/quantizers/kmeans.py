@@ -3,6 +3,10 @@
 The distance of all points of a chunk to all centroids is one matrix product: with the point
 augmented by a one and the centroid by half its squared norm, ||c||^2 / 2 - x c is ||x - c||^2 / 2
 up to a term of the point alone. Chunks stay in cache, and their size in bytes is bounded.
+
+With a weight h for each number of each point the distance is sum_j h_j (x_j - c_j)^2: one product
+again, of (h x, h) and (-c, c^2 / 2), and a centroid is the weighted mean of its points, coordinate
+by coordinate.
 """
 
 from __future__ import annotations
@@ -29,7 +33,8 @@ class KMeansResult:
     Attributes:
         centroids: shape (n_centroids, d), float32.
         codes: nearest centroid of each point, shape (N,), int64.
-        objective: sum of squared distances (section 3.2), computed from the codes.
+        objective: sum of squared distances (section 3.2), weighted where the points are; computed
+            from the codes.
         n_iter: iterations run over all points or over the sample.
     """
 
@@ -45,14 +50,18 @@ def chunk_rows(n_centroids: int, max_bytes: int = MAX_BYTES) -> int:
     return max(1, min(max_bytes // (4 * n_centroids), max(2**18 // n_centroids + 1, 512)))
 
 
-def _augment(centroids: Tensor) -> Tensor:
-    """(d + 1, K): -c on top of ||c||^2 / 2, to be multiplied by points with a one appended."""
-    half = centroids.square().sum(1, keepdim=True) / 2
+def _columns(centroids: Tensor, weighted: bool) -> Tensor:
+    """-c on top of ||c||^2 / 2, (d + 1, K); on top of c^2 / 2, (2 d, K), where points are
+    weighted: what the rows of :func:`_augmented` are multiplied by."""
+    half = centroids.square() / 2
+    half = half if weighted else half.sum(1, keepdim=True)
     return torch.cat([-centroids, half], dim=1).t().contiguous()
 
 
-def _with_ones(points: Tensor) -> Tensor:
-    return torch.cat([points, points.new_ones(len(points), 1)], dim=1)
+def _augmented(points: Tensor, weights: Tensor | None) -> Tensor:
+    if weights is None:
+        return torch.cat([points, points.new_ones(len(points), 1)], dim=1)
+    return torch.cat([weights * points, weights], dim=1)
 
 
 def _nearest(augmented: Tensor, columns: Tensor, n_centroids: int, offset: float) -> Tensor:
@@ -72,43 +81,74 @@ def _nearest(augmented: Tensor, columns: Tensor, n_centroids: int, offset: float
     return (bits.amin(1) & (2**index_bits - 1)).long()
 
 
-def assign(points: Tensor, centroids: Tensor, max_bytes: int = MAX_BYTES) -> Tensor:
+def assign(
+    points: Tensor, centroids: Tensor, max_bytes: int = MAX_BYTES, weights: Tensor | None = None
+) -> Tensor:
     """Nearest centroid of each point.
 
     Args:
         points: shape (N, d); centred inside, so a common offset costs no precision.
         centroids: shape (K, d).
         max_bytes: bound on the scratch of a chunk.
+        weights: positive, shape (N, d) or (N, 1); see :func:`kmeans`.
 
     Returns:
         Codes, shape (N,), int64. Where two centroids are equally near to within 5e-4 of the largest
-        squared distance, either may be given.
+        squared distance, either may be given; the weights of a point count as scaled to mean 1.
     """
+    if weights is not None and weights.shape[1] == 1:
+        weights = None  # one weight for a whole point moves none of its minima
     centre = centroids.float().mean(0)
     centroids = centroids.float() - centre
-    columns = _augment(centroids)
+    columns = _columns(centroids, weights is not None)
     n_centroids = len(centroids)
     # ||c||^2 / 2 - x c >= -||x||^2 / 2, so that of the longest point added makes all positive.
     codes = []
-    for chunk in points.split(chunk_rows(n_centroids, max_bytes)):
-        chunk = chunk.float() - centre
-        offset = float(chunk.square().sum(1).max()) / 2 * 1.001 + 1e-30
-        codes.append(_nearest(_with_ones(chunk), columns, n_centroids, offset))
+    step = chunk_rows(n_centroids, max_bytes)
+    for start in range(0, len(points), step):
+        chunk = points[start : start + step].float() - centre
+        own = None if weights is None else weights[start : start + step].float()
+        if own is not None:  # else one heavy point would take all the digits of a light one
+            own = own / own.mean(1, keepdim=True)
+        squares = chunk.square() if own is None else own * chunk.square()
+        offset = float(squares.sum(1).max()) / 2 * 1.001 + 1e-30
+        codes.append(_nearest(_augmented(chunk, own), columns, n_centroids, offset))
     return torch.cat(codes) if codes else torch.empty(0, dtype=torch.int64, device=points.device)
 
 
-def _errors(points: Tensor, centroids: Tensor, codes: Tensor) -> Tensor:
-    return (points - centroids[codes]).square().sum(1)
+def nearest_few(
+    points: Tensor, centroids: Tensor, count: int, weights: Tensor | None = None
+) -> Tensor:
+    """The nearest centroids of each point, nearest first: (N, min(count, K)). Not in chunks."""
+    columns = _columns(centroids, weights is not None)
+    distances = _augmented(points, weights) @ columns
+    return distances.topk(min(count, len(centroids)), dim=1, largest=False).indices
 
 
-def _seed_centroids(points: Tensor, n_centroids: int, generator: torch.Generator) -> Tensor:
+def squared_errors(points: Tensor, decoded: Tensor, weights: Tensor | None = None) -> Tensor:
+    """(Weighted) squared distance of each point to what stands for it, shape (N,)."""
+    squares = (points - decoded).square()
+    return (squares if weights is None else weights * squares).sum(1)
+
+
+def _errors(points: Tensor, centroids: Tensor, codes: Tensor, weights: Tensor | None) -> Tensor:
+    return squared_errors(points, centroids[codes], weights)
+
+
+def _seed_centroids(
+    points: Tensor, weights: Tensor | None, n_centroids: int, generator: torch.Generator
+) -> Tensor:
     """Greedy k-means++ on a sample: of a few points drawn by their squared distance, the one that
     lowers the sum of squared distances most becomes the next centroid."""
-    sample = points[_draw(len(points), SEEDING_POINTS, generator).to(points.device)]
-    norms = sample.square().sum(1)
+    drawn = draw(len(points), SEEDING_POINTS, generator).to(points.device)
+    sample = points[drawn]
+    own = sample.new_ones(1, 1) if weights is None else weights[drawn]
+    weighted = own * sample
+    norms = (weighted * sample).sum(1)
+    across = own.expand_as(sample).t()
     first = int(torch.randint(len(sample), (1,), generator=generator))
     centroids = sample[first].expand(n_centroids, -1).clone()
-    distances = (sample - centroids[0]).square().sum(1)
+    distances = (own * (sample - centroids[0]).square()).sum(1)
     trials = 2 + int(math.log(n_centroids))
     uniform = torch.rand(n_centroids, trials, generator=generator, dtype=torch.float64)
     uniform = uniform.to(points.device)
@@ -116,7 +156,8 @@ def _seed_centroids(points: Tensor, n_centroids: int, generator: torch.Generator
         cumulated = distances.double().cumsum(0)
         picks = torch.searchsorted(cumulated, uniform[k] * cumulated[-1], right=True)
         picks = picks.clamp_(max=len(sample) - 1)
-        new = norms + norms[picks][:, None] - 2 * (sample[picks] @ sample.t())
+        squares = norms[picks][:, None] if weights is None else sample[picks].square() @ across
+        new = norms + squares - 2 * (sample[picks] @ weighted.t())
         new = torch.minimum(new.clamp_(min=0), distances)
         best = new.sum(1).argmin()
         centroids[k] = sample[picks[best]]
@@ -124,21 +165,21 @@ def _seed_centroids(points: Tensor, n_centroids: int, generator: torch.Generator
     return centroids
 
 
-def _draw(n_points: int, n_draws: int, generator: torch.Generator) -> Tensor:
+def draw(n_points: int, n_draws: int, generator: torch.Generator) -> Tensor:
+    """Indices of so many points, each at most once; of all in order where there are no more."""
     if n_points <= n_draws:
         return torch.arange(n_points)
     return torch.randperm(n_points, generator=generator)[:n_draws]
 
 
-def _update(points: Tensor, codes: Tensor, centroids: Tensor, generator) -> Tensor:
+def _update(points: Tensor, weights: Tensor | None, codes: Tensor, centroids, generator) -> Tensor:
     """Means of the clusters; empty ones start anew at points drawn by their squared error."""
     n_centroids = len(centroids)
     counts = torch.bincount(codes, minlength=n_centroids)
-    sums = torch.zeros_like(centroids).index_add_(0, codes, points)
-    means = sums / counts.clamp(min=1)[:, None]
+    means = cluster_means(points, codes, n_centroids, weights)
     empty = (counts == 0).nonzero().flatten()
     if len(empty):
-        errors = _errors(points, means, codes)
+        errors = _errors(points, means, codes, weights)
         cumulated = errors.double().cumsum(0)
         if cumulated[-1] > 0:  # else every point stands on its centroid: there is nothing to split
             uniform = torch.rand(len(empty), generator=generator, dtype=torch.float64)
@@ -150,16 +191,63 @@ def _update(points: Tensor, codes: Tensor, centroids: Tensor, generator) -> Tens
     return means
 
 
-def _iterate(points, centroids, n_iter, generator, max_bytes) -> tuple[Tensor, Tensor, int]:
+def cluster_means(
+    points: Tensor, codes: Tensor, n_centroids: int, weights: Tensor | None = None
+) -> Tensor:
+    """(Weighted) mean of each cluster, shape (n_centroids, d), float32; 0 where it is empty."""
+    shape = (n_centroids, points.shape[1])
+    if weights is None:
+        mass = torch.bincount(codes, minlength=n_centroids).clamp(min=1)[:, None]
+        return points.new_zeros(shape).index_add_(0, codes, points) / mass
+    mass = points.new_zeros(shape).index_add_(0, codes, weights.expand_as(points))
+    sums = points.new_zeros(shape).index_add_(0, codes, weights * points)
+    return sums / mass.clamp(min=torch.finfo(mass.dtype).tiny)
+
+
+def _iterate(
+    points, weights, centroids, n_iter, generator, max_bytes
+) -> tuple[Tensor, Tensor, int]:
     """Lloyd's iterations until the codes stand still: centroids, their codes, iterations."""
-    codes = assign(points, centroids, max_bytes)
+    codes = assign(points, centroids, max_bytes, weights)
     for iteration in range(n_iter):
-        centroids = _update(points, codes, centroids, generator)
-        new_codes = assign(points, centroids, max_bytes)
+        centroids = _update(points, weights, codes, centroids, generator)
+        new_codes = assign(points, centroids, max_bytes, weights)
         if torch.equal(new_codes, codes):
             return centroids, codes, iteration + 1
         codes = new_codes
     return centroids, codes, n_iter
+
+
+def _check(points: Tensor, weights: Tensor | None, n_centroids: int, init: Tensor | None) -> None:
+    if points.dim() != 2 or not len(points):
+        raise ValueError(f"points of shape {tuple(points.shape)}: k-means needs (N, d) with N > 0")
+    require_finite(points)
+    if init is not None and init.shape != (n_centroids, points.shape[1]):
+        raise ValueError(
+            f"init of shape {tuple(init.shape)} does not fit {n_centroids} centroids of "
+            f"{points.shape[1]} numbers"
+        )
+    if weights is None:
+        return
+    if tuple(weights.shape) not in (tuple(points.shape), (len(points), 1)):
+        raise ValueError(
+            f"weights of shape {tuple(weights.shape)} do not fit points of shape "
+            f"{tuple(points.shape)}: give one for each number, or one for each point"
+        )
+    if not (torch.isfinite(weights).all() and (weights > 0).all()):
+        raise ValueError("weights must be finite and above 0: a point of weight 0 has no centroid")
+
+
+def objective_of(
+    points: Tensor, centroids: Tensor, codes: Tensor, weights: Tensor | None = None
+) -> float:
+    """(Weighted) sum of squared distances of points to their centroids, summed in float64."""
+    total = 0.0
+    for start in range(0, len(points), 2**16):
+        part = slice(start, start + 2**16)
+        own = None if weights is None else weights[part]
+        total += float(_errors(points[part], centroids, codes[part], own).double().sum())
+    return total
 
 
 @torch.no_grad()
@@ -172,6 +260,7 @@ def kmeans(
     init: Tensor | None = None,
     max_bytes: int = MAX_BYTES,
     sample_size: int = SAMPLE_POINTS,
+    weights: Tensor | None = None,
 ) -> KMeansResult:
     """Learns a codebook: minimises the sum of ||b - c[I]||^2 over all blocks (section 3.2).
 
@@ -186,33 +275,29 @@ def kmeans(
         init: centroids to start from, shape (K, d), in place of k-means++.
         max_bytes: bound on the scratch of a chunk.
         sample_size: see above.
+        weights: h above 0, shape (N, d) or (N, 1): the sum is that of h (b - c[I])^2, number by
+            number, for the codes as for the centroids. None weighs all alike.
 
     Raises:
-        ValueError: if there are no points, an entry is not finite, or ``init`` has another shape.
+        ValueError: if there are no points, an entry is not finite, or ``init`` or ``weights`` do
+            not fit.
     """
-    if points.dim() != 2 or not len(points):
-        raise ValueError(f"points of shape {tuple(points.shape)}: k-means needs (N, d) with N > 0")
-    require_finite(points)
-    if init is not None and init.shape != (n_centroids, points.shape[1]):
-        raise ValueError(
-            f"init of shape {tuple(init.shape)} does not fit {n_centroids} centroids of "
-            f"{points.shape[1]} numbers"
-        )
+    _check(points, weights, n_centroids, init)
     points = points.detach().float()
+    if weights is not None:
+        weights = weights.detach().float()
     generator = torch.Generator().manual_seed(seed)
     done = 0
     centroids = init.detach().float().clone() if init is not None else None
     if len(points) > sample_size:
-        sample = points[_draw(len(points), sample_size, generator).to(points.device)]
+        drawn = draw(len(points), sample_size, generator).to(points.device)
+        sample, own = points[drawn], None if weights is None else weights[drawn]
         if centroids is None:
-            centroids = _seed_centroids(sample, n_centroids, generator)
-        centroids, _, done = _iterate(sample, centroids, n_iter, generator, max_bytes)
+            centroids = _seed_centroids(sample, own, n_centroids, generator)
+        centroids, _, done = _iterate(sample, own, centroids, n_iter, generator, max_bytes)
         n_iter = min(n_iter, FULL_ITERATIONS)
     elif centroids is None:
-        centroids = _seed_centroids(points, n_centroids, generator)
-    centroids, codes, full = _iterate(points, centroids, n_iter, generator, max_bytes)
-    objective = sum(
-        float(_errors(part, centroids, own).double().sum())
-        for part, own in zip(points.split(2**16), codes.split(2**16), strict=True)
-    )
+        centroids = _seed_centroids(points, weights, n_centroids, generator)
+    centroids, codes, full = _iterate(points, weights, centroids, n_iter, generator, max_bytes)
+    objective = objective_of(points, centroids, codes, weights)
     return KMeansResult(centroids, codes, objective, done + full)

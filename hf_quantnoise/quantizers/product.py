@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -11,17 +12,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..blocks import to_blocks
-from .base import QUANTIZERS, Quantizer
+from .base import QUANTIZERS, Quantizer, require_finite
 from .fixed_point import FixedPointQuantizer
-from .kmeans import assign, kmeans
+from .kmeans import assign, chunk_rows, kmeans, nearest_few
 from .packing import code_dtype
+from .row_scale import as_divisor, fit_row_scale
 
 
 class _AsStored(torch.autograd.Function):
-    """Centroids as they are stored, straight-through."""
+    """Centroids (or scales) as they are stored, straight-through."""
 
     @staticmethod
-    def forward(ctx, codebook: Tensor, stored: Tensor) -> Tensor:
+    def forward(ctx, tensor: Tensor, stored: Tensor) -> Tensor:
         return stored.view_as(stored)
 
     @staticmethod
@@ -50,10 +52,19 @@ class _Lookup(torch.autograd.Function):
         return total.to(gradient.dtype), None
 
 
+def _within_half(tensor: Tensor) -> Tensor:
+    limit = torch.finfo(torch.float16).max
+    return tensor.clamp(-limit, limit)
+
+
+def _in_half(tensor: Tensor) -> Tensor:
+    """Rounded to float16, in its own dtype."""
+    return _within_half(tensor).to(torch.float16).to(tensor.dtype)
+
+
 # Section 3.3: Eq. 2 on the centroids themselves, and how its state is named in theirs.
-_EIGHT_BITS = FixedPointQuantizer(bits=8)
 _ON_CODEBOOK = "codebook_"
-_KEYS = tuple(_EIGHT_BITS.state_spec(1, 1))
+_KEYS = tuple(FixedPointQuantizer(bits=8).state_spec(1, 1))
 
 
 def _of_codebook(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -63,24 +74,37 @@ def _of_codebook(state: dict[str, Tensor]) -> dict[str, Tensor]:
 @QUANTIZERS.register("pq")
 @dataclass(frozen=True)
 class ProductQuantizer(Quantizer):
-    """Each block is stored as the index of its nearest centroid.
+    """Each block is stored as the index of its nearest centroid; with ``row_scale`` a row is its
+    centroids times a scale of its own.
 
     State: ``codebook``, shape (n_centroids, block_size); with 8 bits per centroid also the scalars
-    ``codebook_scale`` and ``codebook_zero_point`` of Eq. 2 on the codebook (section 3.3).
+    ``codebook_scale`` and ``codebook_zero_point`` of Eq. 2 on the codebook (section 3.3); with a
+    scale per row ``row_scale``, shape (rows, 1), stored and therefore used in float16.
 
     Args:
         block_size: d, numbers per block.
         n_centroids: K; a code takes ceil(log2 K) bits.
         codebook_bits: 32, 16 or 8: precision in which centroids are stored, and therefore used.
         n_iter: most iterations of k-means.
+        row_scale: whether each row has a scale, fitted along with the codebook (``row_scale.py``).
     """
 
     block_size: int = 8
     n_centroids: int = 256
     codebook_bits: int = 32
     n_iter: int = 20
+    row_scale: bool = False
 
     scheme: ClassVar[str] = "pq"
+
+    @property
+    def _eight_bits(self) -> FixedPointQuantizer:
+        observer = "minmax" if self.codes_per_block == 1 else "channel"
+        return FixedPointQuantizer(bits=8, observer=observer)
+
+    def _books(self, codebook: Tensor) -> Tensor:
+        """Each codebook as a row: what has one scale in 8 bits."""
+        return codebook.reshape(self.codes_per_block, -1)
 
     @property
     def code_bits(self) -> int:
@@ -89,46 +113,106 @@ class ProductQuantizer(Quantizer):
     @property
     def short_name(self) -> str:
         precision = {32: "", 16: " f16", 8: " int8"}[self.codebook_bits]
-        return f"pq {self.n_centroids}x{self.block_size}{precision}"
+        scaled = " row scale" if self.row_scale else ""
+        return f"pq {self.n_centroids}x{self.block_size}{precision}{scaled}"
 
-    def fit(self, matrix, *, seed=0, init=None):
+    @torch.no_grad()
+    def fit(self, matrix, *, seed=0, init=None, importance=None):
         start = None if init is None else init["codebook"]
-        result = kmeans(
-            to_blocks(matrix, self.block_size),
-            self.n_centroids,
-            n_iter=self.n_iter,
-            seed=seed,
-            init=start,
-        )
-        state = {"codebook": result.centroids.to(matrix.dtype)}
+        if self.row_scale:
+            require_finite(matrix)
+            start, scale = fit_row_scale(
+                matrix.float(), importance, start, self.n_iter, partial(self._cluster, seed)
+            )
+            state = {"codebook": start.to(matrix.dtype), "row_scale": scale.to(matrix.dtype)}
+        else:
+            codebook, _ = self._cluster(seed, matrix, importance, start, self.n_iter)
+            state = {"codebook": codebook.to(matrix.dtype)}
         if self.codebook_bits == 8:
-            fitted = _EIGHT_BITS.fit(state["codebook"])
+            fitted = self._eight_bits.fit(self._books(state["codebook"]))
             state |= {_ON_CODEBOOK + key: value for key, value in fitted.items()}
         return state
 
-    def encode(self, matrix, state):
-        codes = assign(to_blocks(matrix, self.block_size), self.centroids(state))
+    def _cluster(
+        self,
+        seed: int,
+        matrix: Tensor,
+        importance: Tensor | None,
+        start: Tensor | None,
+        n_iter: int,
+    ) -> tuple[Tensor, Tensor]:
+        """A codebook for a matrix, and the matrix decoded with it; both float32."""
+        result = kmeans(
+            to_blocks(matrix, self.block_size),
+            self.n_centroids,
+            n_iter=n_iter,
+            seed=seed,
+            init=start,
+            weights=self._block_weights(matrix, importance),
+        )
+        return result.centroids, result.centroids[result.codes].view_as(matrix)
+
+    def _block_weights(self, matrix: Tensor, importance: Tensor | None) -> Tensor | None:
+        """The importance of each number of each block (N, block_size); (N, 1) by rows alone."""
+        if importance is None:
+            return None
+        if importance.shape[1] == 1:
+            n_blocks = matrix.shape[1] // self.block_size
+            return importance.expand(len(matrix), n_blocks).reshape(-1, 1)
+        return to_blocks(importance.expand_as(matrix), self.block_size)
+
+    def encode(self, matrix, state, importance=None):
+        if self.row_scale:
+            matrix = matrix.float() / as_divisor(self.scales(state).float())
+        codes = self._assign(
+            to_blocks(matrix, self.block_size),
+            self.centroids(state),
+            self._block_weights(matrix, importance),
+        )
         return codes.to(code_dtype(self.code_bits)).view(matrix.shape[0], -1)
 
+    def _assign(self, blocks: Tensor, codebook: Tensor, weights: Tensor | None) -> Tensor:
+        """The codes of blocks (N, block_size): shape (N,), or (N, codes_per_block)."""
+        return assign(blocks, codebook, weights=weights)
+
+    def codebook_rows(self, codes: Tensor) -> Tensor:
+        """The row of ``codebook`` that each code stands for; codes of a row (or block) last."""
+        return codes
+
     def decode(self, codes, state):
-        return _Lookup.apply(self.centroids(state), codes).flatten(-2)
+        return self._scaled(self._look_up(codes, state).flatten(-2), state)
+
+    def _look_up(self, codes: Tensor, state: dict[str, Tensor]) -> Tensor:
+        """The centroid of each code, (..., block_size)."""
+        return _Lookup.apply(self.centroids(state), self.codebook_rows(codes))
+
+    def _scaled(self, decoded: Tensor, state: dict[str, Tensor]) -> Tensor:
+        return decoded * self.scales(state) if self.row_scale else decoded
 
     def state_spec(self, rows, columns):
-        shape = (self.n_centroids, self.block_size)
+        shape = (self.codes_per_block * self.n_centroids, self.block_size)
+        dtype = {32: torch.float32, 16: torch.float16, 8: torch.uint8}[self.codebook_bits]
+        spec = {"codebook": (shape, dtype)}
+        if self.row_scale:
+            spec["row_scale"] = ((rows, 1), torch.float16)
         if self.codebook_bits == 8:
-            on_codebook = _EIGHT_BITS.state_spec(*shape)
-            extra = {_ON_CODEBOOK + key: value for key, value in on_codebook.items()}
-            return {"codebook": (shape, torch.uint8), **extra}
-        return {"codebook": (shape, torch.float16 if self.codebook_bits == 16 else torch.float32)}
+            on_codebook = self._eight_bits.state_spec(self.codes_per_block, 1)
+            spec |= {_ON_CODEBOOK + key: value for key, value in on_codebook.items()}
+        return spec
+
+    def state_of_rows(self, state, rows):
+        return {**state, "row_scale": state["row_scale"][rows]} if self.row_scale else state
 
     @property
     def not_trained(self):
         return {_ON_CODEBOOK + key for key in _KEYS}
 
     def to_storage(self, key, tensor, state):
-        if key != "codebook" or self.codebook_bits != 8:
-            return super().to_storage(key, tensor, state)
-        return _EIGHT_BITS.encode(tensor, _of_codebook(state))
+        if key == "codebook" and self.codebook_bits == 8:
+            return self._eight_bits.encode(self._books(tensor), _of_codebook(state)).view_as(tensor)
+        _, dtype = self.state_spec(1, 1)[key]
+        within = _within_half(tensor) if dtype == torch.float16 else tensor
+        return super().to_storage(key, within, state)
 
     @property
     def is_stored_otherwise(self):
@@ -137,7 +221,9 @@ class ProductQuantizer(Quantizer):
     def from_storage(self, state):
         if self.codebook_bits != 8:
             return state
-        return {**state, "codebook": _EIGHT_BITS.decode(state["codebook"], _of_codebook(state))}
+        codes = state["codebook"]
+        decoded = self._eight_bits.decode(self._books(codes), _of_codebook(state))
+        return {**state, "codebook": decoded.view_as(codes)}
 
     def centroids(self, state: dict[str, Tensor]) -> Tensor:
         """The centroids as they are stored, shape (n_centroids, block_size); straight-through.
@@ -150,20 +236,37 @@ class ProductQuantizer(Quantizer):
         trained = torch.is_grad_enabled() and codebook.requires_grad
         with torch.no_grad():
             if self.codebook_bits == 16:
-                limit = torch.finfo(torch.float16).max
-                stored = codebook.clamp(-limit, limit).to(torch.float16).to(codebook.dtype)
+                stored = _in_half(codebook)
             else:
                 on_codebook = _of_codebook(state)
                 if trained:
-                    for key, value in _EIGHT_BITS.fit(codebook).items():
+                    for key, value in self._eight_bits.fit(self._books(codebook)).items():
                         on_codebook[key].copy_(value)
-                stored = _EIGHT_BITS.quantize(codebook, on_codebook)
+                stored = self._eight_bits.quantize(self._books(codebook), on_codebook)
+                stored = stored.view_as(codebook)
         return _AsStored.apply(codebook, stored)
+
+    def spacing(self, state: dict[str, Tensor]) -> Tensor:
+        """How far codewords lie apart: the mean distance from a centroid (of the last codebook) to
+        the nearest other; times the scale of each row, (rows, 1), where rows have one."""
+        centroids = self.centroids(state).detach().float()[-self.n_centroids :]
+        total = centroids.new_zeros(())
+        for part in centroids.split(chunk_rows(self.n_centroids)):
+            other = centroids[nearest_few(part, centroids, 2)[:, 1]]
+            total += (part - other).norm(dim=1).sum()
+        distance = total / self.n_centroids
+        return distance * self.scales(state).float().abs() if self.row_scale else distance
+
+    def scales(self, state: dict[str, Tensor]) -> Tensor:
+        """The scale of each row as it is stored, shape (rows, 1); straight-through."""
+        scale = state["row_scale"]
+        return _AsStored.apply(scale, _in_half(scale.detach()))
 
     def check(self, rows, columns):
         if columns % self.block_size:
             return f"block size {self.block_size} does not divide its {columns} columns"
         blocks = rows * columns // self.block_size
-        if blocks <= self.n_centroids:
-            return f"it has only {blocks} blocks for {self.n_centroids} centroids"
+        n_centroids = self.codes_per_block * self.n_centroids
+        if blocks <= n_centroids:
+            return f"it has only {blocks} blocks for {n_centroids} centroids"
         return None

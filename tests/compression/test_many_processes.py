@@ -25,6 +25,7 @@ from transformers import TrainingArguments
 
 from hf_quantnoise import CompressionArguments, IPQConfig, QuantNoiseConfig, QuantNoiseTrainer
 from hf_quantnoise.compression.pass_files import tensors_in_memory
+from hf_quantnoise.hub import packer
 from hf_quantnoise.noise import find_state
 
 torch.set_num_threads(1)
@@ -44,6 +45,9 @@ noise = QuantNoiseConfig(**options["noise"])
 trainer = QuantNoiseTrainer(
     model, TrainingArguments(**arguments), noise, train_dataset=data, eval_dataset=data
 )
+clustered = []
+real = packer.pack_layer
+packer.pack_layer = lambda *args, **kwargs: clustered.append(None) or real(*args, **kwargs)
 trainer.evaluate()  # accelerate would leave DDP out of what follows
 trainer.train()
 fitted = find_state(model).state_dict()
@@ -52,6 +56,9 @@ config = IPQConfig(block_size=4, n_centroids=16, **options.get("config", {}))
 small = trainer.compress(config, CompressionArguments(**options.get("stages", {})))
 tensors = {k: v.clone() for k, v in tensors_in_memory(small).items()}
 save_file(tensors, folder / f"{name}-{rank}-model")
+errors = {k: v for r in trainer.compression_history for k, v in r["layer_errors"].items()}
+assert abs(len(clustered) - len(errors) / world) < 2, (len(clustered), len(errors), world)
+(folder / f"{name}-{rank}-errors").write_text(json.dumps(errors))
 losses = [record["metric"]["eval_loss"] for record in trainer.compression_history]
 (folder / f"{name}-{rank}-losses").write_text(json.dumps(losses))
 """
@@ -83,6 +90,7 @@ def run(tmp_path, parity_data):
             {
                 "noise": load_file(tmp_path / f"{name}-{rank}-noise"),
                 "model": load_file(tmp_path / f"{name}-{rank}-model"),
+                "errors": json.loads((tmp_path / f"{name}-{rank}-errors").read_text()),
                 "losses": json.loads((tmp_path / f"{name}-{rank}-losses").read_text()),
             }
             for rank in range(world)
@@ -103,6 +111,10 @@ def test_two_processes_hold_one_model_and_it_is_that_of_a_single_one(run):
             assert torch.equal(tensor, other[part][name]), name
             if not name.endswith("indices"):
                 torch.testing.assert_close(tensor, single[part][name], rtol=1e-3, atol=1e-5)
+    # Each rank clustered half of the weights, and both know all errors.
+    assert one["errors"] == other["errors"]
+    assert one["errors"] == pytest.approx(single["errors"], rel=1e-3)
+    assert min(one["errors"].values()) > 0
     assert one["losses"] == other["losses"]
     assert one["losses"] == pytest.approx(single["losses"], rel=1e-4)
 

@@ -36,6 +36,14 @@ CASES = {
         IPQConfig(**PQ, share_layers=2, prune_layers="every_other"),
         CompressionArguments(stage_schedule="continue"),
     ),
+    "blocks that move": (
+        IPQConfig(**PQ, row_scale=True, codebook_bits=16),
+        CompressionArguments(reassign_steps=2, reassign_share=0.1),
+    ),
+    "two codebooks": (
+        IPQConfig(**PQ, n_codebooks=2, importance="activations"),
+        CompressionArguments(stage_steps=3),
+    ),
     "int4": (FixedPointConfig(bits=4), CompressionArguments()),
     # The allotment is that of the undisturbed pass: spoilt weights would be given another.
     "a size on disk": (IPQConfig(target_size_mb=0.05, codebook_bits=16), CompressionArguments()),

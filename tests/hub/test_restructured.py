@@ -261,6 +261,15 @@ def test_a_dense_checkpoint_is_shared_and_pruned_while_it_loads(tmp_path):
     assert torch.equal(logits(again, "bert"), logits(model, "bert"))
 
 
+def test_what_needs_data_is_refused_while_a_dense_checkpoint_loads(tmp_path):
+    dense = make_stacked("bert", 2)
+    dense.save_pretrained(tmp_path)
+    for fields, word in (({"activation_bits": 8}, "activation_bits"),
+                         ({"importance": "activations"}, "importance")):  # fmt: skip
+        with pytest.raises(ValueError, match=f"{word}: from_pretrained has no data.*calibration"):
+            type(dense).from_pretrained(tmp_path, quantization_config=IPQConfig(**PQ, **fields))
+
+
 def test_each_layer_of_a_chunk_keeps_the_scale_of_what_enters_it(tmp_path):
     config = FixedPointConfig(bits=8, activation_bits=8, share_layers=2)
     data = [inputs_of("bert")]

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_quantnoise.blocks import weight_matrix
 from hf_quantnoise.modeling import PackedLayer, pack_layer, packed_names, unpack_model
 from hf_quantnoise.modeling import packed as packed_module
-from hf_quantnoise.quantizers import FixedPointQuantizer, ProductQuantizer
+from hf_quantnoise.quantizers import AdditiveQuantizer, FixedPointQuantizer, ProductQuantizer
 
 
 def fill(layer: nn.Module) -> nn.Module:
@@ -37,6 +37,10 @@ QUANTIZERS = {
     "pq-5bit": ProductQuantizer(block_size=8, n_centroids=31),
     "pq-half": ProductQuantizer(block_size=4, n_centroids=16, codebook_bits=16),
     "pq-int8": ProductQuantizer(block_size=4, n_centroids=16, codebook_bits=8),
+    "pq-row-scale": ProductQuantizer(block_size=8, n_centroids=31, row_scale=True),
+    "pq-row-scale-int8": ProductQuantizer(4, 16, codebook_bits=8, row_scale=True),
+    "additive": AdditiveQuantizer(block_size=8, n_centroids=31),
+    "additive-row-scale-int8": AdditiveQuantizer(8, 16, codebook_bits=8, row_scale=True),
     "int8": FixedPointQuantizer(bits=8),
     "int5-channel": FixedPointQuantizer(bits=5, observer="channel"),
     "int3": FixedPointQuantizer(bits=3),
@@ -80,8 +84,9 @@ class TestEveryLayerAndQuantizer:
     def test_the_bytes_are_those_of_the_formula(self, kind, quantizer):
         layer = LAYERS[kind]()
         pack_layer(layer, quantizer)
-        blocks = layer.rows * layer.columns // quantizer.block_size
-        assert layer.weight_indices.numel() == -(-blocks * quantizer.code_bits // 8)
+        codes = layer.rows * layer.columns // quantizer.block_size
+        codes *= 2 if isinstance(quantizer, AdditiveQuantizer) else 1
+        assert layer.weight_indices.numel() == -(-codes * quantizer.code_bits // 8)
 
     def test_copies_pickles_and_unpacking(self, kind, quantizer):
         layer = LAYERS[kind]()

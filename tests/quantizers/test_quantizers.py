@@ -15,6 +15,7 @@ QUANTIZERS = [
     ProductQuantizer(block_size=8, n_centroids=300),
     ProductQuantizer(block_size=2, n_centroids=5, codebook_bits=16),
     ProductQuantizer(block_size=4, n_centroids=16, codebook_bits=8),
+    *(ProductQuantizer(4, 16, bits, row_scale=True) for bits in (32, 16, 8)),
     *(FixedPointQuantizer(bits=bits) for bits in range(1, 9)),
     *(
         FixedPointQuantizer(bits, observer)

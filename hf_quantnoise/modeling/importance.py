@@ -1,0 +1,182 @@
+"""What a layer's inputs say about its weights: k-means weighted by activations.
+
+The error that quantization leaves in a layer's output is, over the rows x of its inputs,
+
+    ||X (W - W_q)^T||^2 = sum over inputs j, k of (X^T X)_jk <W - W_q, W - W_q>_jk,
+
+of which only the diagonal is kept: h_j = sum of x_j^2 weighs the squared error of column j. For a
+convolution j is an input channel and a place of the kernel, so that X are its unfolded patches. A
+table's inputs are one-hot words: X^T X is exactly diagonal, and h is how often each row was
+looked up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers.pytorch_utils import Conv1D
+
+from ..blocks import layout_of, weight_matrix
+from ..distributed import of_rank_0
+from .activations import evaluating
+
+# Inputs that were silent on a few batches are not silent for ever: a share of the mean is added to
+# every column's h.
+DAMPING = 0.01
+
+
+def _linear_moments(layer: nn.Module, inputs: Tensor) -> Tensor:
+    """(1, columns): sum of squares of each input."""
+    return inputs.float().reshape(-1, inputs.shape[-1]).square().sum(0)[None]
+
+
+def _conv_moments(layer: nn.Conv2d, inputs: Tensor) -> Tensor:
+    """Sum of squares of what each number of a kernel is multiplied with: (1, columns), or (rows,
+    columns) for a grouped convolution. As ``F.unfold`` would give it, without its memory."""
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    squares = F.pad(inputs.float(), layer._reversed_padding_repeated_twice, mode=mode).square()
+    places = []
+    for row in range(layer.kernel_size[0]):
+        for column in range(layer.kernel_size[1]):
+            window = squares
+            for axis, place in ((2, row), (3, column)):
+                reach = layer.dilation[axis - 2] * (layer.kernel_size[axis - 2] - 1)
+                steps = (squares.shape[axis] - reach - 1) // layer.stride[axis - 2] + 1
+                start = place * layer.dilation[axis - 2]
+                kept = torch.arange(steps, device=squares.device) * layer.stride[axis - 2] + start
+                window = window.index_select(axis, kept)
+            places.append(window.sum((0, 2, 3)))
+    by_group = torch.stack(places, 1).reshape(layer.groups, -1)
+    if layer.groups == 1:
+        return by_group
+    return by_group.repeat_interleave(layer.out_channels // layer.groups, 0)
+
+
+# How a layer's inputs weigh its columns; tables are watched by _Watch itself.
+MOMENTS: dict[type[nn.Module], Callable[[nn.Module, Tensor], Tensor]] = {
+    nn.Linear: _linear_moments,
+    Conv1D: _linear_moments,
+    nn.Conv2d: _conv_moments,
+}
+
+
+class _Watch(TorchFunctionMode):
+    """Sums up what multiplies the weights of some layers while a model runs.
+
+    Layers are watched by forward hooks. Lookups are watched where they happen, by the table that
+    they read: a subclass may be called with something else than row numbers (OPT's positions).
+
+    Attributes:
+        columns: for each weight, by id, the sum of squares of its inputs; float64.
+        rows: for each table, by id, how often each row was looked up; float64.
+        mask: attention mask of the running batch: padding counts for nothing.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.layers = layers
+        self.columns: dict[int, Tensor] = {}
+        self.rows = {
+            id(layer.weight): torch.zeros(
+                len(layer.weight), dtype=torch.float64, device=layer.weight.device
+            )
+            for layer in layers
+            if isinstance(layer, nn.Embedding)
+        }
+        self.mask: Tensor | None = None
+        self._hooks: list = []
+
+    def __enter__(self):
+        for layer in self.layers:
+            moments = MOMENTS.get(layout_of(layer).base)
+            if moments is not None:
+                hook = self._hook(moments)
+                self._hooks.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        for hook in self._hooks:
+            hook.remove()
+        return super().__exit__(*error)
+
+    def _hook(self, moments: Callable[[nn.Module, Tensor], Tensor]):
+        def observe(layer: nn.Module, args: tuple, kwargs: dict) -> None:
+            inputs = args[0] if args else next(iter(kwargs.values()))
+            total = moments(layer, self._without_padding(inputs)).double()
+            key = id(layer.weight)
+            self.columns[key] = self.columns[key] + total if key in self.columns else total
+
+        return observe
+
+    def _without_padding(self, inputs: Tensor) -> Tensor:
+        if self.mask is None or inputs.shape[:2] != self.mask.shape or inputs.dim() > 3:
+            return inputs
+        return inputs[self.mask.to(inputs.device).bool()]
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.embedding and len(args) > 1 and id(args[1]) in self.rows:
+            counts = self.rows[id(args[1])]
+            words = self._without_padding(args[0]).reshape(-1)
+            counts += torch.bincount(words, minlength=len(counts))
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def measure_importance(
+    model: nn.Module,
+    weights: Sequence[Sequence[nn.Module]],
+    batches: Sequence,
+    forward: Callable[[object], object] | None = None,
+) -> list[Tensor]:
+    """How much the squared error of each number of some weights counts for their layers' outputs.
+
+    A column's h is damped by :data:`DAMPING` of the mean; each row of a table has one lookup more
+    than was seen (Laplace), so that the words of a few batches do not take the whole codebook.
+    A weight with several layers sums over them; where it is a table and a head as well, both
+    kinds are brought to mean 1 and added.
+
+    Args:
+        model: the model that holds the layers; put in eval mode meanwhile.
+        weights: for each weight, the layers that hold it.
+        batches: keyword arguments of the model's forward, a dict each.
+        forward: runs one batch; None takes ``model(**batch)``.
+
+    Returns:
+        For each weight a float32 tensor of mean 1 that broadcasts to its matrix (rows, columns):
+        (1, columns), (rows, 1) for a table, (rows, columns) for a grouped convolution and for a
+        table that is a head too. Rank 0's in a distributed run.
+
+    Raises:
+        ValueError: if a weight was never used on the batches.
+    """
+    forward = forward or (lambda batch: model(**batch))
+    watch = _Watch([layer for layers in weights for layer in layers])
+    one_sequence = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    with evaluating(model), watch:
+        for batch in batches:
+            mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+            watch.mask = mask if one_sequence and mask is not None and mask.dim() == 2 else None
+            forward(batch)
+    return [_importance(layers, watch) for layers in weights]
+
+
+def _importance(layers: Sequence[nn.Module], watch: _Watch) -> Tensor:
+    key, parts = id(layers[0].weight), []
+    if (rows := watch.rows.get(key)) is not None and rows.any():
+        parts.append(rows[:, None] + 1)
+    if (columns := watch.columns.get(key)) is not None:
+        mean = columns.mean()
+        # A layer whose inputs are all zero has no preference.
+        parts.append(columns + DAMPING * mean if mean > 0 else torch.ones_like(columns))
+    if not parts:
+        shape = tuple(weight_matrix(layers[0]).shape)
+        raise ValueError(
+            f"importance='activations': {layers[0]} ({shape[0]} x {shape[1]}) never ran on the "
+            "calibration data, so nothing is known of its inputs; leave it out with exclude_modules"
+        )
+    total = sum(part / part.mean() for part in parts)
+    return of_rank_0((total / len(parts)).float())

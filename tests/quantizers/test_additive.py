@@ -1,0 +1,148 @@
+"""Two additive codebooks against float64 sums written out, and against one codebook."""
+
+import json
+
+import pytest
+import torch
+from tiny import make_model
+from torch import nn
+
+from hf_quantnoise import IPQConfig, quantize_model, size_report
+from hf_quantnoise.modeling import pack_layer, packed_layers
+from hf_quantnoise.quantizers import (
+    AdditiveQuantizer,
+    ProductQuantizer,
+    additive,
+    quantizer_from_dict,
+)
+from hf_quantnoise.quantizers.additive import BEAM
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def by_hand(quantizer, codes, state):
+    """c1[i] + c2[j] in float64, block by block."""
+    first, second = quantizer.centroids(state).double().split(quantizer.n_centroids)
+    pairs = codes.long().view(len(codes), -1, 2)
+    return (first[pairs[..., 0]] + second[pairs[..., 1]]).flatten(1)
+
+
+def error_of(quantizer, matrix, importance=None):
+    state = quantizer.fit(matrix, importance=importance)
+    codes = quantizer.encode(matrix, state, importance)
+    lost = (quantizer.decode(codes, state).double() - matrix.double()).square()
+    return float((lost if importance is None else importance * lost).sum())
+
+
+@pytest.mark.parametrize("bits", [32, 16, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_block_is_the_sum_of_two_centroids(bits, dtype):
+    matrix = normal(64, 32).to(dtype)
+    quantizer = AdditiveQuantizer(block_size=8, n_centroids=20, codebook_bits=bits)
+    state = quantizer.fit(matrix)
+    codes = quantizer.encode(matrix, state)
+    assert codes.shape == (64, 8) and int(codes.max()) < 20
+    spec = quantizer.state_spec(64, 32)
+    assert {key: tuple(t.shape) for key, t in state.items()} == {k: s for k, (s, _) in spec.items()}
+    decoded = quantizer.decode(codes, state)
+    assert decoded.dtype == dtype
+    tolerance = 1e-6 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(
+        decoded.double(), by_hand(quantizer, codes, state), rtol=tolerance, atol=tolerance
+    )
+    assert quantizer_from_dict(json.loads(json.dumps(quantizer.to_dict()))) == quantizer
+
+
+def test_codes_are_those_of_the_beam_in_float64():
+    matrix = normal(32, 32)
+    quantizer = AdditiveQuantizer(block_size=8, n_centroids=20)
+    state = quantizer.fit(matrix)
+    first, second = state["codebook"].double().split(20)
+    blocks = matrix.double().view(-1, 8)
+    sums = (first[:, None] + second).view(-1, 8)
+    all_pairs = torch.cdist(blocks, sums).square().view(-1, 20, 20)
+    few = torch.cdist(blocks, first).topk(BEAM, 1, largest=False).indices
+    best = all_pairs.gather(1, few[..., None].expand(-1, -1, 20)).flatten(1).min(1).values
+    own = (quantizer.quantize(matrix, state).double().view(-1, 8) - blocks).square().sum(1)
+    assert (own - best).max() <= 4e-4 * blocks.square().sum(1).max()
+    exact = all_pairs.flatten(1).min(1).values
+    assert own.sum() <= 1.02 * exact.sum()  # what the beam misses of all pairs
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.0], ids=["gaussian", "correlated"])
+def test_two_codebooks_are_nearer_than_one_at_equal_bytes(spread):
+    """Blocks of 8 beside blocks of 4; 8 bits per centroid pay for the larger codebooks."""
+    matrix = normal(256, 256) + spread * normal(256, 64, seed=1).repeat_interleave(4, 1)
+    one = ProductQuantizer(block_size=4, n_centroids=64)
+    two = AdditiveQuantizer(block_size=8, n_centroids=63, codebook_bits=8)
+    assert two.packed_bytes(256, 256) == one.packed_bytes(256, 256)
+    assert error_of(two, matrix) < 0.93 * error_of(one, matrix)
+
+
+def test_a_larger_weight_is_fitted_on_a_sample(monkeypatch):
+    matrix = normal(256, 128)
+    quantizer = AdditiveQuantizer(block_size=8, n_centroids=32)
+    whole = error_of(quantizer, matrix)
+    monkeypatch.setattr(additive, "SAMPLE_POINTS", 2048)
+    assert error_of(quantizer, matrix) < 1.03 * whole
+
+
+def test_importance_weighs_the_sum():
+    matrix, importance = normal(128, 64), normal(1, 64, seed=2).mul(1.5).exp()
+    quantizer = AdditiveQuantizer(block_size=8, n_centroids=32)
+    state = quantizer.fit(matrix)
+    lost = (quantizer.quantize(matrix, state) - matrix).double().square()
+    plain = float((importance * lost).sum())
+    assert error_of(quantizer, matrix, importance) < 0.8 * plain
+    rows = normal(128, 1, seed=3).mul(1.5).exp()
+    assert error_of(quantizer, matrix, rows) < 0.8 * float((rows * lost).sum())
+
+
+def test_both_codebooks_have_the_averaged_gradient_of_their_blocks():
+    layer = nn.Linear(32, 48, bias=False)
+    layer.weight.data = normal(48, 32)
+    pack_layer(layer, AdditiveQuantizer(block_size=8, n_centroids=8))
+    upstream = normal(48, 32, seed=5)
+    (layer.weight * upstream).sum().backward()
+    blocks, pairs = upstream.view(-1, 8).double(), layer.codes().view(-1, 2)
+    expected = [blocks[pairs[:, book] == k] for book in (0, 1) for k in range(8)]
+    expected = torch.stack([b.mean(0) if len(b) else torch.zeros(8).double() for b in expected])
+    torch.testing.assert_close(layer.weight_codebook.grad.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "bits", "scaled"),
+    [("bert", 32, False), ("bert-mlm", 8, True), ("gpt2", 16, False)],
+)
+def test_a_model_comes_back_bit_equal(name, bits, scaled, input_ids, tmp_path):
+    config = IPQConfig(
+        block_size=8, n_centroids=16, n_codebooks=2, codebook_bits=bits, row_scale=scaled
+    )
+    model = quantize_model(make_model(name), config, progress=False)
+    layers = [layer for _, layer in packed_layers(model)]
+    assert layers and all(layer.weight_codebook.shape == (32, 8) for layer in layers)
+    assert all(layer.rows_are_aligned for layer in layers)
+    first, second = tmp_path / "first", tmp_path / "second"
+    model.save_pretrained(first)
+    again = type(model).from_pretrained(first)
+    with torch.no_grad():
+        expected = model(input_ids).logits
+        assert torch.equal(again(input_ids).logits, expected)
+    again.save_pretrained(second)
+    for file in ("model.safetensors", "config.json"):
+        assert (first / file).read_bytes() == (second / file).read_bytes()
+    size = (first / "model.safetensors").stat().st_size
+    report = size_report(again)
+    assert abs(report.total.disk_bytes - size) <= 0.01 * size
+    assert any("pq 2x16x8" in row.stored for row in report.rows)
+    with torch.no_grad():
+        torch.testing.assert_close(again.dequantize()(input_ids).logits, expected)
+
+
+def test_what_cannot_be_stored_so_says_why():
+    quantizer = AdditiveQuantizer(block_size=8, n_centroids=16)
+    assert "only 32 blocks for 32 centroids" in quantizer.check(8, 32)
+    with pytest.raises(ValueError, match="n_codebooks=3 must be one of 1, 2"):
+        IPQConfig(n_codebooks=3)

@@ -1,0 +1,150 @@
+"""k-means with a weight for each number, against float64 sums written out."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.cluster import KMeans
+
+from hf_quantnoise.quantizers import ProductQuantizer, assign, kmeans
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def uneven(*shape, seed=9, spread=3.0):
+    """Weights over several orders of magnitude."""
+    return (normal(*shape, seed=seed) * spread).exp()
+
+
+def distances(points, centroids, weights):
+    """(N, K): sum_j h_j (x_j - c_j)^2 in float64."""
+    differences = points.double()[:, None] - centroids.double()
+    return (weights.double()[:, None] * differences.square()).sum(2)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    k=st.sampled_from([2, 7, 64, 1500]),
+    d=st.integers(1, 9),
+    offset=st.sampled_from([0.0, -40.0]),
+    spread=st.sampled_from([0.0, 1.0, 3.0]),
+    seed=st.integers(0, 99),
+)
+def test_codes_are_nearest_by_the_weighted_distance(k, d, offset, spread, seed):
+    points, centroids = normal(300, d, seed=seed) + offset, normal(k, d, seed=seed + 1) + offset
+    weights = uneven(300, d, seed=seed, spread=spread)
+    reference = distances(points, centroids, weights)
+    codes = assign(points, centroids, weights=weights)
+    own = reference.gather(1, codes[:, None])[:, 0]
+    scaled = weights / weights.mean(1, keepdim=True)
+    longest = (scaled * (points - centroids.mean(0)).square()).sum(1).max()
+    allowed = 4e-4 * longest * weights.mean(1)
+    assert ((own - reference.min(1).values) <= allowed).all()
+
+
+def test_a_heavy_point_takes_no_digits_from_a_light_one():
+    points, centroids = normal(512, 4), normal(64, 4, seed=1)
+    weights = torch.ones(512, 4)
+    weights[0] = 1e9
+    codes = assign(points, centroids, weights=weights)
+    exact = distances(points, centroids, torch.ones(512, 4))
+    excess = exact.gather(1, codes[:, None])[:, 0] - exact.min(1).values
+    assert excess.max() < 0.02
+
+
+def test_centroids_are_weighted_means_coordinate_by_coordinate():
+    points, weights = normal(3000, 4), uneven(3000, 4, spread=1.0)
+    result = kmeans(points, 16, weights=weights, n_iter=200)
+    for k in range(16):
+        own, h = points[result.codes == k].double(), weights[result.codes == k].double()
+        expected = (h * own).sum(0) / h.sum(0)
+        torch.testing.assert_close(result.centroids[k].double(), expected, rtol=1e-4, atol=1e-4)
+    reference = distances(points, result.centroids, weights)
+    own = reference.gather(1, result.codes[:, None]).sum()
+    assert result.objective == pytest.approx(float(own), rel=1e-4)
+
+
+def test_one_weight_per_point_is_as_good_as_scikit_learn():
+    points, weights = normal(4000, 4), uneven(4000, 1, spread=1.0)
+    reference = sum(
+        KMeans(32, n_init=1, max_iter=20, random_state=seed)
+        .fit(points.numpy(), sample_weight=weights[:, 0].numpy())
+        .inertia_
+        for seed in range(4)
+    )
+    own = [kmeans(points, 32, weights=weights, seed=seed) for seed in range(4)]
+    assert sum(result.objective for result in own) <= reference * 1.02
+    exact = distances(points, own[0].centroids, weights.expand(-1, 4)).min(1).values.sum()
+    assert own[0].objective <= float(exact) * (1 + 1e-3)
+
+
+def test_equal_weights_are_no_weights():
+    points = normal(5000, 4)
+    plain = kmeans(points, 32, n_iter=5).objective
+    for weights in (torch.full((5000, 4), 0.3), torch.full((5000, 1), 0.3)):
+        assert kmeans(points, 32, n_iter=5, weights=weights).objective == pytest.approx(
+            0.3 * plain, rel=0.02
+        )
+
+
+def test_a_sample_first_and_more_iterations_lower_the_weighted_objective():
+    points, weights = normal(20_000, 4), uneven(20_000, 4, spread=1.0)
+    objectives = [kmeans(points, 16, weights=weights, n_iter=n).objective for n in (1, 4, 20)]
+    assert objectives == sorted(objectives, reverse=True)
+    sampled, whole = (
+        sum(
+            kmeans(points, 16, weights=weights, seed=seed, sample_size=size).objective
+            for seed in range(4)
+        )
+        for size in (4096, 10**9)
+    )
+    assert sampled <= whole * 1.02
+
+
+def test_empty_clusters_restart_where_weighted_errors_are():
+    points, weights = normal(4000, 4), uneven(4000, 4)
+    start = torch.cat([points[:1], torch.full((31, 4), 1e4)])
+    result = kmeans(points, 32, weights=weights, init=start)
+    assert (torch.bincount(result.codes, minlength=32) > 0).all()
+
+
+@pytest.mark.parametrize("bits", [32, 16, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_weighted_error_of_a_matrix_falls(bits, dtype):
+    """||X (W - W_q)^T||^2 in float64, on inputs whose second moments differ by orders."""
+    inputs = normal(500, 32, seed=3) * uneven(32, spread=1.5)
+    matrix = normal(96, 32).to(dtype)
+    importance = inputs.square().sum(0)[None]
+    quantizer = ProductQuantizer(block_size=4, n_centroids=16, codebook_bits=bits)
+    errors = []
+    for weights in (None, importance / importance.mean()):
+        state = quantizer.fit(matrix, importance=weights)
+        codes = quantizer.encode(matrix, state, weights)
+        lost = quantizer.decode(codes, state).double() - matrix.double()
+        errors.append(float((inputs.double() @ lost.t()).square().sum()))
+    assert errors[1] < 0.5 * errors[0]
+
+
+def test_weights_by_row_are_weights_of_whole_blocks():
+    matrix, rows = normal(96, 32), uneven(96, 1, spread=1.0)
+    quantizer = ProductQuantizer(block_size=4, n_centroids=16)
+    by_row = quantizer.fit(matrix, importance=rows)["codebook"]
+    in_full = quantizer.fit(matrix, importance=rows.expand(96, 32))["codebook"]
+    weights = rows.expand(96, 8).reshape(-1, 1).expand(-1, 4)
+    errors = [
+        float(distances(matrix.reshape(-1, 4), codebook, weights).min(1).values.sum())
+        for codebook in (by_row, in_full, quantizer.fit(matrix)["codebook"])
+    ]
+    assert errors[0] == pytest.approx(errors[1], rel=0.02) and errors[0] < 0.95 * errors[2]
+
+
+def test_bad_weights_are_named():
+    with pytest.raises(ValueError, match=r"weights of shape \(10, 3\) do not fit points of shape"):
+        kmeans(normal(10, 4), 2, weights=torch.ones(10, 3))
+    for bad in (0.0, -1.0, float("nan")):
+        weights = torch.ones(10, 4)
+        weights[2, 1] = bad
+        with pytest.raises(ValueError, match="weights must be finite and above 0"):
+            kmeans(normal(10, 4), 2, weights=weights)
