@@ -42,7 +42,7 @@ CASES = {
     ),
     "two codebooks": (
         IPQConfig(**PQ, n_codebooks=2, importance="activations"),
-        CompressionArguments(stage_steps=3),
+        CompressionArguments(stage_steps=4),
     ),
     "int4": (FixedPointConfig(bits=4), CompressionArguments()),
     # The allotment is that of the undisturbed pass: spoilt weights would be given another.
