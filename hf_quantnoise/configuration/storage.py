@@ -230,6 +230,11 @@ class IPQConfig(QuantizedModelConfig):
                 "file may be; give one of them"
             )
         self.layer_quantizers = checked_layer_quantizers("layer_quantizers", self.layer_quantizers)
+        if self.target is not None and self.n_codebooks > 1 and not self.layer_quantizers:
+            raise ValueError(
+                f"n_codebooks={self.n_codebooks!r}: a target allots one codebook to a weight; set "
+                "n_codebooks=1, or name the weights with two in layer_quantizers"
+            )
 
     def _check_covers_stages(self, name: str, value: int | dict[str, int]) -> None:
         if not isinstance(value, dict) or not set(value) <= set(GROUPS):

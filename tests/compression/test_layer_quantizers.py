@@ -261,6 +261,8 @@ def test_errors_of_use(tmp_path):
     with pytest.raises(ValueError, match="remove_quant_noise"):
         plan_budget(apply_quant_noise(make_stacked("bert", 2), QuantNoiseConfig()), config)
     model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="n_codebooks=2: a target allots one codebook to a weight"):
+        IPQConfig(target_size_mb=0.04, n_codebooks=2)
     with pytest.raises(ValueError, match="target_size_mb=0.04: from_pretrained has no data"):
         type(model).from_pretrained(tmp_path, quantization_config=config)
     unmoved = copy.deepcopy(model)
