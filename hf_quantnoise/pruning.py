@@ -48,7 +48,10 @@ def layers_to_prune(
     if prune_layers == EVERY_OTHER:
         return _every_other(stacks, chunks)
     names = [name for stack in stacks for name in stack]
-    pruned = require_match("prune_layers", prune_layers, names)
+    try:
+        pruned = require_match("prune_layers", prune_layers, names)
+    except ValueError as error:
+        raise ValueError(f"{error} {EVERY_OTHER!r} takes every second chunk.") from None
     for stack in stacks:
         if set(stack) <= set(pruned):
             raise ValueError(
