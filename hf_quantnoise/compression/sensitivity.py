@@ -130,8 +130,9 @@ def _interpolated(points: list[tuple[float, float]], error: float) -> float:
         return last * error / high
     if not first:
         return last * error / high
-    slope = math.log(last / first) / math.log(high / low)
-    return first * (error / low) ** slope
+    # In logarithms throughout: the quotient of two measured divergences may overflow.
+    along = math.log(error / low) / math.log(high / low)
+    return math.exp((1 - along) * math.log(first) + along * math.log(last))
 
 
 Costs = list[list[float]]

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from stacked import inputs_of, make_stacked
 from tiny import make_vision_model
@@ -168,6 +168,7 @@ def test_a_weight_that_the_batches_do_not_reach_still_costs_something():
     assert idle.bytes < busy.bytes
 
 
+@example(points=[(1.0, 1.0), (0.25, 5e-324)], errors=[1.0, 0.999, 0.5])
 @given(
     st.lists(st.tuples(st.floats(1e-6, 1), st.floats(0, 10)), min_size=1, max_size=2),
     st.lists(st.floats(0, 1), min_size=2, max_size=6),
