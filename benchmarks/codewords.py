@@ -13,22 +13,17 @@ A finished row appends one line to ``--results`` at once; rows that stand there 
 
 from __future__ import annotations
 
-import json
 import os
-import shlex
-import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 
 import datasets
 import torch
-from results_file import machine, read_lines  # it puts the examples on the path
+from results_file import append_line, provenance, read_lines  # it puts the examples on the path
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser
 
-from compression_run import versions  # isort: skip
 from example_arguments import parse_int_or_dict  # isort: skip
 from hf_quantnoise import IPQConfig, quantize_model
 from hf_quantnoise.compression.distillation import softmax_divergence
@@ -164,22 +159,15 @@ def run_all(args: BenchmarkArguments) -> None:
         )
         seconds = time.perf_counter() - start
         logits = _logits(small, batches)
-        line = {
-            "key": key,
+        figures = {
             "accuracy": float((logits.argmax(1) == labels).float().mean()),
             "dense_accuracy": float((dense.argmax(1) == labels).float().mean()),
             "divergence": float(softmax_divergence(logits, dense)),
             "bytes": _weight_bytes(small),
             "dense_bytes": dense_bytes,
             "seconds": seconds,
-            "command": shlex.join([os.path.basename(sys.executable), *sys.argv]),
-            "machine": machine(),
-            "versions": versions(),
-            "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }
-        os.makedirs(os.path.dirname(os.path.abspath(args.results)), exist_ok=True)
-        with open(args.results, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        append_line(args.results, key, figures)
 
 
 def table(lines: list[dict]) -> str:
@@ -210,9 +198,7 @@ def table(lines: list[dict]) -> str:
             f"{own['key']['examples']:,} dev sentences. Rows with two codebooks have blocks twice "
             "as long as the table says."
         )
-    text += [f"Command: `{command}`" for command in dict.fromkeys(x["command"] for x in lines)]
-    text += [f"Machine: {name}" for name in dict.fromkeys(line["machine"] for line in lines)]
-    return "\n".join(text)
+    return "\n".join([*text, *provenance(lines)])
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -23,7 +23,12 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from results_file import append_line, read_lines  # it puts the examples on the path
+from results_file import (  # it puts the examples on the path
+    append_line,
+    figures_of,
+    provenance,
+    read_lines,
+)
 from transformers import HfArgumentParser
 
 from example_arguments import parse_int_or_dict  # isort: skip
@@ -210,7 +215,7 @@ def _compressed_job(args: BenchmarkArguments, dense: Job, method: str, blocks: s
 
 def _carry_out(job: Job, args: BenchmarkArguments) -> None:
     """Runs a job and appends its line."""
-    append_line(args.results, job.key, run(parse(job.flags)), "accuracy")
+    append_line(args.results, job.key, figures_of(run(parse(job.flags)), "accuracy"))
 
 
 def _jobs(args: BenchmarkArguments) -> Iterator[tuple[Job, list[Job]]]:
@@ -291,8 +296,7 @@ def table(lines: list[dict]) -> str:
         "",
         f"{lines[-1]['examples']['train']:,} training and {lines[-1]['examples']['validation']:,} "
         f"dev sentences; seeds {', '.join(map(str, seeds))}; mean and sample standard deviation.",
-        *(f"Command: `{command}`" for command in dict.fromkeys(line["command"] for line in lines)),
-        *(f"Machine: {machine}" for machine in dict.fromkeys(line["machine"] for line in lines)),
+        *provenance(lines),
     ]
     return "\n".join(text)
 

@@ -21,7 +21,12 @@ import statistics
 from dataclasses import dataclass, field
 from typing import Literal
 
-from results_file import append_line, read_lines  # it puts the examples on the path
+from results_file import (  # it puts the examples on the path
+    append_line,
+    figures_of,
+    provenance,
+    read_lines,
+)
 from transformers import HfArgumentParser
 
 import run_clm  # isort: skip
@@ -159,7 +164,7 @@ def run_all(args: BenchmarkArguments) -> None:
                 continue
             print(f"== {key}", flush=True)
             flags = [*everywhere, *settings, "--seed", str(seed)]
-            append_line(args.results, key, task.run(task.parse(flags)), task.metric)
+            append_line(args.results, key, figures_of(task.run(task.parse(flags)), task.metric))
             shutil.rmtree(folder)
 
 
@@ -198,8 +203,7 @@ def table(lines: list[dict], metric: str) -> str:
         "",
         f"{counts['train']:,} training and {counts['validation']:,} validation examples; seeds "
         f"{', '.join(map(str, seeds))}.",
-        *(f"Command: `{command}`" for command in dict.fromkeys(line["command"] for line in lines)),
-        *(f"Machine: {name}" for name in dict.fromkeys(line["machine"] for line in lines)),
+        *provenance(lines),
     ]
     return "\n".join(text)
 

@@ -24,37 +24,56 @@ def read_lines(path: str) -> list[dict]:
         return [json.loads(line) for line in file if line.strip()]
 
 
-def append_line(path: str, key: dict, results: dict, metric: str) -> None:
-    """Appends a finished run of an example.
+def append_line(path: str, key: dict, figures: dict) -> None:
+    """Appends a finished run, with its command, machine and versions.
 
     Args:
         path: the results file; made with its folder where it is missing.
         key: what decides the run's figures.
-        results: what the example's ``results.json`` holds.
-        metric: the one to keep under its own name.
+        figures: what came out.
     """
-    compressed = results.get("compressed")
-    figures = results["reloaded"] if compressed else results["dense"]
-    part = compressed or results["dense"]
     line = {
         "key": key,
-        metric: figures["metrics"][metric],
-        "bytes": part["bytes"],
-        "dense_bytes": results["dense"]["bytes"],
-        "seconds": part["seconds"],
-        "stages": part.get("stages"),
-        "logits_bit_equal": figures.get("logits_bit_equal"),
-        "examples": results["examples"],
+        **figures,
         "command": shlex.join([os.path.basename(sys.executable), *sys.argv]),
         "machine": machine(),
         "versions": versions(),
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-    if compressed and "metrics" in results["dense"]:
-        line[f"dense_{metric}"] = results["dense"]["metrics"][metric]
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
+
+
+def figures_of(results: dict, metric: str) -> dict:
+    """The figures of an example's run.
+
+    Args:
+        results: what its ``results.json`` holds.
+        metric: the one to keep under its own name.
+    """
+    compressed = results.get("compressed")
+    scored = results["reloaded"] if compressed else results["dense"]
+    part = compressed or results["dense"]
+    figures = {
+        metric: scored["metrics"][metric],
+        "bytes": part["bytes"],
+        "dense_bytes": results["dense"]["bytes"],
+        "seconds": part["seconds"],
+        "stages": part.get("stages"),
+        "logits_bit_equal": scored.get("logits_bit_equal"),
+        "examples": results["examples"],
+    }
+    if compressed and "metrics" in results["dense"]:
+        figures[f"dense_{metric}"] = results["dense"]["metrics"][metric]
+    return figures
+
+
+def provenance(lines: list[dict]) -> list[str]:
+    """What stands below a table: each command, and each machine, once."""
+    commands = dict.fromkeys(line["command"] for line in lines)
+    machines = dict.fromkeys(line["machine"] for line in lines)
+    return [*(f"Command: `{one}`" for one in commands), *(f"Machine: {one}" for one in machines)]
 
 
 def machine() -> str:
