@@ -6,13 +6,13 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.utils import logging
 
 from ..hub.card import is_metric
 from ..modeling import packed_layers
+from ..quantizers import ProductQuantizer
 from ..size import SizeReport
 
 if TYPE_CHECKING:
@@ -29,11 +29,12 @@ def codebook_use(model: nn.Module) -> float | None:
     used = total = 0
     seen: set[int] = set()
     for _, layer in packed_layers(model):
-        if layer.quantizer.scheme != "pq" or id(layer.weight_indices) in seen:
-            continue
-        seen.add(id(layer.weight_indices))
-        used += int(torch.unique(layer.codes()).numel())
-        total += layer.quantizer.n_centroids
+        is_new = id(layer.weight_indices) not in seen
+        if isinstance(layer.quantizer, ProductQuantizer) and is_new:
+            seen.add(id(layer.weight_indices))
+            counts = layer.block_counts()
+            used += int((counts > 0).sum())
+            total += len(counts)
     return used / total if total else None
 
 

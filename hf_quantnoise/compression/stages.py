@@ -212,19 +212,15 @@ class StagedPass:
         config = QuantizedModelConfig.from_dict(newest.content["config"])
         self.packer = ModelPacker(self.model, config, on_all_ranks=True)
         self._make_teacher()
-        records = [StageRecord(**record) for record in newest.content["history"]]
-        if newest.number == 0:
-            records = [record for record in records if record.stage == "dense"]
-        for record in records:
-            self._add(record)
+        for record in newest.content["history"]:
+            self._add(StageRecord(**record))
         if newest.number == 0:
             self._restructure()
         else:
             self.packer.restructure()
             for stage in self.stages[: newest.number]:
-                if stage not in self.packer.stages:
-                    continue
-                self.packer.restore_stage(stage)
+                if stage in self.packer.stages:
+                    self.packer.restore_stage(stage)
             put_into_memory(self.model, newest.tensors())
             self._optimizer_state = newest.optimizer()
         return newest.number

@@ -64,7 +64,9 @@ class ModelPacker:
         self.config.plan = {}
         self.restructuring = plan_restructuring(model, self.config)
         # The plan is that of what will be left; if it cannot be carried out, nothing was touched.
-        planned = restructured_copy(model, self.config) if self.restructuring.changes else model
+        planned = model
+        if self.restructuring.changes:
+            planned = restructured_copy(model, self.config, self.restructuring)
         self.stages, self.config.left_dense = make_plan(planned, self.config)
 
     def restructure(self) -> None:
@@ -94,43 +96,42 @@ class ModelPacker:
             ValueError: if the config needs calibration data and there is none.
         """
         importance = self._importance(stage, batches, forward)
-        names: list[str] = []
         errors: dict[str, float] = {}
         norms: list[float] = []
-        energy = 0.0
         bar = tqdm(self.stages[stage], desc=f"quantize {stage or 'all layers'}", unit="layer",
                    disable=not progress, leave=False)  # fmt: skip
-        with self._names_follow(names):
+        with self._names_follow(stage):
             for number, planned in enumerate(bar):
-                norm = self._norm(planned)
-                own = self._pack(planned, number, importance[number])
-                energy += norm
-                errors[planned.layers[0].name] = own
-                norms.append(norm)
-                names += [layer.name for layer in planned.layers]
+                norms.append(self._norm(planned))
+                errors[planned.layers[0].name] = self._pack(planned, number, importance[number])
             self._exchange(stage, errors)
+        energy = sum(norms)
         error = sum(norm * own for norm, own in zip(norms, errors.values(), strict=True))
-        return StageResult(stage, tuple(names), error / energy if energy else 0.0, errors)
+        names = tuple(self._names_of(stage))
+        return StageResult(stage, names, error / energy if energy else 0.0, errors)
+
+    def _names_of(self, stage: str | None) -> list[str]:
+        return [layer.name for planned in self.stages[stage] for layer in planned.layers]
 
     def restore_stage(self, stage: str | None) -> None:
         """Gives the layers of a stage their packed form without quantizing them: what they hold is
         to be read from somewhere."""
-        names: list[str] = []
-        with self._names_follow(names):
+        with self._names_follow(stage):
             for planned in self.stages[stage]:
-                modules = [layer.module for layer in planned.layers]
-                pack_skeleton(modules, planned.quantizer, planned.activation_bits)
-                self.config.plan.update(planned.entries())
-                names += [layer.name for layer in planned.layers]
+                self._pack_empty(planned)
+
+    def _pack_empty(self, planned: PlannedWeight) -> None:
+        modules = [layer.module for layer in planned.layers]
+        pack_skeleton(modules, planned.quantizer, planned.activation_bits)
+        self.config.plan.update(planned.entries())
 
     @contextmanager
-    def _names_follow(self, names: list[str]) -> Iterator[None]:
-        """Around the packing of layers, whose names are added meanwhile: keeps what transformers
-        knows of the model in step."""
+    def _names_follow(self, stage: str | None) -> Iterator[None]:
+        """Around the packing of a stage: keeps what transformers knows of the model in step."""
         rewriter = TieRewriter(self.model)
         yield
         modules = dict(self.model.named_modules())
-        rewriter.rewrite({name: packed_names(modules[name]) for name in names})
+        rewriter.rewrite({name: packed_names(modules[name]) for name in self._names_of(stage)})
         declare_shared(self.model, self.config.shared_layers)
         attach(self.model, self.config)
 
@@ -159,13 +160,12 @@ class ModelPacker:
     def _pack(self, planned: PlannedWeight, number: int, importance: Tensor | None) -> float:
         """Packs one weight; returns its relative error. What another rank clusters is left empty,
         with an error of 0, until :meth:`_exchange`."""
-        modules: list[nn.Module] = [layer.module for layer in planned.layers]
-        self.config.plan.update(planned.entries())
         if self.on_all_ranks and not is_mine(number):
-            pack_skeleton(modules, planned.quantizer, planned.activation_bits)
+            self._pack_empty(planned)
             return 0.0
+        self.config.plan.update(planned.entries())
         return pack_layer(
-            modules,
+            [layer.module for layer in planned.layers],
             planned.quantizer,
             seed=self.config.seed + number,
             activation_bits=planned.activation_bits,

@@ -63,15 +63,25 @@ def plan_restructuring(model: PreTrainedModel, config: QuantizedModelConfig) -> 
     return Restructuring(weights, pruning, renamed)
 
 
-def restructured_copy(model: PreTrainedModel, config: QuantizedModelConfig) -> PreTrainedModel:
+def restructured_copy(
+    model: PreTrainedModel,
+    config: QuantizedModelConfig,
+    restructuring: Restructuring | None = None,
+) -> PreTrainedModel:
     """The model as it will be packed, with layers taken out and shared, holding the very same
     tensors; the model itself is left as it is.
+
+    Args:
+        model: a dense model.
+        config: says what.
+        restructuring: what :func:`plan_restructuring` found, where that was done already.
 
     Raises:
         ValueError: as :func:`plan_restructuring`.
     """
     copy = copy_without_tensors(model)
-    plan_restructuring(copy, config).carry_out(copy, replace(config))
+    restructuring = restructuring or plan_restructuring(copy, config)
+    restructuring.carry_out(copy, replace(config))
     return copy
 
 
@@ -115,14 +125,14 @@ def declare_shared(
             for name, source in shared_layers.items()
             if name.startswith(start) and source.startswith(start)
         }
+        if not own:
+            continue
         ties = {
             f"{name}.{tensor}": f"{source}.{tensor}"
             for name, source in own.items()
             for tensor in _shared_tensors(module, name, source)
             if f"{start}{name}.{tensor}" not in without
         }
-        if not own:
-            continue
         for attribute in ("_tied_weights_keys", "all_tied_weights_keys"):
             old = {
                 target: source

@@ -103,6 +103,8 @@ def test_codebook_use_counts_each_codebook_once():
             used += len(set(layer.codes().flatten().tolist()))
             total += 16
     assert codebook_use(model) == pytest.approx(used / total)
+    two = IPQConfig(block_size=4, n_centroids=16, n_codebooks=2)
+    assert 0 < codebook_use(quantize_model(make_stacked("gpt2", 2), two, progress=False)) <= 1
     intn = quantize_model(make_stacked("gpt2", 2), FixedPointConfig(bits=4), progress=False)
     assert codebook_use(intn) is None
 
