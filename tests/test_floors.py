@@ -23,8 +23,8 @@ FLOORS = (
     "modeling",
     "hub",
     "size",
-    "compression",
     "callback",
+    "compression",
     "trainer",
 )
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
