@@ -58,6 +58,7 @@ def _codewords(task: str) -> list[Row]:
         Row("two codebooks", two),
         Row("two codebooks, importance", f"{two} --importance activations"),
         Row("reassignment", f"{one} --reassign_steps 10"),
+        Row("reassignment, 0.1%", f"{one} --reassign_steps 10 --reassign_share 0.001"),
     ]
 
 
