@@ -69,7 +69,7 @@ def main():
     torch.set_num_threads(1)
     folder, name, options = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
     data = load_from_disk(str(folder / options.get("data", "data")))
-    model = make_stacked(options.get("model", "bert"), 3)
+    model = make_stacked(options.get("model", "bert"), options.get("layers", 3))
     trainer = QuantNoiseTrainer(
         model,
         arguments_of(folder, name, options),
