@@ -142,6 +142,7 @@ def _finetune(trainer: QuantNoiseTrainer, args: Arguments, job: Job, folder: str
     if args.training.do_eval:
         figures["metrics"] = scores(trainer.evaluate(), job)
     trainer.save_model(folder)
+    args.training.distributed_state.wait_for_everyone()  # rank 0 writes what all of them read
     figures["bytes"] = round(1e6 * weights_mb(folder))
     return figures
 

@@ -52,6 +52,29 @@ def of_rank_0(tensor: Tensor) -> Tensor:
     return of_rank(tensor, 0)
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that FSDP2 keeps in parts on several ranks (a ``DTensor``), put together; any other
+    as it is. All ranks must ask for it."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+@torch.no_grad()
+def put_into(tensor: Tensor, values: Tensor) -> None:
+    """Copies values into a tensor, or each rank's part of them into what it has of one; in place.
+    All ranks must do it."""
+    if hasattr(tensor, "full_tensor"):
+        values = split_like(tensor, values)
+    tensor.copy_(values)
+
+
+def split_like(tensor: Tensor, values: Tensor) -> Tensor:
+    """Values in parts, as FSDP2 keeps a tensor of the same shape. All ranks must ask for them."""
+    from torch.distributed.tensor import distribute_tensor
+
+    values = values.detach().to(tensor.to_local().device)
+    return distribute_tensor(values, tensor.device_mesh, tensor.placements)
+
+
 def owner_of(number: int) -> int:
     """The rank that does the n-th of several pieces of work, which go round."""
     return number % dist.get_world_size() if is_distributed() else 0

@@ -7,11 +7,13 @@ import json
 import os
 import re
 
+import torch
 from torch import nn
 from transformers import Trainer
 from transformers.utils import CONFIG_NAME, logging
 
 from ..modeling.packed import PREFIX
+from .sharded import ShardedCopy, require_fsdp2
 
 logger = logging.get_logger(__name__)
 
@@ -45,26 +47,102 @@ def loss_reads_num_items(model: nn.Module) -> bool:
 
 
 class GuardedTrainer(Trainer):
-    """``Trainer`` with four guards, each over a public hook.
+    """``Trainer`` with five guards, each over a public hook.
 
     * Gradient accumulation does not multiply the loss of heads that take a plain mean.
     * Centroids get no weight decay: it would pull them to zero, not regularise a weight.
     * A checkpoint of another structure (dense, or another stage) is refused; ``Trainer`` would load
       it with a warning and hand the optimizer state of other shapes to a fused kernel.
-    * A model that was evaluated before is trained with all processes. accelerate (1.15) takes it
-      for wrapped already, leaves DDP out, and each rank trains on its own without a word.
+    * A model that was evaluated or trained before is trained with all processes, and compiled.
+      accelerate (1.15) takes it for wrapped already, leaves DDP (or ``torch_compile``) out, and
+      each rank trains on its own without a word.
+    * Under FSDP2 a copy of the model is sharded (``sharded.py``). After ``train`` the model is
+      whole again, the same object with the new weights, on every rank; the optimizer is gone.
+
+    Raises:
+        ValueError: if the model cannot be sharded as the arguments ask for.
     """
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
+        require_fsdp2(self)
+        self._sharded: ShardedCopy | None = None
         if self.model_accepts_loss_kwargs and not loss_reads_num_items(self.model):
             self.model_accepts_loss_kwargs = False
 
+    @property
+    def plain_model(self) -> nn.Module:
+        """The model as it is outside training; under FSDP2 with the numbers it had before."""
+        return self.model if self._sharded is None else self._sharded.original
+
+    def up_to_date_model(self) -> nn.Module:
+        """The plain model with the numbers of now; under FSDP2 all ranks must ask for it."""
+        if self._sharded is not None:
+            self._sharded.put_back()
+        return self.plain_model
+
     def train(self, *args, **kwargs):
-        """``Trainer.train``, under DDP whatever was done with the model before."""
-        if self.args.world_size > 1 and self.model_wrapped is self.model:
+        """``Trainer.train``, wrapped anew whatever was done with the model before."""
+        wrapped = getattr(self.model_wrapped, "_orig_mod", self.model_wrapped)
+        if wrapped is self.model:  # neither DDP nor anything else is around it
+            self.model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
             self.model.__dict__.pop("_is_accelerate_prepared", None)
-        return super().train(*args, **kwargs)
+            self.model_wrapped = self.model
+        if not self.is_fsdp_enabled:
+            return super().train(*args, **kwargs)
+        self._sharded = ShardedCopy(self.model, self.args.device)
+        self.model = self.model_wrapped = self._sharded.model
+        with self._sharded.rules(self.accelerator):
+            result = super().train(*args, **kwargs)
+        self._leave_sharded()
+        return result
+
+    def _leave_sharded(self) -> None:
+        """Goes back to the plain model when training is over."""
+        self.model = self.model_wrapped = self.callback_handler.model = self.up_to_date_model()
+        self.optimizer = self.lr_scheduler = self._sharded = None
+        self.accelerator.free_memory()
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimizer; under FSDP2 with groups of their own for what is not sharded."""
+        optimizer = super().create_optimizer(model)
+        if self._sharded is not None:
+            self._sharded.split_groups(optimizer.param_groups)
+        return optimizer
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self._sharded is not None:
+            self._sharded.spread_state(self.optimizer)
+
+    def training_step(self, *args, **kwargs) -> torch.Tensor:
+        """A micro-batch; after the last of a step the gradients of all ranks are one."""
+        loss = super().training_step(*args, **kwargs)
+        if self._sharded is not None and self.accelerator.sync_gradients:
+            self._sharded.average_gradients()
+        return loss
+
+    def evaluation_loop(self, *args, **kwargs):
+        """As in ``Trainer``; outside training each rank has the whole model and its share of the
+        data, which ``Trainer`` (5.23) refuses to evaluate under FSDP2."""
+        if not self.is_fsdp_enabled or self.is_in_train:
+            return super().evaluation_loop(*args, **kwargs)
+        self.model.to(self.args.device)
+        self.is_fsdp_enabled = False
+        try:
+            return super().evaluation_loop(*args, **kwargs)
+        finally:
+            self.is_fsdp_enabled = True
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not self.is_fsdp_enabled:
+            return super()._save(output_dir, state_dict)
+        # Not what Trainer gathered: a packed model makes its own state_dict.
+        trained, self.model = self.model, self.up_to_date_model()
+        try:
+            super()._save(output_dir)
+        finally:
+            self.model = trained
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """The names ``Trainer`` decays, without the packed layers' parameters."""

@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from ..distributed import put_into
+
 logger = logging.get_logger(__name__)
 
 FOLDER = "compression"
@@ -63,7 +65,7 @@ def put_into_memory(model: nn.Module, tensors: dict[str, Tensor]) -> None:
             f"compressed, they differ in {', '.join(odd[:3])}; give the trainer the same model"
         )
     for name, tensor in own.items():
-        tensor.copy_(tensors[name])
+        put_into(tensor, tensors[name])
 
 
 def write_tensors(tensors: dict[str, Tensor], path: str) -> None:

@@ -20,7 +20,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from ..configuration import IPQConfig, QuantizedModelConfig
 from ..distributed import of_rank_0, sum_over_ranks
@@ -29,13 +29,33 @@ from ..quantizers import ProductQuantizer
 from .arguments import CompressionArguments
 
 
-def require_centroids(config: QuantizedModelConfig, arguments: CompressionArguments) -> None:
-    """Raises ValueError where blocks are to be reassigned and a config has no codewords."""
-    if arguments.reassign_steps is not None and not isinstance(config, IPQConfig):
+def require_centroids(
+    config: QuantizedModelConfig, arguments: CompressionArguments, args: TrainingArguments
+) -> None:
+    """Raises ValueError where blocks are to be reassigned, and a config has no codewords or the
+    training arguments do not let codes be changed."""
+    steps = arguments.reassign_steps
+    if steps is None:
+        return
+    if not isinstance(config, IPQConfig):
         raise ValueError(
-            f"reassign_steps={arguments.reassign_steps} needs codewords, and a "
-            f"{type(config).__name__} has none; take an IPQConfig, or reassign_steps=None"
+            f"reassign_steps={steps} needs codewords, and a {type(config).__name__} has none; take "
+            "an IPQConfig, or reassign_steps=None"
         )
+    _require_codes_in_place(steps, args)
+
+
+def _require_codes_in_place(steps: int, args: TrainingArguments) -> None:
+    for name in ("fsdp", "deepspeed", "torch_compile"):
+        if getattr(args, name, None):
+            raise ValueError(_refusal(steps, name))
+
+
+def _refusal(steps: int, name: str) -> str:
+    return (
+        f"reassign_steps={steps} does not go with {name} yet: codes are changed in place, on every "
+        "rank alike; leave one of the two out"
+    )
 
 
 @torch.no_grad()
@@ -99,15 +119,7 @@ class ReassignCallback(TrainerCallback):
         self._weights: dict[int, tuple[list[PackedLayer], Tensor]] = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
-        for name in ("fsdp", "deepspeed", "torch_compile"):
-            if getattr(args, name, None):
-                raise ValueError(self._refusal(name))
-
-    def _refusal(self, name: str) -> str:
-        return (
-            f"reassign_steps={self.steps} does not go with {name} yet: codes are changed in place, "
-            "on every rank alike; leave one of the two out"
-        )
+        _require_codes_in_place(self.steps, args)
 
     def on_step_begin(self, args, state, control, model: nn.Module, **kwargs):
         step = state.global_step + 1
@@ -117,7 +129,7 @@ class ReassignCallback(TrainerCallback):
             if not isinstance(layer.quantizer, ProductQuantizer):
                 continue
             if hasattr(layer.weight_indices, "full_tensor"):  # a DTensor, FSDP by environment
-                raise ValueError(self._refusal("sharded parameters"))
+                raise ValueError(_refusal(self.steps, "sharded parameters"))
             key = id(layer.weight_indices)
             if key not in self._weights:
                 shape, device = (layer.rows, layer.columns), layer.weight_indices.device

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,8 +14,10 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..distributed import whole
 from .guards import GuardedTrainer
 from .pass_files import MEMORY_NAME, put_into_memory, tensors_in_memory, write_tensors
+from .sharded import like_state_of
 
 # Parameter name -> the optimizer's state of it.
 OptimizerState = dict[str, dict[str, Any]]
@@ -23,8 +26,12 @@ OptimizerState = dict[str, dict[str, Any]]
 class _KeepsMemory(TrainerCallback):
     """Adds the last file to a checkpoint; one without it was torn."""
 
-    def on_save(self, args, state, control, model=None, **kwargs):
+    def __init__(self, trainer: GuardedTrainer) -> None:
+        self.trainer = trainer
+
+    def on_save(self, args, state, control, **kwargs):
         """Writes the tensors as they are in memory."""
+        model = self.trainer.up_to_date_model()
         if state.is_world_process_zero:
             name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
             path = os.path.join(args.output_dir, name, MEMORY_NAME)
@@ -50,25 +57,15 @@ class ResumableTrainer(GuardedTrainer):
         super().__init__(*args, **kwargs)
         self.span = span
         self._earlier_state = optimizer_state or {}
-        self.add_callback(_KeepsMemory())
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The optimizer, with the state an earlier piece left for the parameters that stay."""
-        optimizer = super().create_optimizer(model)
-        target = self.model if model is None else model
-        for name, parameter in target.named_parameters():
-            if name in self._earlier_state and parameter not in optimizer.state:
-                optimizer.state[parameter] = {
-                    key: value.clone() if isinstance(value, torch.Tensor) else value
-                    for key, value in self._earlier_state[name].items()
-                }
-        self._earlier_state = {}
-        return optimizer
+        self._last_state: OptimizerState = {}
+        self.add_callback(_KeepsMemory(self))
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
-        """The schedule of the whole run, advanced to where this piece begins."""
+        """The schedule of the whole run, advanced to where this piece begins. By now the optimizer
+        has the parameters that are trained, sharded ones too: they get their earlier state."""
+        self._take_up_state()
         start, end = self.span
         if self.lr_scheduler is not None or self.span == (0.0, 1.0):
             return super().create_scheduler(num_training_steps, optimizer)
@@ -80,19 +77,40 @@ class ResumableTrainer(GuardedTrainer):
                 scheduler.step()
         return scheduler
 
+    def _trained_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
+        own = self.model if self._sharded is None else self._sharded.model
+        return own.named_parameters()
+
+    def _take_up_state(self) -> None:
+        for name, parameter in self._trained_parameters():
+            if name in self._earlier_state and parameter not in self.optimizer.state:
+                self.optimizer.state[parameter] = {
+                    key: like_state_of(parameter, value)
+                    for key, value in self._earlier_state[name].items()
+                }
+        self._earlier_state = {}
+
     def optimizer_state(self) -> OptimizerState:
-        """The optimizer's state by the names of the parameters."""
+        """The optimizer's state by the names of the parameters, after training or in it."""
         if self.optimizer is None:
-            return {}
-        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+            return self._last_state
+        names = {id(parameter): name for name, parameter in self._trained_parameters()}
         return {
-            names[id(parameter)]: dict(state)
+            names[id(parameter)]: {
+                key: whole(value) if isinstance(value, torch.Tensor) else value
+                for key, value in state.items()
+            }
             for parameter, state in self.optimizer.state.items()
             if id(parameter) in names
         }
+
+    def _leave_sharded(self) -> None:
+        self._last_state = self.optimizer_state()
+        super()._leave_sharded()
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         path = os.path.join(resume_from_checkpoint, MEMORY_NAME)
         if os.path.isfile(path):
-            put_into_memory(self.model if model is None else model, load_file(path))
+            target = self.model if model is None else model
+            put_into_memory(target, load_file(path))

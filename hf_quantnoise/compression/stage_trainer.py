@@ -88,7 +88,7 @@ class StageTrainer(ResumableTrainer):
             loss, outputs = super().compute_loss(model, {**inputs, **flags}, return_outputs=True)
         else:
             loss, outputs = 0.0, model(**self.teacher.inputs_of(inputs, self.label_names), **flags)
-        terms = self.teacher.divergences(self.model, outputs, inputs, self.label_names)
+        terms = self.teacher.divergences(self.plain_model, outputs, inputs, self.label_names)
         loss = (1 - weight) * loss
         for name, (share, value) in terms.items():
             loss = loss + share * value

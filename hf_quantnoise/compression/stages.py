@@ -110,6 +110,8 @@ class StagedPass:
         self.given_teacher, self.teacher = teacher, None
         self.report = report or (lambda record: None)
         self.model = trainer.accelerator.unwrap_model(trainer.model)
+        if trainer.is_fsdp_enabled:  # else Trainer has put it there
+            self.model.to(trainer.args.device)
         self.history: list[StageRecord] = []
         self.stages = config.stage_groups()
         self.args.check_stages(self.stages)
@@ -122,7 +124,7 @@ class StagedPass:
                 )
             if config.reads_data:
                 require_batches([], config.reads_data)
-        require_centroids(config, self.args)
+        require_centroids(config, self.args, trainer.args)
         self.noise_config = noise_to_keep(trainer, self.args.keep_noise)
         check_can_be_packed(self.model)
         keeps = trainer.args.save_strategy != SaveStrategy.NO

@@ -17,6 +17,18 @@ def copy_without_tensors(model: PreTrainedModel) -> PreTrainedModel:
     return deepcopy(model, {id(tensor): tensor for tensor in _tensors(model)})
 
 
+def copy_of_parameters(model: nn.Module) -> nn.Module:
+    """A copy with Parameters of its own, which hold their numbers where the model's do until they
+    are given others; buffers are copied."""
+    return deepcopy(
+        model,
+        {
+            id(parameter): nn.Parameter(parameter.detach(), parameter.requires_grad)
+            for parameter in model.parameters()
+        },
+    )
+
+
 def copy_of_shapes(model: PreTrainedModel) -> PreTrainedModel:
     """A copy on the meta device, with the model's ties."""
     return deepcopy(model, {id(tensor): _on_meta(tensor) for tensor in _tensors(model)})

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..blocks import weight_matrix
 from ..configuration import QuantNoiseConfig
-from ..distributed import of_rank_0
+from ..distributed import of_rank_0, whole
 from ..sharing import LayerSharing
 from .activations import ActivationNoise
 from .functions import NoiseFunction
@@ -176,8 +176,9 @@ class QuantNoiseState:
             if function.refreshed != kind:
                 continue
             module = weight.modules[0]
-            with torch.autocast(module.weight.device.type, enabled=False):
-                function.refresh(weight_matrix(module), self.config.seed + index)
+            matrix = weight_matrix(module, whole(module.weight))
+            with torch.autocast(matrix.device.type, enabled=False):
+                function.refresh(matrix, self.config.seed + index)
             for key, tensor in function.state.items():
                 function.state[key] = of_rank_0(tensor)
 

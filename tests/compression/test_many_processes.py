@@ -1,122 +1,85 @@
 """Noise and pass on two gloo processes: one model, and the one a single process makes."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
+from processes import needs_gloo, torchrun
 from safetensors.torch import load_file
-
-PROGRAM = """
-import json, os, sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-
-import torch
-from datasets import load_from_disk
-from safetensors.torch import save_file
 from stacked import make_stacked
-from transformers import TrainingArguments
+from tiny import VOCABULARY
+from transformers import AutoModelForSequenceClassification
 
-from hf_quantnoise import CompressionArguments, IPQConfig, QuantNoiseConfig, QuantNoiseTrainer
-from hf_quantnoise.compression.pass_files import tensors_in_memory
-from hf_quantnoise.hub import packer
-from hf_quantnoise.noise import find_state
+import hf_quantnoise  # noqa: F401  (its models load)
+from hf_quantnoise.compression.sharded import replicated_parameters, require_fsdp2, units_to_shard
 
-torch.set_num_threads(1)
-folder, name, options = Path(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4])
-world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-arguments = {
-    "output_dir": str(folder / name), "per_device_train_batch_size": 16 // world,
-    "learning_rate": 1e-3, "report_to": "none", "save_strategy": "steps", "save_steps": 2,
-    "disable_tqdm": True, "use_cpu": True, "num_train_epochs": 1, "ddp_backend": "gloo",
-    "optim": "sgd", **options.get("arguments", {}),
+PROGRAM = Path(__file__).parents[1] / "noise_and_pass.py"
+FSDP2 = {"fsdp": True, "fsdp_config": {"version": 2}}
+# int8 noise at p = 1 draws nothing, so both ways see the same weights.
+ALL_INT8 = {"noise": "int8", "p": 1.0}
+WHOLE_RUN = {
+    "noise": {**ALL_INT8, "scale_update_steps": 2},
+    "stages": {"stage_schedule": "continue", "codebook_learning_rate": 3e-3},
+    "arguments": {"optim": "adamw_torch", "weight_decay": 0.1, "max_grad_norm": 0.1},
 }
-if world == 1:
-    del arguments["ddp_backend"]
-data = load_from_disk(str(folder / "data"))
-model = make_stacked("bert", 3)
-noise = QuantNoiseConfig(**options["noise"])
-trainer = QuantNoiseTrainer(
-    model, TrainingArguments(**arguments), noise, train_dataset=data, eval_dataset=data
-)
-clustered = []
-real = packer.pack_layer
-packer.pack_layer = lambda *args, **kwargs: clustered.append(None) or real(*args, **kwargs)
-trainer.evaluate()  # accelerate would leave DDP out of what follows
-trainer.train()
-fitted = find_state(model).state_dict()
-save_file({k: v.contiguous() for k, v in fitted.items()}, folder / f"{name}-{rank}-noise")
-config = IPQConfig(block_size=4, n_centroids=16, **options.get("config", {}))
-small = trainer.compress(config, CompressionArguments(**options.get("stages", {})))
-tensors = {k: v.clone() for k, v in tensors_in_memory(small).items()}
-save_file(tensors, folder / f"{name}-{rank}-model")
-errors = {k: v for r in trainer.compression_history for k, v in r["layer_errors"].items()}
-assert abs(len(clustered) - len(errors) / world) < 2, (len(clustered), len(errors), world)
-(folder / f"{name}-{rank}-errors").write_text(json.dumps(errors))
-losses = [record["metric"]["eval_loss"] for record in trainer.compression_history]
-(folder / f"{name}-{rank}-losses").write_text(json.dumps(losses))
-"""
-
-needs_gloo = pytest.mark.skipif(
-    not (dist.is_available() and dist.is_gloo_available()), reason="torch was built without gloo"
-)
 
 
-@pytest.fixture
-def run(tmp_path, parity_data):
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, parity_data):
+    tmp_path = tmp_path_factory.mktemp("runs")
     parity_data.save_to_disk(str(tmp_path / "data"))
-    tests = str(Path(__file__).parents[1])
+    language = parity_data.map(lambda row: {"labels": row["input_ids"]})
+    language.save_to_disk(str(tmp_path / "language"))
 
     def start(name: str, world: int, **options):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        words = [sys.executable, "-c", PROGRAM, tests, str(tmp_path), name, json.dumps(options)]
-        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
-        common |= {"GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.pathsep.join(sys.path)}
-        processes = []
-        for rank in range(world):
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), **common} if world > 1 else {}
-            own = {**os.environ, "PYTHONPATH": common["PYTHONPATH"], **own}
-            processes.append(subprocess.Popen(words, env=own))
-        assert [process.wait(timeout=300) for process in processes] == [0] * world
+        torchrun(PROGRAM, str(tmp_path), name, json.dumps(options), processes=world)
+        parts = ("noise", "dense", "model")
         return [
             {
-                "noise": load_file(tmp_path / f"{name}-{rank}-noise"),
-                "model": load_file(tmp_path / f"{name}-{rank}-model"),
-                "errors": json.loads((tmp_path / f"{name}-{rank}-errors").read_text()),
-                "losses": json.loads((tmp_path / f"{name}-{rank}-losses").read_text()),
+                **{part: load_file(file) for part in parts
+                   if (file := tmp_path / f"{name}-{rank}-{part}").is_file()},
+                **json.loads((tmp_path / f"{name}-{rank}-figures").read_text()),
             }
             for rank in range(world)
-        ]
+        ]  # fmt: skip
 
+    start.folder = tmp_path
     return start
 
 
-@needs_gloo
-def test_two_processes_hold_one_model_and_it_is_that_of_a_single_one(run):
-    # int8 noise at p = 1 draws nothing, so both ways see the same weights.
-    options = {"noise": {"noise": "int8", "p": 1.0}, "stages": {"stage_schedule": "continue"}}
-    (single,) = run("single", 1, **options)
-    one, other = run("two", 2, **options)
-    for part in ("noise", "model"):
-        assert one[part].keys() == other[part].keys() == single[part].keys()
-        for name, tensor in one[part].items():
+def assert_ranks_agree(one, other):
+    for part in ("noise", "dense", "model"):
+        assert one.get(part, {}).keys() == other.get(part, {}).keys()
+        for name, tensor in one.get(part, {}).items():
             assert torch.equal(tensor, other[part][name]), name
+    for figure in ("errors", "losses"):
+        assert one.get(figure) == other.get(figure)
+
+
+def assert_close(one, single, rtol=5e-3, atol=2e-4):
+    for part in ("noise", "dense", "model"):
+        assert one.get(part, {}).keys() == single.get(part, {}).keys()
+        for name, tensor in one.get(part, {}).items():
             if not name.endswith("indices"):
-                torch.testing.assert_close(tensor, single[part][name], rtol=1e-3, atol=1e-5)
-    # Each rank clustered half of the weights, and both know all errors.
-    assert one["errors"] == other["errors"]
+                torch.testing.assert_close(tensor, single[part][name], rtol=rtol, atol=atol)
     assert one["errors"] == pytest.approx(single["errors"], rel=1e-3)
     assert min(one["errors"].values()) > 0
-    assert one["losses"] == other["losses"]
     assert one["losses"] == pytest.approx(single["losses"], rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def single(run):
+    return run("single", 1, **WHOLE_RUN)[0]
+
+
+@needs_gloo
+def test_two_processes_hold_one_model_and_it_is_that_of_a_single_one(run, single):
+    one, other = run("ddp", 2, **WHOLE_RUN)
+    # The program sees to it that each rank clusters half of the weights; both know all errors.
+    assert_ranks_agree(one, other)
+    assert_close(one, single)
 
 
 @needs_gloo
@@ -127,9 +90,139 @@ def test_exact_noise_layerdrop_and_small_centroids_are_equal_on_both_ranks(run):
         "config": {"codebook_bits": 8, "activation_bits": 8},
         "arguments": {"gradient_accumulation_steps": 2, "gradient_checkpointing": True,
                       "bf16": True},
+        "stages": {},
     }  # fmt: skip
-    one, other = run("two", 2, **options)
-    for part in ("noise", "model"):
+    assert_ranks_agree(*run("exact", 2, **options))
+
+
+@needs_gloo
+def test_fsdp2_gives_the_model_of_a_single_process(run, single):
+    arguments = {**WHOLE_RUN["arguments"], **FSDP2}
+    one, other = run("two", 2, **{**WHOLE_RUN, "arguments": arguments})
+    assert_ranks_agree(one, other)
+    assert_close(one, single)
+    # All of the dense model was in parts; in the stages, what is not packed, biases of packed
+    # layers being whole as well.
+    dense = len(list(make_stacked("bert", 3).parameters()))
+    assert one["sharded"][0] == dense
+    assert dense > one["sharded"][1] > one["sharded"][2] > one["sharded"][3] > 0
+    assert one["logs"] and one["logs"][0]["noised_share"] == single["logs"][0]["noised_share"]
+    # Saved from all ranks, it loads as it is in memory.
+    loaded = AutoModelForSequenceClassification.from_pretrained(run.folder / "two-saved")
+    state = loaded.state_dict()
+    for name, tensor in one["model"].items():
+        assert torch.equal(state[name], tensor), name
+
+
+@pytest.mark.slow
+@needs_gloo
+def test_fsdp2_with_all_that_trainer_does(run):
+    options = {
+        "noise": {"noise": "pq", "p": 0.2, "block_size": 4, "n_centroids": 16, "layerdrop": 0.3,
+                  "codebook_update": 2, "share_layers": 2, "activation_bits": 8},
+        "config": {"codebook_bits": 8, "activation_bits": 8, "importance": "activations"},
+        "stages": {"distill_hidden": 1.0, "distill_attention": 1.0},
+        "arguments": {
+            "gradient_accumulation_steps": 2, "gradient_checkpointing": True, "bf16": True, **FSDP2
+        },
+    }  # fmt: skip
+    one, other = run("all", 2, **options)
+    assert_ranks_agree(one, other)
+    assert all(count > 0 for count in one["sharded"])
+
+
+@pytest.mark.slow
+@needs_gloo
+def test_fsdp2_of_a_language_model_with_a_tied_head(run):
+    options = {
+        "model": "gpt2", "data": "language", "noise": ALL_INT8,
+        "stages": {}, "config": {"stages": ["embeddings", "attention"]},
+    }  # fmt: skip
+    (single,) = run("one-gpt2", 1, **options)
+    one, other = run("two-gpt2", 2, **options, arguments=FSDP2)
+    assert_ranks_agree(one, other)
+    assert_close(one, single)
+
+
+@pytest.mark.slow
+@needs_gloo
+def test_fsdp2_goes_on_where_it_was_killed(run):
+    options = {
+        "noise": ALL_INT8,
+        "stages": {"stage_schedule": "continue"},
+        "config": {"stages": ["embeddings", "attention"]},
+        "arguments": {**FSDP2, "optim": "adamw_torch"},
+    }
+    undisturbed, _ = run("run", 2, **options)
+    with pytest.raises(FileNotFoundError):
+        run("killed", 2, **options, kill=1)
+    assert (run.folder / "killed" / "compression" / "run-1" / "checkpoint-2").is_dir()
+    # The noise phase goes on from its first checkpoint, which holds a plain model; then the pass.
+    checkpoint = run.folder / "killed" / "checkpoint-2"
+    plain = load_file(checkpoint / "model.safetensors")
+    shapes = {name: tensor.shape for name, tensor in undisturbed["dense"].items()}
+    assert {name: tensor.shape for name, tensor in plain.items()} == shapes
+    one, other = run("killed", 2, **options, checkpoint=str(checkpoint), resume=True)
+    assert_ranks_agree(one, other)
+    for part in ("dense", "model"):
         for name, tensor in one[part].items():
-            assert torch.equal(tensor, other[part][name]), name
-    assert one["losses"] == other["losses"]
+            torch.testing.assert_close(tensor, undisturbed[part][name], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.slow
+@needs_gloo
+def test_two_processes_compile_after_an_evaluation_and_stay_one_model(run):
+    compiled = {"torch_compile": True, "torch_compile_backend": "aot_eager", "max_steps": 2}
+    options = {
+        "noise": ALL_INT8,
+        "layers": 1,
+        "stages": {},
+        "config": {"stages": ["ffn"]},
+    }
+    (single,) = run("one-eager", 1, **options, arguments={"max_steps": 2})
+    one, other = run("two-compiled", 2, **options, arguments=compiled)
+    assert_ranks_agree(one, other)
+    assert_close(one, single)
+    assert all(one["compiled"]) and not any(single["compiled"])
+
+
+class _Trainer:
+    """What ``require_fsdp2`` reads of a trainer."""
+
+    def __init__(self, fsdp=True, sharded=True, version=2, recomputes=False, compiled=False):
+        plugin = SimpleNamespace(activation_checkpointing=recomputes)
+        self.model = torch.nn.Linear(2, 2)
+        self.args = SimpleNamespace(fsdp=fsdp, torch_compile=compiled, device="cpu")
+        self.is_fsdp_enabled = sharded
+        self.accelerator = SimpleNamespace(
+            is_fsdp2=version == 2, state=SimpleNamespace(fsdp_plugin=plugin)
+        )
+
+
+def test_what_cannot_be_sharded_is_refused():
+    require_fsdp2(_Trainer())
+    require_fsdp2(_Trainer(fsdp=False, sharded=False, compiled=True))
+    for words, what in {
+        "fsdp=True: accelerate shards on GPUs": {"sharded": False},
+        "FSDP1 flattens the weights": {"version": 1},
+        "recomputes with other random numbers": {"recomputes": True},
+        "torch_compile=True does not go with fsdp": {"compiled": True},
+    }.items():
+        with pytest.raises(ValueError, match=words):
+            require_fsdp2(_Trainer(**what))
+
+
+def test_what_stays_whole_and_what_is_sharded_one_by_one():
+    bert = make_stacked("bert", 3)
+    assert replicated_parameters(bert) == []
+    assert units_to_shard(bert, None) == ["BertLayer"]  # not the embeddings, which hold the table
+    assert units_to_shard(bert, ["BertSelfAttention"]) == ["BertSelfAttention"]
+    assert units_to_shard(bert, ["Absent"]) == ["Absent"]  # for accelerate to refuse
+    gpt2 = make_stacked("gpt2", 3)
+    assert replicated_parameters(gpt2) == []  # accelerate shards the head with the table
+    roberta = make_stacked("roberta-mlm", 3)
+    assert [p.shape for p in replicated_parameters(roberta)] == [(VOCABULARY,)]  # a tied bias
+    bart = make_stacked("bart", 3)
+    assert [p.shape for p in replicated_parameters(bart)] == [(VOCABULARY, 32)]  # four holders
+    bart.scale = torch.nn.Parameter(torch.ones(()))
+    assert len(replicated_parameters(bart)) == 2

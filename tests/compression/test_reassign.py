@@ -18,7 +18,7 @@ from hf_quantnoise import (
     QuantNoiseTrainer,
     quantize_model,
 )
-from hf_quantnoise.compression.reassign import ReassignCallback, reassign
+from hf_quantnoise.compression.reassign import ReassignCallback, reassign, require_centroids
 from hf_quantnoise.compression.stage_trainer import StageTrainer
 from hf_quantnoise.modeling import pack_layer, packed_layers
 from hf_quantnoise.quantizers import AdditiveQuantizer, ProductQuantizer
@@ -189,9 +189,12 @@ def test_what_does_not_fit_is_refused(tmp_path, parity_data):
     with pytest.raises(ValueError, match="reassign_steps=5 needs codewords, and a FixedPointConf"):
         trainer.compress(FixedPointConfig(), CompressionArguments(reassign_steps=5))
     assert not any(packed_layers(trainer.model))
-    args = type("A", (), {"fsdp": [], "deepspeed": None, "torch_compile": True})
-    with pytest.raises(ValueError, match="does not go with torch_compile"):
-        ReassignCallback(5, 0.01).on_train_begin(args, None, None)
+    for name in ("fsdp", "deepspeed", "torch_compile"):
+        args = type("A", (), {name: True})
+        with pytest.raises(ValueError, match=f"does not go with {name}"):
+            ReassignCallback(5, 0.01).on_train_begin(args, None, None)
+        with pytest.raises(ValueError, match=f"does not go with {name}"):
+            require_centroids(IPQConfig(), CompressionArguments(reassign_steps=5), args)
 
 
 RANK = """

@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 pytest.importorskip("hf_quantnoise")
 
 from example_arguments import parse_int_or_dict, parse_patterns
+from processes import needs_gloo, torchrun
 from run_glue import main, parse
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -342,3 +344,20 @@ def test_real_minilm_on_real_sentences(start, shared):
     # A coin gives 0.5; 300 sentences gave 0.745 when this was written.
     assert results["dense"]["metrics"]["accuracy"] > 0.62
     assert results["reloaded"]["metrics"]["accuracy"] > 0.62
+
+
+@needs_gloo
+def test_torchrun_starts_it_on_two_processes(tiny_model, tmp_path, write_sets):
+    flags = {
+        "model_name_or_path": tiny_model, "output_dir": tmp_path / "out", "max_steps": 2,
+        "per_device_train_batch_size": 8, "use_cpu": True, "disable_tqdm": True,
+        "stages": "ffn", "stage_steps": 2,
+    }  # fmt: skip
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    program = Path(__file__).parents[2] / "examples" / "run_glue.py"
+    torchrun(program, *words, *write_sets("csv", names=NAMES), "--n_centroids", "8",
+             "--block_size", "4")  # fmt: skip
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    stages = results["compressed"]["stages"]
+    assert [stage["stage"] for stage in stages] == ["dense", "ffn"]
+    assert results["reloaded"]["logits_bit_equal"] is True

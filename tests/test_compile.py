@@ -1,0 +1,146 @@
+"""``torch_compile``: nothing that changes from step to step is baked into a graph."""
+
+import pytest
+import torch
+from stacked import make_stacked
+from torch import nn
+from torch._dynamo.utils import counters
+from transformers import TrainerCallback, TrainingArguments
+
+from hf_quantnoise import (
+    CompressionArguments,
+    IPQConfig,
+    QuantNoiseConfig,
+    QuantNoiseTrainer,
+    apply_quant_noise,
+)
+from hf_quantnoise.compression import stages
+from hf_quantnoise.modeling import packed_layers
+from hf_quantnoise.noise import find_state
+
+COMPILED = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_graphs():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def seen_weight(layer):
+    """The weight that a forward sees: what comes out for the unit vectors."""
+    return layer(torch.eye(64)).t()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"noise": "proxy"},
+        {"noise": "pq"},
+        {"noise": "int4"},
+        {"noise": ["pq", "int8"], "activation_bits": 8, "activation_calibration": 2},
+    ],
+    ids=lambda settings: str(settings["noise"]),
+)
+def test_blocks_are_drawn_anew_at_the_rate_of_now_from_the_codebook_of_now(settings):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64, bias=False)).train()
+    apply_quant_noise(model, QuantNoiseConfig(p=0.3, block_size=4, n_centroids=16, **settings))
+    state, weight = find_state(model), model[0].weight
+    compiled = torch.compile(model, backend="aot_eager")
+    noises = len(state.p)
+    for rate in (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9):
+        state.p = rate
+        share = (seen_weight(compiled) != weight).float().mean().item()
+        if "activation_bits" not in settings:  # rounded unit vectors are no unit vectors
+            assert share == pytest.approx(1 - (1 - rate) ** noises, abs=0.07)
+        assert not torch.equal(seen_weight(compiled), seen_weight(compiled))
+    # One graph for the first rate, one for all others; a few more while ranges are being set.
+    assert counters["stats"]["unique_graphs"] <= 4
+    assert not counters["recompile_limit"] and not counters["graph_break"]
+    with torch.no_grad():
+        weight *= 1.7
+    state.p = 1.0
+    state.refresh_codebooks()
+    state.refresh_scales()
+    torch.testing.assert_close(seen_weight(compiled), seen_weight(model))
+    state.p = 0.0
+    clean = nn.Sequential(nn.Linear(64, 64, bias=False))
+    clean[0].weight = weight
+    if "activation_bits" not in settings:
+        assert torch.equal(seen_weight(compiled), seen_weight(clean))
+
+
+def test_layers_are_skipped_anew_and_tied_weights_share_their_blocks(input_ids):
+    model = make_stacked("gpt2", 2)
+    noise = QuantNoiseConfig(noise="proxy", p=0.3, layerdrop=0.5, target_modules=["wte", "lm_head"])
+    apply_quant_noise(model, noise).train()
+    compiled = torch.compile(model, backend="eager")
+    losses = [float(compiled(input_ids, labels=input_ids).loss.detach()) for _ in range(12)]
+    assert len(set(losses)) > 6
+    find_state(model).p = 0.0
+    losses = {float(compiled(input_ids, labels=input_ids).loss.detach()) for _ in range(16)}
+    assert 1 < len(losses) <= 4  # of two layers none, one, the other, or both are skipped
+
+
+class CountGraphs(TrainerCallback):
+    """What was compiled in each training."""
+
+    def __init__(self):
+        self.graphs = []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        counters.clear()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.graphs.append(counters["stats"]["unique_graphs"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [32, 8])
+def test_noise_and_pass_are_those_of_eager_mode(bits, tmp_path, parity_data, monkeypatch):
+    results = {}
+    for name, more in (("eager", {}), ("compiled", COMPILED)):
+        count = CountGraphs()
+        real = stages.StageTrainer.__init__
+
+        def init(self, *args, real=real, count=count, **kwargs):
+            real(self, *args, **kwargs)
+            self.add_callback(count)
+
+        monkeypatch.setattr(stages.StageTrainer, "__init__", init)
+        args = TrainingArguments(
+            output_dir=str(tmp_path / name), per_device_train_batch_size=16, learning_rate=1e-3,
+            max_steps=4, report_to="none", save_strategy="no", disable_tqdm=True, use_cpu=True,
+            **more,
+        )  # fmt: skip
+        trainer = QuantNoiseTrainer(
+            make_stacked("bert", 1), args, QuantNoiseConfig(noise="int8", p=1.0),
+            train_dataset=parity_data, eval_dataset=parity_data,
+        )  # fmt: skip
+        trainer.add_callback(count)
+        trainer.evaluate()  # compiles the model in eval mode alone
+        trainer.train()
+        config = IPQConfig(block_size=4, n_centroids=16, codebook_bits=bits,
+                           stages=["ffn", "attention"])  # fmt: skip
+        small = trainer.compress(config, CompressionArguments(stage_steps=2))
+        monkeypatch.setattr(stages.StageTrainer, "__init__", real)
+        assert type(small).__name__ == "BertForSequenceClassification"
+        losses = [record["metric"]["eval_loss"] for record in trainer.compression_history]
+        results[name] = dict(small.named_parameters()), losses, count.graphs
+    eager, compiled = results["eager"], results["compiled"]
+    assert eager[2] == [0, 0, 0]
+    assert all(compiled[2]), "a stage was trained without torch_compile"
+    for name, parameter in compiled[0].items():
+        torch.testing.assert_close(parameter, eager[0][name], rtol=1e-3, atol=1e-5)
+    assert compiled[1] == pytest.approx(eager[1], rel=1e-4)
+
+
+def test_blocks_cannot_be_reassigned_in_a_graph(tmp_path, parity_data):
+    args = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True, **COMPILED)
+    trainer = QuantNoiseTrainer(make_stacked("bert", 1), args, train_dataset=parity_data)
+    with pytest.raises(ValueError, match="reassign_steps=2 does not go with torch_compile"):
+        trainer.compress(IPQConfig(), CompressionArguments(reassign_steps=2))
+    assert not any(packed_layers(trainer.model))  # refused before anything was changed
