@@ -8,6 +8,9 @@ from ..repository import TAG
 # transformers' own, whose top these tags are.
 TAGS = (TAG, "import-hf_quantnoise")
 
+# Where a pass leaves, on the model, what its card is to say.
+CARD_ATTRIBUTE = "quantnoise_card"
+
 _NOT_METRICS = ("runtime", "per_second", "preparation_time", "epoch")
 
 

@@ -25,7 +25,7 @@ from ..modeling.restructure import declare_shared, tied_late
 from ..quantizers import quantizer_from_dict
 from ..sharing import share, unshare
 from ..structure import LayerInfo, find_layers
-from .card import TAGS
+from .card import CARD_ATTRIBUTE, TAGS
 from .ties import TieRewriter
 
 logger = logging.get_logger(__name__)
@@ -195,6 +195,7 @@ class QuantNoiseHfQuantizer(HfQuantizer):
         if isinstance(dtype, str):  # config.dtype is its name once the model was saved
             dtype = getattr(torch, dtype)
         unpack_model(model, dtype)
+        model.__dict__.pop(CARD_ATTRIBUTE, None)  # its metrics are the packed model's
         unshare(model, self.quantization_config.shared_layers)
         submodels = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
         for submodel in submodels:

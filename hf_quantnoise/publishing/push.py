@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import ModelCard
 from transformers import PreTrainedModel
 
+from ..hub.card import CARD_ATTRIBUTE, TAGS
 from ..repository import (
     CARD,
     create_repository,
@@ -20,24 +21,26 @@ from ..repository import (
 from .card import END, START, QuantNoiseCard
 
 _RESULTS = ("eval_results", "model_name", "metrics")
-ATTRIBUTE = "quantnoise_card"
 
 
 def card_of(model: PreTrainedModel) -> QuantNoiseCard:
     """The card that a pass left on a model, or an empty one."""
-    return getattr(model, ATTRIBUTE, None) or QuantNoiseCard()
+    return getattr(model, CARD_ATTRIBUTE, None) or QuantNoiseCard()
 
 
 def merged(own: ModelCard, existing: ModelCard | None) -> ModelCard:
     """A card over one that was there: text between the package's marks is written anew, all other
-    text stays, metadata that somebody set wins, tags are united, and results are those measured."""
+    text stays, metadata that somebody set wins, and tags are united. Results, and that the model is
+    quantized, are never taken from a card of the package's: they were another model's."""
     if existing is None:
         return own
-    measured = bool(own.data.eval_results) or not existing.data.eval_results
+    anew = (*_RESULTS, "base_model_relation") if START in existing.text else ()
+    if own.data.eval_results:
+        anew += _RESULTS
     for name, value in existing.data.__dict__.items():
         if name == "tags":
-            own.data.tags = [*own.data.tags, *(t for t in value or [] if t not in own.data.tags)]
-        elif value and not (measured and name in _RESULTS):
+            own.data.tags += [tag for tag in value or [] if tag not in (*own.data.tags, *TAGS)]
+        elif value and name not in anew:
             own.data[name] = value
     head, start, rest = existing.text.partition(START)
     _, end, tail = rest.partition(END)

@@ -10,9 +10,10 @@ from typing import Any, ClassVar
 from transformers import PreTrainedModel, Trainer
 
 from ..configuration import QuantNoiseConfig
+from ..hub.card import CARD_ATTRIBUTE
 from ..repository import CARD, read_card, upload_folder
 from .card import QuantNoiseCard
-from .push import ATTRIBUTE, merged, write_model_card
+from .push import merged, write_model_card
 from .tables import changed_fields
 
 _TRAINING = (
@@ -60,7 +61,7 @@ class PublishingMixin:
         """Keeps the metrics of the model as it stands now, on a compressed model too."""
         self._measured = metrics
         if self.compression_history:
-            setattr(self.model, ATTRIBUTE, self.quantnoise_card())
+            setattr(self.model, CARD_ATTRIBUTE, self.quantnoise_card())
 
     def train(self, *args: Any, **kwargs: Any):
         """``Trainer.train``; what was measured before is no figure of the model afterwards."""

@@ -113,6 +113,20 @@ def test_a_card_in_the_folder_keeps_its_words(packed, tmp_path):
     assert path.read_text() == again
 
 
+def test_figures_of_another_model_do_not_stay(packed, tmp_path):
+    """Neither in a folder that is written again, nor on a model that is packed no longer."""
+    path = tmp_path / "README.md"
+    write_model_card(packed, tmp_path, FULL)
+    write_model_card(packed, tmp_path)
+    assert "accuracy" not in path.read_text()
+    packed.quantnoise_card = FULL
+    packed.dequantize()
+    write_model_card(packed, tmp_path)
+    card = ModelCard(path.read_text())
+    assert "accuracy" not in str(card) and "import" not in "".join(card.data.tags)
+    assert "base_model_relation" not in card.data.to_dict()
+
+
 def test_a_dense_model_needs_no_import():
     model = apply_quant_noise(make_model("bert"), QuantNoiseConfig())
     card = QuantNoiseCard(noise=QuantNoiseConfig(), base_model="a/b").render(model)
