@@ -3,6 +3,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
+WORKERS ?= 2
+PYTEST := -m pytest -n $(WORKERS) --dist worksteal
 
 # Nothing here needs the Hub; what would ask it for something is told so at once.
 export HF_HUB_OFFLINE := 1
@@ -13,7 +15,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo "PYTHON=python3.12 make venv takes another interpreter; ARGS=... goes to the script or pytest."
+	@echo "PYTHON=python3.12 make venv takes another interpreter; ARGS=... goes to the script or pytest,"
+	@echo "which runs in WORKERS=2 processes."
 
 venv: $(STAMP)  ## .venv with this package and everything it needs, at the tested versions
 
@@ -30,10 +33,10 @@ demo: $(STAMP)  ## train, compress, save and reload a small ViT on scikit-learn'
 	$(BIN)/python examples/demo.py $(ARGS)
 
 test: $(STAMP)  ## the tests, without the slow ones
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python $(PYTEST) -m "not slow" $(ARGS)
 
 test-slow: $(STAMP)  ## the slow tests
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python $(PYTEST) -m slow $(ARGS)
 
 lint: $(STAMP)  ## ruff: mistakes and format, nothing is changed
 	$(BIN)/ruff check .

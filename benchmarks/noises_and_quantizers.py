@@ -21,62 +21,17 @@ import statistics
 from dataclasses import dataclass, field
 from typing import Literal
 
-from results_file import (  # it puts the examples on the path
-    append_line,
-    figures_of,
-    provenance,
-    read_lines,
-)
+from real_tasks import TASKS, RealTask
+from results_file import append_line, figures_of, provenance, read_lines
 from transformers import HfArgumentParser
 
-import run_clm  # isort: skip
-import run_image_classification  # isort: skip
-
-
-@dataclass(frozen=True)
-class Task:
-    """An example and its settings here.
-
-    Attributes:
-        parse, run: of the example.
-        metric: its score.
-        files: names of the training and validation data in ``--data_dir``.
-        flags: settings of every row.
-        pq: settings of rows with product quantization.
-        shared: flags of the row with shared and pruned layers; empty where there are no stacks.
-    """
-
-    parse: object
-    run: object
-    metric: str
-    files: tuple[str, str]
-    flags: str
-    pq: str
-    shared: str = ""
-
-
-TASKS = {
-    "text": Task(
-        parse=run_clm.parse,
-        run=run_clm.run,
-        metric="perplexity",
-        files=("train.txt", "valid.txt"),
-        flags="--sequence_length 256 --max_train_samples 1000 --max_eval_samples 200 "
-        "--num_train_epochs 2 --learning_rate 2e-3 --per_device_train_batch_size 16",
-        pq="--block_size 4 --n_centroids 64 --stage_epochs 0.5 --codebook_learning_rate 5e-3",
-        shared="--share_layers 2 --prune_layers every_other --layerdrop 0.2",
-    ),
-    "images": Task(
-        parse=run_image_classification.parse,
-        run=run_image_classification.run,
-        metric="accuracy",
-        files=("train.parquet", "test.parquet"),
-        flags="--image_size 64 --ignore_mismatched_sizes --max_train_samples 3000 "
-        "--max_eval_samples 1000 --num_train_epochs 2 --learning_rate 1e-3 "
-        "--per_device_train_batch_size 32",
-        pq="--block_size 4 --stages conv head --stage_epochs 0.5 --codebook_learning_rate 5e-3",
-    ),
-}  # fmt: skip
+# What fills {pq} and {shared} below: settings of rows with product quantization, and flags of the
+# row with shared and pruned layers, which is left out where there are none.
+PQ = {
+    "text": "--block_size 4 --n_centroids 64 --stage_epochs 0.5 --codebook_learning_rate 5e-3",
+    "images": "--block_size 4 --stages conv head --stage_epochs 0.5 --codebook_learning_rate 5e-3",
+}
+SHARED = {"text": "--share_layers 2 --prune_layers every_other --layerdrop 0.2"}
 ONE_SHOT = "--stage_epochs 0"
 INT8_CENTROIDS = "--codebook_bits 8 --activation_bits 8"
 
@@ -131,13 +86,13 @@ class BenchmarkArguments:
             raise ValueError("give --model_dir and --data_dir, or --table")
 
 
-def _settings(task: Task, row: tuple[str, str, str, str]) -> list[str]:
+def _settings(task: str, row: tuple[str, str, str, str]) -> list[str]:
     """All flags of a row that decide its figures."""
     noise, noise_flags, _, compression = row
     return [
         *("--noise", *noise.partition(",")[0].split(), *noise_flags.split()),
-        *task.flags.split(),
-        *compression.format(pq=task.pq, shared=task.shared).split(),
+        *TASKS[task].flags.split(),
+        *compression.format(pq=PQ[task], shared=SHARED.get(task)).split(),
     ]
 
 
@@ -146,18 +101,12 @@ def run_all(args: BenchmarkArguments) -> None:
     task = TASKS[args.task]
     done = [line["key"] for line in read_lines(args.results)]
     rows = ROWS if args.rows is None else [ROWS[number] for number in args.rows]
-    rows = [row for row in rows if task.shared or "{shared}" not in row[3]]
+    rows = [row for row in rows if args.task in SHARED or "{shared}" not in row[3]]
     folder = os.path.join(args.work_dir, args.task)
-    files = [os.path.join(args.data_dir, name) for name in task.files]
-    everywhere = [
-        *("--model_name_or_path", args.model_dir, "--output_dir", folder),
-        *("--train_file", files[0], "--validation_file", files[1], "--save_strategy", "no"),
-        *("--per_device_eval_batch_size", "64", "--dataloader_pin_memory", "False"),
-        *("--disable_tqdm", "True", "--logging_steps", "1000"),
-    ]
+    everywhere = ["--model_name_or_path", args.model_dir, *task.words(args.data_dir, folder)]
     for seed in args.seeds:
         for row in rows:
-            settings = [*_settings(task, row), *args.more.split()]
+            settings = [*_settings(args.task, row), *args.more.split()]
             key = {"noise": row[0], "compression": row[2], "settings": " ".join(settings)}
             key["seed"] = seed
             if key in done:
@@ -168,7 +117,7 @@ def run_all(args: BenchmarkArguments) -> None:
             shutil.rmtree(folder)
 
 
-def table(lines: list[dict], metric: str) -> str:
+def table(lines: list[dict], task: RealTask) -> str:
     """The markdown table: the score before and after, per seed.
 
     Raises:
@@ -181,16 +130,14 @@ def table(lines: list[dict], metric: str) -> str:
         key = line["key"]
         groups.setdefault((key["noise"], key["compression"], key["settings"]), []).append(line)
     seeds = sorted({line["key"]["seed"] for line in lines})
-    name = metric.replace("_", " ")
     text = [
-        f"| noise | compression | {name}, float32 | {name}, compressed | by seed | MB | "
-        "times smaller |",
+        f"| noise | compression | {task.metric}, float32 | {task.metric}, compressed | by seed | "
+        "MB | times smaller |",
         "|---|---|---|---|---|---|---|",
     ]
-    scale = 100 if metric == "accuracy" else 1
     for (noise, compression, _), group in groups.items():
-        by_seed = {line["key"]["seed"]: scale * line[metric] for line in group}
-        dense = statistics.mean(scale * line[f"dense_{metric}"] for line in group)
+        by_seed = {line["key"]["seed"]: task.score(line[task.metric]) for line in group}
+        dense = statistics.mean(task.score(line[f"dense_{task.metric}"]) for line in group)
         each = " / ".join(f"{by_seed[seed]:.1f}" if seed in by_seed else "-" for seed in seeds)
         size = statistics.mean(line["bytes"] for line in group)
         times = group[0]["dense_bytes"] / size
@@ -213,7 +160,7 @@ def main(argv: list[str] | None = None) -> None:
     (args,) = HfArgumentParser(BenchmarkArguments).parse_args_into_dataclasses(args=argv)
     if not args.table:
         run_all(args)
-    print(table(read_lines(args.results), TASKS[args.task].metric))
+    print(table(read_lines(args.results), TASKS[args.task]))
 
 
 if __name__ == "__main__":

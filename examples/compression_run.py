@@ -168,6 +168,15 @@ def _earlier_figures(output_dir: str) -> dict:
     return values["dense"]
 
 
+def _given_teacher(args: Arguments, job: Job) -> PreTrainedModel | None:
+    name = args.options.teacher_name_or_path
+    if name is None:
+        return None
+    return job.auto_class.from_pretrained(
+        name, dtype=args.model.dtype, cache_dir=args.model.cache_dir, token=args.model.token
+    )
+
+
 def _compress(
     trainer: QuantNoiseTrainer, args: Arguments, job: Job, small_config, results: ResultsFile
 ) -> dict:
@@ -177,6 +186,7 @@ def _compress(
     small = trainer.compress(
         small_config,
         args.compression,
+        teacher=_given_teacher(args, job),
         report=lambda _: results.add(stages_so_far=trainer.compression_history),
         resume_from_checkpoint=args.options.resume_compression,
     )
@@ -277,12 +287,13 @@ def run(args: Arguments, prepare: Callable[[Arguments], Job]) -> dict:
     # Configs first: a mistake in them is told before anything is read or trained.
     noise_config = args.noise.config(args.options, training.seed)
     small_config = args.options.config(training.seed) if args.options.compress else None
-    if not training.do_train:
+    if not (training.do_train or args.compression.keep_noise):
         noise_config = None
     earlier = {}
     if args.options.resume_compression:
         earlier = {"dense": _earlier_figures(training.output_dir)}
-        noise_config, training.do_train = None, False
+        training.do_train = False
+        noise_config = noise_config if args.compression.keep_noise else None
     # Only the final model is pushed, not each checkpoint of the float one.
     push, training.push_to_hub = training.push_to_hub, False
     folders = [os.path.join(training.output_dir, name) for name in (DENSE, COMPRESSED)]

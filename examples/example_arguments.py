@@ -198,6 +198,10 @@ class CompressionOptions:
         default=False,
         metadata={"help": "Go on with the compression of a run that was killed in it."},
     )
+    teacher_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Another model to learn from in the stages, with the same labels."},
+    )
     scheme: Literal["ipq", "fixed_point"] = field(
         default="ipq", metadata={"help": "Product quantization in stages, or intN."}
     )

@@ -104,6 +104,7 @@ class QuantNoiseTrainer(PublishingMixin, GuardedTrainer):
         """
         _require_config(config)
         self.compression_history = []
+        self._has_measured({})
 
         def keep(record: StageRecord) -> None:
             self.compression_history.append(record.to_dict())

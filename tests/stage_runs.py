@@ -1,4 +1,4 @@
-"""Short passes over the tasks, and what they log."""
+"""Short passes, what they log, and killed ones that go on."""
 
 import torch
 from tasks import EXAMPLES, TASKS
@@ -7,6 +7,7 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
 from hf_quantnoise import IPQConfig, QuantNoiseTrainer
+from hf_quantnoise.compression.pass_files import tensors_in_memory
 from hf_quantnoise.compression.stage_trainer import StageTrainer
 
 ONE_STAGE = IPQConfig(block_size=8, n_centroids=4, stages=["ffn"])
@@ -27,24 +28,73 @@ class Rows(Dataset):
         return {name: value[row] for name, value in self.batch.items()}
 
 
-def make_trainer(tmp_path, task="classification", model=None, data=None, **arguments):
-    make, batch = TASKS[task]
+def make_pass_trainer(folder, model, data, noise=None, parts=None, **arguments):
+    """A trainer for a short pass: one epoch, nothing written or shown.
+
+    Args:
+        parts: further keyword arguments of the trainer; by default it evaluates on ``data``.
+        arguments: of ``TrainingArguments``.
+    """
     settings = {
-        "output_dir": str(tmp_path),
-        "per_device_train_batch_size": 8,
-        "learning_rate": 2e-3,
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 16,
+        "num_train_epochs": 1,
+        "learning_rate": 1e-3,
         "report_to": "none",
         "save_strategy": "no",
-        "logging_steps": 1,
         "disable_tqdm": True,
         "use_cpu": True,
         **arguments,
     }
-    return QuantNoiseTrainer(
-        make() if model is None else model,
-        TrainingArguments(**settings),
-        train_dataset=Rows(batch()) if data is None else data,
-    )
+    parts = {"eval_dataset": data, **(parts or {})}
+    args = TrainingArguments(**settings)
+    return QuantNoiseTrainer(model, args, noise, train_dataset=data, **parts)
+
+
+def make_trainer(tmp_path, task="classification", model=None, data=None, **arguments):
+    """A trainer for a pass over one of the tasks, without evaluation."""
+    make, batch = TASKS[task]
+    settings = {"per_device_train_batch_size": 8, "learning_rate": 2e-3, "logging_steps": 1}
+    settings |= {"num_train_epochs": 3, **arguments}
+    model = make() if model is None else model
+    data = Rows(batch()) if data is None else data
+    return make_pass_trainer(tmp_path, model, data, parts={"eval_dataset": None}, **settings)
+
+
+# ---- passes that are killed ----------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """Not an Exception: nobody may catch it."""
+
+
+def tensors(model):
+    return {name: tensor.clone() for name, tensor in tensors_in_memory(model).items()}
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+
+
+def spoilt(model):
+    """The same structure with other weights: a resumed process has what it has."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    return model
+
+
+def compare(again, straight):
+    """Two trainers after their passes: one model, one config, one history."""
+    assert_same(tensors(again.model), tensors(straight.model))
+    one, other = (each.model.config.quantization_config for each in (again, straight))
+    assert one.to_dict() == other.to_dict()
+    for one, other in zip(again.compression_history, straight.compression_history, strict=True):
+        for key in ("stage", "layers", "mb", "relative_error"):
+            assert one[key] == other[key]
+        assert one["metric"]["eval_loss"] == other["metric"]["eval_loss"]
 
 
 def sharp(model):

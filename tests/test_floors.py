@@ -26,8 +26,8 @@ FLOORS = (
     "hub",
     "size",
     "publishing",
-    "compression",
     "callback",
+    "compression",
     "trainer",
 )
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")

@@ -77,6 +77,10 @@ class CompressionArguments:
             "own; 'continue': one schedule over all stages, and optimizer state of what stays."
         },
     )
+    keep_noise: bool = field(
+        default=False,
+        metadata={"help": "Keep the trainer's noise on layers whose stage is yet to come."},
+    )
     calibration_batches: int = field(
         default=8,
         metadata={

@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ..callback import QuantNoiseCallback
+from ..configuration import QuantNoiseConfig
 from ..modeling.packed import PREFIX
+from ..noise import find_state
 from .arguments import CompressionArguments
 from .reassign import ReassignCallback
 from .resumable import ResumableTrainer
@@ -18,6 +21,7 @@ class StageTrainer(ResumableTrainer):
     Args:
         compression_args: weights, temperature and learning rates.
         teacher: what is learnt of the uncompressed model, or None to learn from labels alone.
+        noise: that of the layers which are still dense, or None.
         kwargs: what :class:`ResumableTrainer` and ``Trainer`` take.
     """
 
@@ -26,9 +30,12 @@ class StageTrainer(ResumableTrainer):
         *args,
         compression_args: CompressionArguments,
         teacher: Teacher | None = None,
+        noise: QuantNoiseConfig | None = None,
         **kwargs,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        # First, so that the noise is in a checkpoint before its last file makes it count.
+        callbacks = [] if noise is None else [QuantNoiseCallback(noise)]
+        super().__init__(*args, callbacks=callbacks, **kwargs)
         self.compression_args = compression_args
         self.teacher = teacher
         self._sums: dict[str, torch.Tensor] = {}
@@ -90,8 +97,11 @@ class StageTrainer(ResumableTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the teacher's terms, each the mean since the last log, and the use of its cache."""
+        """Adds the teacher's terms, each the mean since the last log, the use of its cache, and the
+        rates of the noise that is kept."""
         logs = dict(logs)
+        if "loss" in logs and (state := find_state(self.model)) is not None:
+            logs |= state.rates()
         if "loss" in logs and self._batches:
             for name, total in self._sums.items():
                 mean = self.accelerator.gather(total / self._batches).mean()

@@ -23,11 +23,11 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.utils import logging
 
-from ..configuration import QuantizedModelConfig
+from ..configuration import QuantizedModelConfig, QuantNoiseConfig
 from ..hub.card import format_metrics
 from ..hub.packer import ModelPacker, StageResult, check_can_be_packed
 from ..modeling.activations import calibrate, require_batches
-from ..noise import remove_quant_noise
+from ..noise import apply_quant_noise, remove_quant_noise
 from ..size import size_report
 from .arguments import CompressionArguments, StageSettings
 from .budget import first_batches, within_target
@@ -38,6 +38,7 @@ from .reassign import require_centroids
 from .resumable import OptimizerState
 from .stage_trainer import StageTrainer
 from .teacher import Teacher
+from .waiting_noise import WaitingNoise, noise_to_keep
 
 logger = logging.get_logger(__name__)
 
@@ -122,6 +123,7 @@ class StagedPass:
             if config.reads_data:
                 require_batches([], config.reads_data)
         require_centroids(config, self.args)
+        self.noise_config = noise_to_keep(trainer, self.args.keep_noise)
         check_can_be_packed(self.model)
         keeps = trainer.args.save_strategy != SaveStrategy.NO
         folder = os.path.join(trainer.args.output_dir, FOLDER) if keeps else None
@@ -162,12 +164,12 @@ class StagedPass:
         self._restructure()
         return 0
 
-    def _restructure(self) -> None:
-        if not self.packer.restructuring.changes:
-            return
+    def _restructure(self, record: bool = True) -> None:
         start = time.perf_counter()
         self.packer.restructure()
-        self._add(_record("restructured", self._stage_trainer(None, 0), start))
+        self.noise = WaitingNoise(self.model, self.noise_config)
+        if self.packer.restructuring.changes and record:
+            self._add(_record("restructured", self._stage_trainer(None, 0), start))
 
     def _make_teacher(self) -> None:
         if self.args.distill and self._trains:
@@ -214,10 +216,8 @@ class StagedPass:
         self._make_teacher()
         for record in newest.content["history"]:
             self._add(StageRecord(**record))
-        if newest.number == 0:
-            self._restructure()
-        else:
-            self.packer.restructure()
+        self._restructure(record=newest.number == 0)
+        if newest.number > 0:
             for stage in self.stages[: newest.number]:
                 if stage in self.packer.stages:
                     self.packer.restore_stage(stage)
@@ -233,17 +233,25 @@ class StagedPass:
         if self.config.weighs_errors:
             data = _calibration(self._stage_trainer(None, 0), self.model)
         packed = self.packer.pack_stage(stage, True, *data)
-        stage_trainer = self._stage_trainer(stage, number)
+        noise = self._noise_on_waiting(stage)
+        stage_trainer = self._stage_trainer(stage, number, noise)
         _calibrate(stage_trainer, self.model, packed)
         finetuning = {}
         if self.args.of_stage(stage).trains:
             checkpoint = self.files.checkpoint(number)
+            if noise is not None:
+                apply_quant_noise(self.model, noise)
             finetuning = stage_trainer.train(resume_from_checkpoint=checkpoint).metrics
-            self.model.eval()
+            remove_quant_noise(self.model).eval()
             if self.args.stage_schedule == "continue":
                 self._optimizer_state = stage_trainer.optimizer_state()
         self._add(_record(stage or "all", stage_trainer, start, packed, finetuning))
         self._save(number)
+
+    def _noise_on_waiting(self, stage: str | None) -> QuantNoiseConfig | None:
+        later = self.stages[self.stages.index(stage) + 1 :]
+        waiting = [name for one in later for name in self.packer.layers_of(one)]
+        return self.noise.on(waiting)
 
     def _add(self, record: StageRecord) -> None:
         log_record(self.trainer, record, len(self.history))
@@ -255,6 +263,7 @@ class StagedPass:
         for name in ("plots", "teacher_device", "distill_cache_mb"):  # they change no model
             del arguments[name]
         asked = {"config": self.config.to_dict(), "compression_args": arguments}
+        asked["qn_config"] = {} if self.noise_config is None else self.noise_config.to_dict()
         return json.loads(json.dumps(asked))
 
     def _save(self, number: int) -> None:
@@ -266,7 +275,9 @@ class StagedPass:
         self.files.save_stage(number, self.model, content, self._optimizer_state)
         self.trainer.accelerator.wait_for_everyone()
 
-    def _stage_trainer(self, stage: str | None, number: int) -> StageTrainer:
+    def _stage_trainer(
+        self, stage: str | None, number: int, noise: QuantNoiseConfig | None = None
+    ) -> StageTrainer:
         trainer, settings = self.trainer, self.args.of_stage(stage)
         stage_trainer = StageTrainer(
             self.model,
@@ -275,6 +286,7 @@ class StagedPass:
                 self.args, codebook_learning_rate=settings.codebook_learning_rate
             ),
             teacher=self.teacher if number > 0 else None,
+            noise=noise,
             span=self._span(number),
             optimizer_state=self._optimizer_state,
             data_collator=trainer.data_collator,

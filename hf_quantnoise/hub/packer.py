@@ -107,11 +107,12 @@ class ModelPacker:
             self._exchange(stage, errors)
         energy = sum(norms)
         error = sum(norm * own for norm, own in zip(norms, errors.values(), strict=True))
-        names = tuple(self._names_of(stage))
+        names = tuple(self.layers_of(stage))
         return StageResult(stage, names, error / energy if energy else 0.0, errors)
 
-    def _names_of(self, stage: str | None) -> list[str]:
-        return [layer.name for planned in self.stages[stage] for layer in planned.layers]
+    def layers_of(self, stage: str | None) -> list[str]:
+        """The names of the layers of a stage; none where the plan has no such stage."""
+        return [layer.name for planned in self.stages.get(stage, ()) for layer in planned.layers]
 
     def restore_stage(self, stage: str | None) -> None:
         """Gives the layers of a stage their packed form without quantizing them: what they hold is
@@ -131,7 +132,7 @@ class ModelPacker:
         rewriter = TieRewriter(self.model)
         yield
         modules = dict(self.model.named_modules())
-        rewriter.rewrite({name: packed_names(modules[name]) for name in self._names_of(stage)})
+        rewriter.rewrite({name: packed_names(modules[name]) for name in self.layers_of(stage)})
         declare_shared(self.model, self.config.shared_layers)
         attach(self.model, self.config)
 

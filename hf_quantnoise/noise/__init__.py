@@ -1,7 +1,7 @@
 """Quantization noise (section 4): the quantizers, applied to a random part of the weights."""
 
 from .functions import NoiseFunction
-from .injection import apply_quant_noise, remove_quant_noise
+from .injection import apply_quant_noise, noised_layers, remove_quant_noise
 from .layers import is_noisy
 from .state import QuantNoiseState, find_state
 
@@ -11,5 +11,6 @@ __all__ = [
     "apply_quant_noise",
     "find_state",
     "is_noisy",
+    "noised_layers",
     "remove_quant_noise",
 ]

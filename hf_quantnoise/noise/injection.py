@@ -102,6 +102,13 @@ def _fitted_state(
     return state
 
 
+def noised_layers(model: nn.Module, qn_config: QuantNoiseConfig) -> list[str]:
+    """The names of the layers that :func:`apply_quant_noise` would give noise to."""
+    layers = select_layers(model, qn_config.target_modules, qn_config.exclude_modules)
+    weights, _, _ = _plan(layers, qn_config, [rate for _, rate in qn_config.noises])
+    return [name for weight in weights for name in weight.names]
+
+
 def remove_quant_noise(model: nn.Module) -> nn.Module:
     """Takes the noise out of a model, in place: same objects, classes, keys and parameters as
     before it was applied; layers that shared weights hold a copy of them each. A model without

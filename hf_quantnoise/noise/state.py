@@ -95,18 +95,21 @@ class QuantNoiseState:
             )
         self._rates[:] = map(float, rates)  # the list is shared with every layer
 
+    def rates(self) -> dict[str, float]:
+        """For logs: ``noise_p``, or one for each of several noises."""
+        if len(self._rates) == 1:
+            return {"noise_p": self._rates[0]}
+        return {f"noise_p_{number}": rate for number, rate in enumerate(self._rates)}
+
     def figures(self, model: nn.Module) -> dict[str, float]:
-        """For logs: ``noise_p`` (or one for each of several noises), and ``noised_share``: the
-        share of all parameters a training forward replaces, on average."""
-        rates = {f"noise_p_{number}": rate for number, rate in enumerate(self._rates)}
-        if len(rates) == 1:
-            rates = {"noise_p": self._rates[0]}
+        """:meth:`rates`, and ``noised_share``: the share of all parameters of a dense model that a
+        training forward replaces, on average."""
         noised = 0.0
         for weight in self.weights:
             clean = math.prod(1 - self._rates[number] for number, _ in weight.noise.functions)
             noised += (1 - clean) * weight.noise.rows * weight.noise.columns
         total = sum(parameter.numel() for parameter in model.parameters())
-        return {**rates, "noised_share": noised / total}
+        return {**self.rates(), "noised_share": noised / total}
 
     def refresh_codebooks(self) -> None:
         """Runs k-means on the present weights, from the present centroids (section 4.2).

@@ -6,14 +6,14 @@ import pytest
 import torch
 from PIL import Image
 from stacked import make_stacked
-from transformers import TrainerCallback, TrainingArguments
+from stage_runs import make_pass_trainer
+from transformers import TrainerCallback
 
 from hf_quantnoise import (
     CompressionArguments,
     FixedPointConfig,
     IPQConfig,
     QuantNoiseConfig,
-    QuantNoiseTrainer,
     quantize_model,
     size_report,
 )
@@ -36,16 +36,10 @@ class Listener(TrainerCallback):
 @pytest.fixture
 def make_trainer(tmp_path, parity_data):
     def make(noise=None, **changes):
-        settings = {
-            "per_device_train_batch_size": 16, "learning_rate": 1e-3, "report_to": "none",
-            "save_strategy": "no", "disable_tqdm": True, "use_cpu": True, "logging_steps": 2,
-            "num_train_epochs": 1,
-        }  # fmt: skip
-        args = TrainingArguments(**{"output_dir": str(tmp_path), **settings, **changes})
-        listener = Listener()
-        trainer = QuantNoiseTrainer(
-            make_stacked("bert", 2), args, noise, train_dataset=parity_data,
-            eval_dataset=parity_data, callbacks=[listener],
+        listener, settings = Listener(), {"logging_steps": 2, **changes}
+        trainer = make_pass_trainer(
+            tmp_path, make_stacked("bert", 2), parity_data, noise, {"callbacks": [listener]},
+            **settings,
         )  # fmt: skip
         return trainer, listener
 

@@ -8,19 +8,16 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
 from stacked import make_stacked
-from transformers import TrainingArguments
+from stage_runs import Killed, assert_same, compare, make_pass_trainer, spoilt
 
 from hf_quantnoise import (
     CompressionArguments,
     FixedPointConfig,
     IPQConfig,
-    QuantNoiseTrainer,
 )
 from hf_quantnoise.compression import pass_files
-from hf_quantnoise.compression.pass_files import tensors_in_memory
 from hf_quantnoise.compression.stage_trainer import StageTrainer
 
 PQ = {"block_size": 4, "n_centroids": 16}
@@ -51,69 +48,13 @@ CASES = {
 
 
 def make_trainer(folder, data, model=None, **changes):
-    settings = {
-        "output_dir": str(folder), "per_device_train_batch_size": 16, "learning_rate": 1e-3,
-        "report_to": "none", "save_strategy": "steps", "save_steps": 2, "disable_tqdm": True,
-        "use_cpu": True, "num_train_epochs": 1,
-    }  # fmt: skip
-    return QuantNoiseTrainer(
+    return make_pass_trainer(
+        folder,
         model or make_stacked("bert", 4),
-        TrainingArguments(**{**settings, **changes}),
-        None,
-        train_dataset=data,
-        eval_dataset=data.select(range(16)),
+        data,
+        parts={"eval_dataset": data.select(range(16))},
+        **{"save_strategy": "steps", "save_steps": 2, **changes},
     )
-
-
-class Killed(BaseException):
-    """Not an Exception: nobody may catch it."""
-
-
-@pytest.fixture
-def kill(monkeypatch):
-    """Makes a function raise at its n-th call."""
-
-    def arrange(target, name, call):
-        real, calls = getattr(target, name), []
-
-        def counted(*args, **kwargs):
-            calls.append(None)
-            if len(calls) == call:
-                raise Killed
-            return real(*args, **kwargs)
-
-        monkeypatch.setattr(target, name, counted)
-        return lambda: monkeypatch.setattr(target, name, real)
-
-    return arrange
-
-
-def tensors(model):
-    return {name: tensor.clone() for name, tensor in tensors_in_memory(model).items()}
-
-
-def assert_same(one, other):
-    assert one.keys() == other.keys()
-    for name, tensor in one.items():
-        assert torch.equal(tensor, other[name]), name
-
-
-def spoilt(model):
-    """The same structure with other weights: a resumed process has what it has."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(1.5)
-    return model
-
-
-def compare(again, straight):
-    assert_same(tensors(again.model), tensors(straight.model))
-    one, other = (each.model.config.quantization_config for each in (again, straight))
-    assert one.to_dict() == other.to_dict()
-    for one, other in zip(again.compression_history, straight.compression_history, strict=True):
-        for key in ("stage", "layers", "mb", "relative_error"):
-            assert one[key] == other[key]
-        assert one["metric"]["eval_loss"] == other["metric"]["eval_loss"]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -225,7 +166,8 @@ sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from datasets import load_from_disk
 from safetensors.torch import save_file
-from test_resume import CASES, make_trainer, tensors
+from stage_runs import tensors
+from test_resume import CASES, make_trainer
 
 torch.set_num_threads(1)
 folder = Path(sys.argv[2])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from stacked import inputs_of, make_stacked
+from stage_runs import make_pass_trainer
 from tiny import make_model
 from transformers import TrainingArguments
 
@@ -32,25 +33,9 @@ def accuracy(prediction):
 
 
 def make_trainer(tmp_path, data, noise=None, model="bert", **arguments):
-    settings = {
-        "output_dir": str(tmp_path),
-        "per_device_train_batch_size": 16,
-        "num_train_epochs": 1,
-        "learning_rate": 1e-3,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        **arguments,
-    }
-    return QuantNoiseTrainer(
-        make_model(model) if isinstance(model, str) else model,
-        TrainingArguments(**settings),
-        noise,
-        train_dataset=data,
-        eval_dataset=data,
-        compute_metrics=accuracy,
-    )
+    model = make_model(model) if isinstance(model, str) else model
+    parts = {"compute_metrics": accuracy}
+    return make_pass_trainer(tmp_path, model, data, noise, parts, **arguments)
 
 
 def test_the_stages_come_in_the_paper_s_order_and_are_reported(tmp_path, parity_data, capsys):

@@ -36,10 +36,12 @@ def test_every_row_runs_once(flags, tmp_path, capsys):
 
 
 def test_every_row_has_flags_that_the_example_knows():
-    for task in benchmark.TASKS.values():
+    for task in benchmark.PQ:
         for row in benchmark.ROWS:
+            if task not in benchmark.SHARED and "{shared}" in row[3]:
+                continue
             words = ["--model_name_or_path", "m", "--output_dir", "o", "--train_file", "t"]
-            args = task.parse([*words, *benchmark._settings(task, row)])
+            args = benchmark.TASKS[task].parse([*words, *benchmark._settings(task, row)])
             noise = args.noise.config(args.options, 0)
             assert (noise is None) == (row[0] == "none")
             assert args.options.config(0).scheme in ("ipq", "fixed_point")
@@ -54,11 +56,11 @@ def test_table_of_known_figures():
             "command": "python b.py", "machine": "some processor",
         }  # fmt: skip
 
-    rows = benchmark.table([line(1, 0.6), line(3, 0.62)], "accuracy").splitlines()
+    rows = benchmark.table([line(1, 0.6), line(3, 0.62)], benchmark.TASKS["images"]).splitlines()
     assert rows[2] == "| proxy | iPQ | 70.0 | 61.0 | 60.0 / 62.0 | 2.000 | 10.0 |"
     assert "3,000 training and 1,000 validation examples; seeds 1, 3." in rows[4]
     with pytest.raises(ValueError, match="no finished run"):
-        benchmark.table([], "accuracy")
+        benchmark.table([], benchmark.TASKS["images"])
 
 
 def test_mistakes_are_named(tmp_path):

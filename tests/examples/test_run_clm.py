@@ -76,3 +76,22 @@ def test_text_shorter_than_an_example_is_refused(text_checkpoint, texts, tmp_pat
     texts["train"].write_text("w1 w2 w3\n")
     with pytest.raises(ValueError, match="--train_file has 3 tokens, less than --sequence_length"):
         main(flags(text_checkpoint, texts, tmp_path))
+
+
+def test_another_teacher_and_noise_kept_in_the_stages(text_checkpoint, texts, tmp_path):
+    other = AutoModelForCausalLM.from_pretrained(text_checkpoint)
+    for parameter in other.parameters():
+        parameter.data.mul_(1.5)
+    other.save_pretrained(tmp_path / "other")
+    losses = []
+    for more in (
+        [],
+        ["--teacher_name_or_path", str(tmp_path / "other")],
+        ["--noise", "pq", "--noise_rate", "0.5", "--keep_noise", "True"],
+    ):
+        words = flags(text_checkpoint, texts, tmp_path, "--do_train", "False", *more)
+        values = main(words)
+        assert "training" not in values["dense"]
+        losses.append((values["dense"]["metrics"]["loss"], values["reloaded"]["metrics"]["loss"]))
+    dense, small = zip(*losses, strict=True)
+    assert len(set(dense)) == 1 and len(set(small)) == 3

@@ -1,0 +1,88 @@
+"""The rows of ``ablations.py``: flags of the examples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+CLEAN = "no noise"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A way to compress a start. ``{clean}`` in its flags is the start without noise."""
+
+    name: str
+    flags: str
+    start: str = CLEAN
+
+
+# Bytes are equal within a table: options that store more make up for it with the precision of
+# centroids; two codebooks take blocks twice as long. (The down projections of stories260K have 172
+# columns, which no 8 divides: there the two codebooks are small ones over blocks of 4.)
+_STAGES = {
+    "sentences": "--stage_epochs 0.5 --stage_learning_rate 2e-5 --codebook_learning_rate 5e-4",
+    "text": "--stage_epochs 0.5 --codebook_learning_rate 5e-3",
+}
+_ONE = {
+    "sentences": "--block_size ffn=8,embeddings=8,attention=4",
+    "text": "--block_size 4 --n_centroids 64",
+}
+_TWO = {
+    "sentences": "--block_size ffn=16,embeddings=16,attention=8 --n_codebooks 2 --codebook_bits 8",
+    "text": "--block_size .*down_proj=4,ffn=8,embeddings=8,attention=8,head=8 --n_centroids "
+    ".*down_proj=8,ffn=64,embeddings=64,attention=64,head=64 --n_codebooks 2 --codebook_bits 8",
+}
+
+# Finetunings that rows begin from: what they change of the task's own settings. Noise has the very
+# blocks that rows with one codebook are stored in.
+_PQ = {task: f"--noise pq --noise_rate 0.1 {_ONE[task]}" for task in _ONE}
+_LONGER = "--num_train_epochs 4"
+_WARM_UP = {"sentences": "--noise_schedule 626", "text": "--noise_schedule 126"}
+STARTS = {
+    task: {
+        CLEAN: "--noise none",
+        "pq": _PQ[task],
+        "no noise, longer": f"--noise none {_LONGER}",
+        "pq, longer": f"{_PQ[task]} {_LONGER} {_WARM_UP[task]}",
+    }
+    for task in _ONE
+}
+
+
+def _codewords(task: str) -> list[Row]:
+    one, two = f"{_STAGES[task]} {_ONE[task]}", f"{_STAGES[task]} {_TWO[task]}"
+    return [
+        Row("plain", one),
+        Row("importance", f"{one} --importance activations"),
+        Row("row scale", f"{one} --row_scale True --codebook_bits 16"),
+        Row("two codebooks", two),
+        Row("two codebooks, importance", f"{two} --importance activations"),
+        Row("reassignment", f"{one} --reassign_steps 10"),
+        Row("reassignment, 0.1%", f"{one} --reassign_steps 10 --reassign_share 0.001"),
+    ]
+
+
+def _noises(task: str) -> list[Row]:
+    one, kept = f"{_STAGES[task]} {_ONE[task]}", f"{_PQ[task]} --keep_noise True"
+    clean = "--teacher_name_or_path {clean}"
+    return [
+        Row("plain", one),
+        Row("noise in the stages", f"{_STAGES[task]} {kept}"),
+        Row("noise before", one, "pq"),
+        Row("noise before, clean teacher", f"{one} {clean}", "pq"),
+        Row(
+            "noise before and in the stages, clean teacher", f"{_STAGES[task]} {kept} {clean}", "pq"
+        ),
+        Row("longer", one, "no noise, longer"),
+        Row(
+            "longer, noise before and in the stages, clean teacher",
+            f"{_STAGES[task]} {kept} {clean}",
+            "pq, longer",
+        ),
+    ]
+
+
+TABLES = {
+    "codewords": {task: _codewords(task) for task in _ONE},
+    "noise": {task: _noises(task) for task in _ONE},
+}
