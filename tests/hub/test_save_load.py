@@ -270,12 +270,6 @@ def test_a_missing_tensor_is_an_error_not_garbage(saved, tensor):
         AutoModelForSequenceClassification.from_pretrained(saved)
 
 
-def test_a_future_format_says_what_to_install(saved):
-    rewrite_config(saved, lambda values: values.update(format_version=2, hologram=True))
-    with pytest.raises(ValueError, match="format_version=2.*pip install -U hf-quantnoise"):
-        AutoQuantizedModel.from_pretrained(saved)
-
-
 def test_a_plan_of_other_codes_than_the_file_is_an_error(saved):
     def other_block_size(values):
         values["plan"]["bert.encoder.layer.0.intermediate.dense"]["block_size"] = 8
