@@ -229,11 +229,14 @@ def _reload(trainer: QuantNoiseTrainer, args: Arguments, job: Job, folder: str) 
     return figures
 
 
-def _push(folder: str, training) -> None:
-    """Uploads a folder as it stands: the very files that were checked."""
+def _push(trainer: QuantNoiseTrainer, args: Arguments, job: Job, folder: str) -> None:
+    """Uploads a folder: the very files that were checked, and a card that names the repository."""
+    training = args.training
     name = training.hub_model_id or os.path.basename(os.path.abspath(training.output_dir))
     api = HfApi(token=training.hub_token)
     repository = api.create_repo(name, private=training.hub_private_repo, exist_ok=True)
+    trainer.hub_model_id = repository.repo_id
+    _write_card(trainer, args, job, folder)
     api.upload_folder(repo_id=repository.repo_id, folder_path=folder)
 
 
@@ -315,7 +318,7 @@ def run(args: Arguments, prepare: Callable[[Arguments], Job]) -> dict:
         results.add(compressed=_compress(trainer, args, job, small_config, results))
         results.add(reloaded=_reload(trainer, args, job, folders[1]))
     if push and training.should_save:
-        _push(folders[small_config is not None], training)
+        _push(trainer, args, job, folders[small_config is not None])
     if training.process_index == 0:
         print(f"\n{_closing_table(results, args)}", flush=True)
     return results.values

@@ -18,10 +18,10 @@ from .hub import (
     AutoQuantizedModelForTokenClassification,
 )
 from .noise import apply_quant_noise, remove_quant_noise
+from .publishing import QuantNoiseCard, push_to_hub, write_model_card
 from .size import size_report
 from .trainer import QuantNoiseTrainer
-
-__version__ = "0.1.0"
+from .version import __version__
 
 __all__ = [
     "AutoQuantizedModel",
@@ -36,11 +36,15 @@ __all__ = [
     "FixedPointConfig",
     "IPQConfig",
     "QuantNoiseCallback",
+    "QuantNoiseCard",
     "QuantNoiseConfig",
     "QuantNoiseTrainer",
+    "__version__",
     "allot",
     "apply_quant_noise",
+    "push_to_hub",
     "quantize_model",
     "remove_quant_noise",
     "size_report",
+    "write_model_card",
 ]

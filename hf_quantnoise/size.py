@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from .hub.quantizer import sentinel_name, storage_tensor
+from .hub.quantizer import sentinel_names, storage_tensor
 from .modeling import packed_layers, packed_names
 from .structure import find_layers
 
@@ -253,8 +253,7 @@ def size_report(model: nn.Module) -> SizeReport:
             rows.append(_packed_row(layer_name, layer, group, disk))
     for name, weights in (getattr(config, "pruned_layers", None) or {}).items():
         rows.append(SizeRow(name, "other", "pruned", (weights,), 0, 0, 0, 4 * weights))
-    if packed:
-        name = sentinel_name(config)
+    for name in sentinel_names(config, model) if packed else ():
         disk[name] = torch.zeros(1, dtype=torch.uint8)
         rows.append(SizeRow(name, "other", "sentinel", (1,), 1, 1, 0, 0))
     header_bytes = _header_bytes(_as_named_in_file(model, disk))

@@ -9,19 +9,21 @@ from typing import Any
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .callback import QuantNoiseCallback
 from .compression import CompressionArguments, GuardedTrainer, compress_in_stages
 from .compression.figures import PLOTS, plot_compression
+from .compression.pass_files import FOLDER
 from .compression.stages import StageRecord
 from .configuration import QuantizedModelConfig, QuantNoiseConfig
-from .hub.card import add_card_section
 from .noise import find_state
+from .publishing.trainer_mixin import PublishingMixin
 from .size import size_report
 
 
-class QuantNoiseTrainer(GuardedTrainer):
-    """Finetunes a model with quantization noise and compresses it.
+class QuantNoiseTrainer(PublishingMixin, GuardedTrainer):
+    """Finetunes a model with quantization noise, compresses it and publishes it.
 
     Args:
         model: a transformers model.
@@ -42,6 +44,8 @@ class QuantNoiseTrainer(GuardedTrainer):
         >>> small = trainer.compress(IPQConfig(block_size=4))
         >>> small.save_pretrained("out")
     """
+
+    unpublished = ("_*", f"{PREFIX_CHECKPOINT_DIR}-*", f"{FOLDER}/*")
 
     def __init__(
         self,
@@ -100,6 +104,7 @@ class QuantNoiseTrainer(GuardedTrainer):
         """
         _require_config(config)
         self.compression_history = []
+        self._has_measured({})
 
         def keep(record: StageRecord) -> None:
             self.compression_history.append(record.to_dict())
@@ -116,6 +121,8 @@ class QuantNoiseTrainer(GuardedTrainer):
             self.remove_callback(self.noise_callback)  # a later train() finetunes the packed model
             self.noise_callback = None
         self._forget_dense_model(model)
+        self.compression_args = compression_args
+        self._has_measured(self.compression_history[-1]["metric"])
         if compression_args.plots and self.args.should_save:
             folder = os.path.join(self.args.output_dir, PLOTS)
             plot_compression(self.compression_history, size_report(model), folder)
@@ -134,13 +141,6 @@ class QuantNoiseTrainer(GuardedTrainer):
         self.model = self.model_wrapped = model
         self.optimizer = self.lr_scheduler = None
         self.accelerator.free_memory()
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """``Trainer``'s card, headed by how to load the model and followed by what was done."""
-        super().create_model_card(*args, **kwargs)
-        if self.is_world_process_zero():
-            card = os.path.join(self.args.output_dir, "README.md")
-            add_card_section(card, self.model, self.qn_config, self.compression_history)
 
 
 def _require_config(config: object) -> None:

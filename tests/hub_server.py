@@ -9,13 +9,33 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlparse
 
-COMMIT = "0" * 40
+MAIN = "main"
+
+
+def commit_of(branch: str) -> str:
+    """A commit's hash: that of the branch's name, as a branch has one."""
+    return hashlib.sha1(branch.encode()).hexdigest()
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Repositories are dicts from path to bytes, in ``server.repos``."""
+    """Repositories are dicts from path to bytes: ``server.repos[name]`` on the main branch,
+    ``server.branches[name, branch]`` on others."""
 
     protocol_version = "HTTP/1.1"
+    commit = commit_of(MAIN)
+
+    def find(self, repo: str, revision: str) -> dict[str, bytes] | None:
+        """Files of a branch, or of a commit; None where there is no such repository or branch."""
+        for (name, branch), files in [*self.server.branches.items()]:
+            if name == repo and revision in (branch, commit_of(branch)):
+                self.commit = commit_of(branch)
+                return files
+        self.commit = commit_of(MAIN)
+        return self.server.repos.get(repo) if revision in (MAIN, self.commit) else None
+
+    def refuse(self, repo: str) -> None:
+        missing = "Revision" if repo in self.server.repos else "Repo"
+        self.reply({}, 404, X_Error_Code=f"{missing}NotFound")
 
     def log_message(self, *args):
         """Nothing on the console."""
@@ -23,7 +43,7 @@ class Handler(BaseHTTPRequestHandler):
     def reply(self, body: bytes | dict | list = b"", status: int = 200, **headers: str) -> None:
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
-        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("X-Repo-Commit", self.commit)
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
         self.send_header("Content-Length", str(len(content)))
@@ -48,15 +68,22 @@ class Handler(BaseHTTPRequestHandler):
                 {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files
             ]
             return self.reply({"files": answer})
+        if "/branch/" in path:
+            repo, _, branch = path.removeprefix("/api/models/").partition("/branch/")
+            self.server.branches.setdefault((repo, branch), dict(self.server.repos[repo]))
+            return self.reply({})
         if "/commit/" in path:
-            repo = path.removeprefix("/api/models/").split("/commit/")[0]
+            repo, _, branch = path.removeprefix("/api/models/").partition("/commit/")
+            files = self.find(repo, branch)
+            if files is None:
+                return self.refuse(repo)
             for line in body.splitlines():
                 entry = json.loads(line)
                 if entry["key"] == "file":
                     value = entry["value"]
-                    self.server.repos[repo][value["path"]] = base64.b64decode(value["content"])
-            url = f"{self.server.url}/{repo}/commit/{COMMIT}"
-            return self.reply({"commitUrl": url, "commitOid": COMMIT, "pullRequestUrl": None})
+                    files[value["path"]] = base64.b64decode(value["content"])
+            url = f"{self.server.url}/{repo}/commit/{self.commit}"
+            return self.reply({"commitUrl": url, "commitOid": self.commit, "pullRequestUrl": None})
         return self.reply({}, 200)
 
     def do_HEAD(self) -> None:
@@ -66,25 +93,27 @@ class Handler(BaseHTTPRequestHandler):
         path = unquote(urlparse(self.path).path)
         self.server.requests.append((self.command, path))
         if path.startswith("/api/models/"):
-            repo = path.removeprefix("/api/models/")
+            repo, revision = path.removeprefix("/api/models/"), MAIN
             for mark in ("/revision/", "/tree/"):
-                repo, _, _ = repo.partition(mark)
-            files = self.server.repos.get(repo)
+                if mark in repo:
+                    repo, _, revision = repo.partition(mark)
+            files = self.find(repo, revision.partition("/")[0])
             if files is None:
-                return self.reply({}, 404, X_Error_Code="RepoNotFound")
+                return self.refuse(repo)
             if "/tree/" in path:
                 tree = [
-                    {"type": "file", "path": name, "size": len(data), "oid": COMMIT}
+                    {"type": "file", "path": name, "size": len(data), "oid": self.commit}
                     for name, data in files.items()
                 ]
                 return self.reply(tree)
             siblings = [{"rfilename": name} for name in files]
-            return self.reply({"id": repo, "sha": COMMIT, "siblings": siblings, "tags": []})
+            return self.reply({"id": repo, "sha": self.commit, "siblings": siblings, "tags": []})
         repo, _, rest = path.lstrip("/").partition("/resolve/")
-        file_name = rest.partition("/")[2]
-        if repo not in self.server.repos:
-            return self.reply({}, 404, X_Error_Code="RepoNotFound")
-        data = self.server.repos[repo].get(file_name)
+        revision, _, file_name = rest.partition("/")
+        files = self.find(repo, revision)
+        if files is None:
+            return self.refuse(repo)
+        data = files.get(file_name)
         if data is None:
             return self.reply({}, 404, X_Error_Code="EntryNotFound")
         return self.reply(data, ETag=f'"{hashlib.sha256(data).hexdigest()}"')
@@ -98,6 +127,7 @@ class HubServer(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.repos: dict[str, dict[str, bytes]] = {}
+        self.branches: dict[tuple[str, str], dict[str, bytes]] = {}
         self.requests: list[tuple[str, str]] = []
         self.url = f"http://127.0.0.1:{self.server_port}"
 

@@ -9,6 +9,7 @@ import hf_quantnoise
 
 ROOT = Path(hf_quantnoise.__file__).parent
 FLOORS = (
+    "version",
     "registry",
     "distributed",
     "shadow",
@@ -17,12 +18,14 @@ FLOORS = (
     "sharing",
     "pruning",
     "validation",
+    "repository",
     "configuration",
     "quantizers",
     "noise",
     "modeling",
     "hub",
     "size",
+    "publishing",
     "callback",
     "compression",
     "trainer",

@@ -239,9 +239,10 @@ def test_the_card_says_how_to_load_before_anything_else(tmp_path, parity_data):
     trainer.create_model_card(model_name="small")
     card = (tmp_path / "README.md").read_text()
     body = card.split("---", 2)[2]
-    assert body.index("import hf_quantnoise") < body.index("# small")
+    assert body.index("# small") < body.index("import hf_quantnoise") < body.index("## Results")
     assert "quant-noise" in card.split("---", 2)[1]
     assert "`proxy` at rate 0.2" in body
+    assert "| dense | 0 | 0.0000 |" in body and "More information needed" not in body
     assert all(f"| {stage} |" in body for stage in ("dense", "ffn", "embeddings", "attention"))
     assert "quant-noise" in small.model_tags
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from ..registry import Registry
 from ..validation import (
@@ -18,6 +17,7 @@ from ..validation import (
     check_word_or_steps,
     reject_unknown,
 )
+from .hub_files import HubConfigMixin
 from .storage import MAX_BLOCK_SIZE, OBSERVERS, QuantizedModelConfig
 
 NOISE_CONFIG_NAME = "quant_noise_config.json"
@@ -26,7 +26,7 @@ NOISES: Registry[type] = Registry("noise")
 
 
 @dataclass
-class QuantNoiseConfig:
+class QuantNoiseConfig(HubConfigMixin):
     """Which noise to train with (section 4).
 
     Args:
@@ -94,6 +94,8 @@ class QuantNoiseConfig:
     target_modules: str | list[str] | None = field(default=None, metadata={"help": "Which layers."})
     exclude_modules: str | list[str] | None = field(default=None, metadata={"help": "But not."})
     seed: int = field(default=0, metadata={"help": "Seed of the k-means behind 'pq'."})
+
+    file_name: ClassVar[str] = NOISE_CONFIG_NAME
 
     def __post_init__(self) -> None:
         names = self.noise if isinstance(self.noise, (list, tuple)) else [self.noise]
@@ -166,25 +168,3 @@ class QuantNoiseConfig:
     def to_json_string(self) -> str:
         """Indented JSON with sorted keys."""
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
-
-    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
-        """Writes ``quant_noise_config.json`` into a folder, which is made where it is missing."""
-        os.makedirs(save_directory, exist_ok=True)
-        with open(os.path.join(save_directory, NOISE_CONFIG_NAME), "w", encoding="utf-8") as file:
-            file.write(self.to_json_string())
-
-    @classmethod
-    def from_pretrained(cls, path: str | os.PathLike) -> QuantNoiseConfig:
-        """Reads the config of a folder (or the JSON file itself).
-
-        Raises:
-            FileNotFoundError: naming the file that is not there.
-        """
-        path = os.fspath(path)
-        file_name = os.path.join(path, NOISE_CONFIG_NAME) if os.path.isdir(path) else path
-        if not os.path.isfile(file_name):
-            raise FileNotFoundError(
-                f"{file_name} is missing; QuantNoiseConfig.save_pretrained(folder) writes it"
-            )
-        with open(file_name, encoding="utf-8") as file:
-            return cls.from_dict(json.load(file))

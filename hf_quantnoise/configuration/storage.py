@@ -25,19 +25,42 @@ from ..validation import (
     is_int,
     reject_unknown,
 )
+from ..version import __version__
 from .allotment import MAX_BLOCK_SIZE, MAX_CENTROIDS, check_target, checked_layer_quantizers
+from .hub_files import HubConfigMixin
 
 QUANT_METHOD = "hf_quantnoise"
-FORMAT_VERSION = 1
+# Layout on disk -> the first version of the package that reads it.
+FORMATS = {1: "0.1.0"}
+FORMAT_VERSION = max(FORMATS)
 # For whoever opens a config.json and wonders; it is written and never read.
-LOAD_HINT = "import hf_quantnoise before loading; pip install hf-quantnoise"
+LOAD_HINT = "pip install hf-quantnoise, and import hf_quantnoise before loading"
+HEAD = ("quant_method", "scheme", "how_to_load", "requires")
 
 SCHEMES: Registry[type] = Registry("scheme")
 OBSERVERS: Registry = Registry("observer")
 
 
+def check_format(version: object, requires: object = None) -> None:
+    """Refuses a layout that this version of the package does not read.
+
+    Args:
+        version: ``format_version`` of the file.
+        requires: what the file says it needs; put into the error where it is a plain requirement.
+    """
+    if not is_int(version) or version < 1:
+        raise ValueError(f"format_version={version!r} must be a positive integer")
+    if version > FORMAT_VERSION:
+        plain = re.fullmatch(r"hf-quantnoise>=[\w.]+", str(requires))
+        raise ValueError(
+            f"format_version={version} was written by a newer hf_quantnoise; this one, "
+            f"{__version__}, reads up to {FORMAT_VERSION}. Install it with: pip install -U "
+            + (f"'{requires}'" if plain else "hf-quantnoise")
+        )
+
+
 @dataclass(repr=False)
-class QuantizedModelConfig(QuantizationConfigMixin):
+class QuantizedModelConfig(HubConfigMixin, QuantizationConfigMixin):
     """What every quantized model's ``quantization_config`` holds, whatever its scheme.
 
     Args:
@@ -73,15 +96,10 @@ class QuantizedModelConfig(QuantizationConfigMixin):
 
     scheme: ClassVar[str] = ""
     quant_method: ClassVar[str] = QUANT_METHOD
+    file_name: ClassVar[str] = "quantization_config.json"
 
     def __post_init__(self) -> None:
-        if not is_int(self.format_version) or self.format_version < 1:
-            raise ValueError(f"format_version={self.format_version!r} must be a positive integer")
-        if self.format_version > FORMAT_VERSION:
-            raise ValueError(
-                f"format_version={self.format_version} was written by a newer hf_quantnoise; this "
-                f"one reads up to {FORMAT_VERSION}. Install it with: pip install -U hf-quantnoise"
-            )
+        check_format(self.format_version)
         if self.activation_bits is not None:
             check_int("activation_bits", self.activation_bits, 1, 8)
         if self.share_layers is not None:
@@ -135,18 +153,19 @@ class QuantizedModelConfig(QuantizationConfigMixin):
         raise NotImplementedError
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-able dict: all fields, the quantization method and the scheme."""
-        head = {"quant_method": QUANT_METHOD, "scheme": self.scheme, "how_to_load": LOAD_HINT}
+        """A JSON-able dict: all fields, the quantization method, the scheme and how to load it."""
+        requires = f"hf-quantnoise>={FORMATS[self.format_version]}"
+        head = dict(zip(HEAD, (QUANT_METHOD, self.scheme, LOAD_HINT, requires), strict=True))
         return {**head, **asdict(self)}
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs=False, **kwargs):
         """The inverse of :meth:`to_dict`, for any scheme; unknown fields are refused."""
-        head = ("quant_method", "scheme", "how_to_load")
-        values = {key: value for key, value in config_dict.items() if key not in head}
+        # A newer format may bring schemes and fields of its own: say that it is newer, not that
+        # they are odd.
+        check_format(config_dict.get("format_version", FORMAT_VERSION), config_dict.get("requires"))
+        values = {key: value for key, value in config_dict.items() if key not in HEAD}
         target = SCHEMES[config_dict.get("scheme", cls.scheme)]
-        # A newer format may bring fields of its own: say that it is newer, not that they are odd.
-        cls(format_version=values.get("format_version", FORMAT_VERSION))
         reject_unknown(target, values)
         config = target(**values)
         return (config, kwargs) if return_unused_kwargs else config

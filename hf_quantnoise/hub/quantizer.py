@@ -2,8 +2,8 @@
 
 Loading: the model stands on the meta device; :meth:`_process_model_before_weight_loading` turns the
 layers of the plan into empty packed layers, transformers reads the tensors straight into them.
-Saving: the state dict is the model's own, plus a sentinel that makes a load without this package
-fail instead of starting from random weights.
+Saving: the state dict is the model's own, plus sentinels that make a load without this package fail
+instead of starting from random weights.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..modeling.restructure import declare_shared, tied_late
 from ..quantizers import quantizer_from_dict
 from ..sharing import share, unshare
 from ..structure import LayerInfo, find_layers
-from .card import TAGS
+from .card import CARD_ATTRIBUTE, TAGS
 from .ties import TieRewriter
 
 logger = logging.get_logger(__name__)
@@ -41,12 +41,20 @@ def entry_quantizer(entry: dict):
     return quantizer_from_dict({k: v for k, v in entry.items() if k not in LAYER_KEYS})
 
 
-def sentinel_name(config: QuantizedModelConfig) -> str:
-    """Name of the one-byte tensor that stands where a packed layer's weight was.
+def sentinel_names(config: QuantizedModelConfig, model: torch.nn.Module) -> list[str]:
+    """Names of the one-byte tensors that stand in the file where weights were.
 
-    The first layer by name: JSON sorts the plan, so its order is not the order of the stages.
+    One in each part of the model (a child of the base model, or a head), named as its first packed
+    weight: there are classes that lack parts, ``GPT2Model`` the head, ``T5EncoderModel`` the
+    decoder. First by name: JSON sorts the plan, so its order is not the order of the stages.
     """
-    return f"{min(config.plan)}.weight"
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    names: dict[str, str] = {}
+    for name in sorted(config.plan):
+        if "tied_to" not in config.plan[name]:
+            part = name.removeprefix(prefix).partition(".")[0]
+            names.setdefault(part, f"{name}.weight")
+    return list(names.values())
 
 
 def storage_tensor(module: PackedLayer, name: str, tensor: Tensor) -> Tensor:
@@ -93,9 +101,7 @@ class QuantNoiseHfQuantizer(HfQuantizer):
                 "quantization_config: its plan is empty, so the checkpoint does not say how its "
                 "layers are stored; save the model with save_pretrained of hf_quantnoise"
             )
-        # The sentinel as the file names it, with or without the base model's prefix.
-        short = sentinel_name(config).removeprefix(f"{model.base_model_prefix}.")
-        model._keys_to_ignore_on_load_unexpected.add(rf"(^|\.){re.escape(short)}$")
+        _ignore_sentinels(model, config)
         layers = {layer.name: layer for layer in find_layers(model)}
         parameters = dict(model.named_parameters())
         stored = _plan_for(model, config.plan, layers)
@@ -179,7 +185,8 @@ class QuantNoiseHfQuantizer(HfQuantizer):
                 if id(parameter) not in written:
                     written[id(parameter)] = storage_tensor(layer, name, state_dict[key])
                 state_dict[key] = written[id(parameter)]
-        state_dict[sentinel_name(self.quantization_config)] = torch.zeros(1, dtype=torch.uint8)
+        for name in sentinel_names(self.quantization_config, model):
+            state_dict[name] = torch.zeros(1, dtype=torch.uint8)
         return state_dict, {}
 
     # ---- back to a plain model ------------------------------------------------------------------
@@ -188,6 +195,7 @@ class QuantNoiseHfQuantizer(HfQuantizer):
         if isinstance(dtype, str):  # config.dtype is its name once the model was saved
             dtype = getattr(torch, dtype)
         unpack_model(model, dtype)
+        model.__dict__.pop(CARD_ATTRIBUTE, None)  # its metrics are the packed model's
         unshare(model, self.quantization_config.shared_layers)
         submodels = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
         for submodel in submodels:
@@ -230,6 +238,14 @@ def attach(model: PreTrainedModel, config: QuantizedModelConfig) -> None:
         if isinstance(module, PreTrainedModel):
             module.config._is_quantized = True
     model.add_model_tags(list(TAGS))
+
+
+def _ignore_sentinels(model: PreTrainedModel, config: QuantizedModelConfig) -> None:
+    """Lets the sentinels lie in the file, named with or without the base model's prefix."""
+    # The first files had one, in whatever part came first.
+    for name in {*sentinel_names(config, model), f"{min(config.plan)}.weight"}:
+        short = name.removeprefix(f"{model.base_model_prefix}.")
+        model._keys_to_ignore_on_load_unexpected.add(rf"(^|\.){re.escape(short)}$")
 
 
 def _names_for(model: PreTrainedModel, entries: dict) -> dict:

@@ -196,6 +196,7 @@ def test_what_was_checked_is_pushed(start, write_sets, monkeypatch):
     assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= set(files)
     card = (folder / "compressed" / "README.md").read_text()
     assert "import hf_quantnoise" in card and "embeddings" in card
+    assert 'from_pretrained("me/small")' in card
     assert "secret" not in (folder / "results.json").read_text()
 
 

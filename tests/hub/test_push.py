@@ -1,8 +1,9 @@
 """Publishing to, and loading back from, a local server that speaks the Hub's endpoints.
 
-The pushes run in processes of their own: huggingface_hub reads HF_ENDPOINT once, at import.
+What pushes runs in processes of its own: huggingface_hub reads HF_ENDPOINT once, at import.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -11,96 +12,223 @@ from pathlib import Path
 import pytest
 import torch
 from hub_server import HubServer
-from tiny import make_model
+from huggingface_hub import ModelCard
+from tiny import VOCABULARY
 
-from hf_quantnoise import AutoQuantizedModel, IPQConfig, quantize_model
+from hf_quantnoise import AutoQuantizedModel
 
 HEADER = f"""
 import sys
 sys.path[:0] = {[str(Path(__file__).parents[1])]!r}
-import torch
+import json, torch
 torch.set_num_threads({torch.get_num_threads()})
+from huggingface_hub import HfApi
 from tiny import make_model
 from hf_quantnoise import *
-from transformers import AutoModelForSequenceClassification, TrainingArguments, pipeline
+from transformers import AutoModelForSequenceClassification, TrainingArguments
 folder = sys.argv[1]
+ids = torch.arange(5, {VOCABULARY}, 7).reshape(3, -1)
 """
 
 PUSH = """
-model = AutoQuantizedModel.from_pretrained(folder)
-model.push_to_hub("me/small")
+model = quantize_model(make_model("bert"), IPQConfig(n_centroids=16), progress=False)
+model.save_pretrained(folder)
+with torch.no_grad():
+    torch.save(model(ids).logits, folder + "/expected")
+
+card = QuantNoiseCard(base_model="google-bert/bert-base-uncased", after={"eval_accuracy": 0.75})
+push_to_hub(model, "me/small", card=card)
+model.push_to_hub("me/small", tags=["later"])  # transformers' own, to where our card is
+push_to_hub(model, "me/small", revision="sharded", max_shard_size="8KB")
+model.push_to_hub("me/plain")
+
+HfApi().create_repo("me/written")
+HfApi().upload_file(
+    path_or_fileobj=b"---\\nlicense: mit\\n---\\nWords of mine.", path_in_repo="README.md",
+    repo_id="me/written",
+)
+push_to_hub(model, "me/written")
+HfApi().upload_folder(repo_id="me/written", folder_path=folder, path_in_repo="in/side")
+
+QuantNoiseConfig(p=0.25).push_to_hub("me/noise")
+QuantNoiseConfig(p=0.5).push_to_hub("me/noise", revision="half")
+QuantNoiseConfig(p=0.25).push_to_hub("me/small")
+IPQConfig(n_centroids=16).push_to_hub("me/settings")
+"""
+
+LOAD = """
+def logits(loader, *args, **kwargs):
+    with torch.no_grad():
+        return loader.from_pretrained(*args, **kwargs)(ids).logits
+
+loads = {
+    "auto": (AutoQuantizedModel, "me/small", {}),
+    "transformers": (AutoModelForSequenceClassification, "me/small", {}),
+    "revision": (AutoQuantizedModel, "me/small", {"revision": "sharded"}),
+    "subfolder": (AutoQuantizedModel, "me/written", {"subfolder": "in/side"}),
+    "cached": (AutoQuantizedModel, "me/small", {"local_files_only": True}),
+}
+for name, (loader, repo, kwargs) in loads.items():
+    torch.save(logits(loader, repo, **kwargs), folder + "/" + name)
+found = {
+    "noise": QuantNoiseConfig.from_pretrained("me/noise").p,
+    "half": QuantNoiseConfig.from_pretrained("me/noise", revision="half").p,
+    "settings": IPQConfig.from_pretrained("me/settings").n_centroids,
+}
+for repo in ("me/settings", "me/nowhere"):
+    try:
+        QuantNoiseConfig.from_pretrained(repo)
+    except FileNotFoundError as error:
+        found[repo] = str(error)
+try:
+    FixedPointConfig.from_pretrained("me/settings")
+except TypeError as error:
+    found["other class"] = str(error)
+with open(folder + "/found.json", "w") as file:
+    json.dump(found, file)
 """
 
 TRAINER_PUSH = """
+from datasets import Dataset
+data = Dataset.from_dict({"input_ids": ids.tolist(), "labels": [0, 1, 1]})
 trainer = QuantNoiseTrainer(
     make_model("bert"),
     TrainingArguments(folder + "/run", hub_model_id="me/trained", use_cpu=True, report_to="none"),
     QuantNoiseConfig(p=0.1),
+    train_dataset=data,
+    eval_dataset=data,
+    compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
 )
-trainer.compress(IPQConfig(n_centroids=16), CompressionArguments(stage_epochs=0))
-trainer.push_to_hub()
-"""
-
-LOAD = """
-ids = torch.load(folder + "/ids")
-for loader in (AutoQuantizedModel, AutoModelForSequenceClassification):
-    model = loader.from_pretrained("me/small")
-    with torch.no_grad():
-        torch.save(model(ids).logits, folder + "/" + loader.__name__)
+settings = CompressionArguments(stage_epochs=0, plots=False)
+small = trainer.compress(IPQConfig(n_centroids=16), settings)
+trainer.push_to_hub(dataset="three lines", finetuned_from="google-bert/bert-base-uncased")
+trainer.save_model(folder + "/saved")
+push_to_hub(small, "me/by-hand")
 """
 
 
-@pytest.fixture
-def run(tmp_path):
-    with HubServer() as hub:
-        environment = {
-            **os.environ,
-            "HF_ENDPOINT": hub.url,
-            "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HOME": str(tmp_path / "cache"),
-            "HF_TOKEN": "hf_local",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "NO_PROXY": "127.0.0.1",
-            "no_proxy": "127.0.0.1",
-        }
-
-        def run(script):
-            result = subprocess.run(
-                [sys.executable, "-c", HEADER + script, str(tmp_path)],
-                env=environment,
-                capture_output=True,
-                text=True,
-            )
-            assert result.returncode == 0, result.stderr[-3000:]
-
-        run.hub = hub
-        yield run
+@pytest.fixture(scope="module")
+def hub():
+    with HubServer() as server:
+        yield server
 
 
-def test_push_and_load_back(run, tmp_path, input_ids):
-    model = quantize_model(make_model("bert"), IPQConfig(n_centroids=16), progress=False)
-    model.save_pretrained(tmp_path)
-    torch.save(input_ids, tmp_path / "ids")
-    run(PUSH)
-    files = run.hub.repos["me/small"]
-    assert files["model.safetensors"] == (tmp_path / "model.safetensors").read_bytes()
-    # transformers writes this card: its tags are all that a model can put at its top.
-    head = files["README.md"].decode().split("---")[1]
-    assert "- quant-noise" in head and "- import-hf_quantnoise" in head
-    run(LOAD)
-    with torch.no_grad():
-        expected = model(input_ids).logits
-    for loader in ("AutoQuantizedModel", "AutoModelForSequenceClassification"):
-        assert torch.equal(torch.load(tmp_path / loader), expected)
+@pytest.fixture(scope="module")
+def run(hub, tmp_path_factory):
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": hub.url,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_TOKEN": "hf_local",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "NO_PROXY": "127.0.0.1",
+        "no_proxy": "127.0.0.1",
+    }
+
+    def run(script, folder):
+        cache = str(tmp_path_factory.mktemp("cache"))
+        result = subprocess.run(
+            [sys.executable, "-c", HEADER + script, str(folder)],
+            env={**environment, "HF_HOME": cache},
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
+
+    return run
 
 
-def test_the_trainer_pushes_model_and_card(run, tmp_path):
-    run(TRAINER_PUSH)
-    files = run.hub.repos["me/trained"]
-    card = files["README.md"].decode()
-    assert card.index("import hf_quantnoise") < card.index("## Quantization noise and compression")
-    (tmp_path / "copy").mkdir()
-    for name in ("config.json", "model.safetensors"):
-        (tmp_path / "copy" / name).write_bytes(files[name])
-    AutoQuantizedModel.from_pretrained(tmp_path / "copy")
+@pytest.fixture(scope="module")
+def pushed(run, tmp_path_factory):
+    """The folder of the model that was pushed."""
+    folder = tmp_path_factory.mktemp("pushed")
+    run(PUSH, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def loaded(run, pushed):
+    """The same folder, with what a process with an empty cache got from the server."""
+    run(LOAD, pushed)
+    return pushed
+
+
+def card(hub, repo, branch=None):
+    files = hub.repos[repo] if branch is None else hub.branches[repo, branch]
+    return ModelCard(files["README.md"].decode())
+
+
+def test_the_files_are_those_of_save_pretrained(hub, pushed):
+    files = hub.repos["me/small"]
+    assert files["model.safetensors"] == (pushed / "model.safetensors").read_bytes()
+    sharded = hub.branches["me/small", "sharded"]
+    assert sum(name.startswith("model-") for name in sharded) > 1
+
+
+@pytest.mark.parametrize("name", ["auto", "transformers", "revision", "subfolder", "cached"])
+def test_what_is_loaded_by_name_answers_as_what_was_pushed(loaded, name):
+    assert torch.equal(torch.load(loaded / name), torch.load(loaded / "expected"))
+
+
+def test_the_card_says_how_to_load_and_what_was_measured(hub, pushed):
+    small = card(hub, "me/small")
+    assert 'AutoModelForSequenceClassification.from_pretrained("me/small")' in small.text
+    assert small.text.index("import hf_quantnoise") < small.text.index("## Results")
+    data = small.data
+    assert (data.base_model, data.base_model_relation) == (
+        "google-bert/bert-base-uncased",
+        "quantized",
+    )
+    assert data.library_name == "transformers" and data.pipeline_tag == "text-classification"
+    result = data.eval_results[0]
+    assert (result.metric_type, result.metric_value) == ("accuracy", 0.75)
+
+
+def test_a_plain_push_keeps_the_card_that_is_there(hub, pushed):
+    small = card(hub, "me/small")
+    assert {"quant-noise", "import-hf_quantnoise", "later"} <= set(small.data.tags)
+    assert small.text.count("## Results") == 1
+    assert "quant_noise_config.json" in hub.repos["me/small"]  # and so does that of a config
+    # To a repository without one transformers pushes its own: the tags are all that is ours.
+    plain = card(hub, "me/plain")
+    assert {"quant-noise", "import-hf_quantnoise"} <= set(plain.data.tags)
+    assert "<!-- hf_quantnoise -->" not in plain.text
+
+
+def test_a_card_of_ones_own_keeps_its_words_and_metadata(hub, pushed):
+    written = card(hub, "me/written")
+    assert written.text.rstrip().endswith("Words of mine.") and written.data.license == "mit"
+    assert written.text.index("import hf_quantnoise") < written.text.index("Words of mine.")
+    assert "eval_results" not in written.data.to_dict() and "model-index" not in str(written)
+    assert "base_model" not in written.data.to_dict()
+
+
+def test_configs_go_to_the_hub_and_back(hub, loaded):
+    found = json.loads((loaded / "found.json").read_text())
+    assert (found["noise"], found["half"], found["settings"]) == (0.25, 0.5, 16)
+    assert "quant_noise_config.json is missing" in found["me/settings"]
+    assert "RepositoryNotFoundError" in found["me/nowhere"]
+    assert "IPQConfig.from_pretrained" in found["other class"]
+    text = card(hub, "me/noise").text
+    assert 'QuantNoiseConfig.from_pretrained("me/noise")' in text and '"p": 0.25' in text
+    assert "transformers model" not in text
+
+
+def test_the_trainer_pushes_model_and_card_and_nothing_of_the_pass(hub, run, tmp_path):
+    run(TRAINER_PUSH, tmp_path)
+    files = hub.repos["me/trained"]
+    assert (tmp_path / "run" / "compression").is_dir(), "the pass keeps the dense model there"
+    assert not any(name.startswith(("compression/", "checkpoint-")) for name in files)
+    trained, by_hand = card(hub, "me/trained"), card(hub, "me/by-hand")
+    assert 'from_pretrained("me/trained")' in trained.text
+    assert 'from_pretrained("me/by-hand")' in by_hand.text
+    for each in (trained, by_hand):
+        assert each.text.index("import hf_quantnoise") < each.text.index("## Results")
+        assert "Finetuned with `proxy` at rate 0.1." in each.text
+        assert each.data.eval_results[0].metric_type == "accuracy"
+    assert trained.data.eval_results[0].dataset_name == "three lines"
+    assert trained.data.base_model_relation == "quantized"
+    saved = tmp_path / "saved"
+    assert "import hf_quantnoise" in (saved / "README.md").read_text()
+    AutoQuantizedModel.from_pretrained(saved)

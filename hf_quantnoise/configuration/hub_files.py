@@ -1,0 +1,94 @@
+"""A config as a file: in a folder, or in a repository of the Hub, as PEFT's configs are."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from typing import Any, ClassVar
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from ..repository import CARD, TAG, create_repository, existing_card, find_file, upload_folder
+
+
+class HubConfigMixin:
+    """``save_pretrained``, ``from_pretrained`` and ``push_to_hub`` of a config that has
+    ``to_json_string`` and ``from_dict``."""
+
+    file_name: ClassVar[str]
+
+    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+        """Writes the config's JSON file into a folder, which is made where it is missing."""
+        os.makedirs(save_directory, exist_ok=True)
+        with open(os.path.join(save_directory, self.file_name), "w", encoding="utf-8") as file:
+            file.write(self.to_json_string())
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike, **kwargs: Any):
+        """Reads the config of a folder or of a repository of the Hub (or the JSON file itself).
+
+        Args:
+            path: folder, repository or file.
+            kwargs: ``subfolder``, ``revision``, ``token``, ``cache_dir``, ``local_files_only`` and
+                all else ``hf_hub_download`` takes.
+
+        Raises:
+            FileNotFoundError: naming the file that is not there.
+            TypeError: if it holds a config of another class.
+        """
+        hint = f"{cls.__name__}.save_pretrained(folder) or push_to_hub(repo_id) writes it"
+        file_name = find_file(path, cls.file_name, hint, **kwargs)
+        with open(file_name, encoding="utf-8") as file:
+            config = cls.from_dict(json.load(file))
+        if not isinstance(config, cls):
+            kind = type(config).__name__
+            raise TypeError(f"{file_name} holds an {kind}; read it with {kind}.from_pretrained")
+        return config
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+    ):
+        """Uploads the config to a repository, which is made where it is missing.
+
+        A card that is there stays; a repository without one gets one that says what the file is.
+
+        Returns:
+            A ``huggingface_hub.CommitInfo``.
+        """
+        repo_id = create_repository(
+            repo_id, private=private, token=token, revision=revision, create_pr=create_pr
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            if existing_card(repo_id, revision, token) is None:
+                self._card(repo_id).save(os.path.join(folder, CARD))
+            return upload_folder(
+                folder,
+                repo_id,
+                token=token,
+                commit_message=commit_message or f"Upload {type(self).__name__}",
+                revision=revision,
+                create_pr=create_pr,
+            )
+
+    def _card(self, repo_id: str) -> ModelCard:
+        name = type(self).__name__
+        data = ModelCardData(library_name="hf-quantnoise", tags=[TAG])
+        return ModelCard(
+            f"---\n{data.to_yaml()}\n---\n\n"
+            f"# {repo_id.split('/')[-1]}\n\n"
+            f"Settings for `hf_quantnoise`: a `{name}`, and no model.\n\n"
+            "```python\n"
+            f"from hf_quantnoise import {name}  # pip install hf-quantnoise\n\n"
+            f'config = {name}.from_pretrained("{repo_id}")\n'
+            "```\n\n"
+            f"`{self.file_name}`:\n\n```json\n{self.to_json_string()}```\n"
+        )

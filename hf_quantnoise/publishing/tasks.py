@@ -1,0 +1,41 @@
+"""Which Auto class loads a model, and which of the Hub's tasks it is for."""
+
+from __future__ import annotations
+
+import transformers
+from transformers import PreTrainedModel
+
+# Auto class -> the Hub's task. The first that knows the model's class wins; an encoder-decoder may
+# translate or summarise, so it has none.
+TASKS = {
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification",
+    "AutoModelForQuestionAnswering": "question-answering",
+    "AutoModelForMaskedLM": "fill-mask",
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForImageTextToText": "image-text-to-text",
+    "AutoModelForSpeechSeq2Seq": "automatic-speech-recognition",
+    "AutoModelForSeq2SeqLM": None,
+    "AutoModelForMultipleChoice": None,
+    "AutoModelForImageClassification": "image-classification",
+    "AutoModelForImageSegmentation": "image-segmentation",
+    "AutoModelForSemanticSegmentation": "image-segmentation",
+    "AutoModelForObjectDetection": "object-detection",
+    "AutoModelForDepthEstimation": "depth-estimation",
+    "AutoModelForAudioClassification": "audio-classification",
+    "AutoModelForCTC": "automatic-speech-recognition",
+    "AutoModelForZeroShotImageClassification": "zero-shot-image-classification",
+    "AutoModel": "feature-extraction",
+}
+
+
+def auto_class_of(model: PreTrainedModel) -> str | None:
+    """Name of the Auto class that makes this very class of the model's config; None where none
+    does."""
+    for name in TASKS:
+        mapping = getattr(transformers, name)._model_mapping
+        if type(model.config) in mapping:
+            classes = mapping[type(model.config)]
+            if type(model) in (classes if isinstance(classes, tuple) else (classes,)):
+                return name
+    return None

@@ -1,0 +1,123 @@
+"""Files to and from the Hub, by ``huggingface_hub`` alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, ModelCard, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
+
+# What every repository of this package's is found by.
+TAG = "quant-noise"
+CARD = "README.md"
+_NOT_THERE = (
+    EntryNotFoundError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError,
+)  # fmt: skip
+
+
+def find_file(path: str | os.PathLike, file_name: str, hint: str, **kwargs: Any) -> str:
+    """A file of a folder or of a repository of the Hub, on disk.
+
+    Args:
+        path: a folder, a repository, or the file itself.
+        file_name: its name there.
+        hint: what would write it; for the error.
+        kwargs: ``subfolder``, ``revision``, ``token`` and all else ``hf_hub_download`` takes.
+
+    Raises:
+        FileNotFoundError: naming the file that is not there.
+    """
+    path = os.fspath(path)
+    if os.path.isfile(path):
+        return path
+    if os.path.isdir(path):
+        found = os.path.join(path, kwargs.get("subfolder") or "", file_name)
+        if not os.path.isfile(found):
+            raise FileNotFoundError(f"{found} is missing; {hint}")
+        return found
+    try:
+        return hf_hub_download(path, file_name, **kwargs)
+    except _NOT_THERE as error:
+        raise FileNotFoundError(
+            f"{os.path.join(path, file_name)} is missing: there is no such folder, and the Hub "
+            f"says {type(error).__name__}; {hint}"
+        ) from error
+
+
+def is_repository_name(name: str | None) -> bool:
+    """Whether a name could be that of a repository, and is not that of a folder."""
+    if not name or os.path.isdir(name):
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def existing_card(repo_id: str, revision: str | None = None, token: str | None = None):
+    """The card of a repository as it stands there, or None where it has none.
+
+    Returns:
+        A ``huggingface_hub.ModelCard``, or None.
+    """
+    try:
+        path = hf_hub_download(repo_id, CARD, revision=revision, token=token)
+    except LocalEntryNotFoundError:
+        raise  # the Hub was not reached: there may be a card, which is not to be overwritten
+    except (EntryNotFoundError, RevisionNotFoundError):
+        return None
+    return read_card(path)
+
+
+def read_card(path: str | os.PathLike) -> ModelCard:
+    """The card in a file; metadata that the Hub would refuse are left out, with a warning."""
+    return ModelCard(Path(path).read_text(encoding="utf-8"), ignore_metadata_errors=True)
+
+
+def create_repository(
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> str:
+    """Makes a repository, and a branch of it, where they are missing; returns its full name."""
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None and not create_pr:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    return repo_id
+
+
+def upload_folder(
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    token: str | None = None,
+    ignore_patterns: Sequence[str] = (),
+    **kwargs: Any,
+):
+    """Uploads a folder in one commit.
+
+    Args:
+        kwargs: ``commit_message``, ``revision``, ``create_pr``, ``path_in_repo``,
+            ``run_as_future`` and all else ``HfApi.upload_folder`` takes.
+
+    Returns:
+        A ``huggingface_hub.CommitInfo``; a future of one with ``run_as_future=True``.
+    """
+    return HfApi(token=token).upload_folder(
+        repo_id=repo_id, folder_path=folder, ignore_patterns=list(ignore_patterns), **kwargs
+    )

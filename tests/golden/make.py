@@ -1,0 +1,108 @@
+"""Makes the golden checkpoints: tiny random models, one for each way to store, and their logits.
+
+    python tests/golden/make.py [name ...]
+
+They stand for files that users have, so one that is there is never written again: a change of the
+layout on disk is a new name in ``CASES`` (``ipq_2``), and the old folders go on loading.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
+
+from hf_quantnoise import FixedPointConfig, IPQConfig, quantize_model
+
+HERE = Path(__file__).parent
+WORDS = 48
+EXPECTED = "expected.safetensors"
+
+
+def bert(layers=1):
+    config = BertConfig(
+        hidden_size=16, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=32,
+        vocab_size=WORDS, max_position_embeddings=16, type_vocab_size=1,
+        initializer_range=0.5,
+    )  # fmt: skip
+    return BertForSequenceClassification(config)
+
+
+def gpt2():
+    config = GPT2Config(
+        n_embd=16, n_layer=1, n_head=2, n_positions=16, vocab_size=WORDS, initializer_range=0.5,
+        bos_token_id=0, eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config)
+
+
+def resnet():
+    """Its BatchNorms have seen something: buffers are other than those of a new model."""
+    config = ResNetConfig(
+        embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic", num_labels=3
+    )
+    model = ResNetForImageClassification(config).train()
+    with torch.no_grad():
+        model(pixel_values=images())
+    return model
+
+
+def words():
+    return torch.randint(0, WORDS, (2, 7), generator=torch.Generator().manual_seed(1))
+
+
+def images():
+    return torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+# name -> model, how it is stored
+CASES = {
+    "ipq": (bert, IPQConfig(n_centroids=8)),
+    "ipq_int8": (
+        bert,
+        IPQConfig(
+            block_size={"ffn": 8, "embeddings": 8, "attention": 4},
+            n_centroids=5,
+            codebook_bits=8,
+            row_scale=True,
+        ),
+    ),  # fmt: skip
+    "additive": (bert, IPQConfig(block_size=8, n_centroids=6, n_codebooks=2, codebook_bits=16)),
+    "fixed_point": (bert, FixedPointConfig(bits=4, observer="channel", activation_bits=8)),
+    "tied": (gpt2, IPQConfig(n_centroids=8, codebook_bits=16)),
+    "shared": (
+        lambda: bert(layers=4),
+        IPQConfig(n_centroids=8, share_layers=2, prune_layers="every_other"),
+    ),
+    "conv": (resnet, IPQConfig(n_centroids=8, block_size=9, stages=["conv"])),
+}
+
+
+def make(name):
+    """Writes a case's folder: the checkpoint, and what it answers to which input."""
+    folder = HERE / name
+    if folder.exists():
+        print(f"{name} is there already and stays as it is")
+        return
+    torch.manual_seed(0)
+    make_model, config = CASES[name]
+    model = make_model().eval()
+    inputs = {"pixel_values": images()} if name == "conv" else {"input_ids": words()}
+    data = [inputs] if config.reads_data else None
+    model = quantize_model(model, config, calibration_data=data, progress=False)
+    model.save_pretrained(folder)
+    with torch.no_grad():
+        save_file({**inputs, "logits": model(**inputs).logits}, folder / EXPECTED)
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:] or CASES:
+        make(name)

@@ -1,0 +1,84 @@
+"""What a user meets who has not installed, or not imported, the package: errors, never random
+weights; and what one meets whose package is too old."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from stacked import make_stacked
+from tiny import make_model
+
+from hf_quantnoise import AutoQuantizedModel, FixedPointConfig, IPQConfig, quantize_model
+from hf_quantnoise.configuration import QuantizedModelConfig
+
+IPQ = IPQConfig(n_centroids=16)
+INT4 = FixedPointConfig(bits=4)
+# Every class lacks parts that another has, and with them a sentinel that stood there alone: the
+# head, which comes first by name in GPT-2 and in a classifier stored as int4, or the decoder.
+CASES = {
+    "bert": (INT4, "AutoModel AutoModelForSequenceClassification AutoModelForMaskedLM"),
+    "roberta": (INT4, "AutoModel AutoModelForSequenceClassification AutoModelForMaskedLM"),
+    "gpt2": (IPQ, "AutoModel AutoModelForCausalLM"),
+    "t5": (IPQ, "AutoModel AutoModelForSeq2SeqLM T5EncoderModel"),
+}
+STOCK_LOAD = """
+import json, sys, transformers
+for folder, classes in json.loads(sys.argv[1]).items():
+    for name in classes.split():
+        try:
+            getattr(transformers, name).from_pretrained(folder)
+        except RuntimeError as error:
+            print("refused", folder, name, error)
+assert "hf_quantnoise" not in sys.modules
+"""
+
+
+def test_transformers_alone_refuses_by_whatever_class(tmp_path):
+    """In a process that never imports the package."""
+    loads = {}
+    for name, (config, classes) in CASES.items():
+        model = make_stacked("t5") if name == "t5" else make_model(name)
+        model = quantize_model(model, config, progress=False)
+        folder = tmp_path / name
+        model.save_pretrained(folder)
+        loads[str(folder)] = classes
+        info = AutoQuantizedModel.from_pretrained(folder, output_loading_info=True)[1]
+        assert not info["unexpected_keys"], "with the package, sentinels are nothing to tell of"
+    run = subprocess.run(
+        [sys.executable, "-c", STOCK_LOAD, json.dumps(loads)], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    for folder, classes in loads.items():
+        for name in classes.split():
+            assert f"refused {folder} {name} You set `ignore_mismatched_sizes`" in run.stdout
+    assert "got hf_quantnoise" in run.stderr  # the warning above the error names the package
+
+
+def test_the_config_says_how_to_mend_it(tmp_path):
+    quantize_model(make_model("bert"), IPQ, progress=False).save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert stored["how_to_load"] == (
+        "pip install hf-quantnoise, and import hf_quantnoise before loading"
+    )
+    assert stored["requires"] == "hf-quantnoise>=0.1.0"
+
+
+def test_a_newer_format_is_refused_with_the_version_to_install(tmp_path):
+    quantize_model(make_model("bert"), IPQ, progress=False).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"] |= {
+        "format_version": 2,
+        "requires": "hf-quantnoise>=0.7.0",
+        "scheme": "holographic",
+        "hologram": True,
+    }
+    path.write_text(json.dumps(config))
+    with pytest.raises(
+        ValueError, match=r"format_version=2.*pip install -U 'hf-quantnoise>=0.7.0'"
+    ):
+        AutoQuantizedModel.from_pretrained(tmp_path)
+    del config["quantization_config"]["requires"]
+    with pytest.raises(ValueError, match="format_version=2.*pip install -U hf-quantnoise"):
+        QuantizedModelConfig.from_dict(config["quantization_config"])

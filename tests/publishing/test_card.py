@@ -1,0 +1,174 @@
+"""The card: its text against a committed one, and what it must not say."""
+
+import re
+from pathlib import Path
+
+import pytest
+import transformers
+from golden.make import HERE as GOLDEN
+from huggingface_hub import ModelCard
+from stacked import make_stacked
+from tiny import make_model, make_vision_model
+from transformers import TrainingArguments
+
+from hf_quantnoise import (
+    AutoQuantizedModel,
+    CompressionArguments,
+    IPQConfig,
+    QuantNoiseCard,
+    QuantNoiseConfig,
+    QuantNoiseTrainer,
+    apply_quant_noise,
+    size_report,
+    write_model_card,
+)
+from hf_quantnoise.publishing.tasks import auto_class_of
+
+FIXTURE = Path(__file__).parent / "card.md"
+FULL = QuantNoiseCard(
+    repo_id="me/small",
+    base_model="google-bert/bert-base-uncased",
+    dataset="GLUE SST-2",
+    dataset_id="nyu-mll/glue",
+    before={"eval_loss": 0.31, "eval_accuracy": 0.925, "eval_runtime": 3.5},
+    after={"eval_loss": 0.33, "eval_accuracy": 0.915, "eval_runtime": 3.6, "epoch": 1.0},
+    noise=QuantNoiseConfig(noise=["pq", "int8"], p=[0.1, 0.2], block_size=4, share_layers=2),
+    training={"learning_rate": 5e-5, "num_train_epochs": 2.0, "seed": 42},
+    compression={"stage_epochs": 1.0, "distill": True},
+    history=[
+        {
+            "stage": "dense",
+            "layers": 0,
+            "relative_error": 0.0,
+            "mb": 438.0,
+            "metric": {"eval_accuracy": 0.925},
+        },
+        {"stage": "ffn", "layers": 4, "relative_error": 0.25, "mb": 0.0512, "metric": {}},
+    ],
+)
+
+
+@pytest.fixture
+def packed():
+    return AutoQuantizedModel.from_pretrained(GOLDEN / "shared")
+
+
+def masked(text):
+    """The text with versions left out."""
+    return re.sub(r"^- (hf_quantnoise|transformers|torch): `.*`$", r"- \1: `...`", text, flags=re.M)
+
+
+def test_the_card_is_the_committed_one(packed):
+    """To change it: FIXTURE.write_text(masked(str(FULL.render(packed)))); read what changed."""
+    assert masked(str(FULL.render(packed))) == FIXTURE.read_text()
+
+
+def test_the_metadata_are_read_back(packed, tmp_path):
+    FULL.render(packed).save(tmp_path / "README.md")
+    data = ModelCard.load(tmp_path / "README.md").data
+    assert data.tags == ["quant-noise", "import-hf_quantnoise"]
+    assert (data.base_model_relation, data.pipeline_tag) == ("quantized", "text-classification")
+    (result,) = data.eval_results  # the loss is no metric of the Hub's, and timings are none at all
+    assert (result.metric_type, result.metric_value) == ("accuracy", 0.915)
+    assert (result.dataset_type, result.dataset_name) == ("nyu-mll/glue", "GLUE SST-2")
+
+
+def test_the_tables_add_up(packed):
+    """Bytes before and after, as rounded to four digits of MB, row by row and in all."""
+    section = FULL.render(packed).text.split("## How it is stored")[1].split("\n\n")[1]
+    rows = [line.strip("| ").split(" | ") for line in section.splitlines()[2:]]
+    total = size_report(packed).total
+    file = (GOLDEN / "shared" / "model.safetensors").stat().st_size
+    assert total.disk_bytes == pytest.approx(file, rel=0.05)  # it has one sentinel, of three
+    dense = sum(float(row[-2]) for row in rows if row[0] != "file header")
+    assert dense == pytest.approx(total.dense_bytes / 1e6, abs=1e-4 * len(rows) / 2)
+    small = sum(float(row[-1]) for row in rows)
+    assert small == pytest.approx(total.disk_bytes / 1e6, abs=1e-4 * len(rows) / 2)
+
+
+def test_what_is_not_known_is_not_on_the_card(packed):
+    card = QuantNoiseCard().render(packed)
+    values = card.data.to_dict()
+    for name in ("base_model", "base_model_relation", "model-index", "metrics", "datasets"):
+        assert name not in values
+    for words in ("accuracy", "Stages", "Quantization noise", "Training", "None", "Measured"):
+        assert words not in re.sub(r"\*.*?\*", "", card.text), words
+    assert "import hf_quantnoise" in card.text and "times smaller" in card.text
+
+
+def test_a_card_in_the_folder_keeps_its_words(packed, tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text("---\nlicense: mit\ntags:\n- mine\n---\n\nWords of mine.\n")
+    assert write_model_card(packed, tmp_path, FULL) == str(path)
+    first = path.read_text()
+    path.write_text(first.replace("<!-- hf_quantnoise -->", "Above.\n\n<!-- hf_quantnoise -->"))
+    write_model_card(packed, tmp_path, QuantNoiseCard(title="another"))
+    card = ModelCard(path.read_text())
+    assert card.data.license == "mit" and {"mine", "quant-noise"} <= set(card.data.tags)
+    text = card.text
+    assert text.index("Above.") < text.index("# another") < text.index("Words of mine.")
+    assert "# small" not in text
+    again = path.read_text()
+    write_model_card(packed, tmp_path, QuantNoiseCard(title="another"))
+    assert path.read_text() == again
+
+
+def test_figures_of_another_model_do_not_stay(packed, tmp_path):
+    """Neither in a folder that is written again, nor on a model that is packed no longer."""
+    path = tmp_path / "README.md"
+    write_model_card(packed, tmp_path, FULL)
+    write_model_card(packed, tmp_path)
+    assert "accuracy" not in path.read_text()
+    packed.quantnoise_card = FULL
+    packed.dequantize()
+    write_model_card(packed, tmp_path)
+    card = ModelCard(path.read_text())
+    assert "accuracy" not in str(card) and "import" not in "".join(card.data.tags)
+    assert "base_model_relation" not in card.data.to_dict()
+
+
+def test_a_dense_model_needs_no_import():
+    model = apply_quant_noise(make_model("bert"), QuantNoiseConfig())
+    card = QuantNoiseCard(noise=QuantNoiseConfig(), base_model="a/b").render(model)
+    assert "import hf_quantnoise" not in card.text and card.data.tags == ["quant-noise"]
+    assert "finetuned with quantization noise" in card.text and "smaller" not in card.text
+    assert card.data.base_model == "a/b" and "base_model_relation" not in card.data.to_dict()
+
+
+def test_metrics_are_those_of_the_model_as_it_stands(parity_data, tmp_path):
+    """A packed model that is finetuned further is another model: its metrics are gone from the card
+    until it is evaluated."""
+    trainer = QuantNoiseTrainer(
+        make_model("bert"),
+        TrainingArguments(
+            tmp_path, max_steps=1, use_cpu=True, report_to="none", save_strategy="no"
+        ),
+        train_dataset=parity_data,
+        eval_dataset=parity_data,
+        compute_metrics=lambda prediction: {"score": 0.5},
+    )
+    small = trainer.compress(
+        IPQConfig(n_centroids=16), CompressionArguments(stage_epochs=0, plots=False)
+    )
+    history = trainer.compression_history
+    assert small.quantnoise_card.before == history[0]["metric"]
+    assert small.quantnoise_card.after == history[-1]["metric"]
+    trainer.train()
+    assert small.quantnoise_card.after == {}
+    trainer.evaluate(parity_data.select([0]))
+    assert small.quantnoise_card.after == {}, "other data than the trainer's"
+    metrics = trainer.evaluate()
+    assert small.quantnoise_card.after["eval_score"] == metrics["eval_score"]
+    trainer.save_model(tmp_path / "saved")
+    assert "| score | 0.5000 | 0.5000 |" in (tmp_path / "saved" / "README.md").read_text()
+
+
+def test_the_auto_class_is_the_one_that_makes_the_model():
+    assert auto_class_of(make_model("bert")) == "AutoModelForSequenceClassification"
+    assert auto_class_of(make_model("bert-mlm")) == "AutoModelForMaskedLM"
+    assert auto_class_of(make_model("gpt2")) == "AutoModelForCausalLM"
+    assert auto_class_of(make_stacked("t5")) == "AutoModelForSeq2SeqLM"
+    assert auto_class_of(make_vision_model("resnet")) == "AutoModelForImageClassification"
+    assert auto_class_of(make_model("bert").bert) == "AutoModel"
+    pooler = type("Own", (transformers.BertModel,), {})(make_model("bert").config)
+    assert auto_class_of(pooler) is None
