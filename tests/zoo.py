@@ -181,6 +181,18 @@ ZOO: dict[str, Architecture] = {
 }  # fmt: skip
 
 
+# Architectures with tied weights -> how many layers hold the one table.
+TIED = {"BERT": 2, "RoBERTa": 2, "DistilBERT": 2, "ALBERT": 2, "ModernBERT": 2, "GPT-2": 2,
+        "Bloom": 2, "Llama, tied head": 2, "Gemma": 2, "Mamba": 2, "T5": 4, "BART": 4, "Marian": 4,
+        "Whisper": 2}  # fmt: skip
+
+
+def users_of_table(model: nn.Module) -> list[str]:
+    """Names of the layers that hold the input table of a dense model."""
+    table = next(layer for layer in find_layers(model) if layer.input_table)
+    return [table.name, *table.ties]
+
+
 def ipq_config(model: nn.Module) -> IPQConfig:
     """Product quantization of all that a tiny model has but its head."""
     groups = {layer.group for layer in find_layers(model)} - {"head"}
