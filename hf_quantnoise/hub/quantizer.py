@@ -26,7 +26,7 @@ from ..quantizers import quantizer_from_dict
 from ..sharing import share, unshare
 from ..structure import LayerInfo, find_layers
 from .card import TAGS
-from .ties import TieRewriter
+from .ties import TieRewriter, restore_ties
 
 logger = logging.get_logger(__name__)
 
@@ -193,14 +193,10 @@ class QuantNoiseHfQuantizer(HfQuantizer):
             dtype = getattr(torch, dtype)
         unpack_model(model, dtype)
         unshare(model, self.quantization_config.shared_layers)
-        submodels = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
-        for submodel in submodels:
-            submodel.__dict__.pop("_tied_weights_keys", None)
-            submodel.config._is_quantized = False
-        for submodel in submodels:
-            submodel.all_tied_weights_keys = submodel.get_expanded_tied_weights_keys(
-                all_submodels=True
-            )
+        restore_ties(model)
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                module.config._is_quantized = False
         return model
 
 

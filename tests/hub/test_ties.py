@@ -55,8 +55,10 @@ def test_tied_weights_are_one_in_memory_and_on_disk(name, config, tmp_path):
     assert len(list(again.parameters())) == len(list(model.parameters()))
     again.save_pretrained(tmp_path / "b")
     assert digest(tmp_path / "a") == digest(tmp_path / "b")
-    plain = again.dequantize()
-    assert is_one(plain, users) and len(list(plain.parameters())) == n_parameters
+    again.dequantize().save_pretrained(tmp_path / "dense")
+    plain = type(model).from_pretrained(tmp_path / "dense")
+    for dense in (again, plain):
+        assert is_one(dense, users) and len(list(dense.parameters())) == n_parameters
 
 
 @pytest.mark.parametrize("name", ["RoBERTa", "ALBERT", "GPT-2", "T5"])
