@@ -39,6 +39,9 @@ leaves alone beside what has no blocking rule. A star stands for a number. With 
 layers some reasons are those of size (too few blocks, columns that 4 does not divide); the real
 models have fewer of them.
 
+Fused experts (one parameter of shape experts x outputs x inputs) stay dense so far. They are most
+of the weights of a real mixture, so compressing one gains little yet.
+
 | architecture | class | quantized | left dense | left clean by noise |
 |---|---|---|---|---|
 """

@@ -173,7 +173,7 @@ class QuantNoiseHfQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict]:
         # As after loading: else the first config.json would differ from all later ones.
         for key in model.config.sub_configs:
-            if (sub_config := getattr(model.config, key)) is not None:
+            if (sub_config := getattr(model.config, key, None)) is not None:
                 sub_config.dtype = model.dtype
         state_dict = model.state_dict()
         written: dict[int, Tensor] = {}  # tied layers must go on sharing one tensor
