@@ -113,6 +113,18 @@ class QuantNoiseCallback(TrainerCallback):
         if step % self.config.scale_update_steps == 0:
             noise.refresh_scales()
 
+    def on_step_end(self, args, state, control, **kwargs):
+        """After the first step: says which layers no noise reaches."""
+        noise = find_state(kwargs["model"])
+        # A layer that LayerDrop skipped may come later.
+        if noise is not None and state.global_step == 1 and noise.layerdrop is None:
+            noise.note_unreached()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Says which layers no noise has reached in the whole run."""
+        if (noise := find_state(kwargs["model"])) is not None:
+            noise.note_unreached()
+
     def on_save(self, args, state, control, **kwargs):
         """Writes the noise's state into the checkpoint that was just saved."""
         if state.is_world_process_zero:

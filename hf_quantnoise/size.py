@@ -14,7 +14,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from .hub.quantizer import sentinel_names, storage_tensor
 from .modeling import packed_layers, packed_names
-from .structure import find_layers
+from .structure import find_layers, unsaved_tensors
 
 # Names of dtypes in a safetensors header, whose length the report counts, in the order in which
 # tensors of that dtype stand in the file.
@@ -33,7 +33,8 @@ class SizeRow:
     Attributes:
         name: name of the parameter or buffer.
         group: structure group, or ``"other"`` (biases, norms, buffers).
-        stored: how it is stored, e.g. ``"pq 256x4"``, ``"int8"``, ``"float32"``, ``"tied to ..."``.
+        stored: how it is stored, e.g. ``"pq 256x4"``, ``"int8"``, ``"float32"``, ``"tied to ..."``,
+            or ``"computed"`` where no file holds it.
         shape: shape of the tensor as the layer sees it.
         formula_bytes: size by section 3.3: codebook and log2(K) bits per block.
         disk_bytes: its tensors in the safetensors file.
@@ -229,6 +230,7 @@ def size_report(model: nn.Module) -> SizeReport:
     config = getattr(getattr(model, "config", None), "quantization_config", None)
     groups = _groups(model, config)
     shared = getattr(config, "shared_layers", None) or {}
+    unsaved = unsaved_tensors(model)
     disk: dict[str, Tensor] = {}
     rows: list[SizeRow] = []
     owners: dict[int, str] = {}
@@ -245,6 +247,10 @@ def size_report(model: nn.Module) -> SizeReport:
                 shape = (layer.rows, layer.columns) if is_code else tuple(tensor.shape)
                 own = 4 * math.prod(shape) if _lies_in(label, shared) else 0
                 rows.append(SizeRow(label, group, f"tied to {owner}", shape, 0, 0, 0, own))
+            continue
+        if name in unsaved:
+            shape = tuple(tensor.shape)
+            rows.append(SizeRow(name, group, "computed", shape, 0, 0, _bytes(tensor), 0))
             continue
         disk[name] = storage_tensor(layer, tensor_name, tensor) if is_code else tensor
         if not is_code:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
@@ -97,12 +98,20 @@ def _input_tables(model: nn.Module) -> set[int]:
     return tables
 
 
+def unsaved_tensors(model: nn.Module) -> set[str]:
+    """Names of the tensors that ``save_pretrained`` leaves out, as the model computes them anew
+    (Marian's sinusoids)."""
+    return set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+
+
 def find_layers(model: nn.Module) -> list[LayerInfo]:
     """All layers the package has a blocking rule for, in the order of the module tree.
 
     A layer tied to a table belongs to the table's group (``embeddings``). Layers whose weight is
-    already computed by something else (packed, or a ``torch`` parametrization) are left out.
+    already computed by something else (packed, a ``torch`` parametrization, sinusoids that no
+    checkpoint holds) are left out.
     """
+    unsaved = unsaved_tensors(model)
     tables = {
         id(module._parameters.get("weight"))
         for module in model.modules()
@@ -115,6 +124,8 @@ def find_layers(model: nn.Module) -> list[LayerInfo]:
     for name, module in model.named_modules():
         layout = layout_of(module)
         if layout is None or not name or module._parameters.get("weight") is None:
+            continue
+        if f"{name}.weight" in unsaved:
             continue
         found.append((name, module, layout))
         users.setdefault(id(module._parameters["weight"]), []).append(name)
@@ -165,19 +176,29 @@ def other_weights(model: nn.Module) -> dict[str, str]:
         Parameter name -> why it is left alone, with its share of all weights.
     """
     known = {id(layer.module._parameters["weight"]) for layer in find_layers(model)}
+    unsaved = unsaved_tensors(model)
     total = sum(parameter.numel() for parameter in model.parameters())
     others = {}
     for name, parameter in model.named_parameters():
-        owner = type(model.get_submodule(name.rpartition(".")[0])).__name__
         if parameter.dim() >= 2 and parameter.is_floating_point() and id(parameter) not in known:
             share = parameter.numel() / total
-            others[name] = (
-                f"{owner} holds it as a bare parameter, which has no blocking rule "
-                f"({share:.1%} of the weights)"
-            )
-            if share >= NOTABLE_SHARE:
+            others[name] = f"{_why_no_layer(model, name)} ({share:.1%} of the weights)"
+            if share >= NOTABLE_SHARE and name not in unsaved:
                 logger.warning("left alone: %s: %s", name, others[name])
     return others
+
+
+def _why_no_layer(model: nn.Module, name: str) -> str:
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if isinstance(module, ParametrizationList):
+        return "a torch parametrization makes the weight of it"
+    if name in unsaved_tensors(model):
+        return "the model computes it, no checkpoint holds it"
+    kind = type(module).__name__
+    if leaf == "weight":
+        return f"{kind} is a layer without a blocking rule"
+    return f"{kind} holds it as a bare parameter, which has no blocking rule"
 
 
 def matches(name: str, patterns: str | Sequence[str]) -> bool:

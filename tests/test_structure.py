@@ -4,9 +4,12 @@ import pytest
 import torch
 from tiny import make_model
 from torch import nn
+from torch.nn.utils import parametrizations
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
+from zoo import ZOO
 
+from hf_quantnoise import size_report
 from hf_quantnoise.blocks import from_blocks, layout_of, to_blocks, weight_matrix
 from hf_quantnoise.structure import (
     block_size_of,
@@ -138,3 +141,23 @@ def test_bare_parameters_are_named_and_large_ones_are_warned_of(caplog):
     assert "MultiheadAttention holds it as a bare parameter" in others["attend.in_proj_weight"]
     assert "attend.in_proj_weight" in caplog.text and "tokens" not in caplog.text
     assert not other_weights(make_model("bert"))
+
+
+def test_what_has_no_blocking_rule_says_why():
+    model = nn.Sequential(
+        nn.Linear(8, 8), nn.Conv1d(8, 8, 3), parametrizations.weight_norm(nn.Linear(8, 8))
+    )
+    others = other_weights(model)
+    assert "Conv1d is a layer without a blocking rule" in others["1.weight"]
+    made_of = "2.parametrizations.weight.original1"
+    assert "a torch parametrization makes the weight of it" in others[made_of]
+
+
+def test_a_table_that_no_checkpoint_holds_is_no_layer_and_takes_no_bytes():
+    model = ZOO["Marian"].make()
+    name = "model.encoder.embed_positions"
+    assert name not in {layer.name for layer in find_layers(model)}
+    assert "no checkpoint holds it" in other_weights(model)[f"{name}.weight"]
+    (row,) = [row for row in size_report(model).rows if row.name == f"{name}.weight"]
+    assert (row.stored, row.disk_bytes, row.dense_bytes) == ("computed", 0, 0)
+    assert row.memory_bytes == 64 * 32 * 4

@@ -26,7 +26,7 @@ from ..quantizers import quantizer_from_dict
 from ..sharing import share, unshare
 from ..structure import LayerInfo, find_layers
 from .card import CARD_ATTRIBUTE, TAGS
-from .ties import TieRewriter
+from .ties import TieRewriter, restore_ties
 
 logger = logging.get_logger(__name__)
 
@@ -177,6 +177,10 @@ class QuantNoiseHfQuantizer(HfQuantizer):
     # ---- saving ---------------------------------------------------------------------------------
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict]:
+        # As after loading: else the first config.json would differ from all later ones.
+        for key in model.config.sub_configs:
+            if (sub_config := getattr(model.config, key, None)) is not None:
+                sub_config.dtype = model.dtype
         state_dict = model.state_dict()
         written: dict[int, Tensor] = {}  # tied layers must go on sharing one tensor
         for prefix, layer in packed_layers(model):
@@ -197,14 +201,10 @@ class QuantNoiseHfQuantizer(HfQuantizer):
         unpack_model(model, dtype)
         model.__dict__.pop(CARD_ATTRIBUTE, None)  # its metrics are the packed model's
         unshare(model, self.quantization_config.shared_layers)
-        submodels = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
-        for submodel in submodels:
-            submodel.__dict__.pop("_tied_weights_keys", None)
-            submodel.config._is_quantized = False
-        for submodel in submodels:
-            submodel.all_tied_weights_keys = submodel.get_expanded_tied_weights_keys(
-                all_submodels=True
-            )
+        restore_ties(model)
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                module.config._is_quantized = False
         return model
 
 

@@ -20,6 +20,21 @@ def _renamed(ties: dict[str, str], packed: dict[str, list[str]]) -> dict[str, st
     return renamed
 
 
+_MAP = "_tied_weights_keys"
+# Where a module keeps the map that its own __init__ gave it (Marian's), if it did.
+_OWN_MAP = "_quant_noise_own_ties"
+
+
+def restore_ties(model: PreTrainedModel) -> None:
+    """Gives a model and its sub-models the tie maps of the dense model back, once it is one."""
+    submodels = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    for module in submodels:
+        module.__dict__.pop(_MAP, None)
+        module.__dict__.update(module.__dict__.pop(_OWN_MAP, {}))
+    for module in submodels:
+        module.all_tied_weights_keys = module.get_expanded_tied_weights_keys(all_submodels=True)
+
+
 class TieRewriter:
     """Rewrites a model's tie maps from ``weight`` to the tensors of packed layers.
 
@@ -41,6 +56,8 @@ class TieRewriter:
             tensors_of: layer name -> names of its packed tensors (``weight_indices``, ...).
         """
         for prefix, module, ties in self._maps:
+            own = {key: value for key, value in vars(module).items() if key == _MAP}
+            module.__dict__.setdefault(_OWN_MAP, own)  # later stages find it renamed
             start = f"{prefix}." if prefix else ""
             packed = {
                 f"{name.removeprefix(start)}.weight": list(tensors)

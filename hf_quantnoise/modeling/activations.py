@@ -51,6 +51,11 @@ def require_batches(batches: Sequence, needed_by: str = "activation_bits") -> No
         )
 
 
+def name_in(model: nn.Module, layer: nn.Module) -> str:
+    """The name of a layer in its model."""
+    return next(name for name, module in model.named_modules() if module is layer)
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Puts a model in eval mode for a while."""
@@ -101,9 +106,10 @@ def calibrate(
             layer.__dict__.pop("_observer", None)
     for layer, observer in zip(layers, observers, strict=True):
         if observer.range is None:
+            name = name_in(model, layer)
             raise ValueError(
-                f"activation_bits: {layer} never ran on the calibration data, so its input has no "
-                "range; leave it out with exclude_modules"
+                f"activation_bits: {name} never ran on the calibration data, so its input has no "
+                f"range; leave it out with exclude_modules=[{name!r}]"
             )
         for key, value in observer.state(layer.activation_bits).items():
             layer.get_parameter(f"input_{key}").copy_(of_rank_0(value))

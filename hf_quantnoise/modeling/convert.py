@@ -85,8 +85,9 @@ def _become_packed(
             for name in INPUT_NAMES:  # tied layers read different inputs
                 scalar = layer.weight_indices.new_zeros((), dtype=dtype)
                 layer.register_parameter(name, nn.Parameter(scalar, requires_grad=False))
-        # Else transformers' _init_weights decodes the weight to initialise a temporary.
-        layer._is_hf_initialized = True
+        # Else transformers' _init_weights decodes the weight to initialise a temporary. It must
+        # have layers with buffers of their own (the scale of Gemma's table): no file holds those.
+        layer._is_hf_initialized = not layer._buffers
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..blocks import layout_of, weight_matrix
 from ..distributed import of_rank_0
-from .activations import evaluating
+from .activations import evaluating, name_in
 
 # Inputs that were silent on a few batches are not silent for ever: a share of the mean is added to
 # every column's h.
@@ -161,10 +161,10 @@ def measure_importance(
             mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
             watch.mask = mask if one_sequence and mask is not None and mask.dim() == 2 else None
             forward(batch)
-    return [_importance(layers, watch) for layers in weights]
+    return [_importance(model, layers, watch) for layers in weights]
 
 
-def _importance(layers: Sequence[nn.Module], watch: _Watch) -> Tensor:
+def _importance(model: nn.Module, layers: Sequence[nn.Module], watch: _Watch) -> Tensor:
     key, parts = id(layers[0].weight), []
     if (rows := watch.rows.get(key)) is not None and rows.any():
         parts.append(rows[:, None] + 1)
@@ -173,10 +173,11 @@ def _importance(layers: Sequence[nn.Module], watch: _Watch) -> Tensor:
         # A layer whose inputs are all zero has no preference.
         parts.append(columns + DAMPING * mean if mean > 0 else torch.ones_like(columns))
     if not parts:
-        shape = tuple(weight_matrix(layers[0]).shape)
+        name, shape = name_in(model, layers[0]), tuple(weight_matrix(layers[0]).shape)
         raise ValueError(
-            f"importance='activations': {layers[0]} ({shape[0]} x {shape[1]}) never ran on the "
-            "calibration data, so nothing is known of its inputs; leave it out with exclude_modules"
+            f"importance='activations': {name} ({shape[0]} x {shape[1]}) never ran on the "
+            "calibration data, so nothing is known of its inputs; leave it out with "
+            f"exclude_modules=[{name!r}]"
         )
     total = sum(part / part.mean() for part in parts)
     return of_rank_0((total / len(parts)).float())

@@ -44,7 +44,12 @@ class WeightNoise:
         rates: rate of each noise of the config; one list for the whole model, changed in place.
         rows, columns: shape of the weight matrix.
         members: number of layers that hold the weight.
+
+    Attributes:
+        used: whether it has fallen on the weight in any forward yet.
     """
+
+    used: bool = False
 
     def __init__(
         self,
@@ -77,6 +82,7 @@ class WeightNoise:
         """
         if not self.active:
             return weight
+        self.used = True
         with torch.no_grad(), _full_precision(weight.device):
             matrix = layout.to_matrix(weight.detach())
             self._check_shape(tuple(matrix.shape))
@@ -96,6 +102,7 @@ class WeightNoise:
         """
         if not self.active:
             return values
+        self.used = True
         flat = ids.reshape(-1)
         with torch.no_grad(), _full_precision(values.device):
             copy = values.detach().reshape(-1, self.columns).clone()

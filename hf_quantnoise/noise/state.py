@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from ..blocks import weight_matrix
 from ..configuration import QuantNoiseConfig
@@ -18,7 +19,13 @@ from .functions import NoiseFunction
 from .layerdrop import LayerDrop
 from .operator import WeightNoise
 
+logger = logging.get_logger(__name__)
+
 _STATE = "_quant_noise"
+_UNREACHED = (
+    "the model has not called it in training so far: it reads the weight past the layer, where "
+    "there is no noise, or does not use it"
+)
 
 
 @dataclass
@@ -110,6 +117,29 @@ class QuantNoiseState:
             noised += (1 - clean) * weight.noise.rows * weight.noise.columns
         total = sum(parameter.numel() for parameter in model.parameters())
         return {**self.rates(), "noised_share": noised / total}
+
+    def note_unreached(self) -> list[str]:
+        """Finds layers that no noise has fallen on, though training forwards have been run: a model
+        may read a weight without calling its layer. They are named in ``left_clean``, and warned of
+        once.
+
+        Returns:
+            Their names; none before the first forward with noise.
+        """
+        begun = any(weight.noise.used for weight in self.weights)
+        found = [
+            name
+            for weight in self.weights
+            for name in weight.names
+            if begun and weight.noise.active and not weight.noise.used
+        ]
+        known = [name for name, reason in self.left_clean.items() if reason == _UNREACHED]
+        for name in set(known).difference(found):
+            del self.left_clean[name]
+        if new := [name for name in found if name not in known]:
+            self.left_clean.update(dict.fromkeys(new, _UNREACHED))
+            logger.warning("no quantization noise on %s: %s", ", ".join(new), _UNREACHED)
+        return found
 
     def refresh_codebooks(self) -> None:
         """Runs k-means on the present weights, from the present centroids (section 4.2).

@@ -1,12 +1,12 @@
 """Saving and loading: bit-equal, the size that is reported, ties, and loud failures."""
 
-import hashlib
 import json
 import subprocess
 import sys
 
 import pytest
 import torch
+from files import digest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import MAKERS, make_model
@@ -64,14 +64,6 @@ def test_loaded_tensors_are_aligned_so_that_products_have_the_same_last_bits(tmp
     assert not odd
     for name, tensor in model.named_parameters():
         assert torch.equal(tensor, again.get_parameter(name)), name
-
-
-def digest(folder):
-    return {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in folder.iterdir()
-        if path.suffix in (".safetensors", ".json")
-    }
 
 
 @pytest.mark.parametrize("name", MAKERS)

@@ -5,6 +5,7 @@ import torch
 from tiny import make_model, make_vision_model
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainingArguments
+from zoo import ZOO
 
 from hf_quantnoise import (
     CompressionArguments,
@@ -73,6 +74,16 @@ def test_an_outlier_is_clipped_where_that_costs_less():
     plain = InputObserver()
     plain.observe(numbers)
     assert error(observer.state(4)) < 0.5 * error(plain.state(4))
+
+
+def test_a_layer_that_never_runs_is_named_with_the_way_out():
+    """Mamba reads the weight of a layer that it never calls."""
+    kind = ZOO["Mamba"]
+    config = FixedPointConfig(activation_bits=8)
+    with pytest.raises(ValueError, match=r"layers.0.mixer.dt_proj never.*exclude_modules=\['back"):
+        quantize_model(kind.make(), config, progress=False, calibration_data=[kind.batch()])
+    config = FixedPointConfig(activation_bits=8, exclude_modules=["dt_proj"])
+    quantize_model(kind.make(), config, progress=False, calibration_data=[kind.batch()])
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2"])

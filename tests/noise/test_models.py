@@ -148,25 +148,6 @@ def test_tied_layers_inside_recomputed_parts_see_their_own_j(use_reentrant):
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def test_a_tied_head_has_the_noise_of_its_table(tied_model):
-    apply_quant_noise(tied_model.train(), config("proxy", 0.5, block_size=4))
-    table, head = tied_model.get_input_embeddings(), tied_model.get_output_embeddings()
-    state = find_state(tied_model)
-    (pair,) = (weight for weight in state.weights if len(weight.modules) > 1)
-    assert set(pair.modules) == {table, head}
-    ids = torch.arange(40)
-    masks = []
-    for _ in range(3):
-        looked_up = table(ids)
-        used = head(torch.eye(32)) - (0 if head.bias is None else head.bias)
-        masks.append(looked_up == 0)
-        assert torch.equal(used.t()[:40] == 0, masks[-1])
-    assert not torch.equal(masks[0], masks[1])
-    padding = table.padding_idx
-    zero = masks[0] if padding is None else masks[0][torch.arange(40) != padding]
-    assert 0.4 < float(zero.float().mean()) < 0.6
-
-
 def test_every_layer_of_the_models_is_noised_but_side_tables(model):
     apply_quant_noise(model, config("proxy"))
     state = find_state(model)

@@ -1,0 +1,73 @@
+"""Layers whose weights a model reads without calling them: no noise, and not without a word."""
+
+import pytest
+import torch
+from tiny import make_model
+from torch import nn
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from hf_quantnoise import QuantNoiseCallback, QuantNoiseConfig, apply_quant_noise
+from hf_quantnoise.noise import find_state
+
+
+class Reader(nn.Module):
+    """Calls one layer and reads the weight of another, as Mamba reads that of its ``dt_proj``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.called, self.read = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.calls_both = False
+
+    def forward(self, x):
+        x = self.called(x)
+        return self.read(x) if self.calls_both else x @ self.read.weight
+
+
+@pytest.fixture
+def model():
+    return apply_quant_noise(Reader().train(), QuantNoiseConfig(p=0.5, block_size=4))
+
+
+def test_a_weight_that_is_read_past_its_layer_is_named(model, caplog):
+    state = find_state(model)
+    assert state.note_unreached() == []  # nothing has run yet
+    model.eval()(torch.ones(2, 16))
+    assert state.note_unreached() == []
+    model.train()(torch.ones(2, 16)).sum().backward()
+    assert state.note_unreached() == ["read"] == state.note_unreached()
+    assert "reads the weight past the layer" in state.left_clean["read"]
+    assert "called" not in state.left_clean
+    assert caplog.text.count("no quantization noise on read") == 1  # said once
+    model.calls_both = True
+    model(torch.ones(2, 16))
+    assert state.note_unreached() == [] and "read" not in state.left_clean
+
+
+def test_a_rate_of_zero_reaches_nothing_and_says_nothing(model):
+    find_state(model).p = 0.0
+    model(torch.ones(2, 16))
+    assert find_state(model).note_unreached() == []
+
+
+def test_the_callback_says_it_after_the_first_step(model, caplog, tmp_path):
+    callback = QuantNoiseCallback(find_state(model).config)
+    model(torch.ones(2, 16))
+    args, control = TrainingArguments(str(tmp_path), use_cpu=True), TrainerControl()
+    callback.on_step_end(args, TrainerState(global_step=1), control, model=model)
+    callback.on_train_end(args, TrainerState(global_step=2), control, model=model)
+    assert caplog.text.count("no quantization noise on read") == 1
+
+
+def test_a_layer_that_layerdrop_skips_may_come_later(tmp_path):
+    config = QuantNoiseConfig(p=0.5, layerdrop=0.5)
+    model = apply_quant_noise(make_model("bert").train(), config)
+    ids = torch.full((1, 4), 7)
+    args, control = TrainingArguments(str(tmp_path), use_cpu=True), TrainerControl()
+    callback, state = QuantNoiseCallback(config), find_state(model)
+    torch.manual_seed(0)
+    for step in range(1, 12):
+        model(input_ids=ids)
+        callback.on_step_end(args, TrainerState(global_step=step), control, model=model)
+    callback.on_train_end(args, TrainerState(global_step=12), control, model=model)
+    assert not any("past the layer" in reason for reason in state.left_clean.values())
