@@ -26,14 +26,13 @@ from ..quantizers import quantizer_from_dict
 from ..sharing import share, unshare
 from ..structure import LayerInfo, find_layers
 from .card import TAGS
+from .offload import cannot_be_fetched, fetched, is_offloaded, require_in_memory, was_read
+from .replaced import follow_replaced
 from .ties import TieRewriter
 
 logger = logging.get_logger(__name__)
 
 register_quantization_config(QUANT_METHOD)(QuantizedModelConfig)
-
-# Bytes; what torch's own allocator gives.
-ALIGNMENT = 64
 
 
 def entry_quantizer(entry: dict):
@@ -128,20 +127,18 @@ class QuantNoiseHfQuantizer(HfQuantizer):
         if not self.pre_quantized:
             from .packer import ModelPacker  # it needs this module's class
 
+            require_in_memory(model)
             model.is_quantized = False  # it is dense until now; packing marks it
             ModelPacker(model, self.quantization_config).pack_all()
+            _own_memory(model)
             return model
         model.add_model_tags(list(TAGS))
-        offloaded = "disk" in getattr(model, "hf_device_map", {}).values()
         for name, layer in packed_layers(model):
             layer._shape_only = False
-            if offloaded and layer.quantizer.is_stored_otherwise:
-                raise ValueError(
-                    f"device_map: {name} stores its centroids in 8 bits, which cannot be read from "
-                    "disk layer by layer; give a device_map without 'disk'"
-                )
+            if is_offloaded(layer) and layer.quantizer.is_stored_otherwise:
+                raise cannot_be_fetched(name, "stores its centroids in 8 bits")
             for tensor_name, tensor in layer.named_parameters(recurse=False):
-                if offloaded or getattr(tensor, "_is_hf_initialized", False):
+                if was_read(layer, tensor_name):
                     continue
                 if name in self._joined and not tensor_name.startswith(PREFIX):
                     torch.nn.init.zeros_(tensor)  # the bias of a head that the file never had
@@ -151,33 +148,35 @@ class QuantNoiseHfQuantizer(HfQuantizer):
                         "is missing or from another model. Download or save the model again"
                     )
         read_states(model)
-        self._tie_late(model, offloaded)
-        _align(model)
+        self._tie_late(model)
+        _own_memory(model)
         return model
 
-    def _tie_late(self, model: PreTrainedModel, offloaded: bool) -> None:
+    def _tie_late(self, model: PreTrainedModel) -> None:
         """Ties what transformers would have spoilt; see :func:`tied_late`."""
         shared = self.quantization_config.shared_layers
         if not (late := tied_late(model, shared)):
             return
-        if offloaded:
-            raise ValueError(
-                f"device_map: {late[0]} is shared by layers and cannot be read from disk layer by "
-                "layer; give a device_map without 'disk'"
-            )
+        for name in late:
+            if is_offloaded(model.get_submodule(name.rpartition(".")[0])):
+                raise cannot_be_fetched(name, "is shared by layers")
         share(model, [(source, name) for name, source in shared.items()])
         declare_shared(model, shared)
 
     # ---- saving ---------------------------------------------------------------------------------
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict]:
+        # With an adapter inside, transformers writes that alone, and neither config nor layers.
+        if not getattr(model, "_hf_peft_config_loaded", False):
+            follow_replaced(model, self.quantization_config)
         state_dict = model.state_dict()
         written: dict[int, Tensor] = {}  # tied layers must go on sharing one tensor
         for prefix, layer in packed_layers(model):
             for name, parameter in layer.named_parameters(recurse=False):
                 key = f"{prefix}.{name}"
                 if id(parameter) not in written:
-                    written[id(parameter)] = storage_tensor(layer, name, state_dict[key])
+                    tensor = fetched(model, key, state_dict[key])
+                    written[id(parameter)] = storage_tensor(layer, name, tensor)
                 state_dict[key] = written[id(parameter)]
         state_dict[sentinel_name(self.quantization_config)] = torch.zeros(1, dtype=torch.uint8)
         return state_dict, {}
@@ -212,11 +211,15 @@ def _require_no_data(config: QuantizedModelConfig) -> None:
 
 
 @torch.no_grad()
-def _align(model: PreTrainedModel) -> None:
-    """Copies tensors that begin in the middle of a cache line, as those read straight off a file
-    do: matrix products take another path there, whose last bits differ from the saved model's."""
+def _own_memory(model: PreTrainedModel) -> None:
+    """Copies what was read straight off a file, tensor by tensor.
+
+    Such tensors are windows on the file: one of them keeps all of it in memory, the weights that
+    were quantized while loading too. And they begin in the middle of a cache line, where matrix
+    products take another path, whose last bits differ from the saved model's.
+    """
     for tensor in [*model.parameters(), *model.buffers()]:
-        if tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT:
+        if tensor.device.type == "cpu":
             tensor.data = tensor.data.clone()
 
 

@@ -173,7 +173,7 @@ def unpack_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Modul
     for _, layer in list(packed_layers(model)):
         key = id(layer.weight_indices)
         if key not in weights:
-            weight = layer.weight.contiguous()
+            weight = layer.decode().contiguous()
             weights[key] = nn.Parameter(weight if dtype is None else weight.to(dtype))
         for name in [*packed_names(layer), *INPUT_NAMES]:
             layer._parameters.pop(name, None)

@@ -23,6 +23,7 @@ from ..quantizers.fixed_point import round_activations
 from ..quantizers.packing import unpack_codes
 from ..shadow import Shadow, shadow_class
 from .activations import InputObserver
+from .decoded import shown
 
 PREFIX = "weight_"
 INDICES = "weight_indices"
@@ -92,12 +93,23 @@ class PackedLayer(Shadow):
             # Outputs first whatever the layout: transformers pads biases by the first dimension of
             # a tied weight, and would cut those of a Conv1D.
             return torch.empty(self.rows, self.columns, device="meta")
+        return shown(self.decode())
+
+    def decode(self) -> Tensor:
+        """The weight as a plain tensor, in the layout and shape of the original."""
         return layout_of(self).from_matrix(self.decode_rows(), self.weight_shape)
 
     @property
     def state(self) -> dict[str, Tensor]:
         """The quantizer's float state as parameters, without the averaging of gradients."""
         return {key: getattr(self, PREFIX + key) for key in self.quantizer.state_spec(1, 1)}
+
+    @state.setter
+    def state(self, value: dict[str, Tensor]) -> None:
+        # PEFT gives every layer that it wraps its own state (bitsandbytes keeps something there).
+        own = self.state
+        if value.keys() != own.keys() or any(value[key] is not own[key] for key in own):
+            raise AttributeError("the state of a packed layer is its parameters: set those")
 
     @property
     def codes_per_row(self) -> int:
