@@ -186,7 +186,11 @@ class QuantNoiseHfQuantizer(HfQuantizer):
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None):
         if isinstance(dtype, str):  # config.dtype is its name once the model was saved
             dtype = getattr(torch, dtype)
-        unpack_model(model, dtype)
+        unpack_model(model)
+        if dtype not in (None, model.dtype):  # else each weight keeps what it was loaded in
+            for tensor in model.state_dict(keep_vars=True).values():
+                if tensor.is_floating_point():
+                    tensor.data = tensor.data.to(dtype)
         unshare(model, self.quantization_config.shared_layers)
         submodels = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
         for submodel in submodels:
@@ -201,12 +205,16 @@ class QuantNoiseHfQuantizer(HfQuantizer):
 
 def _require_no_data(config: QuantizedModelConfig) -> None:
     """Refuses what cannot be done while a dense checkpoint is loaded."""
-    needs = config.target or config.reads_data
-    if needs:
+    call = "load the dense model without quantization_config and give it to quantize_model(model, "
+    if config.reads_data:
         raise ValueError(
-            f"{needs}: from_pretrained has no data to measure on; load the dense model and give it "
-            "to quantize_model(model, config, calibration_data=[batch, ...]), or to "
-            "QuantNoiseTrainer"
+            f"{config.reads_data}: from_pretrained has no data to measure on; {call}config, "
+            "calibration_data=[batch, ...]), or to QuantNoiseTrainer"
+        )
+    if config.target:
+        raise ValueError(
+            f"{config.target}: from_pretrained does not allot sizes to weights; {call}config), "
+            "with calibration_data=[batch, ...] where there is data, or to QuantNoiseTrainer"
         )
 
 
