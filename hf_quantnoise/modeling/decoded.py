@@ -35,10 +35,11 @@ class DecodedWeight(Tensor):
 
     @data.setter
     def data(self, value: Tensor) -> None:
-        _refuse()
+        refuse()
 
 
-def _refuse(*_: Any, **__: Any) -> NoReturn:
+def refuse(*_: Any, **__: Any) -> NoReturn:
+    """Raises the ValueError that tells the way out."""
     raise ValueError(
         "the weight of a quantized layer is decoded from its codes and cannot be written to: to "
         "resize a table, merge an adapter or edit weights, call model.dequantize() first, and "
@@ -47,7 +48,7 @@ def _refuse(*_: Any, **__: Any) -> NoReturn:
 
 
 for _name in _WRITES:
-    setattr(DecodedWeight, _name, _refuse)
+    setattr(DecodedWeight, _name, refuse)
 
 
 def shown(weight: Tensor) -> Tensor:
