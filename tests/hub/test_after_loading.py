@@ -102,7 +102,7 @@ def test_generation_with_and_without_cache_as_the_dense_model_of_these_weights(
 
 @pytest.mark.parametrize(
     ("kind", "backend"),
-    [("ipq", "eager"), ("ipq", "aot_eager"), ("8 bits", "aot_eager"), ("int8", "aot_eager")],
+    [("ipq", "eager"), ("ipq", "aot_eager"), ("int8", "aot_eager")],
 )
 def test_forward_and_backward_compile_without_a_graph_break(kind, backend, tmp_path):
     model = load(tmp_path, "bert", CONFIGS[kind])  # in eval mode: without dropout
