@@ -71,7 +71,8 @@ def _check_method(path: str, quantization: Any) -> None:
     if quantization is None:
         raise ValueError(
             f"{path!r} is not quantized (its config.json has no quantization_config); load it with "
-            "transformers' AutoModel, or compress it with quantize_model(model, IPQConfig())"
+            "transformers' AutoModel, which quantizes it with quantization_config=IPQConfig(), or "
+            "compress it with quantize_model(model, IPQConfig())"
         )
     method = (
         quantization.get("quant_method")

@@ -26,14 +26,13 @@ from ..quantizers import quantizer_from_dict
 from ..sharing import share, unshare
 from ..structure import LayerInfo, find_layers
 from .card import CARD_ATTRIBUTE, TAGS
+from .offload import cannot_be_fetched, fetched, is_offloaded, require_in_memory, was_read
+from .replaced import follow_replaced
 from .ties import TieRewriter, restore_ties
 
 logger = logging.get_logger(__name__)
 
 register_quantization_config(QUANT_METHOD)(QuantizedModelConfig)
-
-# Bytes; what torch's own allocator gives.
-ALIGNMENT = 64
 
 
 def entry_quantizer(entry: dict):
@@ -134,20 +133,18 @@ class QuantNoiseHfQuantizer(HfQuantizer):
         if not self.pre_quantized:
             from .packer import ModelPacker  # it needs this module's class
 
+            require_in_memory(model)
             model.is_quantized = False  # it is dense until now; packing marks it
             ModelPacker(model, self.quantization_config).pack_all()
+            _own_memory(model)
             return model
         model.add_model_tags(list(TAGS))
-        offloaded = "disk" in getattr(model, "hf_device_map", {}).values()
         for name, layer in packed_layers(model):
             layer._shape_only = False
-            if offloaded and layer.quantizer.is_stored_otherwise:
-                raise ValueError(
-                    f"device_map: {name} stores its centroids in 8 bits, which cannot be read from "
-                    "disk layer by layer; give a device_map without 'disk'"
-                )
+            if is_offloaded(layer) and layer.quantizer.is_stored_otherwise:
+                raise cannot_be_fetched(name, "stores its centroids in 8 bits")
             for tensor_name, tensor in layer.named_parameters(recurse=False):
-                if offloaded or getattr(tensor, "_is_hf_initialized", False):
+                if was_read(layer, tensor_name):
                     continue
                 if name in self._joined and not tensor_name.startswith(PREFIX):
                     torch.nn.init.zeros_(tensor)  # the bias of a head that the file never had
@@ -157,20 +154,18 @@ class QuantNoiseHfQuantizer(HfQuantizer):
                         "is missing or from another model. Download or save the model again"
                     )
         read_states(model)
-        self._tie_late(model, offloaded)
-        _align(model)
+        self._tie_late(model)
+        _own_memory(model)
         return model
 
-    def _tie_late(self, model: PreTrainedModel, offloaded: bool) -> None:
+    def _tie_late(self, model: PreTrainedModel) -> None:
         """Ties what transformers would have spoilt; see :func:`tied_late`."""
         shared = self.quantization_config.shared_layers
         if not (late := tied_late(model, shared)):
             return
-        if offloaded:
-            raise ValueError(
-                f"device_map: {late[0]} is shared by layers and cannot be read from disk layer by "
-                "layer; give a device_map without 'disk'"
-            )
+        for name in late:
+            if is_offloaded(model.get_submodule(name.rpartition(".")[0])):
+                raise cannot_be_fetched(name, "is shared by layers")
         share(model, [(source, name) for name, source in shared.items()])
         declare_shared(model, shared)
 
@@ -181,13 +176,17 @@ class QuantNoiseHfQuantizer(HfQuantizer):
         for key in model.config.sub_configs:
             if (sub_config := getattr(model.config, key, None)) is not None:
                 sub_config.dtype = model.dtype
+        # With an adapter inside, transformers writes that alone, and neither config nor layers.
+        if not getattr(model, "_hf_peft_config_loaded", False):
+            follow_replaced(model, self.quantization_config)
         state_dict = model.state_dict()
         written: dict[int, Tensor] = {}  # tied layers must go on sharing one tensor
         for prefix, layer in packed_layers(model):
             for name, parameter in layer.named_parameters(recurse=False):
                 key = f"{prefix}.{name}"
                 if id(parameter) not in written:
-                    written[id(parameter)] = storage_tensor(layer, name, state_dict[key])
+                    tensor = fetched(model, key, state_dict[key])
+                    written[id(parameter)] = storage_tensor(layer, name, tensor)
                 state_dict[key] = written[id(parameter)]
         for name in sentinel_names(self.quantization_config, model):
             state_dict[name] = torch.zeros(1, dtype=torch.uint8)
@@ -198,7 +197,11 @@ class QuantNoiseHfQuantizer(HfQuantizer):
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None):
         if isinstance(dtype, str):  # config.dtype is its name once the model was saved
             dtype = getattr(torch, dtype)
-        unpack_model(model, dtype)
+        unpack_model(model)
+        if dtype not in (None, model.dtype):  # else each weight keeps what it was loaded in
+            for tensor in model.state_dict(keep_vars=True).values():
+                if tensor.is_floating_point():
+                    tensor.data = tensor.data.to(dtype)
         model.__dict__.pop(CARD_ATTRIBUTE, None)  # its metrics are the packed model's
         unshare(model, self.quantization_config.shared_layers)
         restore_ties(model)
@@ -210,21 +213,29 @@ class QuantNoiseHfQuantizer(HfQuantizer):
 
 def _require_no_data(config: QuantizedModelConfig) -> None:
     """Refuses what cannot be done while a dense checkpoint is loaded."""
-    needs = config.target or config.reads_data
-    if needs:
+    call = "load the dense model without quantization_config and give it to quantize_model(model, "
+    if config.reads_data:
         raise ValueError(
-            f"{needs}: from_pretrained has no data to measure on; load the dense model and give it "
-            "to quantize_model(model, config, calibration_data=[batch, ...]), or to "
-            "QuantNoiseTrainer"
+            f"{config.reads_data}: from_pretrained has no data to measure on; {call}config, "
+            "calibration_data=[batch, ...]), or to QuantNoiseTrainer"
+        )
+    if config.target:
+        raise ValueError(
+            f"{config.target}: from_pretrained does not allot sizes to weights; {call}config), "
+            "with calibration_data=[batch, ...] where there is data, or to QuantNoiseTrainer"
         )
 
 
 @torch.no_grad()
-def _align(model: PreTrainedModel) -> None:
-    """Copies tensors that begin in the middle of a cache line, as those read straight off a file
-    do: matrix products take another path there, whose last bits differ from the saved model's."""
+def _own_memory(model: PreTrainedModel) -> None:
+    """Copies what was read straight off a file, tensor by tensor.
+
+    Such tensors are windows on the file: one of them keeps all of it in memory, the weights that
+    were quantized while loading too. And they begin in the middle of a cache line, where matrix
+    products take another path, whose last bits differ from the saved model's.
+    """
     for tensor in [*model.parameters(), *model.buffers()]:
-        if tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT:
+        if tensor.device.type == "cpu":
             tensor.data = tensor.data.clone()
 
 

@@ -168,14 +168,13 @@ def set_codes(layers: Sequence[PackedLayer], codes: Tensor) -> None:
 
 
 @torch.no_grad()
-def unpack_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+def unpack_model(model: nn.Module) -> nn.Module:
     """Gives every packed layer its decoded weight and its own class back, ties kept. In place."""
     weights: dict[int, nn.Parameter] = {}
     for _, layer in list(packed_layers(model)):
         key = id(layer.weight_indices)
         if key not in weights:
-            weight = layer.weight.contiguous()
-            weights[key] = nn.Parameter(weight if dtype is None else weight.to(dtype))
+            weights[key] = nn.Parameter(layer.decode().contiguous())
         for name in [*packed_names(layer), *INPUT_NAMES]:
             layer._parameters.pop(name, None)
         for name in (

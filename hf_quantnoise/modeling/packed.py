@@ -23,6 +23,7 @@ from ..quantizers.fixed_point import round_activations
 from ..quantizers.packing import unpack_codes
 from ..shadow import Shadow, shadow_class
 from .activations import InputObserver
+from .decoded import refuse, shown
 
 PREFIX = "weight_"
 INDICES = "weight_indices"
@@ -92,12 +93,30 @@ class PackedLayer(Shadow):
             # Outputs first whatever the layout: transformers pads biases by the first dimension of
             # a tied weight, and would cut those of a Conv1D.
             return torch.empty(self.rows, self.columns, device="meta")
+        return shown(self.decode())
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        # PEFT gives a layer its own weight back where it takes an adapter off.
+        own = self.decode()
+        if value.shape != own.shape or not torch.equal(value, own):
+            refuse()
+
+    def decode(self) -> Tensor:
+        """The weight as a plain tensor, in the layout and shape of the original."""
         return layout_of(self).from_matrix(self.decode_rows(), self.weight_shape)
 
     @property
     def state(self) -> dict[str, Tensor]:
         """The quantizer's float state as parameters, without the averaging of gradients."""
         return {key: getattr(self, PREFIX + key) for key in self.quantizer.state_spec(1, 1)}
+
+    @state.setter
+    def state(self, value: dict[str, Tensor]) -> None:
+        # PEFT gives every layer that it wraps its own state (bitsandbytes keeps something there).
+        own = self.state
+        if value.keys() != own.keys() or any(value[key] is not own[key] for key in own):
+            raise AttributeError("the state of a packed layer is its parameters: set those")
 
     @property
     def codes_per_row(self) -> int:
@@ -149,6 +168,14 @@ class PackedLayer(Shadow):
         if not self.rows_are_aligned or step >= self.rows:
             return [slice(0, self.rows)]
         return [slice(start, min(start + step, self.rows)) for start in range(0, self.rows, step)]
+
+    def requires_grad_(self, requires_grad: bool = True) -> PackedLayer:
+        """As of any module, for what can be trained: codes and fixed scales have no gradients."""
+        trained = {PREFIX + key for key in self.state.keys() - self.quantizer.not_trained}
+        for name, parameter in self.named_parameters():
+            if name in trained or not name.startswith((PREFIX, *INPUT_NAMES)):
+                parameter.requires_grad_(requires_grad)
+        return self
 
     def _load_from_state_dict(self, *args, **kwargs):
         self._counts = None

@@ -1,0 +1,224 @@
+"""What is done with a loaded model: training, generation, compilation, new tokens, another head."""
+
+import copy
+
+import pytest
+import torch
+from stacked import inputs_of, make_stacked
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from hf_quantnoise import AutoQuantizedModel, FixedPointConfig, IPQConfig, quantize_model
+from hf_quantnoise.modeling import packed_layers
+
+PQ = {"block_size": 4, "n_centroids": 16}
+CONFIGS = {
+    "ipq": IPQConfig(**PQ),
+    "8 bits": IPQConfig(**PQ, codebook_bits=8),
+    "int8": FixedPointConfig(bits=8),
+}
+
+
+@torch.no_grad()
+def output(model, name, words=320):
+    inputs = {key: tensor.clamp(max=words - 1) for key, tensor in inputs_of(name).items()}
+    return model.eval()(**inputs).logits
+
+
+def load(folder, name, config=CONFIGS["ipq"], layers=2):
+    quantize_model(make_stacked(name, layers), config, progress=False).save_pretrained(folder)
+    return AutoQuantizedModel.from_pretrained(folder)
+
+
+def reloaded(model, folder):
+    model.save_pretrained(folder)
+    return AutoQuantizedModel.from_pretrained(folder)
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_trainer_moves_centroids_keeps_codes_and_goes_on_where_it_was(kind, parity_data, tmp_path):
+    def trainer(model, name, **more):
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path / name), max_steps=4, save_steps=2, learning_rate=1e-2,
+            per_device_train_batch_size=8, use_cpu=True, disable_tqdm=True, **more,
+        )  # fmt: skip
+        return Trainer(model, arguments, train_dataset=parity_data, eval_dataset=parity_data)
+
+    model = load(tmp_path / "model", "bert", CONFIGS[kind])
+    before = {name: tensor.clone() for name, tensor in model.named_parameters()}
+    whole = trainer(model, "whole")
+    whole.train()
+    assert whole.evaluate()["eval_loss"] > 0
+    layers = dict(packed_layers(model))
+    for name, tensor in model.named_parameters():
+        layer, _, leaf = name.rpartition(".")
+        if leaf in ("weight_indices", "weight_codebook") and "position" not in layer:
+            assert torch.equal(tensor, before[name]) == (leaf == "weight_indices"), name
+        if layer in layers and leaf == "weight_scale":
+            assert not torch.equal(tensor, before[name]), name
+    assert torch.equal(
+        output(AutoQuantizedModel.from_pretrained(tmp_path / "whole" / "checkpoint-4"), "bert"),
+        output(reloaded(model, tmp_path / "trained"), "bert"),
+    )
+    if kind == "ipq":  # as they are kept: with 8 bits a checkpoint rounds the centroids
+        second = load(tmp_path / "model", "bert", CONFIGS[kind])
+        trainer(second, "whole").train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-2"))
+        assert torch.equal(output(second, "bert"), output(model, "bert"))
+
+
+# ---- generation ----------------------------------------------------------------------------------
+
+SEARCHES = {
+    "greedy": {"do_sample": False},
+    "beam": {"num_beams": 3, "do_sample": False},
+}
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+@pytest.mark.parametrize("name", ["gpt2", "t5", "bart"])
+def test_generation_with_and_without_cache_as_the_dense_model_of_these_weights(
+    name, search, tmp_path
+):
+    model = load(tmp_path, name)
+    dense = copy.deepcopy(model).dequantize()
+    ids = inputs_of(name)["input_ids"]
+
+    def generate(one, **more):
+        settings = {"max_new_tokens": 6, "pad_token_id": 0, **SEARCHES[search], **more}
+        found = one.generate(ids, **settings, output_scores=True, return_dict_in_generate=True)
+        return found.sequences, torch.stack(found.scores)
+
+    tokens, scores = generate(model)
+    for others in (generate(dense), generate(model, use_cache=False)):
+        assert torch.equal(tokens, others[0])
+        torch.testing.assert_close(scores, others[1], rtol=1e-4, atol=1e-4)
+
+
+# ---- compilation ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "backend"),
+    [("ipq", "eager"), ("ipq", "aot_eager"), ("int8", "aot_eager")],
+)
+def test_forward_and_backward_compile_without_a_graph_break(kind, backend, tmp_path):
+    model = load(tmp_path, "bert", CONFIGS[kind])  # in eval mode: without dropout
+    inputs = {**inputs_of("bert"), "labels": torch.tensor([0, 1])}
+
+    def gradients(run):
+        model.zero_grad()
+        run(**inputs).loss.backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    expected = gradients(model)
+    found = gradients(torch.compile(model, backend=backend, fullgraph=True))
+    assert found.keys() == expected.keys() and expected
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def test_a_loaded_decoder_compiles_in_inference(tmp_path):
+    model = load(tmp_path, "llama")
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(output(compiled, "llama"), output(model, "llama"))
+
+
+# ---- new tokens, another head --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "size"), [("gpt2", "ipq", 330), ("gpt2", "int8", 300), ("bart", "ipq", 330)]
+)
+def test_a_packed_table_is_not_resized_and_nothing_is_changed(name, kind, size):
+    model = quantize_model(make_stacked(name, 1), CONFIGS[kind], progress=False)
+    expected = output(model, name)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad), pytest.raises(ValueError, match="resize.*dequantize"):
+            model.resize_token_embeddings(size)
+    assert model.config.vocab_size == 320 and model.get_input_embeddings().num_embeddings == 320
+    assert torch.equal(output(model, name), expected)
+    # As scripts do without need: what can be trained still is, and nothing else.
+    trained = {name for name, tensor in model.named_parameters() if tensor.requires_grad}
+    assert model.resize_token_embeddings(320) is model.get_input_embeddings()
+    assert {name for name, tensor in model.named_parameters() if tensor.requires_grad} == trained
+    assert torch.equal(output(model, name), expected)
+
+
+def test_the_way_it_names_leads_there(tmp_path):
+    model = load(tmp_path / "a", "gpt2").dequantize()
+    expected = output(model, "gpt2")
+    model.resize_token_embeddings(330)
+    torch.testing.assert_close(output(model, "gpt2")[..., :320], expected)
+    quantize_model(model, CONFIGS["ipq"], progress=False)
+    again = reloaded(model, tmp_path / "b")
+    assert torch.equal(output(again, "gpt2"), output(model, "gpt2"))
+    assert output(again, "gpt2").shape[-1] == 330
+
+
+@pytest.mark.parametrize("size", [330, 300])
+def test_a_table_in_floating_point_is_resized(size, tmp_path):
+    """Its head is tied, and in floating point too."""
+    model = load(tmp_path / "a", "gpt2", IPQConfig(**PQ, stages=["ffn", "attention"]))
+    expected = output(model, "gpt2", 300)
+    model.resize_token_embeddings(size)
+    again = reloaded(model, tmp_path / "b")
+    assert again.get_input_embeddings().weight is again.get_output_embeddings().weight
+    assert torch.equal(output(again, "gpt2", 300), output(model, "gpt2", 300))
+    found = output(again, "gpt2", 300)
+    assert found.shape[-1] == size
+    torch.testing.assert_close(found[..., :320], expected[..., :size])
+
+
+def test_a_packed_head_over_a_dense_table_becomes_dense_and_the_plan_follows(tmp_path):
+    model = load(tmp_path / "a", "llama", IPQConfig(**PQ, stages=["ffn", "head"]))
+    assert "lm_head" in model.config.quantization_config.plan
+    expected = output(model, "llama")
+    model.resize_token_embeddings(330)
+    torch.testing.assert_close(output(model, "llama")[..., :320], expected)
+    again = reloaded(model, tmp_path / "b")
+    assert torch.equal(output(again, "llama"), output(model, "llama"))
+    config = again.config.quantization_config
+    assert "lm_head" not in config.plan and "replaced" in config.left_dense["lm_head"]
+
+
+def test_another_head_is_saved_as_it_is(tmp_path):
+    model = load(tmp_path / "a", "bert", CONFIGS["int8"])
+    assert "classifier" in model.config.quantization_config.plan
+    torch.manual_seed(1)
+    model.classifier, model.config.num_labels = nn.Linear(32, 5), 5
+    model.num_labels = 5
+    again = reloaded(model, tmp_path / "b")
+    assert torch.equal(output(again, "bert"), output(model, "bert"))
+    assert output(again, "bert").shape[-1] == 5
+
+
+def test_a_wrapped_layer_is_not_saved_as_something_else(tmp_path):
+    model = load(tmp_path / "a", "bert")
+    layer = model.bert.encoder.layer[0]
+    layer.output.dense = nn.Sequential(layer.output.dense)
+    with pytest.raises(ValueError, match="layer.0.output.dense, which is a Sequential.*unload"):
+        model.save_pretrained(tmp_path / "b")
+
+
+def test_a_write_to_a_decoded_weight_is_refused():
+    model = quantize_model(make_stacked("bert", 1), CONFIGS["ipq"], progress=False)
+    layer = model.bert.encoder.layer[0].output.dense
+    expected = layer.weight.clone()
+    with torch.no_grad():
+        for write in (
+            lambda weight: weight.copy_(expected),
+            lambda weight: weight.data.add_(1),
+            lambda weight: weight.__setitem__(0, 0.0),
+            lambda weight: setattr(weight, "data", expected),
+            nn.init.normal_,
+        ):
+            with pytest.raises(ValueError, match="cannot be written to.*dequantize"):
+                write(layer.weight)
+    with pytest.raises(ValueError, match="cannot be written to"):
+        layer.weight = expected + 1
+    layer.weight = layer.weight  # as PEFT does where it takes an adapter off
+    assert torch.equal(layer.weight, expected)
+    assert type(layer.weight + 0) is torch.Tensor and type(layer.weight.detach()) is torch.Tensor

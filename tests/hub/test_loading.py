@@ -1,0 +1,285 @@
+"""Loading by every way of Transformers: heads, shards, dtypes, devices, revisions, folders."""
+
+import shutil
+
+import accelerate
+import pytest
+import torch
+import transformers
+from memory import live_bytes
+from safetensors.torch import load_file, save_file
+from stacked import inputs_of, make_stacked
+from tiny import SIZES, make_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForQuestionAnswering,
+    BertForTokenClassification,
+)
+
+import hf_quantnoise
+from hf_quantnoise import AutoQuantizedModel, FixedPointConfig, IPQConfig, quantize_model
+
+PQ = {"block_size": 4, "n_centroids": 16}
+CONFIGS = {
+    "ipq": IPQConfig(**PQ),
+    "16 bits": IPQConfig(**PQ, codebook_bits=16),
+    "8 bits": IPQConfig(**PQ, codebook_bits=8),
+    "rows": IPQConfig(**PQ, row_scale=True),
+    "int8": FixedPointConfig(bits=8),
+}
+FAULTS = ("missing_keys", "unexpected_keys", "mismatched_keys")
+
+
+def _bert(cls):
+    torch.manual_seed(0)
+    return cls(BertConfig(**SIZES)).eval()
+
+
+HEADS = {
+    "CausalLM": ("gpt2", lambda: make_stacked("gpt2", 2)),
+    "ImageClassification": ("vit", lambda: make_stacked("vit", 2)),
+    "MaskedLM": ("distilbert", lambda: make_stacked("distilbert", 2)),
+    "QuestionAnswering": ("bert", lambda: _bert(BertForQuestionAnswering)),
+    "Seq2SeqLM": ("bart", lambda: make_stacked("bart", 2)),
+    "SequenceClassification": ("deberta", lambda: make_stacked("deberta", 2)),
+    "TokenClassification": ("bert", lambda: _bert(BertForTokenClassification)),
+}
+
+
+@torch.no_grad()
+def output(model, inputs):
+    return model.eval()(**inputs)[0]
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Saves a tiny BERT (or another) by a config; gives its folder, its logits and their inputs."""
+
+    def save(config=CONFIGS["ipq"], name="bert"):
+        model = quantize_model(make_model(name), config, progress=False)
+        model.save_pretrained(tmp_path / "model")
+        inputs = {"input_ids": inputs_of("bert")["input_ids"]}
+        return tmp_path / "model", output(model, inputs), inputs
+
+    return save
+
+
+def whole(loaded):
+    """The model of (model, loading info), once nothing was missing and nothing left over."""
+    model, info = loaded
+    assert not any(info[fault] for fault in FAULTS), info
+    return model
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_every_head_by_its_own_loader_and_by_the_one_that_reads_the_class(head, tmp_path):
+    name, make = HEADS[head]
+    config = IPQConfig(**PQ, stages=["ffn", "attention"]) if name == "vit" else CONFIGS["ipq"]
+    model = quantize_model(make(), config, progress=False)
+    model.save_pretrained(tmp_path)
+    loaders = (
+        getattr(transformers, f"AutoModelFor{head}"),
+        getattr(hf_quantnoise, f"AutoQuantizedModelFor{head}"),
+        AutoQuantizedModel,
+        type(model),
+    )
+    for loader in loaders:
+        again = whole(loader.from_pretrained(tmp_path, output_loading_info=True))
+        assert type(again) is type(model) and again.is_quantized and not again.training
+        assert torch.equal(output(again, inputs_of(name)), output(model, inputs_of(name)))
+
+
+def test_shards_load_whole_and_are_written_again_alike(tmp_path, saved):
+    folder, expected, inputs = saved(name="gpt2")
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(
+        tmp_path / "a", max_shard_size="4KB"
+    )
+    again = whole(AutoQuantizedModel.from_pretrained(tmp_path / "a", output_loading_info=True))
+    assert torch.equal(output(again, inputs), expected)
+    again.save_pretrained(tmp_path / "b", max_shard_size="4KB")
+    files = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert len([name for name in files if name.startswith("model-")]) > 2
+    assert files == sorted(path.name for path in (tmp_path / "b").iterdir())
+    for name in files:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "float16"])
+def test_dtype_casts_what_is_floating_point_and_no_code(kind, dtype, saved):
+    folder, expected, inputs = saved(CONFIGS[kind])
+    model = whole(
+        AutoModelForSequenceClassification.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True
+        )
+    )
+    wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    stored = load_file(folder / "model.safetensors")
+    for name, tensor in model.named_parameters():
+        if name.endswith("weight_indices"):
+            assert tensor.dtype == torch.uint8 and torch.equal(tensor, stored[name])
+        else:
+            assert tensor.dtype == wanted, name
+    logits = output(model, inputs)
+    assert logits.dtype == wanted
+    torch.testing.assert_close(logits.float(), expected, rtol=0.05, atol=0.02)
+
+
+def test_dtype_auto_is_that_of_the_checkpoint(saved, tmp_path):
+    folder, expected, inputs = saved()
+    auto = AutoModelForSequenceClassification.from_pretrained(folder, dtype="auto")
+    assert auto.dtype == torch.float32 and torch.equal(output(auto, inputs), expected)
+    half = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.bfloat16)
+    half.save_pretrained(tmp_path / "half")
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "half", dtype="auto")
+    assert again.dtype == torch.bfloat16
+    assert torch.equal(output(again, inputs), output(half, inputs))
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_attn_implementation(attention, saved):
+    folder, expected, inputs = saved()
+    model = AutoQuantizedModel.from_pretrained(folder, attn_implementation=attention)
+    assert model.config._attn_implementation == attention
+    torch.testing.assert_close(output(model, inputs), expected)
+
+
+# ---- devices -------------------------------------------------------------------------------------
+
+PARTS = ("bert.embeddings", "bert.encoder.layer.0", "bert.encoder.layer.1", "bert.pooler",
+         "classifier")  # fmt: skip
+
+
+def parts_on(**places):
+    return {name: places.get(name.rpartition(".")[2], "cpu") for name in PARTS}
+
+
+@pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}])
+def test_a_device_map_with_room_for_all(device_map, saved):
+    folder, expected, inputs = saved()
+    model = whole(
+        AutoQuantizedModel.from_pretrained(folder, device_map=device_map, output_loading_info=True)
+    )
+    assert torch.equal(output(model, inputs), expected)
+
+
+@pytest.mark.parametrize("kind", ["ipq", "16 bits", "rows", "int8"])
+def test_layers_on_disk_are_read_when_they_run_and_saved_again_alike(kind, saved, tmp_path):
+    folder, expected, inputs = saved(CONFIGS[kind])
+    model = whole(
+        AutoQuantizedModel.from_pretrained(
+            folder, device_map=parts_on(**{"1": "disk", "embeddings": "disk"}),
+            offload_folder=tmp_path / "offload", output_loading_info=True,
+        )
+    )  # fmt: skip
+    assert model.bert.encoder.layer[1].output.dense.weight_indices.is_meta
+    assert not model.bert.encoder.layer[0].output.dense.weight_indices.is_meta
+    torch.testing.assert_close(output(model, inputs), expected)
+    model.save_pretrained(tmp_path / "again")
+    for name in ("config.json", "model.safetensors"):
+        assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+def test_layers_in_main_memory_are_fetched_when_they_run(saved, monkeypatch):
+    """As with an accelerator that is too small for the model."""
+
+    def dispatch(model, *_):
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+
+    monkeypatch.setattr(transformers.modeling_utils, "accelerate_dispatch", dispatch)
+    two_places = {**parts_on(), "classifier": torch.device("cpu")}  # with one nothing is dispatched
+    folder, expected, inputs = saved(CONFIGS["16 bits"])
+    model = AutoQuantizedModel.from_pretrained(folder, device_map=two_places)
+    assert model.bert.encoder.layer[1].output.dense.weight_indices.is_meta
+    torch.testing.assert_close(output(model, inputs), expected)
+    folder, _, _ = saved(CONFIGS["8 bits"])
+    with pytest.raises(ValueError, match="in 8 bits.*'cpu'"):
+        AutoQuantizedModel.from_pretrained(folder, device_map=two_places)
+
+
+def test_what_cannot_be_offloaded_says_so(saved, tmp_path):
+    folder, _, _ = saved(CONFIGS["8 bits"])
+    with pytest.raises(ValueError, match="device_map: bert.encoder.layer.1.* in 8 bits.*'disk'"):
+        AutoQuantizedModel.from_pretrained(folder, device_map=parts_on(**{"1": "disk"}))
+    # Eight bits elsewhere are no reason.
+    config = IPQConfig(**PQ, codebook_bits=8, exclude_modules=r".*layer\.1\..*")
+    folder, expected, inputs = saved(config)
+    model = AutoQuantizedModel.from_pretrained(folder, device_map=parts_on(**{"1": "disk"}))
+    torch.testing.assert_close(output(model, inputs), expected)
+
+
+def test_shared_dense_conv1d_cannot_be_offloaded(tmp_path):
+    config = IPQConfig(**PQ, share_layers=2, stages=["ffn"])
+    quantize_model(make_stacked("gpt2", 2), config, progress=False).save_pretrained(tmp_path)
+    places = {"transformer.wte": "cpu", "transformer.wpe": "cpu", "transformer.h": "disk",
+              "transformer.ln_f": "cpu", "lm_head": "cpu"}  # fmt: skip
+    with pytest.raises(ValueError, match="device_map: .*shared by layers.*'disk'"):
+        AutoQuantizedModel.from_pretrained(tmp_path, device_map=places)
+
+
+def test_a_tensor_missing_from_disk_is_named(saved):
+    folder, _, _ = saved()
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["bert.encoder.layer.1.output.dense.weight_indices"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises((KeyError, ValueError), match="layer.1.output.dense.weight_indices"):
+        AutoQuantizedModel.from_pretrained(folder, device_map=parts_on(**{"1": "disk"}))
+
+
+# ---- where it lies -------------------------------------------------------------------------------
+
+
+def test_a_subfolder(saved, tmp_path):
+    folder, expected, inputs = saved()
+    shutil.move(folder, tmp_path / "repository" / "small")
+    for loader in (AutoQuantizedModel, AutoModelForSequenceClassification):
+        model = loader.from_pretrained(tmp_path / "repository", subfolder="small")
+        assert torch.equal(output(model, inputs), expected)
+    with pytest.raises((OSError, ValueError), match="config.json"):
+        AutoQuantizedModel.from_pretrained(tmp_path / "repository")
+
+
+def test_a_revision_of_what_was_downloaded_before(saved, tmp_path):
+    """A cache as the Hub's client leaves it: the newest revision is of other weights."""
+    folder, expected, inputs = saved()
+    repository = tmp_path / "cache" / "models--me--small"
+    for branch, commit in (("main", "a" * 40), ("v1", "b" * 40)):
+        shutil.copytree(folder, repository / "snapshots" / commit)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / branch).write_text(commit)
+    newest = repository / "snapshots" / ("a" * 40)
+    quantize_model(make_model("bert", seed=1), CONFIGS["ipq"], progress=False).save_pretrained(
+        newest
+    )
+    where = {"cache_dir": tmp_path / "cache", "local_files_only": True}
+    for loader in (AutoQuantizedModel, AutoModelForSequenceClassification):
+        old = loader.from_pretrained("me/small", revision="v1", **where)
+        assert torch.equal(output(old, inputs), expected)
+        assert not torch.equal(
+            output(loader.from_pretrained("me/small", **where), inputs), expected
+        )
+    with pytest.raises(OSError, match="find them in the cached files"):
+        AutoQuantizedModel.from_pretrained("me/other", **where)
+
+
+# ---- what it costs -------------------------------------------------------------------------------
+
+
+def test_loading_takes_the_memory_of_the_packed_model(saved, monkeypatch):
+    """At most the file and what is made of it, at no time a dense weight; the dense model's loading
+    is counted in the same way. One thread, as others are not seen."""
+    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")
+    folder, _, _ = saved()
+    make_model("bert").save_pretrained(folder.parent / "dense")
+    load = AutoModelForSequenceClassification.from_pretrained
+    load(folder)  # what is made once for each process
+    dense = live_bytes(lambda: load(folder.parent / "dense"))
+    packed = live_bytes(lambda: load(folder))
+    own = sum(tensor.nbytes for tensor in packed.result.parameters())
+    buffers = sum(tensor.nbytes for tensor in packed.result.buffers())
+    assert packed.left <= own + buffers + 1024
+    file = (folder / "model.safetensors").stat().st_size
+    assert packed.peak <= own + buffers + file + 1024
+    assert packed.peak < dense.peak

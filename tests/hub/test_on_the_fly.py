@@ -1,0 +1,199 @@
+"""``from_pretrained("dense", quantization_config=...)``, and the way back to a plain model."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from memory import live_bytes
+from stacked import inputs_of, make_stacked
+from tiny import SIZES
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+)
+
+from hf_quantnoise import AutoQuantizedModel, FixedPointConfig, IPQConfig, quantize_model
+
+PQ = {"block_size": 4, "n_centroids": 16}
+CONFIGS = {
+    "ipq": IPQConfig(**PQ),
+    "8 bits": IPQConfig(**PQ, codebook_bits=8),
+    "rows": IPQConfig(**PQ, row_scale=True),
+    "int4": FixedPointConfig(bits=4, observer="channel"),
+    "shared": IPQConfig(**PQ, share_layers=2),
+    "pruned": IPQConfig(**PQ, prune_layers="every_other"),
+    "named": IPQConfig(**PQ, layer_quantizers={"lm_head": {"scheme": "int", "bits": 4}}),
+}
+
+
+@torch.no_grad()
+def output(model, name="gpt2"):
+    return model.eval()(**inputs_of(name)).logits
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    """Folder of a tiny GPT-2 of four layers, its head tied to its table."""
+    folder = tmp_path_factory.mktemp("dense")
+    make_stacked("gpt2", 4).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_it_is_what_quantize_model_makes(kind, dense, tmp_path):
+    config = CONFIGS[kind]
+    before = config.to_dict()
+    model, info = AutoModelForCausalLM.from_pretrained(
+        dense, quantization_config=config, output_loading_info=True
+    )
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert config.to_dict() == before, "the user's config is not written to"
+    expected = quantize_model(make_stacked("gpt2", 4), config, progress=False)
+    assert torch.equal(output(model), output(expected))
+    model.save_pretrained(tmp_path / "a")
+    expected.save_pretrained(tmp_path / "b")
+    again = AutoQuantizedModel.from_pretrained(tmp_path / "a")
+    assert torch.equal(output(again), output(model))
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+
+
+def test_a_dtype_is_taken_on_first(dense):
+    config = CONFIGS["ipq"]
+    model = AutoModelForCausalLM.from_pretrained(
+        dense, quantization_config=config, dtype=torch.bfloat16
+    )
+    expected = quantize_model(make_stacked("gpt2", 4).bfloat16(), config, progress=False)
+    assert model.dtype == torch.bfloat16
+    assert torch.equal(output(model), output(expected))
+
+
+def test_a_dict_will_do_and_one_place_as_device_map(dense):
+    config = {"quant_method": "hf_quantnoise", "scheme": "ipq", **PQ}
+    model = AutoModelForCausalLM.from_pretrained(
+        dense, quantization_config=config, device_map="auto"
+    )
+    expected = quantize_model(make_stacked("gpt2", 4), CONFIGS["ipq"], progress=False)
+    assert torch.equal(output(model), output(expected))
+
+
+def bert(layers):
+    torch.manual_seed(0)
+    sizes = {**SIZES, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": layers}
+    return BertForSequenceClassification(BertConfig(**sizes)).eval()
+
+
+def test_the_dense_model_is_held_once_and_let_go(tmp_path):
+    """Beyond the dense file and the packed model there is the scratch of one layer: as much of it
+    for six layers as for two. Afterwards the file is gone from memory too."""
+    scratch = {}
+    for layers in (2, 6):
+        folder = tmp_path / str(layers)
+        bert(layers).save_pretrained(folder)
+        config = FixedPointConfig(bits=8)
+        counted = live_bytes(
+            lambda folder=folder, config=config: AutoModelForSequenceClassification.from_pretrained(
+                folder, quantization_config=config
+            )
+        )
+        model = counted.result
+        own = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+        assert counted.left <= own + 4096
+        file = (folder / "model.safetensors").stat().st_size
+        scratch[layers] = counted.peak - file - own
+    assert scratch[6] <= scratch[2] + 1024
+    assert counted.peak < 1.75 * file  # two copies would be twice as much
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (IPQConfig(importance="activations"), "importance.*no data.*calibration_data"),
+        (FixedPointConfig(activation_bits=8), "activation_bits.*no data.*calibration_data"),
+        (IPQConfig(target_size_mb=1.0), r"target_size_mb=1\.0.*quantize_model\(model, config\)"),
+        (IPQConfig(block_size=5), "block_size=5"),
+    ],
+)
+def test_what_cannot_be_done_without_data_says_how(config, words, dense):
+    with pytest.raises(ValueError, match=words):
+        AutoModelForCausalLM.from_pretrained(dense, quantization_config=config)
+
+
+def test_offloaded_weights_are_not_quantized(dense):
+    places = {"transformer.wte": "cpu", "transformer.wpe": "cpu", "transformer.h": "disk",
+              "transformer.ln_f": "cpu", "lm_head": "cpu"}  # fmt: skip
+    with pytest.raises(ValueError, match="device_map: transformer.h.0.* is offloaded"):
+        AutoModelForCausalLM.from_pretrained(
+            dense, quantization_config=CONFIGS["ipq"], device_map=places
+        )
+
+
+def test_the_loader_of_packed_models_points_to_it(dense):
+    with pytest.raises(ValueError, match="not quantized.*quantization_config=IPQConfig"):
+        AutoQuantizedModel.from_pretrained(dense, quantization_config=CONFIGS["ipq"])
+
+
+# ---- the way back --------------------------------------------------------------------------------
+
+STOCK = """
+import sys, torch, transformers
+for folder in sys.argv[1:]:
+    name = transformers.AutoConfig.from_pretrained(folder).architectures[0]
+    model, info = getattr(transformers, name).from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    inputs, expected = torch.load(folder + "/expected")
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, expected), folder
+assert not any(name.startswith("hf_quantnoise") for name in sys.modules)
+"""
+
+
+def test_dequantized_models_need_nothing_but_transformers(tmp_path):
+    """Loaded, dequantized and saved: stock classes, stock keys, and equal logits in a process that
+    never imports the package."""
+    folders = []
+    for name, config in (
+        ("gpt2", CONFIGS["shared"]),
+        ("bart", CONFIGS["8 bits"]),
+    ):
+        folder = tmp_path / name
+        quantize_model(make_stacked(name, 2), config, progress=False).save_pretrained(folder)
+        model = AutoQuantizedModel.from_pretrained(folder).dequantize()
+        stock = make_stacked(name, 2)
+        assert type(model) is type(stock) and list(model.state_dict()) == list(stock.state_dict())
+        kinds = {key: type(module) for key, module in model.named_modules()}
+        assert kinds == {key: type(module) for key, module in stock.named_modules()}
+        assert not hasattr(model.config, "quantization_config") and not model.is_quantized
+        assert model.all_tied_weights_keys == stock.all_tied_weights_keys
+        folders.append(tmp_path / f"{name}-plain")
+        model.save_pretrained(folders[-1])
+        assert "quantization_config" not in (folders[-1] / "config.json").read_text()
+        torch.save((inputs_of(name), output(model, name)), folders[-1] / "expected")
+    done = subprocess.run(
+        [sys.executable, "-c", STOCK, *map(str, folders)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("cast", ["while loading", "afterwards", "by dequantize"])
+def test_a_dequantized_model_is_of_one_dtype(cast, dense):
+    first = torch.bfloat16 if cast == "while loading" else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(
+        dense, quantization_config=CONFIGS["ipq"], dtype=first
+    )
+    expected = output(model).float()
+    if cast == "afterwards":
+        model.to(torch.bfloat16)
+    model.dequantize(dtype=torch.bfloat16 if cast == "by dequantize" else None)
+    assert len({tensor.dtype for tensor in model.parameters()}) == 1
+    torch.testing.assert_close(output(model).float(), expected, rtol=0.05, atol=0.05)
+
+
+def test_a_dequantized_model_can_be_quantized_again(dense):
+    model = AutoModelForCausalLM.from_pretrained(dense, quantization_config=CONFIGS["ipq"])
+    expected = output(model)
+    again = quantize_model(model.dequantize(), FixedPointConfig(bits=8), progress=False)
+    torch.testing.assert_close(output(again), expected, rtol=0.05, atol=0.05)
