@@ -8,11 +8,11 @@ import torch
 
 pytest.importorskip("hf_quantnoise")
 
-from example_arguments import parse_int_or_dict, parse_patterns
 from run_glue import main, parse
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_quantnoise.compression.stage_trainer import StageTrainer
+from hf_quantnoise.configuration.flags import parse_int_or_dict, parse_patterns
 
 SMALL = ["--n_centroids", "8", "--block_size", "4", "--stage_epochs", "0.5"]
 NAMES = ("dull", "great")
