@@ -26,6 +26,8 @@ FLOORS = (
     "callback",
     "compression",
     "trainer",
+    "cli",
+    "__main__",
 )
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 
