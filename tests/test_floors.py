@@ -26,6 +26,7 @@ FLOORS = (
     "callback",
     "compression",
     "trainer",
+    "runs",
     "cli",
     "__main__",
 )

@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 from transformers import HfArgumentParser, TrainingArguments
 
-from hf_quantnoise import CompressionArguments, QuantNoiseConfig
-from hf_quantnoise.configuration.flags import (
+from ..compression import CompressionArguments
+from ..configuration import QuantNoiseConfig
+from ..configuration.flags import (
     QuantizationFlags,
     parse_int_or_dict,
     parse_patterns,
