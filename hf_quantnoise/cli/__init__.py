@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from inspect import getdoc
 from typing import NoReturn
 
-# In the order of --help.
-from . import compress, convert, plan, push, report  # noqa: F401, I001
+from . import compress, convert, finetune, plan, push, report  # noqa: F401, I001
 from .command import COMMANDS, Command, UsageError
 
 __all__ = ["COMMANDS", "Command", "UsageError", "build_parser", "main"]

@@ -329,16 +329,19 @@ class Example:
     description: str
     prepare: Callable[[Arguments], Job]
 
-    def parse(self, argv: list[str] | None = None) -> Arguments:
-        """The command line; ``argv`` defaults to the process's own."""
-        return parse_arguments(self.data_class, self.description, argv)
+    def parse(self, argv: list[str] | None = None, prog: str | None = None) -> Arguments:
+        """The command line; ``argv`` and ``prog`` default to the process's own."""
+        return parse_arguments(self.data_class, self.description, argv, prog)
 
     def run(self, args: Arguments) -> dict:
         """Carries out a command line; returns what ``results.json`` holds."""
         return run(args, self.prepare)
 
-    def main(self, argv: list[str] | None = None) -> dict:
-        """Entry point."""
-        args = self.parse(argv)
+    def start(self, args: Arguments) -> dict:
+        """As :meth:`run`, with messages on the console."""
         set_up_logging(args.training)
         return self.run(args)
+
+    def main(self, argv: list[str] | None = None) -> dict:
+        """Entry point."""
+        return self.start(self.parse(argv))

@@ -200,13 +200,16 @@ class Arguments:
         return {**values, "training": training}
 
 
-def parse_arguments(data_class: type, description: str, argv: list[str] | None = None) -> Arguments:
+def parse_arguments(
+    data_class: type, description: str, argv: list[str] | None = None, prog: str | None = None
+) -> Arguments:
     """Reads the command line, or a single JSON file of flags, as other examples do.
 
     Args:
         data_class: the example's dataclass of data flags.
         description: what ``--help`` begins with.
         argv: the words; None takes the process's own.
+        prog: what they are the words of; None takes the process's name.
     """
     parser = HfArgumentParser(
         [
@@ -218,6 +221,7 @@ def parse_arguments(data_class: type, description: str, argv: list[str] | None =
             RunTrainingArguments,
         ],
         description=description,
+        prog=prog,
     )
     argv = sys.argv[1:] if argv is None else list(argv)
     if len(argv) == 1 and argv[0].endswith(".json"):
