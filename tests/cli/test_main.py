@@ -23,7 +23,7 @@ def test_help_ends_with_the_examples(name, run):
     assert all(example.startswith(f"hf-quantnoise {name} ") for example in examples)
 
 
-# push talks to a Hub (test_push.py), finetune needs data (tests/examples/test_finetune.py)
+# push talks to a Hub (test_push_command.py), finetune needs data (tests/examples/test_finetune.py)
 @pytest.mark.parametrize("name", [name for name in EVERY if name not in ("push", "finetune")])
 def test_the_examples_run(name, work, run):
     if "plan.json" in " ".join(COMMANDS[name].examples):
