@@ -24,9 +24,9 @@ from results_file import append_line, provenance, read_lines  # it puts the exam
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser
 
-from example_arguments import parse_int_or_dict  # isort: skip
 from hf_quantnoise import IPQConfig, quantize_model
 from hf_quantnoise.compression.distillation import softmax_divergence
+from hf_quantnoise.configuration.flags import parse_int_or_dict
 
 # What a row changes of plain k-means with float32 centroids. Two codebooks take blocks twice as
 # long, and 8-bit centroids: as many bytes as one float32 codebook of half the block size.

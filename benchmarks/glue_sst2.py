@@ -31,7 +31,8 @@ from results_file import (  # it puts the examples on the path
 )
 from transformers import HfArgumentParser
 
-from example_arguments import parse_int_or_dict  # isort: skip
+from hf_quantnoise.configuration.flags import parse_int_or_dict
+
 from run_glue import parse, run  # isort: skip
 
 # How a checkpoint is compressed: flags of run_glue.py. Staged ones take --stage_epochs as well.

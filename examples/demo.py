@@ -15,7 +15,6 @@ import argparse
 from pathlib import Path
 
 import torch
-from closing_table import Row, closing_table, weights_mb
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from transformers import (
@@ -30,6 +29,7 @@ from transformers import (
 )
 
 from hf_quantnoise import CompressionArguments, IPQConfig, QuantNoiseConfig, QuantNoiseTrainer
+from hf_quantnoise.runs.closing_table import Row, closing_table, weights_mb
 
 BLOCK_SIZE = {"ffn": 8, "attention": 4}
 

@@ -100,7 +100,11 @@ class SizeReport:
         ]
         lines.append(("file header", "", "", "", f"{self.header_bytes / 1e3:,.1f}", "", "", ""))
         lines.append(("total", "", str(len(self.rows)), *_kilobytes(self.total)))
-        text = _aligned(lines) + f"\n{self.total.times_smaller:.1f} times smaller than float32"
+        return aligned(lines) + "\n" + self.closing_lines()
+
+    def closing_lines(self) -> str:
+        """What stands below a table: how much smaller, what stays in floating point, and why."""
+        text = f"{self.total.times_smaller:.1f} times smaller than float32"
         if self.left_dense:
             text += "\nleft in floating point:"
             text += "".join(f"\n  {name}: {why}" for name, why in self.left_dense.items())
@@ -126,11 +130,12 @@ def _kilobytes(total: SizeTotal) -> tuple[str, ...]:
     return tuple(f"{value / 1e3:,.1f}" for value in values)
 
 
-def _aligned(lines: list[tuple[str, ...]]) -> str:
+def aligned(lines: list[tuple[str, ...]], left: int = 2) -> str:
+    """A table, its first ``left`` columns of words, the others of numbers."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join(
         "  ".join(
-            cell.ljust(width) if i < 2 else cell.rjust(width)
+            cell.ljust(width) if i < left else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in lines

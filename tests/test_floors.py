@@ -29,6 +29,9 @@ FLOORS = (
     "callback",
     "compression",
     "trainer",
+    "runs",
+    "cli",
+    "__main__",
 )
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 

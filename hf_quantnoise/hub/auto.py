@@ -86,9 +86,13 @@ def _check_method(path: str, quantization: Any) -> None:
         )
 
 
+def class_of(architectures: list[str] | None) -> type[PreTrainedModel] | None:
+    """The class of transformers that a config's ``architectures`` name, or None."""
+    return getattr(transformers, architectures[0], None) if architectures else None
+
+
 def _class_named(path: str, architectures: list[str] | None) -> type[PreTrainedModel]:
-    name = (architectures or [None])[0]
-    found = getattr(transformers, name, None) if name else None
+    name, found = (architectures or [None])[0], class_of(architectures)
     if found is None:
         raise ValueError(
             f"{path!r}: transformers has no class {name!r} (architectures={architectures!r} in its "

@@ -6,9 +6,10 @@ import io
 import demo
 import pytest
 import torch
-from closing_table import Row, closing_table, weights_mb
 from safetensors.torch import save_file
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
+
+from hf_quantnoise.runs.closing_table import Row, closing_table, weights_mb
 
 SHORT = ["--epochs", "0.1", "--stage_epochs", "0.05"]  # a few steps of each
 

@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
-from glue_data import DataArguments, load_glue_data, tokenize
-from glue_labels import METRICS, metrics_function
 from transformers import AutoTokenizer, BertConfig, EvalPrediction
+
+from hf_quantnoise.runs.glue_data import DataArguments, load_glue_data, tokenize
+from hf_quantnoise.runs.glue_labels import METRICS, metrics_function
 
 NO_HEAD = BertConfig()
 
@@ -277,6 +278,6 @@ def test_the_hub_out_of_reach(load, monkeypatch):
     def unreachable(*args, **kwargs):
         raise ConnectionError("offline")
 
-    monkeypatch.setattr("glue_data.load_dataset", unreachable)
+    monkeypatch.setattr("hf_quantnoise.runs.glue_data.load_dataset", unreachable)
     with pytest.raises(ConnectionError, match=r"--task_name 'sst2' .*nyu-mll/glue.*--train_file"):
         load(task_name="sst2")

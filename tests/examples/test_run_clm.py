@@ -4,8 +4,9 @@ import json
 import math
 
 import pytest
-from run_clm import cut, main
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from hf_quantnoise.runs.clm import cut, main
 
 
 def flags(text_checkpoint, texts, tmp_path, *more):

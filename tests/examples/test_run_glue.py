@@ -9,12 +9,12 @@ import torch
 
 pytest.importorskip("hf_quantnoise")
 
-from example_arguments import parse_int_or_dict, parse_patterns
 from processes import needs_gloo, torchrun
-from run_glue import main, parse
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_quantnoise.compression.stage_trainer import StageTrainer
+from hf_quantnoise.configuration.flags import parse_int_or_dict, parse_patterns
+from hf_quantnoise.runs.glue import main, parse
 
 SMALL = ["--n_centroids", "8", "--block_size", "4", "--stage_epochs", "0.5"]
 NAMES = ("dull", "great")
@@ -168,7 +168,7 @@ def test_results_of_a_broken_run_stay(start, write_sets, monkeypatch, tmp_path):
     def fail(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("compression_run.QuantNoiseTrainer.compress", fail)
+    monkeypatch.setattr("hf_quantnoise.runs.compression_run.QuantNoiseTrainer.compress", fail)
     with pytest.raises(KeyboardInterrupt):
         start(*write_sets(), *SMALL)
     results = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -188,7 +188,7 @@ def test_what_was_checked_is_pushed(start, write_sets, monkeypatch):
         def upload_folder(self, repo_id, folder_path):
             pushed.append((repo_id, sorted(os.listdir(folder_path)), folder_path))
 
-    monkeypatch.setattr("compression_run.HfApi", Hub)
+    monkeypatch.setattr("hf_quantnoise.runs.compression_run.HfApi", Hub)
     push = ["--push_to_hub", "--hub_model_id", "small", "--hub_token", "secret"]
     _, folder = start(*write_sets(), *SMALL, *push)
     ((repository, files, pushed_folder),) = pushed
@@ -298,7 +298,7 @@ def test_a_plan_that_cannot_be_carried_out_is_told_before_training(start, write_
     def train(*args, **kwargs):
         raise AssertionError("it trained first")
 
-    monkeypatch.setattr("compression_run.QuantNoiseTrainer.train", train)
+    monkeypatch.setattr("hf_quantnoise.runs.compression_run.QuantNoiseTrainer.train", train)
     with pytest.raises(ValueError, match="block_size=5.*choose a block_size"):
         start(*write_sets(), "--n_centroids", "8", "--block_size", "5", "--noise", "none")
 

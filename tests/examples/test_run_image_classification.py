@@ -9,9 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from run_image_classification import main
 from tiny import make_vision_model
 from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from hf_quantnoise.runs.images import main
 
 PROCESSOR = {
     "image_processor_type": "MobileNetV1ImageProcessor",

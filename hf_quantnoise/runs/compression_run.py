@@ -18,14 +18,16 @@ from dataclasses import dataclass, field
 import datasets
 import torch
 import transformers
-from closing_table import Row, closing_table, weights_mb
-from example_arguments import Arguments, parse_arguments
 from huggingface_hub import HfApi
 from transformers import PreTrainedModel, Trainer, set_seed
 
 import hf_quantnoise
-from hf_quantnoise import QuantNoiseTrainer, size_report
-from hf_quantnoise.compression import check_plan
+
+from ..compression import check_plan
+from ..size import size_report
+from ..trainer import QuantNoiseTrainer
+from .closing_table import Row, closing_table, weights_mb
+from .example_arguments import Arguments, parse_arguments
 
 DENSE, COMPRESSED = "dense", "compressed"
 
@@ -125,8 +127,7 @@ def set_up_logging(training) -> None:
         handlers=[logging.StreamHandler(sys.stdout)],
     )
     level = training.get_process_log_level()
-    for name in ("glue_data", "glue_labels"):
-        logging.getLogger(name).setLevel(level)
+    logging.getLogger(__package__).setLevel(level)
     datasets.utils.logging.set_verbosity(max(level, logging.WARNING))
     transformers.utils.logging.set_verbosity(level)
 
@@ -332,16 +333,19 @@ class Example:
     description: str
     prepare: Callable[[Arguments], Job]
 
-    def parse(self, argv: list[str] | None = None) -> Arguments:
-        """The command line; ``argv`` defaults to the process's own."""
-        return parse_arguments(self.data_class, self.description, argv)
+    def parse(self, argv: list[str] | None = None, prog: str | None = None) -> Arguments:
+        """The command line; ``argv`` and ``prog`` default to the process's own."""
+        return parse_arguments(self.data_class, self.description, argv, prog)
 
     def run(self, args: Arguments) -> dict:
         """Carries out a command line; returns what ``results.json`` holds."""
         return run(args, self.prepare)
 
-    def main(self, argv: list[str] | None = None) -> dict:
-        """Entry point."""
-        args = self.parse(argv)
+    def start(self, args: Arguments) -> dict:
+        """As :meth:`run`, with messages on the console."""
         set_up_logging(args.training)
         return self.run(args)
+
+    def main(self, argv: list[str] | None = None) -> dict:
+        """Entry point."""
+        return self.start(self.parse(argv))

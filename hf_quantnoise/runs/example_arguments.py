@@ -4,7 +4,6 @@ its own data."""
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import sys
 from dataclasses import dataclass, field
@@ -12,69 +11,14 @@ from typing import Any, Literal
 
 from transformers import HfArgumentParser, TrainingArguments
 
-from hf_quantnoise import CompressionArguments, FixedPointConfig, IPQConfig, QuantNoiseConfig
-
-
-def parse_int_or_dict(flag: str, text: str) -> int | dict[str, int]:
-    """``8``, ``{"ffn": 8, "attention": 4}`` or ``ffn=8,attention=4`` -> an int or a dict.
-
-    Raises:
-        ValueError: naming the flag and the three forms.
-    """
-    text = str(text).strip()
-    try:
-        if "=" in text and not text.startswith("{"):
-            pairs = (part.rsplit("=", 1) for part in text.split(","))
-            return {key.strip(): int(size) for key, size in pairs}
-        value = json.loads(text)
-    except ValueError:
-        value = None
-    if isinstance(value, int | dict) and not isinstance(value, bool):
-        return value
-    raise ValueError(
-        f"--{flag} {text!r} is no size; give an integer (8), pairs "
-        '(ffn=8,embeddings=8,attention=4) or JSON (\'{"ffn": 8, "attention": 4}\')'
-    )
-
-
-def parse_share_layers(text: str) -> int | list[list[str]]:
-    """``2``, or JSON: the names of the layers of each chunk.
-
-    Raises:
-        ValueError: naming the flag and the two forms.
-    """
-    try:
-        return json.loads(text)
-    except ValueError:
-        raise ValueError(
-            f"--share_layers {text!r} is no number of layers; give an integer (2), or JSON with "
-            'the names of the layers of each chunk (\'[["blocks.1", "blocks.2"]]\')'
-        ) from None
-
-
-def parse_patterns(text: str | None) -> str | list[str] | None:
-    """A regex for whole layer names, or a JSON list of exact names and suffixes."""
-    try:
-        value = json.loads(text) if text else None
-    except ValueError:
-        return text
-    return value if isinstance(value, list) else text
-
-
-def read_layer_quantizers(file_name: str) -> dict[str, dict]:
-    """How single layers are stored: JSON from layer name to settings, or the config.json of a
-    compressed model, whose allotment it is then.
-
-    Raises:
-        ValueError: naming the flag, if the file cannot be read.
-    """
-    try:
-        with open(file_name, encoding="utf-8") as file:
-            values = json.load(file)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--layer_quantizers {file_name!r} is no JSON file: {error}") from None
-    stored = values.get("quantization_config", {}) if isinstance(values, dict) else {}
-    return stored.get("layer_quantizers") or stored.get("plan") or values
+from ..compression import CompressionArguments
+from ..configuration import QuantNoiseConfig
+from ..configuration.flags import (
+    QuantizationFlags,
+    parse_int_or_dict,
+    parse_patterns,
+    parse_share_layers,
+)
 
 
 @dataclass
@@ -190,8 +134,9 @@ class NoiseArguments:
 
 
 @dataclass
-class CompressionOptions:
-    """What the small model is to be; how it is finetuned is in ``CompressionArguments``."""
+class CompressionOptions(QuantizationFlags):
+    """What the small model is to be, and whether it is made; how it is finetuned is in
+    ``CompressionArguments``."""
 
     compress: bool = field(default=True, metadata={"help": "Compress the finetuned model."})
     resume_compression: bool = field(
@@ -202,101 +147,6 @@ class CompressionOptions:
         default=None,
         metadata={"help": "Another model to learn from in the stages, with the same labels."},
     )
-    scheme: Literal["ipq", "fixed_point"] = field(
-        default="ipq", metadata={"help": "Product quantization in stages, or intN."}
-    )
-    block_size: str = field(
-        default="4",
-        metadata={"help": "Numbers per block: 8, or ffn=8,embeddings=8,attention=4, or JSON."},
-    )
-    n_centroids: str = field(
-        default="256", metadata={"help": "Centroids per codebook, in the form of --block_size."}
-    )
-    stages: list[str] = field(
-        default_factory=lambda: ["ffn", "embeddings", "attention"],
-        metadata={"help": "Structure groups (or regexes) in the order of quantization."},
-    )
-    codebook_bits: int = field(
-        default=32, metadata={"help": "Bits of a stored centroid: 32, 16, 8."}
-    )
-    kmeans_iter: int = field(default=20, metadata={"help": "Most iterations of k-means."})
-    importance: Literal["none", "activations"] = field(
-        default="none", metadata={"help": "Weigh errors by what the inputs are on training data."}
-    )
-    row_scale: bool = field(default=False, metadata={"help": "A scale for each row of a weight."})
-    n_codebooks: int = field(
-        default=1, metadata={"help": "2: a block is the sum of two centroids; double --block_size."}
-    )
-    target_size_mb: float | None = field(
-        default=None,
-        metadata={"help": "MB the file may have; blocks and centroids are then allotted by layer."},
-    )
-    target_bits_per_weight: float | None = field(
-        default=None, metadata={"help": "The same in bits for each parameter."}
-    )
-    layer_quantizers: str | None = field(
-        default=None,
-        metadata={"help": "JSON file: how single layers are stored, or another run's config.json."},
-    )
-    bits: int = field(default=8, metadata={"help": "Bits of a weight under fixed_point."})
-    observer: str = field(
-        default="minmax", metadata={"help": "Range of intN: minmax, channel or histogram."}
-    )
-    activation_bits: int | None = field(
-        default=None,
-        metadata={"help": "Bits of what enters a quantized layer; noise rounds it likewise."},
-    )
-    share_layers: str = field(
-        default="1",
-        metadata={
-            "help": "Layers per chunk of shared weights, in training (with noise) and on disk."
-        },
-    )
-    prune_layers: str | None = field(
-        default=None,
-        metadata={"help": "Layers taken out first: every_other, a regex, or a JSON list of names."},
-    )
-    target_modules: str | None = field(
-        default=None, metadata={"help": "Layers to quantize: a regex, or a JSON list of suffixes."}
-    )
-    exclude_modules: str | None = field(
-        default=None, metadata={"help": "Layers to leave dense; same form."}
-    )
-
-    def config(self, seed: int) -> IPQConfig | FixedPointConfig:
-        """The package's config of the small model."""
-        shared = {
-            "target_modules": parse_patterns(self.target_modules),
-            "exclude_modules": parse_patterns(self.exclude_modules),
-            "activation_bits": self.activation_bits,
-            "share_layers": parse_share_layers(self.share_layers),
-            "prune_layers": parse_patterns(self.prune_layers),
-            "seed": seed,
-        }
-        sizes = {
-            "target_size_mb": self.target_size_mb,
-            "target_bits_per_weight": self.target_bits_per_weight,
-            "layer_quantizers": self.layer_quantizers,
-        }
-        given = {name: value for name, value in sizes.items() if value is not None}
-        if self.scheme == "fixed_point":
-            if given:
-                raise ValueError(f"--{next(iter(given))} is of --scheme ipq; take one of them out")
-            return FixedPointConfig(bits=self.bits, observer=self.observer, **shared)
-        if self.layer_quantizers is not None:
-            given["layer_quantizers"] = read_layer_quantizers(self.layer_quantizers)
-        return IPQConfig(
-            block_size=parse_int_or_dict("block_size", self.block_size),
-            n_centroids=parse_int_or_dict("n_centroids", self.n_centroids),
-            stages=self.stages,
-            codebook_bits=self.codebook_bits,
-            kmeans_iter=self.kmeans_iter,
-            importance=self.importance,
-            row_scale=self.row_scale,
-            n_codebooks=self.n_codebooks,
-            **given,
-            **shared,
-        )
 
 
 @dataclass
@@ -350,13 +200,16 @@ class Arguments:
         return {**values, "training": training}
 
 
-def parse_arguments(data_class: type, description: str, argv: list[str] | None = None) -> Arguments:
+def parse_arguments(
+    data_class: type, description: str, argv: list[str] | None = None, prog: str | None = None
+) -> Arguments:
     """Reads the command line, or a single JSON file of flags, as other examples do.
 
     Args:
         data_class: the example's dataclass of data flags.
         description: what ``--help`` begins with.
         argv: the words; None takes the process's own.
+        prog: what they are the words of; None takes the process's name.
     """
     parser = HfArgumentParser(
         [
@@ -368,6 +221,7 @@ def parse_arguments(data_class: type, description: str, argv: list[str] | None =
             RunTrainingArguments,
         ],
         description=description,
+        prog=prog,
     )
     argv = sys.argv[1:] if argv is None else list(argv)
     if len(argv) == 1 and argv[0].endswith(".json"):

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field, replace
 
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
-from glue_labels import find_labels
 from transformers import PretrainedConfig
+
+from .glue_labels import find_labels
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,57 @@
+"""``hf-quantnoise compress``."""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser, Namespace
+
+from ..compression import check_plan, quantize_model
+from ..size import size_report
+from .checkpoints import Checkpoint
+from .command import COMMANDS, Command, UsageError, add_model_argument, add_output_arguments
+from .folders import check_output, copy_card, copy_companions, new_folder
+from .settings import allotted, quantization_config, quantization_parser
+
+
+@COMMANDS.register("compress")
+class Compress(Command):
+    """Quantizes a model in one shot, without data or training, and saves it.
+
+    Tokenizer, processor and card come along. Finetuning in stages keeps more of the model's
+    quality: see QuantNoiseTrainer.compress.
+    """
+
+    examples = (
+        "hf-quantnoise compress out/dense out/small --block_size 8 --codebook_bits 16",
+        "hf-quantnoise compress out/dense out/int4 --scheme fixed_point --bits 4",
+        "hf-quantnoise compress out/dense out/small --config plan.json --overwrite",
+    )
+
+    @staticmethod
+    def parents() -> list[ArgumentParser]:
+        return [quantization_parser()]
+
+    @staticmethod
+    def add_arguments(parser: ArgumentParser) -> None:
+        add_model_argument(parser, "The dense model")
+        add_output_arguments(parser)
+
+    @staticmethod
+    def run(args: Namespace) -> None:
+        config = quantization_config(args)
+        if config.reads_data:
+            raise UsageError(
+                f"{config.reads_data} needs calibration data, which this command has not; take it "
+                "out, or call quantize_model(model, config, calibration_data=[...])"
+            )
+        checkpoint = Checkpoint(args.model, args.revision)
+        checkpoint.require_dense()
+        check_output(args.out, args.overwrite, args.model)
+        check_plan(checkpoint.skeleton(), config)
+        model = checkpoint.load()
+        config = allotted(model, config)
+        model = quantize_model(model, config, progress=sys.stderr.isatty())
+        with new_folder(args.out) as folder:
+            model.save_pretrained(folder)
+            copy_card(model, copy_companions(checkpoint, folder), folder)
+        print(size_report(model))

@@ -1,0 +1,72 @@
+"""``hf-quantnoise push``."""
+
+from __future__ import annotations
+
+import os
+from argparse import ArgumentParser, Namespace
+
+from ..configuration import QUANT_METHOD
+from ..repository import create_repository, upload_folder
+from ..trainer import QuantNoiseTrainer
+from .checkpoints import Checkpoint
+from .command import COMMANDS, Command
+from .sizes import report_of
+
+
+@COMMANDS.register("push")
+class Push(Command):
+    """Uploads a folder with a packed model to the Hub, in one commit.
+
+    The files go as they stand, after a look at whether they are a packed model. Log in with `hf
+    auth login`; HF_ENDPOINT names another Hub.
+    """
+
+    examples = (
+        "hf-quantnoise push out/compressed me/small",
+        "hf-quantnoise push out/compressed me/small --private --revision ipq-8",
+    )
+
+    @staticmethod
+    def add_arguments(parser: ArgumentParser) -> None:
+        parser.add_argument("folder", metavar="FOLDER", help="Folder of the packed model.")
+        parser.add_argument("repo", metavar="REPO", help="Repository; made where it is missing.")
+        parser.add_argument("--private", action="store_true", help="Make the repository private.")
+        parser.add_argument("--revision", help="Branch; made where it is missing.")
+
+    @staticmethod
+    def run(args: Namespace) -> None:
+        check_packed(args.folder)
+        repo = create_repository(args.repo, private=args.private or None, revision=args.revision)
+        done = upload_folder(
+            args.folder,
+            repo,
+            revision=args.revision,
+            commit_message="Upload a model compressed by hf_quantnoise",
+            ignore_patterns=QuantNoiseTrainer.unpublished,
+        )
+        print(done.commit_url)
+
+
+def check_packed(folder: str) -> None:
+    """Whether a folder holds a packed model that loads: its config is read, the layers of its plan
+    are made, and the files hold as many bytes.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    if not os.path.isdir(folder):
+        raise ValueError(f"{folder!r} is no folder; give the one that save_pretrained wrote")
+    checkpoint = Checkpoint(folder)
+    if checkpoint.quant_method != QUANT_METHOD:
+        raise ValueError(
+            f"{folder!r} holds no model packed by {QUANT_METHOD} (quant_method="
+            f"{checkpoint.quant_method!r} in its config.json); compress it first, or upload it "
+            "with `hf upload`"
+        )
+    if checkpoint.headers is None:
+        raise ValueError(f"{folder!r} holds no *.safetensors file; save the model there again")
+    _, note = report_of(checkpoint)
+    if note is not None:
+        raise ValueError(
+            f"{folder!r}: the files are not those of its config.json: {note}; save the model again"
+        )

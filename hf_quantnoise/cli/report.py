@@ -1,0 +1,46 @@
+"""``hf-quantnoise report``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import ArgumentParser, Namespace
+
+from .checkpoints import Checkpoint
+from .command import COMMANDS, Command, add_model_argument
+from .sizes import TABLES, draw, report_of, to_dict
+
+
+@COMMANDS.register("report")
+class Report(Command):
+    """How large a model is and how each layer is stored, packed or dense.
+
+    Of a repository only config.json and the headers of its safetensors files are read.
+    """
+
+    examples = (
+        "hf-quantnoise report out/compressed",
+        "hf-quantnoise report out/compressed --per layer --png sizes.png",
+        "hf-quantnoise report out/dense --json",
+    )
+
+    @staticmethod
+    def add_arguments(parser: ArgumentParser) -> None:
+        add_model_argument(parser, "The model")
+        parser.add_argument(
+            "--per", choices=list(TABLES), default="group", help="Lines of the table."
+        )
+        parser.add_argument("--json", action="store_true", help="Every row, in bytes, as JSON.")
+        parser.add_argument("--png", metavar="FILE", help="Draw it as well; needs matplotlib.")
+
+    @staticmethod
+    def run(args: Namespace) -> None:
+        report, note = report_of(Checkpoint(args.model, args.revision))
+        if args.json:
+            print(json.dumps({"model": args.model, "note": note, **to_dict(report)}, indent=2))
+        else:
+            print(TABLES[args.per](report))
+        if note and not args.json:
+            print(f"note: {note}", file=sys.stderr)
+        if args.png:
+            draw(report, args.per, args.model, args.png)

@@ -1,0 +1,67 @@
+"""The flags that say how a model is to be stored, of every command that quantizes or plans to."""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser, Namespace
+from dataclasses import MISSING, fields, replace
+from typing import Any
+
+from transformers import HfArgumentParser, PreTrainedModel
+
+from ..compression.budget import plan_budget
+from ..configuration import QuantizedModelConfig
+from ..configuration.flags import QuantizationFlags, read_quantization_config
+from .command import UsageError
+
+
+def quantization_parser() -> ArgumentParser:
+    """The flags, as a parent of a command's parser."""
+    parser = HfArgumentParser([QuantizationFlags], add_help=False)
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the codebooks.")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="JSON file with all of these: what `plan --save` writes, or a compressed model's "
+        "config.json.",
+    )
+    return parser
+
+
+def _default(of: Any) -> Any:
+    return of.default if of.default_factory is MISSING else of.default_factory()
+
+
+def quantization_config(args: Namespace) -> QuantizedModelConfig:
+    """The config that the flags describe.
+
+    Raises:
+        UsageError: if a value is none of its flag's, or ``--config`` has others beside it.
+    """
+    flags = QuantizationFlags(**{f.name: getattr(args, f.name) for f in fields(QuantizationFlags)})
+    given = [f.name for f in fields(flags) if getattr(flags, f.name) != _default(f)]
+    given += ["seed"] if args.seed else []
+    try:
+        if args.config is None:
+            return flags.config(args.seed)
+        if given:
+            raise ValueError(
+                f"--config {args.config!r} has all settings; take --{given[0]} out, or change the "
+                "file"
+            )
+        return read_quantization_config(args.config)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def allotted(model: PreTrainedModel, config: QuantizedModelConfig) -> QuantizedModelConfig:
+    """The config with a target turned into ``layer_quantizers``, by quantization errors; one
+    without a target, or allotted already, as it is.
+
+    Raises:
+        ValueError: if the target cannot be met.
+    """
+    if config.target is None or config.settings_by_name():
+        return config
+    allotment = plan_budget(model, config, progress=sys.stderr.isatty())
+    return replace(config, layer_quantizers=allotment.layer_quantizers)

@@ -1,0 +1,171 @@
+"""Finetunes an image classifier with quantization noise, compresses it, loads it again.
+
+Files are parquet with a column of images (encoded bytes, or datasets' own Image) and one of labels.
+Convolutions have the paper's blocks: ``--block_size`` for 1 x 1 ones, the area of larger kernels.
+
+The run itself is in ``compression_run.py``, the flags are in ``example_arguments.py``; they can
+also be given as one JSON file.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from datasets import ClassLabel, Dataset, load_dataset
+from PIL import Image, UnidentifiedImageError
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+
+from .compression_run import Example, Job, finetunes_stages, require_train_data
+from .example_arguments import Arguments
+from .example_data import Split, SplitArguments
+from .glue_labels import metrics_function
+
+
+@dataclass
+class ImageArguments(SplitArguments):
+    """What to train and evaluate on."""
+
+    content: ClassVar[str] = "images"
+    file_kind: ClassVar[str] = "a parquet file of images"
+
+    validation_split: str = field(default="test", metadata={"help": "Split of the Hub's dataset."})
+    image_column: str = field(default="image", metadata={"help": "Column of the images."})
+    label_column: str = field(default="label", metadata={"help": "Column of the labels."})
+    image_size: int | None = field(
+        default=None, metadata={"help": "Pixels per side; default: what the checkpoint says."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.image_size is not None and self.image_size < 1:
+            raise ValueError(f"--image_size {self.image_size} must be 1 or more")
+
+
+def load_images(args: ImageArguments, split: Split, cache_dir: str | None) -> Dataset:
+    """The rows of a split, from a file or from the Hub, with the two columns that are needed.
+
+    Raises:
+        ValueError: naming the flag of a column that is missing.
+    """
+    if split.file is None:
+        name = "train" if split.name == "train" else args.validation_split
+        rows = load_dataset(args.dataset_name, split=name, cache_dir=cache_dir)
+    else:
+        rows = load_dataset("parquet", data_files=split.file, split="train", cache_dir=cache_dir)
+    for name, column in (("image", args.image_column), ("label", args.label_column)):
+        if column not in rows.column_names:
+            raise ValueError(
+                f"--{name}_column {column!r} is no column of {split.file or args.dataset_name}; it "
+                f"has {', '.join(rows.column_names)}"
+            )
+    rows = rows.select_columns([args.image_column, args.label_column])
+    return rows.select(range(min(split.limit, len(rows)))) if split.limit else rows
+
+
+def label_names(rows: Dataset, column: str) -> list[str]:
+    """Names of the classes: the set's own, or its distinct labels in order."""
+    feature = rows.features[column]
+    if isinstance(feature, ClassLabel):
+        return feature.names
+    values = sorted(set(rows[column]))
+    if all(isinstance(value, int) for value in values) and values != list(range(len(values))):
+        raise ValueError(
+            f"--label_column {column!r} holds {values[:5]}...; whole numbers must count from 0"
+        )
+    return list(map(str, values))
+
+
+class ImageCollator:
+    """Decodes and prepares images batch by batch, so that a set of them never stands in memory.
+
+    Args:
+        processor: the checkpoint's image processor.
+        args: names of the columns.
+        ids: class name -> id, for sets whose labels are names.
+    """
+
+    def __init__(self, processor, args: ImageArguments, ids: dict[str, int]) -> None:
+        self.processor, self.args, self.ids = processor, args, ids
+
+    def __call__(self, rows: list[dict]):
+        images = [_decode(row[self.args.image_column]) for row in rows]
+        batch = self.processor(images, return_tensors="pt")
+        labels = [row[self.args.label_column] for row in rows]
+        batch["labels"] = [self.ids[x] if isinstance(x, str) else x for x in labels]
+        return batch.convert_to_tensors("pt")
+
+
+def _decode(value) -> Image.Image:
+    """An RGB image of encoded bytes, of a dict that holds them, or of what is decoded already."""
+    if isinstance(value, dict):
+        value = value["bytes"] if value.get("bytes") is not None else Image.open(value["path"])
+    if isinstance(value, bytes):
+        try:
+            value = Image.open(io.BytesIO(value))
+        except UnidentifiedImageError as error:
+            raise ValueError(f"an image of {len(value)} bytes cannot be decoded: {error}") from None
+    return value.convert("RGB")
+
+
+def load_processor(args: Arguments):
+    """The checkpoint's image processor, at the size that ``--image_size`` asks for."""
+    processor = AutoImageProcessor.from_pretrained(
+        args.model.model_name_or_path, **args.model.hub()
+    )
+    if (side := args.data.image_size) is None:
+        return processor
+    square = {"height": side, "width": side}
+    processor.size = {"shortest_edge": side} if "shortest_edge" in processor.size else square
+    if getattr(processor, "crop_size", None):
+        processor.crop_size = square
+    return processor
+
+
+def prepare(args: Arguments) -> Job:
+    """Images, image processor and model."""
+    data, model_args = args.data, args.model
+    require_train_data(args, data.has_train_data)
+    train = validation = None
+    if args.training.do_train or finetunes_stages(args):
+        train = load_images(data, data.split("train"), model_args.cache_dir)
+    if args.training.do_eval:
+        validation = load_images(data, data.split("validation"), model_args.cache_dir)
+    if train is None and validation is None:
+        raise ValueError("nothing to do: give --do_train, --do_eval or --stage_epochs above 0")
+    names = label_names(train if train is not None else validation, data.label_column)
+    ids = {name: number for number, name in enumerate(names)}
+    config = AutoConfig.from_pretrained(model_args.model_name_or_path, **model_args.hub())
+    config.id2label, config.label2id = dict(enumerate(names)), ids
+    model = AutoModelForImageClassification.from_pretrained(
+        model_args.model_name_or_path,
+        config=config,
+        dtype=model_args.dtype,
+        ignore_mismatched_sizes=model_args.ignore_mismatched_sizes,
+        **model_args.hub(),
+    )
+    processor = load_processor(args)
+    args.training.remove_unused_columns = False  # the collator reads them
+    return Job(
+        model=model,
+        parts={
+            "train_dataset": train,
+            "eval_dataset": validation,
+            "compute_metrics": metrics_function(("accuracy",), is_regression=False),
+            "processing_class": processor,
+            "data_collator": ImageCollator(processor, data, ids),
+        },
+        auto_class=AutoModelForImageClassification,
+        metric="accuracy",
+        task="image-classification",
+        dataset=data.dataset_name,
+    )
+
+
+example = Example(
+    ImageArguments,
+    "Finetunes an image classifier with quantization noise and compresses it.",
+    prepare,
+)
+parse, run, main = example.parse, example.run, example.main

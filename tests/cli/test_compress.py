@@ -1,0 +1,133 @@
+"""``plan``, ``compress`` and ``convert``: what is planned is what is made, and it is whole."""
+
+import json
+
+import pytest
+import torch
+from tiny import make_model
+from transformers import AutoModelForSequenceClassification
+
+from hf_quantnoise import AutoQuantizedModel
+from hf_quantnoise.cli.convert import TARGETS
+
+
+def size_of(folder) -> int:
+    return (folder / "model.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "flags"),
+    [
+        ("gpt2", torch.float32, "--n_centroids 16 --codebook_bits 8"),
+        ("bert", torch.bfloat16, "--n_centroids 16 --row_scale --exclude_modules '[\"query\"]'"),
+        ("bert", torch.float32, "--scheme fixed_point --bits 3 --share_layers 2"),
+        ("roberta-mlm", torch.float32, "--n_centroids 16 --prune_layers every_other"),
+        ("bert", torch.float32, "--target_size_mb 0.05 --kmeans_iter 1 --stages ffn embeddings"),
+    ],
+    ids=["tied", "bfloat16", "shared", "pruned", "target"],
+)
+def test_the_plan_is_the_file_to_the_byte(name, dtype, flags, tmp_path, run):
+    make_model(name).to(dtype).save_pretrained(tmp_path / "dense")
+    code, out, err = run(f"plan {tmp_path}/dense {flags} --json --save {tmp_path}/plan.json")
+    assert code == 0, err
+    planned = json.loads(out)
+    code, _, err = run(f"compress {tmp_path}/dense {tmp_path}/small {flags}")
+    assert code == 0, err
+    assert planned["total"]["disk_bytes"] == size_of(tmp_path / "small")
+    made = json.loads((tmp_path / "small" / "config.json").read_text())["quantization_config"]
+    assert planned["left_dense"] == made["left_dense"]
+    # What was saved makes the very same file.
+    code, _, err = run(f"compress {tmp_path}/dense {tmp_path}/again --config {tmp_path}/plan.json")
+    assert code == 0, err
+    files = [tmp_path / folder / "model.safetensors" for folder in ("small", "again")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_saved_plan_is_also_taken_layer_by_layer(work, run):
+    run("plan out/dense --codebook_bits 16 --save plan.json")
+    values = json.loads((work / "plan.json").read_text())
+    layer = next(iter(values["layer_quantizers"]))
+    values["layer_quantizers"][layer] = {"scheme": "int", "bits": 2}
+    (work / "plan.json").write_text(json.dumps(values))
+    told = [
+        json.loads(run(f"plan out/dense --{flag} plan.json --json")[1])
+        for flag in ("config", "layer_quantizers")
+    ]
+    assert told[0]["rows"] == told[1]["rows"]
+    assert next(r for r in told[0]["rows"] if r["name"] == f"{layer}.weight")["stored"] == "int2"
+
+
+def test_a_plan_quantizes_nothing(made, run, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", refuse)
+    assert run(f"plan {made}/out/dense")[0] == 0
+
+
+def test_the_small_model_is_whole(made):
+    small = made / "out" / "compressed"
+    assert sorted(path.name for path in small.iterdir()) == [
+        "README.md", "config.json", "model.safetensors", "tokenizer_config.json",
+    ]  # fmt: skip
+    assert json.loads((small / "tokenizer_config.json").read_text()) == {"made": "by hand"}
+    card = (small / "README.md").read_text()
+    assert card.index("license: mit") < card.index("import hf_quantnoise") < card.index("# A model")
+    assert not list((made / "out").glob(".hf-quantnoise-*"))
+
+
+def test_overwrite_replaces_all_that_was_there(work, run):
+    (work / "out" / "compressed" / "stale.bin").write_text("of an earlier model")
+    assert run("compress out/dense out/compressed --scheme fixed_point --overwrite")[0] == 0
+    assert not (work / "out" / "compressed" / "stale.bin").exists()
+    stored = json.loads((work / "out" / "compressed" / "config.json").read_text())
+    assert stored["quantization_config"]["scheme"] == "fixed_point"
+
+
+def test_a_failure_leaves_what_was_there(work, run, monkeypatch):
+    before = size_of(work / "out" / "compressed")
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("disk full")
+
+    monkeypatch.setattr("hf_quantnoise.cli.compress.copy_companions", fail)
+    code, _, err = run("compress out/dense out/compressed --scheme fixed_point --overwrite")
+    assert code == 1 and "RuntimeError: disk full" in err
+    assert size_of(work / "out" / "compressed") == before
+    assert sorted(path.name for path in (work / "out").iterdir()) == ["compressed", "dense"]
+
+
+def test_weights_that_would_be_random_are_refused(tmp_path, run):
+    make_model("bert").bert.save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    values["architectures"] = ["BertForSequenceClassification"]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    code, _, err = run(f"compress {tmp_path} {tmp_path}/out --scheme fixed_point")
+    assert code == 1 and "lacks 2 weights" in err and "classifier.weight" in err
+
+
+def test_a_converted_model_is_a_plain_one(work, run, input_ids):
+    assert run("convert out/compressed out/plain --to dense")[0] == 0
+    plain = AutoModelForSequenceClassification.from_pretrained(work / "out" / "plain")
+    packed = AutoQuantizedModel.from_pretrained(work / "out" / "compressed")
+    assert "quantization_config" not in json.loads((work / "out/plain/config.json").read_text())
+    assert (work / "out" / "plain" / "tokenizer_config.json").is_file()
+    dense = AutoModelForSequenceClassification.from_pretrained(work / "out" / "dense")
+    assert set(plain.state_dict()) == set(dense.state_dict())
+    with torch.no_grad():
+        assert torch.equal(plain(input_ids).logits, packed.dequantize()(input_ids).logits)
+
+
+def test_another_form_is_one_function(work, run):
+    @TARGETS.register("listing")
+    def listing(model, folder):
+        """the names of its tensors"""
+        with open(f"{folder}/names.txt", "w") as file:
+            file.write("\n".join(model.state_dict()))
+
+    try:
+        assert "listing: the names of its tensors" in " ".join(run("convert --help")[1].split())
+        assert run("convert out/compressed out/list --to listing")[0] == 0
+        assert "weight_indices" in (work / "out" / "list" / "names.txt").read_text()
+    finally:
+        del TARGETS._entries["listing"]
