@@ -7,6 +7,7 @@ Importing the package also teaches ``transformers`` to load the models it compre
 from .callback import QuantNoiseCallback
 from .compression import CompressionArguments, allot, quantize_model
 from .configuration import FixedPointConfig, IPQConfig, QuantNoiseConfig
+from .export import export_aqlm
 from .hub import (
     AutoQuantizedModel,
     AutoQuantizedModelForCausalLM,
@@ -40,6 +41,7 @@ __all__ = [
     "QuantNoiseTrainer",
     "allot",
     "apply_quant_noise",
+    "export_aqlm",
     "quantize_model",
     "remove_quant_noise",
     "size_report",

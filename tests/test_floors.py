@@ -23,6 +23,7 @@ FLOORS = (
     "modeling",
     "hub",
     "size",
+    "export",
     "callback",
     "compression",
     "trainer",
