@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 
@@ -12,8 +13,15 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .configuration import NOISE_CONFIG_NAME, QuantNoiseConfig
 from .noise import apply_quant_noise, find_state
+from .noise.reach import ReachCheck
+
+logger = logging.getLogger(__name__)
 
 STATE_NAME = "quant_noise_state.safetensors"
+
+# Steps after which a noised layer that was never called is told of; with LayerDrop, or several
+# experts, a layer may well rest for a few.
+REACH_STEPS = 8
 
 
 class QuantNoiseCallback(TrainerCallback):
@@ -34,6 +42,9 @@ class QuantNoiseCallback(TrainerCallback):
                 "QuantNoiseConfig(noise='proxy', p=0.1)"
             )
         self.config = config
+        self._restored = False
+        self._reach: ReachCheck | None = None
+        self._reach_steps = 0
 
     def prepare(self, model: nn.Module) -> None:
         """Applies the noise where the model has none yet."""
@@ -70,6 +81,7 @@ class QuantNoiseCallback(TrainerCallback):
         file_name = os.path.join(folder, STATE_NAME)
         if os.path.isfile(file_name):
             state.load_state_dict(load_file(file_name))
+        self._restored = True
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
@@ -88,7 +100,18 @@ class QuantNoiseCallback(TrainerCallback):
             )
         self.prepare(model)
         if state.global_step > 0:
-            self.load(model, _checkpoint(args, state))
+            folder = _checkpoint(args, state)
+            self.load(model, folder)
+            if not self._restored and find_state(model).state_dict():
+                logger.warning(
+                    "resumed at step %d, but %s holds no quantization noise: codebooks and scales "
+                    "are fitted anew. If the checkpoint lies elsewhere, call "
+                    "callback.prepare(model) and callback.load(model, its_folder) before train()",
+                    state.global_step,
+                    folder,
+                )
+        if not args.torch_compile:  # hooks that come and go would have it compile twice
+            self._reach, self._reach_steps = ReachCheck(find_state(model)), REACH_STEPS
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         """Refreshes the codebooks once per epoch (section 4.2)."""
@@ -112,6 +135,28 @@ class QuantNoiseCallback(TrainerCallback):
             noise.refresh_codebooks()
         if step % self.config.scale_update_steps == 0:
             noise.refresh_scales()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """After a few steps: warns of layers that the noise does not reach."""
+        self._reach_steps -= 1
+        if self._reach_steps == 0:
+            self._tell_unreached()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """The same, where training was shorter than that."""
+        self._tell_unreached()
+
+    def _tell_unreached(self) -> None:
+        if self._reach is None:
+            return
+        unreached, self._reach = self._reach.close(), None
+        if unreached:
+            logger.warning(
+                "quantization noise does not reach %s: no forward has called them yet. The trainer "
+                "(or the model) reads their weights itself, as TRL's fused LM head does; they are "
+                "trained clean",
+                ", ".join(unreached),
+            )
 
     def on_save(self, args, state, control, **kwargs):
         """Writes the noise's state into the checkpoint that was just saved."""
