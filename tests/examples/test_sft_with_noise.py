@@ -24,7 +24,7 @@ def files(texts, tmp_path):
     return flags
 
 
-def test_the_whole_way(text_checkpoint, files, tmp_path, capsys):
+def test_the_whole_way(text_checkpoint, files, tmp_path, capsys, caplog):
     out = tmp_path / "out"
     rows = main([
         *("--model_name_or_path", str(text_checkpoint), *files, "--output_dir", str(out)),
@@ -37,6 +37,8 @@ def test_the_whole_way(text_checkpoint, files, tmp_path, capsys):
     assert small.megabytes < dense.megabytes
     assert small.score != one_shot.score  # the centroids moved
     assert "loss per token" in capsys.readouterr().out
+    # TRL's fused loss multiplies with the head's weight itself.
+    assert "noise does not reach lm_head:" in caplog.text
     # The checkpoints of the noise phase: plain models, with the noise beside them.
     assert QuantNoiseConfig.from_pretrained(out / "checkpoint-2").p == 0.3
     assert (out / "checkpoint-2" / "quant_noise_state.safetensors").is_file()
