@@ -7,7 +7,7 @@ Importing the package also teaches ``transformers`` to load the models it compre
 from .callback import QuantNoiseCallback
 from .compression import CompressionArguments, allot, quantize_model
 from .configuration import FixedPointConfig, IPQConfig, QuantNoiseConfig
-from .export import export_aqlm
+from .export import export_aqlm, export_onnx
 from .hub import (
     AutoQuantizedModel,
     AutoQuantizedModelForCausalLM,
@@ -42,6 +42,7 @@ __all__ = [
     "allot",
     "apply_quant_noise",
     "export_aqlm",
+    "export_onnx",
     "quantize_model",
     "remove_quant_noise",
     "size_report",
