@@ -7,6 +7,7 @@ Importing the package also teaches ``transformers`` to load the models it compre
 from .callback import QuantNoiseCallback
 from .compression import CompressionArguments, allot, quantize_model
 from .configuration import FixedPointConfig, IPQConfig, QuantNoiseConfig
+from .export import export_aqlm, export_onnx
 from .hub import (
     AutoQuantizedModel,
     AutoQuantizedModelForCausalLM,
@@ -42,6 +43,8 @@ __all__ = [
     "__version__",
     "allot",
     "apply_quant_noise",
+    "export_aqlm",
+    "export_onnx",
     "push_to_hub",
     "quantize_model",
     "remove_quant_noise",

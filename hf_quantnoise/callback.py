@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 
@@ -13,7 +14,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from .configuration import NOISE_CONFIG_NAME, QuantNoiseConfig
 from .noise import apply_quant_noise, find_state
 
+logger = logging.getLogger(__name__)
+
 STATE_NAME = "quant_noise_state.safetensors"
+
+# Steps after which layers that no noise has reached are told of; with LayerDrop, or several experts,
+# a layer may well rest for a few.
+REACH_STEPS = 8
 
 
 class QuantNoiseCallback(TrainerCallback):
@@ -34,6 +41,7 @@ class QuantNoiseCallback(TrainerCallback):
                 "QuantNoiseConfig(noise='proxy', p=0.1)"
             )
         self.config = config
+        self._restored = False
 
     def prepare(self, model: nn.Module) -> None:
         """Applies the noise where the model has none yet."""
@@ -70,6 +78,7 @@ class QuantNoiseCallback(TrainerCallback):
         file_name = os.path.join(folder, STATE_NAME)
         if os.path.isfile(file_name):
             state.load_state_dict(load_file(file_name))
+        self._restored = True
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
@@ -88,7 +97,16 @@ class QuantNoiseCallback(TrainerCallback):
             )
         self.prepare(model)
         if state.global_step > 0:
-            self.load(model, _checkpoint(args, state))
+            folder = _checkpoint(args, state)
+            self.load(model, folder)
+            if not self._restored and find_state(model).state_dict():
+                logger.warning(
+                    "resumed at step %d, but %s holds no quantization noise: codebooks and scales "
+                    "are fitted anew. If the checkpoint lies elsewhere, call "
+                    "callback.prepare(model) and callback.load(model, its_folder) before train()",
+                    state.global_step,
+                    folder,
+                )
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         """Refreshes the codebooks once per epoch (section 4.2)."""
@@ -114,10 +132,9 @@ class QuantNoiseCallback(TrainerCallback):
             noise.refresh_scales()
 
     def on_step_end(self, args, state, control, **kwargs):
-        """After the first step: says which layers no noise reaches."""
+        """After a few steps: says which layers no noise reaches."""
         noise = find_state(kwargs["model"])
-        # A layer that LayerDrop skipped may come later.
-        if noise is not None and state.global_step == 1 and noise.layerdrop is None:
+        if noise is not None and state.global_step == REACH_STEPS:
             noise.note_unreached()
 
     def on_train_end(self, args, state, control, **kwargs):

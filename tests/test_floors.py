@@ -25,6 +25,7 @@ FLOORS = (
     "modeling",
     "hub",
     "size",
+    "export",
     "publishing",
     "callback",
     "compression",

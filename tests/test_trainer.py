@@ -146,6 +146,54 @@ def test_the_callback_does_the_same_for_a_plain_trainer(tmp_path, parity_data):
     assert_same(parameters(resumed.model), parameters(ours.model))
 
 
+class ReadsTheHead(BertForSequenceClassification):
+    """Multiplies with the classifier's weight instead of calling it, as TRL's SFTTrainer does."""
+
+    def forward(self, input_ids=None, attention_mask=None, labels=None):
+        pooled = self.bert(input_ids, attention_mask).pooler_output
+        logits = pooled @ self.classifier.weight.T + self.classifier.bias
+        return {"loss": torch.nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+@pytest.mark.parametrize("steps", [2, 10])
+def test_a_layer_that_noise_does_not_reach_is_told_of_once(tmp_path, parity_data, caplog, steps):
+    model = ReadsTheHead(make_model("bert").config)
+    trainer = Trainer(
+        model,
+        arguments(tmp_path, save_strategy="no", max_steps=steps),
+        train_dataset=parity_data,
+        callbacks=[QuantNoiseCallback(NOISES["proxy"])],
+    )
+    trainer.train()
+    told = [text for text in caplog.messages if "no quantization noise on" in text]
+    assert len(told) == 1 and "no quantization noise on classifier:" in told[0]
+
+
+def test_a_run_resumed_from_another_folder_says_that_its_codebooks_are_new(
+    tmp_path, parity_data, caplog
+):
+    def run(folder, callback, resume=None, **changes):
+        model = make_model("bert")
+        if resume and changes.get("prepared"):
+            callback.prepare(model)
+            callback.load(model, resume)
+        settings = arguments(folder, max_steps=6, save_steps=4)
+        trainer = Trainer(model, settings, train_dataset=parity_data, callbacks=[callback])
+        trainer.train(resume_from_checkpoint=resume)
+        return parameters(model)
+
+    noise = NOISES["pq"]
+    whole = run(tmp_path / "a", QuantNoiseCallback(noise))
+    checkpoint = str(tmp_path / "a" / "checkpoint-4")
+    told = "holds no quantization noise"
+    assert told not in caplog.text
+    restored = run(tmp_path / "b", QuantNoiseCallback(noise), checkpoint, prepared=True)
+    assert told not in caplog.text
+    assert_same(restored, whole)
+    run(tmp_path / "c", QuantNoiseCallback(noise), checkpoint)
+    assert told in caplog.text
+
+
 def test_codebooks_are_refreshed_when_they_are_due(tmp_path, parity_data, monkeypatch):
     def refreshes(**fields):
         noise = QuantNoiseConfig(noise=["pq", "int8"], p=0.1, n_centroids=16, **fields)

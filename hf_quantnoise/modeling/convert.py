@@ -72,7 +72,9 @@ def _become_packed(
     """Turns layers that share one weight into packed layers that share one set of tensors."""
     rows, columns = weight_matrix(layers[0]).shape
     shape, dtype = layers[0].weight.shape, layers[0].weight.dtype
-    parameters = _parameters(quantizer, tensors)
+    # Floats before codes: many programs ask a model's first parameter for the dtype to compute in.
+    floats_first = {name: tensors[name] for name in sorted(tensors, key=INDICES.__eq__)}
+    parameters = _parameters(quantizer, floats_first)
     for layer in layers:
         del layer._parameters["weight"]
         layer.__class__ = packed_class(type(layer))

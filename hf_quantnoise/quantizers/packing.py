@@ -72,9 +72,9 @@ def unpack_codes(packed: Tensor, bits: int, count: int) -> Tensor:
     groups = -(-count // 8)
     octets = torch.nn.functional.pad(packed, (0, groups * bits - packed.numel())).view(-1, bits)
     octets = torch.nn.functional.pad(octets.int(), (0, 2))
-    codes = torch.empty(groups, 8, dtype=torch.int32, device=packed.device)
+    codes = []
     for number in range(8):
         byte, shift = divmod(number * bits, 8)
         word = octets[:, byte] | octets[:, byte + 1] << 8 | octets[:, byte + 2] << 16
-        codes[:, number] = (word >> shift) & (2**bits - 1)
-    return codes.view(-1)[:count].to(code_dtype(bits))
+        codes.append(((word >> shift) & (2**bits - 1)).to(code_dtype(bits)))
+    return torch.stack(codes, 1).view(-1)[:count]

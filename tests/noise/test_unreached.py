@@ -50,12 +50,15 @@ def test_a_rate_of_zero_reaches_nothing_and_says_nothing(model):
     assert find_state(model).note_unreached() == []
 
 
-def test_the_callback_says_it_after_the_first_step(model, caplog, tmp_path):
+def test_the_callback_says_it_after_a_few_steps(model, caplog, tmp_path):
     callback = QuantNoiseCallback(find_state(model).config)
     model(torch.ones(2, 16))
     args, control = TrainingArguments(str(tmp_path), use_cpu=True), TrainerControl()
     callback.on_step_end(args, TrainerState(global_step=1), control, model=model)
-    callback.on_train_end(args, TrainerState(global_step=2), control, model=model)
+    assert "no quantization noise" not in caplog.text
+    callback.on_step_end(args, TrainerState(global_step=8), control, model=model)
+    assert "no quantization noise" in caplog.text
+    callback.on_train_end(args, TrainerState(global_step=9), control, model=model)
     assert caplog.text.count("no quantization noise on read") == 1
 
 

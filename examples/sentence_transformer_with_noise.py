@@ -1,0 +1,125 @@
+#!/usr/bin/env python
+"""Sentence embeddings with ``SentenceTransformerTrainer`` and quantization noise, then compression.
+
+    python examples/sentence_transformer_with_noise.py --output_dir out
+    python examples/sentence_transformer_with_noise.py --train_file train.csv \\
+      --validation_file valid.csv --output_dir out
+
+Rows are ``sentence1``, ``sentence2`` and ``score`` from 0 to 1. The noise is a callback. The
+encoder inside the finetuned model is packed in one shot and finetuned again, centroids and all.
+Scores are Spearman's correlation of cosine similarities with the given scores. All flags of
+``SentenceTransformerTrainingArguments`` are taken as well. Needs
+``pip install hf-quantnoise[examples,sentence-transformers]``.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from dataclasses import dataclass, field
+
+import torch
+from closing_table import Row, closing_table
+from example_arguments import CompressionOptions, NoiseArguments
+from sentence_transformers import (
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
+from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
+from sentence_transformers.sentence_transformer.losses import CosineSimilarityLoss
+from trainer_data import RowFlags
+from transformers import HfArgumentParser
+
+from hf_quantnoise import QuantNoiseCallback, quantize_model, remove_quant_noise
+
+
+@dataclass
+class PairFlags(RowFlags):
+    """Model and rows."""
+
+    model_name_or_path: str = field(
+        default="sentence-transformers/all-MiniLM-L6-v2",
+        metadata={"help": "Checkpoint: a folder or a Hub repository."},
+    )
+    dataset_name: str = field(
+        default="sentence-transformers/stsb",
+        metadata={"help": "Dataset on the Hub, unless files are given."},
+    )
+
+
+def weights_mb(folder: str) -> float:
+    """Size of all ``*.safetensors`` files of a model with its modules' folders, in 10^6 bytes."""
+    sizes = [
+        os.path.getsize(os.path.join(root, name))
+        for root, _, names in os.walk(folder)
+        for name in names
+        if name.endswith(".safetensors")
+    ]
+    return sum(sizes) / 1e6
+
+
+def main(argv: list[str] | None = None) -> list[Row]:
+    """Runs the example; returns the rows of its closing table.
+
+    Raises:
+        RuntimeError: if the model loaded from disk gives other embeddings than the one saved there.
+    """
+    parser = HfArgumentParser(
+        [PairFlags, NoiseArguments, CompressionOptions, SentenceTransformerTrainingArguments],
+        description=__doc__.splitlines()[0],
+    )
+    flags, noise, options, training = parser.parse_args_into_dataclasses(argv)
+    noise_config, small_config = noise.config(options, training.seed), options.config(training.seed)
+    dense, compressed = (os.path.join(training.output_dir, n) for n in ("dense", "compressed"))
+    train, validation = flags.read("train"), flags.read("validation")
+    evaluator = EmbeddingSimilarityEvaluator(
+        list(validation["sentence1"]), list(validation["sentence2"]), list(validation["score"]),
+        write_csv=False,
+    )  # fmt: skip
+
+    def score(model: SentenceTransformer) -> float:
+        return float(evaluator(model)["spearman_cosine"])
+
+    model = SentenceTransformer(flags.model_name_or_path)
+    callbacks = [QuantNoiseCallback(noise_config)] if noise_config else []
+    trainer = SentenceTransformerTrainer(
+        model, training, train_dataset=train, loss=CosineSimilarityLoss(model), callbacks=callbacks
+    )
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    dense_score = score(model)
+    remove_quant_noise(model)
+    model.save_pretrained(dense)
+
+    quantize_model(model[0].auto_model, small_config)  # in place
+    one_shot_score = score(model)
+    if flags.centroid_epochs > 0:
+        second = copy.copy(training)
+        second.output_dir = os.path.join(training.output_dir, "centroids")
+        second.num_train_epochs, second.max_steps = flags.centroid_epochs, -1
+        SentenceTransformerTrainer(
+            model, second, train_dataset=train, loss=CosineSimilarityLoss(model)
+        ).train()
+    model.save_pretrained(compressed)
+
+    fresh = SentenceTransformer(compressed)
+    sentences = validation["sentence1"][:8]
+    if not torch.equal(
+        fresh.encode(sentences, convert_to_tensor=True),
+        model.encode(sentences, convert_to_tensor=True),
+    ):
+        raise RuntimeError(
+            "the model loaded from disk gives other embeddings than the one saved there"
+        )
+    small_mb = weights_mb(compressed)
+    rows = [
+        Row("finetuned, float32", weights_mb(dense), dense_score),
+        Row("packed in one shot", small_mb, one_shot_score),
+        Row("centroids finetuned, loaded", small_mb, score(fresh)),
+    ]
+    print(f"\n{closing_table(rows, 'Spearman')}")
+    return rows
+
+
+if __name__ == "__main__":
+    main()

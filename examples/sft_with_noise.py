@@ -1,0 +1,105 @@
+#!/usr/bin/env python
+"""Supervised finetuning with TRL's ``SFTTrainer`` and quantization noise, then compression.
+
+    python examples/sft_with_noise.py --output_dir out
+    python examples/sft_with_noise.py --model_name_or_path gpt2 --train_file train.jsonl \\
+      --validation_file valid.jsonl --max_length 256 --output_dir out
+
+The noise is a callback. ``compress`` belongs to ``QuantNoiseTrainer``; here the finetuned model is
+packed in one shot, and a second ``SFTTrainer`` finetunes its centroids and what stayed dense. Files
+have what SFTTrainer reads: a column ``text``, or ``messages``, or ``prompt`` and ``completion``.
+All flags of ``SFTConfig`` are taken as well. Needs ``pip install hf-quantnoise[examples,trl]``.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from dataclasses import dataclass, field
+
+import torch
+from closing_table import Row, closing_table, weights_mb
+from example_arguments import CompressionOptions, NoiseArguments
+from trainer_data import RowFlags
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedModel
+from trl import SFTConfig, SFTTrainer
+
+from hf_quantnoise import QuantNoiseCallback, quantize_model, remove_quant_noise
+
+
+@dataclass
+class SftFlags(RowFlags):
+    """Model and rows."""
+
+    model_name_or_path: str = field(
+        default="HuggingFaceTB/SmolLM2-135M",
+        metadata={"help": "Checkpoint: a folder or a Hub repository."},
+    )
+    dataset_name: str = field(
+        default="trl-lib/Capybara", metadata={"help": "Dataset on the Hub, unless files are given."}
+    )
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    """The model's answers to the first tokens of its vocabulary, in order."""
+    ids = torch.arange(min(32, model.config.vocab_size))[None]
+    return model.eval()(input_ids=ids.to(model.device)).logits.cpu()
+
+
+def main(argv: list[str] | None = None) -> list[Row]:
+    """Runs the example; returns the rows of its closing table.
+
+    Raises:
+        RuntimeError: if the model loaded from disk gives other logits than the one saved there.
+    """
+    parser = HfArgumentParser(
+        [SftFlags, NoiseArguments, CompressionOptions, SFTConfig],
+        description=__doc__.splitlines()[0],
+    )
+    flags, noise, options, training = parser.parse_args_into_dataclasses(argv)
+    noise_config, small_config = noise.config(options, training.seed), options.config(training.seed)
+    dense, compressed = (os.path.join(training.output_dir, n) for n in ("dense", "compressed"))
+    tokenizer = AutoTokenizer.from_pretrained(flags.model_name_or_path)
+    data = {
+        "train_dataset": flags.read("train"),
+        "eval_dataset": flags.read("validation"),
+        "processing_class": tokenizer,
+    }
+
+    model = AutoModelForCausalLM.from_pretrained(flags.model_name_or_path, dtype="float32")
+    callbacks = [QuantNoiseCallback(noise_config)] if noise_config else []
+    trainer = SFTTrainer(model, training, callbacks=callbacks, **data)
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    dense_loss = trainer.evaluate()["eval_loss"]
+    remove_quant_noise(trainer.model)
+    trainer.save_model(dense)
+
+    # A fresh object: an SFTTrainer puts a forward of its own on the model that it is given.
+    small = quantize_model(AutoModelForCausalLM.from_pretrained(dense), small_config)
+    second = copy.copy(training)
+    second.output_dir = os.path.join(training.output_dir, "centroids")
+    second.num_train_epochs, second.max_steps = flags.centroid_epochs, -1
+    trainer = SFTTrainer(small, second, **data)
+    one_shot_loss = trainer.evaluate()["eval_loss"]
+    if flags.centroid_epochs > 0:
+        trainer.train()
+    small.save_pretrained(compressed)
+    tokenizer.save_pretrained(compressed)
+
+    fresh = AutoModelForCausalLM.from_pretrained(compressed)
+    if not torch.equal(logits(fresh), logits(small)):
+        raise RuntimeError("the model loaded from disk gives other logits than the one saved there")
+    reloaded_loss = SFTTrainer(fresh, second, **data).evaluate()["eval_loss"]
+    small_mb = weights_mb(compressed)
+    rows = [
+        Row("finetuned, float32", weights_mb(dense), dense_loss),
+        Row("packed in one shot", small_mb, one_shot_loss),
+        Row("centroids finetuned, loaded", small_mb, reloaded_loss),
+    ]
+    print(f"\n{closing_table(rows, 'loss per token')}")
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""sentence_transformer_with_noise.py the whole way on a tiny BERT."""
+
+import pytest
+
+pytest.importorskip("sentence_transformers", reason="needs the extra 'sentence-transformers'")
+
+from sentence_transformer_with_noise import main  # noqa: E402
+from sentence_transformers import SentenceTransformer  # noqa: E402
+
+from hf_quantnoise import QuantNoiseConfig  # noqa: E402
+
+
+@pytest.fixture
+def pair_files(sentences, write):
+    flags = []
+    for flag, count, seed in (("train", 32, 0), ("validation", 16, 1)):
+        texts, labels = sentences(2 * count, seed)
+        same = [float(a == b) for a, b in zip(labels[::2], labels[1::2], strict=True)]
+        columns = {"sentence1": texts[::2], "sentence2": texts[1::2], "score": same}
+        flags += [f"--{flag}_file", write(f"{flag}.csv", columns)]
+    return flags
+
+
+def test_the_whole_way(tiny_model, pair_files, tmp_path, capsys):
+    out = tmp_path / "out"
+    rows = main([
+        *("--model_name_or_path", tiny_model, *pair_files, "--output_dir", str(out)),
+        *("--noise", "pq", "--noise_rate", "0.3", "--n_centroids", "8", "--codebook_update", "2"),
+        *("--max_steps", "4", "--save_steps", "2", "--per_device_train_batch_size", "8"),
+        *("--learning_rate", "1e-3", "--use_cpu", "--disable_tqdm", "True"),
+        *("--report_to", "none"),
+    ])  # fmt: skip
+    dense, one_shot, small = rows
+    assert small.megabytes < dense.megabytes
+    assert all(-1 <= row.score <= 1 for row in rows)
+    assert "Spearman" in capsys.readouterr().out
+    assert QuantNoiseConfig.from_pretrained(out / "checkpoint-2").p == 0.3
+    assert (out / "checkpoint-2" / "quant_noise_state.safetensors").is_file()
+    plain = SentenceTransformer(str(out / "checkpoint-4"))[0].auto_model
+    assert not getattr(plain, "is_quantized", False)
+    assert SentenceTransformer(str(out / "compressed"))[0].auto_model.is_quantized

@@ -1,0 +1,50 @@
+"""sft_with_noise.py the whole way on a tiny model: noise as a callback of TRL's SFTTrainer."""
+
+import json
+
+import pytest
+
+pytest.importorskip("trl", reason="needs the extra 'trl'")
+
+from sft_with_noise import main  # noqa: E402
+from transformers import AutoModelForCausalLM  # noqa: E402
+
+from hf_quantnoise import QuantNoiseConfig  # noqa: E402
+
+
+@pytest.fixture
+def files(texts, tmp_path):
+    """The text files' lines as rows."""
+    flags = []
+    for split, path in texts.items():
+        rows = [json.dumps({"text": line.strip()}) for line in path.read_text().splitlines()]
+        target = tmp_path / f"{split}.jsonl"
+        target.write_text("\n".join(rows[:32]) + "\n")
+        flags += [f"--{split}_file", str(target)]
+    return flags
+
+
+def test_the_whole_way(text_checkpoint, files, tmp_path, capsys, caplog):
+    out = tmp_path / "out"
+    rows = main([
+        *("--model_name_or_path", str(text_checkpoint), *files, "--output_dir", str(out)),
+        *("--noise", "pq", "--noise_rate", "0.3", "--n_centroids", "8", "--codebook_update", "2"),
+        *("--max_steps", "4", "--save_steps", "2", "--per_device_train_batch_size", "8"),
+        *("--learning_rate", "1e-3", "--max_length", "16", "--use_cpu", "--bf16", "False"),
+        *("--disable_tqdm", "True", "--report_to", "none"),
+    ])  # fmt: skip
+    dense, one_shot, small = rows
+    assert small.megabytes < dense.megabytes
+    assert small.score != one_shot.score  # the centroids moved
+    assert "loss per token" in capsys.readouterr().out
+    # TRL's fused loss multiplies with the head's weight itself.
+    assert "no quantization noise on lm_head:" in caplog.text
+    # The checkpoints of the noise phase: plain models, with the noise beside them.
+    assert QuantNoiseConfig.from_pretrained(out / "checkpoint-2").p == 0.3
+    assert (out / "checkpoint-2" / "quant_noise_state.safetensors").is_file()
+    loaded, info = AutoModelForCausalLM.from_pretrained(
+        out / "checkpoint-4", output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert not getattr(loaded, "is_quantized", False)
+    assert AutoModelForCausalLM.from_pretrained(out / "compressed").is_quantized
