@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 STATE_NAME = "quant_noise_state.safetensors"
 
-# Steps after which layers that no noise has reached are told of; with LayerDrop, or several experts,
+# Steps after which layers that no noise has reached are told of: with LayerDrop, or with experts,
 # a layer may well rest for a few.
 REACH_STEPS = 8
 

@@ -32,6 +32,7 @@ class Convert(Command):
     examples = (
         "hf-quantnoise convert out/compressed out/plain --to dense",
         "hf-quantnoise convert out/compressed out/plain --to dense --overwrite",
+        "hf-quantnoise convert out/compressed out/aqlm --to aqlm",
     )
 
     @staticmethod

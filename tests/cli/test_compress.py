@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import make_model
 from transformers import AutoModelForSequenceClassification
 
@@ -116,6 +117,16 @@ def test_a_converted_model_is_a_plain_one(work, run, input_ids):
     assert set(plain.state_dict()) == set(dense.state_dict())
     with torch.no_grad():
         assert torch.equal(plain(input_ids).logits, packed.dequantize()(input_ids).logits)
+
+
+def test_an_export_says_what_it_leaves_dense(work, run):
+    code, out, _ = run("convert out/compressed out/aqlm --to aqlm")
+    assert code == 0 and "bert.embeddings.word_embeddings: dense, " in out
+    values = json.loads((work / "out" / "aqlm" / "config.json").read_text())
+    assert values["quantization_config"]["quant_method"] == "aqlm"
+    names = load_file(work / "out" / "aqlm" / "model.safetensors").keys()
+    assert any(name.endswith(".codes") for name in names)
+    assert (work / "out" / "aqlm" / "tokenizer_config.json").is_file()
 
 
 def test_another_form_is_one_function(work, run):
