@@ -4,6 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
 WORKERS ?= 2
+EXTRAS := examples,test,dev,aqlm,onnx,trl,sentence-transformers
 PYTEST := -m pytest -n $(WORKERS) --dist worksteal
 
 # Nothing here needs the Hub; what would ask it for something is told so at once.
@@ -26,7 +27,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (once; a few minutes, most of it torch) ..."
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[examples,test,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	@touch $@
 
 demo: $(STAMP)  ## train, compress, save and reload a small ViT on scikit-learn's digits: 1 to 2 minutes

@@ -19,8 +19,6 @@ import os
 from dataclasses import dataclass, field
 
 import torch
-from closing_table import Row, closing_table
-from example_arguments import CompressionOptions, NoiseArguments
 from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
@@ -32,6 +30,8 @@ from trainer_data import RowFlags
 from transformers import HfArgumentParser
 
 from hf_quantnoise import QuantNoiseCallback, quantize_model, remove_quant_noise
+from hf_quantnoise.runs.closing_table import Row, closing_table
+from hf_quantnoise.runs.example_arguments import CompressionOptions, NoiseArguments
 
 
 @dataclass

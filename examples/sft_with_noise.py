@@ -18,13 +18,13 @@ import os
 from dataclasses import dataclass, field
 
 import torch
-from closing_table import Row, closing_table, weights_mb
-from example_arguments import CompressionOptions, NoiseArguments
 from trainer_data import RowFlags
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
 from hf_quantnoise import QuantNoiseCallback, quantize_model, remove_quant_noise
+from hf_quantnoise.runs.closing_table import Row, closing_table, weights_mb
+from hf_quantnoise.runs.example_arguments import CompressionOptions, NoiseArguments
 
 
 @dataclass
