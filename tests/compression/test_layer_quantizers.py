@@ -263,7 +263,7 @@ def test_errors_of_use(tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="n_codebooks=2: a target allots one codebook to a weight"):
         IPQConfig(target_size_mb=0.04, n_codebooks=2)
-    with pytest.raises(ValueError, match="target_size_mb=0.04: from_pretrained has no data"):
+    with pytest.raises(ValueError, match="target_size_mb=0.04: from_pretrained does not allot"):
         type(model).from_pretrained(tmp_path, quantization_config=config)
     unmoved = copy.deepcopy(model)
     with torch.no_grad():

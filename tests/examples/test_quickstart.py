@@ -42,7 +42,7 @@ def names(tmp_path_factory):
     weights.write_bytes(weights.read_bytes()[:-1000])
     file = folder / "future" / "config.json"
     values = json.loads(file.read_text())
-    values["quantization_config"]["format_version"] = 9
+    values["quantization_config"] |= {"format_version": 9, "requires": "hf-quantnoise>=9.0"}
     file.write_text(json.dumps(values))
     args = TrainingArguments(str(folder / "out"), use_cpu=True, report_to="none")
     own = {"model": model, "small": small, "args": args, "data_collator": DefaultDataCollator()}
