@@ -52,7 +52,8 @@ def quantize_model(
         TypeError: if the model is no ``PreTrainedModel``.
         ValueError: if it is quantized already, the config cannot be carried out, its target cannot
             be met, or it needs calibration data and there is none; the model is dense then as
-            before.
+            before. Also if a layer whose inputs are rounded never ran on the calibration data: that
+            shows on the packed model only, so load the dense one again.
     """
     batches: list[dict] = []
     if config.reads_data or config.target is not None:
