@@ -151,8 +151,8 @@ def table(args: BenchmarkArguments, lines: list[dict]) -> str:
     seeds = sorted({line["key"]["seed"] for line in lines})
     text = [
         f"| row | {task.metric}, float32 | {task.metric}, compressed | seeds "
-        f"{' / '.join(map(str, seeds))} | divergence | MB | times smaller | seconds |",
-        "|---|---|---|---|---|---|---|---|",
+        f"{' / '.join(map(str, seeds))} | divergence | MB | times smaller |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         own = [line for line in lines if line["key"]["row"] == row.name]
@@ -165,7 +165,6 @@ def table(args: BenchmarkArguments, lines: list[dict]) -> str:
         cells = (
             row.name, _mean(dense), _mean(list(by_seed.values())), each, _mean(last, 3),
             f"{own[0]['bytes'] / 1e6:.3f}", f"{own[0]['dense_bytes'] / own[0]['bytes']:.1f}",
-            f"{statistics.mean(line['seconds'] for line in own):.0f}",
         )  # fmt: skip
         text.append(f"| {' | '.join(cells)} |")
     counts = lines[-1]["examples"]
