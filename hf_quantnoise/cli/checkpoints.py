@@ -19,7 +19,7 @@ from huggingface_hub import (
     hf_hub_url,
     snapshot_download,
 )
-from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError
+from huggingface_hub.errors import NotASafetensorsRepoError
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from ..configuration import QUANT_METHOD, QuantizedModelConfig
@@ -89,7 +89,9 @@ class Checkpoint:
         """Names the model in what the Hub's libraries say."""
         try:
             yield
-        except (OSError, ValueError, HfHubHTTPError) as error:
+        except NotASafetensorsRepoError:
+            raise  # an answer, not a failure
+        except Exception as error:  # of a client's own kind, where the Hub is not reached
             if os.path.isdir(self.path):
                 raise
             raise ValueError(

@@ -109,3 +109,16 @@ def test_the_entry_points(monkeypatch, capsys):
     assert stop.value.code == 0
     shown = capsys.readouterr().out
     assert all(f"    {name} " in shown for name in EVERY)
+
+
+def test_a_hub_that_is_not_reached_is_said_of_the_name(monkeypatch, run):
+    class ConnectError(Exception):
+        """Stands for that of whichever client the Hub's library uses: no OSError."""
+
+    def fail(*args, **kwargs):
+        raise ConnectError("name not known")
+
+    monkeypatch.setattr("hf_quantnoise.cli.checkpoints.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("hf_quantnoise.cli.checkpoints.HfApi.get_safetensors_metadata", fail)
+    code, _, err = run("report nowhere")
+    assert code == 1 and "'nowhere' is no folder" in err and "name not known" in err
