@@ -27,7 +27,7 @@ from real_tasks import TASKS
 from results_file import append_line, figures_of, provenance, read_lines
 from transformers import HfArgumentParser
 
-DENSE = "dense"  # the folder in which an example leaves its float model
+from hf_quantnoise.runs.compression_run import DENSE
 
 
 @dataclass

@@ -14,7 +14,6 @@ Scores are Spearman's correlation of cosine similarities with the given scores. 
 
 from __future__ import annotations
 
-import copy
 import os
 from dataclasses import dataclass, field
 
@@ -94,9 +93,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
     quantize_model(model[0].auto_model, small_config)  # in place
     one_shot_score = score(model)
     if flags.centroid_epochs > 0:
-        second = copy.copy(training)
-        second.output_dir = os.path.join(training.output_dir, "centroids")
-        second.num_train_epochs, second.max_steps = flags.centroid_epochs, -1
+        second = flags.for_centroids(training)
         SentenceTransformerTrainer(
             model, second, train_dataset=train, loss=CosineSimilarityLoss(model)
         ).train()

@@ -13,7 +13,6 @@ All flags of ``SFTConfig`` are taken as well. Needs ``pip install hf-quantnoise[
 
 from __future__ import annotations
 
-import copy
 import os
 from dataclasses import dataclass, field
 
@@ -77,9 +76,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
 
     # A fresh object: an SFTTrainer puts a forward of its own on the model that it is given.
     small = quantize_model(AutoModelForCausalLM.from_pretrained(dense), small_config)
-    second = copy.copy(training)
-    second.output_dir = os.path.join(training.output_dir, "centroids")
-    second.num_train_epochs, second.max_steps = flags.centroid_epochs, -1
+    second = flags.for_centroids(training)
     trainer = SFTTrainer(small, second, **data)
     one_shot_loss = trainer.evaluate()["eval_loss"]
     if flags.centroid_epochs > 0:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import Dataset, load_dataset
+from transformers import TrainingArguments
 
-_READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+from hf_quantnoise.runs.glue_data import READERS
 
 
 @dataclass
@@ -40,13 +43,20 @@ class RowFlags:
                 continue
             if not Path(name).is_file():
                 raise ValueError(f"--{flag} {name!r} is no file")
-            if Path(name).suffix not in _READERS:
-                raise ValueError(f"--{flag} {name!r} is none of {', '.join(_READERS)}")
+            if Path(name).suffix not in READERS:
+                raise ValueError(f"--{flag} {name!r} is none of {', '.join(READERS)}")
 
     def read(self, name: str) -> Dataset:
         """The rows of ``"train"`` or ``"validation"``."""
         file_name = getattr(self, f"{name}_file")
         if file_name is None:
             return load_dataset(self.dataset_name, split=getattr(self, f"{name}_split"))
-        reader = _READERS[Path(file_name).suffix]
+        reader = READERS[Path(file_name).suffix]
         return load_dataset(reader, data_files=file_name, split="train")
+
+    def for_centroids(self, training: TrainingArguments) -> TrainingArguments:
+        """The run's arguments, for the finetuning of the packed model."""
+        second = copy.copy(training)
+        second.output_dir = os.path.join(training.output_dir, "centroids")
+        second.num_train_epochs, second.max_steps = self.centroid_epochs, -1
+        return second

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .callback import QuantNoiseCallback
-from .compression import CompressionArguments, GuardedTrainer, compress_in_stages
+from .compression import CompressionArguments, GuardedTrainer, StagedPass
 from .compression.figures import PLOTS, plot_compression
 from .compression.pass_files import FOLDER
 from .compression.stages import StageRecord
@@ -114,9 +114,8 @@ class QuantNoiseTrainer(PublishingMixin, GuardedTrainer):
                 report(record)
 
         compression_args = compression_args or CompressionArguments()
-        model = compress_in_stages(
-            self, config, compression_args, teacher, keep, resume=resume_from_checkpoint
-        )
+        staged = StagedPass(self, config, compression_args, teacher, keep)
+        model = staged.run(resume_from_checkpoint)
         if self.noise_callback is not None:
             self.remove_callback(self.noise_callback)  # a later train() finetunes the packed model
             self.noise_callback = None

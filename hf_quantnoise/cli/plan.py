@@ -15,7 +15,7 @@ from ..size import size_report
 from .checkpoints import Checkpoint
 from .command import COMMANDS, Command, add_model_argument
 from .settings import allotted, quantization_config, quantization_parser
-from .sizes import TABLES, to_dict
+from .sizes import add_table_arguments, show
 
 
 @COMMANDS.register("plan")
@@ -39,10 +39,7 @@ class Plan(Command):
     @staticmethod
     def add_arguments(parser: ArgumentParser) -> None:
         add_model_argument(parser, "The dense model")
-        parser.add_argument(
-            "--per", choices=list(TABLES), default="layer", help="Lines of the table."
-        )
-        parser.add_argument("--json", action="store_true", help="Every row, in bytes, as JSON.")
+        add_table_arguments(parser, per="layer")
         parser.add_argument(
             "--save",
             metavar="FILE",
@@ -60,11 +57,7 @@ class Plan(Command):
             config = allotted(checkpoint.load(), config)
         ModelPacker(model, config).pack_skeletons()
         report = size_report(model)
-        if args.json:
-            values = {"model": args.model, "config": config.to_dict(), **to_dict(report)}
-            print(json.dumps(values, indent=2))
-        else:
-            print(TABLES[args.per](report))
+        show(report, args, config=config.to_dict())
         if args.save:
             _save(_by_layer(config, model.config.quantization_config), args.save)
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from argparse import ArgumentParser, Namespace
 
 from .checkpoints import Checkpoint
 from .command import COMMANDS, Command, add_model_argument
-from .sizes import TABLES, draw, report_of, to_dict
+from .sizes import add_table_arguments, draw, report_of, show
 
 
 @COMMANDS.register("report")
@@ -27,19 +26,13 @@ class Report(Command):
     @staticmethod
     def add_arguments(parser: ArgumentParser) -> None:
         add_model_argument(parser, "The model")
-        parser.add_argument(
-            "--per", choices=list(TABLES), default="group", help="Lines of the table."
-        )
-        parser.add_argument("--json", action="store_true", help="Every row, in bytes, as JSON.")
+        add_table_arguments(parser, per="group")
         parser.add_argument("--png", metavar="FILE", help="Draw it as well; needs matplotlib.")
 
     @staticmethod
     def run(args: Namespace) -> None:
         report, note = report_of(Checkpoint(args.model, args.revision))
-        if args.json:
-            print(json.dumps({"model": args.model, "note": note, **to_dict(report)}, indent=2))
-        else:
-            print(TABLES[args.per](report))
+        show(report, args, note=note)
         if note and not args.json:
             print(f"note: {note}", file=sys.stderr)
         if args.png:

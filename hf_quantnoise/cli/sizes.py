@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser
+import json
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -80,6 +81,15 @@ def add_table_arguments(parser: ArgumentParser, per: str) -> None:
 
 def _kilobytes(*values: int) -> tuple[str, ...]:
     return tuple(f"{value / 1e3:,.1f}" for value in values)
+
+
+def show(report: SizeReport, args: Namespace, **more: Any) -> None:
+    """Prints a report as the flags of :func:`add_table_arguments` ask for it; ``more`` stands in
+    JSON alone."""
+    if args.json:
+        print(json.dumps({"model": args.model, **more, **to_dict(report)}, indent=2))
+    else:
+        print(TABLES[args.per](report))
 
 
 def to_dict(report: SizeReport) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from .arguments import CompressionArguments
 from .budget import Allotment, allot, plan_budget
 from .guards import GuardedTrainer
 from .oneshot import quantize_model
-from .stages import StageRecord, compress_in_stages
+from .stages import StagedPass, StageRecord
 from .target import check_plan, file_bytes
 
 __all__ = [
@@ -12,9 +12,9 @@ __all__ = [
     "CompressionArguments",
     "GuardedTrainer",
     "StageRecord",
+    "StagedPass",
     "allot",
     "check_plan",
-    "compress_in_stages",
     "file_bytes",
     "plan_budget",
     "quantize_model",

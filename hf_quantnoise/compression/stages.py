@@ -340,18 +340,6 @@ class StagedPass:
         return stage
 
 
-def compress_in_stages(
-    trainer: Trainer,
-    config: QuantizedModelConfig,
-    compression_args: CompressionArguments | None = None,
-    teacher: nn.Module | None = None,
-    report: Callable[[StageRecord], None] | None = None,
-    resume: bool = False,
-) -> PreTrainedModel:
-    """Quantizes a trainer's model stage by stage, in place; see :class:`StagedPass`."""
-    return StagedPass(trainer, config, compression_args, teacher, report).run(resume)
-
-
 def _calibrate(stage_trainer: StageTrainer, model: PreTrainedModel, packed: StageResult) -> None:
     """Sets the scales of what enters the layers of a stage, on its training data (7.7)."""
     layers = [model.get_submodule(name) for name in packed.layers]
