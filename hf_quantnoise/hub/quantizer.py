@@ -9,6 +9,7 @@ instead of starting from random weights.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from copy import deepcopy
 
 import torch
@@ -122,7 +123,7 @@ class QuantNoiseHfQuantizer(HfQuantizer):
         self.quantization_config.shared_layers = shared
         late = tied_late(model, shared)
         declare_shared(model, shared, without=late)
-        model._keys_to_ignore_on_load_missing.update(f"^{re.escape(name)}$" for name in late)
+        _ignore(model, "missing", (f"^{re.escape(name)}$" for name in late))
         self.quantization_config.left_dense = {
             name: reason
             for name, reason in _names_for(model, config.left_dense).items()
@@ -254,9 +255,21 @@ def attach(model: PreTrainedModel, config: QuantizedModelConfig) -> None:
 def _ignore_sentinels(model: PreTrainedModel, config: QuantizedModelConfig) -> None:
     """Lets the sentinels lie in the file, named with or without the base model's prefix."""
     # The first files had one, in whatever part came first.
-    for name in {*sentinel_names(config, model), f"{min(config.plan)}.weight"}:
-        short = name.removeprefix(f"{model.base_model_prefix}.")
-        model._keys_to_ignore_on_load_unexpected.add(rf"(^|\.){re.escape(short)}$")
+    names = {*sentinel_names(config, model), f"{min(config.plan)}.weight"}
+    short = (name.removeprefix(f"{model.base_model_prefix}.") for name in names)
+    _ignore(model, "unexpected", (rf"(^|\.){re.escape(name)}$" for name in short))
+
+
+def _ignore(model: PreTrainedModel, which: str, patterns: Iterable[str]) -> None:
+    """Adds to the patterns of names that may be ``"missing"`` or ``"unexpected"`` while loading.
+
+    A set of the instance in the newest transformers, a list of the class or None in the first
+    releases of version 5: the model gets its own, of the same kind.
+    """
+    attribute = f"_keys_to_ignore_on_load_{which}"
+    known = getattr(model, attribute)
+    kind = list if known is None else type(known)
+    setattr(model, attribute, kind([*(known or ()), *patterns]))
 
 
 def _names_for(model: PreTrainedModel, entries: dict) -> dict:
