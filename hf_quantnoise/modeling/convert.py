@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..blocks import weight_matrix
+from ..blocks import matrix_shape, weight_matrix
 from ..quantizers import Quantizer
 from ..quantizers.packing import pack_codes
 from .packed import INDICES, INPUT_NAMES, PREFIX, PackedLayer, packed_class
@@ -70,7 +70,7 @@ def _become_packed(
     activation_bits: int | None,
 ) -> None:
     """Turns layers that share one weight into packed layers that share one set of tensors."""
-    rows, columns = weight_matrix(layers[0]).shape
+    rows, columns = matrix_shape(layers[0])
     shape, dtype = layers[0].weight.shape, layers[0].weight.dtype
     # Floats before codes: many programs ask a model's first parameter for the dtype to compute in.
     floats_first = {name: tensors[name] for name in sorted(tensors, key=INDICES.__eq__)}
@@ -143,7 +143,7 @@ def pack_skeleton(
     device (``meta`` while a checkpoint is being loaded), to be filled from a file."""
     layers = [layers] if isinstance(layers, nn.Module) else list(layers)
     weight = layers[0].weight
-    rows, columns = weight_matrix(layers[0]).shape
+    rows, columns = matrix_shape(layers[0])
     tensors = {
         INDICES: torch.empty(
             _indices_shape(quantizer, rows, columns), dtype=torch.uint8, device=weight.device

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
-from ..blocks import layout_of, weight_matrix
+from ..blocks import layout_of, matrix_shape
 from ..distributed import of_rank_0
 from .activations import evaluating, name_in
 
@@ -173,7 +173,7 @@ def _importance(model: nn.Module, layers: Sequence[nn.Module], watch: _Watch) ->
         # A layer whose inputs are all zero has no preference.
         parts.append(columns + DAMPING * mean if mean > 0 else torch.ones_like(columns))
     if not parts:
-        name, shape = name_in(model, layers[0]), tuple(weight_matrix(layers[0]).shape)
+        name, shape = name_in(model, layers[0]), matrix_shape(layers[0])
         raise ValueError(
             f"importance='activations': {name} ({shape[0]} x {shape[1]}) never ran on the "
             "calibration data, so nothing is known of its inputs; leave it out with "
