@@ -60,7 +60,8 @@ def arguments_of(folder, name, options):
     if WORLD == 1:
         del settings["ddp_backend"]
     args = TrainingArguments(**settings)
-    if args.fsdp and not options.get("on_cpus"):
+    sharded = args.fsdp or "ACCELERATE_USE_FSDP" in os.environ
+    if sharded and not options.get("on_cpus"):
         take_cpus_for_gpus(args)
     return args
 

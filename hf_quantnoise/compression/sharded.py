@@ -11,6 +11,7 @@ every rank ("replicated"), and their gradients are averaged as DDP would do it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -48,9 +49,11 @@ def require_fsdp2(trainer: Trainer) -> None:
             "fsdp_config={'version': 1}: FSDP1 flattens the weights of several layers into one, "
             "and noise needs them one by one; set fsdp_config={'version': 2}"
         )
-    if trainer.args.fsdp and not trainer.is_fsdp_enabled:
+    by_launcher = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    if (trainer.args.fsdp or by_launcher) and not trainer.is_fsdp_enabled:
+        asked = f"fsdp={trainer.args.fsdp!r}" if trainer.args.fsdp else "FSDP by accelerate launch"
         raise ValueError(
-            f"fsdp={trainer.args.fsdp!r}: accelerate shards on GPUs and other accelerators, and on "
+            f"{asked}: accelerate shards on GPUs and other accelerators, and on "
             f"{trainer.args.device} it would run DDP without a word; leave fsdp out there"
         )
     if not trainer.is_fsdp_enabled:

@@ -303,6 +303,9 @@ def run(args: Arguments, prepare: Callable[[Arguments], Job]) -> dict:
 
     set_seed(training.seed)
     job = prepare(args)
+    if args.options.resume_compression:
+        # Finetuned: the pass may have been killed before it had kept the model itself.
+        job.model = job.auto_class.from_pretrained(folders[0], dtype=args.model.dtype)
     if small_config is not None:
         check_plan(job.model, small_config)  # what cannot be done is told before training
     results.add(**_settings(args, job), **earlier)

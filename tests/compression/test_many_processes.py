@@ -1,12 +1,13 @@
 """Noise and pass on two gloo processes: one model, and the one a single process makes."""
 
 import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from processes import needs_gloo, torchrun
+from processes import accelerate_launch, needs_gloo, torchrun
 from safetensors.torch import load_file
 from stacked import make_stacked
 from tiny import VOCABULARY
@@ -33,8 +34,12 @@ def run(tmp_path_factory, parity_data):
     language = parity_data.map(lambda row: {"labels": row["input_ids"]})
     language.save_to_disk(str(tmp_path / "language"))
 
-    def start(name: str, world: int, **options):
-        torchrun(PROGRAM, str(tmp_path), name, json.dumps(options), processes=world)
+    def start(name: str, world: int, launcher=torchrun, **options):
+        words = (PROGRAM, str(tmp_path), name, json.dumps(options))
+        if launcher is torchrun:
+            torchrun(*words, processes=world)
+        else:
+            launcher(*words)
         parts = ("noise", "dense", "model")
         return [
             {
@@ -112,6 +117,22 @@ def test_fsdp2_gives_the_model_of_a_single_process(run, single):
     state = loaded.state_dict()
     for name, tensor in one["model"].items():
         assert torch.equal(state[name], tensor), name
+
+
+@pytest.mark.slow
+@needs_gloo
+@pytest.mark.parametrize("way", ["ddp", "fsdp2"])
+def test_accelerate_launch_does_what_its_file_says(run, single, way):
+    """As ``accelerate config`` writes it; the script says nothing of processes or shards."""
+    fsdp = None
+    if way == "fsdp2":
+        fsdp = {"fsdp_version": 2, "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+                "fsdp_state_dict_type": "FULL_STATE_DICT"}  # fmt: skip
+    launcher = partial(accelerate_launch, run.folder, fsdp=fsdp)
+    one, other = run(f"launched-{way}", 2, launcher=launcher, **WHOLE_RUN)
+    assert_ranks_agree(one, other)
+    assert_close(one, single)
+    assert all(count > 0 for count in one["sharded"]) == (fsdp is not None)
 
 
 @pytest.mark.slow
