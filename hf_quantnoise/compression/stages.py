@@ -41,6 +41,28 @@ from .waiting_noise import WaitingNoise, noise_to_keep
 logger = logging.get_logger(__name__)
 
 
+def check_pass(trainer: Trainer, config: QuantizedModelConfig, args: CompressionArguments) -> None:
+    """What can be told of a pass by its settings alone; before the training that leads to it, too.
+
+    Raises:
+        ValueError: if a stage has no training data, or the settings name stages that are none or
+            contradict each other or the trainer's.
+    """
+    stages = config.stage_groups()
+    args.check_stages(stages)
+    if trainer.train_dataset is None:
+        if args.trains(stages):
+            raise ValueError(
+                "compress finetunes between stages and the trainer has no train_dataset; give "
+                "it one, or set CompressionArguments(stage_epochs=0)"
+            )
+        if config.reads_data:
+            require_batches([], config.reads_data)
+    require_centroids(config, args, trainer.args)
+    noise_to_keep(trainer, args.keep_noise)
+    check_can_be_packed(trainer.accelerator.unwrap_model(trainer.model))
+
+
 class StagedPass:
     """One pass over a trainer's model.
 
@@ -65,6 +87,7 @@ class StagedPass:
     ) -> None:
         self.trainer, self.config = trainer, config
         self.args = compression_args or CompressionArguments()
+        check_pass(trainer, config, self.args)
         self.given_teacher, self.teacher = teacher, None
         self.report = report or (lambda record: None)
         self.model = trainer.accelerator.unwrap_model(trainer.model)
@@ -72,19 +95,8 @@ class StagedPass:
             self.model.to(trainer.args.device)
         self.history: list[StageRecord] = []
         self.stages = config.stage_groups()
-        self.args.check_stages(self.stages)
         self._trains = self.args.trains(self.stages)
-        if trainer.train_dataset is None:
-            if self._trains:
-                raise ValueError(
-                    "compress finetunes between stages and the trainer has no train_dataset; give "
-                    "it one, or set CompressionArguments(stage_epochs=0)"
-                )
-            if config.reads_data:
-                require_batches([], config.reads_data)
-        require_centroids(config, self.args, trainer.args)
         self.noise_config = noise_to_keep(trainer, self.args.keep_noise)
-        check_can_be_packed(self.model)
         keeps = trainer.args.save_strategy != SaveStrategy.NO
         folder = os.path.join(trainer.args.output_dir, FOLDER) if keeps else None
         self.files = PassFiles(folder, trainer.args.should_save)
@@ -241,6 +253,11 @@ class StagedPass:
             del arguments[name]
         asked = {"config": self.config.to_dict(), "compression_args": arguments}
         asked["qn_config"] = {} if self.noise_config is None else self.noise_config.to_dict()
+        teacher = "a copy of the model"
+        if self.given_teacher is not None:
+            numbers = sum(parameter.numel() for parameter in self.given_teacher.parameters())
+            teacher = f"a {type(self.given_teacher).__name__} of {numbers:,} numbers"
+        asked["teacher"] = {"teacher": teacher}
         return json.loads(json.dumps(asked))
 
     def _save(self, number: int) -> None:

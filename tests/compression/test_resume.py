@@ -155,8 +155,15 @@ def test_a_torn_stage_is_passed_over(case, straight, tmp_path, parity_data):
     assert pass_files.is_whole(tmp_path / "compression" / "stage-3" / "tensors.safetensors")
 
 
-@pytest.mark.parametrize("last", ["stage.json", "tensors.safetensors"])
-@pytest.mark.parametrize("folder", ["stage-1", "run-1", "checkpoint-2"])
+@pytest.mark.parametrize(
+    ("folder", "last"),
+    [
+        ("stage-1", "stage.json"),
+        ("stage-1", "tensors.safetensors"),
+        ("run-1", "memory.safetensors"),
+        ("checkpoint-2", "memory.safetensors"),
+    ],
+)
 def test_killed_while_removing(folder, last, straight, tmp_path, parity_data, monkeypatch):
     """A folder goes file by file; killed before the last one, it looks like a whole one."""
     real = pass_files.shutil.rmtree
@@ -165,7 +172,7 @@ def test_killed_while_removing(folder, last, straight, tmp_path, parity_data, mo
         if Path(path).name != folder:
             return real(path, *args, **kwargs)
         for file in filter(Path.is_file, Path(path).rglob("*")):
-            if file.name not in (last, "memory.safetensors"):
+            if file.name != last:
                 file.unlink()
         raise Killed
 
@@ -247,6 +254,11 @@ def test_another_pass_or_model_is_refused(tmp_path, parity_data):
         trainer().compress(config, one_shot, resume_from_checkpoint=True)
     with pytest.raises(ValueError, match="begun with stage_epochs=0, now it is 1.0"):
         trainer().compress(IPQConfig(**PQ), resume_from_checkpoint=True)
+    with pytest.raises(
+        ValueError, match="begun with teacher='a copy of the model', now it is 'a Be"
+    ):
+        other = make_stacked("bert", 2)
+        trainer().compress(IPQConfig(**PQ), one_shot, teacher=other, resume_from_checkpoint=True)
     with pytest.raises(ValueError, match="model is another than the one that was compressed"):
         larger = trainer(make_stacked("bert", 5))
         larger.compress(IPQConfig(**PQ), one_shot, resume_from_checkpoint=True)

@@ -110,13 +110,16 @@ def test_a_teacher_pulls_the_student_to_its_logits(tmp_path, parity_data):
 
 
 def test_the_given_teacher_is_used_and_left_alone(tmp_path, parity_data):
-    teacher = make_model("bert", seed=5)
+    teacher = make_model("bert", seed=5).train()
     before = copy.deepcopy(teacher.state_dict())
     calls = []
-    teacher.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    teacher.register_forward_hook(
+        lambda module, *_: calls.append(torch.is_grad_enabled() or module.training)
+    )
     make_trainer(tmp_path, parity_data).compress(CONFIG, teacher=teacher)
     # One batch to see that they go together, then three stages of six.
     assert len(calls) == 1 + 3 * 6 and not any(calls)
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
 
 

@@ -293,13 +293,25 @@ def test_mistakes_are_named(flags, message, start, write_sets):
         start(*write_sets(), "--n_centroids", "8", "--num_train_epochs", "0.1", *flags)
 
 
-def test_a_plan_that_cannot_be_carried_out_is_told_before_training(start, write_sets, monkeypatch):
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--block_size", "5"], "block_size=5.*choose a block_size"),
+        (["--stage_settings", '{"fnn": {"steps": 2}}'], "names the stage 'fnn'; the config's"),
+        (["--keep_noise"], "keep_noise=True needs the noise of the run"),
+        (["--scheme", "fixed_point", "--reassign_steps", "2"], "reassign_steps=2 needs codewords"),
+        (["--teacher_name_or_path", "./absent"], "--teacher_name_or_path './absent' cannot be"),
+    ],
+)
+def test_a_pass_that_cannot_be_carried_out_is_told_before_training(
+    flags, message, start, write_sets, monkeypatch
+):
     def train(*args, **kwargs):
         raise AssertionError("it trained first")
 
     monkeypatch.setattr("hf_quantnoise.runs.compression_run.QuantNoiseTrainer.train", train)
-    with pytest.raises(ValueError, match="block_size=5.*choose a block_size"):
-        start(*write_sets(), "--n_centroids", "8", "--block_size", "5", "--noise", "none")
+    with pytest.raises(ValueError, match=message):
+        start(*write_sets(), "--n_centroids", "8", "--noise", "none", *flags)
 
 
 def test_a_killed_compression_goes_on(start, write_sets, monkeypatch):
