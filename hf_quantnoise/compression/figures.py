@@ -129,7 +129,10 @@ def _stages(figure_class, history: Sequence[dict]):
 
 def _layers(figure_class, history: Sequence[dict], report: SizeReport):
     errors = {name: e for record in history for name, e in record["layer_errors"].items()}
-    sizes = {row.name.removesuffix(".weight"): row.disk_bytes / 1e3 for row in report.rows}
+    sizes: dict[str, float] = {}
+    for row in report.rows:  # a sentinel is a row of its own
+        name = row.name.removesuffix(".weight")
+        sizes[name] = sizes.get(name, 0.0) + row.disk_bytes / 1e3
     names = [name for name in sizes if name in errors]
     figure = figure_class(figsize=(10, 1 + 0.18 * len(names)))
     columns = (("relative error of the weight", errors), ("kB on disk", sizes))

@@ -71,6 +71,39 @@ def require_fsdp2(trainer: Trainer) -> None:
         )
 
 
+def share_what_rank_0_read(trainer: Trainer, *models: nn.Module) -> None:
+    """Gives all ranks the models that only rank 0 has read (``cpu_ram_efficient_loading``, which
+    ``accelerate config`` turns on): elsewhere ``from_pretrained`` leaves them without memory. What
+    is loaded from then on is read by each rank, as each has the whole model. On all ranks."""
+    if not trainer.is_fsdp_enabled:
+        return
+    for model in models:
+        empty = any(tensor.is_meta for tensor in model.state_dict().values())
+        if sum_over_ranks(torch.tensor(float(empty), device=trainer.args.device)) > 0:
+            take_from_rank_0(model)
+    trainer.accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+
+
+@torch.no_grad()
+def take_from_rank_0(model: nn.Module) -> None:
+    """Parameters and persistent buffers of rank 0 on all ranks, where a model may have no memory.
+    What layers hold together they hold together afterwards."""
+    taken: dict[int, Tensor] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        own = torch.empty_like(tensor, device="cpu") if tensor.is_meta else tensor
+        values = of_rank_0(own.detach())
+        if not tensor.is_meta:
+            tensor.copy_(values)
+            continue
+        if isinstance(tensor, nn.Parameter):
+            values = nn.Parameter(values, tensor.requires_grad)
+        holder, _, last = name.rpartition(".")
+        module = model.get_submodule(holder)
+        held = module._parameters if last in module._parameters else module._buffers
+        held[last] = taken.setdefault(id(tensor), values)
+
+
 def replicated_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters that are not sharded: those of packed layers, scalars, integers, and what
     several modules hold. accelerate shards a head together with the table it is tied to."""

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from itertools import islice
+from types import SimpleNamespace
 
 from torch import nn
 from tqdm.auto import tqdm
@@ -34,6 +35,7 @@ from .pass_files import FOLDER, PassFiles, SavedStage, put_into_memory
 from .reassign import require_centroids
 from .record import StageRecord, metric_when_packed, record_of
 from .resumable import OptimizerState
+from .sharded import share_what_rank_0_read
 from .stage_trainer import StageTrainer
 from .teacher import Teacher
 from .waiting_noise import WaitingNoise, noise_to_keep
@@ -58,7 +60,11 @@ def check_pass(trainer: Trainer, config: QuantizedModelConfig, args: Compression
             )
         if config.reads_data:
             require_batches([], config.reads_data)
-    require_centroids(config, args, trainer.args)
+    # accelerate's own settings may have turned them on, too.
+    fsdp, deepspeed = trainer.is_fsdp_enabled, trainer.is_deepspeed_enabled
+    compiled = trainer.args.torch_compile
+    ways = SimpleNamespace(fsdp=fsdp, deepspeed=deepspeed, torch_compile=compiled)
+    require_centroids(config, args, ways)
     noise_to_keep(trainer, args.keep_noise)
     check_can_be_packed(trainer.accelerator.unwrap_model(trainer.model))
 
@@ -149,6 +155,8 @@ class StagedPass:
 
     def _make_teacher(self) -> None:
         if self.args.distill and self._trains:
+            if self.given_teacher is not None:
+                share_what_rank_0_read(self.trainer, self.given_teacher)
             self.teacher = Teacher(self.model, self.given_teacher, self.args)
             if self.teacher.needs_check:
                 self.teacher.check(self._stage_trainer(None, 0))

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from stacked import make_stacked
 from stage_runs import make_pass_trainer
@@ -203,6 +204,32 @@ def test_plots_are_drawn_at_the_end(make_trainer, tmp_path):
     trainer, _ = make_trainer(output_dir=str(tmp_path / "other"))
     trainer.compress(CONFIG, CompressionArguments(plots=False))
     assert not (tmp_path / "other" / "plots").exists()
+
+
+def test_what_is_drawn_is_the_history_and_the_bytes_of_the_file(
+    make_trainer, tmp_path, monkeypatch
+):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: drawn.append(self))
+    trainer, _ = make_trainer()
+    small = trainer.compress(CONFIG)
+    stages, layers = drawn
+    history = trainer.compression_history
+    finetuned, packed = stages.axes[0].get_lines()
+    assert list(finetuned.get_xdata()) == [record["mb"] for record in history]
+    assert list(finetuned.get_ydata()) == [record["metric"]["eval_loss"] for record in history]
+    losses = [record["packed_metric"]["eval_loss"] for record in history[1:]]
+    assert list(packed.get_ydata()) == losses
+    names = [label.get_text() for label in layers.axes[0].get_yticklabels()]
+    assert set(names) == set(small.config.quantization_config.plan)
+    errors, sizes = ([bar.get_width() for bar in axes.patches] for axes in layers.axes)
+    both = {name: e for record in history for name, e in record["layer_errors"].items()}
+    assert errors == [both[name] for name in names]
+    for name, size in zip(names, sizes, strict=True):
+        layer = small.get_submodule(name)
+        tensors = [layer.weight_indices, layer.weight_codebook]
+        held = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        assert held <= 1e3 * size <= held + 1  # a sentinel takes a byte
 
 
 def test_a_pass_without_metrics_is_drawn_too(tmp_path):
