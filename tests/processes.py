@@ -29,7 +29,7 @@ def torchrun(program: Path, *words: str, processes: int = 2, seconds: int = 300)
 
 
 def accelerate_launch(
-    folder: Path, program: Path, *words: str, fsdp: dict | None = None, seconds: int = 300
+    folder: Path, program: Path, *words: str, fsdp: dict | None = None, seconds: int = 600
 ) -> str:
     """Runs a program on two processes as ``accelerate launch`` does with a file that
     ``accelerate config`` could have written, and gives what it wrote.

@@ -75,23 +75,27 @@ def write_tensors(tensors: dict[str, Tensor], path: str) -> None:
     """A safetensors file that is there whole or not at all."""
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(on_cpu, path + _PART)
-    flush_to_disk(path + _PART)
+    _flush(path + _PART)
     os.replace(path + _PART, path)
-    flush_to_disk(os.path.dirname(path))
+    _flush(os.path.dirname(path))
 
 
-def flush_to_disk(*paths: str) -> None:
-    """Waits until files, and folders with the files in them, are on the disk."""
+def flush_to_disk(folder: str) -> None:
+    """Waits until all that is in a folder is on the disk."""
+    for inside, _, names in os.walk(folder):
+        for name in names:
+            _flush(os.path.join(inside, name))
+        _flush(inside)
+
+
+def _flush(path: str) -> None:
     if os.name != "posix":  # elsewhere folders have no descriptors
         return
-    for path in paths:
-        inside = [entry.path for entry in os.scandir(path)] if os.path.isdir(path) else []
-        for one in (*filter(os.path.isfile, inside), path):
-            descriptor = os.open(one, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def is_whole(path: str) -> bool:
@@ -175,7 +179,7 @@ class PassFiles:
             json.dump(content, file, indent=2)
         flush_to_disk(folder + _PART)
         os.replace(folder + _PART, folder)
-        flush_to_disk(self.folder)
+        _flush(self.folder)
         done = [old for n, old in _numbered(self.folder, _STAGE) if 0 < n < number]
         done += [old for n, old in _numbered(self.folder, _RUN) if n <= number]
         for old in done:
