@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..blocks import matrix_shape, weight_matrix
 from ..quantizers import Quantizer
 from ..quantizers.packing import pack_codes
+from .activations import rounds_inputs
 from .packed import INDICES, INPUT_NAMES, PREFIX, PackedLayer, packed_class
 
 
@@ -82,7 +83,7 @@ def _become_packed(
         layer.weight_shape = shape
         for name, parameter in parameters.items():
             layer.register_parameter(name, parameter)
-        if activation_bits is not None and not isinstance(layer, nn.Embedding):
+        if rounds_inputs(layer, activation_bits):
             layer.activation_bits = activation_bits
             for name in INPUT_NAMES:  # tied layers read different inputs
                 scalar = layer.weight_indices.new_zeros((), dtype=dtype)

@@ -18,12 +18,12 @@ from dataclasses import dataclass, field
 import datasets
 import torch
 import transformers
-from huggingface_hub import HfApi
 from transformers import AutoConfig, PreTrainedModel, Trainer, set_seed
 
 import hf_quantnoise
 
 from ..compression import check_pass, check_plan
+from ..repository import create_repository, upload_folder
 from ..size import size_report
 from ..trainer import QuantNoiseTrainer
 from .closing_table import Row, closing_table, weights_mb
@@ -249,11 +249,10 @@ def _push(trainer: QuantNoiseTrainer, args: Arguments, job: Job, folder: str) ->
     """Uploads a folder: the very files that were checked, and a card that names the repository."""
     training = args.training
     name = training.hub_model_id or os.path.basename(os.path.abspath(training.output_dir))
-    api = HfApi(token=training.hub_token)
-    repository = api.create_repo(name, private=training.hub_private_repo, exist_ok=True)
-    trainer.hub_model_id = repository.repo_id
+    token = training.hub_token
+    trainer.hub_model_id = create_repository(name, private=training.hub_private_repo, token=token)
     _write_card(trainer, args, job, folder)
-    api.upload_folder(repo_id=repository.repo_id, folder_path=folder)
+    upload_folder(folder, trainer.hub_model_id, token=token)
 
 
 def _write_card(trainer: QuantNoiseTrainer, args: Arguments, job: Job, folder: str) -> None:

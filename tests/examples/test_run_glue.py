@@ -182,12 +182,14 @@ def test_what_was_checked_is_pushed(start, write_sets, monkeypatch):
             assert token == "secret"
 
         def create_repo(self, name, private, exist_ok):
+            assert private is None and exist_ok
             return type("Url", (), {"repo_id": f"me/{name}"})
 
-        def upload_folder(self, repo_id, folder_path):
+        def upload_folder(self, repo_id, folder_path, ignore_patterns):
+            assert ignore_patterns == []
             pushed.append((repo_id, sorted(os.listdir(folder_path)), folder_path))
 
-    monkeypatch.setattr("hf_quantnoise.runs.compression_run.HfApi", Hub)
+    monkeypatch.setattr("hf_quantnoise.repository.HfApi", Hub)
     push = ["--push_to_hub", "--hub_model_id", "small", "--hub_token", "secret"]
     _, folder = start(*write_sets(), *SMALL, *push)
     ((repository, files, pushed_folder),) = pushed
