@@ -33,17 +33,24 @@ _TWO = {
     ".*down_proj=8,ffn=64,embeddings=64,attention=64,head=64 --n_codebooks 2 --codebook_bits 8",
 }
 
+
 # Finetunings that rows begin from: what they change of the task's own settings. Noise has the very
 # blocks that rows with one codebook are stored in.
-_PQ = {task: f"--noise pq --noise_rate 0.1 {_ONE[task]}" for task in _ONE}
+def _pq(task: str, rate: float) -> str:
+    return f"--noise pq --noise_rate {rate} {_ONE[task]}"
+
+
 _LONGER = "--num_train_epochs 4"
 _WARM_UP = {"sentences": "--noise_schedule 626", "text": "--noise_schedule 126"}
 STARTS = {
     task: {
         CLEAN: "--noise none",
-        "pq": _PQ[task],
+        "pq": _pq(task, 0.1),
+        "pq, p=0.3": _pq(task, 0.3),
+        "pq, p=0.5": _pq(task, 0.5),
+        "pq, p=1": _pq(task, 1),
         "no noise, longer": f"--noise none {_LONGER}",
-        "pq, longer": f"{_PQ[task]} {_LONGER} {_WARM_UP[task]}",
+        "pq, longer": f"{_pq(task, 0.3)} {_LONGER} {_WARM_UP[task]}",
     }
     for task in _ONE
 }
@@ -58,27 +65,32 @@ def _codewords(task: str) -> list[Row]:
         Row("two codebooks", two),
         Row("two codebooks, importance", f"{two} --importance activations"),
         Row("reassignment", f"{one} --reassign_steps 10"),
-        Row("reassignment, 0.1%", f"{one} --reassign_steps 10 --reassign_share 0.001"),
     ]
 
 
 def _noises(task: str) -> list[Row]:
-    one, kept = f"{_STAGES[task]} {_ONE[task]}", f"{_PQ[task]} --keep_noise True"
-    clean = "--teacher_name_or_path {clean}"
+    one, clean = f"{_STAGES[task]} {_ONE[task]}", "--teacher_name_or_path {clean}"
+
+    def kept(rate: float) -> str:
+        return f"{_STAGES[task]} {_pq(task, rate)} --keep_noise True"
+
     return [
         Row("plain", one),
-        Row("noise in the stages", f"{_STAGES[task]} {kept}"),
+        Row("noise in the stages", kept(0.1)),
         Row("noise before", one, "pq"),
         Row("noise before, clean teacher", f"{one} {clean}", "pq"),
+        *(
+            Row(f"noise before (p={rate}), clean teacher", f"{one} {clean}", f"pq, p={rate}")
+            for rate in (0.3, 0.5, 1)
+        ),
+        Row("noise before and in the stages, clean teacher", f"{kept(0.1)} {clean}", "pq"),
         Row(
-            "noise before and in the stages, clean teacher", f"{_STAGES[task]} {kept} {clean}", "pq"
+            "noise before and in the stages (p=0.3), clean teacher",
+            f"{kept(0.3)} {clean}",
+            "pq, p=0.3",
         ),
         Row("longer", one, "no noise, longer"),
-        Row(
-            "longer, noise before and in the stages, clean teacher",
-            f"{_STAGES[task]} {kept} {clean}",
-            "pq, longer",
-        ),
+        Row("longer, noise before (p=0.3), clean teacher", f"{one} {clean}", "pq, longer"),
     ]
 
 

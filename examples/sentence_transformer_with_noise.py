@@ -29,7 +29,7 @@ from trainer_data import RowFlags
 from transformers import HfArgumentParser
 
 from hf_quantnoise import QuantNoiseCallback, quantize_model, remove_quant_noise
-from hf_quantnoise.runs.closing_table import Row, closing_table
+from hf_quantnoise.runs.closing_table import Row, closing_table, weights_mb
 from hf_quantnoise.runs.example_arguments import CompressionOptions, NoiseArguments
 
 
@@ -45,17 +45,6 @@ class PairFlags(RowFlags):
         default="sentence-transformers/stsb",
         metadata={"help": "Dataset on the Hub, unless files are given."},
     )
-
-
-def weights_mb(folder: str) -> float:
-    """Size of all ``*.safetensors`` files of a model with its modules' folders, in 10^6 bytes."""
-    sizes = [
-        os.path.getsize(os.path.join(root, name))
-        for root, _, names in os.walk(folder)
-        for name in names
-        if name.endswith(".safetensors")
-    ]
-    return sum(sizes) / 1e6
 
 
 def main(argv: list[str] | None = None) -> list[Row]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -107,9 +108,25 @@ def from_blocks(blocks: Tensor, rows: int, columns: int) -> Tensor:
 
 def weight_matrix(module: nn.Module, weight: Tensor | None = None) -> Tensor:
     """The detached (rows, columns) view of a layer's weight (or of ``weight`` in its place)."""
+    layout = _known_layout(module)
+    with torch.no_grad():
+        return layout.to_matrix((module.weight if weight is None else weight).detach())
+
+
+def matrix_shape(module: nn.Module) -> tuple[int, int]:
+    """(rows, columns) of :func:`weight_matrix`, without making it: a model that is being loaded is
+    asked for all of them several times."""
+    return _matrix_shape(_known_layout(module), module.weight.shape)
+
+
+@cache
+def _matrix_shape(layout: WeightLayout, shape: torch.Size) -> tuple[int, int]:
+    return tuple(layout.to_matrix(torch.empty(shape, device="meta")).shape)
+
+
+def _known_layout(module: nn.Module) -> WeightLayout:
     layout = layout_of(module)
     if layout is None:
         known = ", ".join(entry.base.__name__ for entry in LAYOUTS)
         raise TypeError(f"no blocking rule for {type(module).__name__}; known layers: {known}")
-    with torch.no_grad():
-        return layout.to_matrix((module.weight if weight is None else weight).detach())
+    return layout

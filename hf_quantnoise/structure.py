@@ -17,7 +17,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
-from .blocks import LAYOUTS, WeightLayout, kernel_area, layout_of, weight_matrix
+from .blocks import LAYOUTS, WeightLayout, kernel_area, layout_of, matrix_shape
 
 logger = logging.get_logger(__name__)
 
@@ -134,7 +134,7 @@ def find_layers(model: nn.Module) -> list[LayerInfo]:
     for name, module, layout in found:
         key = id(module._parameters["weight"])
         tied_to_table = key in tables and not isinstance(module, nn.Embedding)
-        rows, columns = weight_matrix(module).shape
+        rows, columns = matrix_shape(module)
         layers.append(
             LayerInfo(
                 name=name,

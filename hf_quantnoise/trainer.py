@@ -15,7 +15,7 @@ from .callback import QuantNoiseCallback
 from .compression import CompressionArguments, GuardedTrainer, StagedPass
 from .compression.figures import PLOTS, plot_compression
 from .compression.pass_files import FOLDER
-from .compression.stages import StageRecord
+from .compression.record import StageRecord
 from .configuration import QuantizedModelConfig, QuantNoiseConfig
 from .noise import find_state
 from .publishing.trainer_mixin import PublishingMixin

@@ -16,6 +16,12 @@ from datasets import Dataset
 from tiny import MAKERS, TIED, VOCABULARY, make_model
 
 
+@pytest.fixture(autouse=True)
+def _quick_disk(monkeypatch):
+    """Tests kill processes, not machines: nothing needs to reach the disk itself."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
 @pytest.fixture(params=list(MAKERS))
 def model(request):
     """Each tiny model in turn."""

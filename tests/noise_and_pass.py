@@ -10,9 +10,13 @@ import torch
 from datasets import load_from_disk
 from processes import take_cpus_for_gpus
 from safetensors.torch import save_file
-from stacked import make_stacked
+from stacked import make_stacked, without_dropout
 from torch._dynamo.utils import counters
-from transformers import TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForSequenceClassification,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from hf_quantnoise import CompressionArguments, IPQConfig, QuantNoiseConfig, QuantNoiseTrainer
 from hf_quantnoise.compression import stages
@@ -60,7 +64,8 @@ def arguments_of(folder, name, options):
     if WORLD == 1:
         del settings["ddp_backend"]
     args = TrainingArguments(**settings)
-    if args.fsdp and not options.get("on_cpus"):
+    sharded = args.fsdp or "ACCELERATE_USE_FSDP" in os.environ
+    if sharded and not options.get("on_cpus"):
         take_cpus_for_gpus(args)
     return args
 
@@ -69,10 +74,15 @@ def main():
     torch.set_num_threads(1)
     folder, name, options = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
     data = load_from_disk(str(folder / options.get("data", "data")))
-    model = make_stacked(options.get("model", "bert"), options.get("layers", 3))
+    args = arguments_of(folder, name, options)
+    if "pretrained" in options:
+        model = AutoModelForSequenceClassification.from_pretrained(options["pretrained"])
+        model = without_dropout(model)
+    else:
+        model = make_stacked(options.get("model", "bert"), options.get("layers", 3))
     trainer = QuantNoiseTrainer(
         model,
-        arguments_of(folder, name, options),
+        args,
         QuantNoiseConfig(**options["noise"]) if "noise" in options else None,
         train_dataset=data,
         eval_dataset=data,

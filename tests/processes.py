@@ -1,5 +1,7 @@
-"""Programs on several processes of one machine, started as users start them: by ``torchrun``."""
+"""Programs on several processes of one machine, started as users start them: by ``torchrun`` or
+``accelerate launch``."""
 
+import json
 import os
 import socket
 import subprocess
@@ -23,9 +25,39 @@ def torchrun(program: Path, *words: str, processes: int = 2, seconds: int = 300)
         "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--rdzv-backend=c10d",
         f"--rdzv-endpoint=127.0.0.1:{port}", "--local-addr=127.0.0.1",
     ]  # fmt: skip
+    return _run([*launcher, str(program), *words], seconds)
+
+
+def accelerate_launch(
+    folder: Path, program: Path, *words: str, fsdp: dict | None = None, seconds: int = 600
+) -> str:
+    """Runs a program on two processes as ``accelerate launch`` does with a file that
+    ``accelerate config`` could have written, and gives what it wrote.
+
+    Args:
+        folder: where that file goes.
+        program, words: what is run.
+        fsdp: its ``fsdp_config``; None is DDP.
+    """
+    config = {
+        "compute_environment": "LOCAL_MACHINE", "num_machines": 1, "machine_rank": 0,
+        # By --cpu, and by MULTI_CPU, accelerate (1.15) starts one process and leaves the rest to
+        # mpirun. The program says that it is on CPUs.
+        "distributed_type": "MULTI_GPU", "use_cpu": False, "num_processes": 2,
+        "mixed_precision": "no", "main_process_port": 0,
+    }  # fmt: skip
+    if fsdp is not None:
+        config |= {"distributed_type": "FSDP", "fsdp_config": fsdp}
+    path = folder / "accelerate.json"
+    path.write_text(json.dumps(config))
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(path)]
+    return _run([*launcher, str(program), *words], seconds)
+
+
+def _run(words: list[str], seconds: int) -> str:
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     done = subprocess.run(
-        [sys.executable, *launcher, str(program), *words],
+        [sys.executable, *words],
         env={**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
         capture_output=True,
         text=True,

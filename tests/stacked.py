@@ -86,7 +86,11 @@ def _alternating(layers: int) -> list[str]:
 def make_stacked(name: str, layers: int = 3) -> nn.Module:
     """A model without dropout modules, in eval mode, the same every time."""
     torch.manual_seed(0)
-    model = {**STACKED, **BY_PLACE}[name](layers)
+    return without_dropout({**STACKED, **BY_PLACE}[name](layers))
+
+
+def without_dropout(model: nn.Module) -> nn.Module:
+    """The model in eval mode, with dropout modules that do nothing in training."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

@@ -9,6 +9,7 @@ from tiny import make_model
 from transformers import (
     AutoModelForSequenceClassification,
     BertForSequenceClassification,
+    GPT2LMHeadModel,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -149,15 +150,32 @@ def test_the_callback_does_the_same_for_a_plain_trainer(tmp_path, parity_data):
 class ReadsTheHead(BertForSequenceClassification):
     """Multiplies with the classifier's weight instead of calling it, as TRL's SFTTrainer does."""
 
+    head = "classifier"
+
     def forward(self, input_ids=None, attention_mask=None, labels=None):
         pooled = self.bert(input_ids, attention_mask).pooler_output
         logits = pooled @ self.classifier.weight.T + self.classifier.bias
         return {"loss": torch.nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
+class ReadsTheTiedHead(GPT2LMHeadModel):
+    """The same where the head's weight is the table's, which is looked up."""
+
+    head = "lm_head"
+
+    def forward(self, input_ids=None, attention_mask=None, labels=None):
+        hidden = self.transformer(input_ids, attention_mask=attention_mask).last_hidden_state
+        logits = hidden @ self.lm_head.weight.T
+        loss = torch.nn.functional.cross_entropy(logits[:, -1], labels)
+        return {"loss": loss, "logits": logits}
+
+
+@pytest.mark.parametrize("kind", [ReadsTheHead, ReadsTheTiedHead])
 @pytest.mark.parametrize("steps", [2, 10])
-def test_a_layer_that_noise_does_not_reach_is_told_of_once(tmp_path, parity_data, caplog, steps):
-    model = ReadsTheHead(make_model("bert").config)
+def test_a_layer_that_noise_does_not_reach_is_told_of_once(
+    kind, tmp_path, parity_data, caplog, steps
+):
+    model = kind(make_model("bert" if kind is ReadsTheHead else "gpt2").config)
     trainer = Trainer(
         model,
         arguments(tmp_path, save_strategy="no", max_steps=steps),
@@ -166,7 +184,7 @@ def test_a_layer_that_noise_does_not_reach_is_told_of_once(tmp_path, parity_data
     )
     trainer.train()
     told = [text for text in caplog.messages if "no quantization noise on" in text]
-    assert len(told) == 1 and "no quantization noise on classifier:" in told[0]
+    assert len(told) == 1 and f"no quantization noise on {kind.head}:" in told[0]
 
 
 def test_a_run_resumed_from_another_folder_says_that_its_codebooks_are_new(

@@ -4,7 +4,8 @@ from .arguments import CompressionArguments
 from .budget import Allotment, allot, plan_budget
 from .guards import GuardedTrainer
 from .oneshot import quantize_model
-from .stages import StagedPass, StageRecord
+from .record import StageRecord
+from .stages import StagedPass, check_pass
 from .target import check_plan, file_bytes
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "StageRecord",
     "StagedPass",
     "allot",
+    "check_pass",
     "check_plan",
     "file_bytes",
     "plan_budget",

@@ -151,13 +151,18 @@ def allot(
     config: IPQConfig,
     batches: Iterable[Mapping[str, Any]] | None = None,
     progress: bool = True,
+    table: bool | None = None,
 ) -> IPQConfig:
     """The config with its target turned into ``layer_quantizers``, which can be saved, edited and
-    given to ``quantize_model`` or ``QuantNoiseTrainer.compress``, of this run or another. They are
-    printed as a table. Arguments and errors are those of :func:`plan_budget`.
+    given to ``quantize_model`` or ``QuantNoiseTrainer.compress``, of this run or another.
+
+    Other arguments and errors are those of :func:`plan_budget`.
+
+    Args:
+        table: print them as a table; None does where ``progress`` does.
     """
     allotment = plan_budget(model, config, batches, progress)
-    if progress and is_rank_0():
+    if (progress if table is None else table) and is_rank_0():
         tqdm.write(str(allotment))
     return replace(config, layer_quantizers=allotment.layer_quantizers)
 
@@ -167,6 +172,7 @@ def within_target(
     config: QuantizedModelConfig,
     batches: Iterable[Mapping[str, Any]] | None = None,
     progress: bool = True,
+    table: bool | None = None,
 ) -> QuantizedModelConfig:
     """A config whose saved file is within its target: allotted where that was not done yet. One
     without a target comes back as it is, and the batches are not read.
@@ -177,7 +183,7 @@ def within_target(
     if config.target is None:
         return config
     if not config.settings_by_name():
-        return allot(model, config, batches, progress)
+        return allot(model, config, batches, progress, table)
     check_can_be_packed(model)
     check_within_target(model, config)
     return config

@@ -10,13 +10,13 @@ from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.utils import logging
 
-from ..hub.card import is_metric
+from ..hub.card import is_metric, plain_metrics
 from ..modeling import packed_layers
 from ..quantizers import ProductQuantizer
 from ..size import SizeReport
 
 if TYPE_CHECKING:
-    from .stages import StageRecord
+    from .record import StageRecord
 
 logger = logging.get_logger(__name__)
 
@@ -63,12 +63,20 @@ def forward_logs(stage_trainer: Trainer, trainer: Trainer, number: int) -> None:
     stage_trainer.remove_callback(PrinterCallback)  # the run's own prints them
 
 
-def log_record(trainer: Trainer, record: StageRecord, number: int) -> None:
-    """The figures of a finished stage in the run's logs."""
+def log_errors(trainer: Trainer, errors: dict[str, float], stage: int) -> None:
+    """The relative errors of the layers just packed in the run's logs."""
+    if errors:
+        figures = {f"{_PREFIX}error/{name}": error for name, error in errors.items()}
+        trainer.log({**figures, f"{_PREFIX}stage": stage})
+
+
+def log_record(trainer: Trainer, record: StageRecord, number: int, clean: dict[str, float]) -> None:
+    """The figures of a finished stage in the run's logs, and beside its metrics, which ``evaluate``
+    has logged, those of the dense model."""
     figures = {"stage": number, "mb": record.mb, "relative_error": record.relative_error}
     if record.codebook_use is not None:
         figures["codebook_use"] = record.codebook_use
-    figures |= {f"error/{name}": error for name, error in record.layer_errors.items()}
+    figures |= {f"clean_{name}": value for name, value in plain_metrics(clean).items()}
     trainer.log({f"{_PREFIX}{name}": value for name, value in figures.items()})
 
 
@@ -104,7 +112,12 @@ def _stages(figure_class, history: Sequence[dict]):
     for place, name in enumerate(names or ["relative_error"]):
         axes = figure.add_subplot(1, max(len(names), 1), place + 1)
         values = [record["metric"].get(name, record["relative_error"]) for record in history]
-        axes.plot(megabytes, values, marker="o")
+        axes.plot(megabytes, values, marker="o", label="finetuned")
+        trained = [record for record in history if name in record["packed_metric"]]
+        if trained:
+            packed = [record["packed_metric"][name] for record in trained]
+            axes.plot([record["mb"] for record in trained], packed, "x", label="just packed")
+            axes.legend()
         for x, y, record in zip(megabytes, values, history, strict=True):
             axes.annotate(record["stage"], (x, y), xytext=(4, 4), textcoords="offset points")
         axes.set_xscale("log")
@@ -116,7 +129,10 @@ def _stages(figure_class, history: Sequence[dict]):
 
 def _layers(figure_class, history: Sequence[dict], report: SizeReport):
     errors = {name: e for record in history for name, e in record["layer_errors"].items()}
-    sizes = {row.name.removesuffix(".weight"): row.disk_bytes / 1e3 for row in report.rows}
+    sizes: dict[str, float] = {}
+    for row in report.rows:  # a sentinel is a row of its own
+        name = row.name.removesuffix(".weight")
+        sizes[name] = sizes.get(name, 0.0) + row.disk_bytes / 1e3
     names = [name for name in sizes if name in errors]
     figure = figure_class(figsize=(10, 1 + 0.18 * len(names)))
     columns = (("relative error of the weight", errors), ("kB on disk", sizes))

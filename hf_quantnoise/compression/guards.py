@@ -13,7 +13,7 @@ from transformers import Trainer
 from transformers.utils import CONFIG_NAME, logging
 
 from ..modeling.packed import PREFIX
-from .sharded import ShardedCopy, require_fsdp2
+from .sharded import ShardedCopy, require_fsdp2, share_what_rank_0_read
 
 logger = logging.get_logger(__name__)
 
@@ -66,6 +66,7 @@ class GuardedTrainer(Trainer):
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         require_fsdp2(self)
+        share_what_rank_0_read(self, self.model)
         self._sharded: ShardedCopy | None = None
         if self.model_accepts_loss_kwargs and not loss_reads_num_items(self.model):
             self.model_accepts_loss_kwargs = False

@@ -51,9 +51,8 @@ def quantize_model(
     Raises:
         TypeError: if the model is no ``PreTrainedModel``.
         ValueError: if it is quantized already, the config cannot be carried out, its target cannot
-            be met, or it needs calibration data and there is none; the model is dense then as
-            before. Also if a layer whose inputs are rounded never ran on the calibration data: that
-            shows on the packed model only, so load the dense one again.
+            be met, or it needs calibration data and there is none, or none that a layer runs on;
+            the model is dense then as before.
     """
     batches: list[dict] = []
     if config.reads_data or config.target is not None:
@@ -61,6 +60,9 @@ def quantize_model(
     if config.reads_data:
         require_batches(batches, config.reads_data)
     config = within_target(model, without_noise(model, config), batches, progress)
-    ModelPacker(model, config).pack_all(progress, batches if config.reads_data else ())
+    packer = ModelPacker(model, config)
+    if config.reads_data:
+        packer.require_runs(batches)
+    packer.pack_all(progress, batches if config.reads_data else ())
     calibrate(model, [layer for _, layer in packed_layers(model)], batches)
     return model

@@ -5,8 +5,10 @@
     <output_dir>/compression/run-3/        checkpoints of the third stage's finetuning
 
 A stage's folder is written under another name and moved when it is whole; a checkpoint counts once
-its last file is there. Tensors are kept as they are in memory (a file of the compressed model has
-16-bit centroids where training goes on with 32), so that a resumed pass is the same bit for bit.
+its last file is there. Both happen when all files have reached the disk, since machines stop as
+well as processes; what is found torn all the same is passed over. Tensors are kept as they are in
+memory (a file of the compressed model has 16-bit centroids where training goes on with 32), so that
+a resumed pass is the same bit for bit.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -72,7 +75,36 @@ def write_tensors(tensors: dict[str, Tensor], path: str) -> None:
     """A safetensors file that is there whole or not at all."""
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(on_cpu, path + _PART)
+    _flush(path + _PART)
     os.replace(path + _PART, path)
+    _flush(os.path.dirname(path))
+
+
+def flush_to_disk(folder: str) -> None:
+    """Waits until all that is in a folder is on the disk."""
+    for inside, _, names in os.walk(folder):
+        for name in names:
+            _flush(os.path.join(inside, name))
+        _flush(inside)
+
+
+def _flush(path: str) -> None:
+    if os.name != "posix":  # elsewhere folders have no descriptors
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def is_whole(path: str) -> bool:
+    """Whether a safetensors file is there with all the bytes that its header names."""
+    try:
+        with safe_open(path, framework="pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
 
 
 @dataclass(frozen=True)
@@ -111,17 +143,21 @@ class PassFiles:
         self.folder, self.writes = folder, writes and folder is not None
 
     def stages(self) -> list[SavedStage]:
-        """The stages that are whole, in order."""
-        if self.folder is None or not os.path.isdir(self.folder):
-            return []
+        """The stages that are whole, in order; none without the dense model, which every later one
+        builds on."""
         found = []
-        for name in os.listdir(self.folder):
-            if not re.fullmatch(rf"{_STAGE}\d+", name):
-                continue
-            folder = os.path.join(self.folder, name)
-            with open(os.path.join(folder, _CONTENT), encoding="utf-8") as file:
-                found.append(SavedStage(int(name.removeprefix(_STAGE)), json.load(file), folder))
-        return sorted(found, key=lambda stage: stage.number)
+        for number, folder in _numbered(self.folder, _STAGE):
+            content = _content_of(folder)
+            if content is None:
+                self._pass_over(folder)
+            else:
+                found.append(SavedStage(number, content, folder))
+        return found if found and found[0].number == 0 else []
+
+    def _pass_over(self, folder: str) -> None:
+        logger.warning(f"{folder} is not whole; it is passed over")
+        if self.writes:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def save_stage(
         self,
@@ -141,16 +177,22 @@ class PassFiles:
             torch.save(optimizer, os.path.join(folder + _PART, _OPTIMIZER))
         with open(os.path.join(folder + _PART, _CONTENT), "w", encoding="utf-8") as file:
             json.dump(content, file, indent=2)
+        flush_to_disk(folder + _PART)
         os.replace(folder + _PART, folder)
-        for stage in self.stages():
-            if 0 < stage.number < number:
-                shutil.rmtree(stage.folder)
-        shutil.rmtree(self.run_folder(number), ignore_errors=True)
+        _flush(self.folder)
+        done = [old for n, old in _numbered(self.folder, _STAGE) if 0 < n < number]
+        done += [old for n, old in _numbered(self.folder, _RUN) if n <= number]
+        for old in done:
+            shutil.rmtree(old, ignore_errors=True)
 
     def clear(self) -> None:
         """Removes what an earlier pass left."""
         if self.writes and os.path.isdir(self.folder):
             logger.warning(f"the files of an earlier pass in {self.folder} are removed")
+            # First what all else builds on: half of an earlier pass is none to go on from.
+            dense = os.path.join(self.folder, f"{_STAGE}0", _CONTENT)
+            if os.path.isfile(dense):
+                os.unlink(dense)
             shutil.rmtree(self.folder)
 
     def run_folder(self, number: int) -> str:
@@ -159,19 +201,29 @@ class PassFiles:
 
     def checkpoint(self, number: int) -> str | None:
         """The newest whole checkpoint of a stage's finetuning; torn ones are passed over."""
-        if self.folder is None or not os.path.isdir(self.run_folder(number)):
-            return None
-        steps = []
-        for name in os.listdir(self.run_folder(number)):
-            folder = os.path.join(self.run_folder(number), name)
-            if not re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", name):
-                continue
-            if os.path.isfile(os.path.join(folder, MEMORY_NAME)):
-                steps.append(int(name.rpartition("-")[2]))
+        found = []
+        folder = None if self.folder is None else self.run_folder(number)
+        for _, checkpoint in _numbered(folder, f"{PREFIX_CHECKPOINT_DIR}-"):
+            if is_whole(os.path.join(checkpoint, MEMORY_NAME)):
+                found.append(checkpoint)
             else:
-                logger.warning(f"{folder} was not written to its end; it is passed over")
-                if self.writes:
-                    shutil.rmtree(folder)
-        if not steps:
-            return None
-        return os.path.join(self.run_folder(number), f"{PREFIX_CHECKPOINT_DIR}-{max(steps)}")
+                self._pass_over(checkpoint)
+        return found[-1] if found else None
+
+
+def _numbered(folder: str | None, prefix: str) -> list[tuple[int, str]]:
+    """The folders inside one whose names are a prefix and a number, by that number."""
+    if folder is None or not os.path.isdir(folder):
+        return []
+    matches = (re.fullmatch(rf"{prefix}(\d+)", name) for name in os.listdir(folder))
+    return sorted((int(m[1]), os.path.join(folder, m[0])) for m in matches if m)
+
+
+def _content_of(folder: str) -> dict[str, Any] | None:
+    """What is known of a saved stage; None where its files are not whole."""
+    try:
+        with open(os.path.join(folder, _CONTENT), encoding="utf-8") as file:
+            content = json.load(file)
+    except (OSError, ValueError):
+        return None
+    return content if is_whole(os.path.join(folder, _TENSORS)) else None

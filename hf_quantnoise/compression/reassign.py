@@ -1,21 +1,22 @@
 """Blocks change their codewords while centroids are finetuned, a few at a time (as in PV-tuning).
 
 Finetuning moves centroids; which block holds which stays as k-means left it. Every n optimizer
-steps, with g the gradient of the step's loss by a decoded block b, the block steps to
+steps, with g the gradient of the step's loss by a decoded block b, another codeword c in its place
+changes the loss by
 
-    b' = b - r g / ||g||,   r: mean distance from a centroid to the nearest other,
+    <g, c - b> + k/2 ||c - b||^2,    k: the curvature, unknown,
 
-and takes the codeword c nearest to b'. As b itself stands r away from b', any other c obeys
-||c - b'|| <= r, and so <g, c - b> <= -||g|| ||c - b||^2 / (2 r) < 0: the linearised loss falls. A
-smaller r would hardly ever reach another codeword, and a larger one leaves the reach of g.
-
-Only the block of the largest gradient of a row moves, in the rows where it is largest, and no more
-than a share of all blocks: the blocks of a row mend the same error of the same output, and moved
-together they would overshoot.
+which is a fall where k is below twice -<g, c - b> / ||c - b||^2. The moves of the largest such
+ratio are those that pay at the largest k, so they are made: one code of a row at most, since the
+blocks of a row mend the same error of the same output, and a small share of all blocks of the
+model. (A larger share, or the blocks of the largest gradient, spoil a model: codewords lie far
+apart, and most moves cost more than the slope promises.)
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -26,7 +27,10 @@ from ..configuration import IPQConfig, QuantizedModelConfig
 from ..distributed import of_rank_0, sum_over_ranks
 from ..modeling import PackedLayer, packed_layers, set_codes
 from ..quantizers import ProductQuantizer
+from ..quantizers.kmeans import chunk_rows
 from .arguments import CompressionArguments
+
+_EXACT = "donot_use_mm_for_euclid_dist"
 
 
 def require_centroids(
@@ -58,40 +62,64 @@ def _refusal(steps: int, name: str) -> str:
     )
 
 
+def _best_of_rows(layer: PackedLayer, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each row the one exchange of a code with the largest ratio; see the module's docstring.
+
+    Returns:
+        (ratios, places in the row of codes, new codes), each of shape (rows,).
+    """
+    quantizer, m = layer.quantizer, layer.quantizer.codes_per_block
+    state = {key: value.detach() for key, value in layer.state.items()}
+    books = quantizer.centroids(state).float().view(m, quantizer.n_centroids, -1)
+    # Exact, so that a codeword's distance to itself and to its equals is 0.
+    apart = torch.stack([torch.cdist(book, book, compute_mode=_EXACT).square() for book in books])
+    slopes = torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0)
+    if quantizer.row_scale:
+        scales = quantizer.scales(state).float()
+        slopes = slopes * scales
+    found = []
+    step = max(1, chunk_rows(quantizer.n_centroids) // layer.codes_per_row)
+    for start in range(0, layer.rows, step):
+        rows = slice(start, start + step)
+        codes = layer.codes(rows).long().unflatten(1, (-1, m))  # (rows, blocks, m)
+        blocks = slopes[rows].unflatten(1, (-1, quantizer.block_size))
+        along = torch.einsum("rbs,mks->rbmk", blocks, books)
+        falls = along.gather(3, codes[..., None]) - along
+        squares = apart[torch.arange(m, device=codes.device), codes]
+        ratios = torch.where(squares > 0, falls / squares, 0.0).flatten(1)
+        best, places = ratios.max(1)
+        found.append((best, places // quantizer.n_centroids, places % quantizer.n_centroids))
+    ratios, places, new = map(torch.cat, zip(*found, strict=True))
+    if quantizer.row_scale:
+        ratios = ratios / scales[:, 0].square().clamp_min(torch.finfo(torch.float32).tiny)
+    return ratios, places, new
+
+
 @torch.no_grad()
-def reassign(layers: list[PackedLayer], gradient: Tensor, share: float) -> int:
-    """Moves blocks of one weight to other codewords, in place; see the module's docstring.
+def reassign(weights: Sequence[tuple[list[PackedLayer], Tensor]], share: float) -> int:
+    """Moves blocks to other codewords, in place; see the module's docstring.
 
     Args:
-        layers: the packed layers that hold the weight.
-        gradient: of the loss by the decoded matrix, shape (rows, columns), float32.
-        share: at most this share of the weight's blocks is moved.
+        weights: for each weight the packed layers that hold it, and the gradient of the loss by
+            the decoded matrix, shape (rows, columns), float32.
+        share: of all blocks of these weights at most this share is moved, rounded up.
 
     Returns:
         How many blocks moved.
     """
-    layer = layers[0]
-    quantizer = layer.quantizer
-    blocks = gradient.view(layer.rows, -1, quantizer.block_size)
-    norms = torch.nan_to_num(blocks.norm(dim=2), nan=0.0, posinf=0.0)
-    largest, places = norms.max(1)
-    count = min(int(share * norms.numel()), int((largest > 0).sum()))
-    if not count:
-        return 0
-    rows = largest.topk(count).indices
-    places, lengths = places[rows], largest[rows][:, None]
-    slopes = blocks[rows, places]
-    state = quantizer.state_of_rows({k: v.detach() for k, v in layer.state.items()}, rows)
-    codes = layer.codes().clone().view(layer.rows, -1, quantizer.codes_per_block)
-    old = codes[rows, places]
-    here = quantizer.decode(old, state).float()
-    target = here - quantizer.spacing(state) * slopes / lengths
-    new = quantizer.encode(target, state).to(codes.dtype)
-    there = quantizer.decode(new, state).float()
-    falls = ((there - here) * slopes).sum(1, keepdim=True) < 0  # a beam search may miss the nearest
-    codes[rows, places] = torch.where(falls, new, old)
-    set_codes(layers, of_rank_0(codes.view(layer.rows, -1)))
-    return int((falls & (new != old)).any(1).sum())
+    exchanges = [_best_of_rows(layers[0], gradient) for layers, gradient in weights]
+    ratios = torch.cat([ratios.cpu() for ratios, _, _ in exchanges])
+    blocks = sum(gradient.numel() / layers[0].quantizer.block_size for layers, gradient in weights)
+    chosen = torch.zeros_like(ratios, dtype=torch.bool)
+    chosen[ratios.topk(min(math.ceil(share * blocks), len(ratios))).indices] = True
+    chosen &= ratios > 0
+    own = chosen.split([len(ratios) for ratios, _, _ in exchanges])
+    for (layers, _), (_, places, new), rows in zip(weights, exchanges, own, strict=True):
+        rows = rows.to(places.device)
+        codes = layers[0].codes().clone()
+        codes[rows, places[rows]] = new[rows].to(codes.dtype)
+        set_codes(layers, of_rank_0(codes))
+    return int(chosen.sum())
 
 
 class ReassignCallback(TrainerCallback):
@@ -103,7 +131,7 @@ class ReassignCallback(TrainerCallback):
 
     Args:
         steps: optimizer steps from one reassignment to the next.
-        share: share of a weight's blocks that may move in each.
+        share: share of all blocks that may move in each.
 
     Attributes:
         moved: step -> number of blocks that moved.
@@ -141,12 +169,11 @@ class ReassignCallback(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if not self._weights:
             return
-        moved = 0
-        for layers, total in self._weights.values():
+        for layers, _ in self._weights.values():
             for layer in layers:
                 layer.__dict__.pop("_on_gradient", None)
-            moved += reassign(layers, sum_over_ranks(total), self.share)
-        self.moved[state.global_step] = moved
+        weights = [(layers, sum_over_ranks(total)) for layers, total in self._weights.values()]
+        self.moved[state.global_step] = reassign(weights, self.share)
         self._weights = {}
 
 

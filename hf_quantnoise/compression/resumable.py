@@ -16,7 +16,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..distributed import whole
 from .guards import GuardedTrainer
-from .pass_files import MEMORY_NAME, put_into_memory, tensors_in_memory, write_tensors
+from .pass_files import (
+    MEMORY_NAME,
+    flush_to_disk,
+    put_into_memory,
+    tensors_in_memory,
+    write_tensors,
+)
 from .sharded import like_state_of
 
 # Parameter name -> the optimizer's state of it.
@@ -30,12 +36,14 @@ class _KeepsMemory(TrainerCallback):
         self.trainer = trainer
 
     def on_save(self, args, state, control, **kwargs):
-        """Writes the tensors as they are in memory."""
+        """Writes the tensors as they are in memory, once all ranks have written what is theirs."""
         model = self.trainer.up_to_date_model()
+        self.trainer.accelerator.wait_for_everyone()
         if state.is_world_process_zero:
             name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            path = os.path.join(args.output_dir, name, MEMORY_NAME)
-            write_tensors(tensors_in_memory(model), path)
+            folder = os.path.join(args.output_dir, name)
+            flush_to_disk(folder)
+            write_tensors(tensors_in_memory(model), os.path.join(folder, MEMORY_NAME))
 
 
 class ResumableTrainer(GuardedTrainer):

@@ -11,6 +11,7 @@ every rank ("replicated"), and their gradients are averaged as DDP would do it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -48,9 +49,11 @@ def require_fsdp2(trainer: Trainer) -> None:
             "fsdp_config={'version': 1}: FSDP1 flattens the weights of several layers into one, "
             "and noise needs them one by one; set fsdp_config={'version': 2}"
         )
-    if trainer.args.fsdp and not trainer.is_fsdp_enabled:
+    by_launcher = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    if (trainer.args.fsdp or by_launcher) and not trainer.is_fsdp_enabled:
+        asked = f"fsdp={trainer.args.fsdp!r}" if trainer.args.fsdp else "FSDP by accelerate launch"
         raise ValueError(
-            f"fsdp={trainer.args.fsdp!r}: accelerate shards on GPUs and other accelerators, and on "
+            f"{asked}: accelerate shards on GPUs and other accelerators, and on "
             f"{trainer.args.device} it would run DDP without a word; leave fsdp out there"
         )
     if not trainer.is_fsdp_enabled:
@@ -66,6 +69,39 @@ def require_fsdp2(trainer: Trainer) -> None:
             "torch_compile=True does not go with fsdp yet; leave one of the two out (with DDP it "
             "does)"
         )
+
+
+def share_what_rank_0_read(trainer: Trainer, *models: nn.Module) -> None:
+    """Gives all ranks the models that only rank 0 has read (``cpu_ram_efficient_loading``, which
+    ``accelerate config`` turns on): elsewhere ``from_pretrained`` leaves them without memory. What
+    is loaded from then on is read by each rank, as each has the whole model. On all ranks."""
+    if not trainer.is_fsdp_enabled:
+        return
+    for model in models:
+        empty = any(tensor.is_meta for tensor in model.state_dict().values())
+        if sum_over_ranks(torch.tensor(float(empty), device=trainer.args.device)) > 0:
+            take_from_rank_0(model)
+    trainer.accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+
+
+@torch.no_grad()
+def take_from_rank_0(model: nn.Module) -> None:
+    """Parameters and persistent buffers of rank 0 on all ranks, where a model may have no memory.
+    What layers hold together they hold together afterwards."""
+    taken: dict[int, Tensor] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        own = torch.empty_like(tensor, device="cpu") if tensor.is_meta else tensor
+        values = of_rank_0(own.detach())
+        if not tensor.is_meta:
+            tensor.copy_(values)
+            continue
+        if isinstance(tensor, nn.Parameter):
+            values = nn.Parameter(values, tensor.requires_grad)
+        holder, _, last = name.rpartition(".")
+        module = model.get_submodule(holder)
+        held = module._parameters if last in module._parameters else module._buffers
+        held[last] = taken.setdefault(id(tensor), values)
 
 
 def replicated_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -13,9 +13,9 @@ import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from itertools import islice
-from typing import Any
+from types import SimpleNamespace
 
 from torch import nn
 from tqdm.auto import tqdm
@@ -24,18 +24,18 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.utils import logging
 
 from ..configuration import QuantizedModelConfig, QuantNoiseConfig
-from ..hub.card import format_metrics
 from ..hub.packer import ModelPacker, StageResult, check_can_be_packed
 from ..modeling.activations import calibrate, require_batches
 from ..noise import apply_quant_noise, remove_quant_noise
-from ..size import size_report
 from .arguments import CompressionArguments, StageSettings
 from .budget import first_batches, within_target
-from .figures import codebook_use, forward_logs, log_record
+from .figures import forward_logs, log_errors, log_record
 from .oneshot import without_noise
 from .pass_files import FOLDER, PassFiles, SavedStage, put_into_memory
 from .reassign import require_centroids
+from .record import StageRecord, metric_when_packed, record_of
 from .resumable import OptimizerState
+from .sharded import share_what_rank_0_read
 from .stage_trainer import StageTrainer
 from .teacher import Teacher
 from .waiting_noise import WaitingNoise, noise_to_keep
@@ -43,44 +43,30 @@ from .waiting_noise import WaitingNoise, noise_to_keep
 logger = logging.get_logger(__name__)
 
 
-@dataclass
-class StageRecord:
-    """What one stage did.
+def check_pass(trainer: Trainer, config: QuantizedModelConfig, args: CompressionArguments) -> None:
+    """What can be told of a pass by its settings alone; before the training that leads to it, too.
 
-    Attributes:
-        stage: structure group or regex; ``"dense"`` for the model before the pass,
-            ``"restructured"`` after layers were taken out or shared.
-        layers: number of layers packed in it.
-        relative_error: ||W - W_q||^2 / ||W||^2 over those layers, before finetuning.
-        metric: what ``evaluate`` gave after the stage's finetuning; empty without an eval set.
-        mb: size on disk so far, in 10^6 bytes.
-        seconds: wall time of the stage.
-        finetuning: what the stage's ``train`` returned; empty without finetuning.
-        layer_errors: ||W - W_q||^2 / ||W||^2 of each weight packed in it, before finetuning.
-        codebook_use: share of all centroids so far that some block is assigned to.
+    Raises:
+        ValueError: if a stage has no training data, or the settings name stages that are none or
+            contradict each other or the trainer's.
     """
-
-    stage: str
-    layers: int
-    relative_error: float
-    mb: float
-    seconds: float
-    metric: dict[str, float] = field(default_factory=dict)
-    finetuning: dict[str, float] = field(default_factory=dict)
-    layer_errors: dict[str, float] = field(default_factory=dict)
-    codebook_use: float | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-able dict."""
-        return asdict(self)
-
-    def line(self) -> str:
-        """One line for people."""
-        return (
-            f"{self.stage:<12} {self.layers:>4} layers  relative error {self.relative_error:.4f}  "
-            f"{self.mb:8.3f} MB  {self.seconds:7.1f} s  "
-            f"{format_metrics(self.metric)}"
-        )
+    stages = config.stage_groups()
+    args.check_stages(stages)
+    if trainer.train_dataset is None:
+        if args.trains(stages):
+            raise ValueError(
+                "compress finetunes between stages and the trainer has no train_dataset; give "
+                "it one, or set CompressionArguments(stage_epochs=0)"
+            )
+        if config.reads_data:
+            require_batches([], config.reads_data)
+    # accelerate's own settings may have turned them on, too.
+    fsdp, deepspeed = trainer.is_fsdp_enabled, trainer.is_deepspeed_enabled
+    compiled = trainer.args.torch_compile
+    ways = SimpleNamespace(fsdp=fsdp, deepspeed=deepspeed, torch_compile=compiled)
+    require_centroids(config, args, ways)
+    noise_to_keep(trainer, args.keep_noise)
+    check_can_be_packed(trainer.accelerator.unwrap_model(trainer.model))
 
 
 class StagedPass:
@@ -107,6 +93,7 @@ class StagedPass:
     ) -> None:
         self.trainer, self.config = trainer, config
         self.args = compression_args or CompressionArguments()
+        check_pass(trainer, config, self.args)
         self.given_teacher, self.teacher = teacher, None
         self.report = report or (lambda record: None)
         self.model = trainer.accelerator.unwrap_model(trainer.model)
@@ -114,22 +101,12 @@ class StagedPass:
             self.model.to(trainer.args.device)
         self.history: list[StageRecord] = []
         self.stages = config.stage_groups()
-        self.args.check_stages(self.stages)
         self._trains = self.args.trains(self.stages)
-        if trainer.train_dataset is None:
-            if self._trains:
-                raise ValueError(
-                    "compress finetunes between stages and the trainer has no train_dataset; give "
-                    "it one, or set CompressionArguments(stage_epochs=0)"
-                )
-            if config.reads_data:
-                require_batches([], config.reads_data)
-        require_centroids(config, self.args, trainer.args)
         self.noise_config = noise_to_keep(trainer, self.args.keep_noise)
-        check_can_be_packed(self.model)
         keeps = trainer.args.save_strategy != SaveStrategy.NO
         folder = os.path.join(trainer.args.output_dir, FOLDER) if keeps else None
         self.files = PassFiles(folder, trainer.args.should_save)
+        self._bars = trainer.is_world_process_zero() and not trainer.args.disable_tqdm
         self._optimizer_state: OptimizerState = {}
 
     def run(self, resume: bool = False) -> PreTrainedModel:
@@ -147,8 +124,10 @@ class StagedPass:
             self.files.clear()
         self.trainer.accelerator.wait_for_everyone()
         done = self._go_back(saved) if saved else self._begin()
-        numbered = list(enumerate(self.stages, 1))
-        for number, stage in tqdm(numbered[done:], desc="stages", unit="stage"):
+        bar = tqdm(self.stages[done:], desc="stages", unit="stage", initial=done,
+                   total=len(self.stages), disable=not self._bars)  # fmt: skip
+        for number, stage in enumerate(bar, done + 1):
+            bar.set_postfix_str(stage or "all")
             if stage in self.packer.stages:  # layer_quantizers may leave all of it dense
                 self._stage(number, stage)
         return self.model.eval()
@@ -157,10 +136,11 @@ class StagedPass:
 
     def _begin(self) -> int:
         batches = first_batches(self.trainer, self.args.budget_batches)
-        config = within_target(self.model, without_noise(self.model, self.config), batches)
+        config = without_noise(self.model, self.config)
+        config = within_target(self.model, config, batches, self._bars, table=True)
         self.packer = ModelPacker(self.model, config, on_all_ranks=True)
         start = time.perf_counter()
-        self._add(_record("dense", self._stage_trainer(None, 0), start))
+        self._add(record_of("dense", self._stage_trainer(None, 0), start))
         self._save(0)
         self._make_teacher()
         self._restructure()
@@ -171,10 +151,12 @@ class StagedPass:
         self.packer.restructure()
         self.noise = WaitingNoise(self.model, self.noise_config)
         if self.packer.restructuring.changes and record:
-            self._add(_record("restructured", self._stage_trainer(None, 0), start))
+            self._add(record_of("restructured", self._stage_trainer(None, 0), start))
 
     def _make_teacher(self) -> None:
         if self.args.distill and self._trains:
+            if self.given_teacher is not None:
+                share_what_rank_0_read(self.trainer, self.given_teacher)
             self.teacher = Teacher(self.model, self.given_teacher, self.args)
             if self.teacher.needs_check:
                 self.teacher.check(self._stage_trainer(None, 0))
@@ -216,8 +198,11 @@ class StagedPass:
         config = QuantizedModelConfig.from_dict(newest.content["config"])
         self.packer = ModelPacker(self.model, config, on_all_ranks=True)
         self._make_teacher()
-        for record in newest.content["history"]:
-            self._add(StageRecord(**record))
+        for content in newest.content["history"]:
+            record = StageRecord(**content)
+            self.trainer.state.global_step = record.step
+            log_errors(self.trainer, record.layer_errors, self._number_of(record))
+            self._add(record)
         self._restructure(record=newest.number == 0)
         if newest.number > 0:
             for stage in self.stages[: newest.number]:
@@ -234,12 +219,14 @@ class StagedPass:
         data = ()
         if self.config.weighs_errors:
             data = _calibration(self._stage_trainer(None, 0), self.model)
-        packed = self.packer.pack_stage(stage, True, *data)
+        packed = self.packer.pack_stage(stage, self._bars, *data)
+        log_errors(self.trainer, packed.errors, number)
         noise = self._noise_on_waiting(stage)
         stage_trainer = self._stage_trainer(stage, number, noise)
         _calibrate(stage_trainer, self.model, packed)
-        finetuning = {}
+        finetuning = packed_metric = {}
         if self.args.of_stage(stage).trains:
+            packed_metric = metric_when_packed(stage_trainer)
             checkpoint = self.files.checkpoint(number)
             if noise is not None:
                 apply_quant_noise(self.model, noise)
@@ -247,7 +234,8 @@ class StagedPass:
             remove_quant_noise(self.model).eval()
             if self.args.stage_schedule == "continue":
                 self._optimizer_state = stage_trainer.optimizer_state()
-        self._add(_record(stage or "all", stage_trainer, start, packed, finetuning))
+        name = stage or "all"
+        self._add(record_of(name, stage_trainer, start, packed, finetuning, packed_metric))
         self._save(number)
 
     def _noise_on_waiting(self, stage: str | None) -> QuantNoiseConfig | None:
@@ -256,9 +244,16 @@ class StagedPass:
         return self.noise.on(waiting)
 
     def _add(self, record: StageRecord) -> None:
-        log_record(self.trainer, record, len(self.history))
+        record.step = self.trainer.state.global_step
+        clean = (self.history or [record])[0].metric
+        log_record(self.trainer, record, self._number_of(record), clean)
         self.history.append(record)
         self.report(record)
+
+    def _number_of(self, record: StageRecord) -> int:
+        """The number of a stage; 0 for what comes before the first."""
+        names = [stage or "all" for stage in self.stages]
+        return names.index(record.stage) + 1 if record.stage in names else 0
 
     def _asked(self) -> dict[str, dict]:
         arguments = asdict(self.args)
@@ -266,6 +261,11 @@ class StagedPass:
             del arguments[name]
         asked = {"config": self.config.to_dict(), "compression_args": arguments}
         asked["qn_config"] = {} if self.noise_config is None else self.noise_config.to_dict()
+        teacher = "a copy of the model"
+        if self.given_teacher is not None:
+            numbers = sum(parameter.numel() for parameter in self.given_teacher.parameters())
+            teacher = f"a {type(self.given_teacher).__name__} of {numbers:,} numbers"
+        asked["teacher"] = {"teacher": teacher}
         return json.loads(json.dumps(asked))
 
     def _save(self, number: int) -> None:
@@ -356,25 +356,3 @@ def _calibration(
     count = stage_trainer.compression_args.calibration_batches
     batches = list(islice(stage_trainer.get_train_dataloader(), count))
     return batches, lambda batch: stage_trainer.prediction_step(model, batch, False)
-
-
-def _record(
-    stage: str,
-    stage_trainer: Trainer,
-    start: float,
-    packed: StageResult | None = None,
-    finetuning: dict[str, float] | None = None,
-) -> StageRecord:
-    """Evaluates, and puts a stage's figures together."""
-    metric = {} if stage_trainer.eval_dataset is None else stage_trainer.evaluate()
-    return StageRecord(
-        stage=stage,
-        layers=len(packed.layers) if packed else 0,
-        relative_error=packed.relative_error if packed else 0.0,
-        mb=size_report(stage_trainer.model).total.disk_bytes / 1e6,
-        metric=metric,
-        seconds=time.perf_counter() - start,
-        finetuning=finetuning or {},
-        layer_errors=packed.errors if packed else {},
-        codebook_use=codebook_use(stage_trainer.model),
-    )

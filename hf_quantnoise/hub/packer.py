@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ..configuration import QuantizedModelConfig
 from ..distributed import is_distributed, is_mine, of_rank, owner_of, sum_over_ranks
 from ..modeling import pack_layer, pack_skeleton, packed_layers, packed_names
-from ..modeling.activations import require_batches
+from ..modeling.activations import require_batches, require_runs, rounds_inputs
 from ..modeling.importance import measure_importance
 from ..modeling.plan import PlannedWeight, make_plan
 from ..modeling.restructure import declare_shared, plan_restructuring, restructured_copy
@@ -49,6 +49,11 @@ class ModelPacker:
         on_all_ranks: whether all ranks of a distributed run pack the same model: weights go round
             among them, and each gets what the others clustered.
 
+    Attributes:
+        stages: stage -> the weights it packs.
+        planned: the model that holds their layers: a copy as long as layers are yet to be taken out
+            or shared, the model itself otherwise.
+
     Raises:
         TypeError: if the model is no ``PreTrainedModel``.
         ValueError: if it is quantized already, or the config cannot be carried out.
@@ -64,17 +69,36 @@ class ModelPacker:
         self.config.plan = {}
         self.restructuring = plan_restructuring(model, self.config)
         # The plan is that of what will be left; if it cannot be carried out, nothing was touched.
-        planned = model
+        self.planned = model
         if self.restructuring.changes:
-            planned = restructured_copy(model, self.config, self.restructuring)
-        self.stages, self.config.left_dense = make_plan(planned, self.config)
+            self.planned = restructured_copy(model, self.config, self.restructuring)
+        self.stages, self.config.left_dense = make_plan(self.planned, self.config)
+
+    def require_runs(self, batches: Sequence) -> None:
+        """Whether calibration data reaches what is to be measured on it; before anything is packed.
+
+        Raises:
+            ValueError: naming a layer that never runs on it; nothing is changed then.
+        """
+        groups: list[list[nn.Module]] = []
+        for planned in (planned for stage in self.stages.values() for planned in stage):
+            modules = [layer.module for layer in planned.layers]
+            groups += [[own] for own in modules if rounds_inputs(own, planned.activation_bits)]
+            # Tables are watched where rows are looked up, which need not be a call (importance.py).
+            if self.config.weighs_errors and not any(isinstance(m, nn.Embedding) for m in modules):
+                groups.append(modules)
+        require_runs(self.planned, groups, batches, self.config.reads_data)
 
     def restructure(self) -> None:
         """Takes layers out and lets layers share weights, as the config says (7.9); the stages are
         those of what is left. Before the first of them; there may be nothing to do."""
         if self.restructuring.changes:
             self.restructuring.carry_out(self.model, self.config)
-            self.stages, self.config.left_dense = make_plan(self.model, self.config)
+            self.planned = self.model
+            self.stages = {
+                stage: [planned.of(self.model) for planned in weights]
+                for stage, weights in self.stages.items()
+            }
 
     def pack_stage(
         self,

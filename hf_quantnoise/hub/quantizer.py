@@ -116,9 +116,9 @@ class QuantNoiseHfQuantizer(HfQuantizer):
         )
         self.quantization_config = deepcopy(config)
         self.quantization_config.plan = plan
+        names = _Names(model)  # others than before: those of packed tensors
         shared = {
-            name: next(iter(_names_for(model, {source: None})))
-            for name, source in _names_for(model, config.shared_layers).items()
+            name: names.own(source) for name, source in names.of(config.shared_layers).items()
         }
         self.quantization_config.shared_layers = shared
         late = tied_late(model, shared)
@@ -126,7 +126,7 @@ class QuantNoiseHfQuantizer(HfQuantizer):
         _ignore(model, "missing", (f"^{re.escape(name)}$" for name in late))
         self.quantization_config.left_dense = {
             name: reason
-            for name, reason in _names_for(model, config.left_dense).items()
+            for name, reason in names.of(config.left_dense).items()
             if name in layers or name in parameters
         }
 
@@ -272,25 +272,32 @@ def _ignore(model: PreTrainedModel, which: str, patterns: Iterable[str]) -> None
     setattr(model, attribute, kind([*(known or ()), *patterns]))
 
 
-def _names_for(model: PreTrainedModel, entries: dict) -> dict:
-    """Entries under the names they have in this class: with or without the base model's prefix."""
-    prefix = f"{model.base_model_prefix}."
-    names = {*dict(model.named_modules()), *dict(model.named_parameters())}
-    renamed = {}
-    for name, entry in entries.items():
-        for candidate in (name, name.removeprefix(prefix), prefix + name):
-            if candidate in names:
-                renamed[candidate] = entry
-                break
-    return renamed
+class _Names:
+    """Names of modules and parameters as they are in this class of a model: with or without the
+    base model's prefix."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.prefix = f"{model.base_model_prefix}."
+        self.known = {name for name, _ in model.named_modules()}
+        self.known.update(name for name, _ in model.named_parameters())
+
+    def own(self, name: str) -> str | None:
+        """What a name of the checkpoint is called here; None where this class lacks it."""
+        candidates = (name, name.removeprefix(self.prefix), self.prefix + name)
+        return next((candidate for candidate in candidates if candidate in self.known), None)
+
+    def of(self, entries: dict) -> dict:
+        """Entries under the names they have here, without those that this class lacks."""
+        found = ((self.own(name), entry) for name, entry in entries.items())
+        return {name: entry for name, entry in found if name is not None}
 
 
 def _plan_for(
     model: PreTrainedModel, plan: dict[str, dict], layers: dict[str, LayerInfo]
 ) -> dict[str, dict]:
     """The plan under this class's names, without the layers it lacks (another head)."""
-    own = {}
-    for name, entry in _names_for(model, plan).items():
+    own, names = {}, _Names(model)
+    for name, entry in names.of(plan).items():
         layer = layers.get(name)
         if layer is None:
             raise ValueError(f"the plan packs {name}, which is no layer that can be packed here")
@@ -302,7 +309,7 @@ def _plan_for(
             continue
         own[name] = {key: value for key, value in entry.items() if key != "tied_to"}
         if (partner := entry.get("tied_to")) is not None:
-            own[name]["tied_to"] = next(iter(_names_for(model, {partner: None})), partner)
+            own[name]["tied_to"] = names.own(partner) or partner
     return own
 
 

@@ -51,9 +51,23 @@ def require_batches(batches: Sequence, needed_by: str = "activation_bits") -> No
         )
 
 
+def rounds_inputs(layer: nn.Module, bits: int | None) -> bool:
+    """Whether what enters a layer is rounded to so many bits; row numbers of a table are not."""
+    return bits is not None and not isinstance(layer, nn.Embedding)
+
+
 def name_in(model: nn.Module, layer: nn.Module) -> str:
     """The name of a layer in its model."""
     return next(name for name, module in model.named_modules() if module is layer)
+
+
+def never_ran(field: str, model: nn.Module, layer: nn.Module) -> ValueError:
+    """What to raise where a layer has no inputs to measure, which a field asks for."""
+    name = name_in(model, layer)
+    return ValueError(
+        f"{field}: {name} never ran on the calibration data, so nothing is known of its inputs; "
+        f"leave it out with exclude_modules=[{name!r}]"
+    )
 
 
 @contextmanager
@@ -65,6 +79,42 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
+
+
+@torch.no_grad()
+def require_runs(
+    model: nn.Module, groups: Sequence[Sequence[nn.Module]], batches: Sequence, field: str
+) -> None:
+    """Runs batches until they have reached every group of layers: one is enough for most models.
+
+    Args:
+        model: the model that holds the layers; put in eval mode meanwhile.
+        groups: layers, of each group one must be called.
+        batches: keyword arguments of the model's forward, a dict each.
+        field: what needs it; for the error.
+
+    Raises:
+        ValueError: naming a layer that none of the batches reaches.
+    """
+    called: set[nn.Module] = set()
+    hooks = [
+        layer.register_forward_pre_hook(lambda layer, _: called.add(layer))
+        for group in groups
+        for layer in group
+    ]
+    idle = list(groups)
+    try:
+        with evaluating(model):
+            for batch in batches:
+                if not idle:
+                    break
+                model(**batch)
+                idle = [group for group in idle if called.isdisjoint(group)]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if idle:
+        raise never_ran(field, model, idle[0][0])
 
 
 @torch.no_grad()
@@ -106,10 +156,6 @@ def calibrate(
             layer.__dict__.pop("_observer", None)
     for layer, observer in zip(layers, observers, strict=True):
         if observer.range is None:
-            name = name_in(model, layer)
-            raise ValueError(
-                f"activation_bits: {name} never ran on the calibration data, so its input has no "
-                f"range; leave it out with exclude_modules=[{name!r}]"
-            )
+            raise never_ran("activation_bits", model, layer)
         for key, value in observer.state(layer.activation_bits).items():
             layer.get_parameter(f"input_{key}").copy_(of_rank_0(value))

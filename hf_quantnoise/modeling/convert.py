@@ -7,9 +7,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..blocks import weight_matrix
+from ..blocks import matrix_shape, weight_matrix
 from ..quantizers import Quantizer
 from ..quantizers.packing import pack_codes
+from .activations import rounds_inputs
 from .packed import INDICES, INPUT_NAMES, PREFIX, PackedLayer, packed_class
 
 
@@ -70,7 +71,7 @@ def _become_packed(
     activation_bits: int | None,
 ) -> None:
     """Turns layers that share one weight into packed layers that share one set of tensors."""
-    rows, columns = weight_matrix(layers[0]).shape
+    rows, columns = matrix_shape(layers[0])
     shape, dtype = layers[0].weight.shape, layers[0].weight.dtype
     # Floats before codes: many programs ask a model's first parameter for the dtype to compute in.
     floats_first = {name: tensors[name] for name in sorted(tensors, key=INDICES.__eq__)}
@@ -82,7 +83,7 @@ def _become_packed(
         layer.weight_shape = shape
         for name, parameter in parameters.items():
             layer.register_parameter(name, parameter)
-        if activation_bits is not None and not isinstance(layer, nn.Embedding):
+        if rounds_inputs(layer, activation_bits):
             layer.activation_bits = activation_bits
             for name in INPUT_NAMES:  # tied layers read different inputs
                 scalar = layer.weight_indices.new_zeros((), dtype=dtype)
@@ -143,7 +144,7 @@ def pack_skeleton(
     device (``meta`` while a checkpoint is being loaded), to be filled from a file."""
     layers = [layers] if isinstance(layers, nn.Module) else list(layers)
     weight = layers[0].weight
-    rows, columns = weight_matrix(layers[0]).shape
+    rows, columns = matrix_shape(layers[0])
     tensors = {
         INDICES: torch.empty(
             _indices_shape(quantizer, rows, columns), dtype=torch.uint8, device=weight.device

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
-from ..blocks import layout_of, weight_matrix
+from ..blocks import layout_of
 from ..distributed import of_rank_0
-from .activations import evaluating, name_in
+from .activations import evaluating, never_ran
 
 # Inputs that were silent on a few batches are not silent for ever: a share of the mean is added to
 # every column's h.
@@ -173,11 +173,6 @@ def _importance(model: nn.Module, layers: Sequence[nn.Module], watch: _Watch) ->
         # A layer whose inputs are all zero has no preference.
         parts.append(columns + DAMPING * mean if mean > 0 else torch.ones_like(columns))
     if not parts:
-        name, shape = name_in(model, layers[0]), tuple(weight_matrix(layers[0]).shape)
-        raise ValueError(
-            f"importance='activations': {name} ({shape[0]} x {shape[1]}) never ran on the "
-            "calibration data, so nothing is known of its inputs; leave it out with "
-            f"exclude_modules=[{name!r}]"
-        )
+        raise never_ran("importance", model, layers[0])
     total = sum(part / part.mean() for part in parts)
     return of_rank_0((total / len(parts)).float())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -25,6 +25,11 @@ class PlannedWeight:
     layers: tuple[LayerInfo, ...]
     quantizer: Quantizer
     activation_bits: int | None = None
+
+    def of(self, model: nn.Module) -> PlannedWeight:
+        """The same for another model, whose layers have the same names."""
+        layers = (replace(own, module=model.get_submodule(own.name)) for own in self.layers)
+        return replace(self, layers=tuple(layers))
 
     def entries(self) -> dict[str, dict[str, Any]]:
         """The plan's entries in their JSON form, one for each layer."""

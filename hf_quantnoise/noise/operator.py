@@ -69,6 +69,10 @@ class WeightNoise:
         """Whether any noise has a rate above zero."""
         return any(self.rates[number] > 0 for number, _ in self.functions)
 
+    def reached(self, member: int) -> bool:
+        """Whether it has fallen on the weight in a forward of one of its layers yet."""
+        return self.used if self.shared is None else member in self.shared.met
+
     def noisy_weight(self, weight: Tensor, layout: WeightLayout, member: int = 0) -> Tensor:
         """The weight as this forward sees it (Eq. 7), in the weight's own layout and dtype.
 

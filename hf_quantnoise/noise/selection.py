@@ -145,10 +145,14 @@ class SharedDraw:
 
     Args:
         members: number of layers.
+
+    Attributes:
+        met: numbers of the layers that have asked for J yet.
     """
 
     def __init__(self, members: int) -> None:
         self.members = members
+        self.met: set[int] = set()
         self._seed: int | None = None
         self._done: set[int] = set()
         self._seed_of_ticket: dict[int, int] = {}
@@ -182,6 +186,7 @@ class SharedDraw:
             sizes: (number of blocks, rate) of each noise in order.
             device: where the blocks live.
         """
+        self.met.add(member)
         if all(p >= 1.0 for _, p in sizes):
             return [Selection(count) for count, _ in sizes]
         key = (self.seed_for(member), tuple(sizes), device)

@@ -42,6 +42,16 @@ class NoisedWeight:
     modules: tuple[nn.Module, ...]
     noise: WeightNoise
 
+    def unreached(self) -> list[str]:
+        """The layers that the noise has not fallen on. A table that is tied to one that is looked
+        up does not count: it may be there for its name alone (T5's ``shared``)."""
+        return [
+            name
+            for member, (name, module) in enumerate(zip(self.names, self.modules, strict=True))
+            if not self.noise.reached(member)
+            and not (self.noise.used and isinstance(module, nn.Embedding))
+        ]
+
 
 class QuantNoiseState:
     """Everything about the noise of one model. It is no module, parameter or buffer.
@@ -120,8 +130,8 @@ class QuantNoiseState:
 
     def note_unreached(self) -> list[str]:
         """Finds layers that no noise has fallen on, though training forwards have been run: a model
-        may read a weight without calling its layer. They are named in ``left_clean``, and warned of
-        once.
+        may read a weight without calling its layer, or a trainer that of a head, tied or not. They
+        are named in ``left_clean``, and warned of once.
 
         Returns:
             Their names; none before the first forward with noise.
@@ -130,8 +140,8 @@ class QuantNoiseState:
         found = [
             name
             for weight in self.weights
-            for name in weight.names
-            if begun and weight.noise.active and not weight.noise.used
+            if begun and weight.noise.active
+            for name in weight.unreached()
         ]
         known = [name for name, reason in self.left_clean.items() if reason == _UNREACHED]
         for name in set(known).difference(found):

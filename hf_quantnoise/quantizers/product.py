@@ -14,7 +14,7 @@ from torch import Tensor
 from ..blocks import to_blocks
 from .base import QUANTIZERS, Quantizer, require_finite
 from .fixed_point import FixedPointQuantizer
-from .kmeans import assign, chunk_rows, kmeans, nearest_few
+from .kmeans import assign, kmeans
 from .packing import code_dtype
 from .row_scale import as_divisor, fit_row_scale
 
@@ -245,17 +245,6 @@ class ProductQuantizer(Quantizer):
                 stored = self._eight_bits.quantize(self._books(codebook), on_codebook)
                 stored = stored.view_as(codebook)
         return _AsStored.apply(codebook, stored)
-
-    def spacing(self, state: dict[str, Tensor]) -> Tensor:
-        """How far codewords lie apart: the mean distance from a centroid (of the last codebook) to
-        the nearest other; times the scale of each row, (rows, 1), where rows have one."""
-        centroids = self.centroids(state).detach().float()[-self.n_centroids :]
-        total = centroids.new_zeros(())
-        for part in centroids.split(chunk_rows(self.n_centroids)):
-            other = centroids[nearest_few(part, centroids, 2)[:, 1]]
-            total += (part - other).norm(dim=1).sum()
-        distance = total / self.n_centroids
-        return distance * self.scales(state).float().abs() if self.row_scale else distance
 
     def scales(self, state: dict[str, Tensor]) -> Tensor:
         """The scale of each row as it is stored, shape (rows, 1); straight-through."""

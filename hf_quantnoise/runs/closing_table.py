@@ -23,12 +23,13 @@ class Row:
 
 
 def weights_mb(folder: str | Path) -> float:
-    """Size of the ``*.safetensors`` files in a folder, in 10^6 bytes.
+    """Size of the ``*.safetensors`` files of a model, in 10^6 bytes: in its folder, and in those of
+    its modules where it has some (sentence-transformers).
 
     Raises:
         FileNotFoundError: if the folder holds none.
     """
-    files = list(Path(folder).glob("*.safetensors"))
+    files = list(Path(folder).rglob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{folder} holds no *.safetensors file; save_pretrained writes one")
     return sum(file.stat().st_size for file in files) / 1e6

@@ -18,12 +18,12 @@ from dataclasses import dataclass, field
 import datasets
 import torch
 import transformers
-from huggingface_hub import HfApi
-from transformers import PreTrainedModel, Trainer, set_seed
+from transformers import AutoConfig, PreTrainedModel, Trainer, set_seed
 
 import hf_quantnoise
 
-from ..compression import check_plan
+from ..compression import check_pass, check_plan
+from ..repository import create_repository, upload_folder
 from ..size import size_report
 from ..trainer import QuantNoiseTrainer
 from .closing_table import Row, closing_table, weights_mb
@@ -170,6 +170,21 @@ def _earlier_figures(output_dir: str) -> dict:
     return values["dense"]
 
 
+def _check_teacher(args: Arguments) -> None:
+    """Whether there is a teacher to load.
+
+    Raises:
+        ValueError: naming the flag, if not.
+    """
+    name = args.options.teacher_name_or_path
+    if name is None:
+        return
+    try:
+        AutoConfig.from_pretrained(name, cache_dir=args.model.cache_dir, token=args.model.token)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--teacher_name_or_path {name!r} cannot be loaded: {error}") from None
+
+
 def _given_teacher(args: Arguments, job: Job) -> PreTrainedModel | None:
     name = args.options.teacher_name_or_path
     if name is None:
@@ -234,11 +249,10 @@ def _push(trainer: QuantNoiseTrainer, args: Arguments, job: Job, folder: str) ->
     """Uploads a folder: the very files that were checked, and a card that names the repository."""
     training = args.training
     name = training.hub_model_id or os.path.basename(os.path.abspath(training.output_dir))
-    api = HfApi(token=training.hub_token)
-    repository = api.create_repo(name, private=training.hub_private_repo, exist_ok=True)
-    trainer.hub_model_id = repository.repo_id
+    token = training.hub_token
+    trainer.hub_model_id = create_repository(name, private=training.hub_private_repo, token=token)
     _write_card(trainer, args, job, folder)
-    api.upload_folder(repo_id=repository.repo_id, folder_path=folder)
+    upload_folder(folder, trainer.hub_model_id, token=token)
 
 
 def _write_card(trainer: QuantNoiseTrainer, args: Arguments, job: Job, folder: str) -> None:
@@ -287,6 +301,7 @@ def run(args: Arguments, prepare: Callable[[Arguments], Job]) -> dict:
     """
     training = args.training
     # Configs first: a mistake in them is told before anything is read or trained.
+    _check_teacher(args)
     noise_config = args.noise.config(args.options, training.seed)
     small_config = args.options.config(training.seed) if args.options.compress else None
     if not (training.do_train or args.compression.keep_noise):
@@ -303,6 +318,9 @@ def run(args: Arguments, prepare: Callable[[Arguments], Job]) -> dict:
 
     set_seed(training.seed)
     job = prepare(args)
+    if args.options.resume_compression:
+        # Finetuned: the pass may have been killed before it had kept the model itself.
+        job.model = job.auto_class.from_pretrained(folders[0], dtype=args.model.dtype)
     if small_config is not None:
         check_plan(job.model, small_config)  # what cannot be done is told before training
     results.add(**_settings(args, job), **earlier)
@@ -313,6 +331,8 @@ def run(args: Arguments, prepare: Callable[[Arguments], Job]) -> dict:
     if not training.do_eval:
         job.parts["eval_dataset"] = None
     trainer = QuantNoiseTrainer(job.model, training, noise_config, **job.parts)
+    if small_config is not None:
+        check_pass(trainer, small_config, args.compression)
     if not args.options.resume_compression:
         results.add(dense=_finetune(trainer, args, job, folders[0]))
     if small_config is not None:

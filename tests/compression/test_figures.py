@@ -1,9 +1,12 @@
 """What a pass shows: figures in the run's logs, and plots that can be opened."""
 
+import copy
+import re
 import sys
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from stacked import make_stacked
 from stage_runs import make_pass_trainer
@@ -21,6 +24,7 @@ from hf_quantnoise.compression.figures import codebook_use, plot_compression
 from hf_quantnoise.modeling import packed_layers
 
 CONFIG = IPQConfig(block_size=4, n_centroids=16)
+FFN = {"block_size": 4, "n_centroids": 16, "stages": ["ffn"]}
 
 
 class Listener(TrainerCallback):
@@ -53,15 +57,103 @@ def test_every_figure_of_the_pass_is_in_the_logs(make_trainer):
     trainer.compress(CONFIG)
     lines = listener.lines[before:]
     names = {name for _, logs in lines for name in logs}
-    wanted = ["loss", "learning_rate", "eval_loss", "mb", "relative_error", "codebook_use", "stage"]
+    wanted = ["loss", "learning_rate", "eval_loss", "packed_loss", "clean_loss", "teacher_logits",
+              "mb", "relative_error", "codebook_use", "stage"]  # fmt: skip
     assert {f"compression_{name}" for name in wanted} <= names
-    assert "compression_error/bert.encoder.layer.1.output.dense" in names
+    plan = trainer.model.config.quantization_config.plan
+    assert {f"compression_error/{name}" for name in plan} <= names and len(plan) == 14
+    # TensorBoard leaves out, and others refuse, what is no plain number.
+    values = {type(value) for _, logs in lines for value in logs.values()}
+    assert values <= {int, float}
     steps = [step for step, _ in lines]
     assert steps == sorted(steps) and steps[0] == 6  # they go on where the training ended
     assert steps[-1] == 6 + 3 * 6
     sizes = [logs["compression_mb"] for _, logs in lines if "compression_mb" in logs]
     assert sizes == [record["mb"] for record in trainer.compression_history]
     assert trainer.state.log_history[-1]["compression_stage"] == 3
+
+
+def of(lines, name):
+    return [logs[name] for _, logs in lines if name in logs]
+
+
+def test_a_metric_is_that_of_the_clean_model_of_the_packed_and_of_the_finetuned(
+    make_trainer, parity_data
+):
+    trainer, listener = make_trainer()
+    clean = trainer.evaluate()["eval_loss"]
+    packed = quantize_model(copy.deepcopy(trainer.model), IPQConfig(**FFN), progress=False)
+    inputs = {name: torch.tensor(parity_data[name]) for name in ("input_ids", "labels")}
+    with torch.no_grad():
+        expected = float(packed(**inputs).loss)
+    before = len(listener.lines)
+    trainer.compress(IPQConfig(**FFN))
+    lines = listener.lines[before:]
+    assert of(lines, "compression_clean_loss") == [clean] * 2
+    assert of(lines, "compression_packed_loss") == [pytest.approx(expected, rel=1e-5)]
+    record = trainer.compression_history[-1]
+    assert of(lines, "compression_eval_loss") == [clean, record["metric"]["eval_loss"]]
+    assert record["packed_metric"]["eval_loss"] == of(lines, "compression_packed_loss")[0]
+    assert record["metric"]["eval_loss"] != record["packed_metric"]["eval_loss"]
+
+
+def test_the_evaluation_of_what_was_packed_changes_nothing(make_trainer):
+    models = []
+    for evaluated in (True, False):
+        trainer, _ = make_trainer()
+        trainer.model.dropout.p = 0.3  # random numbers of the training show
+        if not evaluated:
+            trainer.eval_dataset = None
+        models.append(trainer.compress(IPQConfig(**FFN)).state_dict())
+    assert all(torch.equal(tensor, models[1][name]) for name, tensor in models[0].items())
+
+
+def test_an_error_is_logged_when_its_layer_is_packed(make_trainer):
+    trainer, listener = make_trainer()
+    trainer.compress(IPQConfig(**FFN))
+    name = "compression_error/bert.encoder.layer.1.output.dense"
+    names = [set(logs) for _, logs in listener.lines]
+    errors = [place for place, found in enumerate(names) if name in found]
+    trained = [place for place, found in enumerate(names) if "compression_train_loss" in found]
+    assert len(errors) == len(trained) == 1 and errors[0] < trained[0]
+
+
+# ---- bars ----------------------------------------------------------------------------------------
+
+
+def bars(text, name):
+    """What the bars of a name showed: done, of how many, time left."""
+    shown = re.findall(rf"{name}: .*? (\d+)/(\d+) \[\d+:\d+<([\d:?]+)", text)
+    return [(int(done), int(total), left) for done, total, left in shown]
+
+
+def test_bars_show_stages_layers_and_steps_with_the_time_left(make_trainer, capsys):
+    trainer, _ = make_trainer(disable_tqdm=False)
+    trainer.compress(CONFIG, CompressionArguments(stage_steps=2))
+    text = capsys.readouterr().err
+    stages = bars(text, "stages")
+    assert {(done, total) for done, total, _ in stages} == {(0, 3), (1, 3), (2, 3), (3, 3)}
+    assert stages[0][2] == "?" and all(left != "?" for done, _, left in stages if done)
+    assert re.search(r"stages: .*1/3 \[.*embeddings", text)  # the stage that is being done
+    for stage, layers in (("ffn", 4), ("embeddings", 2), ("attention", 8)):
+        assert bars(text, f"quantize {stage}")[0][:2] == (0, layers)
+    assert text.count("2/2 [") >= 3  # the optimizer steps of each stage, by Trainer
+
+
+def test_disable_tqdm_holds_for_the_pass_and_other_ranks_show_none(
+    make_trainer, capsys, monkeypatch
+):
+    target = IPQConfig(target_size_mb=0.05, codebook_bits=16, kmeans_iter=2)
+    trainer, _ = make_trainer(disable_tqdm=True)
+    trainer.compress(target, CompressionArguments(stage_steps=1))
+    shown = capsys.readouterr()
+    assert "it/s" not in shown.err and "[00:" not in shown.err
+    assert "the whole file:" in shown.out  # the allotment is no bar
+    trainer, _ = make_trainer(disable_tqdm=False)
+    monkeypatch.setattr(type(trainer), "is_world_process_zero", lambda self: False)
+    trainer.compress(CONFIG, CompressionArguments(stage_epochs=0))
+    err = capsys.readouterr().err
+    assert not bars(err, "stages") and "quantize" not in err
 
 
 def test_a_log_is_printed_once(make_trainer, capsys):
@@ -114,9 +206,36 @@ def test_plots_are_drawn_at_the_end(make_trainer, tmp_path):
     assert not (tmp_path / "other" / "plots").exists()
 
 
+def test_what_is_drawn_is_the_history_and_the_bytes_of_the_file(
+    make_trainer, tmp_path, monkeypatch
+):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: drawn.append(self))
+    trainer, _ = make_trainer()
+    small = trainer.compress(CONFIG)
+    stages, layers = drawn
+    history = trainer.compression_history
+    finetuned, packed = stages.axes[0].get_lines()
+    assert list(finetuned.get_xdata()) == [record["mb"] for record in history]
+    assert list(finetuned.get_ydata()) == [record["metric"]["eval_loss"] for record in history]
+    losses = [record["packed_metric"]["eval_loss"] for record in history[1:]]
+    assert list(packed.get_ydata()) == losses
+    names = [label.get_text() for label in layers.axes[0].get_yticklabels()]
+    assert set(names) == set(small.config.quantization_config.plan)
+    errors, sizes = ([bar.get_width() for bar in axes.patches] for axes in layers.axes)
+    both = {name: e for record in history for name, e in record["layer_errors"].items()}
+    assert errors == [both[name] for name in names]
+    for name, size in zip(names, sizes, strict=True):
+        layer = small.get_submodule(name)
+        tensors = [layer.weight_indices, layer.weight_codebook]
+        held = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        assert held <= 1e3 * size <= held + 1  # a sentinel takes a byte
+
+
 def test_a_pass_without_metrics_is_drawn_too(tmp_path):
     model = quantize_model(make_stacked("bert", 2), CONFIG, progress=False)
-    record = {"stage": "ffn", "mb": 1.0, "metric": {}, "relative_error": 0.3, "layer_errors": {}}
+    record = {"stage": "ffn", "mb": 1.0, "metric": {}, "packed_metric": {}, "relative_error": 0.3,
+              "layer_errors": {}}  # fmt: skip
     paths = plot_compression([record], size_report(model), str(tmp_path))
     assert len(paths) == 2
 

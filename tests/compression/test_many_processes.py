@@ -1,19 +1,22 @@
 """Noise and pass on two gloo processes: one model, and the one a single process makes."""
 
 import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from processes import needs_gloo, torchrun
+from processes import accelerate_launch, needs_gloo, torchrun
 from safetensors.torch import load_file
 from stacked import make_stacked
 from tiny import VOCABULARY
 from transformers import AutoModelForSequenceClassification
 
 import hf_quantnoise  # noqa: F401  (its models load)
+from hf_quantnoise.compression import sharded
 from hf_quantnoise.compression.sharded import replicated_parameters, require_fsdp2, units_to_shard
+from hf_quantnoise.modeling.copies import copy_of_shapes
 
 PROGRAM = Path(__file__).parents[1] / "noise_and_pass.py"
 FSDP2 = {"fsdp": True, "fsdp_config": {"version": 2}}
@@ -33,8 +36,12 @@ def run(tmp_path_factory, parity_data):
     language = parity_data.map(lambda row: {"labels": row["input_ids"]})
     language.save_to_disk(str(tmp_path / "language"))
 
-    def start(name: str, world: int, **options):
-        torchrun(PROGRAM, str(tmp_path), name, json.dumps(options), processes=world)
+    def start(name: str, world: int, launcher=torchrun, **options):
+        words = (PROGRAM, str(tmp_path), name, json.dumps(options))
+        if launcher is torchrun:
+            torchrun(*words, processes=world)
+        else:
+            launcher(*words)
         parts = ("noise", "dense", "model")
         return [
             {
@@ -112,6 +119,26 @@ def test_fsdp2_gives_the_model_of_a_single_process(run, single):
     state = loaded.state_dict()
     for name, tensor in one["model"].items():
         assert torch.equal(state[name], tensor), name
+
+
+@pytest.mark.slow
+@needs_gloo
+@pytest.mark.parametrize("way", ["ddp", "fsdp2"])
+def test_accelerate_launch_does_what_its_file_says(run, single, way):
+    """As ``accelerate config`` writes it; the script says nothing of processes or shards. Under
+    FSDP only the first process reads the checkpoint then, the others get it from there."""
+    fsdp = None
+    make_stacked("bert", 3).save_pretrained(run.folder / "pretrained")
+    options = {**WHOLE_RUN, "pretrained": str(run.folder / "pretrained")}
+    if way == "fsdp2":
+        fsdp = {"fsdp_cpu_ram_efficient_loading": True,
+                "fsdp_version": 2, "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+                "fsdp_state_dict_type": "FULL_STATE_DICT"}  # fmt: skip
+    launcher = partial(accelerate_launch, run.folder, fsdp=fsdp)
+    one, other = run(f"launched-{way}", 2, launcher=launcher, **options)
+    assert_ranks_agree(one, other)
+    assert_close(one, single)
+    assert all(count > 0 for count in one["sharded"]) == (fsdp is not None)
 
 
 @pytest.mark.slow
@@ -199,8 +226,13 @@ class _Trainer:
         )
 
 
-def test_what_cannot_be_sharded_is_refused():
+def test_what_cannot_be_sharded_is_refused(monkeypatch):
     require_fsdp2(_Trainer())
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    require_fsdp2(_Trainer(fsdp=False))
+    with pytest.raises(ValueError, match="FSDP by accelerate launch: accelerate shards on GPUs"):
+        require_fsdp2(_Trainer(fsdp=False, sharded=False))
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
     require_fsdp2(_Trainer(fsdp=False, sharded=False, compiled=True))
     for words, what in {
         "fsdp=True: accelerate shards on GPUs": {"sharded": False},
@@ -226,3 +258,17 @@ def test_what_stays_whole_and_what_is_sharded_one_by_one():
     assert [p.shape for p in replicated_parameters(bart)] == [(VOCABULARY, 32)]  # four holders
     bart.scale = torch.nn.Parameter(torch.ones(()))
     assert len(replicated_parameters(bart)) == 2
+
+
+def test_a_model_that_only_rank_0_has_read_is_made_whole(monkeypatch):
+    """Ties included: the head, its bias and the table of a masked language model."""
+    read = make_stacked("roberta-mlm", 2)
+    tensors = iter(read.state_dict().values())
+    monkeypatch.setattr(sharded, "of_rank_0", lambda tensor: next(tensors).clone())
+    empty = copy_of_shapes(read)
+    sharded.take_from_rank_0(empty)
+    assert not any(tensor.is_meta for tensor in empty.state_dict().values())
+    assert empty.lm_head.decoder.weight is empty.roberta.embeddings.word_embeddings.weight
+    assert empty.lm_head.decoder.bias is empty.lm_head.bias
+    for name, tensor in empty.state_dict().items():
+        assert torch.equal(tensor, read.state_dict()[name]), name

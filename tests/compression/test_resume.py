@@ -100,7 +100,8 @@ def test_a_torn_checkpoint_is_passed_over_for_the_one_before(
     release()
     newest = tmp_path / "compression" / "run-1" / "checkpoint-4"
     assert (newest / "memory.safetensors").is_file()
-    (newest / "memory.safetensors").unlink()
+    whole = (newest / "memory.safetensors").read_bytes()
+    (newest / "memory.safetensors").write_bytes(whole[:-1])
     (newest / "model.safetensors").write_bytes(b"torn")
     files = pass_files.PassFiles(str(tmp_path / "compression"))
     assert files.checkpoint(1).endswith("checkpoint-2")
@@ -108,6 +109,113 @@ def test_a_torn_checkpoint_is_passed_over_for_the_one_before(
     again = make_trainer(tmp_path, parity_data)
     again.compress(*CASES["ipq"], resume_from_checkpoint=True)
     compare(again, straight)
+
+
+def test_what_a_folder_vouches_for_is_on_the_disk_first(tmp_path, parity_data, monkeypatch):
+    """Machines stop, too, with files that are named and not yet written."""
+    done, moves = [], []
+
+    def fsync(descriptor):
+        done.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+
+    real = os.replace
+
+    def replace(source, target):
+        folder = Path(source) if Path(source).is_dir() else Path(source).parent
+        files = {str(path) for path in folder.iterdir()}
+        moves.append((Path(target).name, files - set(done)))
+        real(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    config = IPQConfig(**PQ, stages=["ffn"])
+    trainer = make_trainer(tmp_path, parity_data, save_steps=6)
+    trainer.compress(config, CompressionArguments(stage_schedule="continue"))
+    names = [name for name, _ in moves]
+    assert {"stage-0", "stage-1", "memory.safetensors"} <= set(names)
+    assert all(late == set() for _, late in moves), moves
+
+
+TORN = {
+    "tensors of the last stage": ("stage-3", "tensors.safetensors"),
+    "record of the last stage": ("stage-3", "stage.json"),
+    "tensors of the dense model": ("stage-0", "tensors.safetensors"),
+}
+
+
+@pytest.mark.parametrize("case", TORN)
+def test_a_torn_stage_is_passed_over(case, straight, tmp_path, parity_data):
+    make_trainer(tmp_path, parity_data).compress(*CASES["ipq"])
+    folder, name = TORN[case]
+    path = tmp_path / "compression" / folder / name
+    path.write_bytes(path.read_bytes()[:-40])
+    again = make_trainer(tmp_path, parity_data)
+    again.compress(*CASES["ipq"], resume_from_checkpoint=True)
+    compare(again, straight)
+    assert pass_files.is_whole(tmp_path / "compression" / "stage-3" / "tensors.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("folder", "last"),
+    [
+        ("stage-1", "stage.json"),
+        ("stage-1", "tensors.safetensors"),
+        ("run-1", "memory.safetensors"),
+        ("checkpoint-2", "memory.safetensors"),
+    ],
+)
+def test_killed_while_removing(folder, last, straight, tmp_path, parity_data, monkeypatch):
+    """A folder goes file by file; killed before the last one, it looks like a whole one."""
+    real = pass_files.shutil.rmtree
+
+    def torn(path, *args, **kwargs):
+        if Path(path).name != folder:
+            return real(path, *args, **kwargs)
+        for file in filter(Path.is_file, Path(path).rglob("*")):
+            if file.name != last:
+                file.unlink()
+        raise Killed
+
+    monkeypatch.setattr(pass_files.shutil, "rmtree", torn)
+    with pytest.raises(Killed):
+        make_trainer(tmp_path, parity_data).compress(*CASES["ipq"])
+    monkeypatch.setattr(pass_files.shutil, "rmtree", real)
+    again = make_trainer(tmp_path, parity_data)
+    again.compress(*CASES["ipq"], resume_from_checkpoint=True)
+    compare(again, straight)
+
+
+def test_half_of_an_earlier_pass_is_none_to_go_on_from(
+    straight, tmp_path, parity_data, monkeypatch
+):
+    other = make_trainer(tmp_path, parity_data, model=spoilt(make_stacked("bert", 4)))
+    other.compress(*CASES["ipq"])
+    real = pass_files.shutil.rmtree
+    monkeypatch.setattr(pass_files.shutil, "rmtree", None)
+    with pytest.raises(TypeError):  # stands for a kill: all but the first file is left
+        make_trainer(tmp_path, parity_data).compress(*CASES["ipq"])
+    monkeypatch.setattr(pass_files.shutil, "rmtree", real)
+    again = make_trainer(tmp_path, parity_data)
+    again.compress(*CASES["ipq"], resume_from_checkpoint=True)
+    compare(again, straight)
+
+
+def test_the_logs_go_on_where_they_were(straight, tmp_path, parity_data, kill):
+    release = kill(StageTrainer, "training_step", 9)
+    with pytest.raises(Killed):
+        make_trainer(tmp_path, parity_data).compress(*CASES["ipq"])
+    release()
+    again = make_trainer(tmp_path, parity_data)
+    again.compress(*CASES["ipq"], resume_from_checkpoint=True)
+
+    def steps(trainer, name):
+        logs = trainer.state.log_history
+        return [(log["step"], log["compression_stage"]) for log in logs if name in log]
+
+    assert steps(again, "compression_mb") == steps(straight, "compression_mb")
+    assert [step for step, _ in steps(again, "compression_mb")] == [0, 6, 12, 18]
+    error = "compression_error/bert.encoder.layer.0.attention.self.query"
+    assert steps(again, error) == steps(straight, error) == [(12, 3)]
 
 
 def test_a_finished_pass_is_not_done_again(straight, tmp_path, parity_data, monkeypatch):
@@ -146,6 +254,11 @@ def test_another_pass_or_model_is_refused(tmp_path, parity_data):
         trainer().compress(config, one_shot, resume_from_checkpoint=True)
     with pytest.raises(ValueError, match="begun with stage_epochs=0, now it is 1.0"):
         trainer().compress(IPQConfig(**PQ), resume_from_checkpoint=True)
+    with pytest.raises(
+        ValueError, match="begun with teacher='a copy of the model', now it is 'a Be"
+    ):
+        other = make_stacked("bert", 2)
+        trainer().compress(IPQConfig(**PQ), one_shot, teacher=other, resume_from_checkpoint=True)
     with pytest.raises(ValueError, match="model is another than the one that was compressed"):
         larger = trainer(make_stacked("bert", 5))
         larger.compress(IPQConfig(**PQ), one_shot, resume_from_checkpoint=True)

@@ -20,6 +20,7 @@ from hf_quantnoise import (
     quantize_model,
     size_report,
 )
+from hf_quantnoise.compression import check_pass
 from hf_quantnoise.compression.guards import loss_reads_num_items
 from hf_quantnoise.compression.teacher import Teacher
 from hf_quantnoise.modeling import packed_layers
@@ -110,13 +111,16 @@ def test_a_teacher_pulls_the_student_to_its_logits(tmp_path, parity_data):
 
 
 def test_the_given_teacher_is_used_and_left_alone(tmp_path, parity_data):
-    teacher = make_model("bert", seed=5)
+    teacher = make_model("bert", seed=5).train()
     before = copy.deepcopy(teacher.state_dict())
     calls = []
-    teacher.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    teacher.register_forward_hook(
+        lambda module, *_: calls.append(torch.is_grad_enabled() or module.training)
+    )
     make_trainer(tmp_path, parity_data).compress(CONFIG, teacher=teacher)
     # One batch to see that they go together, then three stages of six.
     assert len(calls) == 1 + 3 * 6 and not any(calls)
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
 
 
@@ -243,6 +247,16 @@ def test_bad_calls_are_refused(tmp_path, parity_data):
         trainer.compress(CONFIG, CompressionArguments(stage_epochs=0))
     with pytest.raises(TypeError, match="qn_config is a dict"):
         QuantNoiseTrainer(make_model("bert"), trainer.args, {"p": 0.1})
+
+
+def test_shards_by_accelerate_s_own_settings_are_refused_like_those_of_the_arguments(
+    tmp_path, parity_data
+):
+    trainer = make_trainer(tmp_path, parity_data)
+    check_pass(trainer, CONFIG, CompressionArguments(reassign_steps=2))
+    trainer.is_fsdp_enabled = True
+    with pytest.raises(ValueError, match="reassign_steps=2 does not go with fsdp"):
+        check_pass(trainer, CONFIG, CompressionArguments(reassign_steps=2))
 
 
 @pytest.mark.parametrize(

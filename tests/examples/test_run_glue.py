@@ -2,16 +2,15 @@
 
 import json
 import os
-from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("hf_quantnoise")
 
-from processes import needs_gloo, torchrun
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from hf_quantnoise.compression.pass_files import PassFiles
 from hf_quantnoise.compression.stage_trainer import StageTrainer
 from hf_quantnoise.configuration.flags import parse_int_or_dict, parse_patterns
 from hf_quantnoise.runs.glue import main, parse
@@ -183,12 +182,14 @@ def test_what_was_checked_is_pushed(start, write_sets, monkeypatch):
             assert token == "secret"
 
         def create_repo(self, name, private, exist_ok):
+            assert private is None and exist_ok
             return type("Url", (), {"repo_id": f"me/{name}"})
 
-        def upload_folder(self, repo_id, folder_path):
+        def upload_folder(self, repo_id, folder_path, ignore_patterns):
+            assert ignore_patterns == []
             pushed.append((repo_id, sorted(os.listdir(folder_path)), folder_path))
 
-    monkeypatch.setattr("hf_quantnoise.runs.compression_run.HfApi", Hub)
+    monkeypatch.setattr("hf_quantnoise.repository.HfApi", Hub)
     push = ["--push_to_hub", "--hub_model_id", "small", "--hub_token", "secret"]
     _, folder = start(*write_sets(), *SMALL, *push)
     ((repository, files, pushed_folder),) = pushed
@@ -294,13 +295,25 @@ def test_mistakes_are_named(flags, message, start, write_sets):
         start(*write_sets(), "--n_centroids", "8", "--num_train_epochs", "0.1", *flags)
 
 
-def test_a_plan_that_cannot_be_carried_out_is_told_before_training(start, write_sets, monkeypatch):
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--block_size", "5"], "block_size=5.*choose a block_size"),
+        (["--stage_settings", '{"fnn": {"steps": 2}}'], "names the stage 'fnn'; the config's"),
+        (["--keep_noise"], "keep_noise=True needs the noise of the run"),
+        (["--scheme", "fixed_point", "--reassign_steps", "2"], "reassign_steps=2 needs codewords"),
+        (["--teacher_name_or_path", "./absent"], "--teacher_name_or_path './absent' cannot be"),
+    ],
+)
+def test_a_pass_that_cannot_be_carried_out_is_told_before_training(
+    flags, message, start, write_sets, monkeypatch
+):
     def train(*args, **kwargs):
         raise AssertionError("it trained first")
 
     monkeypatch.setattr("hf_quantnoise.runs.compression_run.QuantNoiseTrainer.train", train)
-    with pytest.raises(ValueError, match="block_size=5.*choose a block_size"):
-        start(*write_sets(), "--n_centroids", "8", "--block_size", "5", "--noise", "none")
+    with pytest.raises(ValueError, match=message):
+        start(*write_sets(), "--n_centroids", "8", "--noise", "none", *flags)
 
 
 def test_a_killed_compression_goes_on(start, write_sets, monkeypatch):
@@ -328,6 +341,24 @@ def test_a_killed_compression_goes_on(start, write_sets, monkeypatch):
         start(*files, *often, "--resume_compression", out="elsewhere")
 
 
+def test_a_compression_killed_before_it_kept_anything_begins_with_the_finetuned_model(
+    start, write_sets, monkeypatch
+):
+    files = write_sets()
+    flags = ["--stage_epochs", "0", "--n_centroids", "8"]
+    _, straight = start(*files, *flags, out="straight")
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(PassFiles, "save_stage", killed)
+        start(*files, *flags, out="killed")
+    _, folder = start(*files, *flags, "--resume_compression", out="killed")
+    one, other = (path / "compressed" / "model.safetensors" for path in (straight, folder))
+    assert one.read_bytes() == other.read_bytes()
+
+
 @pytest.mark.slow
 def test_real_minilm_on_real_sentences(start, shared):
     data = shared / "data" / "sst2"
@@ -345,20 +376,3 @@ def test_real_minilm_on_real_sentences(start, shared):
     # A coin gives 0.5; 300 sentences gave 0.745 when this was written.
     assert results["dense"]["metrics"]["accuracy"] > 0.62
     assert results["reloaded"]["metrics"]["accuracy"] > 0.62
-
-
-@needs_gloo
-def test_torchrun_starts_it_on_two_processes(tiny_model, tmp_path, write_sets):
-    flags = {
-        "model_name_or_path": tiny_model, "output_dir": tmp_path / "out", "max_steps": 2,
-        "per_device_train_batch_size": 8, "use_cpu": True, "disable_tqdm": True,
-        "stages": "ffn", "stage_steps": 2,
-    }  # fmt: skip
-    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    program = Path(__file__).parents[2] / "examples" / "run_glue.py"
-    torchrun(program, *words, *write_sets("csv", names=NAMES), "--n_centroids", "8",
-             "--block_size", "4")  # fmt: skip
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
-    stages = results["compressed"]["stages"]
-    assert [stage["stage"] for stage in stages] == ["dense", "ffn"]
-    assert results["reloaded"]["logits_bit_equal"] is True

@@ -1,13 +1,21 @@
 """sentence_transformer_with_noise.py the whole way on a tiny BERT."""
 
 import pytest
+import torch
 
 pytest.importorskip("sentence_transformers", reason="needs the extra 'sentence-transformers'")
 
+from datasets import load_dataset  # noqa: E402
 from sentence_transformer_with_noise import main  # noqa: E402
-from sentence_transformers import SentenceTransformer  # noqa: E402
+from sentence_transformers import (  # noqa: E402
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
+from sentence_transformers.sentence_transformer.losses import CosineSimilarityLoss  # noqa: E402
 
-from hf_quantnoise import QuantNoiseConfig  # noqa: E402
+from hf_quantnoise import QuantNoiseCallback, QuantNoiseConfig  # noqa: E402
+from hf_quantnoise.noise import find_state  # noqa: E402
 
 
 @pytest.fixture
@@ -39,3 +47,24 @@ def test_the_whole_way(tiny_model, pair_files, tmp_path, capsys):
     plain = SentenceTransformer(str(out / "checkpoint-4"))[0].auto_model
     assert not getattr(plain, "is_quantized", False)
     assert SentenceTransformer(str(out / "compressed"))[0].auto_model.is_quantized
+
+
+def test_a_resumed_run_ends_as_the_undisturbed_one(tiny_model, pair_files, tmp_path):
+    noise = QuantNoiseConfig(noise="pq", p=0.3, n_centroids=8)
+    rows = load_dataset("csv", data_files=pair_files[1], split="train")
+
+    def train(checkpoint=None):
+        args = SentenceTransformerTrainingArguments(
+            output_dir=str(tmp_path / "out"), max_steps=6, save_steps=3, learning_rate=1e-3,
+            per_device_train_batch_size=8, use_cpu=True, report_to="none", disable_tqdm=True,
+        )  # fmt: skip
+        model = SentenceTransformer(tiny_model)
+        SentenceTransformerTrainer(
+            model, args, train_dataset=rows, loss=CosineSimilarityLoss(model),
+            callbacks=[QuantNoiseCallback(noise)],
+        ).train(resume_from_checkpoint=checkpoint)  # fmt: skip
+        return dict(model.named_parameters()), find_state(model).state_dict()
+
+    for one, other in zip(train(), train(str(tmp_path / "out" / "checkpoint-3")), strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())

@@ -3,13 +3,17 @@
 import json
 
 import pytest
+import torch
 
 pytest.importorskip("trl", reason="needs the extra 'trl'")
 
+from datasets import load_dataset  # noqa: E402
 from sft_with_noise import main  # noqa: E402
-from transformers import AutoModelForCausalLM  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+from trl import SFTConfig, SFTTrainer  # noqa: E402
 
-from hf_quantnoise import QuantNoiseConfig  # noqa: E402
+from hf_quantnoise import QuantNoiseCallback, QuantNoiseConfig  # noqa: E402
+from hf_quantnoise.noise import find_state  # noqa: E402
 
 
 @pytest.fixture
@@ -48,3 +52,38 @@ def test_the_whole_way(text_checkpoint, files, tmp_path, capsys, caplog):
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert not getattr(loaded, "is_quantized", False)
     assert AutoModelForCausalLM.from_pretrained(out / "compressed").is_quantized
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_resumed_run_ends_as_the_undisturbed_one(tied, text_checkpoint, files, tmp_path, caplog):
+    """Four steps to an epoch: the checkpoint lies within the first, so that its codebooks are those
+    of other weights than its own."""
+    noise = QuantNoiseConfig(noise=["pq", "int8"], p=0.3, n_centroids=8, scale_update_steps=2)
+    rows = load_dataset("json", data_files=files[1], split="train")
+
+    def train(checkpoint=None):
+        args = SFTConfig(
+            output_dir=str(tmp_path / "out"), max_steps=6, save_steps=3, max_length=16,
+            per_device_train_batch_size=8, learning_rate=1e-2, use_cpu=True, bf16=False,
+            report_to="none", disable_tqdm=True,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_pretrained(text_checkpoint, tie_word_embeddings=tied)
+        SFTTrainer(
+            model, args, train_dataset=rows, callbacks=[QuantNoiseCallback(noise)],
+            processing_class=AutoTokenizer.from_pretrained(text_checkpoint),
+        ).train(resume_from_checkpoint=checkpoint)  # fmt: skip
+        return dict(model.named_parameters()), find_state(model).state_dict()
+
+    whole = train()
+    checkpoint = tmp_path / "out" / "checkpoint-3"
+    resumed = train(str(checkpoint))
+    for one, other in zip(whole, resumed, strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    # The head is read past its layer, whether it is the table or not.
+    assert caplog.text.count("no quantization noise on lm_head:") == 2
+    # Without the noise's own state the run ends elsewhere.
+    (checkpoint / "quant_noise_state.safetensors").unlink()
+    other, _ = train(str(checkpoint))
+    assert any(not torch.equal(tensor, other[name]) for name, tensor in whole[0].items())

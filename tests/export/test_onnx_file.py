@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from tiny import VOCABULARY, make_model, make_vision_model
+from zoo import ZOO, ipq_config
 
 from hf_quantnoise import FixedPointConfig, IPQConfig, export_onnx, quantize_model, size_report
 
@@ -27,6 +28,10 @@ CONFIG = IPQConfig(
         },
     },
 )  # fmt: skip
+
+
+SHAPES = ((2, 8), (1, 1), (5, 33))  # rows, tokens
+OTHERS = ("RoBERTa", "MPNet", "ModernBERT")  # of the zoo
 
 
 def batch(rows, length, seed=0):
@@ -57,26 +62,31 @@ def exported(tmp_path_factory):
     return model, logits, done
 
 
-@pytest.mark.parametrize("off", [[], ["ConstantFolding"]], ids=["decoded once", "in each run"])
-def test_onnxruntime_computes_the_same_logits(exported, off):
+def padded(model, done, shape):
+    """A batch with padding in the ids too, by which RoBERTa and MPNet count positions."""
+    inputs = batch(*shape)
+    inputs["input_ids"][inputs["attention_mask"] == 0] = model.config.pad_token_id
+    return {name: inputs[name] for name in done.inputs}
+
+
+def assert_same_logits(model, done, batches, **options):
+    """onnxruntime's, of the file, and the packed model's."""
     need("onnxruntime")
     import onnxruntime
 
-    model, _, done = exported
-    session = onnxruntime.InferenceSession(str(done.file), disabled_optimizers=off)
+    session = onnxruntime.InferenceSession(str(done.file), **options)
     assert tuple(value.name for value in session.get_inputs()) == done.inputs
-    for rows, length in ((2, 8), (1, 1), (5, 33)):
-        inputs = batch(rows, length)
+    for inputs in batches:
         with torch.no_grad():
             logits = model(**inputs).logits
         found = session.run(["logits"], {k: v.numpy() for k, v in inputs.items()})[0]
         torch.testing.assert_close(torch.from_numpy(found), logits, rtol=0, atol=1e-4)
 
 
-def test_the_file_holds_codes_and_codebooks(exported):
+def assert_packed(model, done):
+    """Codes and codebooks are in the file, and no dense matrix beside what the model has."""
     import onnx
 
-    model, _, done = exported
     assert done.disk_bytes == done.file.stat().st_size
     graph = onnx.load(str(done.file)).graph
     report = size_report(model)
@@ -87,6 +97,28 @@ def test_the_file_holds_codes_and_codebooks(exported):
     codes = [t for t in graph.initializer if t.data_type == onnx.TensorProto.UINT8]
     held = {p.numel() for n, p in model.named_parameters() if n.endswith("weight_indices")}
     assert held <= {math.prod(tensor.dims) for tensor in codes}
+
+
+@pytest.mark.parametrize("off", [[], ["ConstantFolding"]], ids=["decoded once", "in each run"])
+def test_onnxruntime_computes_the_same_logits(exported, off):
+    model, _, done = exported
+    assert_same_logits(model, done, [batch(*shape) for shape in SHAPES], disabled_optimizers=off)
+
+
+def test_the_file_holds_codes_and_codebooks(exported):
+    model, _, done = exported
+    assert_packed(model, done)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_encoders(name, tmp_path):
+    need("onnx", "onnxscript")
+    model = ZOO[name].make()
+    model = quantize_model(model, ipq_config(model), progress=False)
+    done = export_onnx(model, tmp_path)
+    assert_same_logits(model, done, [padded(model, done, shape) for shape in SHAPES])
+    assert_packed(model, done)
 
 
 def test_labels_and_sizes_travel_along_and_the_model_is_left_as_it_was(exported):

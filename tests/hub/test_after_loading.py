@@ -5,18 +5,14 @@ import copy
 import pytest
 import torch
 from stacked import inputs_of, make_stacked
+from stored import PQ, stored
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from hf_quantnoise import AutoQuantizedModel, FixedPointConfig, IPQConfig, quantize_model
+from hf_quantnoise import AutoQuantizedModel, IPQConfig, quantize_model
 from hf_quantnoise.modeling import packed_layers
 
-PQ = {"block_size": 4, "n_centroids": 16}
-CONFIGS = {
-    "ipq": IPQConfig(**PQ),
-    "8 bits": IPQConfig(**PQ, codebook_bits=8),
-    "int8": FixedPointConfig(bits=8),
-}
+CONFIGS = stored("ipq", "8 bits", "int8")
 
 
 @torch.no_grad()

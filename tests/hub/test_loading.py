@@ -9,6 +9,7 @@ import transformers
 from memory import live_bytes
 from safetensors.torch import load_file, save_file
 from stacked import inputs_of, make_stacked
+from stored import PQ, STORED
 from tiny import SIZES, make_model
 from transformers import (
     AutoModelForCausalLM,
@@ -19,16 +20,8 @@ from transformers import (
 )
 
 import hf_quantnoise
-from hf_quantnoise import AutoQuantizedModel, FixedPointConfig, IPQConfig, quantize_model
+from hf_quantnoise import AutoQuantizedModel, IPQConfig, quantize_model
 
-PQ = {"block_size": 4, "n_centroids": 16}
-CONFIGS = {
-    "ipq": IPQConfig(**PQ),
-    "16 bits": IPQConfig(**PQ, codebook_bits=16),
-    "8 bits": IPQConfig(**PQ, codebook_bits=8),
-    "rows": IPQConfig(**PQ, row_scale=True),
-    "int8": FixedPointConfig(bits=8),
-}
 FAULTS = ("missing_keys", "unexpected_keys", "mismatched_keys")
 
 
@@ -57,7 +50,7 @@ def output(model, inputs):
 def saved(tmp_path):
     """Saves a tiny BERT (or another) by a config; gives its folder, its logits and their inputs."""
 
-    def save(config=CONFIGS["ipq"], name="bert"):
+    def save(config=STORED["ipq"], name="bert"):
         model = quantize_model(make_model(name), config, progress=False)
         model.save_pretrained(tmp_path / "model")
         inputs = {"input_ids": inputs_of("bert")["input_ids"]}
@@ -76,7 +69,7 @@ def whole(loaded):
 @pytest.mark.parametrize("head", HEADS)
 def test_every_head_by_its_own_loader_and_by_the_one_that_reads_the_class(head, tmp_path):
     name, make = HEADS[head]
-    config = IPQConfig(**PQ, stages=["ffn", "attention"]) if name == "vit" else CONFIGS["ipq"]
+    config = IPQConfig(**PQ, stages=["ffn", "attention"]) if name == "vit" else STORED["ipq"]
     model = quantize_model(make(), config, progress=False)
     model.save_pretrained(tmp_path)
     loaders = (
@@ -106,10 +99,10 @@ def test_shards_load_whole_and_are_written_again_alike(tmp_path, saved):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", STORED)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, "float16"])
 def test_dtype_casts_what_is_floating_point_and_no_code(kind, dtype, saved):
-    folder, expected, inputs = saved(CONFIGS[kind])
+    folder, expected, inputs = saved(STORED[kind])
     model = whole(
         AutoModelForSequenceClassification.from_pretrained(
             folder, dtype=dtype, output_loading_info=True
@@ -167,7 +160,7 @@ def test_a_device_map_with_room_for_all(device_map, saved):
 
 @pytest.mark.parametrize("kind", ["ipq", "16 bits", "rows", "int8"])
 def test_layers_on_disk_are_read_when_they_run_and_saved_again_alike(kind, saved, tmp_path):
-    folder, expected, inputs = saved(CONFIGS[kind])
+    folder, expected, inputs = saved(STORED[kind])
     model = whole(
         AutoQuantizedModel.from_pretrained(
             folder, device_map=parts_on(**{"1": "disk", "embeddings": "disk"}),
@@ -190,17 +183,17 @@ def test_layers_in_main_memory_are_fetched_when_they_run(saved, monkeypatch):
 
     monkeypatch.setattr(transformers.modeling_utils, "accelerate_dispatch", dispatch)
     two_places = {**parts_on(), "classifier": torch.device("cpu")}  # with one nothing is dispatched
-    folder, expected, inputs = saved(CONFIGS["16 bits"])
+    folder, expected, inputs = saved(STORED["16 bits"])
     model = AutoQuantizedModel.from_pretrained(folder, device_map=two_places)
     assert model.bert.encoder.layer[1].output.dense.weight_indices.is_meta
     torch.testing.assert_close(output(model, inputs), expected)
-    folder, _, _ = saved(CONFIGS["8 bits"])
+    folder, _, _ = saved(STORED["8 bits"])
     with pytest.raises(ValueError, match="in 8 bits.*'cpu'"):
         AutoQuantizedModel.from_pretrained(folder, device_map=two_places)
 
 
 def test_what_cannot_be_offloaded_says_so(saved, tmp_path):
-    folder, _, _ = saved(CONFIGS["8 bits"])
+    folder, _, _ = saved(STORED["8 bits"])
     with pytest.raises(ValueError, match="device_map: bert.encoder.layer.1.* in 8 bits.*'disk'"):
         AutoQuantizedModel.from_pretrained(folder, device_map=parts_on(**{"1": "disk"}))
     # Eight bits elsewhere are no reason.
@@ -250,7 +243,7 @@ def test_a_revision_of_what_was_downloaded_before(saved, tmp_path):
         (repository / "refs").mkdir(exist_ok=True)
         (repository / "refs" / branch).write_text(commit)
     newest = repository / "snapshots" / ("a" * 40)
-    quantize_model(make_model("bert", seed=1), CONFIGS["ipq"], progress=False).save_pretrained(
+    quantize_model(make_model("bert", seed=1), STORED["ipq"], progress=False).save_pretrained(
         newest
     )
     where = {"cache_dir": tmp_path / "cache", "local_files_only": True}

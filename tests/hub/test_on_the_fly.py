@@ -7,6 +7,7 @@ import pytest
 import torch
 from memory import live_bytes
 from stacked import inputs_of, make_stacked
+from stored import PQ, stored
 from tiny import SIZES
 from transformers import (
     AutoModelForCausalLM,
@@ -17,11 +18,8 @@ from transformers import (
 
 from hf_quantnoise import AutoQuantizedModel, FixedPointConfig, IPQConfig, quantize_model
 
-PQ = {"block_size": 4, "n_centroids": 16}
 CONFIGS = {
-    "ipq": IPQConfig(**PQ),
-    "8 bits": IPQConfig(**PQ, codebook_bits=8),
-    "rows": IPQConfig(**PQ, row_scale=True),
+    **stored("ipq", "8 bits", "rows"),
     "int4": FixedPointConfig(bits=4, observer="channel"),
     "shared": IPQConfig(**PQ, share_layers=2),
     "pruned": IPQConfig(**PQ, prune_layers="every_other"),

@@ -3,16 +3,17 @@
 import pytest
 import torch
 from stacked import inputs_of, make_stacked
+from stored import STORED
 
-from hf_quantnoise import AutoQuantizedModel, FixedPointConfig, IPQConfig, quantize_model
+from hf_quantnoise import AutoQuantizedModel, quantize_model
 
 peft = pytest.importorskip("peft", reason="peft is not installed (pip install hf-quantnoise[test])")
 
-PQ = IPQConfig(block_size=4, n_centroids=16)
+PQ, INT8 = STORED["ipq"], STORED["int8"]
 LORA = {"r": 4, "init_lora_weights": False}
 CASES = {
     "linear": ("bert", PQ, lambda: peft.LoraConfig(target_modules=["query", "dense"], **LORA)),
-    "int8": ("bert", FixedPointConfig(bits=8),
+    "int8": ("bert", INT8,
              lambda: peft.LoraConfig(target_modules=["query", "classifier"], **LORA)),
     "conv1d": ("gpt2", PQ, lambda: peft.LoraConfig(
         target_modules=["c_attn", "c_proj"], fan_in_fan_out=True, **LORA)),

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from stacked import BY_PLACE, STACKED, inputs_of, make_stacked
+from stored import PQ
 from tiny import make_vision_model
 from transformers import AutoModel, AutoModelForSequenceClassification
 
@@ -22,7 +23,6 @@ from hf_quantnoise.pruning import layers_to_prune, plan_pruning
 from hf_quantnoise.sharing import chunks_of
 
 NAMES = [*STACKED, *BY_PLACE]
-PQ = {"block_size": 4, "n_centroids": 16}
 CONFIGS = {
     "shared": {"share_layers": 2},
     "pruned": {"prune_layers": "every_other"},

@@ -9,6 +9,7 @@ import torch
 from files import digest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from stored import STORED
 from tiny import MAKERS, make_model
 from transformers import (
     AutoModel,
@@ -34,11 +35,11 @@ AUTO = {
     "gpt2": AutoModelForCausalLM,
 }
 CONFIGS = {
-    "ipq": IPQConfig(block_size=4, n_centroids=16),
+    "ipq": STORED["ipq"],
     "ipq-mixed": IPQConfig(
         block_size={"ffn": 8, "embeddings": 8, "attention": 4}, n_centroids=16, codebook_bits=16
     ),
-    "ipq-int8": IPQConfig(block_size=4, n_centroids=16, codebook_bits=8),
+    "ipq-int8": STORED["8 bits"],
     "ipq-wide": IPQConfig(block_size=4, n_centroids=31, exclude_modules=r".*position.*|.*wpe"),
     "int4": FixedPointConfig(bits=4),
     "int1-channel": FixedPointConfig(bits=1, observer="channel"),

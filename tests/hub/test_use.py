@@ -1,52 +1,23 @@
-"""A loaded model in the hands of Transformers: pipelines, generation, compile, frugal loading."""
+"""A loaded model in the hands of Transformers: generation, compile, frugal loading."""
 
 import copy
 
 import pytest
 import torch
-from tiny import VOCABULARY, make_model
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, pipeline
+from stored import STORED
+from tiny import make_model
 
-from hf_quantnoise import AutoQuantizedModel, IPQConfig, quantize_model
+from hf_quantnoise import AutoQuantizedModel, quantize_model
 from hf_quantnoise.modeling import packed as packed_module
 from hf_quantnoise.quantizers import ProductQuantizer
 
-CONFIG = IPQConfig(block_size=4, n_centroids=16)
+CONFIG = STORED["ipq"]
 
 
 def save(name, folder):
     model = quantize_model(make_model(name), CONFIG, progress=False)
     model.save_pretrained(folder)
     return model
-
-
-def word_tokenizer():
-    words = {"[PAD]": 0, "[UNK]": 1, **{f"w{i}": i for i in range(2, VOCABULARY)}}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", model_max_length=32
-    )
-
-
-def test_the_pipeline_gives_the_compressed_model_s_scores(tmp_path):
-    model = save("bert", tmp_path)
-    word_tokenizer().save_pretrained(tmp_path)
-    text = "w7 w8 w300 w12"
-    classify = pipeline(
-        "text-classification", model=str(tmp_path), device="cpu", top_k=None,
-        function_to_apply="none",
-    )  # fmt: skip
-    assert type(classify.model) is type(model)
-    inputs = word_tokenizer()(text, return_tensors="pt")
-    inputs.pop("token_type_ids", None)
-    with torch.no_grad():
-        expected = model(**inputs).logits[0]
-    (answer,) = classify([text])
-    scores = {score["label"]: score["score"] for score in answer}
-    for index, label in model.config.id2label.items():
-        assert scores[label] == expected[index].item()
 
 
 def test_generation_is_the_same_after_loading(tmp_path, input_ids):

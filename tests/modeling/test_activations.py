@@ -1,5 +1,7 @@
 """Fixed-point activations of packed layers: calibrated, fixed, saved (sections 3.3 and 7.7)."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny import make_model, make_vision_model
@@ -76,14 +78,29 @@ def test_an_outlier_is_clipped_where_that_costs_less():
     assert error(observer.state(4)) < 0.5 * error(plain.state(4))
 
 
-def test_a_layer_that_never_runs_is_named_with_the_way_out():
+@pytest.mark.parametrize(
+    "config",
+    [
+        FixedPointConfig(activation_bits=8),
+        FixedPointConfig(activation_bits=8, share_layers=2),
+        IPQConfig(
+            block_size=4, n_centroids=8, stages=["embeddings", "ffn"], importance="activations"
+        ),
+    ],
+    ids=["inputs", "inputs of shared layers", "importance"],
+)
+def test_a_layer_that_never_runs_is_named_before_anything_is_packed(config):
     """Mamba reads the weight of a layer that it never calls."""
     kind = ZOO["Mamba"]
-    config = FixedPointConfig(activation_bits=8)
+    model, before = kind.make(), kind.make()
     with pytest.raises(ValueError, match=r"layers.0.mixer.dt_proj never.*exclude_modules=\['back"):
-        quantize_model(kind.make(), config, progress=False, calibration_data=[kind.batch()])
-    config = FixedPointConfig(activation_bits=8, exclude_modules=["dt_proj"])
-    quantize_model(kind.make(), config, progress=False, calibration_data=[kind.batch()])
+        quantize_model(model, config, progress=False, calibration_data=[kind.batch()] * 2)
+    assert [type(module) for module in model.modules()] == [type(m) for m in before.modules()]
+    for name, parameter in before.named_parameters():
+        assert torch.equal(model.get_parameter(name), parameter), name
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    config = replace(config, exclude_modules=["dt_proj"])
+    quantize_model(model, config, progress=False, calibration_data=[kind.batch()])
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2"])

@@ -232,7 +232,7 @@ def test_without_data_it_is_refused_before_anything_is_changed(input_ids, tmp_pa
 
 def test_a_layer_that_never_runs_is_named():
     model = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 6)])
-    with pytest.raises(ValueError, match=r": 1 \(6 x 4\) never ran.*exclude_modules=\['1'\]"):
+    with pytest.raises(ValueError, match=r": 1 never ran.*exclude_modules=\['1'\]"):
         measure_importance(model, [[model[1]]], [normal(2, 4)], model[0])
 
 

@@ -1,0 +1,17 @@
+"""Ways of storing a weight that several tests take, by name."""
+
+from hf_quantnoise import FixedPointConfig, IPQConfig
+
+PQ = {"block_size": 4, "n_centroids": 16}
+STORED = {
+    "ipq": IPQConfig(**PQ),
+    "16 bits": IPQConfig(**PQ, codebook_bits=16),
+    "8 bits": IPQConfig(**PQ, codebook_bits=8),
+    "rows": IPQConfig(**PQ, row_scale=True),
+    "int8": FixedPointConfig(bits=8),
+}
+
+
+def stored(*names: str) -> dict:
+    """Some of them."""
+    return {name: STORED[name] for name in names}
