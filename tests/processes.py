@@ -16,7 +16,7 @@ needs_gloo = pytest.mark.skipif(
 )
 
 
-def torchrun(program: Path, *words: str, processes: int = 2, seconds: int = 300) -> str:
+def torchrun(program: Path, *words: str, processes: int = 2, seconds: int = 600) -> str:
     """Runs a program and gives what it wrote; one process is started without torchrun."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
