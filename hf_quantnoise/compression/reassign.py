@@ -77,11 +77,12 @@ def _best_of_rows(layer: PackedLayer, gradient: Tensor) -> tuple[Tensor, Tensor,
     if quantizer.row_scale:
         scales = quantizer.scales(state).float()
         slopes = slopes * scales
+    codes_of_rows = layer.codes().unflatten(1, (-1, m))  # (rows, blocks, m)
     found = []
     step = max(1, chunk_rows(quantizer.n_centroids) // layer.codes_per_row)
     for start in range(0, layer.rows, step):
         rows = slice(start, start + step)
-        codes = layer.codes(rows).long().unflatten(1, (-1, m))  # (rows, blocks, m)
+        codes = codes_of_rows[rows].long()
         blocks = slopes[rows].unflatten(1, (-1, quantizer.block_size))
         along = torch.einsum("rbs,mks->rbmk", blocks, books)
         falls = along.gather(3, codes[..., None]) - along

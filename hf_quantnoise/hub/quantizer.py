@@ -9,7 +9,6 @@ instead of starting from random weights.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from copy import deepcopy
 
 import torch
@@ -20,14 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
 from ..configuration import LAYER_KEYS, QUANT_METHOD, QuantizedModelConfig
-from ..modeling import (
-    pack_skeleton,
-    packed_layers,
-    packed_names,
-    packed_shapes,
-    read_states,
-    unpack_model,
-)
+from ..modeling import pack_skeleton, packed_layers, packed_names, read_states, unpack_model
 from ..modeling.packed import PREFIX, PackedLayer
 from ..modeling.restructure import declare_shared, tied_late
 from ..quantizers import quantizer_from_dict
@@ -130,7 +122,7 @@ class QuantNoiseHfQuantizer(HfQuantizer):
         self.quantization_config.shared_layers = shared
         late = tied_late(model, shared)
         declare_shared(model, shared, without=late)
-        _ignore(model, "missing", (f"^{re.escape(name)}$" for name in late))
+        model._keys_to_ignore_on_load_missing.update(f"^{re.escape(name)}$" for name in late)
         self.quantization_config.left_dense = {
             name: reason
             for name, reason in names.of(config.left_dense).items()
@@ -151,30 +143,20 @@ class QuantNoiseHfQuantizer(HfQuantizer):
             layer._shape_only = False
             if is_offloaded(layer) and layer.quantizer.is_stored_otherwise:
                 raise cannot_be_fetched(name, "stores its centroids in 8 bits")
-            self._require_read(name, layer)
+            for tensor_name, tensor in layer.named_parameters(recurse=False):
+                if was_read(layer, tensor_name):
+                    continue
+                if name in self._joined and not tensor_name.startswith(PREFIX):
+                    torch.nn.init.zeros_(tensor)  # the bias of a head that the file never had
+                else:
+                    raise ValueError(
+                        f"the checkpoint lacks {name}.{tensor_name}, which its plan names: a file "
+                        "is missing or from another model. Download or save the model again"
+                    )
         read_states(model)
         self._tie_late(model)
         _own_memory(model)
         return model
-
-    def _require_read(self, name: str, layer: PackedLayer) -> None:
-        """Raises where the checkpoint lacks a tensor of a layer, or has one of another shape."""
-        shapes = packed_shapes(layer.quantizer, layer.rows, layer.columns)
-        again = "a file is missing or from another model. Download or save the model again"
-        for tensor_name, tensor in layer.named_parameters(recurse=False):
-            if was_read(layer, tensor_name):
-                # transformers sees to this from 5.23 on, with an error of this type.
-                if tensor.shape != shapes.get(tensor_name, tensor.shape):
-                    raise RuntimeError(
-                        f"size mismatch for {name}.{tensor_name}: {tuple(tensor.shape)} in the "
-                        f"checkpoint, {shapes[tensor_name]} by its plan: {again}"
-                    )
-            elif name in self._joined and not tensor_name.startswith(PREFIX):
-                torch.nn.init.zeros_(tensor)  # the bias of a head that the file never had
-            else:
-                raise ValueError(
-                    f"the checkpoint lacks {name}.{tensor_name}, which its plan names: {again}"
-                )
 
     def _tie_late(self, model: PreTrainedModel) -> None:
         """Ties what transformers would have spoilt; see :func:`tied_late`."""
@@ -272,21 +254,9 @@ def attach(model: PreTrainedModel, config: QuantizedModelConfig) -> None:
 def _ignore_sentinels(model: PreTrainedModel, config: QuantizedModelConfig) -> None:
     """Lets the sentinels lie in the file, named with or without the base model's prefix."""
     # The first files had one, in whatever part came first.
-    names = {*sentinel_names(config, model), f"{min(config.plan)}.weight"}
-    short = (name.removeprefix(f"{model.base_model_prefix}.") for name in names)
-    _ignore(model, "unexpected", (rf"(^|\.){re.escape(name)}$" for name in short))
-
-
-def _ignore(model: PreTrainedModel, which: str, patterns: Iterable[str]) -> None:
-    """Adds to the patterns of names that may be ``"missing"`` or ``"unexpected"`` while loading.
-
-    A set of the instance in the newest transformers, a list of the class or None in the first
-    releases of version 5: the model gets its own, of the same kind.
-    """
-    attribute = f"_keys_to_ignore_on_load_{which}"
-    known = getattr(model, attribute)
-    kind = list if known is None else type(known)
-    setattr(model, attribute, kind([*(known or ()), *patterns]))
+    for name in {*sentinel_names(config, model), f"{min(config.plan)}.weight"}:
+        short = name.removeprefix(f"{model.base_model_prefix}.")
+        model._keys_to_ignore_on_load_unexpected.add(rf"(^|\.){re.escape(short)}$")
 
 
 class _Names:
