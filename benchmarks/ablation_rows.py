@@ -41,6 +41,7 @@ def _pq(task: str, rate: float) -> str:
 
 
 _LONGER = "--num_train_epochs 4"
+_LONGER_STAGES = "--stage_epochs 2"
 _WARM_UP = {"sentences": "--noise_schedule 626", "text": "--noise_schedule 126"}
 STARTS = {
     task: {
@@ -92,10 +93,50 @@ def _noises(task: str) -> list[Row]:
         ),
         Row("longer", one, "no noise, longer"),
         Row("longer, noise before (p=0.3), clean teacher", f"{one} {clean}", "pq, longer"),
+        Row("longer stages", f"{one} {_LONGER_STAGES}"),
+        Row(
+            "noise before (p=0.3), clean teacher, longer stages",
+            f"{one} {clean} {_LONGER_STAGES}",
+            "pq, p=0.3",
+        ),
+        Row("longer, longer stages", f"{one} {_LONGER_STAGES}", "no noise, longer"),
+        Row(
+            "longer, noise before (p=0.3), clean teacher, longer stages",
+            f"{one} {clean} {_LONGER_STAGES}",
+            "pq, longer",
+        ),
     ]
 
+
+def _teachers(task: str) -> list[Row]:
+    one = f"{_STAGES[task]} {_ONE[task]}"
+    return [
+        Row("plain", one),
+        Row("labels only", f"{one} --distill False"),
+        Row("temperature 4", f"{one} --temperature 4"),
+        Row("hidden states", f"{one} --distill_hidden 1"),
+        Row("hidden states and attention", f"{one} --distill_hidden 1 --distill_attention 1"),
+    ]
+
+
+# Thirty times smaller: on the sentences only, as the language model's codebooks alone would be more
+# than that.
+_THIRTY = f"{_STAGES['sentences']} --block_size ffn=8,embeddings=16,attention=8"
+_THIRTY_TWO = (
+    f"{_STAGES['sentences']} --block_size ffn=16,embeddings=32,attention=16 --n_codebooks 2 "
+    "--codebook_bits 8"
+)
+_SMALLER = [
+    Row("30 times, plain", _THIRTY),
+    Row("30 times, importance", f"{_THIRTY} --importance activations"),
+    Row("30 times, row scale", f"{_THIRTY} --row_scale True --codebook_bits 16"),
+    Row("30 times, two codebooks", _THIRTY_TWO),
+    Row("30 times, two codebooks, importance", f"{_THIRTY_TWO} --importance activations"),
+]
 
 TABLES = {
     "codewords": {task: _codewords(task) for task in _ONE},
     "noise": {task: _noises(task) for task in _ONE},
+    "teacher": {task: _teachers(task) for task in _ONE},
+    "smaller": {"sentences": _SMALLER},
 }

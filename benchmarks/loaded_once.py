@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import sys
@@ -18,6 +19,8 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 import hf_quantnoise  # noqa: F401  (teaches transformers the format)
+
+TOKENS = torch.ones(1, 8, dtype=torch.long)  # the input of a first output
 
 
 def _status(name: str) -> int | None:
@@ -54,11 +57,37 @@ def forget_peak() -> None:
         pass
 
 
+def out_of_memory(folder: str) -> None:
+    """Drops what the system keeps of a folder's files in memory, so that they are read from disk.
+
+    Raises:
+        OSError: where the system cannot.
+    """
+    if not hasattr(os, "posix_fadvise"):
+        raise OSError("--cold needs posix_fadvise, which this system lacks; leave it out")
+    for entry in os.scandir(folder):
+        file = os.open(entry.path, os.O_RDONLY)
+        try:
+            os.fsync(file)  # what is not on the disk yet cannot be dropped
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(file)
+
+
 def seconds_of(run) -> tuple[float, object]:
     """(seconds, result) of a call."""
     start = time.perf_counter()
     result = run()
     return time.perf_counter() - start, result
+
+
+@torch.inference_mode()
+def measure_cold(folder: str, warm_up: str) -> dict:
+    """Seconds of a load and a forward, ``cold_output``, with nothing of the files in memory."""
+    load = AutoModelForSequenceClassification.from_pretrained
+    load(warm_up)(TOKENS)
+    out_of_memory(folder)
+    return {"cold_output": seconds_of(lambda: load(folder)(TOKENS))[0]}
 
 
 @torch.inference_mode()
@@ -76,14 +105,13 @@ def measure(folder: str, warm_up: str, shapes: list[tuple[int, int]], repetition
         after all forwards, ``forward_peak 8x128`` above what is held then).
     """
     load = AutoModelForSequenceClassification.from_pretrained
-    tokens = torch.ones(1, 8, dtype=torch.long)
-    load(warm_up)(tokens)
+    load(warm_up)(TOKENS)
     forget_peak()
     before = resident()
     figures: dict[str, float] = {}
     figures["load"], model = seconds_of(lambda: load(folder))
     figures["load_peak"] = peak() - before
-    first, _ = seconds_of(lambda: model(tokens))
+    first, _ = seconds_of(lambda: model(TOKENS))
     figures["first_output"] = figures["load"] + first
     figures["first_output_peak"] = peak() - before
     for batch, length in shapes:
@@ -107,8 +135,12 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", required=True)
     parser.add_argument("--repetitions", type=int, required=True)
     parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--cold", action="store_true", help="only that, with files on disk alone")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.cold:
+        print(json.dumps(measure_cold(args.folder, args.warm_up)))
+        return
     shapes = [tuple(map(int, shape.split("x"))) for shape in args.shapes]
     print(json.dumps(measure(args.folder, args.warm_up, shapes, args.repetitions)))
 

@@ -60,8 +60,8 @@ def save_pair(name: str, folder: str, args: argparse.Namespace) -> None:
     model.save_pretrained(os.path.join(folder, "packed"))
 
 
-def load_once(folder: str, warm_up: str, args: argparse.Namespace) -> dict:
-    """What `loaded_once.py` prints in a process of its own.
+def load_once(folder: str, warm_up: str, args: argparse.Namespace, cold: bool = False) -> dict:
+    """What `loaded_once.py` prints in a process of its own; ``cold`` reads the files from disk.
 
     Raises:
         RuntimeError: if it fails.
@@ -69,7 +69,7 @@ def load_once(folder: str, warm_up: str, args: argparse.Namespace) -> dict:
     command = [
         sys.executable, os.path.join(HERE, "loaded_once.py"), folder, warm_up,
         "--shapes", *args.shapes, "--repetitions", str(args.forwards),
-        "--threads", str(args.threads),
+        "--threads", str(args.threads), *(["--cold"] if cold else []),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -86,7 +86,8 @@ def measure(name: str, args: argparse.Namespace) -> dict:
         for repetition in range(args.repetitions):
             for kind in KINDS if repetition % 2 else reversed(KINDS):
                 paths = [os.path.join(folder, own, kind) for own in (name, "tiny")]
-                found[kind].append(load_once(*paths, args))
+                warm, cold = (load_once(*paths, args, cold) for cold in (False, True))
+                found[kind].append(warm | cold)
         figures = {
             kind: {key: statistics.median(run[key] for run in runs) for key in runs[0]}
             for kind, runs in found.items()
@@ -115,6 +116,7 @@ def _label(figure: str) -> tuple[str, bool]:
         "load": ("load", True),
         "load_peak": ("peak while loading", False),
         "first_output": ("load and first output", True),
+        "cold_output": ("load and first output, files on disk only", True),
         "first_output_peak": ("peak until the first output", False),
         "held": ("memory held after all forwards", False),
     }

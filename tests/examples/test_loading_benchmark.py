@@ -16,6 +16,7 @@ def test_dense_and_packed_are_measured_once_and_set_side_by_side(tmp_path, capsy
         figures = line[kind]
         assert 0 < figures["load"] < figures["first_output"]
         assert 0 <= figures["load_peak"] <= figures["first_output_peak"]
+        assert figures["cold_output"] > 0
         assert figures["forward 1x8"] > 0 and figures["forward 2x8"] > 0
     assert line["packed"]["file"] < line["dense"]["file"]
     monkeypatch.setattr(benchmark, "load_once", None)  # a finished model is not measured again
@@ -30,9 +31,10 @@ def test_dense_and_packed_are_measured_once_and_set_side_by_side(tmp_path, capsy
 def test_medians_are_taken_in_turn(monkeypatch):
     order = []
 
-    def once(folder, warm_up, args):
-        kind = folder.rpartition("/")[2]
-        order.append(kind)
+    def once(folder, warm_up, args, cold):
+        if cold:
+            return {"cold_output": 8.0}
+        order.append(folder.rpartition("/")[2])
         return {"load": float(len(order))}
 
     monkeypatch.setattr(benchmark, "load_once", once)
@@ -40,6 +42,7 @@ def test_medians_are_taken_in_turn(monkeypatch):
     figures = benchmark.measure("tiny", args)
     assert order == ["packed", "dense", "dense", "packed", "packed", "dense"]
     assert figures["packed"]["load"] == 4 and figures["dense"]["load"] == 3
+    assert figures["packed"]["cold_output"] == 8
 
 
 def test_a_process_that_fails_and_an_empty_table_are_told(tmp_path):
