@@ -1,7 +1,8 @@
-"""What pyproject.toml allows and what constraints.txt installs agree."""
+"""What pyproject.toml allows, what the two files of constraints install, and what CI runs agree."""
 
 from pathlib import Path
 
+import pytest
 import tomllib
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -9,6 +10,9 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+# What the package hangs on from release to release. torch has one pin in both files, the build for
+# CPUs that was tested.
+AT_THEIR_BOUND = ("transformers", "huggingface_hub", "accelerate", "safetensors")
 
 
 def requirements(*extras: str) -> dict[str, Requirement]:
@@ -18,10 +22,15 @@ def requirements(*extras: str) -> dict[str, Requirement]:
     return {canonicalize_name(line.name): line for line in map(Requirement, lines)}
 
 
-def pins() -> dict[str, Version]:
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
-    pairs = [line.split("==") for line in (raw.split("#")[0].strip() for raw in lines) if line]
+def pins(file: str) -> dict[str, Version]:
+    lines = [line.split("#")[0].strip() for line in (ROOT / file).read_text().splitlines()]
+    pairs = [line.split("==") for line in lines if line]
     return {canonicalize_name(name): Version(version) for name, version in pairs}
+
+
+def lower_bound(requirement: Requirement) -> Version:
+    (bound,) = [part.version for part in requirement.specifier if part.operator == ">="]
+    return Version(bound)
 
 
 def makefile_variable(name: str) -> str:
@@ -31,8 +40,28 @@ def makefile_variable(name: str) -> str:
     return line.split(":=")[1].strip()
 
 
-def test_all_that_is_installed_is_pinned_within_its_bounds():
-    pinned = pins()
-    for name, requirement in requirements(*makefile_variable("EXTRAS").split(",")).items():
-        assert name in pinned, f"constraints.txt does not pin {name}"
-        assert pinned[name] in requirement.specifier, f"constraints.txt: {requirement}"
+@pytest.mark.parametrize(
+    ("file", "extras"),
+    [("constraints.txt", "EXTRAS"), ("constraints-oldest.txt", "OLDEST_EXTRAS")],
+)
+def test_all_that_is_installed_is_pinned_within_its_bounds(file, extras):
+    pinned = pins(file)
+    for name, requirement in requirements(*makefile_variable(extras).split(",")).items():
+        assert name in pinned, f"{file} does not pin {name}"
+        assert pinned[name] in requirement.specifier, f"{file}: {requirement}"
+
+
+@pytest.mark.parametrize("name", AT_THEIR_BOUND)
+def test_the_oldest_set_is_the_lower_bounds(name):
+    name = canonicalize_name(name)
+    bound, pinned = lower_bound(requirements()[name]), pins("constraints-oldest.txt")[name]
+    assert pinned == bound, f"{name} is allowed from {bound} on, and tested from {pinned} on"
+
+
+def test_both_sets_have_one_torch():
+    assert pins("constraints.txt")["torch"] == pins("constraints-oldest.txt")["torch"]
+
+
+def test_ci_runs_both_sets():
+    script = (ROOT / ".ci" / "run").read_text()
+    assert "\nmake test |" in script and "\nmake test-oldest\n" in script

@@ -83,3 +83,10 @@ def make_vision_model(name: str, seed: int = 0):
     with torch.no_grad():
         model(pixel_values=torch.randn(4, 3, IMAGE_SIZE, IMAGE_SIZE))
     return model.eval()
+
+
+def recompute(model, use_reentrant: bool) -> None:
+    """Switches on what releases before 5.23 call gradient checkpointing."""
+    old = "gradient_checkpointing_enable"
+    enable = getattr(model, "activation_checkpointing_enable", None) or getattr(model, old)
+    enable({"use_reentrant": use_reentrant})

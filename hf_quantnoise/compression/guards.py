@@ -135,11 +135,16 @@ class GuardedTrainer(Trainer):
         finally:
             self.is_fsdp_enabled = True
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in ``Trainer``; under FSDP2 all ranks must ask for it."""
+        self.up_to_date_model()  # here, as some releases let rank 0 alone go on to write
+        super().save_model(output_dir, _internal_call)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.is_fsdp_enabled:
             return super()._save(output_dir, state_dict)
         # Not what Trainer gathered: a packed model makes its own state_dict.
-        trained, self.model = self.model, self.up_to_date_model()
+        trained, self.model = self.model, self.plain_model
         try:
             super()._save(output_dir)
         finally:

@@ -19,7 +19,14 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
 from ..configuration import LAYER_KEYS, QUANT_METHOD, QuantizedModelConfig
-from ..modeling import pack_skeleton, packed_layers, packed_names, read_states, unpack_model
+from ..modeling import (
+    pack_skeleton,
+    packed_layers,
+    packed_names,
+    packed_shapes,
+    read_states,
+    unpack_model,
+)
 from ..modeling.packed import PREFIX, PackedLayer
 from ..modeling.restructure import declare_shared, tied_late
 from ..quantizers import quantizer_from_dict
@@ -143,20 +150,30 @@ class QuantNoiseHfQuantizer(HfQuantizer):
             layer._shape_only = False
             if is_offloaded(layer) and layer.quantizer.is_stored_otherwise:
                 raise cannot_be_fetched(name, "stores its centroids in 8 bits")
-            for tensor_name, tensor in layer.named_parameters(recurse=False):
-                if was_read(layer, tensor_name):
-                    continue
-                if name in self._joined and not tensor_name.startswith(PREFIX):
-                    torch.nn.init.zeros_(tensor)  # the bias of a head that the file never had
-                else:
-                    raise ValueError(
-                        f"the checkpoint lacks {name}.{tensor_name}, which its plan names: a file "
-                        "is missing or from another model. Download or save the model again"
-                    )
+            self._require_read(name, layer)
         read_states(model)
         self._tie_late(model)
         _own_memory(model)
         return model
+
+    def _require_read(self, name: str, layer: PackedLayer) -> None:
+        """Raises where the checkpoint lacks a tensor of a layer, or has one of another shape."""
+        shapes = packed_shapes(layer.quantizer, layer.rows, layer.columns)
+        again = "a file is missing or from another model. Download or save the model again"
+        for tensor_name, tensor in layer.named_parameters(recurse=False):
+            if was_read(layer, tensor_name):
+                # transformers sees to this from 5.23 on, with an error of this type.
+                if tensor.shape != shapes.get(tensor_name, tensor.shape):
+                    raise RuntimeError(
+                        f"size mismatch for {name}.{tensor_name}: {tuple(tensor.shape)} in the "
+                        f"checkpoint, {shapes[tensor_name]} by its plan: {again}"
+                    )
+            elif name in self._joined and not tensor_name.startswith(PREFIX):
+                torch.nn.init.zeros_(tensor)  # the bias of a head that the file never had
+            else:
+                raise ValueError(
+                    f"the checkpoint lacks {name}.{tensor_name}, which its plan names: {again}"
+                )
 
     def _tie_late(self, model: PreTrainedModel) -> None:
         """Ties what transformers would have spoilt; see :func:`tied_late`."""

@@ -38,6 +38,14 @@ def _indices_shape(quantizer: Quantizer, rows: int, columns: int) -> tuple[int, 
     return (-(-rows * bits_per_row // 8),)
 
 
+def packed_shapes(quantizer: Quantizer, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor that holds a packed (rows, columns) weight, by name."""
+    shapes = {INDICES: _indices_shape(quantizer, rows, columns)}
+    for key, (shape, _) in quantizer.state_spec(rows, columns).items():
+        shapes[PREFIX + key] = tuple(shape)
+    return shapes
+
+
 def _parameters(quantizer: Quantizer, tensors: dict[str, Tensor]) -> dict[str, nn.Parameter]:
     """Parameters of a packed layer; codes, and what its quantizer says is not trained, get no
     gradient."""
@@ -146,12 +154,11 @@ def pack_skeleton(
     weight = layers[0].weight
     rows, columns = matrix_shape(layers[0])
     tensors = {
-        INDICES: torch.empty(
-            _indices_shape(quantizer, rows, columns), dtype=torch.uint8, device=weight.device
+        name: torch.empty(
+            shape, dtype=torch.uint8 if name == INDICES else weight.dtype, device=weight.device
         )
+        for name, shape in packed_shapes(quantizer, rows, columns).items()
     }
-    for key, (shape, _) in quantizer.state_spec(rows, columns).items():
-        tensors[PREFIX + key] = torch.empty(shape, dtype=weight.dtype, device=weight.device)
     _become_packed(layers, quantizer, tensors, activation_bits)
 
 

@@ -7,7 +7,7 @@ import torch
 from stacked import make_stacked
 from stage_runs import ATTENTION, CONV, ONE_STAGE, Rows, Watch, make_trainer, sharp
 from tasks import TASKS
-from tiny import make_model
+from tiny import make_model, recompute
 from transformers import TrainerCallback, TrainingArguments
 
 from hf_quantnoise import CompressionArguments, IPQConfig, quantize_model
@@ -189,7 +189,7 @@ def test_gradient_checkpointing_keeps_the_gradients_or_says_so(reentrant, tmp_pa
             compression_args=args, teacher=teacher,
         )  # fmt: skip
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+            recompute(model, reentrant)
         model.train()
         with teacher.attention_maps(model):
             if checkpointing and reentrant:

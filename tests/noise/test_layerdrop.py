@@ -7,7 +7,7 @@ import pytest
 import torch
 from stacked import STACKED, inputs_of
 from stacked import make_stacked as make
-from tiny import SIZES, make_vision_model
+from tiny import SIZES, make_vision_model, recompute
 from torch import nn
 from transformers import AlbertConfig, AlbertForMaskedLM
 
@@ -133,7 +133,7 @@ def test_recomputation_skips_the_same_layers():
         model = dropping(make("llama"), 0.5)
         quiet(model)(**inputs_of("llama"))
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            recompute(model, use_reentrant=False)
         torch.manual_seed(11)
         model(**inputs_of("llama"), use_cache=False).logits.square().mean().backward()
         results.append([None if p.grad is None else p.grad.clone() for p in model.parameters()])
@@ -176,7 +176,7 @@ def test_the_layers_of_a_chunk_are_skipped_together(checkpointing):
     model = dropping(make("llama", layers=4), 0.5, share_layers=2)
     quiet(model)(**inputs_of("llama"))
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute(model, use_reentrant=False)
     ran: list[int] = []
     for number, layer in enumerate(layers_of(model)):
         layer.self_attn.register_forward_pre_hook(

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiny import recompute
 from torch import nn
 from transformers import AutoConfig, set_seed
 
@@ -107,7 +108,7 @@ def test_a_seed_reproduces_and_another_does_not(model, input_ids):
 def test_recomputation_sees_the_same_mask(model, input_ids, noise, use_reentrant):
     apply_quant_noise(model.train(), config(noise, 0.3))  # with dropout, as in real training
     expected = gradients(model, input_ids)
-    model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    recompute(model, use_reentrant)
     recomputed = gradients(model, input_ids)
     assert recomputed.keys() == expected.keys()
     for name, gradient in recomputed.items():
@@ -139,11 +140,11 @@ def test_tied_layers_inside_recomputed_parts_see_their_own_j(use_reentrant):
     model = apply_quant_noise(Model().train(), config("proxy", 0.4, block_size=4))
     x = torch.randn(4, 16, requires_grad=True)
     found = []
-    for recompute in (False, True):
+    for again in (False, True):
         model.zero_grad()
         set_seed(3)
         # Two forwards before the backward.
-        (model(x, recompute).sum() + model(2 * x, recompute).sum()).backward()
+        (model(x, again).sum() + model(2 * x, again).sum()).backward()
         found.append([p.grad.clone() for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
