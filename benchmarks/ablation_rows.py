@@ -66,7 +66,6 @@ def _codewords(task: str) -> list[Row]:
         Row("two codebooks", two),
         Row("two codebooks, importance", f"{two} --importance activations"),
         Row("reassignment", f"{one} --reassign_steps 10"),
-        Row("reassignment, 0.01%", f"{one} --reassign_steps 10 --reassign_share 0.0001"),
     ]
 
 

@@ -92,7 +92,11 @@ class CompressionArguments:
         metadata={"help": "Optimizer steps after which blocks may change codewords; None: never."},
     )
     reassign_share: float = field(
-        default=1e-5, metadata={"help": "Share of all packed blocks that do so each time, at most."}
+        default=1e-4,
+        metadata={
+            "help": "Share of all packed blocks that do so each time, at most; as many of them as "
+            "lower the loss of a further batch."
+        },
     )
     budget_batches: int = field(
         default=1,

@@ -1,36 +1,38 @@
-"""Blocks change their codewords while centroids are finetuned, a few at a time (as in PV-tuning).
+"""Blocks change their codewords while centroids are finetuned, where a measurement says so.
 
-Finetuning moves centroids; which block holds which stays as k-means left it. Every n optimizer
-steps, with g the gradient of the step's loss by a decoded block b, another codeword c in its place
-changes the loss by
+Finetuning moves centroids; which block holds which stays as k-means left it. As in PV-tuning, a
+gradient tells which few exchanges of a codeword would pay (``exchanges.py``). What it promises need
+not come true: codewords lie far apart, moves that pay one by one need not pay together, and other
+batches may not keep what some have promised. So a window of optimizer steps gathers the gradient,
+its end proposes exchanges, and the first batch of the next step, which that gradient has not seen,
+decides by its loss whether all of them are made, a part of the most promising ones, or none.
 
-    <g, c - b> + k/2 ||c - b||^2,    k: the curvature, unknown,
-
-which is a fall where k is below twice -<g, c - b> / ||c - b||^2. The moves of the largest such
-ratio are those that pay at the largest k, so they are made: one code of a row at most, since the
-blocks of a row mend the same error of the same output, and a small share of all blocks of the
-model. (A larger share, or the blocks of the largest gradient, spoil a model: codewords lie far
-apart, and most moves cost more than the slope promises.)
+The window costs a float32 tensor of the size of each packed weight while a stage trains.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer_utils import SaveStrategy, has_length
+from transformers.utils import logging
 
 from ..configuration import IPQConfig, QuantizedModelConfig
-from ..distributed import of_rank_0, sum_over_ranks
-from ..modeling import PackedLayer, packed_layers, set_codes
+from ..distributed import sum_over_ranks
+from ..modeling import PackedLayer, packed_layers
 from ..quantizers import ProductQuantizer
-from ..quantizers.kmeans import chunk_rows
 from .arguments import CompressionArguments
+from .exchanges import Exchanges, promising
 
-_EXACT = "donot_use_mm_for_euclid_dist"
+logger = logging.get_logger(__name__)
+
+# Parts of what is proposed that are tried one after the other, the most promising of it.
+PARTS = (1, 1 / 4, 1 / 16, 1 / 64)
 
 
 def require_centroids(
@@ -62,80 +64,20 @@ def _refusal(steps: int, name: str) -> str:
     )
 
 
-def _best_of_rows(layer: PackedLayer, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each row the one exchange of a code with the largest ratio; see the module's docstring.
-
-    Returns:
-        (ratios, places in the row of codes, new codes), each of shape (rows,).
-    """
-    quantizer, m = layer.quantizer, layer.quantizer.codes_per_block
-    state = {key: value.detach() for key, value in layer.state.items()}
-    books = quantizer.centroids(state).float().view(m, quantizer.n_centroids, -1)
-    # Exact, so that a codeword's distance to itself and to its equals is 0.
-    apart = torch.stack([torch.cdist(book, book, compute_mode=_EXACT).square() for book in books])
-    slopes = torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0)
-    if quantizer.row_scale:
-        scales = quantizer.scales(state).float()
-        slopes = slopes * scales
-    codes_of_rows = layer.codes().unflatten(1, (-1, m))  # (rows, blocks, m)
-    found = []
-    step = max(1, chunk_rows(quantizer.n_centroids) // layer.codes_per_row)
-    for start in range(0, layer.rows, step):
-        rows = slice(start, start + step)
-        codes = codes_of_rows[rows].long()
-        blocks = slopes[rows].unflatten(1, (-1, quantizer.block_size))
-        along = torch.einsum("rbs,mks->rbmk", blocks, books)
-        falls = along.gather(3, codes[..., None]) - along
-        squares = apart[torch.arange(m, device=codes.device), codes]
-        ratios = torch.where(squares > 0, falls / squares, 0.0).flatten(1)
-        best, places = ratios.max(1)
-        found.append((best, places // quantizer.n_centroids, places % quantizer.n_centroids))
-    ratios, places, new = map(torch.cat, zip(*found, strict=True))
-    if quantizer.row_scale:
-        ratios = ratios / scales[:, 0].square().clamp_min(torch.finfo(torch.float32).tiny)
-    return ratios, places, new
-
-
-@torch.no_grad()
-def reassign(weights: Sequence[tuple[list[PackedLayer], Tensor]], share: float) -> int:
-    """Moves blocks to other codewords, in place; see the module's docstring.
-
-    Args:
-        weights: for each weight the packed layers that hold it, and the gradient of the loss by
-            the decoded matrix, shape (rows, columns), float32.
-        share: of all blocks of these weights at most this share is moved, rounded up.
-
-    Returns:
-        How many blocks moved.
-    """
-    exchanges = [_best_of_rows(layers[0], gradient) for layers, gradient in weights]
-    ratios = torch.cat([ratios.cpu() for ratios, _, _ in exchanges])
-    blocks = sum(gradient.numel() / layers[0].quantizer.block_size for layers, gradient in weights)
-    chosen = torch.zeros_like(ratios, dtype=torch.bool)
-    chosen[ratios.topk(min(math.ceil(share * blocks), len(ratios))).indices] = True
-    chosen &= ratios > 0
-    own = chosen.split([len(ratios) for ratios, _, _ in exchanges])
-    for (layers, _), (_, places, new), rows in zip(weights, exchanges, own, strict=True):
-        rows = rows.to(places.device)
-        codes = layers[0].codes().clone()
-        codes[rows, places[rows]] = new[rows].to(codes.dtype)
-        set_codes(layers, of_rank_0(codes))
-    return int(chosen.sum())
-
-
 class ReassignCallback(TrainerCallback):
-    """Reassigns blocks every few optimizer steps.
+    """Gathers gradients, proposes exchanges of codewords, and has them checked by the trainer.
 
-    The gradient is that of the very step (of all its micro-batches and all ranks), so that nothing
-    is carried from step to step, and a run that resumes from a checkpoint goes on as if it had
-    never stopped. The last ``steps`` steps of a training are left to the centroids.
+    A checkpoint forgets a window and what it proposed, so that nothing is carried over it, and a
+    run that resumes goes on as if it had never stopped. An epoch forgets them as well: its batches
+    hold examples that the window has seen. The last ``steps`` steps of a training are left to the
+    centroids.
 
     Args:
-        steps: optimizer steps from one reassignment to the next.
-        share: share of all blocks that may move in each.
+        steps: optimizer steps of a window.
+        share: share of all packed blocks that a window proposes to move, at most.
 
     Attributes:
-        moved: step -> number of blocks that moved.
+        checks: optimizer steps done -> how many blocks were proposed then, and how many moved.
 
     Raises:
         ValueError: when training begins under FSDP, DeepSpeed or ``torch_compile``: codes that lie
@@ -144,38 +86,130 @@ class ReassignCallback(TrainerCallback):
 
     def __init__(self, steps: int, share: float) -> None:
         self.steps, self.share = steps, share
-        self.moved: dict[int, int] = {}
-        self._weights: dict[int, tuple[list[PackedLayer], Tensor]] = {}
+        self.checks: dict[int, tuple[int, int]] = {}
+        self._blocks, self._logged = 1, 0
+        # Of each weight the layers that hold it, and the sum of its gradients.
+        self._window: list[tuple[list[PackedLayer], Tensor]] = []
+        self._gathered = 0
+        self._proposal: Exchanges | None = None
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    @property
+    def waits(self) -> bool:
+        """Whether exchanges wait for their check."""
+        return self._proposal is not None
+
+    def forget(self) -> None:
+        """Leaves a window, and what was proposed and not yet checked."""
+        self._listen(False)
+        self._window, self._gathered, self._proposal = [], 0, None
+
+    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
         _require_codes_in_place(self.steps, args)
+        self._warn_of_short_windows(args, state, train_dataloader)
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.forget()
+
+    def on_save(self, args, state, control, **kwargs):
+        self.forget()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.forget()
 
     def on_step_begin(self, args, state, control, model: nn.Module, **kwargs):
-        step = state.global_step + 1
-        if step % self.steps or step + self.steps > state.max_steps:
+        if not self._window and state.global_step + 2 * self.steps <= state.max_steps:
+            self._window = self._weights_of(model)
+        self._listen(True)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._listen(False)
+        if not self._window:
             return
+        self._gathered += 1
+        if self._gathered == self.steps:
+            weights = [(layers, sum_over_ranks(total)) for layers, total in self._window]
+            self._window, self._gathered = [], 0
+            self._proposal = promising(weights, self.share)
+
+    @torch.no_grad()
+    def check(self, step: int, loss: Callable[[], Tensor]) -> None:
+        """Makes all of the proposed exchanges, or the most promising part of them that is the
+        first to lower a loss, or none.
+
+        Args:
+            step: optimizer steps done.
+            loss: measures the loss of the model as it is, on this rank's batch, which is none that
+                the window has seen; a scalar. Its sum over the ranks decides.
+        """
+        proposal, self._proposal = self._proposal, None
+        moved = 0
+        if len(proposal):
+            before = _measured(loss)
+            for count in dict.fromkeys(max(1, int(part * len(proposal))) for part in PARTS):
+                had = proposal.put(proposal.codes[:count])
+                if _measured(loss) < before:
+                    moved = count
+                    break
+                proposal.put(had)
+        self.checks[step], self._blocks = (len(proposal), moved), proposal.blocks
+
+    def figures(self) -> dict[str, float]:
+        """Shares of all packed blocks since this was last asked: ``reassign_proposed`` of those
+        whose exchange was checked, ``reassigned`` of those that moved."""
+        new = list(self.checks.values())[self._logged :]
+        self._logged = len(self.checks)
+        proposed, moved = (sum(pair[place] for pair in new) for place in (0, 1))
+        return {
+            "reassign_proposed": proposed / self._blocks,
+            "reassigned": moved / self._blocks,
+        }
+
+    def _weights_of(self, model: nn.Module) -> list[tuple[list[PackedLayer], Tensor]]:
+        weights: dict[int, tuple[list[PackedLayer], Tensor]] = {}
         for _, layer in packed_layers(model):
             if not isinstance(layer.quantizer, ProductQuantizer):
                 continue
-            if hasattr(layer.weight_indices, "full_tensor"):  # a DTensor, FSDP by environment
+            indices = layer.weight_indices
+            if hasattr(indices, "full_tensor"):  # a DTensor, FSDP by environment
                 raise ValueError(_refusal(self.steps, "sharded parameters"))
-            key = id(layer.weight_indices)
-            if key not in self._weights:
-                shape, device = (layer.rows, layer.columns), layer.weight_indices.device
-                self._weights[key] = [], torch.zeros(shape, device=device)
-            layers, total = self._weights[key]
-            layers.append(layer)
-            layer.__dict__["_on_gradient"] = partial(_add, total)
+            if id(indices) not in weights:
+                total = torch.zeros(layer.rows, layer.columns, device=indices.device)
+                weights[id(indices)] = [], total
+            weights[id(indices)][0].append(layer)
+        return list(weights.values())
 
-    def on_step_end(self, args, state, control, **kwargs):
-        if not self._weights:
-            return
-        for layers, _ in self._weights.values():
+    def _listen(self, on: bool) -> None:
+        """Lets the layers hand on the gradients of their decoded weights, or no longer."""
+        for layers, total in self._window:
             for layer in layers:
                 layer.__dict__.pop("_on_gradient", None)
-        weights = [(layers, sum_over_ranks(total)) for layers, total in self._weights.values()]
-        self.moved[state.global_step] = reassign(weights, self.share)
-        self._weights = {}
+                if on:
+                    layer.__dict__["_on_gradient"] = partial(_add, total)
+
+    def _warn_of_short_windows(
+        self, args: TrainingArguments, state: TrainerState, batches: object
+    ) -> None:
+        room = {
+            f"the stage's {state.max_steps} steps, of which as many at the end are left to the "
+            "centroids": state.max_steps // 2
+        }
+        if args.save_strategy == SaveStrategy.STEPS:
+            name = f"the {state.save_steps} steps between checkpoints (save_steps)"
+            room[name] = state.save_steps - 1
+        if has_length(batches):
+            epoch = math.ceil(len(batches) / args.gradient_accumulation_steps)
+            room[f"the {epoch} steps of an epoch"] = epoch - 1
+        least = min(room, key=room.get)
+        if self.steps > room[least]:
+            logger.warning(
+                f"reassign_steps={self.steps}: no block will change its codeword in this stage, "
+                f"for a window of so many steps and its check do not fit into {least}; one of at "
+                f"most {room[least]} does"
+            )
+
+
+def _measured(loss: Callable[[], Tensor]) -> float:
+    return float(sum_over_ranks(loss().detach().float().mean()))
 
 
 def _add(total: Tensor, rows: Tensor | slice | None, gradient: Tensor) -> None:

@@ -71,14 +71,17 @@ class Teacher:
         return {name: value for name, value in inputs.items() if name not in label_names}
 
     @torch.no_grad()
-    def outputs(self, inputs: Mapping[str, Any], label_names: list[str]) -> dict[str, Any]:
+    def outputs(
+        self, inputs: Mapping[str, Any], label_names: list[str], cached: bool = True
+    ) -> dict[str, Any]:
         """What the teacher says to a batch, on the device of the batch.
 
         Args:
             inputs: the batch, with labels or without.
             label_names: which of it are labels.
+            cached: False leaves the cache as it is, and unread.
         """
-        if self.cache is not None:
+        if self.cache is not None and cached:
             return self.cache.outputs(inputs, lambda part: self._forward(part, label_names))
         return self._forward(inputs, label_names)
 
@@ -95,6 +98,7 @@ class Teacher:
         outputs: Mapping[str, Any],
         inputs: Mapping[str, Any],
         label_names: list[str],
+        taught: Mapping[str, Any] | None = None,
     ) -> dict[str, tuple[float, Tensor]]:
         """Name of each term -> its weight in the loss, and its value.
 
@@ -103,8 +107,9 @@ class Teacher:
             outputs: of its forward, with :attr:`flags`.
             inputs: the batch, with labels.
             label_names: which of it are labels.
+            taught: :meth:`outputs` for the batch, where they are known.
         """
-        own = self.outputs(inputs, label_names)
+        own = self.outputs(inputs, label_names) if taught is None else taught
         logits = logits_divergence(student, outputs, own, inputs, self.args.temperature)
         terms = {"logits": (self.args.distill_weight, logits)}
         for name, (weight, term) in self.terms.items():
