@@ -18,7 +18,7 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import convert_outputs_to_fp32
+from accelerate.utils import DynamoBackend, convert_outputs_to_fp32
 from torch import Tensor, nn
 from transformers import Trainer
 
@@ -64,11 +64,18 @@ def require_fsdp2(trainer: Trainer) -> None:
             "random numbers than those of the forward, so with other noise and other dropout; set "
             "gradient_checkpointing=True instead, which draws them again"
         )
-    if trainer.args.torch_compile:
+    if is_compiled(trainer):
         raise ValueError(
-            "torch_compile=True does not go with fsdp yet; leave one of the two out (with DDP it "
-            "does)"
+            "torch_compile=True (or accelerate's dynamo_backend) does not go with fsdp yet; leave "
+            "one of the two out (with DDP it does)"
         )
+
+
+def is_compiled(trainer: Trainer) -> bool:
+    """Whether a model is compiled to be trained: by ``torch_compile``, or by what ``accelerate
+    launch --dynamo_backend`` or ``accelerate config`` say."""
+    plugin = trainer.accelerator.state.dynamo_plugin
+    return trainer.args.torch_compile or plugin.backend != DynamoBackend.NO
 
 
 def share_what_rank_0_read(trainer: Trainer, *models: nn.Module) -> None:

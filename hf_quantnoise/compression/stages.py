@@ -35,7 +35,7 @@ from .pass_files import FOLDER, PassFiles, SavedStage, put_into_memory
 from .reassign import require_centroids
 from .record import StageRecord, metric_when_packed, record_of
 from .resumable import OptimizerState
-from .sharded import share_what_rank_0_read
+from .sharded import is_compiled, share_what_rank_0_read
 from .stage_trainer import StageTrainer
 from .teacher import Teacher
 from .waiting_noise import WaitingNoise, noise_to_keep
@@ -62,8 +62,7 @@ def check_pass(trainer: Trainer, config: QuantizedModelConfig, args: Compression
             require_batches([], config.reads_data)
     # accelerate's own settings may have turned them on, too.
     fsdp, deepspeed = trainer.is_fsdp_enabled, trainer.is_deepspeed_enabled
-    compiled = trainer.args.torch_compile
-    ways = SimpleNamespace(fsdp=fsdp, deepspeed=deepspeed, torch_compile=compiled)
+    ways = SimpleNamespace(fsdp=fsdp, deepspeed=deepspeed, torch_compile=is_compiled(trainer))
     require_centroids(config, args, ways)
     noise_to_keep(trainer, args.keep_noise)
     check_can_be_packed(trainer.accelerator.unwrap_model(trainer.model))

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DynamoBackend
 from processes import accelerate_launch, needs_gloo, torchrun
 from safetensors.torch import load_file
 from stacked import make_stacked
@@ -216,13 +217,17 @@ def test_two_processes_compile_after_an_evaluation_and_stay_one_model(run):
 class _Trainer:
     """What ``require_fsdp2`` reads of a trainer."""
 
-    def __init__(self, fsdp=True, sharded=True, version=2, recomputes=False, compiled=False):
+    def __init__(
+        self, fsdp=True, sharded=True, version=2, recomputes=False, compiled=False, backend="NO"
+    ):
         plugin = SimpleNamespace(activation_checkpointing=recomputes)
+        dynamo = SimpleNamespace(backend=DynamoBackend(backend))
         self.model = torch.nn.Linear(2, 2)
         self.args = SimpleNamespace(fsdp=fsdp, torch_compile=compiled, device="cpu")
         self.is_fsdp_enabled = sharded
         self.accelerator = SimpleNamespace(
-            is_fsdp2=version == 2, state=SimpleNamespace(fsdp_plugin=plugin)
+            is_fsdp2=version == 2,
+            state=SimpleNamespace(fsdp_plugin=plugin, dynamo_plugin=dynamo),
         )
 
 
@@ -234,12 +239,13 @@ def test_what_cannot_be_sharded_is_refused(monkeypatch):
         require_fsdp2(_Trainer(fsdp=False, sharded=False))
     monkeypatch.delenv("ACCELERATE_USE_FSDP")
     require_fsdp2(_Trainer(fsdp=False, sharded=False, compiled=True))
-    for words, what in {
-        "fsdp=True: accelerate shards on GPUs": {"sharded": False},
-        "FSDP1 flattens the weights": {"version": 1},
-        "recomputes with other random numbers": {"recomputes": True},
-        "torch_compile=True does not go with fsdp": {"compiled": True},
-    }.items():
+    for words, what in (
+        ("fsdp=True: accelerate shards on GPUs", {"sharded": False}),
+        ("FSDP1 flattens the weights", {"version": 1}),
+        ("recomputes with other random numbers", {"recomputes": True}),
+        ("torch_compile=True .or accelerate's dynamo_backend. does not go", {"compiled": True}),
+        ("torch_compile=True .or accelerate's dynamo_backend. does not", {"backend": "AOT_EAGER"}),
+    ):
         with pytest.raises(ValueError, match=words):
             require_fsdp2(_Trainer(**what))
 

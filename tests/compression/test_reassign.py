@@ -451,6 +451,14 @@ def test_what_does_not_fit_is_refused(tmp_path, parity_data):
             require_centroids(IPQConfig(), CompressionArguments(reassign_steps=5), args)
 
 
+def test_compilation_by_accelerate_alone_is_refused_too(tmp_path, parity_data, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "aot_eager")  # accelerate launch sets it
+    trainer = QuantNoiseTrainer(make_model("bert"), settings(tmp_path), train_dataset=parity_data)
+    with pytest.raises(ValueError, match="reassign_steps=5 does not go with torch_compile"):
+        trainer.compress(IPQConfig(n_centroids=16), CompressionArguments(reassign_steps=5))
+    assert not any(packed_layers(trainer.model))
+
+
 # ---- two ranks -----------------------------------------------------------------------------------
 
 RANK = """
