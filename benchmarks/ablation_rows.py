@@ -34,6 +34,10 @@ _TWO = {
 }
 
 
+def _plain(task: str) -> str:
+    return f"{_STAGES[task]} {_ONE[task]}"
+
+
 # Finetunings that rows begin from: what they change of the task's own settings. Noise has the very
 # blocks that rows with one codebook are stored in.
 def _pq(task: str, rate: float) -> str:
@@ -58,7 +62,7 @@ STARTS = {
 
 
 def _codewords(task: str) -> list[Row]:
-    one, two = f"{_STAGES[task]} {_ONE[task]}", f"{_STAGES[task]} {_TWO[task]}"
+    one, two = _plain(task), f"{_STAGES[task]} {_TWO[task]}"
     return [
         Row("plain", one),
         Row("importance", f"{one} --importance activations"),
@@ -70,7 +74,7 @@ def _codewords(task: str) -> list[Row]:
 
 
 def _noises(task: str) -> list[Row]:
-    one, clean = f"{_STAGES[task]} {_ONE[task]}", "--teacher_name_or_path {clean}"
+    one, clean = _plain(task), "--teacher_name_or_path {clean}"
 
     def kept(rate: float) -> str:
         return f"{_STAGES[task]} {_pq(task, rate)} --keep_noise True"
@@ -108,7 +112,7 @@ def _noises(task: str) -> list[Row]:
 
 
 def _teachers(task: str) -> list[Row]:
-    one = f"{_STAGES[task]} {_ONE[task]}"
+    one = _plain(task)
     return [
         Row("plain", one),
         Row("labels only", f"{one} --distill False"),

@@ -33,6 +33,8 @@ from hf_quantnoise import IPQConfig, quantize_model
 HERE = os.path.dirname(os.path.abspath(__file__))
 RESULTS = os.path.join(HERE, "results", "loading.jsonl")
 KINDS = ("dense", "packed")
+# With what the system keeps of the files in memory, and without, where it can be told to drop it.
+COLD = (False, True) if hasattr(os, "posix_fadvise") else (False,)
 TINY = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
         "intermediate_size": 64, "vocab_size": 512}  # fmt: skip
 MODELS = {
@@ -86,8 +88,9 @@ def measure(name: str, args: argparse.Namespace) -> dict:
         for repetition in range(args.repetitions):
             for kind in KINDS if repetition % 2 else reversed(KINDS):
                 paths = [os.path.join(folder, own, kind) for own in (name, "tiny")]
-                warm, cold = (load_once(*paths, args, cold) for cold in (False, True))
-                found[kind].append(warm | cold)
+                found[kind].append({})
+                for cold in COLD:
+                    found[kind][-1] |= load_once(*paths, args, cold)
         figures = {
             kind: {key: statistics.median(run[key] for run in runs) for key in runs[0]}
             for kind, runs in found.items()

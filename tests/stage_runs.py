@@ -28,6 +28,15 @@ class Rows(Dataset):
         return {name: value[row] for name, value in self.batch.items()}
 
 
+def settings(folder, **changes):
+    """Training arguments of a run that writes and shows nothing."""
+    return TrainingArguments(
+        str(folder), report_to="none", disable_tqdm=True, use_cpu=True,
+        **{"per_device_train_batch_size": 32, "logging_strategy": "no", "save_strategy": "no",
+           **changes},
+    )  # fmt: skip
+
+
 def make_pass_trainer(folder, model, data, noise=None, parts=None, **arguments):
     """A trainer for a short pass: one epoch, nothing written or shown.
 

@@ -1,6 +1,7 @@
 """Tiny random models of real architectures."""
 
 import torch
+from torch import nn
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -90,3 +91,11 @@ def recompute(model, use_reentrant: bool) -> None:
     old = "gradient_checkpointing_enable"
     enable = getattr(model, "activation_checkpointing_enable", None) or getattr(model, old)
     enable({"use_reentrant": use_reentrant})
+
+
+def with_dropout(model, rate=0.2):
+    """The model, each dropout of which has this rate."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = rate
+    return model

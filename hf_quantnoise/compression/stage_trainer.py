@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..callback import QuantNoiseCallback
 from ..configuration import QuantNoiseConfig
+from ..modeling.activations import evaluating
 from ..modeling.packed import PREFIX
 from ..noise import find_state
 from .arguments import CompressionArguments
@@ -102,7 +103,7 @@ class StageTrainer(ResumableTrainer):
             with _random_numbers_put_back(self.args.device), self.compute_loss_context_manager():
                 return self._objective(model, dict(inputs), num_items_in_batch, taught)[0]
 
-        with _in_eval_mode(model), torch.no_grad():
+        with evaluating(model), torch.no_grad():
             if self.teacher is not None:
                 with _random_numbers_put_back(self.args.device):
                     taught = self.teacher.outputs(inputs, self.label_names, cached=False)
@@ -169,18 +170,6 @@ class StageTrainer(ResumableTrainer):
             logs["teacher_cache_mb"] = cache.bytes / 1e6
             logs["teacher_cache_hits"] = cache.found / max(1, cache.asked)
         super().log(logs, start_time)
-
-
-@contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """No dropout, and no statistics of BatchNorm; each module is put back into its own mode."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import Trainer
 
+from ..modeling.activations import evaluating
 from .arguments import CompressionArguments
 from .heads import logits_divergence
 from .inner_targets import eager_attention, inner_terms, without_attention_dropout
@@ -132,12 +133,9 @@ class Teacher:
         """
         student = trainer.model
         inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
-        was_training = student.training
-        student.eval()
-        with torch.no_grad(), self.attention_maps(student):
+        with evaluating(student), torch.no_grad(), self.attention_maps(student):
             batch = self.inputs_of(inputs, trainer.label_names)
             self.divergences(student, student(**batch, **self.flags), inputs, trainer.label_names)
-        student.train(was_training)
         if self.cache is not None and hasattr(trainer.train_dataset, "__len__"):
             self.cache.require_room(len(trainer.train_dataset))
 

@@ -72,13 +72,14 @@ def never_ran(field: str, model: nn.Module, layer: nn.Module) -> ValueError:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Puts a model in eval mode for a while."""
-    was_training = model.training
+    """Puts a model in eval mode for a while; each module gets its own mode back."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        for module, mode in modes:
+            module.training = mode
 
 
 @torch.no_grad()

@@ -3,9 +3,8 @@
 import subprocess
 import sys
 
-import pytest
 import torch
-import torch.distributed as dist
+from processes import needs_gloo
 
 RANK = """
 import sys
@@ -36,9 +35,7 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.skipif(
-    not (dist.is_available() and dist.is_gloo_available()), reason="torch was built without gloo"
-)
+@needs_gloo
 def test_codebooks_scales_and_ranges_are_the_same_on_all_ranks(tmp_path):
     ranks = [
         subprocess.Popen([sys.executable, "-c", RANK, str(rank), str(tmp_path)]) for rank in (0, 1)

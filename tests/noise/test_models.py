@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import recompute
+from tiny import recompute, with_dropout
 from torch import nn
 from transformers import AutoConfig, set_seed
 
@@ -15,13 +15,6 @@ KINDS = ["proxy", "pq", "int8", "int4", ["pq", "int8"]]
 
 def config(noise="proxy", p=0.1, **fields) -> QuantNoiseConfig:
     return QuantNoiseConfig(noise=noise, p=p, n_centroids=16, **fields)
-
-
-def without_dropout(model: nn.Module) -> nn.Module:
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return model.train()
 
 
 def logits(model, input_ids, seed: int = 0) -> torch.Tensor:
@@ -63,7 +56,7 @@ def test_p_0_and_eval_are_clean_bit_for_bit(model, input_ids, noise):
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("noise", ["pq", "int8", "int4"])
 def test_p_1_is_the_quantized_model(model, input_ids, noise, autocast):
-    apply_quant_noise(without_dropout(model), config(noise, 1.0))
+    apply_quant_noise(with_dropout(model.train(), 0.0), config(noise, 1.0))
     quantized = {}
     for weight in find_state(model).weights:
         ((_, function),) = weight.noise.functions
@@ -87,7 +80,7 @@ def test_half_precision_models_train_with_noise(model, input_ids, noise, dtype):
 
 @pytest.mark.parametrize("noise", ["proxy", "pq", "int4"])
 def test_gradients_reach_every_weight(model, input_ids, noise):
-    clean = gradients(without_dropout(model), input_ids)
+    clean = gradients(with_dropout(model.train(), 0.0), input_ids)
     apply_quant_noise(model, config(noise, 0.3))
     noisy = gradients(model, input_ids)
     assert noisy.keys() == clean.keys()
@@ -98,7 +91,7 @@ def test_gradients_reach_every_weight(model, input_ids, noise):
 
 
 def test_a_seed_reproduces_and_another_does_not(model, input_ids):
-    apply_quant_noise(without_dropout(model), config("proxy", 0.3))
+    apply_quant_noise(with_dropout(model.train(), 0.0), config("proxy", 0.3))
     assert torch.equal(logits(model, input_ids, 1), logits(model, input_ids, 1))
     assert not torch.equal(logits(model, input_ids, 1), logits(model, input_ids, 2))
 
