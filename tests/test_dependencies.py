@@ -62,6 +62,7 @@ def test_both_sets_have_one_torch():
     assert pins("constraints.txt")["torch"] == pins("constraints-oldest.txt")["torch"]
 
 
-def test_ci_runs_both_sets():
+def test_ci_runs_both_sets_and_the_slow_tests():
     script = (ROOT / ".ci" / "run").read_text()
-    assert "\nmake test |" in script and "\nmake test-oldest\n" in script
+    assert "\nmake test |" in script
+    assert "\nmake test-slow\n" in script and "\nmake test-oldest\n" in script

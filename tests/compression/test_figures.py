@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from stacked import make_stacked
 from stage_runs import make_pass_trainer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainerCallback
 
 from hf_quantnoise import (
@@ -71,6 +72,29 @@ def test_every_figure_of_the_pass_is_in_the_logs(make_trainer):
     sizes = [logs["compression_mb"] for _, logs in lines if "compression_mb" in logs]
     assert sizes == [record["mb"] for record in trainer.compression_history]
     assert trainer.state.log_history[-1]["compression_stage"] == 3
+
+
+def test_tensorboard_shows_training_and_pass_as_one_run(make_trainer, tmp_path):
+    trainer, listener = make_trainer(report_to=["tensorboard"])
+    trainer.train()
+    trainer.compress(IPQConfig(**FFN))
+    folders = {path.parent for path in tmp_path.rglob("events.out.tfevents.*")}
+    assert len(folders) == 1
+    run = EventAccumulator(str(folders.pop()), size_guidance={"scalars": 0}).Reload()
+    logged = {}
+    for step, logs in listener.lines:
+        for name, value in logs.items():
+            logged.setdefault(name, []).append((step, value))
+    written = {}
+    for tag in run.Tags()["scalars"]:
+        name = re.sub("^train/", "", tag).replace("eval/", "eval_", 1)
+        written[name] = [(event.step, event.value) for event in run.Scalars(tag)]
+    assert logged.keys() == written.keys() and "compression_mb" in logged
+    for name, found in written.items():
+        steps, values = zip(*sorted(found), strict=True)
+        expected = list(zip(*sorted(logged[name]), strict=True))
+        assert list(steps) == list(expected[0])
+        assert list(values) == pytest.approx(list(expected[1]), rel=1e-6)
 
 
 def of(lines, name):

@@ -91,16 +91,18 @@ def test_two_processes_hold_one_model_and_it_is_that_of_a_single_one(run, single
 
 
 @needs_gloo
-def test_exact_noise_layerdrop_and_small_centroids_are_equal_on_both_ranks(run):
+def test_exact_noise_layerdrop_small_centroids_and_exchanges_are_equal_on_both_ranks(run):
     options = {
         "noise": {"noise": "pq", "p": 0.2, "block_size": 4, "n_centroids": 16, "layerdrop": 0.3,
                   "codebook_update": 2, "share_layers": 2},
         "config": {"codebook_bits": 8, "activation_bits": 8},
         "arguments": {"gradient_accumulation_steps": 2, "gradient_checkpointing": True,
                       "bf16": True},
-        "stages": {},
+        "stages": {"reassign_steps": 1, "reassign_share": 0.05},
     }  # fmt: skip
-    assert_ranks_agree(*run("exact", 2, **options))
+    one, other = run("exact", 2, **options)
+    assert_ranks_agree(one, other)
+    assert one["reassigned"] == other["reassigned"] and max(one["reassigned"]) > 0
 
 
 @needs_gloo
