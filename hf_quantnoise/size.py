@@ -40,7 +40,8 @@ class SizeRow:
         disk_bytes: its tensors in the safetensors file.
         memory_bytes: its tensors in memory.
         dense_bytes: the tensor in float32, in the model as it was before layers were taken out or
-            shared; 0 for a tied weight that was one from the beginning.
+            shared; 0 for a tied weight that was one from the beginning, None where it is not known
+            (codes of another package).
         activation_bytes: what enters a packed layer for one position (batch size 1): the term 8 n
             of section 3.3's M, or 32 n where activations are floating point. 0 for the rest.
     """
@@ -52,7 +53,7 @@ class SizeRow:
     formula_bytes: int
     disk_bytes: int
     memory_bytes: int
-    dense_bytes: int
+    dense_bytes: int | None
     activation_bytes: int = 0
 
 
@@ -63,13 +64,13 @@ class SizeTotal:
     formula_bytes: int
     disk_bytes: int
     memory_bytes: int
-    dense_bytes: int
+    dense_bytes: int | None
     activation_bytes: int = 0
 
     @property
-    def times_smaller(self) -> float:
-        """Dense float32 size over size on disk."""
-        return self.dense_bytes / self.disk_bytes
+    def times_smaller(self) -> float | None:
+        """Dense float32 size over size on disk; None where the dense size is not known."""
+        return None if self.dense_bytes is None else self.dense_bytes / self.disk_bytes
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class SizeReport:
     @property
     def total(self) -> SizeTotal:
         """The sums."""
-        return _total(self.rows, self.header_bytes)
+        return total_of(self.rows, self.header_bytes)
 
     def __str__(self) -> str:
         groups: dict[tuple[str, str], list[SizeRow]] = {}
@@ -95,39 +96,48 @@ class SizeReport:
              "inputs kB")
         ]  # fmt: skip
         lines += [
-            (group, kind, str(len(rows)), *_kilobytes(_total(rows, 0)))
+            (group, kind, str(len(rows)), *_cells(total_of(rows)))
             for (group, kind), rows in sorted(groups.items())
         ]
-        lines.append(("file header", "", "", "", f"{self.header_bytes / 1e3:,.1f}", "", "", ""))
-        lines.append(("total", "", str(len(self.rows)), *_kilobytes(self.total)))
+        lines.append(("file header", "", "", "", *kilobytes(self.header_bytes), "", "", ""))
+        lines.append(("total", "", str(len(self.rows)), *_cells(self.total)))
         return aligned(lines) + "\n" + self.closing_lines()
 
     def closing_lines(self) -> str:
         """What stands below a table: how much smaller, what stays in floating point, and why."""
-        text = f"{self.total.times_smaller:.1f} times smaller than float32"
+        times = self.total.times_smaller
+        text = "how large it would be in float32 is not known"
+        if times is not None:
+            text = f"{times:.1f} times smaller than float32"
         if self.left_dense:
             text += "\nleft in floating point:"
             text += "".join(f"\n  {name}: {why}" for name, why in self.left_dense.items())
         return text
 
 
-def _total(rows: Iterable[SizeRow], header_bytes: int) -> SizeTotal:
+def total_of(rows: Iterable[SizeRow], header_bytes: int = 0) -> SizeTotal:
+    """The sums over some rows; the dense size is known where it is of each."""
     rows = list(rows)
+    dense = [row.dense_bytes for row in rows]
     return SizeTotal(
         formula_bytes=sum(row.formula_bytes for row in rows),
         disk_bytes=sum(row.disk_bytes for row in rows) + header_bytes,
         memory_bytes=sum(row.memory_bytes for row in rows),
-        dense_bytes=sum(row.dense_bytes for row in rows),
+        dense_bytes=None if None in dense else sum(dense),
         activation_bytes=sum(row.activation_bytes for row in rows),
     )
 
 
-def _kilobytes(total: SizeTotal) -> tuple[str, ...]:
-    values = (
+def kilobytes(*sizes: int | None) -> tuple[str, ...]:
+    """Bytes as kB, for a table; None is ``?``."""
+    return tuple("?" if size is None else f"{size / 1e3:,.1f}" for size in sizes)
+
+
+def _cells(total: SizeTotal) -> tuple[str, ...]:
+    return kilobytes(
         total.formula_bytes, total.disk_bytes, total.memory_bytes, total.dense_bytes,
         total.activation_bytes,
     )  # fmt: skip
-    return tuple(f"{value / 1e3:,.1f}" for value in values)
 
 
 def aligned(lines: list[tuple[str, ...]], left: int = 2) -> str:

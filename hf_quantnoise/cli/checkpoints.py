@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -11,59 +10,16 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from huggingface_hub import (
-    HfApi,
-    constants,
-    get_hf_file_metadata,
-    get_local_safetensors_metadata,
-    hf_hub_url,
-    snapshot_download,
-)
-from huggingface_hub.errors import NotASafetensorsRepoError
+from huggingface_hub import constants, hf_hub_download, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.utils import CONFIG_NAME
 
 from ..configuration import QUANT_METHOD, QuantizedModelConfig
 from ..hub.auto import class_of
 from ..hub.quantizer import QuantNoiseHfQuantizer
 from ..sharing import share
-
-# Names of floating-point dtypes in a safetensors header.
-FLOATS = {
-    "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Headers:
-    """What the safetensors files of a model say of themselves.
-
-    Attributes:
-        tensors: name -> ``huggingface_hub``'s ``TensorInfo``: dtype, shape, offsets.
-        file_bytes: size of the files, headers included.
-    """
-
-    tensors: dict
-    file_bytes: int
-
-    @property
-    def tensor_bytes(self) -> int:
-        """Size of the tensors alone."""
-        return sum(map(bytes_of, self.tensors.values()))
-
-    @property
-    def dtype(self) -> torch.dtype | None:
-        """Floating-point type that most numbers have; None where there is none."""
-        counts = Counter()
-        for tensor in self.tensors.values():
-            if tensor.dtype in FLOATS:
-                counts[FLOATS[tensor.dtype]] += tensor.parameter_count
-        return counts.most_common(1)[0][0] if counts else None
-
-
-def bytes_of(tensor) -> int:
-    """Bytes of a tensor in its file."""
-    begin, end = tensor.data_offsets
-    return end - begin
+from .headers import Headers, hub_headers, local_headers
 
 
 @dataclass(frozen=True)
@@ -80,17 +36,35 @@ class Checkpoint:
 
     @cached_property
     def config(self) -> PretrainedConfig:
-        """Its ``config.json``."""
+        """Its ``config.json``.
+
+        Raises:
+            FileNotFoundError: if it has none.
+        """
+        if not self.has_config:
+            raise FileNotFoundError(f"{self.path!r} holds no {CONFIG_NAME}")
         with self._named():
             return AutoConfig.from_pretrained(self.path, revision=self.revision)
+
+    @cached_property
+    def has_config(self) -> bool:
+        """Whether it has a ``config.json``; an adapter has none."""
+        if os.path.isdir(self.path):
+            return os.path.isfile(os.path.join(self.path, CONFIG_NAME))
+        with self._named():
+            try:
+                hf_hub_download(self.path, CONFIG_NAME, revision=self.revision)
+            except LocalEntryNotFoundError:
+                raise  # the Hub was not reached: there may be one
+            except EntryNotFoundError:
+                return False
+        return True
 
     @contextmanager
     def _named(self) -> Iterator[None]:
         """Names the model in what the Hub's libraries say."""
         try:
             yield
-        except NotASafetensorsRepoError:
-            raise  # an answer, not a failure
         except Exception as error:  # of a client's own kind, where the Hub is not reached
             if os.path.isdir(self.path):
                 raise
@@ -103,6 +77,11 @@ class Checkpoint:
         """The method that it is quantized by, or None."""
         stored = getattr(self.config, "quantization_config", None)
         return None if stored is None else str(stored.get("quant_method"))
+
+    @property
+    def foreign_method(self) -> str | None:
+        """The method of another package that it is quantized by, or None."""
+        return None if self.quant_method == QUANT_METHOD else self.quant_method
 
     @property
     def model_class(self) -> type[PreTrainedModel]:
@@ -120,27 +99,17 @@ class Checkpoint:
 
     @cached_property
     def headers(self) -> Headers | None:
-        """What its safetensors files say; None where it has none."""
-        try:
-            return (
-                self._local_headers(self.path) if os.path.isdir(self.path) else self._hub_headers()
-            )
-        except NotASafetensorsRepoError:
-            return None
+        """What its safetensors files say; None where it has none.
 
-    def _local_headers(self, folder: str) -> Headers:
-        files = get_local_safetensors_metadata(folder).files_metadata
-        size = sum(os.path.getsize(os.path.join(folder, name)) for name in files)
-        return _headers(files, size)
-
-    def _hub_headers(self) -> Headers:
+        Raises:
+            ValueError: if one of them is cut short.
+        """
+        if os.path.isdir(self.path):
+            return local_headers(self.path)
         with self._named():
             if constants.HF_HUB_OFFLINE:
-                return self._local_headers(snapshot_download(self.path, revision=self.revision))
-            found = HfApi().get_safetensors_metadata(self.path, revision=self.revision)
-            files = found.files_metadata
-            urls = [hf_hub_url(self.path, name, revision=self.revision) for name in files]
-            return _headers(files, sum(get_hf_file_metadata(url).size or 0 for url in urls))
+                return local_headers(snapshot_download(self.path, revision=self.revision))
+            return hub_headers(self.path, self.revision)
 
     def files(self, patterns: tuple[str, ...]) -> str:
         """The folder with those of its files that fit the patterns; downloaded where need be."""
@@ -159,9 +128,9 @@ class Checkpoint:
                 f"{self.path!r} is quantized already; `hf-quantnoise convert {self.path} OUT "
                 "--to dense` makes a plain model of it"
             )
-        if self.quant_method is not None:
+        if self.foreign_method is not None:
             raise ValueError(
-                f"{self.path!r} is quantized by {self.quant_method!r}; take the dense checkpoint "
+                f"{self.path!r} is quantized by {self.foreign_method!r}; take the dense checkpoint "
                 "it was made from"
             )
 
@@ -187,8 +156,11 @@ class Checkpoint:
         packed layers of its plan.
 
         Raises:
-            ValueError: if transformers has no class for it, or its quantization config is refused.
+            ValueError: if transformers has no class for it, another package quantized it, or its
+                quantization config is refused.
         """
+        if self.foreign_method is not None:
+            raise ValueError(f"quantized by {self.foreign_method!r}")
         config = deepcopy(self.config)
         stored = getattr(config, "quantization_config", None)
         if stored is not None:
@@ -198,11 +170,6 @@ class Checkpoint:
             model = self.model_class._from_config(config, dtype=dtype or torch.float32)
         model.tie_weights()
         return model if stored is None else _packed(model, QuantizedModelConfig.from_dict(stored))
-
-
-def _headers(files: dict, size: int) -> Headers:
-    tensors = {name: info for file in files.values() for name, info in file.tensors.items()}
-    return Headers(tensors, size)
 
 
 def _packed(model: PreTrainedModel, config: QuantizedModelConfig) -> PreTrainedModel:

@@ -8,12 +8,15 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from ..size import SizeReport, SizeRow, aligned, size_report
+from ..size import SizeReport, SizeRow, aligned, kilobytes, size_report, total_of
 from ..structure import find_layers
-from .checkpoints import FLOATS, Checkpoint, Headers, bytes_of
+from .checkpoints import Checkpoint
+from .headers import FLOATS, Headers, bytes_of
 
 # A report and a file agree within this share (CONTRIBUTING.md), or the file is what is told.
 TOLERANCE = 0.01
+# Types of tensors that are no weights: positions, counts and masks.
+PLAIN = ("I64", "BOOL")
 
 
 def report_of(checkpoint: Checkpoint) -> tuple[SizeReport, str | None]:
@@ -21,15 +24,21 @@ def report_of(checkpoint: Checkpoint) -> tuple[SizeReport, str | None]:
 
     Returns:
         The report; and what is to be known of it, where it could not be made layer by layer.
+
+    Raises:
+        ValueError: if there is nothing to count, or a file is cut short.
     """
     headers = checkpoint.headers
     if headers is None:
+        if not checkpoint.has_config:
+            raise ValueError(f"{checkpoint.path!r} holds no config.json and no *.safetensors")
         return size_report(checkpoint.load()), "no safetensors file: the weights were read"
     model, why = None, None
     try:
         model = checkpoint.skeleton()
     except Exception as error:  # any model's code, and any config
-        why = f"{type(error).__name__}: {error}"
+        expected = isinstance(error, ValueError | FileNotFoundError)
+        why = str(error) if expected else f"{type(error).__name__}: {error}"
     if model is not None:
         report = size_report(model)
         counted = report.total.disk_bytes
@@ -46,11 +55,17 @@ def _as_in_files(headers: Headers, model) -> SizeReport:
     rows = []
     for name, tensor in headers.tensors.items():
         size = bytes_of(tensor)
-        dense = 4 * tensor.parameter_count if tensor.dtype in FLOATS else size
         kind = str(FLOATS.get(tensor.dtype, tensor.dtype)).removeprefix("torch.").lower()
-        group = groups.get(name, "other")
-        rows.append(SizeRow(name, group, kind, tuple(tensor.shape), size, size, size, dense))
+        shape, group, dense = tuple(tensor.shape), groups.get(name, "other"), _dense_bytes(tensor)
+        rows.append(SizeRow(name, group, kind, shape, size, size, size, dense))
     return SizeReport(rows, headers.file_bytes - headers.tensor_bytes)
+
+
+def _dense_bytes(tensor) -> int | None:
+    """What a tensor would take in float32; None for what may be another package's codes."""
+    if tensor.dtype in FLOATS:
+        return 4 * tensor.parameter_count
+    return bytes_of(tensor) if tensor.dtype in PLAIN else None
 
 
 def layer_table(report: SizeReport) -> str:
@@ -59,14 +74,15 @@ def layer_table(report: SizeReport) -> str:
     layers = [row for row in report.rows if row.group != "other"]
     others = [row for row in report.rows if row.group == "other"]
     lines += [
-        (row.name, row.stored, row.group, *_kilobytes(row.disk_bytes, row.dense_bytes))
+        (row.name, row.stored, row.group, *kilobytes(row.disk_bytes, row.dense_bytes))
         for row in layers
     ]
-    sums = (sum(row.disk_bytes for row in others), sum(row.dense_bytes for row in others))
-    lines.append((f"{len(others)} other tensors", "", "other", *_kilobytes(*sums)))
-    lines.append(("file header", "", "", *_kilobytes(report.header_bytes)[:1], ""))
+    rest = total_of(others)
+    sums = kilobytes(rest.disk_bytes, rest.dense_bytes)
+    lines.append((f"{len(others)} other tensors", "", "other", *sums))
+    lines.append(("file header", "", "", *kilobytes(report.header_bytes), ""))
     total = report.total
-    lines.append(("total", "", "", *_kilobytes(total.disk_bytes, total.dense_bytes)))
+    lines.append(("total", "", "", *kilobytes(total.disk_bytes, total.dense_bytes)))
     return aligned(lines, left=3) + "\n" + report.closing_lines()
 
 
@@ -77,10 +93,6 @@ def add_table_arguments(parser: ArgumentParser, per: str) -> None:
     """How a report is shown: ``per`` and ``json`` of the arguments."""
     parser.add_argument("--per", choices=list(TABLES), default=per, help="Lines of the table.")
     parser.add_argument("--json", action="store_true", help="Every row, in bytes, as JSON.")
-
-
-def _kilobytes(*values: int) -> tuple[str, ...]:
-    return tuple(f"{value / 1e3:,.1f}" for value in values)
 
 
 def show(report: SizeReport, args: Namespace, **more: Any) -> None:

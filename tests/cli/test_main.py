@@ -119,6 +119,6 @@ def test_a_hub_that_is_not_reached_is_said_of_the_name(monkeypatch, run):
         raise ConnectError("name not known")
 
     monkeypatch.setattr("hf_quantnoise.cli.checkpoints.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("hf_quantnoise.cli.checkpoints.HfApi.get_safetensors_metadata", fail)
+    monkeypatch.setattr("hf_quantnoise.cli.headers.HfApi.get_safetensors_metadata", fail)
     code, _, err = run("report nowhere")
     assert code == 1 and "'nowhere' is no folder" in err and "name not known" in err

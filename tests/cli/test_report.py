@@ -1,9 +1,11 @@
 """``report``: what stands in a folder, without its weights."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import make_model
 
 from hf_quantnoise import (
@@ -112,8 +114,106 @@ def test_the_table_by_layer_adds_up(made, run):
     assert 0.5 * size < sum(shown) < size
 
 
+def cut(path, size):
+    with open(path, "r+b") as file:
+        file.truncate(size)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.999, 0.02], ids=["half", "end", "in the header"])
+@pytest.mark.parametrize("command", ["report", "push"])
+def test_a_file_that_is_cut_short_is_refused(command, share, work, run):
+    file = work / "out" / "compressed" / "model.safetensors"
+    cut(file, int(share * file.stat().st_size))
+    code, out, err = run(f"{command} out/compressed {'me/x' if command == 'push' else ''}")
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert "model.safetensors" in err and ("cut short" in err or "truncated" in err)
+
+
+def test_shards_are_one_model(tmp_path, run, no_weights):
+    model = make_model("bert")
+    model.save_pretrained(tmp_path, max_shard_size="40KB")
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    assert len(shards) > 2
+    told = json.loads(run(f"report {tmp_path} --json")[1])
+    assert told["total"]["disk_bytes"] == pytest.approx(
+        sum(shard.stat().st_size for shard in shards), rel=0.01
+    )
+    assert told["note"] is None and {row["name"] for row in told["rows"]} >= set(model.state_dict())
+    cut(shards[1], shards[1].stat().st_size - 1)
+    code, _, err = run(f"report {tmp_path}")
+    assert code == 1 and f"{shards[1]} is cut short" in err
+
+
+def test_a_model_of_another_package_has_no_ratio(work, run):
+    assert run("convert out/compressed out/aqlm --to aqlm")[0] == 0
+    for flags in ("", "--per layer"):
+        code, out, err = run(f"report out/aqlm {flags}")
+        assert code == 0 and "smaller" not in out and "float32 is not known" in out
+        assert err.rstrip().endswith("bytes (quantized by 'aqlm')")
+    told = json.loads(run("report out/aqlm --json")[1])
+    assert told["total"]["times_smaller"] is None and told["total"]["dense_bytes"] is None
+    size = (work / "out" / "aqlm" / "model.safetensors").stat().st_size
+    assert told["total"]["disk_bytes"] == size
+    known = {row["name"]: row["dense_bytes"] is not None for row in told["rows"]}
+    assert {name for name in known if not known[name]} == {n for n in known if n.endswith("codes")}
+
+
+def test_an_adapter_is_told_tensor_by_tensor(tmp_path, run):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(make_model("bert"), peft.LoraConfig(target_modules=["query"]))
+    model.save_pretrained(tmp_path)
+    code, out, err = run(f"report {tmp_path} --json")
+    assert code == 0, err
+    told = json.loads(out)
+    assert f"{str(tmp_path)!r} holds no config.json" in told["note"]
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert {row["name"]: row["disk_bytes"] for row in told["rows"]} == {
+        name: tensor.nbytes for name, tensor in saved.items()
+    }
+    size = (tmp_path / "adapter_model.safetensors").stat().st_size
+    assert told["total"]["disk_bytes"] == size
+
+
+def test_files_without_a_config_are_told_as_they_stand(work, run):
+    """Two of them that hold a tensor of one name each, in which codes are no dense numbers."""
+    folder = work / "out" / "compressed"
+    (folder / "config.json").unlink()
+    size = (folder / "model.safetensors").stat().st_size
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    shutil.copy(folder / "a.safetensors", folder / "b.safetensors")
+    told = json.loads(run("report out/compressed --json")[1])
+    assert told["total"]["disk_bytes"] == 2 * size and told["header_bytes"] > 0
+    assert told["total"]["times_smaller"] is None
+    assert len({row["name"] for row in told["rows"]}) == len(told["rows"])
+    assert any(row["name"].startswith("b.safetensors:") for row in told["rows"])
+
+
+def test_an_unknown_kind_of_config_is_no_hindrance(work, run):
+    (work / "out" / "dense" / "config.json").write_text('{"model_type": "nothing_like_it"}')
+    code, out, err = run("report out/dense")
+    assert code == 0 and "1.0 times smaller" in out
+    assert "note: tensors as they stand" in err and "nothing_like_it" in err
+
+
+def test_an_empty_folder_is_said_to_be_empty(tmp_path, run):
+    code, out, err = run(f"report {tmp_path}")
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert f"{str(tmp_path)!r} holds no config.json and no *.safetensors" in err
+
+
 def test_the_picture(made, tmp_path, run):
+    """A bar of each kind of storage, in a colour of its own; with layers a taller picture."""
+    image = pytest.importorskip("PIL.Image")
+    heights = []
     for per in ("group", "layer"):
         file = tmp_path / f"{per}.png"
         assert run(f"report {made}/out/compressed --per {per} --png {file}")[0] == 0
-        assert file.read_bytes().startswith(b"\x89PNG")
+        with image.open(file) as picture:
+            assert picture.format == "PNG" and picture.width > 600
+            heights.append(picture.height)
+            counts = picture.convert("RGB").getcolors(maxcolors=1 << 24)
+        drawn = {colour for count, colour in counts if count > 100 and len(set(colour)) > 1}
+        report, _ = report_of(Checkpoint(f"{made}/out/compressed"))
+        kinds = {row.stored for row in report.rows if row.disk_bytes > 100}
+        assert len(kinds) > 1 and len(drawn) >= len(kinds)
+    assert heights[1] > heights[0]
