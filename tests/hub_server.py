@@ -5,11 +5,32 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlparse
 
 MAIN = "main"
+
+
+def hub_environment(url: str, home: str) -> dict[str, str]:
+    """Environment of a process whose Hub is at an address; huggingface_hub reads it at import.
+
+    Args:
+        url: the address.
+        home: the folder of its cache.
+    """
+    return {
+        **os.environ,
+        "HF_ENDPOINT": url,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HOME": home,
+        "HF_TOKEN": "hf_local",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "NO_PROXY": "127.0.0.1",
+        "no_proxy": "127.0.0.1",
+    }
 
 
 def commit_of(branch: str) -> str:
@@ -56,6 +77,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         path, body = urlparse(self.path).path, self.body()
+        if self.server.refuses:
+            return self.reply({"error": "You may not."}, 403)
         self.server.requests.append(("POST", path))
         if path == "/api/repos/create":
             values = json.loads(body)
@@ -120,11 +143,16 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class HubServer(ThreadingHTTPServer):
-    """``with HubServer() as hub:`` serves until the block ends; ``hub.url`` is its address."""
+    """``with HubServer() as hub:`` serves until the block ends; ``hub.url`` is its address.
+
+    Args:
+        refuses: whether it lets nobody write.
+    """
 
     daemon_threads = True
 
-    def __init__(self) -> None:
+    def __init__(self, refuses: bool = False) -> None:
+        self.refuses = refuses
         super().__init__(("127.0.0.1", 0), Handler)
         self.repos: dict[str, dict[str, bytes]] = {}
         self.branches: dict[tuple[str, str], dict[str, bytes]] = {}

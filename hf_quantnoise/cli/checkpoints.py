@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -19,6 +20,7 @@ from ..configuration import QUANT_METHOD, QuantizedModelConfig
 from ..hub.auto import class_of
 from ..hub.quantizer import QuantNoiseHfQuantizer
 from ..sharing import share
+from .command import UsageError
 from .headers import Headers, hub_headers, local_headers
 
 
@@ -170,6 +172,20 @@ class Checkpoint:
             model = self.model_class._from_config(config, dtype=dtype or torch.float32)
         model.tie_weights()
         return model if stored is None else _packed(model, QuantizedModelConfig.from_dict(stored))
+
+
+def checkpoint_of(args: Namespace) -> Checkpoint:
+    """The model that the flags of ``add_model_argument`` name.
+
+    Raises:
+        UsageError: for the revision of a folder, which has none.
+    """
+    if args.revision is not None and os.path.isdir(args.model):
+        raise UsageError(
+            f"--revision {args.revision!r} is of a repository, and {args.model!r} is a folder; "
+            "take it out"
+        )
+    return Checkpoint(args.model, args.revision)
 
 
 def _packed(model: PreTrainedModel, config: QuantizedModelConfig) -> PreTrainedModel:

@@ -7,7 +7,7 @@ from argparse import ArgumentParser, Namespace
 
 from ..compression import check_plan, quantize_model
 from ..size import size_report
-from .checkpoints import Checkpoint
+from .checkpoints import checkpoint_of
 from .command import COMMANDS, Command, UsageError, add_model_argument, add_output_arguments
 from .folders import check_output, copy_card, copy_companions, new_folder
 from .settings import allotted, quantization_config, quantization_parser
@@ -44,7 +44,7 @@ class Compress(Command):
                 f"{config.reads_data} needs calibration data, which this command has not; take it "
                 "out, or call quantize_model(model, config, calibration_data=[...])"
             )
-        checkpoint = Checkpoint(args.model, args.revision)
+        checkpoint = checkpoint_of(args)
         checkpoint.require_dense()
         check_output(args.out, args.overwrite, args.model)
         check_plan(checkpoint.skeleton(), config)

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from ..hub import AutoQuantizedModel
 from ..registry import Registry
-from .checkpoints import Checkpoint
+from .checkpoints import checkpoint_of
 from .command import COMMANDS, Command, add_model_argument, add_output_arguments
 from .folders import check_output, copy_companions, new_folder
 
@@ -46,9 +46,10 @@ class Convert(Command):
 
     @staticmethod
     def run(args: Namespace) -> None:
+        checkpoint = checkpoint_of(args)
         check_output(args.out, args.overwrite, args.model)
         model = AutoQuantizedModel.from_pretrained(args.model, revision=args.revision)
         with new_folder(args.out) as folder:
             TARGETS[args.to](model, folder)
-            copy_companions(Checkpoint(args.model, args.revision), folder)
+            copy_companions(checkpoint, folder)
         print(f"{args.model} is {args.out} in the form {args.to!r}")

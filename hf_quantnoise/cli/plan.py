@@ -12,7 +12,7 @@ from ..configuration import QuantizedModelConfig
 from ..configuration.allotment import checked_layer_quantizers
 from ..hub.packer import ModelPacker
 from ..size import size_report
-from .checkpoints import Checkpoint
+from .checkpoints import checkpoint_of
 from .command import COMMANDS, Command, add_model_argument
 from .settings import allotted, quantization_config, quantization_parser
 from .sizes import add_table_arguments, show
@@ -49,7 +49,7 @@ class Plan(Command):
     @staticmethod
     def run(args: Namespace) -> None:
         config = quantization_config(args)
-        checkpoint = Checkpoint(args.model, args.revision)
+        checkpoint = checkpoint_of(args)
         checkpoint.require_dense()
         model = checkpoint.skeleton()
         check_plan(model, config)

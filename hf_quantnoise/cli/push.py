@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import os
 from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from huggingface_hub import constants
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from ..configuration import QUANT_METHOD
 from ..repository import create_repository, upload_folder
@@ -36,15 +41,34 @@ class Push(Command):
     @staticmethod
     def run(args: Namespace) -> None:
         check_packed(args.folder)
-        repo = create_repository(args.repo, private=args.private or None, revision=args.revision)
-        done = upload_folder(
-            args.folder,
-            repo,
-            revision=args.revision,
-            commit_message="Upload a model compressed by hf_quantnoise",
-            ignore_patterns=QuantNoiseTrainer.unpublished,
-        )
+        with _named(args.repo):
+            repo = create_repository(
+                args.repo, private=args.private or None, revision=args.revision
+            )
+            done = upload_folder(
+                args.folder,
+                repo,
+                revision=args.revision,
+                commit_message="Upload a model compressed by hf_quantnoise",
+                ignore_patterns=QuantNoiseTrainer.unpublished,
+            )
         print(done.commit_url)
+
+
+@contextmanager
+def _named(repo: str) -> Iterator[None]:
+    """Names repository and endpoint in what the Hub or its client says, and the way out."""
+    try:
+        yield
+    except HFValidationError:
+        raise  # of the repository's name, which it says
+    except Exception as error:  # of a client's own kind, where the Hub is not reached
+        way_out = "see that the network and HF_ENDPOINT, the Hub's address, are right"
+        if isinstance(error, HfHubHTTPError):
+            way_out = "see that `hf auth whoami` is one who may write there, or `hf auth login`"
+        raise ConnectionError(
+            f"{repo!r} could not be pushed to {constants.ENDPOINT}: {error}; {way_out}"
+        ) from error
 
 
 def check_packed(folder: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from argparse import ArgumentParser, Namespace
 
-from .checkpoints import Checkpoint
+from .checkpoints import checkpoint_of
 from .command import COMMANDS, Command, add_model_argument
 from .sizes import add_table_arguments, draw, report_of, show
 
@@ -31,7 +31,7 @@ class Report(Command):
 
     @staticmethod
     def run(args: Namespace) -> None:
-        report, note = report_of(Checkpoint(args.model, args.revision))
+        report, note = report_of(checkpoint_of(args))
         show(report, args, note=note)
         if note and not args.json:
             print(f"note: {note}", file=sys.stderr)

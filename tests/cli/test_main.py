@@ -56,6 +56,10 @@ def test_the_page_shows_the_examples():
         ("plan out/dense --config out/dense/config.json", "is no quantization config"),
         ("compress out/dense out/new --activation_bits 8", "calibration"),
         ("convert out/compressed out/new --to gguf", "'gguf'"),
+        ("report out/dense --revision v1", "--revision 'v1' is of a repository"),
+        ("plan out/dense --revision v1", "'out/dense' is a folder"),
+        ("compress out/dense out/new --revision v1", "take it out"),
+        ("convert out/compressed out/new --to dense --revision v1", "--revision 'v1'"),
         ("finetune audio", "'audio'"),
     ],
 )

@@ -2,11 +2,12 @@
 their own, as huggingface_hub reads HF_ENDPOINT at import."""
 
 import json
-import os
+import socket
 import subprocess
 import sys
 
-from hub_server import HubServer
+import pytest
+from hub_server import HubServer, hub_environment
 
 from hf_quantnoise.cli import COMMANDS
 from hf_quantnoise.cli.checkpoints import Checkpoint
@@ -21,26 +22,20 @@ for line in sys.argv[1:]:
 """
 
 
+def run_lines(url, home, folder, *lines):
+    return subprocess.run(
+        [sys.executable, "-c", PROGRAM, *lines],
+        env=hub_environment(url, str(home)),
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+
+
 def test_the_examples_push_what_report_then_reads(made, tmp_path):
     lines = [*COMMANDS["push"].examples, "hf-quantnoise report me/small --json"]
     with HubServer() as hub:
-        done = subprocess.run(
-            [sys.executable, "-c", PROGRAM, *lines],
-            env={
-                **os.environ,
-                "HF_ENDPOINT": hub.url,
-                "HF_HUB_OFFLINE": "0",
-                "HF_HUB_DISABLE_XET": "1",
-                "HF_HOME": str(tmp_path),
-                "HF_TOKEN": "hf_local",
-                "HF_HUB_DISABLE_TELEMETRY": "1",
-                "NO_PROXY": "127.0.0.1",
-                "no_proxy": "127.0.0.1",
-            },
-            cwd=made,
-            capture_output=True,
-            text=True,
-        )
+        done = run_lines(hub.url, tmp_path, made, *lines)
         assert done.returncode == 0, done.stderr[-3000:]
     folder = made / "out" / "compressed"
     sent = hub.repos["me/small"]
@@ -67,3 +62,43 @@ def test_a_folder_whose_files_are_others_is_refused(work, run):
     config.write_text(json.dumps(values))
     code, _, err = run("push out/compressed me/small")
     assert code == 1 and "the files are not those of its config.json" in err
+
+
+@pytest.fixture
+def closed():
+    """An address on the loopback at which nobody listens: a port taken, and not listened at."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{taken.getsockname()[1]}"
+
+
+def test_a_hub_that_is_not_there_is_named(closed, made, tmp_path):
+    done = run_lines(closed, tmp_path, made, "hf-quantnoise push out/compressed me/small")
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.count("\n") == 1, done.stderr
+    for words in ("error: 'me/small'", closed, "refused", "HF_ENDPOINT"):
+        assert words in done.stderr
+
+
+def test_a_hub_that_refuses_is_named(made, tmp_path):
+    with HubServer(refuses=True) as hub:
+        done = run_lines(hub.url, tmp_path, made, "hf-quantnoise push out/compressed me/small")
+        assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+        for words in ("error: 'me/small'", f"to {hub.url}:", "403", "hf auth login"):
+            assert words in done.stderr
+        assert not hub.repos
+
+
+def test_what_a_repository_holds_is_reported_without_a_config(made, tmp_path):
+    """An adapter's one file; and a repository with nothing to count."""
+    file = made / "out" / "dense" / "model.safetensors"
+    with HubServer() as hub:
+        hub.repos["me/adapter"] = {"adapter_model.safetensors": file.read_bytes()}
+        hub.repos["me/words"] = {"README.md": b"no model"}
+        lines = [f"hf-quantnoise report {name} --json" for name in ("me/adapter", "me/words")]
+        done = run_lines(hub.url, tmp_path, made, *lines)
+    told = json.loads(done.stdout)
+    assert told["total"]["disk_bytes"] == file.stat().st_size
+    assert "'me/adapter' holds no config.json" in told["note"]
+    assert done.returncode == 1
+    assert "'me/words' holds no config.json and no *.safetensors" in done.stderr

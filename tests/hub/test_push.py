@@ -4,14 +4,13 @@ What pushes runs in processes of its own: huggingface_hub reads HF_ENDPOINT once
 """
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from hub_server import HubServer
+from hub_server import HubServer, hub_environment
 from huggingface_hub import ModelCard
 from tiny import VOCABULARY
 
@@ -115,22 +114,11 @@ def hub():
 
 @pytest.fixture(scope="module")
 def run(hub, tmp_path_factory):
-    environment = {
-        **os.environ,
-        "HF_ENDPOINT": hub.url,
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_TOKEN": "hf_local",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "NO_PROXY": "127.0.0.1",
-        "no_proxy": "127.0.0.1",
-    }
-
     def run(script, folder):
         cache = str(tmp_path_factory.mktemp("cache"))
         result = subprocess.run(
             [sys.executable, "-c", HEADER + script, str(folder)],
-            env={**environment, "HF_HOME": cache},
+            env=hub_environment(hub.url, cache),
             capture_output=True,
             text=True,
         )
