@@ -8,8 +8,11 @@ and dense weights in the file; :func:`_may_fold` keeps it from that.
 from __future__ import annotations
 
 import inspect
+import logging
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +27,15 @@ from ..quantizers.product import ProductQuantizer
 from .checks import require_packed
 
 FILE_NAME = "model.onnx"
+# What torch's exporter says of its own workings, and nobody who exports can act on: (kind, regex).
+# Axes have one name in several inputs on purpose.
+_IDLE_WARNINGS = (
+    (FutureWarning, r"`isinstance\(treespec, LeafSpec\)` is deprecated"),
+    (UserWarning, r"# The axis name: (batch|length) will not be used"),
+)
+_IDLE_LOGGER, _IDLE_WORDS = (
+    "torch.onnx._internal.exporter._registration", "torchvision is not installed. Skipping",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -105,17 +117,18 @@ def export_onnx(
         for name, value in plain(**inputs, return_dict=True).items()
         if isinstance(value, Tensor)
     )
-    program = torch.onnx.export(
-        _Forward(plain, tuple(inputs), outputs).eval(),
-        tuple(inputs.values()),
-        dynamo=True,
-        optimize=False,  # it would fold the decoding into dense weights
-        verbose=False,
-        input_names=list(inputs),
-        output_names=list(outputs),
-        dynamic_shapes=(tuple(_free_axes(tensor) for tensor in inputs.values()),),
-        custom_translation_table={torch.ops.aten.__rshift__.Tensor: _shift_right},
-    )
+    with _quiet():
+        program = torch.onnx.export(
+            _Forward(plain, tuple(inputs), outputs).eval(),
+            tuple(inputs.values()),
+            dynamo=True,
+            optimize=False,  # it would fold the decoding into dense weights
+            verbose=False,
+            input_names=list(inputs),
+            output_names=list(outputs),
+            dynamic_shapes=(tuple(_free_axes(tensor) for tensor in inputs.values()),),
+            custom_translation_table={torch.ops.aten.__rshift__.Tensor: _shift_right},
+        )
     optimizer.optimize_ir(program.model, should_fold=_may_fold)
     _strip(program.model)
     folder = Path(folder)
@@ -126,6 +139,24 @@ def export_onnx(
     config.save_pretrained(folder)
     size = (folder / FILE_NAME).stat().st_size
     return OnnxExport(folder, tuple(inputs), outputs, size)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what is named above; all else that is said comes through."""
+
+    def is_said(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(_IDLE_WORDS)
+
+    logger = logging.getLogger(_IDLE_LOGGER)
+    logger.addFilter(is_said)
+    try:
+        with warnings.catch_warnings():
+            for kind, words in _IDLE_WARNINGS:
+                warnings.filterwarnings("ignore", words, kind)
+            yield
+    finally:
+        logger.removeFilter(is_said)
 
 
 def _onnxscript():

@@ -1,0 +1,81 @@
+"""``convert --to onnx``: what it writes answers as the packed model, and what it says is of use."""
+
+import logging
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from tiny import make_model
+
+from hf_quantnoise import AutoQuantizedModel, IPQConfig, quantize_model
+from hf_quantnoise.export.onnx_file import _IDLE_LOGGER, _quiet
+
+pytest.importorskip("onnx", reason="needs the extra 'onnx'")
+pytest.importorskip("onnxscript", reason="needs the extra 'onnx'")
+
+
+@pytest.mark.slow
+def test_a_classifier_goes_out_and_answers_alike(work, input_ids):
+    """In a process of its own: the exporter's log goes past pytest's capture of stderr."""
+    onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra 'onnx'")
+    done = subprocess.run(
+        [sys.executable, "-m", "hf_quantnoise", "convert", "out/compressed", "out/onnx"]
+        + ["--to", "onnx"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "out/compressed is out/onnx in the form 'onnx'\n"
+    for words in ("Warning", "torchvision", "axis name", "hf_quantnoise/"):
+        assert words not in done.stderr
+    folder = work / "out" / "onnx"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "config.json", "model.onnx", "tokenizer_config.json",
+    ]  # fmt: skip
+    model = AutoQuantizedModel.from_pretrained(work / "out" / "compressed")
+    inputs = {
+        "input_ids": input_ids,
+        "attention_mask": torch.ones_like(input_ids),
+        "token_type_ids": torch.zeros_like(input_ids),
+    }
+    session = onnxruntime.InferenceSession(str(folder / "model.onnx"))
+    (found,) = session.run(["logits"], {name: value.numpy() for name, value in inputs.items()})
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    assert logits.std() > 1e-2  # or anything would be near
+    torch.testing.assert_close(torch.from_numpy(found), logits, rtol=0, atol=1e-4)
+    dense = (work / "out" / "dense" / "model.safetensors").stat().st_size
+    assert (folder / "model.onnx").stat().st_size < dense
+
+
+def test_what_generates_is_refused_and_nothing_is_left(tmp_path, run):
+    model = quantize_model(make_model("gpt2"), IPQConfig(n_centroids=16), progress=False)
+    model.save_pretrained(tmp_path / "packed")
+    code, out, err = run(f"convert {tmp_path}/packed {tmp_path}/onnx --to onnx")
+    lines = [line for line in err.splitlines() if "error: " in line]
+    assert code == 1 and out == "" and "Traceback" not in err
+    assert len(lines) == 1 and "GPT2LMHeadModel generates token by token" in lines[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["packed"]
+
+
+def test_only_what_is_of_no_use_is_kept_back():
+    logger, said = logging.getLogger(_IDLE_LOGGER), []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger.addHandler(handler)
+    idle = "torchvision is not installed. Skipping torchvision::nms"
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            with _quiet():
+                warnings.warn("# The axis name: length will not be used, since", stacklevel=1)
+                warnings.warn("# The axis name: other will not be used, since", stacklevel=1)
+                logger.warning(idle)
+                logger.warning("an operator has no translation")
+            logger.warning(idle)
+    finally:
+        logger.removeHandler(handler)
+    assert [str(one.message)[:22] for one in caught] == ["# The axis name: other"]
+    assert said == ["an operator has no translation", idle]
