@@ -9,34 +9,19 @@ import torch
 from PIL import Image
 from stacked import make_stacked
 from stored import STORED
-from tiny import CLASSES, IMAGE_SIZE, SIZES, VOCABULARY, make_model
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tiny import CLASSES, IMAGE_SIZE, SIZES, make_model
 from transformers import (
     BertConfig,
     BertForTokenClassification,
-    PreTrainedTokenizerFast,
     ViTImageProcessorPil,
     Wav2Vec2FeatureExtractor,
     pipeline,
 )
+from words import words
 from zoo import ZOO, ipq_config
 
 from hf_quantnoise import quantize_model
 from hf_quantnoise.modeling import packed_layers
-
-SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "mask_token": "[MASK]"}
-
-
-def words():
-    """A tokenizer of one token per word: w3 is the token 3."""
-    vocabulary = {word: number for number, word in enumerate(SPECIAL.values())}
-    vocabulary |= {f"w{number}": number for number in range(len(SPECIAL), VOCABULARY)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, model_max_length=32, **SPECIAL,
-        model_input_names=["input_ids", "attention_mask"],
-    )  # fmt: skip
 
 
 def pixels():

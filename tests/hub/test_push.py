@@ -23,10 +23,12 @@ import json, torch
 torch.set_num_threads({torch.get_num_threads()})
 from huggingface_hub import HfApi
 from tiny import make_model
+from words import words
 from hf_quantnoise import *
-from transformers import AutoModelForSequenceClassification, TrainingArguments
+from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments, pipeline
 folder = sys.argv[1]
 ids = torch.arange(5, {VOCABULARY}, 7).reshape(3, -1)
+text = "w7 w8 w300 w12"
 """
 
 PUSH = """
@@ -40,6 +42,11 @@ push_to_hub(model, "me/small", card=card)
 model.push_to_hub("me/small", tags=["later"])  # transformers' own, to where our card is
 push_to_hub(model, "me/small", revision="sharded", max_shard_size="8KB")
 model.push_to_hub("me/plain")
+
+reader = words()
+push_to_hub(model, "me/words", processing_class=reader)
+with torch.no_grad():
+    torch.save(model(**reader(text, return_tensors="pt")).logits[0], folder + "/scores")
 
 HfApi().create_repo("me/written")
 HfApi().upload_file(
@@ -69,6 +76,13 @@ loads = {
 }
 for name, (loader, repo, kwargs) in loads.items():
     torch.save(logits(loader, repo, **kwargs), folder + "/" + name)
+classify = pipeline(
+    "text-classification", model="me/words", device="cpu", top_k=None, function_to_apply="none"
+)
+(answer,) = classify([text])
+scores = {score["label"]: score["score"] for score in answer}
+labels = [classify.model.config.id2label[number] for number in range(len(scores))]
+torch.save(torch.tensor([scores[label] for label in labels]), folder + "/answer")
 found = {
     "noise": QuantNoiseConfig.from_pretrained("me/noise").p,
     "half": QuantNoiseConfig.from_pretrained("me/noise", revision="half").p,
@@ -103,6 +117,26 @@ small = trainer.compress(IPQConfig(n_centroids=16), settings)
 trainer.push_to_hub(dataset="three lines", finetuned_from="google-bert/bert-base-uncased")
 trainer.save_model(folder + "/saved")
 push_to_hub(small, "me/by-hand")
+"""
+
+PLAIN_TRAINER = """
+from datasets import Dataset
+model = AutoModelForSequenceClassification.from_pretrained("me/small")
+trainer = Trainer(
+    model,
+    TrainingArguments(
+        folder, hub_model_id="me/went-on", use_cpu=True, report_to="none", max_steps=1,
+        learning_rate=0.00025, save_strategy="no",
+    ),
+    train_dataset=Dataset.from_dict({"input_ids": ids.tolist(), "labels": [0, 1, 1]}),
+)
+trainer.train()
+trainer.push_to_hub()
+torch.save(model.eval()(ids).logits.detach(), folder + "/expected")
+model = AutoQuantizedModel.from_pretrained("me/went-on")
+torch.save(model(ids).logits.detach(), folder + "/found")
+HfApi().create_branch("me/went-on", branch="both")
+push_to_hub(model, "me/went-on", revision="both")
 """
 
 
@@ -157,6 +191,11 @@ def test_the_files_are_those_of_save_pretrained(hub, pushed):
 @pytest.mark.parametrize("name", ["auto", "transformers", "revision", "subfolder", "cached"])
 def test_what_is_loaded_by_name_answers_as_what_was_pushed(loaded, name):
     assert torch.equal(torch.load(loaded / name), torch.load(loaded / "expected"))
+
+
+def test_a_pipeline_by_name_answers_as_what_was_pushed(loaded):
+    scores = torch.load(loaded / "scores")
+    assert scores.std() > 0 and torch.equal(torch.load(loaded / "answer"), scores)
 
 
 def test_the_card_says_how_to_load_and_what_was_measured(hub, pushed):
@@ -220,3 +259,19 @@ def test_the_trainer_pushes_model_and_card_and_nothing_of_the_pass(hub, run, tmp
     saved = tmp_path / "saved"
     assert "import hf_quantnoise" in (saved / "README.md").read_text()
     AutoQuantizedModel.from_pretrained(saved)
+
+
+def test_a_plain_trainer_pushes_the_packed_model_with_its_own_card(hub, run, pushed, tmp_path):
+    """What transformers writes: the settings and our tags. Put over it, ours stands first."""
+    run(PLAIN_TRAINER, tmp_path)
+    assert torch.equal(torch.load(tmp_path / "found"), torch.load(tmp_path / "expected"))
+    assert not torch.equal(torch.load(tmp_path / "found"), torch.load(pushed / "expected"))
+    stored = json.loads(hub.repos["me/went-on"]["config.json"])["quantization_config"]
+    assert stored["quant_method"] == "hf_quantnoise" and stored["how_to_load"]
+    theirs = card(hub, "me/went-on")
+    assert {"quant-noise", "import-hf_quantnoise"} <= set(theirs.data.tags)
+    assert theirs.data.base_model == "me/small" and "0.00025" in theirs.text
+    assert "<!-- hf_quantnoise -->" not in theirs.text
+    both = card(hub, "me/went-on", "both")
+    assert both.text.index("import hf_quantnoise") < both.text.index("0.00025")
+    assert both.text.count("## Results") == 1

@@ -4,12 +4,13 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from golden.make import HERE as GOLDEN
 from huggingface_hub import ModelCard
 from stacked import make_stacked
 from tiny import make_model, make_vision_model
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from hf_quantnoise import (
     AutoQuantizedModel,
@@ -161,6 +162,51 @@ def test_metrics_are_those_of_the_model_as_it_stands(parity_data, tmp_path):
     assert small.quantnoise_card.after["eval_score"] == metrics["eval_score"]
     trainer.save_model(tmp_path / "saved")
     assert "| score | 0.5000 | 0.5000 |" in (tmp_path / "saved" / "README.md").read_text()
+
+
+class Seen(TrainerCallback):
+    """What a training really ran with."""
+
+    def __init__(self):
+        self.used = {}
+
+    def on_step_end(self, args, state, control, optimizer=None, **kwargs):
+        (self.used["learning_rate"],) = {group["lr"] for group in optimizer.param_groups}
+        self.used["steps"] = state.global_step
+        self.used["epochs"] = state.epoch
+
+
+@pytest.mark.parametrize("length", [{"max_steps": 2}, {"num_train_epochs": 2.0}], ids=str)
+def test_the_training_on_the_card_is_the_one_that_was_run(parity_data, tmp_path, length):
+    model, seen, rows = make_model("bert"), Seen(), set()
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.add(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    settings = TrainingArguments(
+        tmp_path, learning_rate=3e-4, lr_scheduler_type="constant", seed=7, **length,
+        per_device_train_batch_size=6, use_cpu=True, report_to="none", save_strategy="no",
+    )  # fmt: skip
+    trainer = QuantNoiseTrainer(
+        model, settings, QuantNoiseConfig(noise="int4", p=0.25),
+        train_dataset=parity_data.select(range(12)), callbacks=[seen],
+    )  # fmt: skip
+    trainer.train()
+    (used_rows,) = rows
+    used, seed = seen.used, torch.initial_seed()
+    trainer.compress(IPQConfig(n_centroids=16), CompressionArguments(stage_epochs=0, plots=False))
+    trainer.save_model(tmp_path / "saved")
+    text = (tmp_path / "saved" / "README.md").read_text()
+    section = text.split("## Training\n")[1].split("\n## ")[0]
+    told = dict(re.findall(r"^- (\w+): `(.*)`$", section, flags=re.M))
+    assert float(told["learning_rate"]) == used["learning_rate"] == 3e-4
+    assert int(told["per_device_train_batch_size"]) == used_rows == 6
+    assert int(told["seed"]) == seed == 7
+    ran = {"max_steps": used["steps"], "num_train_epochs": used["epochs"]}
+    (name,) = length
+    assert float(told[name]) == ran[name] == 2
+    assert not (ran.keys() - {name}) & told.keys(), "the length that did not decide"
+    assert "Finetuned with `int4` at rate 0.25." in text
+    assert "- stage_epochs: `0`" in text
 
 
 def test_the_auto_class_is_the_one_that_makes_the_model():
