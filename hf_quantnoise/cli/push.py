@@ -17,6 +17,9 @@ from .checkpoints import Checkpoint
 from .command import COMMANDS, Command
 from .sizes import report_of
 
+# What the Hub answers to one who may not write there, or may not even know of the repository.
+_NOT_ALLOWED = (401, 403, 404)
+
 
 @COMMANDS.register("push")
 class Push(Command):
@@ -64,7 +67,7 @@ def _named(repo: str) -> Iterator[None]:
         raise  # of the repository's name, which it says
     except Exception as error:  # of a client's own kind, where the Hub is not reached
         way_out = "see that the network and HF_ENDPOINT, the Hub's address, are right"
-        if isinstance(error, HfHubHTTPError):
+        if isinstance(error, HfHubHTTPError) and error.response.status_code in _NOT_ALLOWED:
             way_out = "see that `hf auth whoami` is one who may write there, or `hf auth login`"
         raise ConnectionError(
             f"{repo!r} could not be pushed to {constants.ENDPOINT}: {error}; {way_out}"
