@@ -12,6 +12,7 @@ from ..quantizers import Quantizer
 from ..quantizers.packing import pack_codes
 from .activations import rounds_inputs
 from .packed import INDICES, INPUT_NAMES, PREFIX, PackedLayer, packed_class
+from .stored import COME
 
 
 def is_packed(module: nn.Module) -> bool:
@@ -195,6 +196,7 @@ def unpack_model(model: nn.Module) -> nn.Module:
             "weight_shape",
             "_counts",
             "_shape_only",
+            COME,
         ):
             layer.__dict__.pop(name, None)
         layer.__class__ = type(layer).made_of

@@ -24,6 +24,7 @@ from ..quantizers.packing import unpack_codes
 from ..shadow import Shadow, shadow_class
 from .activations import InputObserver
 from .decoded import refuse, shown
+from .stored import take_stored
 
 PREFIX = "weight_"
 INDICES = "weight_indices"
@@ -177,9 +178,16 @@ class PackedLayer(Shadow):
                 parameter.requires_grad_(requires_grad)
         return self
 
-    def _load_from_state_dict(self, *args, **kwargs):
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
         self._counts = None
-        return super()._load_from_state_dict(*args, **kwargs)
+        names = {key: f"{prefix}{PREFIX}{key}" for key in self.state}
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        error_msgs += take_stored(self, names, state_dict, assign)
+        return super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == INDICES:

@@ -1,0 +1,195 @@
+"""A packed model that reads a state dict back: its own file's, a checkpoint's, a copy of its memory.
+
+Files hold 8-bit centroids as codes; in memory they are numbers."""
+
+import copy
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from stacked import inputs_of, make_stacked
+from stored import PQ, STORED
+from transformers import Trainer, TrainingArguments
+
+from hf_quantnoise import (
+    AutoQuantizedModel,
+    CompressionArguments,
+    FixedPointConfig,
+    IPQConfig,
+    QuantNoiseTrainer,
+    quantize_model,
+)
+from hf_quantnoise.modeling import packed_layers
+
+WAYS = {
+    **STORED,
+    "rows, 8 bits": IPQConfig(**PQ, row_scale=True, codebook_bits=8),
+    "two books": IPQConfig(**PQ, n_codebooks=2),
+    "two books, rows, 8 bits": IPQConfig(**PQ, n_codebooks=2, row_scale=True, codebook_bits=8),
+    "int4": FixedPointConfig(bits=4, observer="channel"),
+    "inputs": IPQConfig(**PQ, codebook_bits=8, activation_bits=8),
+}
+EIGHT_BITS = [name for name in WAYS if getattr(WAYS[name], "codebook_bits", 0) == 8]
+
+
+@torch.no_grad()
+def output(model, name="bert"):
+    return model.eval()(**inputs_of(name)).logits
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Saves a tiny model by a config, and gives its folder."""
+
+    def save(way, name="bert"):
+        data = [inputs_of(name)] if WAYS[way].activation_bits else None
+        quantize_model(
+            make_stacked(name, 2), WAYS[way], calibration_data=data, progress=False
+        ).save_pretrained(tmp_path / "model")
+        return tmp_path / "model"
+
+    return save
+
+
+@torch.no_grad()
+def disturbed(model):
+    """The model with other numbers wherever they are floating point; its codes are kept."""
+    for tensor in model.parameters():
+        if tensor.is_floating_point():
+            tensor.add_(torch.rand_like(tensor))
+    return model
+
+
+# torch's assign keeps the dtype of a file, which is float16 for what is stored so.
+ASSIGNED = ["ipq", "8 bits", "two books", "int4", "inputs"]
+
+
+@pytest.mark.parametrize(
+    ("way", "assign"), [(way, False) for way in WAYS] + [(way, True) for way in ASSIGNED]
+)
+def test_its_own_file_gives_the_model_back(way, assign, saved):
+    folder = saved(way)
+    expected = AutoQuantizedModel.from_pretrained(folder)
+    model = disturbed(AutoQuantizedModel.from_pretrained(folder))
+    assert not torch.equal(output(model), output(expected))
+    found = model.load_state_dict(
+        load_file(folder / "model.safetensors"), strict=False, assign=assign
+    )
+    assert not found.missing_keys
+    for name, tensor in expected.named_parameters():
+        own = model.get_parameter(name)
+        assert torch.equal(own, tensor) and own.dtype == tensor.dtype, name
+        assert own.requires_grad == tensor.requires_grad, name
+    assert torch.equal(output(model), output(expected))
+
+
+@pytest.mark.parametrize("way", ["8 bits", "two books, rows, 8 bits"])
+def test_a_model_in_another_dtype_reads_what_loading_in_it_reads(way, saved):
+    folder = saved(way)
+    expected = AutoQuantizedModel.from_pretrained(folder, dtype=torch.bfloat16)
+    model = disturbed(AutoQuantizedModel.from_pretrained(folder, dtype=torch.bfloat16))
+    model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+    for name, tensor in expected.named_parameters():
+        assert torch.equal(model.get_parameter(name), tensor), name
+
+
+def test_tied_layers_read_one_file(saved):
+    folder = saved("8 bits", "gpt2")
+    expected = AutoQuantizedModel.from_pretrained(folder)
+    model = disturbed(AutoQuantizedModel.from_pretrained(folder))
+    model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+    assert model.lm_head.weight_codebook is model.transformer.wte.weight_codebook
+    assert torch.equal(output(model, "gpt2"), output(expected, "gpt2"))
+
+
+@pytest.mark.parametrize("centroids_first", [True, False])
+def test_shards_come_one_by_one_in_any_order(centroids_first, saved):
+    """As ``Trainer`` reads them: centroids in one, their scale and zero point in the other."""
+    folder = saved("8 bits")
+    tensors = load_file(folder / "model.safetensors")
+    centroids = {name: tensors.pop(name) for name in list(tensors) if name.endswith("_codebook")}
+    model = disturbed(AutoQuantizedModel.from_pretrained(folder))
+    shards = [centroids, tensors] if centroids_first else [tensors, centroids]
+    found = model.load_state_dict(shards[0], strict=False)
+    assert set(found.missing_keys) >= centroids.keys() or not centroids_first
+    model.load_state_dict(shards[1], strict=False)
+    assert torch.equal(output(model), output(AutoQuantizedModel.from_pretrained(folder)))
+
+
+@pytest.mark.parametrize("way", EIGHT_BITS)
+def test_numbers_are_taken_as_they_are(way, saved):
+    """A state dict of the memory, as that of a running pass: finer than what is stored."""
+    folder = saved(way)
+    model = disturbed(AutoQuantizedModel.from_pretrained(folder))
+    memory = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    again = AutoQuantizedModel.from_pretrained(folder)
+    again.load_state_dict(memory)  # strictly
+    for name, tensor in again.state_dict().items():
+        assert torch.equal(tensor, memory[name]), name
+
+
+def test_codes_are_no_centroids_of_another_precision(saved, tmp_path):
+    codes = load_file(saved("8 bits") / "model.safetensors")
+    model = AutoQuantizedModel.from_pretrained(saved("ipq"))
+    expected = output(model)
+    with pytest.raises(RuntimeError, match=r"weight_codebook is of.*uint8.*pq 16x4.*from_pretrained"):
+        model.load_state_dict(codes, strict=False)
+    layer = next(layer for _, layer in packed_layers(model))
+    assert layer.weight_codebook.abs().max() < 10, "raw codes"
+    assert expected.isfinite().all()
+
+
+# ---- Trainer -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def data(parity_data):
+    few = parity_data.select(range(32))
+    return {"train_dataset": few, "eval_dataset": few}
+
+
+def arguments(folder, steps=4, **more):
+    return TrainingArguments(
+        output_dir=str(folder), max_steps=steps, save_steps=2, eval_steps=2, eval_strategy="steps",
+        learning_rate=1e-3, per_device_train_batch_size=8, use_cpu=True, disable_tqdm=True,
+        report_to="none", **more,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_trainer_goes_on_from_what_is_stored_and_takes_the_best_back(way, saved, data):
+    folder = saved(way)
+    best = arguments(folder / "run", load_best_model_at_end=True)
+    model = AutoQuantizedModel.from_pretrained(folder)
+    undisturbed = Trainer(model, best, **data)
+    undisturbed.train()
+    assert undisturbed.evaluate()["eval_loss"] == undisturbed.state.best_metric
+    checkpoint = undisturbed.state.best_model_checkpoint
+    assert torch.equal(output(model), output(AutoQuantizedModel.from_pretrained(checkpoint)))
+
+    last = AutoQuantizedModel.from_pretrained(folder / "run" / "checkpoint-4")
+    resumed = AutoQuantizedModel.from_pretrained(folder)
+    trainer = Trainer(resumed, arguments(folder / "run"), **data)
+    trainer.train(resume_from_checkpoint=str(folder / "run" / "checkpoint-2"))
+    rounded = getattr(WAYS[way], "codebook_bits", 32) < 32 or getattr(WAYS[way], "row_scale", False)
+    tolerance = 0.02 if rounded else 0.0
+    torch.testing.assert_close(output(resumed), output(last), rtol=0, atol=tolerance)
+    for (name, one), other in zip(last.named_parameters(), resumed.parameters(), strict=True):
+        if name.endswith("_codebook"):
+            torch.testing.assert_close(other.std(), one.std(), rtol=0.05, atol=0)
+
+
+def test_the_pass_and_a_training_after_it_read_eight_bits(tmp_path, data):
+    config = IPQConfig(**PQ, codebook_bits=8, stages=["ffn"])
+    trainer = QuantNoiseTrainer(make_stacked("bert", 2), arguments(tmp_path / "run"), **data)
+    packed = trainer.compress(config, CompressionArguments(stage_epochs=0, plots=False))
+    second = copy.deepcopy(packed)
+    trainer.train()
+    again = QuantNoiseTrainer(second, arguments(tmp_path / "run"), **data)
+    again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    torch.testing.assert_close(output(second), output(trainer.model), rtol=0, atol=0.02)
+    for layers in zip(packed_layers(second), packed_layers(trainer.model), strict=True):
+        (_, one), (_, other) = layers
+        torch.testing.assert_close(
+            one.weight_codebook.std(), other.weight_codebook.std(), rtol=0.05, atol=0
+        )
