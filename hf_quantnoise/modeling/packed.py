@@ -24,6 +24,7 @@ from ..quantizers.packing import unpack_codes
 from ..shadow import Shadow, shadow_class
 from .activations import InputObserver
 from .decoded import refuse, shown
+from .fixed import FixedParameter
 from .stored import take_stored
 
 PREFIX = "weight_"
@@ -170,13 +171,14 @@ class PackedLayer(Shadow):
             return [slice(0, self.rows)]
         return [slice(start, min(start + step, self.rows)) for start in range(0, self.rows, step)]
 
-    def requires_grad_(self, requires_grad: bool = True) -> PackedLayer:
-        """As of any module, for what can be trained: codes and fixed scales have no gradients."""
-        trained = {PREFIX + key for key in self.state.keys() - self.quantizer.not_trained}
-        for name, parameter in self.named_parameters():
-            if name in trained or not name.startswith((PREFIX, *INPUT_NAMES)):
-                parameter.requires_grad_(requires_grad)
-        return self
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As of any module; what is never trained becomes a :class:`FixedParameter`, in place, as
+        tied layers hold the same object and transformers marks what it has read."""
+        fixed = (INDICES, *INPUT_NAMES, *(PREFIX + key for key in self.quantizer.not_trained))
+        if name in fixed and type(param) is nn.Parameter:
+            param.requires_grad = False
+            param.__class__ = FixedParameter
+        super().register_parameter(name, param)
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs

@@ -4,8 +4,10 @@ import pytest
 import torch
 from stacked import inputs_of, make_stacked
 from stored import STORED
+from tiny import make_model
+from transformers import Trainer, TrainingArguments
 
-from hf_quantnoise import AutoQuantizedModel, quantize_model
+from hf_quantnoise import AutoQuantizedModel, FixedPointConfig, IPQConfig, quantize_model
 
 peft = pytest.importorskip("peft", reason="peft is not installed (pip install hf-quantnoise[test])")
 
@@ -109,3 +111,88 @@ def test_beginnings_that_change_the_weight_are_refused():
     adapter = peft.LoraConfig(target_modules=["query"], r=4, init_lora_weights="pissa")
     with pytest.raises(ValueError, match="cannot be written to"):
         peft.get_peft_model(base, adapter)
+
+
+# ---- the usual way: task_type, which trains and saves the head beside the adapter ----------------
+
+HEADS = {
+    "dense": ("bert", FixedPointConfig(bits=8, exclude_modules=["classifier"])),
+    "int8": ("bert", INT8),
+    "8 bits": ("bert", IPQConfig(block_size=4, n_centroids=8, codebook_bits=8,
+                                 stages=["ffn", "head"])),
+    "of two layers": ("roberta", INT8),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_task_trains_its_head_in_trainer_dense_or_packed(head, tmp_path, parity_data):
+    name, config = HEADS[head]
+    base = quantize_model(make_model(name), config, progress=False)
+    base.save_pretrained(tmp_path / "base")
+    plain = output(base, "bert")
+    codes = {n: p.clone() for n, p in base.named_parameters() if n.endswith("weight_indices")}
+    assert any("classifier" in n for n in codes) == (head != "dense")
+
+    adapter = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query"], r=2)
+    model = peft.get_peft_model(AutoQuantizedModel.from_pretrained(tmp_path / "base"), adapter)
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert not any(n.endswith("weight_indices") for n in trained)
+    before = {n: p.clone() for n, p in model.named_parameters() if n in trained}
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "run"), max_steps=2, learning_rate=1e-2, use_cpu=True,
+        per_device_train_batch_size=8, report_to="none", disable_tqdm=True,
+    )  # fmt: skip
+    trainer = Trainer(model, arguments, train_dataset=parity_data.select(range(16)))
+    trainer.train()
+    moved = {n for n, p in model.named_parameters() if n in trained and not p.equal(before[n])}
+    # Of two classes' logits the zero point of a whole matrix moves both alike, and no loss.
+    assert all(n.endswith("weight_zero_point") for n in trained - moved)
+    assert any("modules_to_save" in n and not n.endswith("bias") for n in moved)
+    expected = output(model, "bert")
+    assert not torch.equal(expected, plain)
+
+    trainer.save_model(tmp_path / "adapter")
+    load = AutoQuantizedModel.from_pretrained
+    again = peft.PeftModel.from_pretrained(load(tmp_path / "base"), tmp_path / "adapter")
+    assert torch.equal(output(again, "bert"), expected)
+    with again.disable_adapter():
+        assert torch.equal(output(again, "bert"), plain)
+    by_itself = peft.AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter")
+    assert torch.equal(output(by_itself, "bert"), expected)
+    for key, tensor in again.named_parameters():
+        if key.endswith("weight_indices"):
+            inner = key.removeprefix("base_model.model.").replace("base_layer.", "")
+            inner = inner.replace("original_module.", "").replace("modules_to_save.default.", "")
+            assert torch.equal(tensor, codes[inner]), key
+
+
+def test_a_packed_table_is_trained_beside_the_adapter(tmp_path):
+    base = quantize_model(make_stacked("gpt2", 2), PQ, progress=False)
+    base.save_pretrained(tmp_path / "base")
+    load = AutoQuantizedModel.from_pretrained
+    adapter = peft.LoraConfig(
+        target_modules=["c_attn"], modules_to_save=["wte"], fan_in_fan_out=True, **LORA
+    )
+    model = peft.get_peft_model(load(tmp_path / "base"), adapter)
+    table = model.base_model.model.transformer.wte.modules_to_save["default"]
+    before = table.weight_codebook.clone()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    model.train()(**inputs_of("gpt2")).logits.sum().backward()
+    optimizer.step()
+    assert not torch.equal(table.weight_codebook, before)
+    expected = output(model, "gpt2")
+    model.save_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(load(tmp_path / "base"), tmp_path / "adapter")
+    assert torch.equal(output(again, "gpt2"), expected)
+
+
+def test_all_linear_layers_are_found():
+    base = quantize_model(make_stacked("bert", 2), INT8, progress=False)
+    linear = {
+        name for name, layer in base.named_modules()
+        if isinstance(layer, torch.nn.Linear) and name != "classifier"
+    }  # fmt: skip
+    adapter = peft.LoraConfig(task_type="SEQ_CLS", target_modules="all-linear", **LORA)
+    model = peft.get_peft_model(base, adapter)
+    found = {name for name, layer in model.named_modules() if hasattr(layer, "lora_A")}
+    assert {name.removeprefix("base_model.model.") for name in found} == linear
