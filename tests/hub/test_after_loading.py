@@ -1,6 +1,8 @@
 """What is done with a loaded model: training, generation, compilation, new tokens, another head."""
 
 import copy
+import os
+import shutil
 
 import pytest
 import torch
@@ -65,6 +67,32 @@ def test_trainer_moves_centroids_keeps_codes_and_goes_on_where_it_was(kind, pari
         assert torch.equal(output(second, "bert"), output(model, "bert"))
 
 
+def test_trainer_in_bfloat16_recomputes_what_it_does_not_keep(parity_data, tmp_path):
+    data = parity_data.select(range(16))
+
+    def trained(**more):
+        model = load(tmp_path / "model", "bert")
+        before = {name: tensor.clone() for name, tensor in model.named_parameters()}
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path / "run"), max_steps=2, learning_rate=1e-2, bf16=True,
+            per_device_train_batch_size=8, use_cpu=True, disable_tqdm=True, save_strategy="no",
+            **more,
+        )  # fmt: skip
+        Trainer(model, arguments, train_dataset=data).train()
+        for name, tensor in model.named_parameters():
+            if name.endswith("weight_indices"):
+                assert torch.equal(tensor, before[name]), name
+        layer = "bert.encoder.layer.0.output.dense.weight_codebook"
+        assert not torch.equal(model.get_parameter(layer), before[layer])
+        return dict(model.named_parameters())
+
+    plain, recomputed = trained(), trained(gradient_checkpointing=True)
+    for name, tensor in plain.items():
+        torch.testing.assert_close(
+            recomputed[name], tensor, msg=lambda text, n=name: f"{n}: {text}"
+        )
+
+
 # ---- generation ----------------------------------------------------------------------------------
 
 SEARCHES = {
@@ -120,6 +148,31 @@ def test_a_loaded_decoder_compiles_in_inference(tmp_path):
     model = load(tmp_path, "llama")
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(output(compiled, "llama"), output(model, "llama"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))),
+    reason="inductor needs a C++ compiler",
+)
+def test_the_default_backend_computes_the_same(tmp_path):
+    model = load(tmp_path, "bert", layers=1)
+    inputs = {**inputs_of("bert"), "labels": torch.tensor([0, 1])}
+    compiled = torch.compile(model, fullgraph=True)
+    torch.testing.assert_close(output(compiled, "bert"), output(model, "bert"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):  # the second with other centroids
+        found = {}
+        for name, run in (("eager", model), ("compiled", compiled)):
+            model.zero_grad()
+            loss = run(**inputs).loss
+            loss.backward()
+            found[name] = (
+                loss.detach(),
+                {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None},
+            )
+        torch.testing.assert_close(found["compiled"], found["eager"], rtol=1e-4, atol=1e-5)
+        optimizer.step()
 
 
 # ---- new tokens, another head --------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Loading by every way of Transformers: heads, shards, dtypes, devices, revisions, folders."""
 
+import re
 import shutil
 
 import accelerate
@@ -131,6 +132,29 @@ def test_dtype_auto_is_that_of_the_checkpoint(saved, tmp_path):
     assert torch.equal(output(again, inputs), output(half, inputs))
 
 
+def test_what_transformers_keeps_in_float32_it_keeps_so_packed(tmp_path):
+    """T5's wo layers in float16, as those of the dense model."""
+    dense = make_stacked("t5", 2)
+    dense.save_pretrained(tmp_path / "dense")
+    half = {"dtype": torch.float16}
+    kept = type(dense).from_pretrained(tmp_path / "dense", **half).state_dict()
+    kept = {name: tensor.dtype for name, tensor in kept.items()}
+    model = quantize_model(dense, STORED["ipq"], progress=False)
+    model.save_pretrained(tmp_path / "packed")
+    expected = output(model, inputs_of("t5"))
+    loaded = whole(
+        AutoQuantizedModel.from_pretrained(tmp_path / "packed", **half, output_loading_info=True)
+    )
+    for name, tensor in loaded.named_parameters():
+        if tensor.is_floating_point():
+            assert tensor.dtype == (torch.float32 if ".wo." in name else torch.float16), name
+    torch.testing.assert_close(
+        output(loaded, inputs_of("t5")).float(), expected, rtol=0.05, atol=0.02
+    )
+    loaded.dequantize()
+    assert {name: tensor.dtype for name, tensor in loaded.state_dict().items()} == kept
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_attn_implementation(attention, saved):
     folder, expected, inputs = saved()
@@ -156,6 +180,30 @@ def test_a_device_map_with_room_for_all(device_map, saved):
         AutoQuantizedModel.from_pretrained(folder, device_map=device_map, output_loading_info=True)
     )
     assert torch.equal(output(model, inputs), expected)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_auto_divides_a_model_that_is_too_large(name, saved, tmp_path):
+    """By what packed layers take; what runs as one stays so. Some room is kept for what is read."""
+    folder, expected, inputs = saved(name=name)
+    size = sum(tensor.nbytes for tensor in AutoQuantizedModel.from_pretrained(folder).parameters())
+    room = size * 4 // 5
+    model = whole(
+        AutoQuantizedModel.from_pretrained(
+            folder, device_map="auto", max_memory={"cpu": room},
+            offload_folder=tmp_path / "offload", output_loading_info=True,
+        )
+    )  # fmt: skip
+    places = model.hf_device_map
+    assert set(places.values()) == {"cpu", "disk"}
+    whole_blocks = {"bert": r"layer\.\d+\.", "gpt2": r"h\.\d+\."}[name]
+    assert not any(re.search(whole_blocks, place) for place in places)
+    in_memory = [tensor for tensor in model.parameters() if not tensor.is_meta]
+    assert 0 < sum(tensor.nbytes for tensor in in_memory) <= room
+    torch.testing.assert_close(output(model, inputs), expected)
+    model.save_pretrained(tmp_path / "again")
+    for file in ("config.json", "model.safetensors"):
+        assert (folder / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
 
 
 @pytest.mark.parametrize("kind", ["ipq", "16 bits", "rows", "int8"])
@@ -255,6 +303,21 @@ def test_a_revision_of_what_was_downloaded_before(saved, tmp_path):
         )
     with pytest.raises(OSError, match="find them in the cached files"):
         AutoQuantizedModel.from_pretrained("me/other", **where)
+
+
+def test_a_subfolder_of_a_revision(saved, tmp_path):
+    folder, expected, inputs = saved()
+    repository = tmp_path / "cache" / "models--me--models"
+    for branch, commit, where in (("main", "a" * 40, "other"), ("v1", "b" * 40, "in/small")):
+        shutil.copytree(folder, repository / "snapshots" / commit / where)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / branch).write_text(commit)
+    place = {"subfolder": "in/small", "cache_dir": tmp_path / "cache", "local_files_only": True}
+    for loader in (AutoQuantizedModel, AutoModelForSequenceClassification):
+        model = loader.from_pretrained("me/models", revision="v1", **place)
+        assert torch.equal(output(model, inputs), expected)
+        with pytest.raises(OSError, match="find them in the cached files"):
+            loader.from_pretrained("me/models", **place)
 
 
 # ---- what it costs -------------------------------------------------------------------------------

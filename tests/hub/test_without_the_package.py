@@ -22,6 +22,7 @@ CASES = {
     "gpt2": (IPQ, "AutoModel AutoModelForCausalLM"),
     "t5": (IPQ, "AutoModel AutoModelForSeq2SeqLM T5EncoderModel"),
 }
+SHARDED = {"bert", "t5"}  # and these in several files too
 STOCK_LOAD = """
 import json, sys, transformers
 for folder, classes in json.loads(sys.argv[1]).items():
@@ -43,6 +44,11 @@ def test_transformers_alone_refuses_by_whatever_class(tmp_path):
         folder = tmp_path / name
         model.save_pretrained(folder)
         loads[str(folder)] = classes
+        if name in SHARDED:
+            shards = tmp_path / f"{name}-shards"
+            model.save_pretrained(shards, max_shard_size="8KB")
+            assert len(list(shards.glob("model-*.safetensors"))) > 2
+            loads[str(shards)] = classes
         info = AutoQuantizedModel.from_pretrained(folder, output_loading_info=True)[1]
         assert not info["unexpected_keys"], "with the package, sentinels are nothing to tell of"
     run = subprocess.run(
