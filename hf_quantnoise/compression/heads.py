@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES,
 )
 
+from ..modeling.padding import IGNORED
 from ..registry import Registry
 from .distillation import sigmoid_divergence, softmax_divergence, squared_error
 from .guards import without_adapters
@@ -25,7 +26,6 @@ from .guards import without_adapters
 Head = Callable[[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any], float], Tensor]
 HEADS: Registry[Head] = Registry("head")
 
-IGNORED = -100
 SPANS = ("start_logits", "end_logits")
 _HIDDEN_SCORE = -1e9
 _KINDS = {

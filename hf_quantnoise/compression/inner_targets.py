@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..modeling.padding import IGNORED
 from .distillation import attention_divergence, hidden_state_error, matched_layers
-from .heads import IGNORED
 
 logger = logging.get_logger(__name__)
 

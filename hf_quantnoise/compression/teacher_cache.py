@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from .heads import IGNORED, SPANS
+from ..modeling.padding import IGNORED
+from .heads import SPANS
 
 logger = logging.get_logger(__name__)
 

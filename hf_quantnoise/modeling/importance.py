@@ -12,7 +12,7 @@ looked up.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from ..blocks import layout_of
 from ..distributed import of_rank_0
 from .activations import evaluating, never_ran
+from .padding import PaddingMasks
 
 # Inputs that were silent on a few batches are not silent for ever: a share of the mean is added to
 # every column's h.
@@ -73,12 +74,12 @@ class _Watch(TorchFunctionMode):
     Attributes:
         columns: for each weight, by id, the sum of squares of its inputs; float64.
         rows: for each table, by id, how often each row was looked up; float64.
-        mask: attention mask of the running batch: padding counts for nothing.
+        padding: of the running batch, which counts for nothing.
     """
 
-    def __init__(self, layers: Sequence[nn.Module]) -> None:
+    def __init__(self, layers: Sequence[nn.Module], padding: PaddingMasks) -> None:
         super().__init__()
-        self.layers = layers
+        self.layers, self.padding = layers, padding
         self.columns: dict[int, Tensor] = {}
         self.rows = {
             id(layer.weight): torch.zeros(
@@ -87,7 +88,6 @@ class _Watch(TorchFunctionMode):
             for layer in layers
             if isinstance(layer, nn.Embedding)
         }
-        self.mask: Tensor | None = None
         self._hooks: list = []
 
     def __enter__(self):
@@ -106,21 +106,18 @@ class _Watch(TorchFunctionMode):
     def _hook(self, moments: Callable[[nn.Module, Tensor], Tensor]):
         def observe(layer: nn.Module, args: tuple, kwargs: dict) -> None:
             inputs = args[0] if args else next(iter(kwargs.values()))
-            total = moments(layer, self._without_padding(inputs)).double()
+            if inputs.dim() == 3:  # (batch, hidden) has no positions, whatever the mask's shape
+                inputs = self.padding.without_padding(inputs)
+            total = moments(layer, inputs).double()
             key = id(layer.weight)
             self.columns[key] = self.columns[key] + total if key in self.columns else total
 
         return observe
 
-    def _without_padding(self, inputs: Tensor) -> Tensor:
-        if self.mask is None or inputs.shape[:2] != self.mask.shape or inputs.dim() > 3:
-            return inputs
-        return inputs[self.mask.to(inputs.device).bool()]
-
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is F.embedding and len(args) > 1 and id(args[1]) in self.rows:
             counts = self.rows[id(args[1])]
-            words = self._without_padding(args[0]).reshape(-1)
+            words = self.padding.without_padding(args[0]).reshape(-1)
             counts += torch.bincount(words, minlength=len(counts))
         return func(*args, **(kwargs or {}))
 
@@ -142,7 +139,8 @@ def measure_importance(
     Args:
         model: the model that holds the layers; put in eval mode meanwhile.
         weights: for each weight, the layers that hold it.
-        batches: keyword arguments of the model's forward, a dict each.
+        batches: keyword arguments of the model's forward, a dict each; what their masks leave out
+            counts for nothing.
         forward: runs one batch; None takes ``model(**batch)``.
 
     Returns:
@@ -154,12 +152,11 @@ def measure_importance(
         ValueError: if a weight was never used on the batches.
     """
     forward = forward or (lambda batch: model(**batch))
-    watch = _Watch([layer for layers in weights for layer in layers])
-    one_sequence = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    with evaluating(model), watch:
+    padding = PaddingMasks(model)
+    watch = _Watch([layer for layers in weights for layer in layers], padding)
+    with evaluating(model), padding, watch:
         for batch in batches:
-            mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-            watch.mask = mask if one_sequence and mask is not None and mask.dim() == 2 else None
+            padding.begin(batch)
             forward(batch)
     return [_importance(model, layers, watch) for layers in weights]
 

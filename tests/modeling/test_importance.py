@@ -5,9 +5,16 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from stacked import make_stacked
 from tiny import make_model, make_vision_model
 from torch import nn
-from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    BartForSequenceClassification,
+    OPTConfig,
+    OPTForCausalLM,
+    TrainingArguments,
+)
 from transformers.pytorch_utils import Conv1D
 
 from hf_quantnoise import (
@@ -120,6 +127,81 @@ def test_padding_counts_for_nothing():
     for layer in (table, matrix):
         found, expected = (measure_importance(model, [[layer]], [b])[0] for b in (padded, plain))
         torch.testing.assert_close(found, expected)
+
+
+ENCODER_DECODER = {
+    "t5": {
+        "encoder": "encoder.block.1.layer.0.SelfAttention.q",
+        "decoder": "decoder.block.1.layer.0.SelfAttention.q",
+        "what the decoder reads of the encoder": "decoder.block.1.layer.1.EncDecAttention.k",
+        "table of both": "shared",
+    },
+    "bart": {
+        "encoder": "model.encoder.layers.1.fc1",
+        "decoder": "model.decoder.layers.1.fc1",
+        "what the decoder reads of the encoder": "model.decoder.layers.1.encoder_attn.v_proj",
+        "table of both": "model.shared",
+    },
+}
+
+
+def padded_pair():
+    """A batch, and the same examples one by one without their padding. Sources and targets are as
+    wide as each other, and padded elsewhere."""
+    generator = torch.Generator().manual_seed(7)
+    ids, targets = torch.randint(5, 320, (2, 3, 8), generator=generator)
+    widths = [(8, 5), (4, 8), (6, 6)]
+    batch = {"input_ids": ids, "labels": targets, "attention_mask": torch.ones_like(ids)}
+    alone = []
+    for row, (source, target) in enumerate(widths):
+        alone.append(
+            {"input_ids": ids[row : row + 1, :source].clone(),
+             "labels": targets[row : row + 1, :target].clone()}
+        )  # fmt: skip
+        ids[row, source:], batch["attention_mask"][row, source:] = 0, 0
+        targets[row, target:] = -100
+    return batch, alone
+
+
+@pytest.mark.parametrize("given", ["labels", "ids and labels", "ids and a mask"])
+@pytest.mark.parametrize("name", ENCODER_DECODER)
+def test_padding_of_encoder_and_decoder_counts_for_nothing(name, given):
+    model = make_stacked(name, 2)
+    batch, alone = padded_pair()
+    if given != "labels":
+        batch["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(batch["labels"])
+    if given == "ids and a mask":
+        batch["decoder_attention_mask"] = (batch.pop("labels") != -100).long()
+    for which, layer in ENCODER_DECODER[name].items():
+        weights = [[model.get_submodule(layer)]]
+        found, expected = (measure_importance(model, weights, b)[0] for b in ([batch], alone))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, msg=which)
+        assert found.std() > 1e-3  # it says something
+
+
+def test_a_classifier_s_decoder_has_the_inputs_of_its_encoder():
+    torch.manual_seed(0)
+    model = BartForSequenceClassification(make_stacked("bart", 2).config).eval()
+    ids = torch.randint(5, 320, (1, 8))
+    ids[:, -1] = model.config.eos_token_id
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    padded = {name: F.pad(value, (0, 4)) for name, value in batch.items()}
+    layer = model.model.decoder.layers[1].fc1
+    found, expected = (measure_importance(model, [[layer]], [b])[0] for b in (padded, batch))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_has_no_positions_is_not_masked():
+    """The pooled output (batch, hidden) of sequences as long as the model is wide has the shape of
+    their mask."""
+    model = make_model("bert")
+    batch = batches(1, length=32)[0]
+    batch["attention_mask"] = torch.ones(4, 32, dtype=torch.long)
+    batch["attention_mask"][:2, 20:] = 0
+    with torch.no_grad():
+        pooled = model.bert(**batch).pooler_output
+    (found,) = measure_importance(model, [[model.classifier]], [batch])
+    torch.testing.assert_close(found.double(), damped(pooled.double().square().sum(0)[None]))
 
 
 def test_a_head_that_is_a_table_too_weighs_both():
