@@ -4,8 +4,9 @@ from .arguments import CompressionArguments
 from .budget import Allotment, allot, plan_budget
 from .guards import GuardedTrainer
 from .oneshot import quantize_model
+from .pass_checks import check_pass
 from .record import StageRecord
-from .stages import StagedPass, check_pass
+from .stages import StagedPass
 from .target import check_plan, file_bytes
 
 __all__ = [

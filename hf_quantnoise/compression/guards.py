@@ -46,6 +46,20 @@ def loss_reads_num_items(model: nn.Module) -> bool:
     return _PASSES_KWARGS_ON.search(source) is not None
 
 
+def _bound_optimizer(trainer: Trainer) -> str | None:
+    """Read off a trainer that was just made: once it has trained it has an optimizer of its own."""
+    pair = trainer.optimizer, trainer.lr_scheduler
+    if any(each is not None for each in pair):
+        names = ["None" if each is None else type(each).__name__ for each in pair]
+        return f"optimizers=({', '.join(names)})"
+    if trainer.optimizer_cls_and_kwargs is None:
+        return None
+    optimizer_class, given = trainer.optimizer_cls_and_kwargs
+    bound = [name for name in ("params", "model", "optimizer_dict") if name in given]
+    name = getattr(optimizer_class, "__name__", type(optimizer_class).__name__)
+    return f"optimizer_cls_and_kwargs=({name}, {{{bound[0]!r}: ...}})" if bound else None
+
+
 class GuardedTrainer(Trainer):
     """``Trainer`` with five guards, each over a public hook.
 
@@ -59,12 +73,17 @@ class GuardedTrainer(Trainer):
     * Under FSDP2 a copy of the model is sharded (``sharded.py``). After ``train`` the model is
       whole again, the same object with the new weights, on every rank; the optimizer is gone.
 
+    Attributes:
+        bound_optimizer: what was given of an optimizer that only the parameters of now can have, in
+            words; None without.
+
     Raises:
         ValueError: if the model cannot be sharded as the arguments ask for.
     """
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
+        self.bound_optimizer = _bound_optimizer(self)
         require_fsdp2(self)
         share_what_rank_0_read(self, self.model)
         self._sharded: ShardedCopy | None = None

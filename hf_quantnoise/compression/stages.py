@@ -9,13 +9,12 @@ state. Where checkpoints are written at all (``save_strategy``), the pass writes
 from __future__ import annotations
 
 import copy
-import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import islice
-from types import SimpleNamespace
+from typing import Any
 
 from torch import nn
 from tqdm.auto import tqdm
@@ -24,48 +23,24 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.utils import logging
 
 from ..configuration import QuantizedModelConfig, QuantNoiseConfig
-from ..hub.packer import ModelPacker, StageResult, check_can_be_packed
-from ..modeling.activations import calibrate, require_batches
+from ..hub.packer import ModelPacker, StageResult
+from ..modeling.activations import calibrate
 from ..noise import apply_quant_noise, remove_quant_noise
 from .arguments import CompressionArguments, StageSettings
+from .asked import Asked, asked_of, require_same
 from .budget import first_batches, within_target
 from .figures import forward_logs, log_errors, log_record
 from .oneshot import without_noise
+from .pass_checks import check_pass
 from .pass_files import FOLDER, PassFiles, SavedStage, put_into_memory
-from .reassign import require_centroids
 from .record import StageRecord, metric_when_packed, record_of
 from .resumable import OptimizerState
-from .sharded import is_compiled, share_what_rank_0_read
+from .sharded import share_what_rank_0_read
 from .stage_trainer import StageTrainer
 from .teacher import Teacher
 from .waiting_noise import WaitingNoise, noise_to_keep
 
 logger = logging.get_logger(__name__)
-
-
-def check_pass(trainer: Trainer, config: QuantizedModelConfig, args: CompressionArguments) -> None:
-    """What can be told of a pass by its settings alone; before the training that leads to it, too.
-
-    Raises:
-        ValueError: if a stage has no training data, or the settings name stages that are none or
-            contradict each other or the trainer's.
-    """
-    stages = config.stage_groups()
-    args.check_stages(stages)
-    if trainer.train_dataset is None:
-        if args.trains(stages):
-            raise ValueError(
-                "compress finetunes between stages and the trainer has no train_dataset; give "
-                "it one, or set CompressionArguments(stage_epochs=0)"
-            )
-        if config.reads_data:
-            require_batches([], config.reads_data)
-    # accelerate's own settings may have turned them on, too.
-    fsdp, deepspeed = trainer.is_fsdp_enabled, trainer.is_deepspeed_enabled
-    ways = SimpleNamespace(fsdp=fsdp, deepspeed=deepspeed, torch_compile=is_compiled(trainer))
-    require_centroids(config, args, ways)
-    noise_to_keep(trainer, args.keep_noise)
-    check_can_be_packed(trainer.accelerator.unwrap_model(trainer.model))
 
 
 class StagedPass:
@@ -177,16 +152,7 @@ class StagedPass:
         if not saved:
             logger.warning(f"nothing to go on from in {self.files.folder}; the pass begins anew")
             return []
-        asked, now = saved[-1].content["asked"], self._asked()
-        for part in asked:
-            odd = [key for key in now[part] if asked[part].get(key) != now[part][key]]
-            if odd:
-                was, is_now = asked[part].get(odd[0]), now[part][odd[0]]
-                raise ValueError(
-                    f"resume_from_checkpoint: the pass in {self.files.folder} was begun with "
-                    f"{odd[0]}={was!r}, now it is {is_now!r}; take the same {part}, or begin anew "
-                    "without resume_from_checkpoint"
-                )
+        require_same(saved[-1].content["asked"], self._asked(), self.files.folder)
         return saved
 
     def _go_back(self, saved: list[SavedStage]) -> int:
@@ -254,18 +220,8 @@ class StagedPass:
         names = [stage or "all" for stage in self.stages]
         return names.index(record.stage) + 1 if record.stage in names else 0
 
-    def _asked(self) -> dict[str, dict]:
-        arguments = asdict(self.args)
-        for name in ("plots", "teacher_device", "distill_cache_mb"):  # they change no model
-            del arguments[name]
-        asked = {"config": self.config.to_dict(), "compression_args": arguments}
-        asked["qn_config"] = {} if self.noise_config is None else self.noise_config.to_dict()
-        teacher = "a copy of the model"
-        if self.given_teacher is not None:
-            numbers = sum(parameter.numel() for parameter in self.given_teacher.parameters())
-            teacher = f"a {type(self.given_teacher).__name__} of {numbers:,} numbers"
-        asked["teacher"] = {"teacher": teacher}
-        return json.loads(json.dumps(asked))
+    def _asked(self) -> Asked:
+        return asked_of(self.trainer, self.config, self.args, self.noise_config, self.given_teacher)
 
     def _save(self, number: int) -> None:
         content = {
@@ -294,12 +250,21 @@ class StagedPass:
             train_dataset=trainer.train_dataset,
             eval_dataset=trainer.eval_dataset,
             processing_class=trainer.processing_class,
+            optimizer_cls_and_kwargs=self._optimizer_class(settings),
             compute_loss_func=trainer.compute_loss_func,
             compute_metrics=trainer.compute_metrics,
             preprocess_logits_for_metrics=trainer.preprocess_logits_for_metrics,
         )
         forward_logs(stage_trainer, trainer, number)
         return stage_trainer
+
+    def _optimizer_class(self, settings: StageSettings) -> tuple[type, dict[str, Any]] | None:
+        """What the trainer was given, with the stage's learning rate where it has one."""
+        if self.trainer.optimizer_cls_and_kwargs is None:
+            return None
+        optimizer_class, given = self.trainer.optimizer_cls_and_kwargs
+        rate = settings.learning_rate
+        return optimizer_class, {**given, **({} if rate is None else {"lr": rate})}
 
     def _span(self, number: int) -> tuple[float, float]:
         """The part of the learning-rate schedule that a stage has."""
