@@ -27,6 +27,20 @@ def without_adapters(model: nn.Module) -> nn.Module:
     return model
 
 
+def unprepared(model: nn.Module) -> nn.Module:
+    """Takes off, in place, what accelerate leaves on a model that it has prepared: autocast around
+    its forward, and the mark by which it is taken for prepared from then on. accelerate's own way
+    (``unwrap_model(..., keep_fp32_wrapper=False)``, 1.15) takes transformers' decorators along."""
+    held = vars(model)
+    held.pop("_is_accelerate_prepared", None)
+    before = held.pop("_original_forward", None)
+    if before is not None:
+        held.pop("forward", None)
+        if model.forward != before:  # not that of its class
+            model.forward = before
+    return model
+
+
 def loss_reads_num_items(model: nn.Module) -> bool:
     """Whether a model's loss is normalised by ``num_items_in_batch``, read off its forward.
 
@@ -105,9 +119,7 @@ class GuardedTrainer(Trainer):
         """``Trainer.train``, wrapped anew whatever was done with the model before."""
         wrapped = getattr(self.model_wrapped, "_orig_mod", self.model_wrapped)
         if wrapped is self.model:  # neither DDP nor anything else is around it
-            self.model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-            self.model.__dict__.pop("_is_accelerate_prepared", None)
-            self.model_wrapped = self.model
+            self.model = self.model_wrapped = unprepared(self.accelerator.unwrap_model(self.model))
         if not self.is_fsdp_enabled:
             return super().train(*args, **kwargs)
         self._sharded = ShardedCopy(self.model, self.args.device)

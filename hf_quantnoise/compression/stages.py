@@ -30,6 +30,7 @@ from .arguments import CompressionArguments, StageSettings
 from .asked import Asked, asked_of, require_same
 from .budget import first_batches, within_target
 from .figures import forward_logs, log_errors, log_record
+from .guards import unprepared
 from .oneshot import without_noise
 from .pass_checks import check_pass
 from .pass_files import FOLDER, PassFiles, SavedStage, put_into_memory
@@ -70,7 +71,7 @@ class StagedPass:
         check_pass(trainer, config, self.args)
         self.given_teacher, self.teacher = teacher, None
         self.report = report or (lambda record: None)
-        self.model = trainer.accelerator.unwrap_model(trainer.model)
+        self.model = unprepared(trainer.accelerator.unwrap_model(trainer.model))
         if trainer.is_fsdp_enabled:  # else Trainer has put it there
             self.model.to(trainer.args.device)
         self.history: list[StageRecord] = []
@@ -209,6 +210,7 @@ class StagedPass:
         return self.noise.on(waiting)
 
     def _add(self, record: StageRecord) -> None:
+        unprepared(self.model)  # by its evaluation: what comes next goes by the model alone
         record.step = self.trainer.state.global_step
         clean = (self.history or [record])[0].metric
         log_record(self.trainer, record, self._number_of(record), clean)
