@@ -142,7 +142,7 @@ class CompressionArguments:
         default=False,
         metadata={
             "help": "Keep the teacher's logits of each training example for later epochs and "
-            "stages, in main memory."
+            "stages, in main memory and in the checkpoints of the pass."
         },
     )
     distill_cache_mb: float = field(

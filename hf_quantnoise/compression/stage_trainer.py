@@ -79,6 +79,15 @@ class StageTrainer(ResumableTrainer):
         optimizer.add_param_group({"params": codebooks, "lr": rate, "weight_decay": 0.0})
         return optimizer
 
+    def more_to_keep(self) -> dict[str, dict[str, Tensor]]:
+        """The teacher's cache: filled anew it would be rounded otherwise, by other batches."""
+        return {} if self.teacher is None else self.teacher.files()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.teacher is not None:
+            self.teacher.take_files(resume_from_checkpoint)
+
     def train(self, *args, **kwargs):
         """As ``Trainer`` does, with attention maps where the teacher's are a target."""
         maps = nullcontext() if self.teacher is None else self.teacher.attention_maps(self.model)

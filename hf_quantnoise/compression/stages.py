@@ -176,6 +176,8 @@ class StagedPass:
                     self.packer.restore_stage(stage)
             put_into_memory(self.model, newest.tensors())
             self._optimizer_state = newest.optimizer()
+            if self.teacher is not None:
+                self.teacher.take_files(newest.folder)
         return newest.number
 
     # ---- a stage --------------------------------------------------------------------------------
@@ -231,7 +233,9 @@ class StagedPass:
             "config": self.packer.config.to_dict(),
             "history": [record.to_dict() for record in self.history],
         }
-        self.files.save_stage(number, self.model, content, self._optimizer_state)
+        goes_on = 0 < number < len(self.stages)
+        more = self.teacher.files() if goes_on and self.teacher is not None else {}
+        self.files.save_stage(number, self.model, content, self._optimizer_state, more)
         self.trainer.accelerator.wait_for_everyone()
 
     def _stage_trainer(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Trainer
 
@@ -16,6 +18,8 @@ from .arguments import CompressionArguments
 from .heads import logits_divergence
 from .inner_targets import eager_attention, inner_terms, without_attention_dropout
 from .teacher_cache import TeacherCache
+
+_CACHE = "teacher_cache.safetensors"
 
 
 class Teacher:
@@ -138,6 +142,16 @@ class Teacher:
             self.divergences(student, student(**batch, **self.flags), inputs, trainer.label_names)
         if self.cache is not None and hasattr(trainer.train_dataset, "__len__"):
             self.cache.require_room(len(trainer.train_dataset))
+
+    def files(self) -> dict[str, dict[str, Tensor]]:
+        """What has been gathered, to go on with after a kill: name of a file -> its tensors."""
+        return {} if self.cache is None else {_CACHE: self.cache.tensors()}
+
+    def take_files(self, folder: str) -> None:
+        """The inverse of :meth:`files`, once they are in a folder; nothing where they are not."""
+        path = os.path.join(folder, _CACHE)
+        if self.cache is not None and os.path.isfile(path):
+            self.cache.take(load_file(path))
 
     def attention_maps(self, student: nn.Module):
         """A context in which both models compute their attention maps, if they are a target."""

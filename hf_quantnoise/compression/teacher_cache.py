@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.utils import logging
@@ -17,6 +18,8 @@ from .heads import SPANS
 logger = logging.get_logger(__name__)
 
 Outputs = dict[str, Tensor]
+_KEY_BYTES = 16
+_SHAPES = ".shapes"
 _LABELS = ("labels", "start_positions", "end_positions")
 
 
@@ -113,8 +116,37 @@ class TeacherCache:
                 "distill_cache=False (the logits of language models are mostly too large to keep)"
             )
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All that is kept, as the tensors of a file: ``keys`` (examples, 16), ``counts``, and of
+        each output its numbers one after the other and, in ``<name>.shapes``, (examples, axes)."""
+        rows = list(self._entries.values())
+        keys = np.frombuffer(b"".join(self._entries), dtype=np.uint8).reshape(-1, _KEY_BYTES)
+        counts = [self.asked, self.found, self._computed, self._computed_bytes]
+        tensors = {"keys": torch.from_numpy(keys.copy()), "counts": torch.tensor(counts)}
+        for name in rows[0] if rows else ():
+            tensors[name] = torch.cat([row[name].reshape(-1) for row in rows])
+            tensors[name + _SHAPES] = torch.tensor([row[name].shape for row in rows])
+        return tensors
+
+    def take(self, tensors: Mapping[str, Tensor]) -> None:
+        """Keeps what :meth:`tensors` gave, in place of what was kept, as far as the limit goes."""
+        self.asked, self.found, self._computed, self._computed_bytes = tensors["counts"].tolist()
+        self._entries, self.bytes = {}, 0
+        columns = {
+            name: _rows(tensors[name], tensors[name + _SHAPES])
+            for name in tensors
+            if name + _SHAPES in tensors
+        }
+        for place, key in enumerate(tensors["keys"]):
+            row = {name: rows[place] for name, rows in columns.items()}
+            size = _size(row)
+            if self.bytes + size > self.limit:
+                break
+            self._entries[key.numpy().tobytes()] = row
+            self.bytes += size
+
     def _key(self, inputs: Mapping[str, Any], row: int, lengths: list[int] | None) -> bytes:
-        digest = hashlib.blake2b(digest_size=16)
+        digest = hashlib.blake2b(digest_size=_KEY_BYTES)
         for name in sorted(inputs):
             value = inputs[name]
             if name in _LABELS and not self.labels_are_inputs:
@@ -132,7 +164,7 @@ class TeacherCache:
             name: (x[:length] if _per_token(name, x, width) else x).to("cpu", copy=True)
             for name, x in row.items()
         }
-        size = sum(x.numel() * x.element_size() for x in kept.values())
+        size = _size(kept)
         self._computed += 1
         self._computed_bytes += size
         if self.bytes + size > self.limit:
@@ -144,6 +176,15 @@ class TeacherCache:
         if key not in self._entries:
             self._entries[key] = kept
             self.bytes += size
+
+
+def _size(row: Outputs) -> int:
+    return sum(x.numel() * x.element_size() for x in row.values())
+
+
+def _rows(numbers: Tensor, shapes: Tensor) -> list[Tensor]:
+    parts = numbers.clone().split(shapes.prod(1).tolist())  # of no file, which will be removed
+    return [part.view(shape) for part, shape in zip(parts, shapes.tolist(), strict=True)]
 
 
 def _trimmed(

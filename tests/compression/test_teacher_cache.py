@@ -4,12 +4,22 @@ import copy
 
 import pytest
 import torch
-from stage_runs import ONE_STAGE, Watch, make_trainer
+from stage_runs import (
+    ONE_STAGE,
+    Killed,
+    Watch,
+    compare,
+    make_pass_trainer,
+    make_trainer,
+    sharp,
+)
 from tasks import EXAMPLES, TASKS
 from tiny import make_model
+from torch.nn.utils.rnn import pad_sequence
 
 from hf_quantnoise import CompressionArguments, IPQConfig
 from hf_quantnoise.compression.heads import logits_divergence
+from hf_quantnoise.compression.stage_trainer import StageTrainer
 from hf_quantnoise.compression.teacher import Teacher
 from hf_quantnoise.compression.teacher_cache import TeacherCache
 from hf_quantnoise.modeling import packed_layers
@@ -109,6 +119,92 @@ def test_classes_are_not_taken_for_positions():
     for _ in range(2):
         out = cache.outputs(inputs, lambda part: {"logits": torch.tensor([[1.0, 2.0, 3.0]])})
         assert out["logits"].tolist() == [[1.0, 2.0, 3.0]]
+
+
+@pytest.mark.parametrize("task", ["classification", "tokens", "questions"])
+def test_what_is_written_is_found_again(task):
+    make, data = TASKS[task]
+    model, batch = make(), data()
+    labels = ["labels", "start_positions", "end_positions"]
+    arguments = CompressionArguments(distill_cache=True)
+    first, again = (Teacher(model, None, arguments) for _ in range(2))
+    again.cache.take(first.cache.tensors())
+    assert len(again.cache) == again.cache.bytes == 0
+    first.outputs({name: value[:12] for name, value in batch.items()}, labels)
+    expected = first.outputs(batch, labels)
+    again.cache.take(first.cache.tensors())
+    assert len(again.cache) == EXAMPLES and again.cache.bytes == first.cache.bytes
+    assert (again.cache.asked, again.cache.found) == (12 + 16, 12)
+    again.model.forward = None  # all is found
+    found = again.outputs(batch, labels)
+    assert found.keys() == expected.keys()
+    for name, value in first.outputs(batch, labels).items():
+        assert torch.equal(found[name], value)
+
+
+def test_of_what_is_written_as_much_is_taken_as_fits():
+    model, batch = make_model("bert"), TASKS["classification"][1]()
+    roomy, small = (
+        Teacher(model, None, CompressionArguments(distill_cache=True, distill_cache_mb=mb))
+        for mb in (1.0, 5 * 8 / 1e6)
+    )
+    expected = roomy.outputs(batch, ["labels"])["logits"]
+    small.cache.take(roomy.cache.tensors())
+    assert len(small.cache) == 5 and small.cache.bytes == 5 * 8
+    found = small.outputs({name: value[:5] for name, value in batch.items()}, ["labels"])["logits"]
+    assert torch.equal(found, expected[:5])
+
+
+def of_many_lengths():
+    """Examples of 4 to 29 tokens; what rounding gives depends on what they are padded with."""
+    generator = torch.Generator().manual_seed(1)
+    rows = []
+    for number in range(64):
+        length = int(torch.randint(4, 30, (), generator=generator))
+        rows.append(
+            {"input_ids": torch.randint(5, 320, (length,), generator=generator),
+             "attention_mask": torch.ones(length, dtype=torch.long), "labels": number % 2}
+        )  # fmt: skip
+    return rows
+
+
+def padded(rows):
+    batch = {"labels": torch.tensor([row["labels"] for row in rows])}
+    for name in ("input_ids", "attention_mask"):
+        batch[name] = pad_sequence([row[name] for row in rows], batch_first=True)
+    return batch
+
+
+# 16 steps in a stage, a checkpoint after every other one.
+@pytest.mark.parametrize("step", [5, 13, 17], ids=["first epoch", "second epoch", "next stage"])
+def test_a_killed_pass_goes_on_with_the_cache_it_had(step, tmp_path, kill):
+    config = IPQConfig(block_size=4, n_centroids=16, stages=["ffn", "attention"])
+    arguments = CompressionArguments(stage_epochs=2, distill_cache=True)
+
+    def trainer(folder):
+        model, parts = sharp(make_model("bert")), {"eval_dataset": None, "data_collator": padded}
+        return make_pass_trainer(
+            folder, model, of_many_lengths(), None, parts, per_device_train_batch_size=8,
+            save_strategy="steps", save_steps=2,
+        )  # fmt: skip
+
+    straight = trainer(tmp_path / "a")
+    straight.compress(config, arguments)
+    release = kill(StageTrainer, "training_step", step)
+    with pytest.raises(Killed):
+        trainer(tmp_path / "b").compress(config, arguments)
+    release()
+    again = trainer(tmp_path / "b")
+    again.compress(config, arguments, resume_from_checkpoint=True)
+    compare(again, straight)
+    hits = [
+        [log["compression_teacher_cache_hits"] for log in one.state.log_history if
+         "compression_train_runtime" in log]
+        for one in (straight, again)
+    ]  # fmt: skip
+    assert hits[0][-1] == hits[1][-1] > 0.7
+    kept = tmp_path / "b" / "compression"
+    assert not list(kept.glob("**/teacher_cache*"))  # nothing comes that would need it
 
 
 def test_the_cache_is_bounded_and_what_cannot_fit_is_refused_at_once(tmp_path):
