@@ -132,9 +132,13 @@ class QuantNoiseCallback(TrainerCallback):
             noise.refresh_scales()
 
     def on_step_end(self, args, state, control, **kwargs):
-        """After a few steps: says which layers no noise reaches."""
+        """Lets all ranks know the ranges that each has watched, before a checkpoint is written;
+        after a few steps says which layers no noise reaches."""
         noise = find_state(kwargs["model"])
-        if noise is not None and state.global_step == REACH_STEPS:
+        if noise is None:
+            return
+        noise.share_ranges()
+        if state.global_step == REACH_STEPS:
             noise.note_unreached()
 
     def on_train_end(self, args, state, control, **kwargs):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,19 +32,80 @@ def object_of_rank_0(value: Any) -> Any:
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
     """The sum of a tensor over the ranks of a distributed run; in place."""
-    if is_distributed():
-        dist.all_reduce(tensor)
-    return tensor
+    return _reduced(tensor, "SUM")
+
+
+def max_over_ranks(tensor: Tensor) -> Tensor:
+    """The largest of each number over the ranks of a distributed run; in place."""
+    return _reduced(tensor, "MAX")
+
+
+def _reduced(tensor: Tensor, operation: str) -> Tensor:
+    if not is_distributed():
+        return tensor
+    shared = _on_device_of_backend(tensor)
+    dist.all_reduce(shared, op=getattr(dist.ReduceOp, operation))
+    return tensor if shared is tensor else tensor.copy_(shared)
+
+
+def _on_device_of_backend(tensor: Tensor) -> Tensor:
+    """The tensor, contiguous, where NCCL can reach it."""
+    if dist.get_backend() == "nccl" and tensor.device.type == "cpu":
+        tensor = tensor.to(torch.device("cuda", torch.cuda.current_device()))
+    return tensor.contiguous()
+
+
+def on_any_rank(flags: Sequence[bool]) -> list[bool]:
+    """For each flag, whether it is set on at least one rank of a distributed run. On all ranks,
+    each with as many flags."""
+    if not flags:
+        return []
+    return max_over_ranks(torch.tensor(list(flags), dtype=torch.uint8)).bool().tolist()
+
+
+@contextmanager
+def raising_together() -> Iterator[None]:
+    """A context that every rank leaves with an error if one does: it would go on alone, or leave
+    the others waiting for it. Nothing inside may wait for another rank.
+
+    Raises:
+        Exception: on a rank that raised, what it raised; on the others a ValueError with the same
+            words where that was one, else a RuntimeError that names rank and error; of the first
+            rank that raised.
+    """
+    own: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        own = error
+    said = [(rank, *found) for rank, found in enumerate(_gathered(_words_of(own))) if found]
+    if own is not None:
+        raise own
+    if said:
+        rank, name, words = said[0]
+        if name == ValueError.__name__:
+            raise ValueError(words)
+        raise RuntimeError(f"rank {rank} stopped with {name}: {words}")
+
+
+def _words_of(error: Exception | None) -> tuple[str, str] | None:
+    return None if error is None else (type(error).__name__, str(error))
+
+
+def _gathered(value: Any) -> list[Any]:
+    """The picklable objects of all ranks, in their order."""
+    if not is_distributed():
+        return [value]
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
 
 
 def of_rank(tensor: Tensor, rank: int) -> Tensor:
     """One rank's tensor, on every rank of a distributed run."""
     if not is_distributed():
         return tensor
-    device = tensor.device
-    if dist.get_backend() == "nccl" and device.type == "cpu":
-        device = torch.device("cuda", torch.cuda.current_device())
-    shared = tensor.to(device).contiguous()
+    shared = _on_device_of_backend(tensor)
     dist.broadcast(shared, src=rank)
     return shared.to(tensor.device)
 

@@ -1,5 +1,5 @@
-"""Programs on several processes of one machine, started as users start them: by ``torchrun`` or
-``accelerate launch``."""
+"""Programs on several processes of one machine, started as users start them, by ``torchrun`` or
+``accelerate launch``; and pieces of programs on two of them."""
 
 import json
 import os
@@ -9,11 +9,71 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
 needs_gloo = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="torch was built without gloo"
 )
+
+
+_ON_A_RANK = """
+import datetime, sys
+import torch
+import torch.distributed as dist
+
+rank, folder, found = int(sys.argv[1]), sys.argv[2], {}
+torch.set_num_threads(1)
+dist.init_process_group(
+    "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2,
+    timeout=datetime.timedelta(seconds=200),
+)
+
+
+def error_of(action, *args):
+    try:
+        action(*args)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+"""
+_AFTERWARDS = """
+torch.save(found, f"{folder}/found-{rank}")
+dist.barrier()  # gloo calls it an error where the first is gone before the second
+dist.destroy_process_group()
+"""
+
+
+def on_two_ranks(source: str, folder: Path, seconds: int = 300) -> list[dict]:
+    """Runs a piece of a program on two gloo processes.
+
+    Args:
+        source: knows ``rank``, ``folder``, and ``error_of`` (an action and its arguments -> type
+            and words of what it raises, or None). What it puts into the dict ``found`` comes back.
+        folder: an empty one.
+
+    Returns:
+        What each rank found.
+    """
+    program = folder / "piece.py"
+    program.write_text(_ON_A_RANK + source + _AFTERWARDS)
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": path}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(program), str(rank), str(folder)],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    try:
+        said = [process.communicate(timeout=seconds)[0] for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    assert [process.returncode for process in ranks] == [0, 0], "\n".join(said)[-6000:]
+    return [torch.load(folder / f"found-{rank}") for rank in (0, 1)]
 
 
 def torchrun(program: Path, *words: str, processes: int = 2, seconds: int = 600) -> str:

@@ -135,6 +135,12 @@ def _random_mask(
     return words.view(torch.int16)[:count] < threshold
 
 
+def in_backward() -> bool:
+    """Whether a backward pass is running: a forward inside of it can only be the recomputation of
+    gradient checkpointing."""
+    return torch._C._current_graph_task_id() != -1
+
+
 class SharedDraw:
     """One J per forward for several layers that hold the same weight.
 
@@ -164,8 +170,7 @@ class SharedDraw:
     def seed_for(self, member: int) -> int:
         """The seed of J for a layer's present forward (or recomputation)."""
         ticket = int(torch.randint(2**63 - 1, ()))
-        # Inside a backward pass a forward can only be a recomputation.
-        if torch._C._current_graph_task_id() != -1 and ticket in self._seed_of_ticket:
+        if in_backward() and ticket in self._seed_of_ticket:
             return self._seed_of_ticket[ticket]
         if self._seed is None or member in self._done:
             self._seed, self._done = ticket, set()

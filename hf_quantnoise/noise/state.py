@@ -14,7 +14,7 @@ from ..blocks import weight_matrix
 from ..configuration import QuantNoiseConfig
 from ..distributed import of_rank_0, whole
 from ..sharing import LayerSharing
-from .activations import ActivationNoise
+from .activations import ActivationNoise, share_ranges
 from .functions import NoiseFunction
 from .layerdrop import LayerDrop
 from .operator import WeightNoise
@@ -81,6 +81,7 @@ class QuantNoiseState:
         self.sharing = sharing
         self.layerdrop = layerdrop
         self.activations: dict[str, ActivationNoise] = {}
+        self._ranges_are_shared = False
         if config.activation_bits is not None:
             self.activations = {
                 name: ActivationNoise(config.activation_bits, config.activation_calibration)
@@ -159,8 +160,17 @@ class QuantNoiseState:
         self._refresh("codebooks")
 
     def refresh_scales(self) -> None:
-        """Sets scale and zero point of the present weights (Eq. 2); on all ranks, as above."""
+        """Sets scale and zero point of the present weights (Eq. 2), and shares the ranges of
+        inputs; on all ranks, as above."""
         self._refresh("scales")
+        self.share_ranges()
+
+    def share_ranges(self) -> None:
+        """Gives all ranks of a distributed run one range for the inputs of each layer, that of all
+        their batches so far; all must call it, after an optimizer step. Until then a rank rounds
+        between what it has seen itself."""
+        if not self._ranges_are_shared:
+            self._ranges_are_shared = share_ranges(list(self.activations.values()))
 
     def state_dict(self) -> dict[str, Tensor]:
         """All fitted tensors: ``<layer>.<number of the noise>.<tensor>`` -> tensor, and
@@ -204,6 +214,7 @@ class QuantNoiseState:
         for name, noise in self.activations.items():
             own_part = {key: tensors[f"{name}.input.{key}"] for key in noise.state_dict()}
             noise.load_state_dict(own_part)
+        self._ranges_are_shared = False
 
     def _functions(self) -> Iterator[tuple[NoisedWeight, str, NoiseFunction]]:
         for weight in self.weights:

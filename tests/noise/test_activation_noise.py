@@ -4,9 +4,11 @@ import pytest
 import torch
 from tiny import make_model
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from hf_quantnoise import QuantNoiseConfig, apply_quant_noise, remove_quant_noise
 from hf_quantnoise.noise import find_state
+from hf_quantnoise.noise.selection import in_backward
 
 
 def noisy(p=0.5, calibration=2, bits=4):
@@ -92,6 +94,49 @@ def test_gradients_stop_outside_of_the_range():
     inputs = torch.full((1, 16), 5.0, requires_grad=True)
     model(inputs).sum().backward()
     assert torch.equal(inputs.grad, torch.zeros_like(inputs))
+
+
+class Repeated(nn.Module):
+    """One layer, called three times in each forward, each time in a checkpoint of its own."""
+
+    def __init__(self, reentrant):
+        super().__init__()
+        self.layer, self.reentrant = nn.Linear(8, 8), reentrant
+        self.calls = []  # (what entered the layer, whether in a backward pass)
+
+    def forward(self, inputs):
+        for _ in range(3):
+            inputs = checkpoint(self.layer, inputs, use_reentrant=self.reentrant)
+        return inputs
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("calibration", [1, 3, 4])
+def test_a_recomputed_forward_is_watched_or_rounded_as_it_was(calibration, reentrant, monkeypatch):
+    model = Repeated(reentrant)
+    config = QuantNoiseConfig(
+        noise="int8", p=1, activation_bits=2, activation_calibration=calibration
+    )
+    apply_quant_noise(model, config).train()
+    original = nn.Linear.forward
+
+    def spy(self, given):
+        model.calls.append((given.detach().clone(), in_backward()))
+        return original(self, given)
+
+    monkeypatch.setattr(nn.Linear, "forward", spy)
+    (noise,) = find_state(model).activations.values()
+    for step in range(1, 4):
+        model.calls = []
+        model(torch.randn(4, 8, requires_grad=True)).sum().backward()
+        forwards = [given for given, again in model.calls if not again]
+        again = [given for given, again in model.calls if again]
+        assert len(forwards) == len(again) == 3
+        for one, other in zip(forwards, reversed(again), strict=True):
+            assert torch.equal(one, other)
+        assert noise.seen == min(calibration, 3 * step)  # recomputations are no further forwards
+        rounded = [given.unique().numel() <= 4 for given in forwards]
+        assert rounded == [3 * (step - 1) + call >= calibration for call in range(3)]
 
 
 def test_bad_bits_are_refused():

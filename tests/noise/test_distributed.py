@@ -1,22 +1,14 @@
-"""Two gloo processes: whatever noise is fitted to is rank 0's on every rank."""
-
-import subprocess
-import sys
+"""Two gloo processes: whatever noise is fitted to is the same on every rank."""
 
 import torch
-from processes import needs_gloo
+from processes import needs_gloo, on_two_ranks, torchrun
 
-RANK = """
-import sys
-import torch
-import torch.distributed as dist
+FITTED = """
 from torch import nn
 
 from hf_quantnoise import QuantNoiseConfig, apply_quant_noise
 from hf_quantnoise.noise import find_state
 
-rank, folder = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
 torch.manual_seed(rank)  # other weights on each rank, as after a bad restart: the harder case
 model = nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 32))
 config = QuantNoiseConfig(
@@ -25,28 +17,93 @@ config = QuantNoiseConfig(
 )
 apply_quant_noise(model, config).train()
 state = find_state(model)
-torch.save(state.state_dict(), f"{folder}/fitted-{rank}")
-model(torch.randn(5, 32))
+found["fitted"] = {name: tensor.clone() for name, tensor in state.state_dict().items()}
+found["inputs"] = torch.randn(5, 32)
+model(found["inputs"])
 state.refresh_codebooks()
 state.refresh_scales()
-torch.save(state.state_dict(), f"{folder}/refreshed-{rank}")
-torch.save(model.state_dict(), f"{folder}/weights-{rank}")
-dist.destroy_process_group()
+found["refreshed"] = state.state_dict()
+found["weights"] = model.state_dict()
 """
 
 
 @needs_gloo
 def test_codebooks_scales_and_ranges_are_the_same_on_all_ranks(tmp_path):
-    ranks = [
-        subprocess.Popen([sys.executable, "-c", RANK, str(rank), str(tmp_path)]) for rank in (0, 1)
-    ]
-    assert [process.wait(timeout=120) for process in ranks] == [0, 0]
-    weights = [torch.load(tmp_path / f"weights-{rank}") for rank in (0, 1)]
-    assert not torch.equal(weights[0]["0.weight"], weights[1]["0.weight"])
+    first, second = on_two_ranks(FITTED, tmp_path)
+    assert not torch.equal(first["weights"]["0.weight"], second["weights"]["0.weight"])
     for moment in ("fitted", "refreshed"):
-        one, other = (torch.load(tmp_path / f"{moment}-{rank}") for rank in (0, 1))
+        one, other = first[moment], second[moment]
         assert one.keys() == other.keys() and len(one) > 10
         for name in one:
             assert torch.equal(one[name], other[name]), (moment, name)
     # The range of activations is that of both ranks' batches together.
-    assert float(one["0.input.seen"]) == 1 and float(one["0.input.high"]) > 0
+    inputs = torch.cat([first["inputs"], second["inputs"]])
+    assert float(one["0.input.seen"]) == 1
+    assert (one["0.input.low"], one["0.input.high"]) == (inputs.min(), inputs.max())
+
+
+UNEVEN = """
+import os, sys
+import torch
+from stacked import make_stacked
+from tiny import VOCABULARY, with_dropout
+from transformers import Trainer, TrainingArguments
+
+from hf_quantnoise import QuantNoiseCallback, QuantNoiseConfig
+from hf_quantnoise.noise import find_state
+from hf_quantnoise.noise.layerdrop import DroppableLayer
+
+folder, rank = sys.argv[1], int(os.environ["RANK"])
+torch.set_num_threads(1)
+generator = torch.Generator().manual_seed(1)
+rows = []
+for number in range(64):
+    length = int(torch.randint(4, 30, (), generator=generator))
+    ids = torch.randint(5, VOCABULARY, (length,), generator=generator)
+    rows.append({"input_ids": ids, "labels": number % 2})
+
+def collate(batch):
+    ids = torch.nn.utils.rnn.pad_sequence([row["input_ids"] for row in batch], batch_first=True)
+    return {"input_ids": ids, "labels": torch.tensor([row["labels"] for row in batch])}
+
+class Skips(QuantNoiseCallback):
+    forwards = []
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        super().on_train_begin(args, state, control, model=model, **kwargs)
+        for number, layer in enumerate(model.bert.encoder.layer):
+            layer.attention.self.query.register_forward_pre_hook(
+                lambda *_, number=number: self.forwards.append(number)
+            )
+
+model = with_dropout(make_stacked("bert", 3), 0.1)
+args = TrainingArguments(
+    folder, per_device_train_batch_size=4, gradient_accumulation_steps=2, report_to="none",
+    num_train_epochs=1, gradient_checkpointing=True, save_strategy="no", use_cpu=True,
+    ddp_backend="gloo", ddp_timeout=120, disable_tqdm=True, remove_unused_columns=False,
+)
+noise = Skips(QuantNoiseConfig(
+    noise="proxy", p=0.1, block_size=4, layerdrop=0.4, activation_bits=8, activation_calibration=3
+))
+Trainer(model, args, data_collator=collate, train_dataset=rows, callbacks=[noise]).train()
+torch.save(noise.forwards, f"{folder}/forwards-{rank}")
+torch.save(find_state(model).state_dict(), f"{folder}/noise-{rank}")
+torch.save(model.state_dict(), f"{folder}/model-{rank}")
+"""
+
+
+@needs_gloo
+def test_a_layer_that_one_rank_skips_keeps_no_other_waiting(tmp_path):
+    """Batches of other lengths draw other amounts of random numbers, so that LayerDrop skips other
+    layers on each rank; under any ``Trainer``, by the callback alone."""
+    program = tmp_path / "uneven.py"
+    program.write_text(UNEVEN)
+    torchrun(program, str(tmp_path), seconds=400)
+    ran = [torch.load(tmp_path / f"forwards-{rank}") for rank in (0, 1)]
+    assert ran[0] != ran[1]
+    for part in ("noise", "model"):
+        one, other = (torch.load(tmp_path / f"{part}-{rank}") for rank in (0, 1))
+        for name in one:
+            assert torch.equal(one[name], other[name]), name
+    noise = torch.load(tmp_path / "noise-0")
+    assert {int(value) for name, value in noise.items() if name.endswith("input.seen")} == {3}
