@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer
 
 from ..configuration import DENSE, IPQConfig, QuantizedModelConfig
-from ..distributed import is_rank_0, object_of_rank_0
+from ..distributed import is_rank_0, object_of_rank_0, on_any_rank
 from ..hub.packer import check_can_be_packed
 from ..modeling.restructure import restructured_copy
 from ..noise import find_state
@@ -110,7 +110,8 @@ def plan_budget(
             exclusions say which weights are quantized, ``codebook_bits`` and ``kmeans_iter`` how;
             ``block_size`` and ``n_centroids`` are not read.
         batches: a few batches, each the keyword arguments of a forward, to measure sensitivities
-            on; None (or none) goes by quantization errors alone.
+            on; None (or none) goes by quantization errors alone. In a distributed run each rank
+            gives its own, and those of all ranks count.
         progress: show bars.
 
     Raises:
@@ -133,7 +134,7 @@ def plan_budget(
         for own in tqdm(members, desc="quantization errors", unit="weight", disable=not progress)
     ]
     batches = list(batches or [])
-    if batches:
+    if on_any_rank([bool(batches)])[0]:
         bits = 8 * target / sum(p.numel() for p in copy.parameters())
         costs = costs_by_output(weights, copy, batches, bits, progress)
     else:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..blocks import weight_matrix
+from ..distributed import raising_together, sum_over_ranks
 from ..structure import LayerInfo
 from .candidates import Trial, WeightChoices
 from .heads import logits_divergence
@@ -69,19 +70,22 @@ def divergence(
 
 
 class OutputDivergence:
-    """Measures how far the output moves when one weight is quantized.
+    """Measures how far the output moves when one weight is quantized. In a distributed run all
+    ranks do it together, each with batches of its own.
 
     Args:
         model: in eval mode; its parameters are exchanged for the time of a forward, never written.
-        batches: keyword arguments of its forward, a dict each.
+        batches: keyword arguments of its forward, a dict each; a rank may have none.
     """
 
     def __init__(self, model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> None:
         self.model, self.batches = model, batches
-        self.reference = [outputs_of(model(**batch)) for batch in batches]
+        with raising_together():
+            self.reference = [outputs_of(model(**batch)) for batch in batches]
 
     def of(self, members: Sequence[LayerInfo], matrix: Tensor) -> float:
-        """The mean divergence over the batches, with a weight replaced in all layers that hold it.
+        """The mean divergence over the batches of all ranks, with a weight replaced in all layers
+        that hold it.
 
         Args:
             members: those layers.
@@ -100,7 +104,9 @@ class OutputDivergence:
         finally:
             for layer in members:
                 layer.module._parameters["weight"] = weight
-        return sum(found) / len(found)
+        total = torch.tensor([sum(found), len(found)], dtype=torch.float64)
+        divergence_sum, count = sum_over_ranks(total).tolist()
+        return divergence_sum / count
 
 
 def _trials_for(choices: WeightChoices, bits: float) -> list[Trial]:
@@ -151,7 +157,7 @@ def costs_by_output(
     bits: float,
     progress: bool = False,
 ) -> Costs:
-    """Divergence of the output, of every candidate of every weight.
+    """Divergence of the output, of every candidate of every weight. On all ranks.
 
     Args:
         weights: their candidates; layers are modules of ``model``.

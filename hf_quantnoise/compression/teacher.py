@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Trainer
 
+from ..distributed import raising_together
 from ..modeling.activations import evaluating
 from .arguments import CompressionArguments
 from .heads import logits_divergence
@@ -127,21 +128,27 @@ class Teacher:
         return self.given or bool(self.flags) or self.cache is not None
 
     def check(self, trainer: Trainer) -> None:
-        """Compares student and teacher on one batch.
+        """Compares student and teacher on one batch of each rank. On all ranks.
 
         Args:
             trainer: has the student, still dense, and its data.
 
         Raises:
-            ValueError: naming the field and the way out.
+            ValueError: naming the field and the way out; on all ranks if on one.
         """
-        student = trainer.model
         inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
-        with evaluating(student), torch.no_grad(), self.attention_maps(student):
-            batch = self.inputs_of(inputs, trainer.label_names)
-            self.divergences(student, student(**batch, **self.flags), inputs, trainer.label_names)
-        if self.cache is not None and hasattr(trainer.train_dataset, "__len__"):
-            self.cache.require_room(len(trainer.train_dataset))
+        with raising_together():  # each rank has examples of its own size
+            self._compare(trainer.model, inputs, trainer.label_names)
+            if self.cache is not None and hasattr(trainer.train_dataset, "__len__"):
+                self.cache.require_room(len(trainer.train_dataset))
+
+    @torch.no_grad()
+    def _compare(
+        self, student: nn.Module, inputs: Mapping[str, Any], label_names: list[str]
+    ) -> None:
+        with evaluating(student), self.attention_maps(student):
+            batch = self.inputs_of(inputs, label_names)
+            self.divergences(student, student(**batch, **self.flags), inputs, label_names)
 
     def files(self) -> dict[str, dict[str, Tensor]]:
         """What has been gathered, to go on with after a kill: name of a file -> its tensors."""

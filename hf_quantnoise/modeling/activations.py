@@ -6,19 +6,26 @@ scalars in the checkpoint, ``input_scale`` and ``input_zero_point``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from ..distributed import of_rank_0
+from ..distributed import max_over_ranks, of_rank_0, on_any_rank, sum_over_ranks
 from ..quantizers import FixedPointQuantizer
-from ..quantizers.observers import extremes, histogram, range_of_histogram
+from ..quantizers.observers import BINS, extremes, histogram, range_of_histogram
 
 
 class InputObserver:
-    """Watches the inputs of one layer: first their extremes, then their histogram."""
+    """Watches the inputs of one layer: first their extremes, then their histogram.
+
+    Attributes:
+        range: the extremes, float32 scalars; None before the first input.
+        counts: how many numbers fell in each bin, float32.
+        bins_are_fixed: whether extremes are known, and bins are counted now.
+    """
 
     def __init__(self) -> None:
         self.range: tuple[Tensor, Tensor] | None = None
@@ -43,8 +50,9 @@ class InputObserver:
 
 
 def require_batches(batches: Sequence, needed_by: str = "activation_bits") -> None:
-    """Raises ValueError where there is nothing to calibrate on, naming the field that needs it."""
-    if not batches:
+    """Raises ValueError where there is nothing to calibrate on, on any rank of a distributed run,
+    naming the field that needs it. On all ranks."""
+    if not on_any_rank([bool(batches)])[0]:
         raise ValueError(
             f"{needed_by} needs calibration data, and there is none: give a trainer with a "
             "train_dataset, or quantize_model(..., calibration_data=[batch, ...])"
@@ -87,6 +95,7 @@ def require_runs(
     model: nn.Module, groups: Sequence[Sequence[nn.Module]], batches: Sequence, field: str
 ) -> None:
     """Runs batches until they have reached every group of layers: one is enough for most models.
+    In a distributed run the batches of all ranks count; on all ranks.
 
     Args:
         model: the model that holds the layers; put in eval mode meanwhile.
@@ -114,8 +123,10 @@ def require_runs(
     finally:
         for hook in hooks:
             hook.remove()
-    if idle:
-        raise never_ran(field, model, idle[0][0])
+    reached = on_any_rank([not called.isdisjoint(group) for group in groups])
+    for group, used in zip(groups, reached, strict=True):
+        if not used:
+            raise never_ran(field, model, group[0])
 
 
 @torch.no_grad()
@@ -126,7 +137,8 @@ def calibrate(
     forward: Callable[[object], object] | None = None,
 ) -> None:
     """Sets scale and zero point of the inputs of packed layers (7.7): the batches pass twice, for
-    the extremes and for the histogram.
+    the extremes and for the histogram. In a distributed run each rank has batches of its own, and
+    those of all ranks count; on all ranks.
 
     Args:
         model: the model that holds the layers; put in eval mode meanwhile.
@@ -147,16 +159,37 @@ def calibrate(
         for layer, observer in zip(layers, observers, strict=True):
             layer.__dict__["_observer"] = observer
         with evaluating(model):
-            for fixed in (False, True):
-                for observer in observers:
-                    observer.bins_are_fixed = fixed
-                for batch in batches:
-                    forward(batch)
+            _run(batches, forward)
+            _share_ranges(model, layers, observers)
+            _run(batches, forward)
     finally:
         for layer in layers:
             layer.__dict__.pop("_observer", None)
     for layer, observer in zip(layers, observers, strict=True):
-        if observer.range is None:
-            raise never_ran("activation_bits", model, layer)
+        sum_over_ranks(observer.counts)
         for key, value in observer.state(layer.activation_bits).items():
             layer.get_parameter(f"input_{key}").copy_(of_rank_0(value))
+
+
+def _run(batches: Sequence, forward: Callable[[object], object]) -> None:
+    for batch in batches:
+        forward(batch)
+
+
+def _share_ranges(
+    model: nn.Module, layers: Sequence[nn.Module], observers: Sequence[InputObserver]
+) -> None:
+    """Gives the observers of all ranks the same bins, and an empty count of them.
+
+    Raises:
+        ValueError: naming a layer that ran on no rank.
+    """
+    ran = on_any_rank([observer.range is not None for observer in observers])
+    for layer, observer, used in zip(layers, observers, ran, strict=True):
+        if not used:
+            raise never_ran("activation_bits", model, layer)
+        device = layer.get_parameter("input_scale").device
+        low, high = observer.range or (torch.tensor(math.inf), torch.tensor(-math.inf))
+        low, high = max_over_ranks(torch.stack([-low, high]).to(device))
+        observer.range, observer.bins_are_fixed = (-low, high), True
+        observer.counts = torch.zeros(BINS, device=device)

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
-from ..blocks import layout_of
-from ..distributed import of_rank_0
+from ..blocks import layout_of, weight_matrix
+from ..distributed import of_rank_0, on_any_rank, sum_over_ranks
 from .activations import evaluating, never_ran
 from .padding import PaddingMasks
 
@@ -65,6 +65,16 @@ MOMENTS: dict[type[nn.Module], Callable[[nn.Module, Tensor], Tensor]] = {
 }
 
 
+def _moments_shape(layer: nn.Module) -> tuple[int, int]:
+    """What :data:`MOMENTS` give: a grouped convolution has inputs of its own for each row."""
+    rows, columns = weight_matrix(layer).shape
+    return (rows if getattr(layer, "groups", 1) > 1 else 1), columns
+
+
+def _zeros(layer: nn.Module, *shape: int) -> Tensor:
+    return torch.zeros(*shape, dtype=torch.float64, device=layer.weight.device)
+
+
 class _Watch(TorchFunctionMode):
     """Sums up what multiplies the weights of some layers while a model runs.
 
@@ -73,6 +83,7 @@ class _Watch(TorchFunctionMode):
 
     Attributes:
         columns: for each weight, by id, the sum of squares of its inputs; float64.
+        ran: ids of the weights whose ``columns`` have seen any.
         rows: for each table, by id, how often each row was looked up; float64.
         padding: of the running batch, which counts for nothing.
     """
@@ -80,11 +91,15 @@ class _Watch(TorchFunctionMode):
     def __init__(self, layers: Sequence[nn.Module], padding: PaddingMasks) -> None:
         super().__init__()
         self.layers, self.padding = layers, padding
-        self.columns: dict[int, Tensor] = {}
+        # All at once: every rank has the same tensors then, whatever its batches reach.
+        self.columns = {
+            id(layer.weight): _zeros(layer, *_moments_shape(layer))
+            for layer in layers
+            if layout_of(layer).base in MOMENTS
+        }
+        self.ran: set[int] = set()
         self.rows = {
-            id(layer.weight): torch.zeros(
-                len(layer.weight), dtype=torch.float64, device=layer.weight.device
-            )
+            id(layer.weight): _zeros(layer, len(layer.weight))
             for layer in layers
             if isinstance(layer, nn.Embedding)
         }
@@ -108,9 +123,8 @@ class _Watch(TorchFunctionMode):
             inputs = args[0] if args else next(iter(kwargs.values()))
             if inputs.dim() == 3:  # (batch, hidden) has no positions, whatever the mask's shape
                 inputs = self.padding.without_padding(inputs)
-            total = moments(layer, inputs).double()
-            key = id(layer.weight)
-            self.columns[key] = self.columns[key] + total if key in self.columns else total
+            self.columns[id(layer.weight)] += moments(layer, inputs).double()
+            self.ran.add(id(layer.weight))
 
         return observe
 
@@ -120,6 +134,13 @@ class _Watch(TorchFunctionMode):
             words = self.padding.without_padding(args[0]).reshape(-1)
             counts += torch.bincount(words, minlength=len(counts))
         return func(*args, **(kwargs or {}))
+
+    def sum_over_ranks(self) -> None:
+        """Takes what the other ranks have seen into account. On all ranks, with the same layers."""
+        for total in (*self.columns.values(), *self.rows.values()):
+            sum_over_ranks(total)
+        ran = on_any_rank([key in self.ran for key in self.columns])
+        self.ran = {key for key, used in zip(self.columns, ran, strict=True) if used}
 
 
 @torch.no_grad()
@@ -146,10 +167,11 @@ def measure_importance(
     Returns:
         For each weight a float32 tensor of mean 1 that broadcasts to its matrix (rows, columns):
         (1, columns), (rows, 1) for a table, (rows, columns) for a grouped convolution and for a
-        table that is a head too. Rank 0's in a distributed run.
+        table that is a head too. In a distributed run, where each rank has batches of its own,
+        over those of all ranks.
 
     Raises:
-        ValueError: if a weight was never used on the batches.
+        ValueError: if a weight was never used on the batches (of any rank).
     """
     forward = forward or (lambda batch: model(**batch))
     padding = PaddingMasks(model)
@@ -158,6 +180,7 @@ def measure_importance(
         for batch in batches:
             padding.begin(batch)
             forward(batch)
+    watch.sum_over_ranks()
     return [_importance(model, layers, watch) for layers in weights]
 
 
@@ -165,11 +188,13 @@ def _importance(model: nn.Module, layers: Sequence[nn.Module], watch: _Watch) ->
     key, parts = id(layers[0].weight), []
     if (rows := watch.rows.get(key)) is not None and rows.any():
         parts.append(rows[:, None] + 1)
-    if (columns := watch.columns.get(key)) is not None:
+    if key in watch.ran:
+        columns = watch.columns[key]
         mean = columns.mean()
         # A layer whose inputs are all zero has no preference.
         parts.append(columns + DAMPING * mean if mean > 0 else torch.ones_like(columns))
     if not parts:
         raise never_ran("importance", model, layers[0])
     total = sum(part / part.mean() for part in parts)
+    # To the last bit: sums may be rounded otherwise elsewhere.
     return of_rank_0((total / len(parts)).float())

@@ -2,13 +2,10 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
-import torch.distributed as dist
+from processes import needs_gloo, on_two_ranks
 from stacked import inputs_of, make_stacked
 from test_stages import make_trainer
 
@@ -153,47 +150,37 @@ def test_a_stage_that_is_left_dense_is_passed_over(tmp_path, parity_data):
     assert all(reasons[name] == "layer_quantizers leaves it dense" for name in layers)
 
 
-RANK = """
-import json, sys
-import torch
-import torch.distributed as dist
+PIECE = """
+import contextlib, io
 from stacked import make_stacked
 
 from hf_quantnoise import IPQConfig, allot
 
-rank, folder = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
 torch.manual_seed(rank)  # each rank has batches of its own
 batch = {"input_ids": torch.randint(5, 320, (2, 9))}
 config = IPQConfig(target_size_mb=0.03, codebook_bits=16)
-config = allot(make_stacked("gpt2", 2), config, [batch])
-with open(f"{folder}/{rank}.json", "w") as file:
-    json.dump(config.layer_quantizers, file)
-dist.destroy_process_group()
+with contextlib.redirect_stdout(io.StringIO()) as printed:
+    config = allot(make_stacked("gpt2", 2), config, [batch])
+found |= {"layers": config.layer_quantizers, "printed": printed.getvalue(), "batch": batch}
+
+model = make_stacked("gpt2", 2)
+config = IPQConfig(target_size_mb=0.03, codebook_bits=16)
+found["nothing said"] = error_of(allot, model, config, [] if rank else [{"labels": None}], False)
 """
 
 
-@pytest.mark.skipif(
-    not (dist.is_available() and dist.is_gloo_available()), reason="torch was built without gloo"
-)
-def test_all_ranks_carry_out_the_allotment_of_rank_0(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(rank), str(tmp_path)],
-            env=environment, stdout=subprocess.PIPE, text=True,
-        )
-        for rank in (0, 1)
-    ]  # fmt: skip
-    printed = [process.communicate(timeout=300)[0] for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0]
-    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
-    assert first == second and len(first) > 5
-    torch.manual_seed(0)
-    batch = {"input_ids": torch.randint(5, 320, (2, 9))}
+@needs_gloo
+def test_an_allotment_is_that_of_all_ranks_batches(tmp_path):
+    first, second = on_two_ranks(PIECE, tmp_path)
+    assert first["layers"] == second["layers"] and len(first["layers"]) > 5
     config = IPQConfig(target_size_mb=0.03, codebook_bits=16)
-    assert allot(make_stacked("gpt2", 2), config, [batch], False).layer_quantizers == first
-    assert "whole file" in printed[0] and "whole file" not in printed[1]
+    batches = [first["batch"], second["batch"]]
+    alone = allot(make_stacked("gpt2", 2), config, batches, False)
+    assert alone.layer_quantizers == first["layers"]
+    assert "whole file" in first["printed"] and "whole file" not in second["printed"]
+    # A forward that fails on one rank leaves none waiting.
+    assert first["nothing said"].startswith("ValueError: You ")
+    assert second["nothing said"] == first["nothing said"]
 
 
 # ---- what is refused -------------------------------------------------------------------------
