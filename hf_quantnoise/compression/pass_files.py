@@ -9,6 +9,9 @@ its last file is there. Both happen when all files have reached the disk, since 
 well as processes; what is found torn all the same is passed over. Tensors are kept as they are in
 memory (a file of the compressed model has 16-bit centroids where training goes on with 32), so that
 a resumed pass is the same bit for bit.
+
+From where a pass goes on is for rank 0 to say. All ranks read the files, so all machines of a run
+must share the folder.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import json
 import os
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,7 +30,7 @@ from torch import Tensor, nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from ..distributed import put_into
+from ..distributed import is_rank_0, object_of_rank_0, put_into, raising_together
 
 logger = logging.get_logger(__name__)
 
@@ -144,7 +147,24 @@ class PassFiles:
 
     def stages(self) -> list[SavedStage]:
         """The stages that are whole, in order; none without the dense model, which every later one
-        builds on."""
+        builds on. As rank 0 finds them; on all ranks.
+
+        Raises:
+            ValueError: on all ranks, where one does not find the same.
+        """
+        chosen: list[SavedStage] = object_of_rank_0(self._own_stages() if is_rank_0() else None)
+        found = [
+            replace(stage, folder=os.path.join(self.folder, os.path.basename(stage.folder)))
+            for stage in chosen
+        ]
+        with raising_together():
+            for stage in found:
+                # As text: a figure that is no number is not equal to itself.
+                if json.dumps(_content_of(stage.folder)) != json.dumps(stage.content):
+                    raise _not_shared(stage.folder)
+        return found
+
+    def _own_stages(self) -> list[SavedStage]:
         found = []
         for number, folder in _numbered(self.folder, _STAGE):
             content = _content_of(folder)
@@ -187,6 +207,7 @@ class PassFiles:
         with open(os.path.join(folder + _PART, _CONTENT), "w", encoding="utf-8") as file:
             json.dump(content, file, indent=2)
         flush_to_disk(folder + _PART)
+        shutil.rmtree(folder, ignore_errors=True)  # torn, on another machine than rank 0's
         os.replace(folder + _PART, folder)
         _flush(self.folder)
         done = [old for n, old in _numbered(self.folder, _STAGE) if 0 < n < number]
@@ -209,20 +230,48 @@ class PassFiles:
         return os.path.join(self.folder, f"{_RUN}{number}")
 
     def checkpoint(self, number: int) -> str | None:
-        """The newest whole checkpoint of a stage's finetuning; torn ones are passed over."""
+        """The newest whole checkpoint of a stage's finetuning; torn ones are passed over. As rank 0
+        finds it; on all ranks.
+
+        Raises:
+            ValueError: on all ranks, where one does not find it.
+        """
+        if self.folder is None:
+            return None
+        folder = self.run_folder(number)
+        name = object_of_rank_0(self._newest_in(folder) if is_rank_0() else None)
+        if name is None:
+            return None
+        checkpoint = os.path.join(folder, name)
+        with raising_together():
+            if not _is_whole_checkpoint(checkpoint):
+                raise _not_shared(checkpoint)
+        return checkpoint
+
+    def _newest_in(self, folder: str) -> str | None:
         found = []
-        folder = None if self.folder is None else self.run_folder(number)
         for _, checkpoint in _numbered(folder, f"{PREFIX_CHECKPOINT_DIR}-"):
-            if is_whole(os.path.join(checkpoint, MEMORY_NAME)):
-                found.append(checkpoint)
+            if _is_whole_checkpoint(checkpoint):
+                found.append(os.path.basename(checkpoint))
             else:
                 self._pass_over(checkpoint)
         return found[-1] if found else None
 
 
-def _numbered(folder: str | None, prefix: str) -> list[tuple[int, str]]:
+def _is_whole_checkpoint(folder: str) -> bool:
+    return is_whole(os.path.join(folder, MEMORY_NAME))
+
+
+def _not_shared(folder: str) -> ValueError:
+    return ValueError(
+        f"resume_from_checkpoint: a process of this run does not find in {os.path.abspath(folder)} "
+        "what the first one goes on from; output_dir must be a folder that all machines share"
+    )
+
+
+def _numbered(folder: str, prefix: str) -> list[tuple[int, str]]:
     """The folders inside one whose names are a prefix and a number, by that number."""
-    if folder is None or not os.path.isdir(folder):
+    if not os.path.isdir(folder):
         return []
     matches = (re.fullmatch(rf"{prefix}(\d+)", name) for name in os.listdir(folder))
     return sorted((int(m[1]), os.path.join(folder, m[0])) for m in matches if m)
