@@ -22,7 +22,14 @@ from accelerate.utils import DynamoBackend, convert_outputs_to_fp32
 from torch import Tensor, nn
 from transformers import Trainer
 
-from ..distributed import object_of_rank_0, of_rank_0, split_like, sum_over_ranks, whole
+from ..distributed import (
+    object_of_rank_0,
+    of_rank_0,
+    on_any_rank,
+    split_like,
+    sum_over_ranks,
+    whole,
+)
 from ..modeling import packed_layers
 from ..modeling.copies import copy_of_parameters
 from ..noise import find_state
@@ -209,13 +216,17 @@ class ShardedCopy:
                 groups.append({**group, "params": kept})
 
     def average_gradients(self) -> None:
-        """The mean over the ranks of the gradients of replicated parameters. After the last
-        backward of an optimizer step, on all ranks."""
-        for parameter in self._replicated:
-            if parameter.requires_grad:
-                if parameter.grad is None:  # on this rank: another may have one
-                    parameter.grad = torch.zeros_like(parameter)
-                sum_over_ranks(parameter.grad).div_(torch.distributed.get_world_size())
+        """The mean over the ranks of the gradients of replicated parameters; one that no rank has
+        used has none, and an optimizer neither moves nor decays it. After the last backward of an
+        optimizer step, on all ranks."""
+        trained = [parameter for parameter in self._replicated if parameter.requires_grad]
+        used = on_any_rank([parameter.grad is not None for parameter in trained])
+        for parameter, is_used in zip(trained, used, strict=True):
+            if not is_used:
+                continue
+            if parameter.grad is None:  # on this rank
+                parameter.grad = torch.zeros_like(parameter)
+            sum_over_ranks(parameter.grad).div_(torch.distributed.get_world_size())
 
     def spread_state(self, optimizer: torch.optim.Optimizer) -> None:
         """Gives all ranks what rank 0 has of replicated parameters in an optimizer that was loaded:
