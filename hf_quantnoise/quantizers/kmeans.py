@@ -2,7 +2,8 @@
 
 The distance of all points of a chunk to all centroids is one matrix product: with the point
 augmented by a one and the centroid by half its squared norm, ||c||^2 / 2 - x c is ||x - c||^2 / 2
-up to a term of the point alone. Chunks stay in cache, and their size in bytes is bounded.
+up to half the squared norm of the point, which is added to its row of the product. Chunks stay in
+cache, and their size in bytes is bounded.
 
 With a weight h for each number of each point the distance is sum_j h_j (x_j - c_j)^2: one product
 again, of (h x, h) and (-c, c^2 / 2), and a centroid is the weighted mean of its points, coordinate
@@ -64,19 +65,25 @@ def _augmented(points: Tensor, weights: Tensor | None) -> Tensor:
     return torch.cat([weights * points, weights], dim=1)
 
 
-def _nearest(augmented: Tensor, columns: Tensor, n_centroids: int, offset: float) -> Tensor:
-    """Index of the smallest distance in each row.
+def _nearest(points: Tensor, columns: Tensor, weights: Tensor | None) -> Tensor:
+    """Index of the smallest distance of each point, shape (N,).
 
     Up to 1024 centroids index and distance travel in one number: a positive float32 is ordered as
     the integer of its bits, so the index can stand in its lowest bits and one ``amin``, much faster
-    than ``argmin``, gives both. It rounds distances to 13 to 22 bits, and breaks ties by index.
+    than ``argmin``, gives both. It rounds distances to 13 to 22 bits, and breaks ties by index. The
+    digits are those of each point's own distances: ||x||^2 / 2 of another, added to all to make
+    them positive, would leave none to a point beside an outlier.
     """
+    n_centroids = columns.shape[1]
     index_bits = (n_centroids - 1).bit_length()
+    augmented = _augmented(points, weights)
     if index_bits > MOST_INDEX_BITS:
         return (augmented @ columns).argmin(1)
-    distances = torch.addmm(augmented.new_full((1, 1), offset), augmented, columns)
+    squares = points.square() if weights is None else weights * points.square()
+    distances = torch.addmm(squares.sum(1, keepdim=True) / 2, augmented, columns)
     bits = distances.view(torch.int32)
-    bits &= -(2**index_bits)
+    # The sign goes too: rounding can leave a distance of about 0 a little below it.
+    bits &= 2**31 - 2**index_bits
     bits |= torch.arange(n_centroids, device=bits.device, dtype=torch.int32)
     return (bits.amin(1) & (2**index_bits - 1)).long()
 
@@ -93,26 +100,23 @@ def assign(
         weights: positive, shape (N, d) or (N, 1); see :func:`kmeans`.
 
     Returns:
-        Codes, shape (N,), int64. Where two centroids are equally near to within 5e-4 of the largest
-        squared distance, either may be given; the weights of a point count as scaled to mean 1.
+        Codes, shape (N,), int64. Where the squared distances of a point to two centroids differ by
+        less than 2^-13 of them, or by float32's rounding of its own squared length, either may be
+        given. Other points have no say.
     """
     if weights is not None and weights.shape[1] == 1:
         weights = None  # one weight for a whole point moves none of its minima
     centre = centroids.float().mean(0)
     centroids = centroids.float() - centre
     columns = _columns(centroids, weights is not None)
-    n_centroids = len(centroids)
-    # ||c||^2 / 2 - x c >= -||x||^2 / 2, so that of the longest point added makes all positive.
     codes = []
-    step = chunk_rows(n_centroids, max_bytes)
+    step = chunk_rows(len(centroids), max_bytes)
     for start in range(0, len(points), step):
         chunk = points[start : start + step].float() - centre
         own = None if weights is None else weights[start : start + step].float()
-        if own is not None:  # else one heavy point would take all the digits of a light one
+        if own is not None:  # no code changes, and very large or small weights stay in range
             own = own / own.mean(1, keepdim=True)
-        squares = chunk.square() if own is None else own * chunk.square()
-        offset = float(squares.sum(1).max()) / 2 * 1.001 + 1e-30
-        codes.append(_nearest(_augmented(chunk, own), columns, n_centroids, offset))
+        codes.append(_nearest(chunk, columns, own))
     return torch.cat(codes) if codes else torch.empty(0, dtype=torch.int64, device=points.device)
 
 
