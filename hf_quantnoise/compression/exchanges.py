@@ -20,9 +20,44 @@ from torch import Tensor
 
 from ..distributed import object_of_rank_0
 from ..modeling import PackedLayer, set_codes
-from ..quantizers.kmeans import chunk_rows
+from ..quantizers.kmeans import MAX_BYTES, chunk_rows
 
 _EXACT = "donot_use_mm_for_euclid_dist"
+
+
+def _squared_distances(some: Tensor, book: Tensor) -> Tensor:
+    """From some codewords to all, shape (some, K): exact, and infinite to a codeword's equals, an
+    exchange for which changes nothing."""
+    squares = torch.cdist(some, book, compute_mode=_EXACT).square_()
+    return squares.masked_fill_(squares == 0, torch.inf)
+
+
+def _best_codes(
+    book: Tensor, table: Tensor | None, codes: Tensor, slopes: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Of each block the new code with the largest ratio; see the module's docstring.
+
+    A chunk holds four matrices (blocks, K) at most, of ``MAX_BYTES`` each, or of one block where
+    that is larger.
+
+    Args:
+        book: centroids, shape (K, d), float32.
+        table: squared distances of all to all, if they are at hand.
+        codes: which one each block has, shape (N,), int64.
+        slopes: gradient by each block, shape (N, d).
+
+    Returns:
+        (ratios, new codes), each of shape (N,); ratio 0 where no other centroid differs.
+    """
+    found = []
+    step = chunk_rows(len(book))
+    for own, slope in zip(codes.split(step), slopes.split(step), strict=True):
+        along = slope @ book.t()
+        falls = along.gather(1, own[:, None]) - along
+        squares = _squared_distances(book[own], book) if table is None else table[own]
+        found.append(falls.div_(squares).max(1))
+    ratios, new = zip(*found, strict=True)
+    return torch.cat(ratios), torch.cat(new)
 
 
 def _best_of_rows(layer: PackedLayer, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -34,27 +69,31 @@ def _best_of_rows(layer: PackedLayer, gradient: Tensor) -> tuple[Tensor, Tensor,
     quantizer, m = layer.quantizer, layer.quantizer.codes_per_block
     state = {key: value.detach() for key, value in layer.state.items()}
     books = quantizer.centroids(state).float().view(m, quantizer.n_centroids, -1)
-    # Exact, so that a codeword's distance to itself and to its equals is 0.
-    apart = torch.stack([torch.cdist(book, book, compute_mode=_EXACT).square() for book in books])
-    slopes = torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0)
-    if quantizer.row_scale:
-        scales = quantizer.scales(state).float()
-        slopes = slopes * scales
-    codes_of_rows = layer.codes().unflatten(1, (-1, m))  # (rows, blocks, m)
+    # For all codewords at once where that is small: made for each block it takes twice the time.
+    small = 4 * quantizer.n_centroids**2 <= MAX_BYTES
+    tables = [_squared_distances(book, book) if small else None for book in books]
+    scales = quantizer.scales(state).float() if quantizer.row_scale else None
+    all_codes = layer.codes()
     found = []
     step = max(1, chunk_rows(quantizer.n_centroids) // layer.codes_per_row)
     for start in range(0, layer.rows, step):
         rows = slice(start, start + step)
-        codes = codes_of_rows[rows].long()
-        blocks = slopes[rows].unflatten(1, (-1, quantizer.block_size))
-        along = torch.einsum("rbs,mks->rbmk", blocks, books)
-        falls = along.gather(3, codes[..., None]) - along
-        squares = apart[torch.arange(m, device=codes.device), codes]
-        ratios = torch.where(squares > 0, falls / squares, 0.0).flatten(1)
-        best, places = ratios.max(1)
-        found.append((best, places // quantizer.n_centroids, places % quantizer.n_centroids))
+        slopes = torch.nan_to_num(gradient[rows], nan=0.0, posinf=0.0, neginf=0.0)
+        if scales is not None:
+            slopes = slopes * scales[rows]
+        slopes = slopes.reshape(-1, quantizer.block_size)
+        codes = all_codes[rows].reshape(-1, m).long()
+        best = [
+            _best_codes(*pair, codes[:, i], slopes)
+            for i, pair in enumerate(zip(books, tables, strict=True))
+        ]
+        ratios, new = (
+            torch.stack(each, 1).view(-1, layer.codes_per_row) for each in zip(*best, strict=True)
+        )
+        ratios, places = ratios.max(1)
+        found.append((ratios, places, new.gather(1, places[:, None])[:, 0]))
     ratios, places, new = map(torch.cat, zip(*found, strict=True))
-    if quantizer.row_scale:
+    if scales is not None:
         ratios = ratios / scales[:, 0].square().clamp_min(torch.finfo(torch.float32).tiny)
     return ratios, places, new
 

@@ -7,10 +7,18 @@ import pytest
 import torch
 from packed_linears import QUANTIZERS, normal, packed_linear
 from tiny import make_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from hf_quantnoise import IPQConfig, quantize_model
-from hf_quantnoise.compression.exchanges import promising
+from hf_quantnoise.compression import exchanges
+from hf_quantnoise.compression.exchanges import (
+    _best_codes,
+    _best_of_rows,
+    promising,
+)
 from hf_quantnoise.quantizers import ProductQuantizer
+from hf_quantnoise.quantizers.kmeans import MAX_BYTES
 
 
 def best_exchanges(layer, gradient):
@@ -51,6 +59,52 @@ def test_the_exchange_of_each_row_is_the_best_there_is(name):
         assert changed.nonzero()[:, 0].tolist() == [place]
         assert int(layer.codes()[row, place]) == code
     assert not torch.equal(counts, layer.block_counts())  # what gradients are averaged by
+
+
+class Largest(TorchDispatchMode):
+    """The bytes of the largest tensor that is made."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for each in tree_leaves(result):
+            if isinstance(each, torch.Tensor):
+                self.bytes = max(self.bytes, each.numel() * each.element_size())
+        return result
+
+
+@pytest.mark.parametrize(("k", "blocks"), [(256, 1300), (1024, 1300), (8192, 200)])
+def test_the_code_of_each_block_is_the_best_in_float64(k, blocks):
+    """Of more blocks than a chunk has."""
+    book, slopes = normal(k, 4), normal(blocks, 4, seed=1)
+    codes = torch.randint(k, (blocks,), generator=torch.Generator().manual_seed(2))
+    book[codes[0]] = book[codes[0] - 1]  # its equal is no exchange
+    found, new = _best_codes(book, None, codes, slopes)
+    steps = book.double() - book.double()[codes, None]
+    lengths = steps.square().sum(2)
+    ratios = -torch.einsum("nks,ns->nk", steps, slopes.double()) / lengths
+    ratios.masked_fill_(lengths == 0, 0.0)
+    expected = ratios.max(1).values
+    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-3)
+    chosen = ratios.gather(1, new[:, None])[:, 0]
+    torch.testing.assert_close(chosen, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_no_tensor_is_larger_than_the_bound(monkeypatch):
+    """Neither K by K nor a row's places by K stands in memory, and what is found is the same."""
+    layer = packed_linear(ProductQuantizer(4, 2048, n_iter=1), rows=4, columns=4096)
+    gradient = normal(4, 4096, seed=3)
+    with Largest() as largest:
+        ratios, places, codes = _best_of_rows(layer, gradient)
+    assert largest.bytes <= MAX_BYTES
+    monkeypatch.setattr(exchanges, "chunk_rows", lambda k: 10**6)
+    monkeypatch.setattr(exchanges, "MAX_BYTES", 2**40)
+    with Largest() as largest:
+        at_once = _best_of_rows(layer, gradient)
+    assert largest.bytes > 4 * MAX_BYTES
+    torch.testing.assert_close(ratios, at_once[0])
+    assert torch.equal(places, at_once[1]) and torch.equal(codes, at_once[2])
 
 
 @pytest.mark.parametrize("share", [1e-6, 0.002, 0.008])
