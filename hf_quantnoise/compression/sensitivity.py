@@ -167,7 +167,8 @@ def costs_by_output(
         progress: show a bar.
 
     Raises:
-        ValueError: if the model has no output to compare, or none of the weights has any influence.
+        ValueError: if the model has no output to compare, none of the weights has any influence, or
+            a trial's output is not finite.
     """
     measure = OutputDivergence(model, batches)
     curves: list[Callable[[float], float]] = []
@@ -205,5 +206,13 @@ def _measured(
         quantized = trial.quantized(matrix)
         error = float((matrix.float() - quantized.float()).square().sum()) / energy if energy else 0
         if error > 0:
-            points.append((error, max(0.0, measure.of(choices.members, quantized))))
+            moved = measure.of(choices.members, quantized)
+            if not math.isfinite(moved):  # max(0, NaN) is 0: it would count as harmless
+                raise ValueError(
+                    f"{choices.name}: with {trial.candidate.short_name} in place of its weight the "
+                    f"output moves by {moved}, which is no number to compare; try the model in "
+                    "float32, see that its own output is finite, or leave the layer out "
+                    "(exclude_modules)"
+                )
+            points.append((error, max(0.0, moved)))
     return points

@@ -252,7 +252,8 @@ class IPQConfig(QuantizedModelConfig):
         if self.target is not None and self.n_codebooks > 1 and not self.layer_quantizers:
             raise ValueError(
                 f"n_codebooks={self.n_codebooks!r}: a target allots one codebook to a weight; set "
-                "n_codebooks=1, or name the weights with two in layer_quantizers"
+                "n_codebooks=1, leave the target out, or say in layer_quantizers how each weight "
+                'is stored ({"scheme": "additive", ...} has two)'
             )
 
     def _check_covers_stages(self, name: str, value: int | dict[str, int]) -> None:

@@ -20,7 +20,7 @@ from hf_quantnoise import (
 from hf_quantnoise.compression import file_bytes, plan_budget
 from hf_quantnoise.compression.distillation import softmax_divergence
 from hf_quantnoise.compression.heads import logits_divergence
-from hf_quantnoise.compression.sensitivity import _interpolated, divergence
+from hf_quantnoise.compression.sensitivity import OutputDivergence, _interpolated, divergence
 from hf_quantnoise.modeling import packed_layers
 from hf_quantnoise.modeling.copies import copy_of_shapes
 from hf_quantnoise.quantizers import ProductQuantizer
@@ -166,6 +166,21 @@ def test_a_weight_that_the_batches_do_not_reach_still_costs_something():
     idle, busy = weights["0.mlp.c_fc"], weights["1.mlp.c_fc"]
     assert idle.stored != "dense" and idle.cost > 0
     assert idle.bytes < busy.bytes
+
+
+@pytest.mark.parametrize("moved", [float("nan"), float("inf")])
+def test_a_trial_whose_output_is_no_number_is_named_and_not_harmless(moved, monkeypatch):
+    found = OutputDivergence.of
+
+    def of(self, members, matrix):
+        own = found(self, members, matrix)
+        return moved if members[0].name.endswith("1.mlp.c_fc") else own
+
+    monkeypatch.setattr(OutputDivergence, "of", of)
+    config = IPQConfig(target_size_mb=0.022, **SMALL)
+    words = rf"h\.1\.mlp\.c_fc: with .* in place of .* moves by {moved}, .*float32"
+    with pytest.raises(ValueError, match=words):
+        plan_budget(make_stacked("gpt2", 2), config, [inputs_of("gpt2")], progress=False)
 
 
 @example(points=[(1.0, 1.0), (0.25, 5e-324)], errors=[1.0, 0.999, 0.5])
