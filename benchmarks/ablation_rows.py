@@ -44,6 +44,7 @@ def _pq(task: str, rate: float) -> str:
     return f"--noise pq --noise_rate {rate} {_ONE[task]}"
 
 
+_THIRTY_BLOCKS = "--block_size ffn=8,embeddings=16,attention=8"
 _LONGER = "--num_train_epochs 4"
 _LONGER_STAGES = "--stage_epochs 2"
 _WARM_UP = {"sentences": "--noise_schedule 626", "text": "--noise_schedule 126"}
@@ -59,6 +60,7 @@ STARTS = {
     }
     for task in _ONE
 }
+STARTS["sentences"]["pq at 30 times"] = f"--noise pq --noise_rate 0.3 {_THIRTY_BLOCKS}"
 
 
 def _codewords(task: str) -> list[Row]:
@@ -122,9 +124,23 @@ def _teachers(task: str) -> list[Row]:
     ]
 
 
+_CENTROIDS = {"sentences": (2e-4, 2e-3), "text": (1e-3, 1e-2)}
+
+
+def _rates(task: str) -> list[Row]:
+    one = _plain(task)
+    return [
+        Row("plain", one),
+        *(
+            Row(f"centroids at {rate}", f"{one} --codebook_learning_rate {rate}")
+            for rate in _CENTROIDS[task]
+        ),
+    ]
+
+
 # Thirty times smaller: on the sentences only, as the language model's codebooks alone would be more
 # than that.
-_THIRTY = f"{_STAGES['sentences']} --block_size ffn=8,embeddings=16,attention=8"
+_THIRTY = f"{_STAGES['sentences']} {_THIRTY_BLOCKS}"
 _THIRTY_TWO = (
     f"{_STAGES['sentences']} --block_size ffn=16,embeddings=32,attention=16 --n_codebooks 2 "
     "--codebook_bits 8"
@@ -135,11 +151,17 @@ _SMALLER = [
     Row("30 times, row scale", f"{_THIRTY} --row_scale True --codebook_bits 16"),
     Row("30 times, two codebooks", _THIRTY_TWO),
     Row("30 times, two codebooks, importance", f"{_THIRTY_TWO} --importance activations"),
+    Row(
+        "30 times, noise before (p=0.3), clean teacher",
+        f"{_THIRTY} --teacher_name_or_path {{clean}}",
+        "pq at 30 times",
+    ),
 ]
 
 TABLES = {
     "codewords": {task: _codewords(task) for task in _ONE},
     "noise": {task: _noises(task) for task in _ONE},
     "teacher": {task: _teachers(task) for task in _ONE},
+    "rates": {task: _rates(task) for task in _ONE},
     "smaller": {"sentences": _SMALLER},
 }
