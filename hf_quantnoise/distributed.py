@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -38,6 +39,22 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
 def max_over_ranks(tensor: Tensor) -> Tensor:
     """The largest of each number over the ranks of a distributed run; in place."""
     return _reduced(tensor, "MAX")
+
+
+def widest_over_ranks(
+    ranges: Sequence[tuple[Tensor, Tensor] | None], device: torch.device
+) -> list[tuple[Tensor, Tensor]]:
+    """Of each range (low, high), scalars, the widest over the ranks of a distributed run, on a
+    device; None where this rank knows none, (inf, -inf) where none does. On all ranks, each with
+    as many ranges."""
+    if not ranges:
+        return []
+    nothing = torch.tensor(math.inf), torch.tensor(-math.inf)
+    known = [nothing if own is None else own for own in ranges]
+    low, high = (torch.stack([own[end].to(device) for own in known]) for end in (0, 1))
+    low, high = max_over_ranks(torch.stack([-low, high]))
+    # Copies: tensors of a checkpoint may not share memory.
+    return [(-low[place], high[place].clone()) for place in range(len(ranges))]
 
 
 def _reduced(tensor: Tensor, operation: str) -> Tensor:

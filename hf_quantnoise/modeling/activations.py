@@ -6,14 +6,13 @@ scalars in the checkpoint, ``input_scale`` and ``input_zero_point``.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from ..distributed import max_over_ranks, of_rank_0, on_any_rank, sum_over_ranks
+from ..distributed import of_rank_0, on_any_rank, sum_over_ranks, widest_over_ranks
 from ..quantizers import FixedPointQuantizer
 from ..quantizers.observers import BINS, extremes, histogram, range_of_histogram
 
@@ -185,11 +184,11 @@ def _share_ranges(
         ValueError: naming a layer that ran on no rank.
     """
     ran = on_any_rank([observer.range is not None for observer in observers])
-    for layer, observer, used in zip(layers, observers, ran, strict=True):
+    for layer, used in zip(layers, ran, strict=True):
         if not used:
             raise never_ran("activation_bits", model, layer)
+    ranges = widest_over_ranks([observer.range for observer in observers], torch.device("cpu"))
+    for layer, observer, (low, high) in zip(layers, observers, ranges, strict=True):
         device = layer.get_parameter("input_scale").device
-        low, high = observer.range or (torch.tensor(math.inf), torch.tensor(-math.inf))
-        low, high = max_over_ranks(torch.stack([-low, high]).to(device))
-        observer.range, observer.bins_are_fixed = (-low, high), True
+        observer.range, observer.bins_are_fixed = (low.to(device), high.to(device)), True
         observer.counts = torch.zeros(BINS, device=device)

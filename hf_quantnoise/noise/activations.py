@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..distributed import is_distributed, max_over_ranks
+from ..distributed import is_distributed, max_over_ranks, widest_over_ranks
 from ..quantizers import FixedPointQuantizer
 from ..quantizers.fixed_point import round_activations
 from ..quantizers.observers import extremes
@@ -104,12 +103,7 @@ def share_ranges(noises: Sequence[ActivationNoise]) -> bool:
 def _take_widest(noises: Sequence[ActivationNoise]) -> None:
     known = [noise.range[0].device for noise in noises if noise.range is not None]
     device = known[0] if known else torch.device("cpu")
-    nothing = torch.tensor(math.inf), torch.tensor(-math.inf)
-    ranges = [nothing if noise.range is None else noise.range for noise in noises]
-    low, high = (torch.stack([own[end].to(device) for own in ranges]) for end in (0, 1))
-    seen = torch.tensor([float(noise.seen) for noise in noises], device=device)
-    low, high, seen = max_over_ranks(torch.stack([-low, high, seen]))
-    for place, (noise, count) in enumerate(zip(noises, seen.tolist(), strict=True)):
-        noise.seen = int(count)
-        # Copies: tensors of a checkpoint may not share memory.
-        noise.range = (-low[place], high[place].clone()) if noise.seen else None
+    ranges = widest_over_ranks([noise.range for noise in noises], device)
+    seen = max_over_ranks(torch.tensor([noise.seen for noise in noises], device=device))
+    for noise, widest, count in zip(noises, ranges, seen.tolist(), strict=True):
+        noise.seen, noise.range = count, widest if count else None
