@@ -1,10 +1,15 @@
-"""Counts the bytes of tensors that live while something runs, files mapped into memory included."""
+"""What something takes of memory: bytes of tensors that live while it runs, files mapped into memory
+included, and what the process itself grows by, holes in its heap too."""
 
 import gc
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import pytest
 from torch.profiler import ProfilerActivity, profile
 
 
@@ -35,3 +40,30 @@ def live_bytes(run: Callable[[], Any]) -> LiveBytes:
         live += event.nbytes()
         peak = max(peak, live)
     return LiveBytes(result, peak, live)
+
+
+_GROWTH = """
+def highest():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) * 1024
+
+{before}
+begun = highest()
+{counted}
+print(highest() - begun)
+"""
+
+
+def growth_of_process(before: str, counted: str) -> int:
+    """By how many bytes the most that a new process ever held grows with a piece of a program.
+
+    Args:
+        before: what is done first and does not count.
+        counted: what does.
+    """
+    if not Path("/proc/self/status").is_file():
+        pytest.skip("no /proc/self/status to read the peak of a process from")
+    program = _GROWTH.format(before=before, counted=counted)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)

@@ -49,15 +49,15 @@ def _best_codes(
     Returns:
         (ratios, new codes), each of shape (N,); ratio 0 where no other centroid differs.
     """
-    found = []
+    ratios, new = slopes.new_empty(len(codes)), torch.empty_like(codes)
     step = chunk_rows(len(book))
-    for own, slope in zip(codes.split(step), slopes.split(step), strict=True):
+    chunks = (each.split(step) for each in (codes, slopes, ratios, new))
+    for own, slope, *best in zip(*chunks, strict=True):
         along = slope @ book.t()
         falls = along.gather(1, own[:, None]) - along
         squares = _squared_distances(book[own], book) if table is None else table[own]
-        found.append(falls.div_(squares).max(1))
-    ratios, new = zip(*found, strict=True)
-    return torch.cat(ratios), torch.cat(new)
+        torch.max(falls.div_(squares), 1, out=best)
+    return ratios, new
 
 
 def _best_of_rows(layer: PackedLayer, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:

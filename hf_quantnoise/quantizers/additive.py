@@ -108,7 +108,7 @@ class AdditiveQuantizer(ProductQuantizer):
         if weights is not None and weights.shape[1] == 1:
             weights = None  # one weight for a whole block moves none of its minima
         first, second = codebook.float().split(self.n_centroids)
-        codes = []
+        codes = torch.empty(len(blocks), 2, dtype=torch.int64, device=blocks.device)
         step = chunk_rows(self.n_centroids)
         for start in range(0, len(blocks), step):
             part = blocks[start : start + step].float()
@@ -121,8 +121,8 @@ class AdditiveQuantizer(ProductQuantizer):
             errors = squared_errors(left, second[seconds], own).view(-1, width)
             best = errors.argmin(1, keepdim=True)
             pair = (few.gather(1, best), seconds.view(-1, width).gather(1, best))
-            codes.append(torch.cat(pair, 1))
-        return torch.cat(codes)
+            torch.cat(pair, 1, out=codes[start : start + step])
+        return codes
 
     def decode(self, codes, state):
         blocks = self._look_up(codes, state).unflatten(-2, (-1, 2)).sum(-2)

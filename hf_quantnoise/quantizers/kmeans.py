@@ -65,8 +65,9 @@ def _augmented(points: Tensor, weights: Tensor | None) -> Tensor:
     return torch.cat([weights * points, weights], dim=1)
 
 
-def _nearest(points: Tensor, columns: Tensor, weights: Tensor | None) -> Tensor:
-    """Index of the smallest distance of each point, shape (N,).
+def _nearest(points: Tensor, columns: Tensor, weights: Tensor | None, distances: Tensor) -> Tensor:
+    """Index of the smallest distance of each point, shape (N,). ``distances``, shape (N, K), is
+    written over.
 
     Up to 1024 centroids index and distance travel in one number: a positive float32 is ordered as
     the integer of its bits, so the index can stand in its lowest bits and one ``amin``, much faster
@@ -78,9 +79,9 @@ def _nearest(points: Tensor, columns: Tensor, weights: Tensor | None) -> Tensor:
     index_bits = (n_centroids - 1).bit_length()
     augmented = _augmented(points, weights)
     if index_bits > MOST_INDEX_BITS:
-        return (augmented @ columns).argmin(1)
+        return torch.mm(augmented, columns, out=distances).argmin(1)
     squares = points.square() if weights is None else weights * points.square()
-    distances = torch.addmm(squares.sum(1, keepdim=True) / 2, augmented, columns)
+    torch.addmm(squares.sum(1, keepdim=True) / 2, augmented, columns, out=distances)
     bits = distances.view(torch.int32)
     # The sign goes too: rounding can leave a distance of about 0 a little below it.
     bits &= 2**31 - 2**index_bits
@@ -109,15 +110,18 @@ def assign(
     centre = centroids.float().mean(0)
     centroids = centroids.float() - centre
     columns = _columns(centroids, weights is not None)
-    codes = []
     step = chunk_rows(len(centroids), max_bytes)
+    codes = torch.empty(len(points), dtype=torch.int64, device=points.device)
+    # One scratch for all chunks: freed and asked for anew, with smaller tensors that stay in
+    # between, it leaves holes in the heap that no later one fits in, gigabytes of them.
+    distances = columns.new_empty(min(step, len(points)), len(centroids))
     for start in range(0, len(points), step):
         chunk = points[start : start + step].float() - centre
         own = None if weights is None else weights[start : start + step].float()
         if own is not None:  # no code changes, and very large or small weights stay in range
             own = own / own.mean(1, keepdim=True)
-        codes.append(_nearest(chunk, columns, own))
-    return torch.cat(codes) if codes else torch.empty(0, dtype=torch.int64, device=points.device)
+        codes[start : start + step] = _nearest(chunk, columns, own, distances[: len(chunk)])
+    return codes
 
 
 def nearest_few(

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memory import growth_of_process
 from sklearn.cluster import KMeans
 
 from hf_quantnoise.quantizers import assign, kmeans
@@ -174,6 +175,19 @@ def test_the_scratch_is_bounded():
         assert rows >= 1 and rows * k * 4 <= max(MAX_BYTES, 4 * k)
     assert chunk_rows(256) >= 1024
     assert chunk_rows(256, max_bytes=4096) == 4
+
+
+@pytest.mark.parametrize(("k", "count"), [(256, 800_000), (1024, 300_000)])
+def test_many_chunks_leave_no_holes_in_the_heap(k, count):
+    """A scratch that is freed and asked for anew with each chunk leaves them: up to a gigabyte."""
+    before = f"""
+import torch
+from hf_quantnoise.quantizers import assign
+points, centroids = torch.randn({count}, 4), torch.randn({k}, 4)
+assign(points[:2000], centroids)
+"""
+    codes = 8 * count
+    assert growth_of_process(before, "assign(points, centroids)") < codes + 4 * MAX_BYTES
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
