@@ -99,6 +99,7 @@ def _noises(task: str) -> list[Row]:
         Row("longer", one, "no noise, longer"),
         Row("longer, noise before (p=0.3), clean teacher", f"{one} {clean}", "pq, longer"),
         Row("longer stages", f"{one} {_LONGER_STAGES}"),
+        Row("noise before, clean teacher, longer stages", f"{one} {clean} {_LONGER_STAGES}", "pq"),
         Row(
             "noise before (p=0.3), clean teacher, longer stages",
             f"{one} {clean} {_LONGER_STAGES}",
@@ -138,6 +139,31 @@ def _rates(task: str) -> list[Row]:
     ]
 
 
+# The bytes of plain, allotted to weights one by one.
+_BYTES = {"sentences": "--target_size_mb 4.209154", "text": "--target_size_mb 0.097354"}
+
+
+def _budgets(task: str) -> list[Row]:
+    allotted = f"{_STAGES[task]} {_BYTES[task]}"
+    return [
+        Row("plain", _plain(task)),
+        Row("allotted by errors alone", f"{allotted} --budget_batches 0"),
+        Row("allotted by sensitivity", f"{allotted} --budget_batches 4"),
+        Row(
+            "allotted by sensitivity, importance",
+            f"{allotted} --budget_batches 4 --importance activations",
+        ),
+    ]
+
+
+def _schedules(task: str) -> list[Row]:
+    one = _plain(task)
+    return [
+        Row("plain", one),
+        Row("one schedule over all stages", f"{one} --stage_schedule continue"),
+    ]
+
+
 # Thirty times smaller: on the sentences only, as the language model's codebooks alone would be more
 # than that.
 _THIRTY = f"{_STAGES['sentences']} {_THIRTY_BLOCKS}"
@@ -156,6 +182,10 @@ _SMALLER = [
         f"{_THIRTY} --teacher_name_or_path {{clean}}",
         "pq at 30 times",
     ),
+    Row(
+        "30 times, allotted by sensitivity",
+        f"{_STAGES['sentences']} --target_size_mb 3.13669 --budget_batches 4",
+    ),
 ]
 
 TABLES = {
@@ -163,5 +193,7 @@ TABLES = {
     "noise": {task: _noises(task) for task in _ONE},
     "teacher": {task: _teachers(task) for task in _ONE},
     "rates": {task: _rates(task) for task in _ONE},
+    "budget": {task: _budgets(task) for task in _ONE},
+    "schedule": {task: _schedules(task) for task in _ONE},
     "smaller": {"sentences": _SMALLER},
 }

@@ -1,5 +1,5 @@
-"""What something takes of memory: bytes of tensors that live while it runs, files mapped into memory
-included, and what the process itself grows by, holes in its heap too."""
+"""What something takes of memory: the bytes of tensors that live while it runs, files mapped into
+memory included, and what the process itself grows by, holes in its heap too."""
 
 import gc
 import subprocess
