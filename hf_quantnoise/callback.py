@@ -53,10 +53,19 @@ class QuantNoiseCallback(TrainerCallback):
         state = find_state(model)
         if state is None or not os.path.isdir(folder):
             return
-        self.config.save_pretrained(folder)
         tensors = {name: tensor.contiguous() for name, tensor in state.state_dict().items()}
         if tensors:
             save_file(tensors, os.path.join(folder, STATE_NAME))
+        self.config.save_pretrained(folder)  # last: load() goes by it
+
+    def missing_from(self, folder: str | os.PathLike, model: nn.Module) -> str | None:
+        """The file of :meth:`save` that a checkpoint lacks, and a resumed run would have to make
+        up for; None where there is none."""
+        state = find_state(model)
+        if state is None or not state.state_dict():
+            return None
+        names = (STATE_NAME, NOISE_CONFIG_NAME)
+        return next((n for n in names if not os.path.isfile(os.path.join(folder, n))), None)
 
     def load(self, model: nn.Module, folder: str | os.PathLike) -> None:
         """Reads what :meth:`save` wrote; a folder without it leaves the model as it is.
@@ -78,7 +87,7 @@ class QuantNoiseCallback(TrainerCallback):
         file_name = os.path.join(folder, STATE_NAME)
         if os.path.isfile(file_name):
             state.load_state_dict(load_file(file_name))
-        self._restored = True
+        self._restored = self.missing_from(folder, model) is None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
