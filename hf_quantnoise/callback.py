@@ -107,7 +107,8 @@ class QuantNoiseCallback(TrainerCallback):
         self.prepare(model)
         if state.global_step > 0:
             folder = _checkpoint(args, state)
-            self.load(model, folder)
+            if not self._restored:  # what was read from another folder stays
+                self.load(model, folder)
             if not self._restored and find_state(model).state_dict():
                 logger.warning(
                     "resumed at step %d, but %s holds no quantization noise: codebooks and scales "
@@ -116,6 +117,7 @@ class QuantNoiseCallback(TrainerCallback):
                     state.global_step,
                     folder,
                 )
+        self._restored = False  # a later run reads its own checkpoint
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         """Refreshes the codebooks once per epoch (section 4.2)."""
@@ -157,7 +159,7 @@ class QuantNoiseCallback(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         """Writes the noise's state into the checkpoint that was just saved."""
-        if state.is_world_process_zero:
+        if args.should_save:  # on each machine, with save_on_each_node
             self.save(kwargs["model"], _checkpoint(args, state))
 
 
