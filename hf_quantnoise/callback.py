@@ -42,6 +42,7 @@ class QuantNoiseCallback(TrainerCallback):
             )
         self.config = config
         self._restored = False
+        self._begun_at = 0
 
     def prepare(self, model: nn.Module) -> None:
         """Applies the noise where the model has none yet."""
@@ -105,6 +106,7 @@ class QuantNoiseCallback(TrainerCallback):
                 "made"
             )
         self.prepare(model)
+        self._begun_at = state.global_step
         if state.global_step > 0:
             folder = _checkpoint(args, state)
             if not self._restored:  # what was read from another folder stays
@@ -122,8 +124,10 @@ class QuantNoiseCallback(TrainerCallback):
     def on_epoch_begin(self, args, state, control, **kwargs):
         """Refreshes the codebooks once per epoch (section 4.2)."""
         noise = find_state(kwargs["model"])
-        # A run resumed inside an epoch passes here too, with codebooks of that epoch's beginning.
-        begins = state.global_step > 0 and math.isclose(state.epoch, round(state.epoch))
+        begins = state.global_step > 0
+        if state.global_step == self._begun_at:
+            # A run resumed inside an epoch passes here too, with codebooks of its beginning.
+            begins = begins and math.isclose(state.epoch, round(state.epoch))
         if noise is not None and begins and self.config.codebook_update == "epoch":
             noise.refresh_codebooks()
 

@@ -274,6 +274,21 @@ def test_codebooks_are_refreshed_when_they_are_due(tmp_path, parity_data, monkey
     assert refreshes(scale_update_steps=3)["refresh_scales"] == 3
 
 
+def test_codebooks_are_refreshed_with_each_pass_over_data_of_unknown_length(
+    tmp_path, parity_data, monkeypatch
+):
+    """Trainer counts all steps of such data as one epoch."""
+    noise = QuantNoiseConfig(noise="pq", p=0.1, n_centroids=16)
+    trainer = QuantNoiseTrainer(
+        make_model("bert"), arguments(tmp_path, max_steps=15), noise,
+        train_dataset=parity_data.to_iterable_dataset(),
+    )  # fmt: skip
+    state, steps = find_state(trainer.model), []
+    monkeypatch.setattr(state, "refresh_codebooks", lambda: steps.append(trainer.state.global_step))
+    trainer.train()
+    assert steps == [6, 12]
+
+
 def test_the_rate_warms_up_and_a_resumed_run_goes_on_with_it(tmp_path, parity_data):
     noise = QuantNoiseConfig(noise=["pq", "int8"], p=[0.4, 0.2], n_centroids=16, p_schedule=8)
     seen = []
