@@ -42,6 +42,7 @@ class QuantNoiseCallback(TrainerCallback):
             )
         self.config = config
         self._restored = False
+        self._begun_at = 0
 
     def prepare(self, model: nn.Module) -> None:
         """Applies the noise where the model has none yet."""
@@ -53,10 +54,19 @@ class QuantNoiseCallback(TrainerCallback):
         state = find_state(model)
         if state is None or not os.path.isdir(folder):
             return
-        self.config.save_pretrained(folder)
         tensors = {name: tensor.contiguous() for name, tensor in state.state_dict().items()}
         if tensors:
             save_file(tensors, os.path.join(folder, STATE_NAME))
+        self.config.save_pretrained(folder)  # last: load() goes by it
+
+    def missing_from(self, folder: str | os.PathLike, model: nn.Module) -> str | None:
+        """The file of :meth:`save` that a checkpoint lacks, and a resumed run would have to make
+        up for; None where there is none."""
+        state = find_state(model)
+        if state is None or not state.state_dict():
+            return None
+        names = (STATE_NAME, NOISE_CONFIG_NAME)
+        return next((n for n in names if not os.path.isfile(os.path.join(folder, n))), None)
 
     def load(self, model: nn.Module, folder: str | os.PathLike) -> None:
         """Reads what :meth:`save` wrote; a folder without it leaves the model as it is.
@@ -78,7 +88,7 @@ class QuantNoiseCallback(TrainerCallback):
         file_name = os.path.join(folder, STATE_NAME)
         if os.path.isfile(file_name):
             state.load_state_dict(load_file(file_name))
-        self._restored = True
+        self._restored = self.missing_from(folder, model) is None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
@@ -96,9 +106,11 @@ class QuantNoiseCallback(TrainerCallback):
                 "made"
             )
         self.prepare(model)
+        self._begun_at = state.global_step
         if state.global_step > 0:
             folder = _checkpoint(args, state)
-            self.load(model, folder)
+            if not self._restored:  # what was read from another folder stays
+                self.load(model, folder)
             if not self._restored and find_state(model).state_dict():
                 logger.warning(
                     "resumed at step %d, but %s holds no quantization noise: codebooks and scales "
@@ -107,12 +119,15 @@ class QuantNoiseCallback(TrainerCallback):
                     state.global_step,
                     folder,
                 )
+        self._restored = False  # a later run reads its own checkpoint
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         """Refreshes the codebooks once per epoch (section 4.2)."""
         noise = find_state(kwargs["model"])
-        # A run resumed inside an epoch passes here too, with codebooks of that epoch's beginning.
-        begins = state.global_step > 0 and math.isclose(state.epoch, round(state.epoch))
+        begins = state.global_step > 0
+        if state.global_step == self._begun_at:
+            # A run resumed inside an epoch passes here too, with codebooks of its beginning.
+            begins = begins and math.isclose(state.epoch, round(state.epoch))
         if noise is not None and begins and self.config.codebook_update == "epoch":
             noise.refresh_codebooks()
 
@@ -148,7 +163,7 @@ class QuantNoiseCallback(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         """Writes the noise's state into the checkpoint that was just saved."""
-        if state.is_world_process_zero:
+        if args.should_save:  # on each machine, with save_on_each_node
             self.save(kwargs["model"], _checkpoint(args, state))
 
 

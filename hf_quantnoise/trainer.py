@@ -13,6 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .callback import QuantNoiseCallback
 from .compression import CompressionArguments, GuardedTrainer, StagedPass
+from .compression.checkpoints import checkpoint_to_go_on_from, flaw_of_checkpoint
 from .compression.figures import PLOTS, plot_compression
 from .compression.pass_files import FOLDER
 from .compression.record import StageRecord
@@ -68,6 +69,31 @@ class QuantNoiseTrainer(PublishingMixin, GuardedTrainer):
             self.noise_callback = QuantNoiseCallback(qn_config)
             self.noise_callback.prepare(self.model)
             self.add_callback(self.noise_callback)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
+        """As in ``Trainer``, but ``resume_from_checkpoint=True`` takes the newest checkpoint that
+        is whole; torn ones, which a kill leaves, are passed over with a warning.
+
+        Raises:
+            ValueError: if there are checkpoints and none of them is whole.
+        """
+        if resume_from_checkpoint is True:
+            # None: that there is no checkpoint is for Trainer to say.
+            resume_from_checkpoint = self._newest_whole_checkpoint() or True
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _newest_whole_checkpoint(self) -> str | None:
+        rules = [flaw_of_checkpoint]
+        if self.noise_callback is not None:
+            # With its noise rather than without: codebooks are fitted anew then.
+            rules.insert(
+                0,
+                lambda folder: (
+                    flaw_of_checkpoint(folder)
+                    or self.noise_callback.missing_from(folder, self.model)
+                ),
+            )
+        return checkpoint_to_go_on_from(self.args.output_dir, *rules)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -212,6 +212,43 @@ def test_a_run_resumed_from_another_folder_says_that_its_codebooks_are_new(
     assert told in caplog.text
 
 
+@pytest.mark.parametrize("prepared", [False, True], ids=["by the trainer", "by hand"])
+def test_a_checkpoint_of_the_same_step_in_the_own_folder_is_left_alone(
+    prepared, tmp_path, parity_data
+):
+    """Codebooks come from where the weights come from, not from another run's folder."""
+    noise = QuantNoiseConfig(noise="pq", p=0.2, n_centroids=16)
+
+    def run(folder, resume=None, seed=0):
+        settings = arguments(folder, max_steps=6, save_steps=4)
+        model, callback = make_model("bert", seed), QuantNoiseCallback(noise)
+        if not prepared:
+            trainer = QuantNoiseTrainer(model, settings, noise, train_dataset=parity_data)
+        else:
+            callback.prepare(model)
+            if resume is not None:
+                callback.load(model, resume)
+            trainer = Trainer(model, settings, train_dataset=parity_data, callbacks=[callback])
+        trainer.train(resume_from_checkpoint=resume)
+        return parameters(model)
+
+    whole = run(tmp_path / "a")
+    run(tmp_path / "b", seed=5)
+    assert_same(run(tmp_path / "b", str(tmp_path / "a" / "checkpoint-4")), whole)
+
+
+def test_noise_is_saved_on_each_node_where_that_is_asked_for(tmp_path, parity_data):
+    """As Trainer's own files are; a second machine would go on with other codebooks."""
+    trainer = QuantNoiseTrainer(
+        make_model("bert"), arguments(tmp_path), NOISES["pq"], train_dataset=parity_data
+    )
+    trainer.state.global_step, trainer.state.is_world_process_zero = 4, False
+    (tmp_path / "checkpoint-4").mkdir()
+    callback = trainer.noise_callback
+    callback.on_save(trainer.args, trainer.state, trainer.control, model=trainer.model)
+    assert (tmp_path / "checkpoint-4" / "quant_noise_state.safetensors").is_file()
+
+
 def test_codebooks_are_refreshed_when_they_are_due(tmp_path, parity_data, monkeypatch):
     def refreshes(**fields):
         noise = QuantNoiseConfig(noise=["pq", "int8"], p=0.1, n_centroids=16, **fields)
@@ -235,6 +272,21 @@ def test_codebooks_are_refreshed_when_they_are_due(tmp_path, parity_data, monkey
     assert refreshes() == {"refresh_codebooks": 1, "refresh_scales": 1}
     assert refreshes(codebook_update=5) == {"refresh_codebooks": 2, "refresh_scales": 1}
     assert refreshes(scale_update_steps=3)["refresh_scales"] == 3
+
+
+def test_codebooks_are_refreshed_with_each_pass_over_data_of_unknown_length(
+    tmp_path, parity_data, monkeypatch
+):
+    """Trainer counts all steps of such data as one epoch."""
+    noise = QuantNoiseConfig(noise="pq", p=0.1, n_centroids=16)
+    trainer = QuantNoiseTrainer(
+        make_model("bert"), arguments(tmp_path, max_steps=15), noise,
+        train_dataset=parity_data.to_iterable_dataset(),
+    )  # fmt: skip
+    state, steps = find_state(trainer.model), []
+    monkeypatch.setattr(state, "refresh_codebooks", lambda: steps.append(trainer.state.global_step))
+    trainer.train()
+    assert steps == [6, 12]
 
 
 def test_the_rate_warms_up_and_a_resumed_run_goes_on_with_it(tmp_path, parity_data):

@@ -6,10 +6,11 @@ made. What that one was given is handed on to them where it can be; the rest is 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from types import SimpleNamespace
 
 from transformers import Trainer
-from transformers.trainer_utils import SchedulerType
+from transformers.trainer_utils import SchedulerType, has_length
 
 from ..configuration import QuantizedModelConfig
 from ..hub.packer import check_can_be_packed
@@ -47,8 +48,9 @@ def check_pass(trainer: Trainer, config: QuantizedModelConfig, args: Compression
     """What can be told of a pass by its settings alone; before the training that leads to it, too.
 
     Raises:
-        ValueError: if a stage has no training data, the settings name stages that are none or
-            contradict each other or the trainer's, or the trainer has what no stage can heed.
+        ValueError: if a stage has no training data or no known length, the settings name stages
+            that are none or contradict each other or the trainer's, or the trainer has what no
+            stage can heed.
     """
     stages = config.stage_groups()
     args.check_stages(stages)
@@ -61,6 +63,7 @@ def check_pass(trainer: Trainer, config: QuantizedModelConfig, args: Compression
         if config.reads_data:
             require_batches([], config.reads_data)
     if args.trains(stages):
+        _require_known_lengths(trainer, args, stages)
         _require_own_optimizers(trainer)
     _require_stock_methods(trainer, config, args)
     # accelerate's own settings may have turned them on, too.
@@ -69,6 +72,21 @@ def check_pass(trainer: Trainer, config: QuantizedModelConfig, args: Compression
     require_centroids(config, args, ways)
     noise_to_keep(trainer, args.keep_noise)
     check_can_be_packed(trainer.accelerator.unwrap_model(trainer.model))
+
+
+def _require_known_lengths(
+    trainer: Trainer, args: CompressionArguments, stages: Iterable[str | None]
+) -> None:
+    """Refuses epochs of data whose length nobody knows; the run's ``max_steps`` is no stage's."""
+    settings = map(args.of_stage, stages)
+    if not has_length(trainer.train_dataset) and any(
+        s.trains and s.steps is None for s in settings
+    ):
+        raise ValueError(
+            f"the train_dataset, a {type(trainer.train_dataset).__name__}, does not say how many "
+            "examples it has, so a stage cannot be finetuned for epochs; set "
+            'CompressionArguments(stage_steps=...), or "steps" in stage_settings'
+        )
 
 
 def _require_own_optimizers(trainer: Trainer) -> None:

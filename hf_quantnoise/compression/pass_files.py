@@ -18,19 +18,17 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..distributed import is_rank_0, object_of_rank_0, put_into, raising_together
+from .checkpoints import is_whole, newest_whole, not_shared, numbered
 
 logger = logging.get_logger(__name__)
 
@@ -101,15 +99,6 @@ def _flush(path: str) -> None:
         os.close(descriptor)
 
 
-def is_whole(path: str) -> bool:
-    """Whether a safetensors file is there with all the bytes that its header names."""
-    try:
-        with safe_open(path, framework="pt"):
-            return True
-    except (OSError, SafetensorError):
-        return False
-
-
 @dataclass(frozen=True)
 class SavedStage:
     """A finished stage on disk.
@@ -161,12 +150,12 @@ class PassFiles:
             for stage in found:
                 # As text: a figure that is no number is not equal to itself.
                 if json.dumps(_content_of(stage.folder)) != json.dumps(stage.content):
-                    raise _not_shared(stage.folder)
+                    raise not_shared(stage.folder)
         return found
 
     def _own_stages(self) -> list[SavedStage]:
         found = []
-        for number, folder in _numbered(self.folder, _STAGE):
+        for number, folder in numbered(self.folder, _STAGE):
             content = _content_of(folder)
             if content is None:
                 self._pass_over(folder)
@@ -210,8 +199,8 @@ class PassFiles:
         shutil.rmtree(folder, ignore_errors=True)  # torn, on another machine than rank 0's
         os.replace(folder + _PART, folder)
         _flush(self.folder)
-        done = [old for n, old in _numbered(self.folder, _STAGE) if 0 < n < number]
-        done += [old for n, old in _numbered(self.folder, _RUN) if n <= number]
+        done = [old for n, old in numbered(self.folder, _STAGE) if 0 < n < number]
+        done += [old for n, old in numbered(self.folder, _RUN) if n <= number]
         for old in done:
             shutil.rmtree(old, ignore_errors=True)
 
@@ -238,43 +227,15 @@ class PassFiles:
         """
         if self.folder is None:
             return None
-        folder = self.run_folder(number)
-        name = object_of_rank_0(self._newest_in(folder) if is_rank_0() else None)
-        if name is None:
-            return None
-        checkpoint = os.path.join(folder, name)
-        with raising_together():
-            if not _is_whole_checkpoint(checkpoint):
-                raise _not_shared(checkpoint)
+        checkpoint, torn = newest_whole(self.run_folder(number), _flaw_of_checkpoint)
+        for folder in torn:
+            self._pass_over(folder)
         return checkpoint
 
-    def _newest_in(self, folder: str) -> str | None:
-        found = []
-        for _, checkpoint in _numbered(folder, f"{PREFIX_CHECKPOINT_DIR}-"):
-            if _is_whole_checkpoint(checkpoint):
-                found.append(os.path.basename(checkpoint))
-            else:
-                self._pass_over(checkpoint)
-        return found[-1] if found else None
 
-
-def _is_whole_checkpoint(folder: str) -> bool:
-    return is_whole(os.path.join(folder, MEMORY_NAME))
-
-
-def _not_shared(folder: str) -> ValueError:
-    return ValueError(
-        f"resume_from_checkpoint: a process of this run does not find in {os.path.abspath(folder)} "
-        "what the first one goes on from; output_dir must be a folder that all machines share"
-    )
-
-
-def _numbered(folder: str, prefix: str) -> list[tuple[int, str]]:
-    """The folders inside one whose names are a prefix and a number, by that number."""
-    if not os.path.isdir(folder):
-        return []
-    matches = (re.fullmatch(rf"{prefix}(\d+)", name) for name in os.listdir(folder))
-    return sorted((int(m[1]), os.path.join(folder, m[0])) for m in matches if m)
+def _flaw_of_checkpoint(folder: str) -> str | None:
+    """The last file of a checkpoint vouches for the others, which have reached the disk before."""
+    return None if is_whole(os.path.join(folder, MEMORY_NAME)) else MEMORY_NAME
 
 
 def _content_of(folder: str) -> dict[str, Any] | None:

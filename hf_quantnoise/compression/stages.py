@@ -19,7 +19,7 @@ from typing import Any
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer, TrainingArguments
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy, has_length
 from transformers.utils import logging
 
 from ..configuration import QuantizedModelConfig, QuantNoiseConfig
@@ -285,9 +285,12 @@ class StagedPass:
         """The run's own arguments with the stage's length and learning rate."""
         args = self.trainer.args
         stage = copy.copy(args)
+        steps = -1 if settings.steps is None else settings.steps
+        if steps <= 0 and not has_length(self.trainer.train_dataset):
+            steps = 1  # nothing is trained, but Trainer wants a number for streamed data
         changes = {
             "num_train_epochs": settings.epochs,
-            "max_steps": -1 if settings.steps is None else settings.steps,
+            "max_steps": steps,
             "eval_strategy": IntervalStrategy.NO,
             "load_best_model_at_end": False,
             "push_to_hub": False,

@@ -148,3 +148,22 @@ def test_the_loss_function_is_that_of_the_run(tmp_path, parity_data):
     trainer = make_trainer(tmp_path, parity_data, compute_loss_func=loss)
     trainer.compress(CONFIG, CompressionArguments(stage_steps=2, distill=False))
     assert sum(calls) == 2 * 2 * 32
+
+
+def test_epochs_of_data_of_unknown_length_are_refused_before_anything_is_packed(
+    tmp_path, parity_data
+):
+    streamed = parity_data.to_iterable_dataset()
+    trainer = QuantNoiseTrainer(
+        make_model("bert"), settings(tmp_path, max_steps=2), train_dataset=streamed
+    )
+    for arguments in (
+        CompressionArguments(),
+        CompressionArguments(stage_steps=1, stage_settings={"attention": {"epochs": 1}}),
+    ):
+        with pytest.raises(ValueError, match=r"IterableDataset.*set CompressionArguments\(stage_s"):
+            trainer.compress(CONFIG, arguments)
+        assert not any(packed_layers(trainer.model))
+    # The way out that the message names.
+    stages = {"ffn": {"steps": 1}, "attention": {"epochs": 0}}
+    trainer.compress(CONFIG, CompressionArguments(stage_settings=stages))
