@@ -133,8 +133,7 @@ class StagedPass:
             if self.given_teacher is not None:
                 share_what_rank_0_read(self.trainer, self.given_teacher)
             self.teacher = Teacher(self.model, self.given_teacher, self.args)
-            if self.teacher.needs_check:
-                self.teacher.check(self._stage_trainer(None, 0))
+            self.teacher.check(self._stage_trainer(None, 0))
         else:
             self.teacher = None
 

@@ -122,11 +122,6 @@ class Teacher:
             terms[name] = (weight, term(outputs, own, inputs))
         return terms
 
-    @property
-    def needs_check(self) -> bool:
-        """Whether student and teacher might not go together."""
-        return self.given or bool(self.flags) or self.cache is not None
-
     def check(self, trainer: Trainer) -> None:
         """Compares student and teacher on one batch of each rank. On all ranks.
 
@@ -134,7 +129,8 @@ class Teacher:
             trainer: has the student, still dense, and its data.
 
         Raises:
-            ValueError: naming the field and the way out; on all ranks if on one.
+            ValueError: naming the field and the way out; on all ranks if on one. A student that is
+                its own teacher is refused where it has no logits to learn of.
         """
         inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
         with raising_together():  # each rank has examples of its own size

@@ -346,3 +346,11 @@ def test_all_terms_under_autocast(tmp_path, monkeypatch):
         monkeypatch.undo()
     for name, value in first[False].items():
         assert first[True][name] == pytest.approx(value, rel=0.1)
+
+
+def test_a_model_without_a_head_is_told_before_anything_is_packed(tmp_path):
+    trainer = make_trainer(tmp_path, model=make_stacked("bert").bert)
+    trainer.compute_loss_func = lambda outputs, labels, **kwargs: outputs.pooler_output.sum()
+    with pytest.raises(ValueError, match="logits.*distill=False"):
+        trainer.compress(ONE_STAGE)
+    assert not any(packed_layers(trainer.model))
