@@ -320,10 +320,12 @@ def _plan_for(
 def _close_over_ties(
     plan: dict[str, dict], model: PreTrainedModel, layers: dict[str, LayerInfo]
 ) -> dict[str, dict]:
-    """Adds the tied partners that the checkpoint's own class did not have (an LM head)."""
+    """Adds the tied partners that the checkpoint's own class did not have (an LM head). What enters
+    them was never measured, so it is not rounded."""
     for pair in model.all_tied_weights_keys.items():
         target, source = (name.removesuffix(".weight") for name in pair)
         for here, there in ((source, target), (target, source)):
             if here in plan and there in layers and there not in plan:
                 plan[there] = {**plan[here], "tied_to": here}
+                plan[there].pop("activation_bits", None)
     return plan

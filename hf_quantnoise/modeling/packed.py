@@ -134,8 +134,9 @@ class PackedLayer(Shadow):
         """The codes, shape (rows, codes_per_row); or those of some rows."""
         packed = self.weight_indices
         if rows is not None and self.rows_are_aligned:
-            packed, rows = packed[rows], None
-            n_rows = packed.shape[0]
+            # A tensor's rows are selected, not indexed: -1 is an error here, as in any table.
+            own = packed[rows] if isinstance(rows, slice) else packed.index_select(0, rows)
+            packed, rows, n_rows = own, None, own.shape[0]
         else:
             n_rows = self.rows
         codes = unpack_codes(

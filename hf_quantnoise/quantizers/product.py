@@ -228,7 +228,8 @@ class ProductQuantizer(Quantizer):
     def centroids(self, state: dict[str, Tensor]) -> Tensor:
         """The centroids as they are stored, shape (n_centroids, block_size); straight-through.
 
-        In training, scale and zero point of an 8-bit codebook follow it from step to step.
+        In training, scale and zero point of an 8-bit codebook follow it from step to step; as long
+        as no step was taken they stay as they are.
         """
         codebook = state["codebook"]
         if self.codebook_bits == 32:
@@ -239,10 +240,15 @@ class ProductQuantizer(Quantizer):
                 stored = _in_half(codebook)
             else:
                 on_codebook = _of_codebook(state)
+                books = self._books(codebook)
+                stored = self._eight_bits.quantize(books, on_codebook)
                 if trained:
-                    for key, value in self._eight_bits.fit(self._books(codebook)).items():
-                        on_codebook[key].copy_(value)
-                stored = self._eight_bits.quantize(self._books(codebook), on_codebook)
+                    # Centroids that are what was read from a file keep what they were read with:
+                    # fitted anew it would differ in its last bits.
+                    exact = (stored == books).all()
+                    for key, value in self._eight_bits.fit(books).items():
+                        on_codebook[key].copy_(torch.where(exact, on_codebook[key], value))
+                    stored = self._eight_bits.quantize(books, on_codebook)
                 stored = stored.view_as(codebook)
         return _AsStored.apply(codebook, stored)
 

@@ -67,6 +67,24 @@ def test_loaded_tensors_are_aligned_so_that_products_have_the_same_last_bits(tmp
         assert torch.equal(tensor, again.get_parameter(name)), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n_codebooks", [1, 2])
+def test_gradients_without_a_step_leave_eight_bit_centroids_as_they_are(
+    n_codebooks, dtype, input_ids, tmp_path
+):
+    config = IPQConfig(block_size=4, n_centroids=16, codebook_bits=8, n_codebooks=n_codebooks)
+    quantize_model(make_model("bert"), config, progress=False).save_pretrained(tmp_path / "a")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "a", dtype=dtype)
+    model.save_pretrained(tmp_path / "b")
+    expected = logits(model, input_ids)
+    again = model(input_ids=input_ids).logits
+    assert torch.equal(again, expected)
+    again.sum().backward()
+    assert model.get_input_embeddings().weight_codebook.grad.any()
+    model.save_pretrained(tmp_path / "c")
+    assert digest(tmp_path / "c") == digest(tmp_path / "b")
+
+
 @pytest.mark.parametrize("name", MAKERS)
 def test_reloaded_logits_are_bit_equal_and_files_identical(name, config, input_ids, tmp_path):
     model = quantize_model(make_model(name), config, progress=False)

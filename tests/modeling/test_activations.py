@@ -6,7 +6,12 @@ import pytest
 import torch
 from tiny import make_model, make_vision_model
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    TrainingArguments,
+)
 from zoo import ZOO
 
 from hf_quantnoise import (
@@ -139,6 +144,26 @@ def test_inputs_are_rounded_with_fixed_scales_that_travel(name, config, input_id
         ratio = 32 / config.activation_bits
         assert size_report(wide).total.activation_bytes == ratio * total.activation_bytes
     assert not any("input_scale" in key for key in again.dequantize().state_dict())
+
+
+def test_a_head_that_joins_a_packed_table_has_inputs_nobody_measured(input_ids, tmp_path):
+    model = quantize_model(
+        make_model("bert"), CONFIGS["int8"], progress=False, calibration_data=batches()
+    )
+    model.save_pretrained(tmp_path / "classifier")
+    head, info = AutoModelForMaskedLM.from_pretrained(
+        tmp_path / "classifier", output_loading_info=True
+    )
+    assert not any("decoder.input" in key for key in info["missing_keys"])
+    table = head.get_input_embeddings()
+    assert head.get_output_embeddings().weight_indices is table.weight_indices
+    with torch.no_grad():
+        hidden = head.cls.predictions.transform(head.bert(input_ids)[0])
+        expected = torch.nn.functional.linear(hidden, table.weight)
+    torch.testing.assert_close(logits(head, input_ids), expected)
+    head.save_pretrained(tmp_path / "head")
+    again = AutoModelForMaskedLM.from_pretrained(tmp_path / "head")
+    assert torch.equal(logits(again, input_ids), logits(head, input_ids))
 
 
 def test_convolutions_round_their_inputs_too():

@@ -175,6 +175,16 @@ def test_a_table_decodes_only_the_looked_up_rows(monkeypatch):
     assert seen == [3]
 
 
+@pytest.mark.parametrize("row", [-1, 60])
+def test_a_table_refuses_a_row_that_it_does_not_have(row):
+    layer = LAYERS["embedding"]()
+    pack_layer(layer, ProductQuantizer(block_size=4, n_centroids=16))
+    assert layer.rows_are_aligned
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients), pytest.raises(IndexError, match="out of range"):
+            layer(torch.tensor([[4, row]]))
+
+
 def test_a_subclass_keeps_what_it_adds():
     layer = fill(OPTLearnedPositionalEmbedding(62, 32))  # adds 2 to every position
     pack_layer(layer, ProductQuantizer(block_size=4, n_centroids=16))
