@@ -47,7 +47,7 @@ def test_the_page_shows_the_examples():
         ("", "COMMAND"),
         ("polish out/dense", "invalid choice: 'polish'"),
         ("plan", "PATH_OR_REPO"),
-        ("plan out/dense --blocksize 8", "--blocksize"),
+        ("plan out/dense --blocksize 8", "--blocksize 8 (hf-quantnoise plan --help"),
         ("plan out/dense --block_size large", "--block_size 'large' is no size"),
         ("plan out/dense --n_centroids 1", "n_centroids=1"),
         ("plan out/dense --scheme fixed_point --target_size_mb 1", "--target_size_mb"),
