@@ -90,6 +90,8 @@ def test_usage_errors_are_one_line_and_code_2(line, said, made, monkeypatch, cap
         ("compress out/dense out/compressed", "--overwrite"),
         ("compress out/dense out/dense --overwrite", "is the model itself"),
         ("compress out/dense out --overwrite", "holds no saved model"),
+        ("compress out/dense out/dense/config.json/new", "'out/dense/config.json/new' cannot be"),
+        ("convert out/compressed out/dense/config.json/new --to dense", "give another folder"),
         ("convert out/dense out/new --to dense", "is not quantized"),
         ("push out/dense me/x", "compress it first"),
         ("push nothing me/x", "is no folder"),
