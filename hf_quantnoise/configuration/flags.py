@@ -211,8 +211,8 @@ class QuantizationFlags:
             if scheme != self.scheme and wrong:
                 name = min(wrong)
                 raise ValueError(
-                    f"--{name} {getattr(self, name)} is of --scheme {scheme}, and this is "
-                    f"{self.scheme}; take one of them out"
+                    f"--{name} is of --scheme {scheme}, and here are --scheme {self.scheme} and "
+                    f"--{name} {getattr(self, name)}; take one of them out"
                 )
 
     def config(self, seed: int) -> IPQConfig | FixedPointConfig:
