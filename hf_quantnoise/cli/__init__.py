@@ -71,7 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: with 2 for a command line that makes no sense, with 0 after ``--help``.
     """
-    args = build_parser().parse_args(argv)
+    args, unknown = build_parser().parse_known_args(argv)
+    if unknown:  # said by the command, whose --help lists its flags
+        args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         args.command.run(args)
     except UsageError as error:

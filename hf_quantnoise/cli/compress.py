@@ -9,7 +9,7 @@ from ..compression import check_plan, quantize_model
 from ..size import size_report
 from .checkpoints import checkpoint_of
 from .command import COMMANDS, Command, UsageError, add_model_argument, add_output_arguments
-from .folders import check_output, copy_card, copy_companions, new_folder
+from .folders import check_output, copy_companions, new_folder, write_card
 from .settings import allotted, quantization_config, quantization_parser
 
 
@@ -53,5 +53,5 @@ class Compress(Command):
         model = quantize_model(model, config, progress=sys.stderr.isatty())
         with new_folder(args.out) as folder:
             model.save_pretrained(folder)
-            copy_card(model, copy_companions(checkpoint, folder), folder)
+            write_card(model, copy_companions(checkpoint, folder), folder)
         print(size_report(model))

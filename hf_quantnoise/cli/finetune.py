@@ -40,8 +40,9 @@ class Finetune(Command):
     @staticmethod
     def run(args: Namespace) -> None:
         example = task_module(args.task).example
+        args.parser.prog += f" {args.task}"  # whose --help lists the flags
         try:
-            given = example.parse(args.flags, prog=f"{args.parser.prog} {args.task}")
+            given = example.parse(args.flags, prog=args.parser.prog)
         except ValueError as error:
             raise UsageError(str(error)) from error
         example.start(given)

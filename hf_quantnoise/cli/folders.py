@@ -11,8 +11,8 @@ from fnmatch import fnmatch
 
 from transformers import PreTrainedModel
 
-from ..publishing import write_model_card
-from ..repository import CARD
+from ..publishing.push import card_of, merged
+from ..repository import CARD, read_card
 from .checkpoints import Checkpoint
 
 # What tokenizers and processors are saved as.
@@ -43,18 +43,25 @@ def check_output(out: str, overwrite: bool, source: str) -> None:
             f"{out!r} holds no saved model ({', '.join(held[:3])}), so --overwrite leaves it; give "
             "another folder"
         )
+    try:
+        with new_folder(out, keep=False):
+            pass
+    except OSError as error:
+        raise ValueError(f"{out!r} cannot be written: {error}; give another folder") from error
 
 
 @contextmanager
-def new_folder(out: str) -> Iterator[str]:
+def new_folder(out: str, keep: bool = True) -> Iterator[str]:
     """A folder to write into, which becomes ``out`` when the block has ended well: whatever was
-    there stands until then."""
+    there stands until then. With ``keep`` False it is gone then, and ``out`` as it was."""
     parent = os.path.dirname(os.path.abspath(out))
     os.makedirs(parent, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".hf-quantnoise-", dir=parent) as scratch:
         folder = os.path.join(scratch, "model")
         os.mkdir(folder)
         yield folder
+        if not keep:
+            return
         if os.path.isdir(out):
             shutil.rmtree(out)
         os.replace(folder, out)
@@ -70,9 +77,20 @@ def copy_companions(checkpoint: Checkpoint, folder: str) -> str:
     return source
 
 
-def copy_card(model: PreTrainedModel, source: str, folder: str) -> None:
-    """The card of the dense model, where it has one, headed by how to load the packed one."""
-    path = os.path.join(source, CARD)
+# What a card says of the dense model alone.
+_OF_THE_DENSE = ("eval_results", "model_name", "metrics", "base_model_relation", "library_name")
+
+
+def write_card(model: PreTrainedModel, source: str, folder: str) -> None:
+    """How to load the packed model and how it is stored, above the words of the dense model's card
+    where it has one; of its metadata what was measured of it stays behind."""
+    card, path = card_of(model).render(model), os.path.join(source, CARD)
     if os.path.isfile(path):
-        shutil.copyfile(path, os.path.join(folder, CARD))
-        write_model_card(model, folder)
+        theirs = read_card(path)
+        of_the_dense = (*_OF_THE_DENSE, *(["base_model"] if card.data.base_model else []))
+        for name in of_the_dense:
+            setattr(theirs.data, name, None)
+        card = merged(card, theirs)
+        if card.data.base_model:
+            card.data.base_model_relation = "quantized"
+    card.save(os.path.join(folder, CARD))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import sys
 from argparse import ArgumentParser, Namespace
-from dataclasses import MISSING, fields, replace
-from typing import Any
+from dataclasses import fields, replace
 
 from transformers import HfArgumentParser, PreTrainedModel
 
@@ -28,21 +27,22 @@ def quantization_parser() -> ArgumentParser:
     return parser
 
 
-def _default(of: Any) -> Any:
-    return of.default if of.default_factory is MISSING else of.default_factory()
+# Where there is no noise to read them, these flags too are of one scheme alone.
+_WITHOUT_NOISE = {"ipq": ("block_size", "n_centroids"), "fixed_point": ("observer",)}
 
 
 def quantization_config(args: Namespace) -> QuantizedModelConfig:
     """The config that the flags describe.
 
     Raises:
-        UsageError: if a value is none of its flag's, or ``--config`` has others beside it.
+        UsageError: if a value is none of its flag's, a flag is of another scheme, or ``--config``
+            has others beside it.
     """
     flags = QuantizationFlags(**{f.name: getattr(args, f.name) for f in fields(QuantizationFlags)})
-    given = [f.name for f in fields(flags) if getattr(flags, f.name) != _default(f)]
-    given += ["seed"] if args.seed else []
+    given = flags.given() + (["seed"] if args.seed else [])
     try:
         if args.config is None:
+            flags.refuse_of_other_scheme(_WITHOUT_NOISE)
             return flags.config(args.seed)
         if given:
             raise ValueError(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any, Literal
 
 from .storage import QUANT_METHOD, FixedPointConfig, IPQConfig, QuantizedModelConfig
 
@@ -108,6 +109,21 @@ def read_quantization_config(file_name: str) -> QuantizedModelConfig:
     )
 
 
+# Scheme -> flags that no other scheme reads. Noise reads --block_size, --n_centroids and --observer
+# whatever the scheme is.
+ONLY = {
+    "ipq": (
+        "stages", "codebook_bits", "kmeans_iter", "importance", "row_scale", "n_codebooks",
+        "target_size_mb", "target_bits_per_weight", "layer_quantizers",
+    ),
+    "fixed_point": ("bits",),
+}  # fmt: skip
+
+
+def _default(of: Field) -> Any:
+    return of.default if of.default_factory is MISSING else of.default_factory()
+
+
 @dataclass
 class QuantizationFlags:
     """What a small model is to be: :class:`IPQConfig` or :class:`FixedPointConfig` in flags, for
@@ -149,7 +165,10 @@ class QuantizationFlags:
         default=None,
         metadata={"help": "JSON file: how single layers are stored, or another run's config.json."},
     )
-    bits: int = field(default=8, metadata={"help": "Bits of a weight under fixed_point."})
+    bits: int | None = field(
+        default=None,
+        metadata={"help": "Bits of a weight, of --scheme fixed_point alone; default: 8."},
+    )
     observer: str = field(
         default="minmax", metadata={"help": "Range of intN: minmax, channel or histogram."}
     )
@@ -174,8 +193,35 @@ class QuantizationFlags:
         default=None, metadata={"help": "Layers to leave dense; same form."}
     )
 
+    def given(self) -> list[str]:
+        """The flags whose values are not the defaults."""
+        return [f.name for f in fields(QuantizationFlags) if getattr(self, f.name) != _default(f)]
+
+    def refuse_of_other_scheme(self, more: Mapping[str, Sequence[str]] = {}) -> None:
+        """Refuses flags that say nothing of the scheme asked for.
+
+        Args:
+            more: scheme -> its flags that another scheme does not read either, here.
+
+        Raises:
+            ValueError: naming the flag, its value and the scheme that reads it.
+        """
+        for scheme, own in ONLY.items():
+            wrong = {*own, *more.get(scheme, ())}.intersection(self.given())
+            if scheme != self.scheme and wrong:
+                name = min(wrong)
+                raise ValueError(
+                    f"--{name} is of --scheme {scheme}, and here are --scheme {self.scheme} and "
+                    f"--{name} {getattr(self, name)}; take one of them out"
+                )
+
     def config(self, seed: int) -> IPQConfig | FixedPointConfig:
-        """The package's config of the small model."""
+        """The package's config of the small model.
+
+        Raises:
+            ValueError: if a flag is of another scheme, or its value is none.
+        """
+        self.refuse_of_other_scheme()
         shared = {
             "target_modules": parse_patterns(self.target_modules),
             "exclude_modules": parse_patterns(self.exclude_modules),
@@ -184,18 +230,10 @@ class QuantizationFlags:
             "prune_layers": parse_patterns(self.prune_layers),
             "seed": seed,
         }
-        sizes = {
-            "target_size_mb": self.target_size_mb,
-            "target_bits_per_weight": self.target_bits_per_weight,
-            "layer_quantizers": self.layer_quantizers,
-        }
-        given = {name: value for name, value in sizes.items() if value is not None}
         if self.scheme == "fixed_point":
-            if given:
-                raise ValueError(f"--{next(iter(given))} is of --scheme ipq; take one of them out")
-            return FixedPointConfig(bits=self.bits, observer=self.observer, **shared)
-        if self.layer_quantizers is not None:
-            given["layer_quantizers"] = read_layer_quantizers(self.layer_quantizers)
+            bits = 8 if self.bits is None else self.bits
+            return FixedPointConfig(bits=bits, observer=self.observer, **shared)
+        layers = self.layer_quantizers
         return IPQConfig(
             block_size=parse_int_or_dict("block_size", self.block_size),
             n_centroids=parse_int_or_dict("n_centroids", self.n_centroids),
@@ -205,6 +243,8 @@ class QuantizationFlags:
             importance=self.importance,
             row_scale=self.row_scale,
             n_codebooks=self.n_codebooks,
-            **given,
+            target_size_mb=self.target_size_mb,
+            target_bits_per_weight=self.target_bits_per_weight,
+            layer_quantizers={} if layers is None else read_layer_quantizers(layers),
             **shared,
         )

@@ -83,6 +83,7 @@ def make_plan(
     """
     layers = select_layers(model, config.target_modules, config.exclude_modules)
     _require_known(config, model, layers)
+    _require_known_keys(config, model)
     plan: dict[str | None, list[PlannedWeight]] = {stage: [] for stage in config.stage_groups()}
     left: dict[str, str] = {}
     for members in weights_of(layers):
@@ -174,6 +175,26 @@ def _require_known(
                 )
 
 
+def _require_known_keys(config: QuantizedModelConfig, model: nn.Module) -> None:
+    """Refuses keys of int-or-dict settings that are no structure group and match no layer."""
+    names = [layer.name for layer in find_layers(model)]
+    for setting in ("block_size", "n_centroids"):
+        value = getattr(config, setting, None)
+        for key in value if isinstance(value, dict) else ():
+            if key in GROUPS or any(re.fullmatch(key, name) for name in names):
+                continue
+            close = difflib.get_close_matches(key, [*GROUPS, *names], n=1)
+            hint = (
+                f". Did you mean {close[0]!r}?"
+                if close
+                else f"; it has {', '.join(names[:4])}, ..."
+            )
+            raise ValueError(
+                f"{setting}={value!r}: {key!r} is no structure group ({', '.join(GROUPS)}), and as "
+                f"a regex for whole names it matches no layer of the model{hint}"
+            )
+
+
 def _with_work(
     config: QuantizedModelConfig,
     plan: dict[str | None, list[PlannedWeight]],
@@ -195,10 +216,11 @@ def _with_work(
         if all(left[layer.name] == BY_NAME for layer in own):
             continue
         widths = sorted({layer.columns for layer in own})
-        tried = config.quantizer_settings(own[0]) or {}
+        tried = config.quantizer_settings(own[0]) or vars(config)
+        setting = "block_size" if "block_size" in tried else "bits"
         reasons = "; ".join(f"{layer.name}: {left[layer.name]}" for layer in own[:3])
         raise ValueError(
-            f"block_size={tried.get('block_size')}: the stage {stage!r} can quantize none of its "
+            f"{setting}={tried[setting]!r}: the stage {stage!r} can quantize none of its "
             f"{len(own)} layers ({reasons}). Their columns number {widths}: choose a block_size "
             "that divides them, fewer n_centroids, or leave the stage out"
         )

@@ -12,10 +12,12 @@ from ..size import SizeReport, SizeRow
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A Markdown table; None is an empty cell."""
+    """A Markdown table; None is an empty cell, a bar inside a cell (of a regex) is escaped."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(
-        "| " + " | ".join("" if cell is None else str(cell) for cell in line) + " |"
+        "| "
+        + " | ".join("" if cell is None else str(cell).replace("|", "\\|") for cell in line)
+        + " |"
         for line in lines
     )
 

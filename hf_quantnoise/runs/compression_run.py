@@ -170,19 +170,24 @@ def _earlier_figures(output_dir: str) -> dict:
     return values["dense"]
 
 
-def _check_teacher(args: Arguments) -> None:
-    """Whether there is a teacher to load.
+def _check_checkpoints(args: Arguments) -> None:
+    """Whether there are a model and a teacher to load.
 
     Raises:
         ValueError: naming the flag, if not.
     """
-    name = args.options.teacher_name_or_path
-    if name is None:
-        return
-    try:
-        AutoConfig.from_pretrained(name, cache_dir=args.model.cache_dir, token=args.model.token)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--teacher_name_or_path {name!r} cannot be loaded: {error}") from None
+    where, model = args.model.hub(), args.model.model_name_or_path
+    teacher = {name: value for name, value in where.items() if name != "revision"}
+    for flag, name, more in (
+        ("config_name", args.model.config_name, where),
+        ("model_name_or_path", None if args.model.config_name else model, where),
+        ("teacher_name_or_path", args.options.teacher_name_or_path, teacher),
+    ):
+        try:
+            if name is not None:
+                AutoConfig.from_pretrained(name, **more)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--{flag} {name!r} cannot be loaded: {error}") from None
 
 
 def _given_teacher(args: Arguments, job: Job) -> PreTrainedModel | None:
@@ -301,7 +306,7 @@ def run(args: Arguments, prepare: Callable[[Arguments], Job]) -> dict:
     """
     training = args.training
     # Configs first: a mistake in them is told before anything is read or trained.
-    _check_teacher(args)
+    _check_checkpoints(args)
     noise_config = args.noise.config(args.options, training.seed)
     small_config = args.options.config(training.seed) if args.options.compress else None
     if not (training.do_train or args.compression.keep_noise):

@@ -7,7 +7,7 @@ import dataclasses
 import os
 import sys
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -200,6 +200,12 @@ class Arguments:
         return {**values, "training": training}
 
 
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, without the list of all flags."""
+        self.exit(2, f"{self.prog}: error: {message} ({self.prog} --help lists what there is)\n")
+
+
 def parse_arguments(
     data_class: type, description: str, argv: list[str] | None = None, prog: str | None = None
 ) -> Arguments:
@@ -211,7 +217,7 @@ def parse_arguments(
         argv: the words; None takes the process's own.
         prog: what they are the words of; None takes the process's name.
     """
-    parser = HfArgumentParser(
+    parser = _Parser(
         [
             ModelArguments,
             data_class,

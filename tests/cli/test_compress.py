@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from tiny import make_model
 from transformers import AutoModelForSequenceClassification
@@ -75,6 +76,45 @@ def test_the_small_model_is_whole(made):
     card = (small / "README.md").read_text()
     assert card.index("license: mit") < card.index("import hf_quantnoise") < card.index("# A model")
     assert not list((made / "out").glob(".hf-quantnoise-*"))
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_work(work, run, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", refuse)
+    code, _, err = run("compress out/dense out/dense/config.json/new")
+    assert code == 1 and "cannot be written" in err, err
+
+
+RESULTS = """---
+base_model: me/base
+base_model_relation: finetune
+library_name: sentence-transformers
+license: mit
+model-index:
+- name: dense
+  results:
+  - task: {type: text-classification}
+    dataset: {type: d, name: d}
+    metrics: [{type: accuracy, value: 0.9}]
+---
+# Words
+"""
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_card_is_written_and_says_nothing_of_the_dense_model(there, work, run):
+    card = work / "out" / "dense" / "README.md"
+    card.write_text(RESULTS) if there else card.unlink()
+    assert run("compress out/dense out/new --scheme fixed_point")[0] == 0
+    written = ModelCard.load(work / "out" / "new" / "README.md")
+    assert "import hf_quantnoise" in written.text and ("# Words" in written.text) == there
+    data = written.data.to_dict()
+    assert "model-index" not in data and data["library_name"] == "transformers"
+    assert "quant-noise" in data["tags"]
+    expected = ("me/base", "quantized", "mit") if there else (None, None, None)
+    assert tuple(map(data.get, ("base_model", "base_model_relation", "license"))) == expected
 
 
 def test_overwrite_replaces_all_that_was_there(work, run):

@@ -33,6 +33,8 @@ def test_the_examples_run(tiny_model, sentences, write, tmp_path, monkeypatch, c
     ("flags", "said"),
     [
         (["--bitts", "4"], "--bitts"),
+        (["--scheme", "pq"], "--scheme"),
+        (["--bits", "four"], "--bits"),
         ([], "--model_name_or_path"),
     ],
 )
@@ -40,8 +42,9 @@ def test_flags_that_are_none_are_usage_errors(flags, said, tmp_path, capsys):
     given = ["--model_name_or_path", "x", "--output_dir", str(tmp_path)] if flags else []
     with pytest.raises(SystemExit) as stop:
         main(["finetune", "glue", *given, *flags])
-    assert stop.value.code == 2
-    assert said in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1, err
+    assert said in err and "hf-quantnoise finetune glue --help" in err
 
 
 def test_a_missing_package_is_named_with_the_extra(monkeypatch, capsys):

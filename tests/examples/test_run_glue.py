@@ -287,6 +287,10 @@ def test_patterns_are_a_regex_or_a_list():
             ["--do_train", "False", "--train_file", ""],
             r"--stage_epochs 1\.0 finetunes between the stages and needs --train_file",
         ),
+        (
+            ["--model_name_or_path", "./absent"],
+            r"--model_name_or_path '\./absent' cannot be loaded",
+        ),
         (["--no_such_flag"], r"--no_such_flag"),
     ],
 )

@@ -23,6 +23,7 @@ from hf_quantnoise import (
     size_report,
     write_model_card,
 )
+from hf_quantnoise.publishing.tables import table
 from hf_quantnoise.publishing.tasks import auto_class_of
 
 FIXTURE = Path(__file__).parent / "card.md"
@@ -72,6 +73,11 @@ def test_the_metadata_are_read_back(packed, tmp_path):
     (result,) = data.eval_results  # the loss is no metric of the Hub's, and timings are none at all
     assert (result.metric_type, result.metric_value) == ("accuracy", 0.915)
     assert (result.dataset_type, result.dataset_name) == ("nyu-mll/glue", "GLUE SST-2")
+
+
+def test_a_regex_with_a_bar_stays_in_its_cell():
+    row = table(("stage", "MB"), [(r".*(pooler|classifier)", 1)]).splitlines()[-1]
+    assert re.split(r"(?<!\\)\|", row)[1:-1] == [r" .*(pooler\|classifier) ", " 1 "]
 
 
 def test_the_tables_add_up(packed):
