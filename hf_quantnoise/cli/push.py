@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +13,8 @@ from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from ..configuration import QUANT_METHOD
-from ..repository import create_repository, upload_folder
+from ..publishing.card import NOWHERE
+from ..repository import CARD, create_repository, upload_folder
 from ..trainer import QuantNoiseTrainer
 from .checkpoints import Checkpoint
 from .command import COMMANDS, Command
@@ -25,8 +28,9 @@ _NOT_ALLOWED = (401, 403, 404)
 class Push(Command):
     """Uploads a folder with a packed model to the Hub, in one commit.
 
-    The files go as they stand, after a look at whether they are a packed model. Log in with `hf
-    auth login`; HF_ENDPOINT names another Hub.
+    The files go as they stand, after a look at whether they are a packed model; only a card that
+    was written before the model had a repository is given its name. Log in with `hf auth login`;
+    HF_ENDPOINT names another Hub.
     """
 
     examples = (
@@ -48,14 +52,42 @@ class Push(Command):
             repo = create_repository(
                 args.repo, private=args.private or None, revision=args.revision
             )
-            done = upload_folder(
-                args.folder,
-                repo,
-                revision=args.revision,
-                commit_message="Upload a model compressed by hf_quantnoise",
-                ignore_patterns=QuantNoiseTrainer.unpublished,
-            )
+            with _naming_on_card(repo, args.folder) as folder:
+                done = upload_folder(
+                    folder,
+                    repo,
+                    revision=args.revision,
+                    commit_message="Upload a model compressed by hf_quantnoise",
+                    ignore_patterns=QuantNoiseTrainer.unpublished,
+                )
         print(done.commit_url)
+
+
+@contextmanager
+def _naming_on_card(repo: str, folder: str) -> Iterator[str]:
+    """The folder to upload: the given one, or where its card does not know the repository yet one
+    that has the same files and a card that does."""
+    card = os.path.join(folder, CARD)
+    text = ""
+    if os.path.isfile(card):
+        with open(card, encoding="utf-8") as file:
+            text = file.read()
+    if NOWHERE not in text:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        same = shutil.copytree(folder, os.path.join(scratch, "model"), copy_function=_linked)
+        os.remove(os.path.join(same, CARD))  # a link: to write to it would change the other
+        with open(os.path.join(same, CARD), "w", encoding="utf-8") as file:
+            file.write(text.replace(NOWHERE, repo))
+        yield same
+
+
+def _linked(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # on another disk, or where there are no links
+        shutil.copyfile(source, target)
 
 
 @contextmanager
