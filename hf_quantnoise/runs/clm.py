@@ -59,7 +59,7 @@ def read_text(args: TextArguments, split: Split, cache_dir: str | None) -> list[
     """The lines of a split, from a file or from the Hub.
 
     Raises:
-        ValueError: naming the flag of a column that is missing or a file that is empty.
+        ValueError: naming the flag of a column that is missing or a file that is empty or no text.
     """
     if split.file is None:
         rows = load_dataset(
@@ -71,8 +71,13 @@ def read_text(args: TextArguments, split: Split, cache_dir: str | None) -> list[
                 f"{', '.join(rows.column_names)}"
             )
         return [line if line.endswith("\n") else f"{line}\n" for line in rows[args.text_column]]
-    with open(split.file, encoding="utf-8") as file:
-        lines = file.readlines()
+    try:
+        with open(split.file, encoding="utf-8") as file:
+            lines = file.readlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{split.flag} {split.file!r} is no text in UTF-8 ({error}); give a plain text file"
+        ) from error
     if not any(line.strip() for line in lines):
         raise ValueError(f"{split.flag} {split.file!r} holds no text")
     return lines

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from datasets import ClassLabel, Dataset, load_dataset
+from datasets.exceptions import DatasetGenerationError
 from PIL import Image, UnidentifiedImageError
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
@@ -43,17 +44,27 @@ class ImageArguments(SplitArguments):
             raise ValueError(f"--image_size {self.image_size} must be 1 or more")
 
 
+def _read_file(split: Split, cache_dir: str | None) -> Dataset:
+    try:
+        return load_dataset("parquet", data_files=split.file, split="train", cache_dir=cache_dir)
+    except (DatasetGenerationError, ValueError) as error:  # ArrowInvalid is a ValueError
+        raise ValueError(
+            f"{split.flag} {split.file!r} cannot be read as parquet ({error.__cause__ or error}); "
+            f"give {ImageArguments.file_kind}"
+        ) from error
+
+
 def load_images(args: ImageArguments, split: Split, cache_dir: str | None) -> Dataset:
     """The rows of a split, from a file or from the Hub, with the two columns that are needed.
 
     Raises:
-        ValueError: naming the flag of a column that is missing.
+        ValueError: naming the flag of a column that is missing or a file that cannot be read.
     """
     if split.file is None:
         name = "train" if split.name == "train" else args.validation_split
         rows = load_dataset(args.dataset_name, split=name, cache_dir=cache_dir)
     else:
-        rows = load_dataset("parquet", data_files=split.file, split="train", cache_dir=cache_dir)
+        rows = _read_file(split, cache_dir)
     for name, column in (("image", args.image_column), ("label", args.label_column)):
         if column not in rows.column_names:
             raise ValueError(

@@ -96,3 +96,10 @@ def test_another_teacher_and_noise_kept_in_the_stages(text_checkpoint, texts, tm
         losses.append((values["dense"]["metrics"]["loss"], values["reloaded"]["metrics"]["loss"]))
     dense, small = zip(*losses, strict=True)
     assert len(set(dense)) == 1 and len(set(small)) == 3
+
+
+def test_a_file_that_is_no_text_is_named(text_checkpoint, texts, tmp_path, changed):
+    (tmp_path / "text").write_bytes(b"\xff\xfe\x00")
+    given = flags(text_checkpoint, texts, tmp_path)
+    with pytest.raises(ValueError, match="--train_file .*text.* is no text in UTF-8"):
+        main(changed(given, {"--train_file": str(tmp_path / "text")}))

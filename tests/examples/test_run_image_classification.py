@@ -110,3 +110,10 @@ def test_mistakes_are_named(checkpoint, files, tmp_path, changed, change, words)
     given = flags(checkpoint, files, tmp_path, "--do_train", "False", "--stage_epochs", "0")
     with pytest.raises(ValueError, match=words):
         main(changed(given, change))
+
+
+def test_a_file_that_is_no_parquet_is_named(checkpoint, files, tmp_path, changed):
+    (tmp_path / "images.parquet").write_text("no images")
+    given = flags(checkpoint, files, tmp_path)
+    with pytest.raises(ValueError, match="--train_file .*images.parquet.* cannot be read as parq"):
+        main(changed(given, {"--train_file": str(tmp_path / "images.parquet")}))
