@@ -50,7 +50,6 @@ class Teacher:
                 "frozen copy of it is taken), or give another model"
             )
         self.args = args
-        self.given = given is not None
         device = args.teacher_device or next(student.parameters()).device
         model = copy.deepcopy(student) if given is None else given
         self.model = model.eval().requires_grad_(False).to(device)
