@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from .hub.quantizer import sentinel_names, storage_tensor
+from .hub.quantizer import storage_tensor
+from .hub.skeleton import sentinel_names
 from .modeling import packed_layers, packed_names
 from .structure import find_layers, unsaved_tensors
 

@@ -104,6 +104,11 @@ def unsaved_tensors(model: nn.Module) -> set[str]:
     return set(getattr(model, "_keys_to_ignore_on_save", None) or ())
 
 
+def is_layer(module: nn.Module) -> bool:
+    """Whether the package has a blocking rule for a module, and it holds its weight itself."""
+    return layout_of(module) is not None and module._parameters.get("weight") is not None
+
+
 def find_layers(model: nn.Module) -> list[LayerInfo]:
     """All layers the package has a blocking rule for, in the order of the module tree.
 
@@ -119,19 +124,16 @@ def find_layers(model: nn.Module) -> list[LayerInfo]:
     }
     input_ids = _input_tables(model)
 
-    found: list[tuple[str, nn.Module, WeightLayout]] = []
+    found: list[tuple[str, nn.Module]] = []
     users: dict[int, list[str]] = {}
     for name, module in model.named_modules():
-        layout = layout_of(module)
-        if layout is None or not name or module._parameters.get("weight") is None:
+        if not name or not is_layer(module) or f"{name}.weight" in unsaved:
             continue
-        if f"{name}.weight" in unsaved:
-            continue
-        found.append((name, module, layout))
+        found.append((name, module))
         users.setdefault(id(module._parameters["weight"]), []).append(name)
 
     layers = []
-    for name, module, layout in found:
+    for name, module in found:
         key = id(module._parameters["weight"])
         tied_to_table = key in tables and not isinstance(module, nn.Embedding)
         rows, columns = matrix_shape(module)
@@ -140,7 +142,7 @@ def find_layers(model: nn.Module) -> list[LayerInfo]:
                 name=name,
                 module=module,
                 group="embeddings" if tied_to_table else group_of(model, name, module),
-                layout=layout,
+                layout=layout_of(module),
                 rows=rows,
                 columns=columns,
                 ties=tuple(other for other in users[key] if other != name),

@@ -17,11 +17,9 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import NotASafetensorsRepoError
 
+from ..hub.reading import FLOATS
+
 SUFFIX = ".safetensors"
-# Names of floating-point dtypes in a safetensors header.
-FLOATS = {
-    "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from ..hub.reading import FLOATS
 from ..size import SizeReport, SizeRow, aligned, kilobytes, size_report, total_of
 from ..structure import find_layers
 from .checkpoints import Checkpoint
-from .headers import FLOATS, Headers, bytes_of
+from .headers import Headers, bytes_of
 
 # A report and a file agree within this share (CONTRIBUTING.md), or the file is what is told.
 TOLERANCE = 0.01

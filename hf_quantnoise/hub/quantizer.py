@@ -8,59 +8,25 @@ instead of starting from random weights.
 
 from __future__ import annotations
 
-import re
-from copy import deepcopy
-
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils import logging
 
-from ..configuration import LAYER_KEYS, QUANT_METHOD, QuantizedModelConfig
-from ..modeling import (
-    pack_skeleton,
-    packed_layers,
-    packed_names,
-    packed_shapes,
-    read_states,
-    unpack_model,
-)
-from ..modeling.packed import PREFIX, PackedLayer
+from ..configuration import QUANT_METHOD, QuantizedModelConfig
+from ..modeling import PackedLayer, packed_layers, packed_shapes, read_states, unpack_model
+from ..modeling.packed import PREFIX
 from ..modeling.restructure import declare_shared, tied_late
-from ..quantizers import quantizer_from_dict
 from ..sharing import share, unshare
-from ..structure import LayerInfo, find_layers
 from .card import CARD_ATTRIBUTE, TAGS
 from .offload import cannot_be_fetched, fetched, is_offloaded, require_in_memory, was_read
+from .reading import read_packed, require_own_names
 from .replaced import follow_replaced
-from .ties import TieRewriter, restore_ties
-
-logger = logging.get_logger(__name__)
+from .skeleton import build_skeleton, ignore_sentinels, sentinel_names
+from .ties import restore_ties
 
 register_quantization_config(QUANT_METHOD)(QuantizedModelConfig)
-
-
-def entry_quantizer(entry: dict):
-    """The quantizer that a plan's entry describes."""
-    return quantizer_from_dict({k: v for k, v in entry.items() if k not in LAYER_KEYS})
-
-
-def sentinel_names(config: QuantizedModelConfig, model: torch.nn.Module) -> list[str]:
-    """Names of the one-byte tensors that stand in the file where weights were.
-
-    One in each part of the model (a child of the base model, or a head), named as its first packed
-    weight: there are classes that lack parts, ``GPT2Model`` the head, ``T5EncoderModel`` the
-    decoder. First by name: JSON sorts the plan, so its order is not the order of the stages.
-    """
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    names: dict[str, str] = {}
-    for name in sorted(config.plan):
-        if "tied_to" not in config.plan[name]:
-            part = name.removeprefix(prefix).partition(".")[0]
-            names.setdefault(part, f"{name}.weight")
-    return list(names.values())
 
 
 def storage_tensor(module: PackedLayer, name: str, tensor: Tensor) -> Tensor:
@@ -95,9 +61,21 @@ class QuantNoiseHfQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         return True
 
+    # transformers would list all names of the model, in search of those of `serialized_names`: a
+    # packed layer's tensors have no other names in files, nor are they divided among devices.
+
+    def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
+        """The plan stays as it is."""
+
+    def update_weight_conversions(self, weight_conversions: list, model: PreTrainedModel) -> list:
+        """They stay as they are."""
+        return weight_conversions
+
     # ---- loading --------------------------------------------------------------------------------
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs) -> None:
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files=None, device_map=None, **kwargs
+    ) -> None:
         config = self.quantization_config
         if not self.pre_quantized:
             _require_no_data(config)
@@ -107,34 +85,11 @@ class QuantNoiseHfQuantizer(HfQuantizer):
                 "quantization_config: its plan is empty, so the checkpoint does not say how its "
                 "layers are stored; save the model with save_pretrained of hf_quantnoise"
             )
-        _ignore_sentinels(model, config)
-        layers = {layer.name: layer for layer in find_layers(model)}
-        parameters = dict(model.named_parameters())
-        stored = _plan_for(model, config.plan, layers)
-        plan = _close_over_ties(dict(stored), model, layers)
-        self._joined = plan.keys() - stored.keys()
-        rewriter = TieRewriter(model)
-        for name, entry in plan.items():
-            pack_skeleton(layers[name].module, entry_quantizer(entry), entry.get("activation_bits"))
-            layers[name].module._shape_only = True
-        rewriter.rewrite(
-            {name: packed_names(layers[name].module) for name in plan},
-        )
-        self.quantization_config = deepcopy(config)
-        self.quantization_config.plan = plan
-        names = _Names(model)  # others than before: those of packed tensors
-        shared = {
-            name: names.own(source) for name, source in names.of(config.shared_layers).items()
-        }
-        self.quantization_config.shared_layers = shared
-        late = tied_late(model, shared)
-        declare_shared(model, shared, without=late)
-        model._keys_to_ignore_on_load_missing.update(f"^{re.escape(name)}$" for name in late)
-        self.quantization_config.left_dense = {
-            name: reason
-            for name, reason in names.of(config.left_dense).items()
-            if name in layers or name in parameters
-        }
+        ignore_sentinels(model, config)
+        # transformers is making everything on the meta device, which costs more than it does here.
+        with torch._C.DisableTorchFunction():
+            self.quantization_config, layers, self._joined = build_skeleton(model, config)
+            self._read = read_packed(model, layers, checkpoint_files, device_map)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs):
         if not self.pre_quantized:
@@ -145,15 +100,19 @@ class QuantNoiseHfQuantizer(HfQuantizer):
             ModelPacker(model, self.quantization_config).pack_all()
             _own_memory(model)
             return model
+        require_own_names(model, self.__dict__.pop("_read"))
         model.add_model_tags(list(TAGS))
         for name, layer in packed_layers(model):
             layer._shape_only = False
+            if layer._is_read:
+                del layer._is_read
+                continue
             if is_offloaded(layer) and layer.quantizer.is_stored_otherwise:
                 raise cannot_be_fetched(name, "stores its centroids in 8 bits")
             self._require_read(name, layer)
         read_states(model)
         self._tie_late(model)
-        _own_memory(model)
+        _align(model)
         return model
 
     def _require_read(self, name: str, layer: PackedLayer) -> None:
@@ -245,15 +204,30 @@ def _require_no_data(config: QuantizedModelConfig) -> None:
 
 @torch.no_grad()
 def _own_memory(model: PreTrainedModel) -> None:
-    """Copies what was read straight off a file, tensor by tensor.
-
-    Such tensors are windows on the file: one of them keeps all of it in memory, the weights that
-    were quantized while loading too. And they begin in the middle of a cache line, where matrix
-    products take another path, whose last bits differ from the saved model's.
-    """
+    """Copies what was read straight off a file, tensor by tensor: such tensors are windows on the
+    file, and one of them keeps all of it in memory, the weights that were quantized too."""
     for tensor in [*model.parameters(), *model.buffers()]:
         if tensor.device.type == "cpu":
             tensor.data = tensor.data.clone()
+
+
+# Bytes of a cache line, and of the widest vectors of a processor.
+LINE = 64
+
+
+@torch.no_grad()
+def _align(model: PreTrainedModel) -> None:
+    """Copies those dense matrices that begin in the middle of a cache line, as a window on a file
+    may: products take another path there, whose last bits differ from the saved model's. What is
+    looked up or decoded is copied on the way, and may begin anywhere."""
+    for module in model.modules():
+        if isinstance(module, PackedLayer | nn.Embedding):
+            continue
+        for parameter in module._parameters.values():
+            if parameter is None or parameter.dim() < 2 or parameter.device.type != "cpu":
+                continue
+            if parameter.data_ptr() % LINE:
+                parameter.data = parameter.data.clone()
 
 
 def attach(model: PreTrainedModel, config: QuantizedModelConfig) -> None:
@@ -266,66 +240,3 @@ def attach(model: PreTrainedModel, config: QuantizedModelConfig) -> None:
         if isinstance(module, PreTrainedModel):
             module.config._is_quantized = True
     model.add_model_tags(list(TAGS))
-
-
-def _ignore_sentinels(model: PreTrainedModel, config: QuantizedModelConfig) -> None:
-    """Lets the sentinels lie in the file, named with or without the base model's prefix."""
-    # The first files had one, in whatever part came first.
-    for name in {*sentinel_names(config, model), f"{min(config.plan)}.weight"}:
-        short = name.removeprefix(f"{model.base_model_prefix}.")
-        model._keys_to_ignore_on_load_unexpected.add(rf"(^|\.){re.escape(short)}$")
-
-
-class _Names:
-    """Names of modules and parameters as they are in this class of a model: with or without the
-    base model's prefix."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.prefix = f"{model.base_model_prefix}."
-        self.known = {name for name, _ in model.named_modules()}
-        self.known.update(name for name, _ in model.named_parameters())
-
-    def own(self, name: str) -> str | None:
-        """What a name of the checkpoint is called here; None where this class lacks it."""
-        candidates = (name, name.removeprefix(self.prefix), self.prefix + name)
-        return next((candidate for candidate in candidates if candidate in self.known), None)
-
-    def of(self, entries: dict) -> dict:
-        """Entries under the names they have here, without those that this class lacks."""
-        found = ((self.own(name), entry) for name, entry in entries.items())
-        return {name: entry for name, entry in found if name is not None}
-
-
-def _plan_for(
-    model: PreTrainedModel, plan: dict[str, dict], layers: dict[str, LayerInfo]
-) -> dict[str, dict]:
-    """The plan under this class's names, without the layers it lacks (another head)."""
-    own, names = {}, _Names(model)
-    for name, entry in names.of(plan).items():
-        layer = layers.get(name)
-        if layer is None:
-            raise ValueError(f"the plan packs {name}, which is no layer that can be packed here")
-        if (layer.rows, layer.columns) != (entry["rows"], entry["columns"]):
-            logger.warning(
-                f"{name} is {layer.rows} x {layer.columns} in this model but "
-                f"{entry['rows']} x {entry['columns']} in the checkpoint: it starts anew, dense."
-            )
-            continue
-        own[name] = {key: value for key, value in entry.items() if key != "tied_to"}
-        if (partner := entry.get("tied_to")) is not None:
-            own[name]["tied_to"] = names.own(partner) or partner
-    return own
-
-
-def _close_over_ties(
-    plan: dict[str, dict], model: PreTrainedModel, layers: dict[str, LayerInfo]
-) -> dict[str, dict]:
-    """Adds the tied partners that the checkpoint's own class did not have (an LM head). What enters
-    them was never measured, so it is not rounded."""
-    for pair in model.all_tied_weights_keys.items():
-        target, source = (name.removesuffix(".weight") for name in pair)
-        for here, there in ((source, target), (target, source)):
-            if here in plan and there in layers and there not in plan:
-                plan[there] = {**plan[here], "tied_to": here}
-                plan[there].pop("activation_bits", None)
-    return plan

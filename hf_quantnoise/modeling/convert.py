@@ -88,8 +88,8 @@ def _become_packed(
     for layer in layers:
         del layer._parameters["weight"]
         layer.__class__ = packed_class(type(layer))
-        layer.quantizer, layer.rows, layer.columns = quantizer, rows, columns
-        layer.weight_shape = shape
+        # No attribute of these is a tensor or a module, for which torch would look.
+        vars(layer).update(quantizer=quantizer, rows=rows, columns=columns, weight_shape=shape)
         for name, parameter in parameters.items():
             layer.register_parameter(name, parameter)
         if rounds_inputs(layer, activation_bits):
@@ -196,6 +196,7 @@ def unpack_model(model: nn.Module) -> nn.Module:
             "weight_shape",
             "_counts",
             "_shape_only",
+            "_is_read",
             COME,
         ):
             layer.__dict__.pop(name, None)

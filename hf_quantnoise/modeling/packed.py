@@ -75,6 +75,9 @@ class PackedLayer(Shadow):
     # While a checkpoint is being read the codes are not there yet; transformers still asks for the
     # weight's shape. True answers with an empty meta tensor instead of decoding.
     _shape_only: bool = False
+    # True from when this package has read all that the layer holds until the end of the loading:
+    # transformers, which fills what stands in the state dict, passes the layer over.
+    _is_read: bool = False
     _counts: Tensor | None = None
     # Takes (rows, gradient of the decoded rows) in every backward (``compression/reassign.py``).
     _on_gradient: Callable[[Tensor | slice | None, Tensor], None] | None = None
@@ -175,11 +178,17 @@ class PackedLayer(Shadow):
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As of any module; what is never trained becomes a :class:`FixedParameter`, in place, as
         tied layers hold the same object and transformers marks what it has read."""
-        fixed = (INDICES, *INPUT_NAMES, *(PREFIX + key for key in self.quantizer.not_trained))
-        if name in fixed and type(param) is nn.Parameter:
+        if type(param) is nn.Parameter and (
+            name in (INDICES, *INPUT_NAMES)
+            or name.removeprefix(PREFIX) in self.quantizer.not_trained
+        ):
             param.requires_grad = False
             param.__class__ = FixedParameter
         super().register_parameter(name, param)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        if not self._is_read:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs

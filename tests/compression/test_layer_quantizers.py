@@ -169,6 +169,7 @@ found["nothing said"] = error_of(allot, model, config, [] if rank else [{"labels
 """
 
 
+@pytest.mark.slow
 @needs_gloo
 def test_an_allotment_is_that_of_all_ranks_batches(tmp_path):
     first, second = on_two_ranks(PIECE, tmp_path)

@@ -90,6 +90,7 @@ def test_two_processes_hold_one_model_and_it_is_that_of_a_single_one(run, single
     assert_close(one, single)
 
 
+@pytest.mark.slow
 @needs_gloo
 def test_exact_noise_layerdrop_small_centroids_and_exchanges_are_equal_on_both_ranks(run):
     options = {
@@ -105,6 +106,7 @@ def test_exact_noise_layerdrop_small_centroids_and_exchanges_are_equal_on_both_r
     assert one["reassigned"] == other["reassigned"] and max(one["reassigned"]) > 0
 
 
+@pytest.mark.slow
 @needs_gloo
 def test_fsdp2_gives_the_model_of_a_single_process(run, single):
     arguments = {**WHOLE_RUN["arguments"], **FSDP2}

@@ -57,7 +57,13 @@ def make_trainer(folder, data, model=None, **changes):
     )
 
 
-@pytest.mark.parametrize("case", CASES)
+# What differs from others in the state that a checkpoint holds; the rest takes a minute more.
+QUICK = ("ipq", "fewer layers", "blocks that move", "int4", "a size on disk")
+
+
+@pytest.mark.parametrize(
+    "case", [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in CASES]
+)
 def test_killed_inside_a_stage(case, tmp_path, parity_data, kill):
     config, arguments = CASES[case]
     straight = make_trainer(tmp_path / "a", parity_data)

@@ -32,6 +32,7 @@ def flags(tiny_model, write, sentences, tmp_path, monkeypatch):
     return [*words, "--seeds", "1", "2", "--noises", "proxy", "--block_sizes", "4"]
 
 
+@pytest.mark.slow
 def test_runs_are_recorded_once_and_resumed(flags, tmp_path, capsys, monkeypatch):
     calls = []
     real = glue_sst2.run

@@ -5,6 +5,7 @@ import pytest
 from results_file import read_lines
 
 
+@pytest.mark.slow
 def test_dense_and_packed_are_measured_once_and_set_side_by_side(tmp_path, capsys, monkeypatch):
     flags = [
         *("--model", "tiny", "--block_size", "4", "--repetitions", "1", "--forwards", "2"),

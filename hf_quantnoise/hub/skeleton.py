@@ -1,0 +1,156 @@
+"""The skeleton that a checkpoint is read into: a model on the meta device whose layers are those of
+the plan, empty, under the names that this class of the model has for them."""
+
+from __future__ import annotations
+
+import re
+from copy import copy
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..blocks import matrix_shape
+from ..configuration import LAYER_KEYS, QuantizedModelConfig
+from ..modeling import PackedLayer, pack_skeleton, packed_names
+from ..modeling.restructure import declare_shared, tied_late
+from ..quantizers import Quantizer, quantizer_from_dict
+from ..structure import is_layer, unsaved_tensors
+from .ties import TieRewriter
+
+logger = logging.get_logger(__name__)
+
+
+def entry_quantizer(entry: dict) -> Quantizer:
+    """The quantizer that a plan's entry describes."""
+    return quantizer_from_dict({k: v for k, v in entry.items() if k not in LAYER_KEYS})
+
+
+def sentinel_names(config: QuantizedModelConfig, model: nn.Module) -> list[str]:
+    """Names of the one-byte tensors that stand in the file where weights were.
+
+    One in each part of the model (a child of the base model, or a head), named as its first packed
+    weight: there are classes that lack parts, ``GPT2Model`` the head, ``T5EncoderModel`` the
+    decoder. First by name: JSON sorts the plan, so its order is not the order of the stages.
+    """
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    names: dict[str, str] = {}
+    for name in sorted(config.plan):
+        if "tied_to" not in config.plan[name]:
+            part = name.removeprefix(prefix).partition(".")[0]
+            names.setdefault(part, f"{name}.weight")
+    return list(names.values())
+
+
+def ignore_sentinels(model: PreTrainedModel, config: QuantizedModelConfig) -> None:
+    """Lets the sentinels lie in the file, named with or without the base model's prefix."""
+    # The first files had one, in whatever part came first.
+    for name in {*sentinel_names(config, model), f"{min(config.plan)}.weight"}:
+        short = name.removeprefix(f"{model.base_model_prefix}.")
+        model._keys_to_ignore_on_load_unexpected.add(rf"(^|\.){re.escape(short)}$")
+
+
+def build_skeleton(
+    model: PreTrainedModel, config: QuantizedModelConfig
+) -> tuple[QuantizedModelConfig, dict[str, PackedLayer], set[str]]:
+    """Turns the layers of a plan into empty packed ones, in place, ties and sharing declared.
+
+    Args:
+        model: a dense model on the meta device, of any class that has a part of the plan's layers.
+        config: that of the checkpoint.
+
+    Returns:
+        The config under this class's names; its packed layers by name; the names of those that the
+        checkpoint's own class did not have, which join a packed layer they are tied to.
+
+    Raises:
+        ValueError: if the plan packs what is no layer here.
+    """
+    names = _Names(model)
+    own = copy(config)
+    own.left_dense = {
+        name: reason
+        for name, reason in names.of(config.left_dense).items()
+        if name in names.parameters or names.is_layer(name)
+    }
+    own.shared_layers = {
+        name: names.own(source) for name, source in names.of(config.shared_layers).items()
+    }
+    stored = _plan_for(names, config.plan)
+    own.plan = plan = _close_over_ties(dict(stored), model, names)
+    rewriter = TieRewriter(model)
+    layers = {name: names.modules[name] for name in plan}
+    for name, entry in plan.items():
+        pack_skeleton(layers[name], entry_quantizer(entry), entry.get("activation_bits"))
+        layers[name]._shape_only = True
+    rewriter.rewrite({name: packed_names(layer) for name, layer in layers.items()})
+    late = tied_late(model, own.shared_layers)
+    declare_shared(model, own.shared_layers, without=late)
+    model._keys_to_ignore_on_load_missing.update(f"^{re.escape(name)}$" for name in late)
+    return own, layers, plan.keys() - stored.keys()
+
+
+class _Names:
+    """Names of modules and parameters as they are in this class of a model: with or without the
+    base model's prefix."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.prefix = f"{model.base_model_prefix}."
+        self.modules = dict(model.named_modules())
+        self.parameters = {
+            f"{name}.{key}" if name else key
+            for name, module in self.modules.items()
+            for key, parameter in module._parameters.items()
+            if parameter is not None
+        }
+        self.unsaved = unsaved_tensors(model)
+
+    def own(self, name: str) -> str | None:
+        """What a name of the checkpoint is called here; None where this class lacks it."""
+        for candidate in (name, name.removeprefix(self.prefix), self.prefix + name):
+            if candidate in self.modules or candidate in self.parameters:
+                return candidate
+        return None
+
+    def of(self, entries: dict) -> dict:
+        """Entries under the names they have here, without those that this class lacks."""
+        found = ((self.own(name), entry) for name, entry in entries.items())
+        return {name: entry for name, entry in found if name is not None}
+
+    def is_layer(self, name: str) -> bool:
+        """Whether a module of this name can be packed."""
+        module = self.modules.get(name)
+        return module is not None and is_layer(module) and f"{name}.weight" not in self.unsaved
+
+
+def _plan_for(names: _Names, plan: dict[str, dict]) -> dict[str, dict]:
+    """The plan under this class's names, without the layers it lacks (another head)."""
+    own = {}
+    for name, entry in names.of(plan).items():
+        if not names.is_layer(name):
+            raise ValueError(f"the plan packs {name}, which is no layer that can be packed here")
+        rows, columns = matrix_shape(names.modules[name])
+        if (rows, columns) != (entry["rows"], entry["columns"]):
+            logger.warning(
+                f"{name} is {rows} x {columns} in this model but "
+                f"{entry['rows']} x {entry['columns']} in the checkpoint: it starts anew, dense."
+            )
+            continue
+        own[name] = {key: value for key, value in entry.items() if key != "tied_to"}
+        if (partner := entry.get("tied_to")) is not None:
+            own[name]["tied_to"] = names.own(partner) or partner
+    return own
+
+
+def _close_over_ties(
+    plan: dict[str, dict], model: PreTrainedModel, names: _Names
+) -> dict[str, dict]:
+    """Adds the tied partners that the checkpoint's own class did not have (an LM head). What enters
+    them was never measured, so it is not rounded."""
+    for pair in model.all_tied_weights_keys.items():
+        target, source = (name.removesuffix(".weight") for name in pair)
+        for here, there in ((source, target), (target, source)):
+            if here in plan and there not in plan and names.is_layer(there):
+                plan[there] = {**plan[here], "tied_to": here}
+                plan[there].pop("activation_bits", None)
+    return plan

@@ -1,0 +1,198 @@
+"""Packed layers read straight off their file: what transformers would have read, and no more."""
+
+import json
+import re
+
+import pytest
+import torch
+from files import digest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from stacked import inputs_of, make_stacked
+from stored import PQ, STORED
+from tiny import make_model
+from transformers import (
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    conversion_mapping,
+    core_model_loading,
+)
+
+from hf_quantnoise import IPQConfig, quantize_model
+from hf_quantnoise.hub import reading
+from hf_quantnoise.modeling import is_packed, packed_layers
+
+LOADERS = {
+    "bert": AutoModelForSequenceClassification,
+    "roberta-mlm": AutoModelForMaskedLM,
+    "bert without its head": AutoModel,
+}
+
+
+@pytest.fixture
+def handled(monkeypatch):
+    """Names of the tensors that transformers puts into a model by itself."""
+    names = []
+    original = core_model_loading.set_param_for_module
+
+    def seen(model, name, *rest):
+        names.append(name)
+        return original(model, name, *rest)
+
+    monkeypatch.setattr(core_model_loading, "set_param_for_module", seen)
+    return names
+
+
+@torch.no_grad()
+def output(model):
+    return model(input_ids=inputs_of("bert")["input_ids"])[0]
+
+
+def save(folder, config=STORED["ipq"], name="bert"):
+    model = quantize_model(make_model(name), config, progress=False)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("name", LOADERS)
+@pytest.mark.parametrize("kind", STORED)
+def test_it_is_what_transformers_reads(kind, name, dtype, tmp_path, monkeypatch, handled):
+    save(tmp_path, STORED[kind], name.partition(" ")[0])
+    load = LOADERS[name].from_pretrained
+    here, faults = load(tmp_path, dtype=dtype, output_loading_info=True)
+    packed = [f"{layer}." for layer, _ in packed_layers(here)]
+    assert packed and handled
+    assert not [own for own in handled if own.startswith(tuple(packed))]
+    assert not faults["missing_keys"] and not faults["mismatched_keys"]
+    head = {own for own in faults["unexpected_keys"] if own.startswith("classifier.")}
+    assert faults["unexpected_keys"] == head and bool(head) == ("without" in name)
+    monkeypatch.setattr(reading, "_is_read_here", lambda *_: False)
+    there = load(tmp_path, dtype=dtype)
+    assert [own for own in handled if own.startswith(tuple(packed))]
+    assert type(here) is type(there)
+    assert list(here.state_dict()) == list(there.state_dict())
+    for (own, parameter), (_, other) in zip(
+        here.named_parameters(), there.named_parameters(), strict=True
+    ):
+        assert torch.equal(parameter, other), own
+        assert parameter.dtype == other.dtype and type(parameter) is type(other), own
+        assert parameter.requires_grad == other.requires_grad, own
+    assert torch.equal(output(here), output(there))
+    assert here.all_tied_weights_keys == there.all_tied_weights_keys
+    assert here.hf_quantizer.quantization_config == there.hf_quantizer.quantization_config
+
+
+def test_shards_are_read_alike(tmp_path, handled):
+    model = save(tmp_path)
+    model.save_pretrained(tmp_path / "shards", max_shard_size="8KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "shards")
+    assert not [name for name in handled if name.endswith("weight_indices")]
+    assert torch.equal(output(again), output(model))
+
+
+@torch.no_grad()
+def test_logits_are_bit_equal_wherever_tensors_begin_in_the_file(tmp_path):
+    """Of one token, as products of a matrix and a vector change their last bits with its place."""
+    config = IPQConfig(**PQ, exclude_modules=r".*layer\.1\..*|.*position.*")
+    model = quantize_model(make_model("bert"), config, progress=False)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    token = torch.tensor([[5]])
+    for shift in range(0, 64, 8):
+        save_file(tensors, file, {"format": "pt", "shift": " " * shift})
+        again = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+        assert torch.equal(again(token).logits, model(token).logits), shift
+
+
+def test_a_model_is_saved_over_the_files_that_it_reads_from(tmp_path):
+    save(tmp_path)
+    before = digest(tmp_path)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    logits = output(model)
+    model.save_pretrained(tmp_path)
+    assert digest(tmp_path) == before
+    assert torch.equal(output(model), logits)
+    model.bert.encoder.layer[0].output.dense.weight_codebook.data.zero_()
+    assert digest(tmp_path) == before  # training writes to no file
+    (tmp_path / "model.safetensors").unlink()
+    assert not torch.equal(output(model), logits)
+
+
+def _numbered_one_higher(folder):
+    """Names layer n of a saved BERT n + 1 in its file; the new names of the first layers are the
+    own ones of others."""
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if ".layer." in name]:
+        head, _, rest = name.partition(".layer.")
+        number, _, rest = rest.partition(".")
+        tensors[f"{head}.layer.{int(number) + 1}-.{rest}"] = tensors.pop(name)
+    tensors = {name.replace("-.", "."): tensor for name, tensor in tensors.items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return {rf"layer\.{number + 1}\.": f"layer.{number}." for number in range(2)}
+
+
+def test_names_that_transformers_changes_are_left_to_it(tmp_path, monkeypatch):
+    model = save(tmp_path)
+    mapping = _numbered_one_higher(tmp_path)
+    load = AutoModelForSequenceClassification.from_pretrained
+    with pytest.raises(ValueError, match=r"key_mapping renames bert\.encoder\.layer\.1"):
+        load(tmp_path, key_mapping=mapping)
+    conversion_mapping.get_checkpoint_conversion_mapping("bert")  # makes the cache
+    known = conversion_mapping._checkpoint_conversion_mapping_cache
+    renamings = [core_model_loading.WeightRenaming(old, new) for old, new in mapping.items()]
+    monkeypatch.setitem(known, "bert", renamings)
+    again, faults = load(tmp_path, output_loading_info=True)
+    assert not any(faults.values())
+    assert torch.equal(output(again), output(model))
+
+
+def test_a_tensor_of_a_layer_that_is_not_there_is_named_as_left_over(tmp_path):
+    save(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    other = "bert.encoder.layer.7.output.dense.weight_indices"
+    tensors[other] = tensors["bert.encoder.layer.1.output.dense.weight_indices"].clone()
+    save_file(tensors, file, {"format": "pt"})
+    load = AutoModelForSequenceClassification.from_pretrained
+    _, faults = load(tmp_path, output_loading_info=True)
+    assert faults["unexpected_keys"] == {other}
+
+
+def test_what_is_not_whole_is_left_to_transformers(tmp_path, handled):
+    """A layer whose plan and file differ has errors of its own (test_save_load.py)."""
+    save(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    name = "bert.encoder.layer.1.output.dense"
+    config["quantization_config"]["plan"][name]["n_centroids"] = 8
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RuntimeError, match="mismatch"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path)
+
+
+def test_a_shared_and_pruned_model(tmp_path):
+    config = IPQConfig(**PQ, share_layers=2)
+    model = quantize_model(make_stacked("bert", 4), config, progress=False)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert torch.equal(output(again), output(model.eval()))
+    layers = again.base_model.encoder.layer
+    assert is_packed(layers[0].output.dense)
+    indices = [layer.output.dense.weight_indices for layer in layers]
+    assert indices[0] is indices[1] and indices[1] is not indices[2]
+
+
+name = st.lists(st.sampled_from(["layer", "a.b", "0", "12", "bias", "w+"]), min_size=1).map(
+    ".".join
+)
+
+
+@given(st.sets(name, min_size=1), st.sets(name))
+def test_patterns_match_their_names_and_no_others(names, others):
+    patterns = [re.compile(own) for own in reading.patterns_of(names)]
+    for own in names | others:
+        assert any(pattern.search(own) for pattern in patterns) == (own in names)
