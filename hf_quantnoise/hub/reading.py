@@ -65,7 +65,8 @@ def read_packed(
             continue
         if _fill(layer, {own: source[key]() for own, key in keys.items()}):
             read += keys.values()
-    model._keys_to_ignore_on_load_unexpected.update(patterns_of(read))
+    if read:
+        model._keys_to_ignore_on_load_unexpected.add(pattern_of(read))
     return read
 
 
@@ -175,18 +176,25 @@ def _fill(layer: PackedLayer, tensors: dict[str, Tensor]) -> bool:
     return True
 
 
-def patterns_of(keys: Iterable[str]) -> list[str]:
-    """Regexes that match these names and no others. Repeated layers share one, as each costs time
-    for its length."""
+def pattern_of(names: Iterable[str]) -> str:
+    """A regex that matches these names and no others; parts of them that go on alike share what
+    follows, as it takes its time to compile for its length."""
+    return f"^{_tree([name.split('.') for name in names])}$"
+
+
+def _tree(paths: Iterable[list[str]]) -> str:
     rests = defaultdict(list)
-    for key in keys:
-        start, rest = re.fullmatch(r"((?:.*\.\d+\.)?)(.*)", key).groups()
-        rests[start].append(rest)
-    starts = defaultdict(list)
-    for start, own in rests.items():
-        starts[tuple(sorted(own))].append(start)
-    return [f"^{_any_of(own)}{_any_of(rest)}$" for rest, own in starts.items()]
+    for part, *rest in paths:
+        rests[part].append(rest)
+    alike = defaultdict(list)
+    for part, own in rests.items():
+        further = [rest for rest in own if rest]
+        follows = rf"\.{_tree(further)}" if further else ""
+        if further and [] in own:
+            follows = f"(?:{follows})?"
+        alike[follows].append(re.escape(part))
+    return f"(?:{'|'.join(_any_of(parts) + follows for follows, parts in alike.items())})"
 
 
-def _any_of(strings: Iterable[str]) -> str:
-    return f"(?:{'|'.join(map(re.escape, strings))})"
+def _any_of(parts: list[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"(?:{'|'.join(parts)})"

@@ -116,6 +116,8 @@ def declare_shared(
         shared_layers: layer -> the layer whose weights it holds.
         without: full names of tensors to leave out.
     """
+    if not shared_layers:
+        return
     for prefix, module in model.named_modules():
         if not isinstance(module, PreTrainedModel):
             continue
