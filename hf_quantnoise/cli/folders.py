@@ -50,6 +50,22 @@ def check_output(out: str, overwrite: bool, source: str) -> None:
         raise ValueError(f"{out!r} cannot be written: {error}; give another folder") from error
 
 
+def check_file(flag: str, path: str | None) -> None:
+    """Whether a file may be written; before the work that it is to hold the result of.
+
+    Raises:
+        ValueError: naming the flag, the file and what is in the way.
+    """
+    if path is None:
+        return
+    folder = os.path.dirname(os.path.abspath(path))
+    if os.path.isdir(path) or not os.path.isdir(folder):
+        kind = "is a folder" if os.path.isdir(path) else f"lies in {folder!r}, which is not there"
+        raise ValueError(f"{flag} {path!r} {kind}; give the name of a file in a folder that is")
+    if not os.access(path if os.path.exists(path) else folder, os.W_OK):
+        raise ValueError(f"{flag} {path!r} cannot be written to; give another")
+
+
 @contextmanager
 def new_folder(out: str, keep: bool = True) -> Iterator[str]:
     """A folder to write into, which becomes ``out`` when the block has ended well: whatever was

@@ -14,6 +14,7 @@ from ..hub.packer import ModelPacker
 from ..size import size_report
 from .checkpoints import checkpoint_of
 from .command import COMMANDS, Command, add_model_argument
+from .folders import check_file
 from .settings import allotted, quantization_config, quantization_parser
 from .sizes import add_table_arguments, show
 
@@ -49,6 +50,7 @@ class Plan(Command):
     @staticmethod
     def run(args: Namespace) -> None:
         config = quantization_config(args)
+        check_file("--save", args.save)
         checkpoint = checkpoint_of(args)
         checkpoint.require_dense()
         model = checkpoint.skeleton()

@@ -7,6 +7,7 @@ from argparse import ArgumentParser, Namespace
 
 from .checkpoints import checkpoint_of
 from .command import COMMANDS, Command, add_model_argument
+from .folders import check_file
 from .sizes import add_table_arguments, draw, report_of, show
 
 
@@ -31,6 +32,7 @@ class Report(Command):
 
     @staticmethod
     def run(args: Namespace) -> None:
+        check_file("--png", args.png)
         report, note = report_of(checkpoint_of(args))
         show(report, args, note=note)
         if note and not args.json:

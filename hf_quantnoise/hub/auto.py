@@ -55,8 +55,12 @@ class AutoQuantizedModel:
         """
         path = os.fspath(pretrained_model_name_or_path)
         config_kwargs = {key: kwargs[key] for key in _CONFIG_KWARGS if key in kwargs}
-        config = kwargs.get("config") or AutoConfig.from_pretrained(path, **config_kwargs)
-        _check_method(path, getattr(config, "quantization_config", None))
+        config, place = kwargs.get("config") or path, path
+        if isinstance(config, str | os.PathLike):
+            place = os.fspath(config)
+            config = AutoConfig.from_pretrained(place, **config_kwargs)
+            kwargs = {**kwargs, "config": config} if "config" in kwargs else kwargs
+        _check_method(place, getattr(config, "quantization_config", None))
         loader = cls.auto_class or _class_named(path, config.architectures)
         try:
             return loader.from_pretrained(path, **kwargs)

@@ -150,7 +150,9 @@ def _keys_in_files(
     model: PreTrainedModel, name: str, layer: PackedLayer, known: Iterable[str]
 ) -> dict[str, str] | None:
     """Parameter of a layer -> its name in the files, with or without the base model's prefix; None
-    where they are not all there."""
+    where they are not all there, or the layer has buffers there as well."""
+    if layer._buffers.keys() - layer._non_persistent_buffers_set:
+        return None
     prefix = f"{model.base_model_prefix}."
     parameters = [key for key, parameter in layer._parameters.items() if parameter is not None]
     for start in (name, f"{prefix}{name}", name.removeprefix(prefix)):

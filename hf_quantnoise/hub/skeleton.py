@@ -76,7 +76,8 @@ def build_skeleton(
     own.shared_layers = {
         name: names.own(source) for name, source in names.of(config.shared_layers).items()
     }
-    stored = _plan_for(names, config.plan)
+    stored, anew = _plan_for(names, config.plan)
+    own.left_dense |= anew
     own.plan = plan = _close_over_ties(dict(stored), model, names)
     rewriter = TieRewriter(model)
     layers = {name: names.modules[name] for name in plan}
@@ -123,23 +124,25 @@ class _Names:
         return module is not None and is_layer(module) and f"{name}.weight" not in self.unsaved
 
 
-def _plan_for(names: _Names, plan: dict[str, dict]) -> dict[str, dict]:
-    """The plan under this class's names, without the layers it lacks (another head)."""
-    own = {}
+def _plan_for(names: _Names, plan: dict[str, dict]) -> tuple[dict[str, dict], dict[str, str]]:
+    """The plan under this class's names, without the layers it lacks (another head); and why those
+    of another shape are dense."""
+    own, anew = {}, {}
     for name, entry in names.of(plan).items():
         if not names.is_layer(name):
             raise ValueError(f"the plan packs {name}, which is no layer that can be packed here")
         rows, columns = matrix_shape(names.modules[name])
         if (rows, columns) != (entry["rows"], entry["columns"]):
-            logger.warning(
-                f"{name} is {rows} x {columns} in this model but "
-                f"{entry['rows']} x {entry['columns']} in the checkpoint: it starts anew, dense."
+            anew[name] = (
+                f"it is {rows} x {columns} in this model and {entry['rows']} x {entry['columns']} "
+                "in the checkpoint it was loaded from: it started anew"
             )
+            logger.warning(f"{name} is left dense: {anew[name]}.")
             continue
         own[name] = {key: value for key, value in entry.items() if key != "tied_to"}
         if (partner := entry.get("tied_to")) is not None:
             own[name]["tied_to"] = names.own(partner) or partner
-    return own
+    return own, anew
 
 
 def _close_over_ties(

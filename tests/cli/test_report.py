@@ -201,6 +201,16 @@ def test_an_empty_folder_is_said_to_be_empty(tmp_path, run):
     assert f"{str(tmp_path)!r} holds no config.json and no *.safetensors" in err
 
 
+@pytest.mark.parametrize("line", ["report {} --png {}", "plan {} --save {}"])
+def test_where_no_file_can_be_written_is_told_first(line, made, tmp_path, run, no_weights):
+    model = f"{made}/out/{'compressed' if 'report' in line else 'dense'}"
+    flag = line.split()[2]
+    for file, words in ((tmp_path / "none" / "file", "which is not there"), (tmp_path, "a folder")):
+        code, out, err = run(line.format(model, file))
+        assert (code, out, err.count("\n")) == (1, "", 1)
+        assert f"{flag} {str(file)!r}" in err and words in err
+
+
 def test_the_picture(made, tmp_path, run):
     """A bar of each kind of storage, in a colour of its own; with layers a taller picture."""
     image = pytest.importorskip("PIL.Image")

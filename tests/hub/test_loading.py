@@ -269,6 +269,36 @@ def test_a_tensor_missing_from_disk_is_named(saved):
         AutoQuantizedModel.from_pretrained(folder, device_map=parts_on(**{"1": "disk"}))
 
 
+# ---- another config ------------------------------------------------------------------------------
+
+
+def test_a_packed_head_for_other_labels_starts_anew_and_the_config_says_so(saved, tmp_path):
+    folder, _, inputs = saved(STORED["int8"])
+    model = AutoModelForSequenceClassification.from_pretrained(
+        folder, num_labels=5, ignore_mismatched_sizes=True
+    )
+    config = model.config.quantization_config
+    assert "classifier" not in config.plan
+    assert "5 x 32 in this model and 2 x 32" in config.left_dense["classifier"]
+    model.save_pretrained(tmp_path / "five")
+    again = AutoQuantizedModel.from_pretrained(tmp_path / "five")
+    assert again.config.quantization_config.left_dense == config.left_dense
+    assert torch.equal(output(again, inputs), output(model, inputs))
+
+
+def test_a_config_from_elsewhere(saved, tmp_path):
+    """As a config or, as Transformers has it, the place of one."""
+    folder, expected, inputs = saved()
+    shutil.copytree(folder, tmp_path / "other")
+    for file in (tmp_path / "other").glob("*.safetensors"):
+        file.unlink()
+    model = AutoQuantizedModel.from_pretrained(folder, config=str(tmp_path / "other"))
+    assert torch.equal(output(model, inputs), expected)
+    with pytest.raises(ValueError, match="dense' is not quantized"):
+        make_model("bert").config.save_pretrained(tmp_path / "dense")
+        AutoQuantizedModel.from_pretrained(folder, config=tmp_path / "dense")
+
+
 # ---- where it lies -------------------------------------------------------------------------------
 
 
