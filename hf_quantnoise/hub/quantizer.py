@@ -23,7 +23,13 @@ from .card import CARD_ATTRIBUTE, TAGS
 from .offload import cannot_be_fetched, fetched, is_offloaded, require_in_memory, was_read
 from .reading import read_packed, require_own_names
 from .replaced import follow_replaced
-from .skeleton import build_skeleton, ignore_sentinels, sentinel_names
+from .skeleton import (
+    build_skeleton,
+    dense_shapes,
+    ignore_sentinels,
+    require_shapes,
+    sentinel_names,
+)
 from .ties import restore_ties
 
 register_quantization_config(QUANT_METHOD)(QuantizedModelConfig)
@@ -89,6 +95,7 @@ class QuantNoiseHfQuantizer(HfQuantizer):
         # transformers is making everything on the meta device, which costs more than it does here.
         with torch._C.DisableTorchFunction():
             self.quantization_config, layers, self._joined = build_skeleton(model, config)
+            self._shapes = dense_shapes(model)
             self._read = read_packed(model, layers, checkpoint_files, device_map)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs):
@@ -101,6 +108,7 @@ class QuantNoiseHfQuantizer(HfQuantizer):
             _own_memory(model)
             return model
         require_own_names(model, self.__dict__.pop("_read"))
+        require_shapes(model, self.__dict__.pop("_shapes"))
         model.add_model_tags(list(TAGS))
         for name, layer in packed_layers(model):
             layer._shape_only = False

@@ -6,19 +6,25 @@ from __future__ import annotations
 import re
 from copy import copy
 
+import torch
+import transformers
+from packaging.version import Version
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..blocks import matrix_shape
 from ..configuration import LAYER_KEYS, QuantizedModelConfig
-from ..modeling import PackedLayer, pack_skeleton, packed_names
+from ..modeling import PackedLayer, is_packed, pack_skeleton, packed_names
 from ..modeling.restructure import declare_shared, tied_late
 from ..quantizers import Quantizer, quantizer_from_dict
 from ..structure import is_layer, unsaved_tensors
 from .ties import TieRewriter
 
 logger = logging.get_logger(__name__)
+
+# Earlier releases take whatever lies in the file of a quantized model.
+SHAPES_ARE_CHECKED = Version(transformers.__version__) >= Version("5.23.0")
 
 
 def entry_quantizer(entry: dict) -> Quantizer:
@@ -89,6 +95,34 @@ def build_skeleton(
     declare_shared(model, own.shared_layers, without=late)
     model._keys_to_ignore_on_load_missing.update(f"^{re.escape(name)}$" for name in late)
     return own, layers, plan.keys() - stored.keys()
+
+
+def dense_shapes(model: PreTrainedModel) -> dict[str, torch.Size]:
+    """The shape of each parameter outside of packed layers, before anything was read; of none where
+    transformers itself sees to it that what it reads has that shape."""
+    if SHAPES_ARE_CHECKED:
+        return {}
+    return {
+        name: parameter.shape
+        for name, parameter in model.named_parameters()
+        if not is_packed(model.get_submodule(name.rpartition(".")[0]))
+    }
+
+
+def require_shapes(model: PreTrainedModel, shapes: dict[str, torch.Size]) -> None:
+    """Refuses a model that holds, in place of a parameter, one of another shape from the file.
+
+    Raises:
+        RuntimeError: naming it, of the type that transformers raises where it sees to this.
+    """
+    for name, shape in shapes.items():
+        found = model.get_parameter(name).shape
+        if found != shape:
+            raise RuntimeError(
+                f"size mismatch for {name}: {tuple(found)} in the checkpoint, {tuple(shape)} in "
+                "this model. Load it as it is and put another layer in its place, or with "
+                "ignore_mismatched_sizes=True and transformers from 5.23 on, which starts it anew"
+            )
 
 
 class _Names:

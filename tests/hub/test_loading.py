@@ -22,6 +22,7 @@ from transformers import (
 
 import hf_quantnoise
 from hf_quantnoise import AutoQuantizedModel, IPQConfig, quantize_model
+from hf_quantnoise.hub.skeleton import SHAPES_ARE_CHECKED
 
 FAULTS = ("missing_keys", "unexpected_keys", "mismatched_keys")
 
@@ -272,6 +273,14 @@ def test_a_tensor_missing_from_disk_is_named(saved):
 # ---- another config ------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kind", ["ipq", "int8"])  # with a dense head, and with a packed one
+def test_a_head_of_another_shape_is_not_taken(kind, saved):
+    folder, _, _ = saved(STORED[kind])
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        AutoModelForSequenceClassification.from_pretrained(folder, num_labels=5)
+
+
+@pytest.mark.skipif(not SHAPES_ARE_CHECKED, reason="only Transformers from 5.23 on starts it anew")
 def test_a_packed_head_for_other_labels_starts_anew_and_the_config_says_so(saved, tmp_path):
     folder, _, inputs = saved(STORED["int8"])
     model = AutoModelForSequenceClassification.from_pretrained(
