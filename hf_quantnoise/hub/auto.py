@@ -55,11 +55,11 @@ class AutoQuantizedModel:
         """
         path = os.fspath(pretrained_model_name_or_path)
         config_kwargs = {key: kwargs[key] for key in _CONFIG_KWARGS if key in kwargs}
-        config, place = kwargs.get("config") or path, path
-        if isinstance(config, str | os.PathLike):
-            place = os.fspath(config)
-            config = AutoConfig.from_pretrained(place, **config_kwargs)
-            kwargs = {**kwargs, "config": config} if "config" in kwargs else kwargs
+        given, place = kwargs.get("config"), path
+        if isinstance(given, str | os.PathLike):
+            place = os.fspath(given)
+            given = kwargs["config"] = AutoConfig.from_pretrained(place, **config_kwargs)
+        config = given or AutoConfig.from_pretrained(path, **config_kwargs)
         _check_method(place, getattr(config, "quantization_config", None))
         loader = cls.auto_class or _class_named(path, config.architectures)
         try:

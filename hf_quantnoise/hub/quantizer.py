@@ -1,7 +1,8 @@
 """The transformers quantizer: what ``from_pretrained`` and ``save_pretrained`` call.
 
 Loading: the model stands on the meta device; :meth:`_process_model_before_weight_loading` turns the
-layers of the plan into empty packed layers, transformers reads the tensors straight into them.
+layers of the plan into empty packed ones (``skeleton.py``) and reads those that it can
+(``reading.py``); transformers reads the rest straight into the model.
 Saving: the state dict is the model's own, plus sentinels that make a load without this package fail
 instead of starting from random weights.
 """

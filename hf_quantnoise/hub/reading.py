@@ -26,6 +26,7 @@ from transformers.core_model_loading import WeightTransform
 
 from ..distributed import is_distributed
 from ..modeling import PackedLayer
+from .skeleton import spellings
 
 # Names of dtypes in the header of a safetensors file.
 FLOATS = {
@@ -149,13 +150,12 @@ def _is_changed(conversions: Iterable[WeightTransform]) -> Callable[[str], bool]
 def _keys_in_files(
     model: PreTrainedModel, name: str, layer: PackedLayer, known: Iterable[str]
 ) -> dict[str, str] | None:
-    """Parameter of a layer -> its name in the files, with or without the base model's prefix; None
-    where they are not all there, or the layer has buffers there as well."""
+    """Parameter of a layer -> its name in the files; None where they are not all there, or the
+    layer has buffers there as well."""
     if layer._buffers.keys() - layer._non_persistent_buffers_set:
         return None
-    prefix = f"{model.base_model_prefix}."
     parameters = [key for key, parameter in layer._parameters.items() if parameter is not None]
-    for start in (name, f"{prefix}{name}", name.removeprefix(prefix)):
+    for start in spellings(model, name):
         keys = {key: f"{start}.{key}" for key in parameters}
         if all(key in known for key in keys.values()):
             return keys

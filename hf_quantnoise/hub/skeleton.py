@@ -56,6 +56,13 @@ def ignore_sentinels(model: PreTrainedModel, config: QuantizedModelConfig) -> No
         model._keys_to_ignore_on_load_unexpected.add(rf"(^|\.){re.escape(short)}$")
 
 
+def spellings(model: PreTrainedModel, name: str) -> tuple[str, str, str]:
+    """A name as it is, without and with the base model's prefix: classes of one model, and their
+    files, differ in it."""
+    prefix = f"{model.base_model_prefix}."
+    return name, name.removeprefix(prefix), prefix + name
+
+
 def build_skeleton(
     model: PreTrainedModel, config: QuantizedModelConfig
 ) -> tuple[QuantizedModelConfig, dict[str, PackedLayer], set[str]]:
@@ -130,7 +137,7 @@ class _Names:
     base model's prefix."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.prefix = f"{model.base_model_prefix}."
+        self.model = model
         self.modules = dict(model.named_modules())
         self.parameters = {
             f"{name}.{key}" if name else key
@@ -142,7 +149,7 @@ class _Names:
 
     def own(self, name: str) -> str | None:
         """What a name of the checkpoint is called here; None where this class lacks it."""
-        for candidate in (name, name.removeprefix(self.prefix), self.prefix + name):
+        for candidate in spellings(self.model, name):
             if candidate in self.modules or candidate in self.parameters:
                 return candidate
         return None

@@ -163,7 +163,7 @@ def test_a_tensor_of_a_layer_that_is_not_there_is_named_as_left_over(tmp_path):
     assert faults["unexpected_keys"] == {other}
 
 
-def test_what_is_not_whole_is_left_to_transformers(tmp_path, handled):
+def test_what_does_not_fit_its_plan_is_left_to_transformers(tmp_path):
     """A layer whose plan and file differ has errors of its own (test_save_load.py)."""
     save(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -174,7 +174,7 @@ def test_what_is_not_whole_is_left_to_transformers(tmp_path, handled):
         AutoModelForSequenceClassification.from_pretrained(tmp_path)
 
 
-def test_a_shared_and_pruned_model(tmp_path):
+def test_layers_that_share_their_weights(tmp_path):
     config = IPQConfig(**PQ, share_layers=2)
     model = quantize_model(make_stacked("bert", 4), config, progress=False)
     model.save_pretrained(tmp_path)
