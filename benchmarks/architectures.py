@@ -19,7 +19,7 @@ from transformers.utils import logging
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
 sys.path.insert(0, os.path.join(ROOT, "tests"))
 
-from zoo import ZOO, Architecture, ipq_config  # noqa: E402
+from support.zoo import ZOO, Architecture, ipq_config  # noqa: E402
 
 from hf_quantnoise import QuantNoiseConfig, apply_quant_noise  # noqa: E402
 from hf_quantnoise.modeling.plan import make_plan  # noqa: E402

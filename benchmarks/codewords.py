@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser
 
 from hf_quantnoise import IPQConfig, quantize_model
-from hf_quantnoise.compression.distillation import softmax_divergence
+from hf_quantnoise.compression.distillation.losses import softmax_divergence
 from hf_quantnoise.configuration.flags import parse_int_or_dict
 
 # What a row changes of plain k-means with float32 centroids. Two codebooks take blocks twice as

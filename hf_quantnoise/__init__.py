@@ -5,7 +5,7 @@ Importing the package also teaches ``transformers`` to load the models it compre
 """
 
 from .callback import QuantNoiseCallback
-from .compression import CompressionArguments, allot, quantize_model
+from .compression import CompressionArguments, allocate_bits, quantize_model
 from .configuration import FixedPointConfig, IPQConfig, QuantNoiseConfig
 from .export import export_aqlm, export_onnx
 from .hub import (
@@ -41,7 +41,7 @@ __all__ = [
     "QuantNoiseConfig",
     "QuantNoiseTrainer",
     "__version__",
-    "allot",
+    "allocate_bits",
     "apply_quant_noise",
     "export_aqlm",
     "export_onnx",

@@ -22,7 +22,7 @@ def is_rank_0() -> bool:
     return not is_distributed() or dist.get_rank() == 0
 
 
-def object_of_rank_0(value: Any) -> Any:
+def broadcast_object(value: Any) -> Any:
     """Rank 0's picklable object, on every rank of a distributed run."""
     if not is_distributed():
         return value
@@ -81,7 +81,7 @@ def on_any_rank(flags: Sequence[bool]) -> list[bool]:
 
 
 @contextmanager
-def raising_together() -> Iterator[None]:
+def raise_on_all_ranks() -> Iterator[None]:
     """A context that every rank leaves with an error if one does: it would go on alone, or leave
     the others waiting for it. Nothing inside may wait for another rank.
 
@@ -118,7 +118,7 @@ def _gathered(value: Any) -> list[Any]:
     return found
 
 
-def of_rank(tensor: Tensor, rank: int) -> Tensor:
+def broadcast_from(tensor: Tensor, rank: int) -> Tensor:
     """One rank's tensor, on every rank of a distributed run."""
     if not is_distributed():
         return tensor
@@ -127,19 +127,19 @@ def of_rank(tensor: Tensor, rank: int) -> Tensor:
     return shared.to(tensor.device)
 
 
-def of_rank_0(tensor: Tensor) -> Tensor:
+def broadcast_from_rank_0(tensor: Tensor) -> Tensor:
     """Rank 0's tensor, on every rank of a distributed run."""
-    return of_rank(tensor, 0)
+    return broadcast_from(tensor, 0)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A tensor that FSDP2 keeps in parts on several ranks (a ``DTensor``), put together; any other
     as it is. All ranks must ask for it."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 @torch.no_grad()
-def put_into(tensor: Tensor, values: Tensor) -> None:
+def copy_into(tensor: Tensor, values: Tensor) -> None:
     """Copies values into a tensor, or each rank's part of them into what it has of one; in place.
     All ranks must do it."""
     if hasattr(tensor, "full_tensor"):

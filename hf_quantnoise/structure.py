@@ -170,7 +170,7 @@ def find_stacks(model: nn.Module) -> list[list[str]]:
 NOTABLE_SHARE = 0.01
 
 
-def other_weights(model: nn.Module) -> dict[str, str]:
+def unsupported_weights(model: nn.Module) -> dict[str, str]:
     """Parameters of two or more dimensions that belong to no layer the package can block, such as
     ``in_proj_weight`` of ``nn.MultiheadAttention`` or the fused experts of a mixture.
 

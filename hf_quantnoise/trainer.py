@@ -12,18 +12,18 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .callback import QuantNoiseCallback
-from .compression import CompressionArguments, GuardedTrainer, StagedPass
-from .compression.checkpoints import checkpoint_to_go_on_from, flaw_of_checkpoint
-from .compression.figures import PLOTS, plot_compression
-from .compression.pass_files import FOLDER
-from .compression.record import StageRecord
+from .compression import CompressionArguments, CompressionPipeline, PackedModelTrainer
+from .compression.checkpoints import FOLDER
+from .compression.reporting.logs import PLOTS, plot_compression
+from .compression.reporting.record import StageRecord
+from .compression.trainer_checkpoints import checkpoint_defect, checkpoint_to_resume_from
 from .configuration import QuantizedModelConfig, QuantNoiseConfig
 from .noise import find_state
 from .publishing.trainer_mixin import PublishingMixin
 from .size import size_report
 
 
-class QuantNoiseTrainer(PublishingMixin, GuardedTrainer):
+class QuantNoiseTrainer(PublishingMixin, PackedModelTrainer):
     """Finetunes a model with quantization noise, compresses it and publishes it.
 
     Args:
@@ -83,17 +83,17 @@ class QuantNoiseTrainer(PublishingMixin, GuardedTrainer):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _newest_whole_checkpoint(self) -> str | None:
-        rules = [flaw_of_checkpoint]
+        rules = [checkpoint_defect]
         if self.noise_callback is not None:
             # With its noise rather than without: codebooks are fitted anew then.
             rules.insert(
                 0,
                 lambda folder: (
-                    flaw_of_checkpoint(folder)
+                    checkpoint_defect(folder)
                     or self.noise_callback.missing_from(folder, self.model)
                 ),
             )
-        return checkpoint_to_go_on_from(self.args.output_dir, *rules)
+        return checkpoint_to_resume_from(self.args.output_dir, *rules)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -140,7 +140,7 @@ class QuantNoiseTrainer(PublishingMixin, GuardedTrainer):
                 report(record)
 
         compression_args = compression_args or CompressionArguments()
-        staged = StagedPass(self, config, compression_args, teacher, keep)
+        staged = CompressionPipeline(self, config, compression_args, teacher, keep)
         model = staged.run(resume_from_checkpoint)
         if self.noise_callback is not None:
             self.remove_callback(self.noise_callback)  # a later train() finetunes the packed model

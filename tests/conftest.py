@@ -13,7 +13,7 @@ import sys
 import pytest
 import torch
 from datasets import Dataset
-from tiny import MAKERS, TIED, VOCABULARY, make_model
+from support.tiny import MAKERS, TIED, VOCABULARY, make_model
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from stacked import make_stacked
+from support.stacked import make_stacked
 from torch import nn
 from torch._dynamo.utils import counters
 from transformers import TrainerCallback, TrainingArguments

@@ -12,7 +12,7 @@ FLOORS = (
     "version",
     "registry",
     "distributed",
-    "shadow",
+    "dynamic_subclass",
     "blocks",
     "structure",
     "sharing",

@@ -2,23 +2,24 @@
 
 import pytest
 import torch
-from processes import needs_gloo, on_two_ranks
+from support.processes import needs_gloo, on_two_ranks
 
 from hf_quantnoise.distributed import (
+    broadcast_from_rank_0,
     max_over_ranks,
-    of_rank_0,
     on_any_rank,
-    raising_together,
+    raise_on_all_ranks,
     sum_over_ranks,
 )
 
 PIECE = """
 from hf_quantnoise.distributed import (
-    max_over_ranks, of_rank, of_rank_0, on_any_rank, raising_together, sum_over_ranks
+    broadcast_from, broadcast_from_rank_0, max_over_ranks, on_any_rank, raise_on_all_ranks,
+    sum_over_ranks,
 )
 
 def together(*errors):
-    with raising_together():
+    with raise_on_all_ranks():
         if errors[rank] is not None:
             raise errors[rank]
 
@@ -31,7 +32,8 @@ found["no flags"] = on_any_rank([])
 every_other = torch.arange(6.0)[::2] + rank  # not contiguous
 found["sum"] = [sum_over_ranks(every_other).tolist(), every_other.tolist()]
 found["max"] = max_over_ranks(torch.tensor([1.0 - rank, rank])).tolist()
-found["of"] = [of_rank_0(torch.tensor(rank)).item(), of_rank(torch.tensor(rank), 1).item()]
+found["of"] = [broadcast_from_rank_0(torch.tensor(rank)).item()]
+found["of"].append(broadcast_from(torch.tensor(rank), 1).item())
 """
 
 
@@ -52,9 +54,9 @@ def test_ranks_agree(tmp_path):
 
 def test_one_process_is_left_alone():
     tensor = torch.tensor([1.0, 2.0])
-    for action in (sum_over_ranks, max_over_ranks, of_rank_0):
+    for action in (sum_over_ranks, max_over_ranks, broadcast_from_rank_0):
         assert action(tensor) is tensor
     assert tensor.tolist() == [1.0, 2.0]
     assert on_any_rank([True, False]) == [True, False]
-    with pytest.raises(KeyError, match="weight"), raising_together():
+    with pytest.raises(KeyError, match="weight"), raise_on_all_ranks():
         raise KeyError("weight")

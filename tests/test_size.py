@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from tiny import make_model
+from support.tiny import make_model
 
 from hf_quantnoise import FixedPointConfig, IPQConfig, quantize_model, size_report
 

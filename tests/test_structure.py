@@ -2,20 +2,20 @@
 
 import pytest
 import torch
-from tiny import make_model
+from support.tiny import make_model
+from support.zoo import ZOO
 from torch import nn
 from torch.nn.utils import parametrizations
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
-from zoo import ZOO
 
 from hf_quantnoise import size_report
 from hf_quantnoise.blocks import from_blocks, layout_of, to_blocks, weight_matrix
 from hf_quantnoise.structure import (
     block_size_of,
     find_layers,
-    other_weights,
     select_layers,
+    unsupported_weights,
 )
 
 
@@ -134,30 +134,30 @@ def test_bare_parameters_are_named_and_large_ones_are_warned_of(caplog):
     logging.get_logger("hf_quantnoise").propagate = True
     try:
         with caplog.at_level("WARNING", logger="hf_quantnoise"):
-            others = other_weights(model)
+            others = unsupported_weights(model)
     finally:
         logging.get_logger("hf_quantnoise").propagate = False
     assert set(others) == {"attend.in_proj_weight", "tokens"}
     assert "MultiheadAttention holds it as a bare parameter" in others["attend.in_proj_weight"]
     assert "attend.in_proj_weight" in caplog.text and "tokens" not in caplog.text
-    assert not other_weights(make_model("bert"))
+    assert not unsupported_weights(make_model("bert"))
 
 
 def test_what_has_no_blocking_rule_says_why():
     model = nn.Sequential(
         nn.Linear(8, 8), nn.Conv1d(8, 8, 3), parametrizations.weight_norm(nn.Linear(8, 8))
     )
-    others = other_weights(model)
+    others = unsupported_weights(model)
     assert "Conv1d is a layer without a blocking rule" in others["1.weight"]
-    made_of = "2.parametrizations.weight.original1"
-    assert "a torch parametrization makes the weight of it" in others[made_of]
+    original_class = "2.parametrizations.weight.original1"
+    assert "a torch parametrization makes the weight of it" in others[original_class]
 
 
 def test_a_table_that_no_checkpoint_holds_is_no_layer_and_takes_no_bytes():
     model = ZOO["Marian"].make()
     name = "model.encoder.embed_positions"
     assert name not in {layer.name for layer in find_layers(model)}
-    assert "no checkpoint holds it" in other_weights(model)[f"{name}.weight"]
+    assert "no checkpoint holds it" in unsupported_weights(model)[f"{name}.weight"]
     (row,) = [row for row in size_report(model).rows if row.name == f"{name}.weight"]
     assert (row.stored, row.disk_bytes, row.dense_bytes) == ("computed", 0, 0)
     assert row.memory_bytes == 64 * 32 * 4

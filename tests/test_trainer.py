@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from tiny import make_model
+from support.tiny import make_model
 from transformers import (
     AutoModelForSequenceClassification,
     BertForSequenceClassification,

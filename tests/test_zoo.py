@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
-from files import digest
+from support.files import digest
+from support.zoo import ZOO, Architecture, ipq_config, tensors_of, without_dropout
 from torch import nn
 from transformers import PreTrainedModel
-from zoo import ZOO, Architecture, ipq_config, tensors_of, without_dropout
 
 from hf_quantnoise import (
     AutoQuantizedModel,

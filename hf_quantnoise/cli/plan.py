@@ -9,7 +9,7 @@ from dataclasses import fields, replace
 
 from ..compression import check_plan
 from ..configuration import QuantizedModelConfig
-from ..configuration.allotment import checked_layer_quantizers
+from ..configuration.layer_quantizers import checked_layer_quantizers
 from ..hub.packer import ModelPacker
 from ..size import size_report
 from .checkpoints import checkpoint_of

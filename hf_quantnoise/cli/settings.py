@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 
 from transformers import HfArgumentParser, PreTrainedModel
 
-from ..compression.budget import plan_budget
+from ..compression.bit_allocation.allocate import plan_bit_allocation
 from ..configuration import QuantizedModelConfig
 from ..configuration.flags import QuantizationFlags, read_quantization_config
 from .command import UsageError
@@ -63,5 +63,5 @@ def allotted(model: PreTrainedModel, config: QuantizedModelConfig) -> QuantizedM
     """
     if config.target is None or config.settings_by_name():
         return config
-    allotment = plan_budget(model, config, progress=sys.stderr.isatty())
+    allotment = plan_bit_allocation(model, config, progress=sys.stderr.isatty())
     return replace(config, layer_quantizers=allotment.layer_quantizers)

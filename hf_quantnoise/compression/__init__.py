@@ -1,24 +1,24 @@
 """The iPQ pass of section 3.2: quantize a stage, finetune what is above it, go on."""
 
 from .arguments import CompressionArguments
-from .budget import Allotment, allot, plan_budget
-from .guards import GuardedTrainer
+from .bit_allocation.allocate import BitAllocation, allocate_bits, plan_bit_allocation
+from .bit_allocation.size_target import check_plan, file_bytes
 from .oneshot import quantize_model
-from .pass_checks import check_pass
-from .record import StageRecord
-from .stages import StagedPass
-from .target import check_plan, file_bytes
+from .preflight import check_compression
+from .reporting.record import StageRecord
+from .stages import CompressionPipeline
+from .training.packed_trainer import PackedModelTrainer
 
 __all__ = [
-    "Allotment",
+    "BitAllocation",
     "CompressionArguments",
-    "GuardedTrainer",
+    "PackedModelTrainer",
     "StageRecord",
-    "StagedPass",
-    "allot",
-    "check_pass",
+    "CompressionPipeline",
+    "allocate_bits",
+    "check_compression",
     "check_plan",
     "file_bytes",
-    "plan_budget",
+    "plan_bit_allocation",
     "quantize_model",
 ]

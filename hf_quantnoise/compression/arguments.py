@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..validation import check_int
-from .distillation import read_layers
+from .distillation.losses import read_layers
 
 SCHEDULES = ("restart", "continue")
 

@@ -1,223 +1,248 @@
-"""Which checkpoint a killed run goes on from: the newest whole one.
+"""What a staged pass leaves on disk, so that it can go on after it was killed at any moment.
 
-``Trainer`` (5.23) writes a checkpoint into its final folder, file by file, ``trainer_state.json``
-last, and resumes from the newest folder whatever is in it. A killed process leaves files out and
-the last one torn; a machine that stops may tear any of them.
+    <output_dir>/compression/stage-0/      the dense model; the teacher of a resumed pass, too
+    <output_dir>/compression/stage-2/      the model after its second stage, as it was in memory
+    <output_dir>/compression/run-3/        checkpoints of the third stage's finetuning
+
+A stage's folder is written under another name and moved when it is whole; a checkpoint counts once
+its last file is there. Both happen when all files have reached the disk, since machines stop as
+well as processes; what is found torn all the same is passed over. Tensors are kept as they are in
+memory (a file of the compressed model has 16-bit centroids where training goes on with 32), so that
+a resumed pass is the same bit for bit.
+
+From where a pass goes on is for rank 0 to say. All ranks read the files, so all machines of a run
+must share the folder.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
-import zipfile
-from collections.abc import Callable
+import shutil
+from dataclasses import dataclass, replace
+from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from transformers.utils import logging
 
-from ..callback import STATE_NAME
-from ..configuration import NOISE_CONFIG_NAME
-from ..distributed import is_rank_0, object_of_rank_0, raising_together
+from ..distributed import broadcast_object, copy_into, is_rank_0, raise_on_all_ranks
+from .trainer_checkpoints import is_whole, newest_complete_checkpoint, not_shared, numbered
 
 logger = logging.get_logger(__name__)
 
-# A checkpoint's folder -> the file by which it is not whole; None if it is.
-FlawOf = Callable[[str], str | None]
-
-_STATE, _SCHEDULER = "trainer_state.json", "scheduler.pt"
-# DeepSpeed's last file names the folder of the others; a folder of torch's distributed checkpoints
-# (FSDP) is whole with its last file.
-_DEEPSPEED, _DISTRIBUTED = "latest", ".metadata"
+FOLDER = "compression"
+_STAGE, _RUN, _PART = "stage-", "run-", ".part"
+_CONTENT, _TENSORS, _OPTIMIZER = "stage.json", "tensors.safetensors", "optimizer.pt"
+# The last file of a whole checkpoint.
+MEMORY_NAME = "memory.safetensors"
 
 
-def numbered(folder: str, prefix: str) -> list[tuple[int, str]]:
-    """The folders inside one whose names are a prefix and a number, by that number."""
-    if not os.path.isdir(folder):
-        return []
-    matches = (re.fullmatch(rf"{prefix}(\d+)", name) for name in os.listdir(folder))
-    return sorted((int(m[1]), os.path.join(folder, m[0])) for m in matches if m)
+def in_memory_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers of a model as they are, each once."""
+    seen: set[int] = set()
+    tensors = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            tensors[name] = tensor.detach()
+    return tensors
 
 
-def is_whole(path: str) -> bool:
-    """Whether a safetensors file is there with all the bytes that its header names."""
-    try:
-        with safe_open(path, framework="pt"):
-            return True
-    except (OSError, SafetensorError):
-        return False
+@torch.no_grad()
+def load_in_memory_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """The inverse of :func:`in_memory_tensors`, into a model of the same structure.
 
-
-def _is_whole_archive(path: str) -> bool:
-    """The same of what ``torch.save`` wrote: a zip file, whose table of contents comes last."""
-    try:
-        with zipfile.ZipFile(path):
-            return True
-    except (OSError, zipfile.BadZipFile):
-        return False
-
-
-def _is_whole_json(path: str) -> bool:
-    try:
-        with open(path, encoding="utf-8") as file:
-            json.load(file)
-    except (OSError, ValueError):
-        return False
-    return True
-
-
-# What a resumed run reads, wherever in the folder. Whatever else lies there is nobody's concern.
-_READ = (
-    (rf"(adapter_)?model(-\d+-of-\d+)?\.safetensors|{re.escape(STATE_NAME)}", is_whole),
-    (
-        r"(adapter_model|pytorch_model.*)\.bin|optimizer\.(pt|bin)|scheduler\.pt|scaler\.pt"
-        r"|rng_state(_\d+)?\.pth",
-        _is_whole_archive,
-    ),
-    (
-        rf"(adapter_)?config\.json|.+\.index\.json|{re.escape(NOISE_CONFIG_NAME)}",
-        _is_whole_json,
-    ),
-)
-_WEIGHTS = (
-    r"((adapter_)?model\.safetensors|(adapter|pytorch)_model\.bin)(\.index\.json)?"
-    r"|pytorch_model_fsdp.*"
-)
-
-
-def flaw_of_checkpoint(folder: str) -> str | None:
-    """The file by which a checkpoint of ``Trainer`` is not whole: missing, torn or not readable.
-
-    One without optimizer, schedule and random numbers is whole too (``save_only_model``), and so
-    are those of FSDP and DeepSpeed, which hold other files.
-
-    Returns:
-        Its path inside the folder; None if the checkpoint is whole.
+    Raises:
+        ValueError: if the model has other tensors; it may be changed in part then.
     """
-    if not _is_whole_json(os.path.join(folder, _STATE)):
-        return _STATE
-    for inside, folders, names in os.walk(folder):
-        for name in sorted(names):
-            path = os.path.join(inside, name)
-            if any(re.fullmatch(form, name) and not whole(path) for form, whole in _READ):
-                return os.path.relpath(path, folder)
-            if name.endswith(".index.json") and (shard := _missing_shard(path)):
-                return os.path.relpath(os.path.join(inside, shard), folder)
-        for name in folders:
-            own = os.path.join(inside, name)
-            if re.fullmatch(r"(pytorch_model_fsdp|optimizer)_\d+", name) and not os.path.isfile(
-                os.path.join(own, _DISTRIBUTED)
-            ):
-                return os.path.relpath(os.path.join(own, _DISTRIBUTED), folder)
-    return _missing_part(folder)
-
-
-def _missing_shard(index: str) -> str | None:
-    with open(index, encoding="utf-8") as file:
-        shards = sorted(set(json.load(file).get("weight_map", {}).values()))
-    inside = os.path.dirname(index)
-    return next((name for name in shards if not os.path.isfile(os.path.join(inside, name))), None)
-
-
-def _missing_part(folder: str) -> str | None:
-    """The part that a checkpoint lacks: weights, or one of those that are written together."""
-    names = os.listdir(folder)
-    deepspeed = _DEEPSPEED in names
-    if deepspeed:
-        with open(os.path.join(folder, _DEEPSPEED), encoding="utf-8") as file:
-            tag = file.read().strip()
-        if not tag or not os.path.isdir(os.path.join(folder, tag)):
-            return _DEEPSPEED
-    adapters = (
-        os.path.join(folder, name, f"adapter_model{end}")
-        for name in names
-        for end in (".safetensors", ".bin")
+    own = in_memory_tensors(model)
+    odd = sorted(
+        name
+        for name in own.keys() | tensors.keys()
+        if name not in own or name not in tensors or own[name].shape != tensors[name].shape
     )
-    if not (
-        deepspeed
-        or any(re.fullmatch(_WEIGHTS, name) for name in names)
-        or any(os.path.isfile(path) for path in adapters)
-    ):
-        return "model.safetensors"
-    there = {
-        "optimizer.pt": any("optimizer" in name for name in names),
-        _SCHEDULER: _SCHEDULER in names,
-        "rng_state.pth": any(name.startswith("rng_state") for name in names),
-    }
-    if not any(there.values()):
-        return None
-    if deepspeed:
-        there["optimizer.pt"] = there[_SCHEDULER] = True  # its own files may hold both
-    return next((name for name, found in there.items() if not found), None)
-
-
-def newest_whole(folder: str, flaw_of: FlawOf) -> tuple[str | None, dict[str, str]]:
-    """The newest whole checkpoint in a folder, as rank 0 finds it; on all ranks.
-
-    Returns:
-        (its path, or None; the paths of the torn ones that are newer -> their flaws).
-
-    Raises:
-        ValueError: on all ranks, where one does not find it.
-    """
-    name, torn = object_of_rank_0(_own_newest(folder, flaw_of) if is_rank_0() else None)
-    torn = {os.path.join(folder, each): flaw for each, flaw in torn.items()}
-    if name is None:
-        return None, torn
-    checkpoint = os.path.join(folder, name)
-    with raising_together():
-        if flaw_of(checkpoint) is not None:
-            raise not_shared(checkpoint)
-    return checkpoint, torn
-
-
-def _own_newest(folder: str, flaw_of: FlawOf) -> tuple[str | None, dict[str, str]]:
-    torn: dict[str, str] = {}
-    for _, checkpoint in reversed(numbered(folder, f"{PREFIX_CHECKPOINT_DIR}-")):
-        name, flaw = os.path.basename(checkpoint), flaw_of(checkpoint)
-        if flaw is None:
-            return name, torn
-        torn[name] = flaw
-    return None, torn
-
-
-def checkpoint_to_go_on_from(output_dir: str, *rules: FlawOf) -> str | None:
-    """The newest whole checkpoint of a run, by the first of some rules that any is whole by; those
-    passed over are named in a warning. On all ranks.
-
-    Returns:
-        Its path; None where there is no checkpoint.
-
-    Raises:
-        ValueError: if there are checkpoints and all are torn, or one rank does not find the
-            others'.
-    """
-    torn: dict[str, str] = {}
-    for flaw_of in rules:
-        checkpoint, torn = newest_whole(output_dir, flaw_of)
-        if checkpoint is not None:
-            if torn and is_rank_0():
-                logger.warning(f"{_in_words(torn)}; training goes on from {checkpoint}")
-            return checkpoint
-    if torn:
+    if odd:
         raise ValueError(
-            f"resume_from_checkpoint=True: no checkpoint in {os.path.abspath(output_dir)} is "
-            f"whole: {_in_words(torn)}; train from the beginning, without resume_from_checkpoint, "
-            "or name the folder of another checkpoint"
+            f"resume_from_checkpoint: the trainer's model is another than the one that was "
+            f"compressed, they differ in {', '.join(odd[:3])}; give the trainer the same model"
         )
-    return None
+    for name, tensor in own.items():
+        copy_into(tensor, tensors[name])
 
 
-def _in_words(torn: dict[str, str]) -> str:
-    return ", ".join(
-        f"{path} is torn ({flaw} is missing or cannot be read)" for path, flaw in torn.items()
-    )
+def write_tensors(tensors: dict[str, Tensor], path: str) -> None:
+    """A safetensors file that is there whole or not at all."""
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(on_cpu, path + _PART)
+    _flush(path + _PART)
+    os.replace(path + _PART, path)
+    _flush(os.path.dirname(path))
 
 
-def not_shared(folder: str) -> ValueError:
-    """The error of a rank that does not find what rank 0 goes on from."""
-    return ValueError(
-        f"resume_from_checkpoint: a process of this run does not find in {os.path.abspath(folder)} "
-        "what the first one goes on from; output_dir must be a folder that all machines share"
-    )
+def flush_to_disk(folder: str) -> None:
+    """Waits until all that is in a folder is on the disk."""
+    for inside, _, names in os.walk(folder):
+        for name in names:
+            _flush(os.path.join(inside, name))
+        _flush(inside)
+
+
+def _flush(path: str) -> None:
+    if os.name != "posix":  # elsewhere folders have no descriptors
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@dataclass(frozen=True)
+class SavedStage:
+    """A finished stage on disk.
+
+    Attributes:
+        number: 0 for the dense model.
+        content: the config asked for, the arguments, the plan so far, the records.
+        folder: where its tensors are.
+    """
+
+    number: int
+    content: dict[str, Any]
+    folder: str
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The model."""
+        return load_file(os.path.join(self.folder, _TENSORS))
+
+    def optimizer(self) -> dict[str, dict[str, Any]]:
+        """Parameter name -> the optimizer's state of it; empty where it was not kept."""
+        path = os.path.join(self.folder, _OPTIMIZER)
+        return torch.load(path, weights_only=True) if os.path.isfile(path) else {}
+
+
+class StageCheckpoints:
+    """The files of a pass.
+
+    Args:
+        folder: where they are; ``None`` for a pass that leaves none.
+        writes: whether this process is the one that writes.
+    """
+
+    def __init__(self, folder: str | None, writes: bool = True) -> None:
+        self.folder, self.writes = folder, writes and folder is not None
+
+    def stages(self) -> list[SavedStage]:
+        """The stages that are whole, in order; none without the dense model, which every later one
+        builds on. As rank 0 finds them; on all ranks.
+
+        Raises:
+            ValueError: on all ranks, where one does not find the same.
+        """
+        chosen: list[SavedStage] = broadcast_object(self._own_stages() if is_rank_0() else None)
+        found = [
+            replace(stage, folder=os.path.join(self.folder, os.path.basename(stage.folder)))
+            for stage in chosen
+        ]
+        with raise_on_all_ranks():
+            for stage in found:
+                # As text: a figure that is no number is not equal to itself.
+                if json.dumps(_content_of(stage.folder)) != json.dumps(stage.content):
+                    raise not_shared(stage.folder)
+        return found
+
+    def _own_stages(self) -> list[SavedStage]:
+        found = []
+        for number, folder in numbered(self.folder, _STAGE):
+            content = _content_of(folder)
+            if content is None:
+                self._pass_over(folder)
+            else:
+                found.append(SavedStage(number, content, folder))
+        return found if found and found[0].number == 0 else []
+
+    def _pass_over(self, folder: str) -> None:
+        logger.warning(f"{folder} is not whole; it is passed over")
+        if self.writes:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def save_stage(
+        self,
+        number: int,
+        model: nn.Module,
+        content: dict[str, Any],
+        optimizer: dict[str, dict[str, Any]] | None = None,
+        more: dict[str, dict[str, Tensor]] | None = None,
+    ) -> None:
+        """Writes a finished stage; only the dense model and the newest stage are kept.
+
+        Args:
+            number, model, content: as in :class:`SavedStage`.
+            optimizer: its state of each parameter by name, for the next stage.
+            more: further files, name -> tensors.
+        """
+        if not self.writes:
+            return
+        folder = os.path.join(self.folder, f"{_STAGE}{number}")
+        shutil.rmtree(folder + _PART, ignore_errors=True)
+        os.makedirs(folder + _PART)
+        write_tensors(in_memory_tensors(model), os.path.join(folder + _PART, _TENSORS))
+        for name, tensors in (more or {}).items():
+            write_tensors(tensors, os.path.join(folder + _PART, name))
+        if optimizer:
+            torch.save(optimizer, os.path.join(folder + _PART, _OPTIMIZER))
+        with open(os.path.join(folder + _PART, _CONTENT), "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=2)
+        flush_to_disk(folder + _PART)
+        shutil.rmtree(folder, ignore_errors=True)  # torn, on another machine than rank 0's
+        os.replace(folder + _PART, folder)
+        _flush(self.folder)
+        done = [old for n, old in numbered(self.folder, _STAGE) if 0 < n < number]
+        done += [old for n, old in numbered(self.folder, _RUN) if n <= number]
+        for old in done:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def clear(self) -> None:
+        """Removes what an earlier pass left."""
+        if self.writes and os.path.isdir(self.folder):
+            logger.warning(f"the files of an earlier pass in {self.folder} are removed")
+            # First what all else builds on: half of an earlier pass is none to go on from.
+            dense = os.path.join(self.folder, f"{_STAGE}0", _CONTENT)
+            if os.path.isfile(dense):
+                os.unlink(dense)
+            shutil.rmtree(self.folder)
+
+    def run_folder(self, number: int) -> str:
+        """The ``output_dir`` of a stage's finetuning."""
+        return os.path.join(self.folder, f"{_RUN}{number}")
+
+    def checkpoint(self, number: int) -> str | None:
+        """The newest whole checkpoint of a stage's finetuning; torn ones are passed over. As rank 0
+        finds it; on all ranks.
+
+        Raises:
+            ValueError: on all ranks, where one does not find it.
+        """
+        if self.folder is None:
+            return None
+        checkpoint, torn = newest_complete_checkpoint(self.run_folder(number), _flaw_of_checkpoint)
+        for folder in torn:
+            self._pass_over(folder)
+        return checkpoint
+
+
+def _flaw_of_checkpoint(folder: str) -> str | None:
+    """The last file of a checkpoint vouches for the others, which have reached the disk before."""
+    return None if is_whole(os.path.join(folder, MEMORY_NAME)) else MEMORY_NAME
+
+
+def _content_of(folder: str) -> dict[str, Any] | None:
+    """What is known of a saved stage; None where its files are not whole."""
+    try:
+        with open(os.path.join(folder, _CONTENT), encoding="utf-8") as file:
+            content = json.load(file)
+    except (OSError, ValueError):
+        return None
+    return content if is_whole(os.path.join(folder, _TENSORS)) else None

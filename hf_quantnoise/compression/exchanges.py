@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..distributed import object_of_rank_0
+from ..distributed import broadcast_object
 from ..modeling import PackedLayer, set_codes
 from ..quantizers.kmeans import MAX_BYTES, chunk_rows
 
@@ -162,4 +162,4 @@ def promising(weights: Sequence[tuple[list[PackedLayer], Tensor]], share: float)
         for number, (places, new) in enumerate((p.cpu(), n.cpu()) for _, p, n in best)
     ])  # fmt: skip
     top = ratios.topk(min(math.ceil(share * _blocks(layers)), len(ratios)))
-    return Exchanges(layers, object_of_rank_0(table[top.indices[top.values > 0]]))
+    return Exchanges(layers, broadcast_object(table[top.indices[top.values > 0]]))

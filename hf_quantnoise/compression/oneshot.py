@@ -13,7 +13,7 @@ from ..hub.packer import ModelPacker
 from ..modeling import packed_layers
 from ..modeling.activations import calibrate, require_batches
 from ..noise import find_state, remove_quant_noise
-from .budget import within_target
+from .bit_allocation.allocate import within_target
 
 
 def without_noise(model: nn.Module, config: QuantizedModelConfig) -> QuantizedModelConfig:

@@ -27,24 +27,24 @@ from ..hub.packer import ModelPacker, StageResult
 from ..modeling.activations import calibrate
 from ..noise import apply_quant_noise, remove_quant_noise
 from .arguments import CompressionArguments, StageSettings
-from .asked import Asked, asked_of, require_same
-from .budget import first_batches, within_target
-from .figures import forward_logs, log_errors, log_record
-from .guards import unprepared
+from .bit_allocation.allocate import first_batches, within_target
+from .checkpoints import FOLDER, SavedStage, StageCheckpoints, load_in_memory_tensors
+from .distillation.teacher import Teacher
+from .fingerprint import Fingerprint, require_same_settings, settings_fingerprint
 from .oneshot import without_noise
-from .pass_checks import check_pass
-from .pass_files import FOLDER, PassFiles, SavedStage, put_into_memory
-from .record import StageRecord, metric_when_packed, record_of
-from .resumable import OptimizerState
-from .sharded import share_what_rank_0_read
-from .stage_trainer import StageTrainer
-from .teacher import Teacher
-from .waiting_noise import WaitingNoise, noise_to_keep
+from .preflight import check_compression
+from .reporting.logs import forward_logs, log_errors, log_record
+from .reporting.record import StageRecord, metric_when_packed, record_of
+from .training.fsdp import share_what_rank_0_read
+from .training.packed_trainer import undo_accelerate_prepare
+from .training.pending_noise import PendingNoise, noise_to_keep
+from .training.resumable import OptimizerState
+from .training.stage_trainer import StageTrainer
 
 logger = logging.get_logger(__name__)
 
 
-class StagedPass:
+class CompressionPipeline:
     """One pass over a trainer's model.
 
     Args:
@@ -68,10 +68,10 @@ class StagedPass:
     ) -> None:
         self.trainer, self.config = trainer, config
         self.args = compression_args or CompressionArguments()
-        check_pass(trainer, config, self.args)
+        check_compression(trainer, config, self.args)
         self.given_teacher, self.teacher = teacher, None
         self.report = report or (lambda record: None)
-        self.model = unprepared(trainer.accelerator.unwrap_model(trainer.model))
+        self.model = undo_accelerate_prepare(trainer.accelerator.unwrap_model(trainer.model))
         if trainer.is_fsdp_enabled:  # else Trainer has put it there
             self.model.to(trainer.args.device)
         self.history: list[StageRecord] = []
@@ -80,7 +80,7 @@ class StagedPass:
         self.noise_config = noise_to_keep(trainer, self.args.keep_noise)
         keeps = trainer.args.save_strategy != SaveStrategy.NO
         folder = os.path.join(trainer.args.output_dir, FOLDER) if keeps else None
-        self.files = PassFiles(folder, trainer.args.should_save)
+        self.files = StageCheckpoints(folder, trainer.args.should_save)
         self._bars = trainer.is_world_process_zero() and not trainer.args.disable_tqdm
         self._optimizer_state: OptimizerState = {}
 
@@ -124,7 +124,7 @@ class StagedPass:
     def _restructure(self, record: bool = True) -> None:
         start = time.perf_counter()
         self.packer.restructure()
-        self.noise = WaitingNoise(self.model, self.noise_config)
+        self.noise = PendingNoise(self.model, self.noise_config)
         if self.packer.restructuring.changes and record:
             self._add(record_of("restructured", self._stage_trainer(None, 0), start))
 
@@ -152,13 +152,13 @@ class StagedPass:
         if not saved:
             logger.warning(f"nothing to go on from in {self.files.folder}; the pass begins anew")
             return []
-        require_same(saved[-1].content["asked"], self._asked(), self.files.folder)
+        require_same_settings(saved[-1].content["asked"], self._asked(), self.files.folder)
         return saved
 
     def _go_back(self, saved: list[SavedStage]) -> int:
         """The model, teacher and records as they were after the newest finished stage."""
         remove_quant_noise(self.model)
-        put_into_memory(self.model, saved[0].tensors())
+        load_in_memory_tensors(self.model, saved[0].tensors())
         newest = saved[-1]
         config = QuantizedModelConfig.from_dict(newest.content["config"])
         self.packer = ModelPacker(self.model, config, on_all_ranks=True)
@@ -173,7 +173,7 @@ class StagedPass:
             for stage in self.stages[: newest.number]:
                 if stage in self.packer.stages:
                     self.packer.restore_stage(stage)
-            put_into_memory(self.model, newest.tensors())
+            load_in_memory_tensors(self.model, newest.tensors())
             self._optimizer_state = newest.optimizer()
             if self.teacher is not None:
                 self.teacher.take_files(newest.folder)
@@ -211,7 +211,9 @@ class StagedPass:
         return self.noise.on(waiting)
 
     def _add(self, record: StageRecord) -> None:
-        unprepared(self.model)  # by its evaluation: what comes next goes by the model alone
+        undo_accelerate_prepare(
+            self.model
+        )  # by its evaluation: what comes next goes by the model alone
         record.step = self.trainer.state.global_step
         clean = (self.history or [record])[0].metric
         log_record(self.trainer, record, self._number_of(record), clean)
@@ -223,8 +225,10 @@ class StagedPass:
         names = [stage or "all" for stage in self.stages]
         return names.index(record.stage) + 1 if record.stage in names else 0
 
-    def _asked(self) -> Asked:
-        return asked_of(self.trainer, self.config, self.args, self.noise_config, self.given_teacher)
+    def _asked(self) -> Fingerprint:
+        return settings_fingerprint(
+            self.trainer, self.config, self.args, self.noise_config, self.given_teacher
+        )
 
     def _save(self, number: int) -> None:
         content = {

@@ -3,7 +3,7 @@
 All are plain dataclasses with strict validation and a JSON form.
 """
 
-from .allotment import DENSE, LAYER_KEYS
+from .layer_quantizers import DENSE, LAYER_KEYS
 from .noise import NOISE_CONFIG_NAME, NOISES, QuantNoiseConfig
 from .storage import (
     FORMAT_VERSION,

@@ -26,8 +26,8 @@ from ..validation import (
     reject_unknown,
 )
 from ..version import __version__
-from .allotment import MAX_BLOCK_SIZE, MAX_CENTROIDS, check_target, checked_layer_quantizers
 from .hub_files import HubConfigMixin
+from .layer_quantizers import MAX_BLOCK_SIZE, MAX_CENTROIDS, check_target, checked_layer_quantizers
 
 QUANT_METHOD = "hf_quantnoise"
 # Layout on disk -> the first version of the package that reads it.
@@ -198,7 +198,8 @@ class IPQConfig(QuantizedModelConfig):
         n_codebooks: 1, or 2: a block is the sum of a centroid of each of two codebooks of
             ``n_centroids``, stored as two codes. Blocks of 8 then take the codes of blocks of 4.
         target_size_mb: the saved file may have so many MB (10^6 bytes); block size, number of
-            centroids or intN are then allotted weight by weight (``compression/budget.py``).
+            centroids or intN are then chosen for each weight
+            (``compression/bit_allocation/allocate.py``).
         target_bits_per_weight: the same in bits for each parameter of the model.
         layer_quantizers: layer name -> how it is stored, e.g. ``{"scheme": "int", "bits": 4}``; it
             overrules the fields above. A target fills it in; given, nothing is allotted anew.

@@ -184,9 +184,9 @@ def _sort_out(
 
 def _misfit(model: nn.Module, name: str, layer: PackedLayer, tied: set[str]) -> str | None:
     """Why a packed layer cannot be AQLM's; None where it can."""
-    made_of = type(layer).made_of
-    if made_of is not nn.Linear:
-        return f"AQLM packs Linear layers only, not {made_of.__name__}"
+    original_class = type(layer).original_class
+    if original_class is not nn.Linear:
+        return f"AQLM packs Linear layers only, not {original_class.__name__}"
     if not isinstance(layer.quantizer, ProductQuantizer):
         return f"AQLM has no {layer.quantizer.short_name}"
     if name in tied:

@@ -18,7 +18,7 @@ def was_read(layer: nn.Module, name: str) -> bool:
     tensor = layer.get_parameter(name)
     if tensor.is_meta:
         weights = layer._hf_hook.weights_map
-        # Asked for the name itself, it would read the file.
+        # Fingerprint for the name itself, it would read the file.
         return f"{getattr(weights, 'prefix', '')}{name}" in set(weights)
     return getattr(tensor, "_is_hf_initialized", False)
 

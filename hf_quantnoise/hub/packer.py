@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..configuration import QuantizedModelConfig
-from ..distributed import is_distributed, is_mine, of_rank, owner_of, sum_over_ranks
+from ..distributed import broadcast_from, is_distributed, is_mine, owner_of, sum_over_ranks
 from ..modeling import pack_layer, pack_skeleton, packed_layers, packed_names
 from ..modeling.activations import require_batches, require_runs, rounds_inputs
 from ..modeling.importance import measure_importance
@@ -206,7 +206,7 @@ class ModelPacker:
             layer = planned.layers[0].module
             for name in packed_names(layer):
                 tensor = layer._parameters[name]
-                tensor.copy_(of_rank(tensor.detach(), owner_of(number)))
+                tensor.copy_(broadcast_from(tensor.detach(), owner_of(number)))
         device = layer.weight_indices.device
         found = torch.tensor(list(errors.values()), device=device, dtype=torch.float32)
         errors.update(zip(errors, sum_over_ranks(found).tolist(), strict=True))

@@ -206,7 +206,7 @@ def _require_no_data(config: QuantizedModelConfig) -> None:
         )
     if config.target:
         raise ValueError(
-            f"{config.target}: from_pretrained does not allot sizes to weights; {call}config), "
+            f"{config.target}: from_pretrained does not allocate bits; {call}config), "
             "with calibration_data=[batch, ...] where there is data, or to QuantNoiseTrainer"
         )
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..distributed import of_rank_0, on_any_rank, sum_over_ranks, widest_over_ranks
+from ..distributed import broadcast_from_rank_0, on_any_rank, sum_over_ranks, widest_over_ranks
 from ..quantizers import FixedPointQuantizer
 from ..quantizers.observers import BINS, extremes, histogram, range_of_histogram
 
@@ -167,7 +167,7 @@ def calibrate(
     for layer, observer in zip(layers, observers, strict=True):
         sum_over_ranks(observer.counts)
         for key, value in observer.state(layer.activation_bits).items():
-            layer.get_parameter(f"input_{key}").copy_(of_rank_0(value))
+            layer.get_parameter(f"input_{key}").copy_(broadcast_from_rank_0(value))
 
 
 def _run(batches: Sequence, forward: Callable[[object], object]) -> None:

@@ -200,7 +200,7 @@ def unpack_model(model: nn.Module) -> nn.Module:
             COME,
         ):
             layer.__dict__.pop(name, None)
-        layer.__class__ = type(layer).made_of
+        layer.__class__ = type(layer).original_class
         others = dict(layer._parameters)
         layer._parameters.clear()  # the weight stands first again, as optimizers count parameters
         layer.register_parameter("weight", weights[key])

@@ -14,7 +14,7 @@ _WRITES = (
 )
 
 
-class DecodedWeight(Tensor):
+class ReadOnlyWeight(Tensor):
     """What ``weight`` of a packed layer is: decoded for whoever asks, and not what is stored.
 
     A write to it would be lost without a word: transformers writes to ``weight.data`` where it
@@ -31,7 +31,7 @@ class DecodedWeight(Tensor):
         Raises:
             ValueError: if it is set.
         """
-        return self.detach().as_subclass(DecodedWeight)
+        return self.detach().as_subclass(ReadOnlyWeight)
 
     @data.setter
     def data(self, value: Tensor) -> None:
@@ -48,10 +48,10 @@ def refuse(*_: Any, **__: Any) -> NoReturn:
 
 
 for _name in _WRITES:
-    setattr(DecodedWeight, _name, refuse)
+    setattr(ReadOnlyWeight, _name, refuse)
 
 
 def shown(weight: Tensor) -> Tensor:
     """A decoded weight for those outside; differentiable as before. Compiled graphs, in which
     nobody writes to weights, go on with the plain tensor."""
-    return weight if torch.compiler.is_compiling() else weight.as_subclass(DecodedWeight)
+    return weight if torch.compiler.is_compiling() else weight.as_subclass(ReadOnlyWeight)

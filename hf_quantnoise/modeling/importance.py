@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
 from ..blocks import layout_of, weight_matrix
-from ..distributed import of_rank_0, on_any_rank, sum_over_ranks
+from ..distributed import broadcast_from_rank_0, on_any_rank, sum_over_ranks
 from .activations import evaluating, never_ran
 from .padding import PaddingMasks
 
@@ -197,4 +197,4 @@ def _importance(model: nn.Module, layers: Sequence[nn.Module], watch: _Watch) ->
         raise never_ran("importance", model, layers[0])
     total = sum(part / part.mean() for part in parts)
     # To the last bit: sums may be rounded otherwise elsewhere.
-    return of_rank_0((total / len(parts)).float())
+    return broadcast_from_rank_0((total / len(parts)).float())

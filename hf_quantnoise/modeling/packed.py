@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..blocks import layout_of
+from ..dynamic_subclass import DynamicSubclass, make_dynamic_subclass
 from ..quantizers import Quantizer
 from ..quantizers.fixed_point import round_activations
 from ..quantizers.packing import unpack_codes
-from ..shadow import Shadow, shadow_class
 from .activations import InputObserver
 from .decoded import refuse, shown
-from .fixed import FixedParameter
+from .fixed import NonTrainableParameter
 from .stored import take_stored
 
 PREFIX = "weight_"
@@ -54,7 +54,7 @@ class _AverageOverBlocks(torch.autograd.Function):
         return gradient / counts.clamp(min=1).to(gradient.dtype)[:, None], None
 
 
-class PackedLayer(Shadow):
+class PackedLayer(DynamicSubclass):
     """Mixin of every packed layer; see the module's docstring.
 
     Attributes:
@@ -176,14 +176,14 @@ class PackedLayer(Shadow):
         return [slice(start, min(start + step, self.rows)) for start in range(0, self.rows, step)]
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As of any module; what is never trained becomes a :class:`FixedParameter`, in place, as
-        tied layers hold the same object and transformers marks what it has read."""
+        """As of any module; what is never trained becomes a :class:`NonTrainableParameter`, in
+        place, as tied layers hold the same object and transformers marks what it has read."""
         if type(param) is nn.Parameter and (
             name in (INDICES, *INPUT_NAMES)
             or name.removeprefix(PREFIX) in self.quantizer.not_trained
         ):
             param.requires_grad = False
-            param.__class__ = FixedParameter
+            param.__class__ = NonTrainableParameter
         super().register_parameter(name, param)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
@@ -266,4 +266,4 @@ def packed_class(cls: type[nn.Module]) -> type[nn.Module]:
     base = next(base for base in _FORWARDS if issubclass(cls, base))
     own = () if cls is base else (cls,)
     bases = (PackedLayer, *own, _FORWARDS[base])
-    return shadow_class("Packed", cls, bases, packed_class, __doc__=PackedLayer.__doc__)
+    return make_dynamic_subclass("Packed", cls, bases, packed_class, __doc__=PackedLayer.__doc__)

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..configuration import DENSE, QuantizedModelConfig
 from ..quantizers import Quantizer, quantizer_from_dict
-from ..structure import GROUPS, LayerInfo, find_layers, other_weights, select_layers
+from ..structure import GROUPS, LayerInfo, find_layers, select_layers, unsupported_weights
 
 # Why a layer is dense that layer_quantizers says to leave.
 BY_NAME = "layer_quantizers leaves it dense"
@@ -102,7 +102,7 @@ def make_plan(
                 plan[stage].append(PlannedWeight(members, quantizer, config.activation_bits))
                 continue
         left.update(dict.fromkeys((member.name for member in members), reason))
-    return _with_work(config, plan, left, layers), {**left, **other_weights(model)}
+    return _with_work(config, plan, left, layers), {**left, **unsupported_weights(model)}
 
 
 def weights_of(layers: Sequence[LayerInfo]) -> list[tuple[LayerInfo, ...]]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..blocks import to_blocks
 from ..configuration import NOISES, QuantNoiseConfig
 from ..quantizers import FixedPointQuantizer, ProductQuantizer
-from .selection import Selection
+from .block_mask import BlockMask
 
 
 class NoiseFunction(ABC):
@@ -60,7 +60,7 @@ class NoiseFunction(ABC):
         return self.quantizer.n_centroids if self.by_cluster else n_blocks
 
     @abstractmethod
-    def distort(self, matrix: Tensor, selection: Selection, rows: Tensor | None = None) -> None:
+    def distort(self, matrix: Tensor, selection: BlockMask, rows: Tensor | None = None) -> None:
         """Applies phi to the blocks in J, in place.
 
         Args:
@@ -138,7 +138,7 @@ class BlockNoise(NoiseFunction):
 class ProxyNoise(BlockNoise):
     """phi_proxy(v) = 0: cheap, and close to the noise of product quantization (section 4.2)."""
 
-    def distort(self, matrix: Tensor, selection: Selection, rows: Tensor | None = None) -> None:
+    def distort(self, matrix: Tensor, selection: BlockMask, rows: Tensor | None = None) -> None:
         selection.zero(to_blocks(matrix, self.block_size))
 
 
@@ -152,7 +152,7 @@ class MeanNoise(BlockNoise):
         super().refresh(matrix, seed)
         self.state["mean"] = to_blocks(matrix, self.block_size).float().mean(dim=0)
 
-    def distort(self, matrix: Tensor, selection: Selection, rows: Tensor | None = None) -> None:
+    def distort(self, matrix: Tensor, selection: BlockMask, rows: Tensor | None = None) -> None:
         blocks = to_blocks(matrix, self.block_size)
         mean = self._state_on(matrix.device)["mean"]
 
@@ -173,7 +173,7 @@ class ProductNoise(BlockNoise):
 
     needs_codes = True
 
-    def distort(self, matrix: Tensor, selection: Selection, rows: Tensor | None = None) -> None:
+    def distort(self, matrix: Tensor, selection: BlockMask, rows: Tensor | None = None) -> None:
         state = self._state_on(matrix.device)
         if selection.everything:
             matrix.copy_(self.quantizer.quantize(matrix, state))
@@ -210,7 +210,7 @@ class FixedPointNoise(NoiseFunction):
         fitted, (low, high) = self.quantizer.fit_running(matrix, running)
         self.state = {**fitted, "low": low, "high": high}
 
-    def distort(self, matrix: Tensor, selection: Selection, rows: Tensor | None = None) -> None:
+    def distort(self, matrix: Tensor, selection: BlockMask, rows: Tensor | None = None) -> None:
         on_device = self._state_on(matrix.device)
         state = {key: on_device[key] for key in self.quantizer.state_spec(*matrix.shape)}
         per_row = state["scale"].dim() > 0

@@ -15,8 +15,8 @@ from ..structure import (
     block_size_of,
     entry_for,
     find_layers,
-    other_weights,
     select_layers,
+    unsupported_weights,
 )
 from .functions import NoiseFunction
 from .layerdrop import LayerDrop, droppable_chunks, make_droppable, make_undroppable
@@ -95,7 +95,7 @@ def _fitted_state(
     if qn_config.layerdrop > 0:
         chunks = droppable_chunks(model, sharing.chunks, qn_config.layerdrop)
         drop = LayerDrop(qn_config.layerdrop, qn_config.layerdrop_ste, chunks)
-    left_clean = {**by_default, **refused, **other_weights(model)}
+    left_clean = {**by_default, **refused, **unsupported_weights(model)}
     state = QuantNoiseState(qn_config, weights, left_clean, rates, sharing, drop)
     state.refresh_codebooks()
     state.refresh_scales()

@@ -23,11 +23,11 @@ from transformers.cache_utils import CacheLayerMixin
 from transformers.utils import logging
 
 from ..distributed import is_distributed
-from ..shadow import Shadow, shadow_class
+from ..dynamic_subclass import DynamicSubclass, make_dynamic_subclass
 from ..sharing import Chunk
 from ..structure import find_stacks
+from .block_mask import SharedMaskSampler
 from .operator import StraightThrough
-from .selection import SharedDraw
 
 logger = logging.get_logger(__name__)
 
@@ -97,11 +97,11 @@ class _Skip(torch.autograd.Function):
         return gradient, *(torch.zeros_like(parameter) for parameter in ctx.saved_tensors)
 
 
-class DroppableLayer(Shadow):
+class DroppableLayer(DynamicSubclass):
     """Mixin of a layer that may be skipped."""
 
     _layer_drop: LayerDrop
-    _layer_drop_draw: SharedDraw
+    _layer_drop_draw: SharedMaskSampler
     _layer_drop_member: int
     _layer_drop_plan: SkipPlan | str | None
 
@@ -162,7 +162,7 @@ class DroppableLayer(Shadow):
 
     def _never_skip(self, reason: str) -> None:
         if not isinstance(self._layer_drop_plan, str):
-            logger.warning("layerdrop never skips a %s: %s", self.made_of.__name__, reason)
+            logger.warning("layerdrop never skips a %s: %s", self.original_class.__name__, reason)
         self.__dict__[_PLAN] = reason
 
 
@@ -210,7 +210,7 @@ def _plan_of(args: tuple, kwargs: dict, outputs: Any) -> SkipPlan | str:
 @cache
 def droppable_class(cls: type[nn.Module]) -> type[nn.Module]:
     """The droppable subclass of a layer class."""
-    return shadow_class("Droppable", cls, (DroppableLayer, cls), droppable_class)
+    return make_dynamic_subclass("Droppable", cls, (DroppableLayer, cls), droppable_class)
 
 
 def droppable_chunks(model: nn.Module, chunks: Sequence[Chunk], rate: float) -> list[Chunk]:
@@ -239,7 +239,7 @@ def droppable_chunks(model: nn.Module, chunks: Sequence[Chunk], rate: float) -> 
 def make_droppable(model: nn.Module, drop: LayerDrop) -> None:
     """Turns the layers of a model's chunks into droppable ones, in place."""
     for chunk in drop.chunks:
-        shared_draw = SharedDraw(len(chunk))
+        shared_draw = SharedMaskSampler(len(chunk))
         for member, name in enumerate(chunk):
             layer = model.get_submodule(name)
             attributes = {_DROP: drop, _PLAN: None, _DRAW: shared_draw, _MEMBER: member}
@@ -251,6 +251,6 @@ def make_undroppable(model: nn.Module) -> None:
     """The inverse of :func:`make_droppable`."""
     for module in model.modules():
         if isinstance(module, DroppableLayer):
-            module.__class__ = type(module).made_of
+            module.__class__ = type(module).original_class
             for name in (_DROP, _PLAN, _DRAW, _MEMBER):
                 module.__dict__.pop(name)

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ..blocks import LAYOUTS, WeightLayout, layout_of
-from ..shadow import Shadow, shadow_class
+from ..dynamic_subclass import DynamicSubclass, make_dynamic_subclass
 from .activations import ActivationNoise
 from .operator import WeightNoise
 
@@ -23,7 +23,7 @@ _MEMBER = "_quant_noise_member"
 _ACTIVATIONS = "_quant_noise_activations"
 
 
-class QuantNoiseLayer(Shadow):
+class QuantNoiseLayer(DynamicSubclass):
     """Mixin of every noisy layer: noise while ``.training``, the original layer otherwise."""
 
     _quant_noise_layout: ClassVar[WeightLayout]
@@ -73,7 +73,7 @@ def noisy_class(cls: type[nn.Module]) -> type[nn.Module]:
     """
     mixin = QuantNoiseLookup if cls.forward is nn.Embedding.forward else QuantNoiseLayer
     layout = next(layout for layout in LAYOUTS if issubclass(cls, layout.base))
-    return shadow_class("QN", cls, (mixin, cls), noisy_class, _quant_noise_layout=layout)
+    return make_dynamic_subclass("QN", cls, (mixin, cls), noisy_class, _quant_noise_layout=layout)
 
 
 def is_noisy(module: nn.Module) -> bool:
@@ -104,6 +104,6 @@ def make_noisy(
 
 def make_clean(module: nn.Module) -> None:
     """The inverse of :func:`make_noisy`: the same object with its original class."""
-    module.__class__ = type(module).made_of
+    module.__class__ = type(module).original_class
     for name in (_NOISE, _MEMBER, _ACTIVATIONS):
         module.__dict__.pop(name)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..blocks import WeightLayout
+from .block_mask import BlockMask, SharedMaskSampler, draw
 from .functions import NoiseFunction
-from .selection import Selection, SharedDraw, draw
 
 
 class StraightThrough(torch.autograd.Function):
@@ -62,7 +62,7 @@ class WeightNoise:
         self.functions = functions
         self.rates = rates
         self.rows, self.columns = rows, columns
-        self.shared = SharedDraw(members) if members > 1 else None
+        self.shared = SharedMaskSampler(members) if members > 1 else None
 
     @property
     def active(self) -> bool:
@@ -124,7 +124,7 @@ class WeightNoise:
 
     def _draws(
         self, rows: int, device: torch.device, member: int
-    ) -> Iterator[tuple[NoiseFunction, Selection]]:
+    ) -> Iterator[tuple[NoiseFunction, BlockMask]]:
         active = [(f, self.rates[number]) for number, f in self.functions if self.rates[number] > 0]
         sizes = [(f.n_choices(rows * (self.columns // f.block_size)), p) for f, p in active]
         if self.shared is not None:
@@ -143,8 +143,8 @@ class WeightNoise:
 
 
 def _blocks_of(
-    function: NoiseFunction, selection: Selection, rows: Tensor | None = None
-) -> Selection:
+    function: NoiseFunction, selection: BlockMask, rows: Tensor | None = None
+) -> BlockMask:
     """J over blocks: where whole clusters were drawn, the blocks that belong to them."""
     if not function.by_cluster:
         return selection

@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from ..blocks import weight_matrix
 from ..configuration import QuantNoiseConfig
-from ..distributed import of_rank_0, whole
+from ..distributed import broadcast_from_rank_0, full_tensor
 from ..sharing import LayerSharing
 from .activations import ActivationNoise, share_ranges
 from .functions import NoiseFunction
@@ -227,11 +227,11 @@ class QuantNoiseState:
             if function.refreshed != kind:
                 continue
             module = weight.modules[0]
-            matrix = weight_matrix(module, whole(module.weight))
+            matrix = weight_matrix(module, full_tensor(module.weight))
             with torch.autocast(matrix.device.type, enabled=False):
                 function.refresh(matrix, self.config.seed + index)
             for key, tensor in function.state.items():
-                function.state[key] = of_rank_0(tensor)
+                function.state[key] = broadcast_from_rank_0(tensor)
 
     def __repr__(self) -> str:
         return (

@@ -22,7 +22,7 @@ from transformers import AutoConfig, PreTrainedModel, Trainer, set_seed
 
 import hf_quantnoise
 
-from ..compression import check_pass, check_plan
+from ..compression import check_compression, check_plan
 from ..repository import create_repository, upload_folder
 from ..size import size_report
 from ..trainer import QuantNoiseTrainer
@@ -337,7 +337,7 @@ def run(args: Arguments, prepare: Callable[[Arguments], Job]) -> dict:
         job.parts["eval_dataset"] = None
     trainer = QuantNoiseTrainer(job.model, training, noise_config, **job.parts)
     if small_config is not None:
-        check_pass(trainer, small_config, args.compression)
+        check_compression(trainer, small_config, args.compression)
     if not args.options.resume_compression:
         results.add(dense=_finetune(trainer, args, job, folders[0]))
     if small_config is not None:

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from tiny import SIZES
+from support.tiny import SIZES
 from transformers import BertConfig, BertForSequenceClassification
 
 from hf_quantnoise.cli import main

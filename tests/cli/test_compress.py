@@ -6,7 +6,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from tiny import make_model
+from support.tiny import make_model
 from transformers import AutoModelForSequenceClassification
 
 from hf_quantnoise import AutoQuantizedModel

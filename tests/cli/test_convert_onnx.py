@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from tiny import make_model
+from support.tiny import make_model
 
 from hf_quantnoise import AutoQuantizedModel, IPQConfig, quantize_model
 from hf_quantnoise.export.onnx_file import _IDLE_LOGGER, _quiet

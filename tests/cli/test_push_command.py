@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from hub_server import HubServer, hub_environment
+from support.hub_server import HubServer, hub_environment
 
 from hf_quantnoise.cli import COMMANDS
 from hf_quantnoise.cli.checkpoints import Checkpoint

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import make_model
+from support.tiny import make_model
 
 from hf_quantnoise import (
     AutoQuantizedModel,

@@ -1,7 +1,7 @@
 """Killing a pass at a chosen moment."""
 
 import pytest
-from stage_runs import Killed
+from support.stage_runs import Killed
 
 
 @pytest.fixture

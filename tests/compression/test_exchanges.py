@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
-from packed_linears import QUANTIZERS, normal, packed_linear
-from tiny import make_model
+from support.packed_linears import QUANTIZERS, normal, packed_linear
+from support.tiny import make_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 

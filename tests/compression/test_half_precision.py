@@ -4,13 +4,13 @@ from functools import wraps
 
 import pytest
 import torch
-from stacked import make_stacked
-from stage_runs import Killed, compare, make_pass_trainer, spoilt
+from support.stacked import make_stacked
+from support.stage_runs import Killed, compare, make_pass_trainer, spoilt
 
 from hf_quantnoise import AutoQuantizedModel, CompressionArguments, IPQConfig
-from hf_quantnoise.compression.guards import unprepared
-from hf_quantnoise.compression.stage_trainer import StageTrainer
-from hf_quantnoise.compression.teacher import Teacher
+from hf_quantnoise.compression.distillation.teacher import Teacher
+from hf_quantnoise.compression.training.packed_trainer import undo_accelerate_prepare
+from hf_quantnoise.compression.training.stage_trainer import StageTrainer
 
 CONFIG = IPQConfig(
     block_size=4, n_centroids=16, activation_bits=8, importance="activations",
@@ -87,10 +87,10 @@ def test_what_is_left_of_a_forward_is_that_of_the_class(tmp_path, parity_data, i
     model = trainer.model
     trainer.evaluate()
     assert "forward" in vars(model)
-    unprepared(model)
+    undo_accelerate_prepare(model)
     assert model.forward.__func__ is type(model).forward
     assert isinstance(model(input_ids, return_dict=False), tuple)
     of_class = model.forward
     own = model.forward = wraps(of_class)(lambda *args, **kwargs: of_class(*args, **kwargs))
     make_trainer(tmp_path, parity_data, model).evaluate()
-    assert unprepared(model).forward is own
+    assert undo_accelerate_prepare(model).forward is own

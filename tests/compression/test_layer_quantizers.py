@@ -5,8 +5,8 @@ import json
 
 import pytest
 import torch
-from processes import needs_gloo, on_two_ranks
-from stacked import inputs_of, make_stacked
+from support.processes import needs_gloo, on_two_ranks
+from support.stacked import inputs_of, make_stacked
 from test_stages import make_trainer
 
 from hf_quantnoise import (
@@ -15,12 +15,13 @@ from hf_quantnoise import (
     FixedPointConfig,
     IPQConfig,
     QuantNoiseConfig,
-    allot,
+    allocate_bits,
     apply_quant_noise,
     quantize_model,
     size_report,
 )
-from hf_quantnoise.compression import budget, check_plan, plan_budget
+from hf_quantnoise.compression import check_plan, plan_bit_allocation
+from hf_quantnoise.compression.bit_allocation import allocate
 from hf_quantnoise.configuration import QuantizedModelConfig
 from hf_quantnoise.modeling import packed_layers
 
@@ -32,12 +33,14 @@ SMALL = {"codebook_bits": 16, "kmeans_iter": 3}
 
 @pytest.fixture(scope="module")
 def allotted():
-    return allot(make_stacked("bert", 2), IPQConfig(target_size_mb=0.04, **SMALL), progress=False)
+    return allocate_bits(
+        make_stacked("bert", 2), IPQConfig(target_size_mb=0.04, **SMALL), progress=False
+    )
 
 
 def test_the_table_shows_every_weight_and_the_size(capsys):
     model = make_stacked("gpt2", 2)
-    config = allot(model, IPQConfig(target_size_mb=0.035, **SMALL))
+    config = allocate_bits(model, IPQConfig(target_size_mb=0.035, **SMALL))
     printed = capsys.readouterr().out
     for name in config.layer_quantizers:
         assert name in printed
@@ -68,7 +71,7 @@ def test_an_allotment_survives_json_and_makes_the_same_file_again(allotted, tmp_
 
 
 def test_an_edited_allotment_is_carried_out_and_not_measured_again(allotted, monkeypatch):
-    monkeypatch.setattr("hf_quantnoise.compression.budget.choices_for", None)
+    monkeypatch.setattr("hf_quantnoise.compression.bit_allocation.allocate.choices_for", None)
     edited = copy.deepcopy(allotted)
     query = "bert.encoder.layer.0.attention.self.query"
     key = "bert.encoder.layer.1.attention.self.key"
@@ -101,7 +104,7 @@ def test_a_plan_of_another_run_is_an_allotment():
 def test_pruned_and_shared_layers_are_named_as_they_are_afterwards(tmp_path):
     fields = {"share_layers": 2, "prune_layers": "every_other"}
     config = IPQConfig(target_size_mb=0.027, **fields, **SMALL)
-    config = allot(make_stacked("bert", 8), config, progress=False)
+    config = allocate_bits(make_stacked("bert", 8), config, progress=False)
     numbers = {n.split(".")[3] for n in config.layer_quantizers if ".layer." in n}
     assert numbers == {"0", "2"}  # four of eight are left, in two chunks
     small = quantize_model(make_stacked("bert", 8), config, progress=False)
@@ -118,9 +121,9 @@ def test_pruned_and_shared_layers_are_named_as_they_are_afterwards(tmp_path):
 
 def test_the_staged_pass_measures_on_its_training_data(tmp_path, parity_data, capsys, monkeypatch):
     seen = []
-    measured = budget.costs_by_output
+    measured = allocate.costs_by_output
     monkeypatch.setattr(
-        budget, "costs_by_output", lambda *args: seen.append(args[2]) or measured(*args)
+        allocate, "costs_by_output", lambda *args: seen.append(args[2]) or measured(*args)
     )
     trainer = make_trainer(tmp_path / "run", parity_data, QuantNoiseConfig(p=0.1))
     args = CompressionArguments(stage_epochs=0.2, budget_batches=2)
@@ -154,18 +157,19 @@ PIECE = """
 import contextlib, io
 from stacked import make_stacked
 
-from hf_quantnoise import IPQConfig, allot
+from hf_quantnoise import IPQConfig, allocate_bits
 
 torch.manual_seed(rank)  # each rank has batches of its own
 batch = {"input_ids": torch.randint(5, 320, (2, 9))}
 config = IPQConfig(target_size_mb=0.03, codebook_bits=16)
 with contextlib.redirect_stdout(io.StringIO()) as printed:
-    config = allot(make_stacked("gpt2", 2), config, [batch])
+    config = allocate_bits(make_stacked("gpt2", 2), config, [batch])
 found |= {"layers": config.layer_quantizers, "printed": printed.getvalue(), "batch": batch}
 
 model = make_stacked("gpt2", 2)
 config = IPQConfig(target_size_mb=0.03, codebook_bits=16)
-found["nothing said"] = error_of(allot, model, config, [] if rank else [{"labels": None}], False)
+batches = [] if rank else [{"labels": None}]
+found["nothing said"] = error_of(allocate_bits, model, config, batches, False)
 """
 
 
@@ -176,7 +180,7 @@ def test_an_allotment_is_that_of_all_ranks_batches(tmp_path):
     assert first["layers"] == second["layers"] and len(first["layers"]) > 5
     config = IPQConfig(target_size_mb=0.03, codebook_bits=16)
     batches = [first["batch"], second["batch"]]
-    alone = allot(make_stacked("gpt2", 2), config, batches, False)
+    alone = allocate_bits(make_stacked("gpt2", 2), config, batches, False)
     assert alone.layer_quantizers == first["layers"]
     assert "whole file" in first["printed"] and "whole file" not in second["printed"]
     # A forward that fails on one rank leaves none waiting.
@@ -242,19 +246,21 @@ def test_what_cannot_be_carried_out_is_refused_before_anything_is_changed(fields
 def test_errors_of_use(tmp_path):
     model = make_stacked("bert", 2)
     with pytest.raises(ValueError, match="has no target"):
-        plan_budget(model, IPQConfig())
+        plan_bit_allocation(model, IPQConfig())
     with pytest.raises(TypeError, match="FixedPointConfig"):
-        plan_budget(model, FixedPointConfig())
+        plan_bit_allocation(model, FixedPointConfig())
     config = IPQConfig(target_size_mb=0.04)
     with pytest.raises(ValueError, match="remove_quant_noise"):
-        plan_budget(apply_quant_noise(make_stacked("bert", 2), QuantNoiseConfig()), config)
+        plan_bit_allocation(apply_quant_noise(make_stacked("bert", 2), QuantNoiseConfig()), config)
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="n_codebooks=2: a target allots one codebook to a weight"):
         IPQConfig(target_size_mb=0.04, n_codebooks=2)
-    with pytest.raises(ValueError, match="target_size_mb=0.04: from_pretrained does not allot"):
+    with pytest.raises(
+        ValueError, match="target_size_mb=0.04: from_pretrained does not allocate bits"
+    ):
         type(model).from_pretrained(tmp_path, quantization_config=config)
     unmoved = copy.deepcopy(model)
     with torch.no_grad():
         unmoved.classifier.weight.zero_()
     with pytest.raises(ValueError, match="left the output of all calibration batches as it is"):
-        plan_budget(unmoved, config, [inputs_of("bert")], progress=False)
+        plan_bit_allocation(unmoved, config, [inputs_of("bert")], progress=False)

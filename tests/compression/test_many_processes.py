@@ -8,15 +8,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.utils import DynamoBackend
-from processes import accelerate_launch, needs_gloo, torchrun
 from safetensors.torch import load_file
-from stacked import make_stacked
-from tiny import VOCABULARY
+from support.processes import accelerate_launch, needs_gloo, torchrun
+from support.stacked import make_stacked
+from support.tiny import VOCABULARY
 from transformers import AutoModelForSequenceClassification
 
 import hf_quantnoise  # noqa: F401  (its models load)
-from hf_quantnoise.compression import sharded
-from hf_quantnoise.compression.sharded import replicated_parameters, require_fsdp2, units_to_shard
+from hf_quantnoise.compression.training import fsdp
+from hf_quantnoise.compression.training.fsdp import (
+    replicated_parameters,
+    require_fsdp2,
+    units_to_shard,
+)
 from hf_quantnoise.modeling.copies import copy_of_shapes
 
 PROGRAM = Path(__file__).parents[1] / "noise_and_pass.py"
@@ -274,9 +278,9 @@ def test_a_model_that_only_rank_0_has_read_is_made_whole(monkeypatch):
     """Ties included: the head, its bias and the table of a masked language model."""
     read = make_stacked("roberta-mlm", 2)
     tensors = iter(read.state_dict().values())
-    monkeypatch.setattr(sharded, "of_rank_0", lambda tensor: next(tensors).clone())
+    monkeypatch.setattr(fsdp, "broadcast_from_rank_0", lambda tensor: next(tensors).clone())
     empty = copy_of_shapes(read)
-    sharded.take_from_rank_0(empty)
+    fsdp.take_from_rank_0(empty)
     assert not any(tensor.is_meta for tensor in empty.state_dict().values())
     assert empty.lm_head.decoder.weight is empty.roberta.embeddings.word_embeddings.weight
     assert empty.lm_head.decoder.bias is empty.lm_head.bias

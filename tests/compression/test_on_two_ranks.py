@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from processes import needs_gloo, on_two_ranks
+from support.processes import needs_gloo, on_two_ranks
 
 PIECE = """
 import os, shutil
@@ -14,12 +14,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_quantnoise.compression import CompressionArguments
-from hf_quantnoise.compression.pass_files import MEMORY_NAME, PassFiles
-from hf_quantnoise.compression.sharded import ShardedCopy
-from hf_quantnoise.compression.teacher import Teacher
+from hf_quantnoise.compression.checkpoints import MEMORY_NAME, StageCheckpoints
+from hf_quantnoise.compression.training.fsdp import ShardedCopy
+from hf_quantnoise.compression.distillation.teacher import Teacher
 
 # ---- each rank has a folder of its own
-files = PassFiles(f"{folder}/disk-{rank}/compression")
+files = StageCheckpoints(f"{folder}/disk-{rank}/compression")
 NAN = float("nan")
 
 def leave(stages, checkpoints):

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from packed_linears import QUANTIZERS, Regression, normal
-from processes import needs_gloo
-from stage_runs import ONE_STAGE, settings
-from tiny import make_model, with_dropout
+from support.packed_linears import QUANTIZERS, Regression, normal
+from support.processes import needs_gloo
+from support.stage_runs import ONE_STAGE, settings
+from support.tiny import make_model, with_dropout
 from torch import nn
 
 from hf_quantnoise import (
@@ -23,7 +23,7 @@ from hf_quantnoise import (
 )
 from hf_quantnoise.compression.exchanges import promising
 from hf_quantnoise.compression.reassign import ReassignCallback, require_centroids
-from hf_quantnoise.compression.stage_trainer import StageTrainer
+from hf_quantnoise.compression.training.stage_trainer import StageTrainer
 from hf_quantnoise.modeling import pack_layer, packed_layers
 from hf_quantnoise.quantizers import ProductQuantizer
 

@@ -7,8 +7,8 @@ import random
 import numpy as np
 import pytest
 import torch
-from packed_linears import QUANTIZERS, Regression, normal
-from stage_runs import (
+from support.packed_linears import QUANTIZERS, Regression, normal
+from support.stage_runs import (
     CONV,
     ONE_STAGE,
     Killed,
@@ -20,8 +20,8 @@ from stage_runs import (
     settings,
     tensors,
 )
-from tasks import TASKS
-from tiny import make_model, with_dropout
+from support.tasks import TASKS
+from support.tiny import make_model, with_dropout
 from torch import nn
 
 from hf_quantnoise import (
@@ -30,7 +30,7 @@ from hf_quantnoise import (
     QuantNoiseConfig,
     QuantNoiseTrainer,
 )
-from hf_quantnoise.compression.stage_trainer import StageTrainer
+from hf_quantnoise.compression.training.stage_trainer import StageTrainer
 from hf_quantnoise.modeling import packed_layers
 
 

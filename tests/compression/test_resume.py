@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from stacked import make_stacked
-from stage_runs import Killed, assert_same, compare, make_pass_trainer, spoilt
+from support.stacked import make_stacked
+from support.stage_runs import Killed, assert_same, compare, make_pass_trainer, spoilt
 
 from hf_quantnoise import (
     CompressionArguments,
     FixedPointConfig,
     IPQConfig,
 )
-from hf_quantnoise.compression import pass_files
-from hf_quantnoise.compression.stage_trainer import StageTrainer
+from hf_quantnoise.compression import checkpoints
+from hf_quantnoise.compression.training.stage_trainer import StageTrainer
 
 PQ = {"block_size": 4, "n_centroids": 16}
 CASES = {
@@ -115,7 +115,7 @@ def straight(tmp_path_factory, parity_data):
 # each stage three checkpoints' last files, the stage's tensors, its folder.
 @pytest.mark.parametrize("call", [1, 2, 3, 6, 7, 11, 12, 17])
 def test_killed_while_writing(call, straight, tmp_path, parity_data, kill):
-    release = kill(pass_files.os, "replace", call)
+    release = kill(checkpoints.os, "replace", call)
     with pytest.raises(Killed):
         make_trainer(tmp_path, parity_data).compress(*CASES["ipq"])
     release()
@@ -136,7 +136,7 @@ def test_a_torn_checkpoint_is_passed_over_for_the_one_before(
     whole = (newest / "memory.safetensors").read_bytes()
     (newest / "memory.safetensors").write_bytes(whole[:-1])
     (newest / "model.safetensors").write_bytes(b"torn")
-    files = pass_files.PassFiles(str(tmp_path / "compression"))
+    files = checkpoints.StageCheckpoints(str(tmp_path / "compression"))
     assert files.checkpoint(1).endswith("checkpoint-2")
     assert not newest.exists()
     again = make_trainer(tmp_path, parity_data)
@@ -185,7 +185,7 @@ def test_a_torn_stage_is_passed_over(case, straight, tmp_path, parity_data):
     again = make_trainer(tmp_path, parity_data)
     again.compress(*CASES["ipq"], resume_from_checkpoint=True)
     compare(again, straight)
-    assert pass_files.is_whole(tmp_path / "compression" / "stage-3" / "tensors.safetensors")
+    assert checkpoints.is_whole(tmp_path / "compression" / "stage-3" / "tensors.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_a_torn_stage_is_passed_over(case, straight, tmp_path, parity_data):
 )
 def test_killed_while_removing(folder, last, straight, tmp_path, parity_data, monkeypatch):
     """A folder goes file by file; killed before the last one, it looks like a whole one."""
-    real = pass_files.shutil.rmtree
+    real = checkpoints.shutil.rmtree
 
     def torn(path, *args, **kwargs):
         if Path(path).name != folder:
@@ -209,10 +209,10 @@ def test_killed_while_removing(folder, last, straight, tmp_path, parity_data, mo
                 file.unlink()
         raise Killed
 
-    monkeypatch.setattr(pass_files.shutil, "rmtree", torn)
+    monkeypatch.setattr(checkpoints.shutil, "rmtree", torn)
     with pytest.raises(Killed):
         make_trainer(tmp_path, parity_data).compress(*CASES["ipq"])
-    monkeypatch.setattr(pass_files.shutil, "rmtree", real)
+    monkeypatch.setattr(checkpoints.shutil, "rmtree", real)
     again = make_trainer(tmp_path, parity_data)
     again.compress(*CASES["ipq"], resume_from_checkpoint=True)
     compare(again, straight)
@@ -223,11 +223,11 @@ def test_half_of_an_earlier_pass_is_none_to_go_on_from(
 ):
     other = make_trainer(tmp_path, parity_data, model=spoilt(make_stacked("bert", 4)))
     other.compress(*CASES["ipq"])
-    real = pass_files.shutil.rmtree
-    monkeypatch.setattr(pass_files.shutil, "rmtree", None)
+    real = checkpoints.shutil.rmtree
+    monkeypatch.setattr(checkpoints.shutil, "rmtree", None)
     with pytest.raises(TypeError):  # stands for a kill: all but the first file is left
         make_trainer(tmp_path, parity_data).compress(*CASES["ipq"])
-    monkeypatch.setattr(pass_files.shutil, "rmtree", real)
+    monkeypatch.setattr(checkpoints.shutil, "rmtree", real)
     again = make_trainer(tmp_path, parity_data)
     again.compress(*CASES["ipq"], resume_from_checkpoint=True)
     compare(again, straight)

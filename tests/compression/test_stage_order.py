@@ -4,8 +4,8 @@ import re
 
 import pytest
 import torch
-from stacked import inputs_of, make_stacked
-from stage_runs import make_pass_trainer
+from support.stacked import inputs_of, make_stacked
+from support.stage_runs import make_pass_trainer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 

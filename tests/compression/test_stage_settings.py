@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from stacked import make_stacked
+from support.stacked import make_stacked
 from transformers import HfArgumentParser, TrainerCallback, TrainingArguments
 
 from hf_quantnoise import CompressionArguments, IPQConfig, QuantNoiseTrainer
-from hf_quantnoise.compression.stage_trainer import StageTrainer
+from hf_quantnoise.compression.training.stage_trainer import StageTrainer
 
 CONFIG = IPQConfig(block_size=4, n_centroids=16)
 

@@ -5,9 +5,9 @@ import copy
 import numpy as np
 import pytest
 import torch
-from stacked import inputs_of, make_stacked
-from stage_runs import make_pass_trainer
-from tiny import make_model
+from support.stacked import inputs_of, make_stacked
+from support.stage_runs import make_pass_trainer
+from support.tiny import make_model
 from transformers import TrainingArguments
 
 from hf_quantnoise import (
@@ -20,9 +20,9 @@ from hf_quantnoise import (
     quantize_model,
     size_report,
 )
-from hf_quantnoise.compression import check_pass
-from hf_quantnoise.compression.guards import loss_reads_num_items
-from hf_quantnoise.compression.teacher import Teacher
+from hf_quantnoise.compression import check_compression
+from hf_quantnoise.compression.distillation.teacher import Teacher
+from hf_quantnoise.compression.training.packed_trainer import loss_reads_num_items
 from hf_quantnoise.modeling import packed_layers
 
 CONFIG = IPQConfig(block_size=4, n_centroids=16)
@@ -253,10 +253,10 @@ def test_shards_by_accelerate_s_own_settings_are_refused_like_those_of_the_argum
     tmp_path, parity_data
 ):
     trainer = make_trainer(tmp_path, parity_data)
-    check_pass(trainer, CONFIG, CompressionArguments(reassign_steps=2))
+    check_compression(trainer, CONFIG, CompressionArguments(reassign_steps=2))
     trainer.is_fsdp_enabled = True
     with pytest.raises(ValueError, match="reassign_steps=2 does not go with fsdp"):
-        check_pass(trainer, CONFIG, CompressionArguments(reassign_steps=2))
+        check_compression(trainer, CONFIG, CompressionArguments(reassign_steps=2))
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ pytest.importorskip("hf_quantnoise")
 
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from hf_quantnoise.compression.pass_files import PassFiles
-from hf_quantnoise.compression.stage_trainer import StageTrainer
+from hf_quantnoise.compression.checkpoints import StageCheckpoints
+from hf_quantnoise.compression.training.stage_trainer import StageTrainer
 from hf_quantnoise.configuration.flags import parse_int_or_dict, parse_patterns
 from hf_quantnoise.runs.glue import main, parse
 
@@ -356,7 +356,7 @@ def test_a_compression_killed_before_it_kept_anything_begins_with_the_finetuned_
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(PassFiles, "save_stage", killed)
+        patch.setattr(StageCheckpoints, "save_stage", killed)
         start(*files, *flags, out="killed")
     _, folder = start(*files, *flags, "--resume_compression", out="killed")
     one, other = (path / "compressed" / "model.safetensors" for path in (straight, folder))

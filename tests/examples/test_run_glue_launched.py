@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import accelerate_launch, needs_gloo, torchrun
 from safetensors.torch import load_file
+from support.processes import accelerate_launch, needs_gloo, torchrun
 from transformers import BertConfig
 
 PROGRAM = Path(__file__).parents[2] / "examples" / "run_glue.py"

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from tiny import make_vision_model
+from support.tiny import make_vision_model
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from hf_quantnoise.runs.images import main

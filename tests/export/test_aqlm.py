@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import VOCABULARY, make_model
+from support.tiny import VOCABULARY, make_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 from transformers.quantizers.quantizers_utils import should_convert_module

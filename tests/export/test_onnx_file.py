@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
-from tiny import IMAGE_SIZE, VOCABULARY, make_model, make_vision_model
-from zoo import ZOO, ipq_config
+from support.tiny import IMAGE_SIZE, VOCABULARY, make_model, make_vision_model
+from support.zoo import ZOO, ipq_config
 
 from hf_quantnoise import FixedPointConfig, IPQConfig, export_onnx, quantize_model, size_report
 

@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 import torch
-from stacked import inputs_of, make_stacked
-from stored import PQ, stored
+from support.stacked import inputs_of, make_stacked
+from support.stored import PQ, stored
 from torch import nn
 from transformers import Trainer, TrainingArguments
 

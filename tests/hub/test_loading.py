@@ -7,11 +7,11 @@ import accelerate
 import pytest
 import torch
 import transformers
-from memory import live_bytes
 from safetensors.torch import load_file, save_file
-from stacked import inputs_of, make_stacked
-from stored import PQ, STORED
-from tiny import SIZES, make_model
+from support.memory import live_bytes
+from support.stacked import inputs_of, make_stacked
+from support.stored import PQ, STORED
+from support.tiny import SIZES, make_model
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -61,7 +61,7 @@ def saved(tmp_path):
     return save
 
 
-def whole(loaded):
+def require_loaded(loaded):
     """The model of (model, loading info), once nothing was missing and nothing left over."""
     model, info = loaded
     assert not any(info[fault] for fault in FAULTS), info
@@ -81,7 +81,7 @@ def test_every_head_by_its_own_loader_and_by_the_one_that_reads_the_class(head, 
         type(model),
     )
     for loader in loaders:
-        again = whole(loader.from_pretrained(tmp_path, output_loading_info=True))
+        again = require_loaded(loader.from_pretrained(tmp_path, output_loading_info=True))
         assert type(again) is type(model) and again.is_quantized and not again.training
         assert torch.equal(output(again, inputs_of(name)), output(model, inputs_of(name)))
 
@@ -91,7 +91,9 @@ def test_shards_load_whole_and_are_written_again_alike(tmp_path, saved):
     AutoModelForCausalLM.from_pretrained(folder).save_pretrained(
         tmp_path / "a", max_shard_size="4KB"
     )
-    again = whole(AutoQuantizedModel.from_pretrained(tmp_path / "a", output_loading_info=True))
+    again = require_loaded(
+        AutoQuantizedModel.from_pretrained(tmp_path / "a", output_loading_info=True)
+    )
     assert torch.equal(output(again, inputs), expected)
     again.save_pretrained(tmp_path / "b", max_shard_size="4KB")
     files = sorted(path.name for path in (tmp_path / "a").iterdir())
@@ -105,7 +107,7 @@ def test_shards_load_whole_and_are_written_again_alike(tmp_path, saved):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, "float16"])
 def test_dtype_casts_what_is_floating_point_and_no_code(kind, dtype, saved):
     folder, expected, inputs = saved(STORED[kind])
-    model = whole(
+    model = require_loaded(
         AutoModelForSequenceClassification.from_pretrained(
             folder, dtype=dtype, output_loading_info=True
         )
@@ -143,7 +145,7 @@ def test_what_transformers_keeps_in_float32_it_keeps_so_packed(tmp_path):
     model = quantize_model(dense, STORED["ipq"], progress=False)
     model.save_pretrained(tmp_path / "packed")
     expected = output(model, inputs_of("t5"))
-    loaded = whole(
+    loaded = require_loaded(
         AutoQuantizedModel.from_pretrained(tmp_path / "packed", **half, output_loading_info=True)
     )
     for name, tensor in loaded.named_parameters():
@@ -177,7 +179,7 @@ def parts_on(**places):
 @pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}])
 def test_a_device_map_with_room_for_all(device_map, saved):
     folder, expected, inputs = saved()
-    model = whole(
+    model = require_loaded(
         AutoQuantizedModel.from_pretrained(folder, device_map=device_map, output_loading_info=True)
     )
     assert torch.equal(output(model, inputs), expected)
@@ -189,7 +191,7 @@ def test_auto_divides_a_model_that_is_too_large(name, saved, tmp_path):
     folder, expected, inputs = saved(name=name)
     size = sum(tensor.nbytes for tensor in AutoQuantizedModel.from_pretrained(folder).parameters())
     room = size * 4 // 5
-    model = whole(
+    model = require_loaded(
         AutoQuantizedModel.from_pretrained(
             folder, device_map="auto", max_memory={"cpu": room},
             offload_folder=tmp_path / "offload", output_loading_info=True,
@@ -210,7 +212,7 @@ def test_auto_divides_a_model_that_is_too_large(name, saved, tmp_path):
 @pytest.mark.parametrize("kind", ["ipq", "16 bits", "rows", "int8"])
 def test_layers_on_disk_are_read_when_they_run_and_saved_again_alike(kind, saved, tmp_path):
     folder, expected, inputs = saved(STORED[kind])
-    model = whole(
+    model = require_loaded(
         AutoQuantizedModel.from_pretrained(
             folder, device_map=parts_on(**{"1": "disk", "embeddings": "disk"}),
             offload_folder=tmp_path / "offload", output_loading_info=True,

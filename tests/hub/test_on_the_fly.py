@@ -5,18 +5,18 @@ import sys
 
 import pytest
 import torch
-from files import digest
-from memory import live_bytes
-from stacked import inputs_of, make_stacked
-from stored import PQ, stored
-from tiny import SIZES
+from support.files import digest
+from support.memory import live_bytes
+from support.stacked import inputs_of, make_stacked
+from support.stored import PQ, stored
+from support.tiny import SIZES
+from support.zoo import ZOO, ipq_config, tensors_of
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
 )
-from zoo import ZOO, ipq_config, tensors_of
 
 from hf_quantnoise import AutoQuantizedModel, FixedPointConfig, IPQConfig, quantize_model
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from stacked import inputs_of, make_stacked
-from stored import STORED
-from tiny import make_model
+from support.stacked import inputs_of, make_stacked
+from support.stored import STORED
+from support.tiny import make_model
 from transformers import Trainer, TrainingArguments
 
 from hf_quantnoise import AutoQuantizedModel, FixedPointConfig, IPQConfig, quantize_model

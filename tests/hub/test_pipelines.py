@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from stacked import make_stacked
-from stored import STORED
-from tiny import CLASSES, IMAGE_SIZE, SIZES, make_model
+from support.stacked import make_stacked
+from support.stored import STORED
+from support.tiny import CLASSES, IMAGE_SIZE, SIZES, make_model
+from support.words import words
+from support.zoo import ZOO, ipq_config
 from transformers import (
     BertConfig,
     BertForTokenClassification,
@@ -17,8 +19,6 @@ from transformers import (
     Wav2Vec2FeatureExtractor,
     pipeline,
 )
-from words import words
-from zoo import ZOO, ipq_config
 
 from hf_quantnoise import quantize_model
 from hf_quantnoise.modeling import packed_layers

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_server import HubServer, hub_environment
 from huggingface_hub import ModelCard
-from tiny import VOCABULARY
+from support.hub_server import HubServer, hub_environment
+from support.tiny import VOCABULARY
 
 from hf_quantnoise import AutoQuantizedModel
 

@@ -5,13 +5,13 @@ import re
 
 import pytest
 import torch
-from files import digest
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from stacked import inputs_of, make_stacked
-from stored import PQ, STORED
-from tiny import make_model
+from support.files import digest
+from support.stacked import inputs_of, make_stacked
+from support.stored import PQ, STORED
+from support.tiny import make_model
 from transformers import (
     AutoModel,
     AutoModelForMaskedLM,

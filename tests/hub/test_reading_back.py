@@ -8,8 +8,8 @@ import copy
 import pytest
 import torch
 from safetensors.torch import load_file
-from stacked import inputs_of, make_stacked
-from stored import PQ, STORED
+from support.stacked import inputs_of, make_stacked
+from support.stored import PQ, STORED
 from transformers import Trainer, TrainingArguments
 
 from hf_quantnoise import (

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from stacked import BY_PLACE, STACKED, inputs_of, make_stacked
-from stored import PQ
-from tiny import make_vision_model
+from support.stacked import BY_PLACE, STACKED, inputs_of, make_stacked
+from support.stored import PQ
+from support.tiny import make_vision_model
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 from hf_quantnoise import (

@@ -6,11 +6,11 @@ import sys
 
 import pytest
 import torch
-from files import digest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from stored import STORED
-from tiny import MAKERS, make_model
+from support.files import digest
+from support.stored import STORED
+from support.tiny import MAKERS, make_model
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,

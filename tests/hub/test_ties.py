@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from files import digest
 from safetensors import safe_open
-from zoo import TIED, ZOO, ipq_config, users_of_table
+from support.files import digest
+from support.zoo import TIED, ZOO, ipq_config, users_of_table
 
 from hf_quantnoise import FixedPointConfig, IPQConfig, quantize_model
 from hf_quantnoise.modeling import packed_names

@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from stored import STORED
-from tiny import make_model
+from support.stored import STORED
+from support.tiny import make_model
 
 from hf_quantnoise import AutoQuantizedModel, quantize_model
 from hf_quantnoise.modeling import packed as packed_module

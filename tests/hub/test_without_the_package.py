@@ -6,8 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from stacked import make_stacked
-from tiny import make_model
+from support.stacked import make_stacked
+from support.tiny import make_model
 
 from hf_quantnoise import AutoQuantizedModel, FixedPointConfig, IPQConfig, quantize_model
 from hf_quantnoise.configuration import QuantizedModelConfig

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import make_model, make_vision_model
+from support.tiny import make_model, make_vision_model
+from support.zoo import ZOO
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -12,7 +13,6 @@ from transformers import (
     AutoModelForSequenceClassification,
     TrainingArguments,
 )
-from zoo import ZOO
 
 from hf_quantnoise import (
     CompressionArguments,

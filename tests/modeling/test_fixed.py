@@ -5,11 +5,11 @@ import io
 
 import pytest
 import torch
-from stacked import make_stacked
-from stored import PQ
+from support.stacked import make_stacked
+from support.stored import PQ
 
 from hf_quantnoise import IPQConfig, quantize_model
-from hf_quantnoise.modeling.fixed import FixedParameter
+from hf_quantnoise.modeling.fixed import NonTrainableParameter
 
 FIXED = ("weight_indices", "weight_codebook_scale", "weight_codebook_zero_point", "input_scale",
          "input_zero_point")  # fmt: skip
@@ -54,7 +54,7 @@ def test_gradients_are_switched_on_for_all_else(way, packed):
         for name, tensor in model.named_parameters():
             tensor.requires_grad_(flag)  # one by one, as PEFT does
             leaf = name.rpartition(".")[2]
-            assert isinstance(tensor, FixedParameter) == (leaf in FIXED), name
+            assert isinstance(tensor, NonTrainableParameter) == (leaf in FIXED), name
             assert tensor.requires_grad == (flag and leaf not in FIXED), name
             seen.add(leaf)
     assert seen >= set(FIXED)

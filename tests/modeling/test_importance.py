@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from stacked import make_stacked
-from tiny import make_model, make_vision_model
+from support.stacked import make_stacked
+from support.tiny import make_model, make_vision_model
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,

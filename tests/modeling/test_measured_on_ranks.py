@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from processes import needs_gloo, on_two_ranks
+from support.processes import needs_gloo, on_two_ranks
 
 PIECE = """
 from torch import nn
@@ -111,7 +111,7 @@ def test_what_no_rank_reaches_is_refused_by_all(ranks):
 
 @needs_gloo
 def test_scales_of_inputs_are_those_of_all_ranks_batches(ranks):
-    from tiny import make_model
+    from support.tiny import make_model
 
     from hf_quantnoise import FixedPointConfig, quantize_model
 

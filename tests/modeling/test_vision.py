@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from tiny import IMAGE_SIZE, VISION_MAKERS, make_vision_model
+from support.tiny import IMAGE_SIZE, VISION_MAKERS, make_vision_model
 from torch import nn
 from transformers import AutoModelForImageClassification
 

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from tiny import make_model
+from support.tiny import make_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hf_quantnoise import QuantNoiseConfig, apply_quant_noise, remove_quant_noise
 from hf_quantnoise.noise import find_state
-from hf_quantnoise.noise.selection import in_backward
+from hf_quantnoise.noise.block_mask import in_backward
 
 
 def noisy(p=0.5, calibration=2, bits=4):

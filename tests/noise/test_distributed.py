@@ -1,7 +1,7 @@
 """Two gloo processes: whatever noise is fitted to is the same on every rank."""
 
 import torch
-from processes import needs_gloo, on_two_ranks, torchrun
+from support.processes import needs_gloo, on_two_ranks, torchrun
 
 FITTED = """
 from torch import nn

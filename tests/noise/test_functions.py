@@ -5,7 +5,7 @@ import torch
 
 from hf_quantnoise import QuantNoiseConfig
 from hf_quantnoise.configuration import NOISES
-from hf_quantnoise.noise.selection import Selection, draw
+from hf_quantnoise.noise.block_mask import BlockMask, draw
 
 ROWS, COLUMNS = 48, 32
 KINDS = ["proxy", "mean", "pq", "int8", "int4", "int1"]
@@ -27,7 +27,7 @@ def fitted(name: str, **sizes):
     return function
 
 
-def selection(function, rows: int, p: float) -> Selection:
+def selection(function, rows: int, p: float) -> BlockMask:
     torch.manual_seed(5)
     return draw(rows * COLUMNS // function.block_size, p, torch.device("cpu"))
 
@@ -78,7 +78,7 @@ def test_p_1_is_the_quantizer_bit_for_bit(name, dtype):
     weight = matrix(dtype=dtype)
     function.refresh(weight, seed=0)
     noisy = weight.clone()
-    function.distort(noisy, Selection(noisy.numel() // function.block_size))
+    function.distort(noisy, BlockMask(noisy.numel() // function.block_size))
     assert noisy.dtype == dtype
     assert torch.equal(noisy, function.quantizer.quantize(weight, function.state).to(dtype))
 
@@ -87,7 +87,7 @@ def test_p_1_assigns_anew_where_less_keeps_the_codes_of_the_refresh():
     function = fitted("pq")
     moved = matrix(seed=1)
     everything, half = moved.clone(), moved.clone()
-    function.distort(everything, Selection(moved.numel() // 8))
+    function.distort(everything, BlockMask(moved.numel() // 8))
     assert torch.equal(everything, function.quantizer.quantize(moved, function.state))
     chosen = selection(function, ROWS, 0.5)
     function.distort(half, chosen)
@@ -112,7 +112,7 @@ def test_int4_has_at_most_16_values_and_uses_them():
     """fairseq's int4 takes its scale for 8 bits: it spans a sixteenth of the range."""
     function = fitted("int4", block_size=8)
     noisy = matrix()
-    function.distort(noisy, Selection(noisy.numel()))
+    function.distort(noisy, BlockMask(noisy.numel()))
     assert 12 <= noisy.unique().numel() <= 16
     assert noisy.max() - noisy.min() > 0.9 * (matrix().max() - matrix().min())
 
@@ -148,7 +148,7 @@ def test_refreshing_on_the_same_weights_never_hurts():
 
     def error() -> float:
         noisy = matrix()
-        function.distort(noisy, Selection(noisy.numel() // 8))
+        function.distort(noisy, BlockMask(noisy.numel() // 8))
         return float((noisy - matrix()).square().sum())
 
     first = error()

@@ -5,9 +5,9 @@ import pickle
 
 import pytest
 import torch
-from stacked import STACKED, inputs_of
-from stacked import make_stacked as make
-from tiny import SIZES, make_vision_model, recompute
+from support.stacked import STACKED, inputs_of
+from support.stacked import make_stacked as make
+from support.tiny import SIZES, make_vision_model, recompute
 from torch import nn
 from transformers import AlbertConfig, AlbertForMaskedLM
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import recompute, with_dropout
+from support.tiny import recompute, with_dropout
 from torch import nn
 from transformers import AutoConfig, set_seed
 

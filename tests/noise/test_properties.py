@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_quantnoise import QuantNoiseConfig, apply_quant_noise, remove_quant_noise
 from hf_quantnoise.blocks import to_blocks, weight_matrix
 from hf_quantnoise.noise import find_state
-from hf_quantnoise.noise.selection import draw
+from hf_quantnoise.noise.block_mask import draw
 
 LAYERS = {
     "linear": lambda: nn.Linear(16, 24),

@@ -5,8 +5,8 @@ import pickle
 
 import pytest
 import torch
-from stacked import BY_PLACE, STACKED, inputs_of, make_stacked
-from tiny import make_vision_model
+from support.stacked import BY_PLACE, STACKED, inputs_of, make_stacked
+from support.tiny import make_vision_model
 from transformers import Trainer, TrainingArguments
 
 from hf_quantnoise import (

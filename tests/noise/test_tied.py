@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from support.zoo import TIED, ZOO, users_of_table
 from torch import nn
-from zoo import TIED, ZOO, users_of_table
 
 from hf_quantnoise import QuantNoiseConfig, apply_quant_noise
 from hf_quantnoise.noise import find_state

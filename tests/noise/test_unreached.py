@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import make_model
+from support.tiny import make_model
 from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 

@@ -8,8 +8,8 @@ import torch
 import transformers
 from golden.make import HERE as GOLDEN
 from huggingface_hub import ModelCard
-from stacked import make_stacked
-from tiny import make_model, make_vision_model
+from support.stacked import make_stacked
+from support.tiny import make_model, make_vision_model
 from transformers import TrainerCallback, TrainingArguments
 
 from hf_quantnoise import (

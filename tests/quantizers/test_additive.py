@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from tiny import make_model
+from support.tiny import make_model
 from torch import nn
 
 from hf_quantnoise import IPQConfig, quantize_model, size_report

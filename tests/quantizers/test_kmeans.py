@@ -4,8 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from memory import growth_of_process
 from sklearn.cluster import KMeans
+from support.memory import growth_of_process
 
 from hf_quantnoise.quantizers import assign, kmeans
 from hf_quantnoise.quantizers.kmeans import MAX_BYTES, chunk_rows

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import make_model, make_vision_model
+from support.tiny import make_model, make_vision_model
 from torch import nn
 
 from hf_quantnoise import IPQConfig, quantize_model, size_report

@@ -1,0 +1,1 @@
+"""Distillation from a teacher: logits, hidden states and attention maps."""

@@ -1,0 +1,1 @@
+"""Records, logs and plots of a compression run."""

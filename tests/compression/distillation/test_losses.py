@@ -1,0 +1,314 @@
+"""What is compared with the teacher, for every task, against float64."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from support.stacked import inputs_of, make_stacked
+from support.tasks import EXAMPLES, TASKS, WIDTH, expected_divergence
+from support.tiny import make_model
+from torch import nn
+
+from hf_quantnoise.compression.distillation.features import attention_term, hidden_state_term
+from hf_quantnoise.compression.distillation.logits import HEADS, logits_divergence
+from hf_quantnoise.compression.distillation.losses import (
+    attention_divergence,
+    hidden_state_error,
+    matched_layers,
+    sigmoid_divergence,
+    softmax_divergence,
+    squared_error,
+)
+
+
+def other(model, seed=7):
+    """The same model with other weights."""
+    changed = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in changed.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return changed
+
+
+# ---- single divergences --------------------------------------------------------------------------
+
+
+def test_softmax_divergence_against_a_float64_reference():
+    torch.manual_seed(0)
+    student, teacher = torch.randn(6, 5), torch.randn(6, 5)
+    s, t = student.double().numpy() / 2.0, teacher.double().numpy() / 2.0
+    p = np.exp(t) / np.exp(t).sum(-1, keepdims=True)
+    q = np.exp(s) / np.exp(s).sum(-1, keepdims=True)
+    expected = 4.0 * (p * (np.log(p) - np.log(q))).sum(-1).mean()
+    assert softmax_divergence(student, teacher, 2.0).item() == pytest.approx(expected, rel=1e-5)
+    assert softmax_divergence(student, student).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_positions_that_do_not_count_are_left_out():
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
+    counted = torch.tensor([[True, False, False], [False, True, False]])
+    for divergence in (softmax_divergence, sigmoid_divergence, squared_error):
+        kept = divergence(student[counted], teacher[counted])
+        torch.testing.assert_close(divergence(student, teacher, counted=counted), kept)
+
+
+def test_a_batch_in_which_nothing_counts_gives_zero_and_a_gradient():
+    student = torch.randn(2, 3, 5, requires_grad=True)
+    none = torch.zeros(2, 3, dtype=torch.bool)
+    loss = softmax_divergence(student, torch.randn(2, 3, 5), counted=none)
+    loss.backward()
+    assert loss.item() == 0 and not student.grad.any()
+
+
+def test_logits_of_other_shapes_are_refused():
+    with pytest.raises(ValueError, match="teacher's logits are"):
+        softmax_divergence(torch.randn(2, 3), torch.randn(2, 4))
+
+
+def test_with_nothing_but_logits_the_loss_is_the_one_it_was():
+    """The loss of the first release, written out."""
+    torch.manual_seed(0)
+    inputs = inputs_of("bert")
+    model, teacher = make_stacked("bert"), other(make_stacked("bert"))
+    s, t = model(**inputs).logits, teacher(**inputs).logits
+    divergence = F.kl_div(
+        F.log_softmax(s / 2.0, dim=-1), F.log_softmax(t / 2.0, dim=-1), reduction="none",
+        log_target=True,
+    ).sum(-1)  # fmt: skip
+    expected = torch.mean(divergence) * 2.0**2
+    assert torch.equal(
+        logits_divergence(model, {"logits": s}, {"logits": t}, inputs, 2.0), expected
+    )
+    single = torch.randn(4, 1), torch.randn(4, 1)
+    outputs = [{"logits": one} for one in single]
+    assert torch.equal(logits_divergence(model, *outputs, {}), F.mse_loss(*single))
+
+
+# ---- every task ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_the_divergence_of_every_task_is_the_one_of_float64(task, temperature):
+    make, data = TASKS[task]
+    model, batch = make(), data()
+    with torch.no_grad():
+        student, teacher = model(**batch), other(model)(**batch)
+    got = logits_divergence(model, student, teacher, batch, temperature)
+    expected = expected_divergence(task, student, teacher, batch, temperature)
+    assert expected > 1e-3
+    assert got.item() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_half_precision_outputs_are_compared_in_float32(task):
+    make, data = TASKS[task]
+    model, batch = make(), data()
+    with torch.no_grad():
+        student, teacher = model(**batch), other(model)(**batch)
+    halves = [{k: v.bfloat16() for k, v in out.items() if k.endswith("logits")}
+              for out in (student, teacher)]  # fmt: skip
+    wholes = [{k: v.float() for k, v in half.items()} for half in halves]
+    with torch.autocast("cpu", torch.bfloat16):
+        got = logits_divergence(model, *halves, batch)
+    assert got.dtype == torch.float32
+    assert torch.equal(got, logits_divergence(model, *wholes, batch))
+
+
+def test_the_label_of_a_causal_model_is_that_of_the_next_token():
+    """Only token 3 of a sequence has a label: position 2 predicts it, and alone counts."""
+    model = make_model("gpt2")
+    labels = torch.full((1, 6), -100)
+    labels[0, 3] = 9
+    torch.manual_seed(0)
+    student, teacher = torch.randn(1, 6, 320), torch.randn(1, 6, 320)
+    got = logits_divergence(model, {"logits": student}, {"logits": teacher}, {"labels": labels})
+    torch.testing.assert_close(got, softmax_divergence(student[:, 2], teacher[:, 2]))
+
+
+def test_without_labels_padding_does_not_count():
+    model, batch = TASKS["tokens"][0](), TASKS["tokens"][1]()
+    with torch.no_grad():
+        student, teacher = model(**batch), other(model)(**batch)
+    del batch["labels"]
+    real = batch["attention_mask"].bool()
+    torch.testing.assert_close(
+        logits_divergence(model, student, teacher, batch),
+        softmax_divergence(student.logits[real], teacher.logits[real]),
+    )
+
+
+def test_classes_of_pixels_lie_in_the_second_dimension():
+    torch.manual_seed(0)
+    maps = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
+    got = HEADS["semantic segmentation"](*({"logits": one} for one in maps), {}, 1.0)
+    rows = [one.permute(0, 2, 3, 1).reshape(-1, 3) for one in maps]
+    torch.testing.assert_close(got, softmax_divergence(*rows))
+
+
+def test_an_unknown_head_is_named_and_can_be_registered(monkeypatch):
+    class OddHead(nn.Module):
+        pass
+
+    outputs = {"scores": torch.randn(3, 4)}
+    with pytest.raises(ValueError, match="no 'logits'.*OddHead.*gives scores.*HEADS"):
+        logits_divergence(OddHead(), outputs, outputs, {})
+    monkeypatch.setattr(HEADS, "_entries", dict(HEADS._entries))
+    HEADS.register("OddHead")(lambda s, t, inputs, T: squared_error(s["scores"], t["scores"]))
+    assert logits_divergence(OddHead(), outputs, outputs, {}).item() == 0
+
+
+# ---- hidden states -------------------------------------------------------------------------------
+
+
+def test_hidden_states_against_float64_whatever_their_scale_and_width():
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 4, 6), torch.randn(2, 4, 6)
+    counted = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0]]).bool()
+    errors = [
+        float((student[i, j].double() - teacher[i, j].double()).square().sum())
+        / float(teacher[i, j].double().square().sum())
+        for i in range(2) for j in range(4) if counted[i, j]
+    ]  # fmt: skip
+    expected = pytest.approx(sum(errors) / 5, rel=1e-5)
+    assert hidden_state_error(student, teacher, counted).item() == expected
+    assert hidden_state_error(1e3 * student, 1e3 * teacher, counted).item() == expected
+    wide = [torch.cat([one] * 3, dim=-1) for one in (student, teacher)]
+    assert hidden_state_error(*wide, counted).item() == expected
+
+
+def test_an_image_is_one_position():
+    student, teacher = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    teacher[:, :, 0, 0] = 0.0  # single places of a feature map are often all zero
+    expected = hidden_state_error(student.view(2, 1, 48), teacher.view(2, 1, 48))
+    torch.testing.assert_close(hidden_state_error(student, teacher), expected)
+    assert expected < 10
+
+
+# ---- attention maps ------------------------------------------------------------------------------
+
+
+def test_attention_maps_against_float64_without_padding():
+    torch.manual_seed(0)
+    student, teacher = (torch.randn(2, 3, 5, 5).softmax(-1) for _ in range(2))
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]).bool()
+    values = []
+    for b in range(2):
+        real = mask[b].nonzero().flatten().tolist()
+        for head in range(3):
+            for query in real:
+                s, t = (
+                    student[b, head, query].double()[real],
+                    teacher[b, head, query].double()[real],
+                )
+                s, t = s / s.sum(), t / t.sum()
+                values.append(float((t * (t / s).log()).sum()))
+    got = attention_divergence(student, teacher, mask, mask).item()
+    assert got == pytest.approx(sum(values) / len(values), rel=1e-5)
+    assert attention_divergence(teacher, teacher, mask, mask).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_keys_that_are_never_read_do_no_harm():
+    """The upper triangle of a causal map is zero in both."""
+    causal = torch.full((4, 4), -torch.inf).triu(1)
+    student, teacher = ((torch.randn(1, 2, 4, 4) + causal).softmax(-1) for _ in range(2))
+    student.requires_grad_()
+    loss = attention_divergence(student, teacher)
+    loss.backward()
+    assert loss.isfinite() and student.grad.isfinite().all()
+
+
+# ---- layers --------------------------------------------------------------------------------------
+
+
+def test_layers_are_matched_evenly_and_the_last_with_the_last():
+    assert matched_layers(4, 4, "all") == [(0, 0), (1, 1), (2, 2), (3, 3)]
+    assert matched_layers(3, 6, "all") == [(0, 1), (1, 3), (2, 5)]
+    assert matched_layers(4, 6, "all") == [(0, 0), (1, 2), (2, 3), (3, 5)]
+    assert matched_layers(4, 2, "all") == [(0, 0), (1, 0), (2, 0), (3, 1)]
+    assert matched_layers(3, 6, "last") == matched_layers(3, 6, [-1]) == [(2, 5)]
+    assert matched_layers(3, 6, "0,2") == matched_layers(3, 6, [0, 2]) == [(0, 1), (2, 5)]
+    with pytest.raises(ValueError, match="distill_layers='3'.*no layer 3"):
+        matched_layers(3, 6, "3")
+
+
+def both(name, students=2, teachers=4, **flags):
+    inputs = inputs_of(name)
+    models = make_stacked(name, students), other(make_stacked(name, teachers))
+    with torch.no_grad():
+        for model in models:
+            model.set_attn_implementation("eager")
+        return (*(model(**inputs, **flags) for model in models), inputs)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "vit"])
+def test_inner_terms_are_means_over_matched_layers(name):
+    student, teacher, inputs = both(name, output_hidden_states=True, output_attentions=True)
+    pairs = [(0, 1), (1, 3)]
+    hidden = [
+        hidden_state_error(student.hidden_states[s + 1], teacher.hidden_states[t + 1])
+        for s, t in pairs
+    ]
+    torch.testing.assert_close(hidden_state_term(student, teacher, inputs, "all"), sum(hidden) / 2)
+    maps = [attention_divergence(student.attentions[s], teacher.attentions[t]) for s, t in pairs]
+    with torch.no_grad():
+        got = attention_term(student, teacher, inputs, "all")
+        last = attention_term(student, teacher, inputs, "last")
+    torch.testing.assert_close(got, sum(maps) / 2)
+    torch.testing.assert_close(last, maps[1])
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_both_stacks_of_an_encoder_decoder_count(name):
+    student, teacher, inputs = both(name, output_hidden_states=True, output_attentions=True)
+    pairs = [(0, 1), (1, 3)]
+    parts = []
+    for key in ("encoder_hidden_states", "decoder_hidden_states"):
+        errors = [hidden_state_error(student[key][s + 1], teacher[key][t + 1]) for s, t in pairs]
+        parts.append(sum(errors) / 2)
+    torch.testing.assert_close(hidden_state_term(student, teacher, inputs, "all"), sum(parts) / 2)
+    parts = []
+    for key in ("encoder_attentions", "decoder_attentions", "cross_attentions"):
+        errors = [attention_divergence(student[key][s], teacher[key][t]) for s, t in pairs]
+        parts.append(sum(errors) / 2)
+    with torch.no_grad():
+        got = attention_term(student, teacher, inputs, "all")
+    torch.testing.assert_close(got, sum(parts) / 3)
+
+
+def test_padding_does_not_change_the_inner_terms():
+    """What stands at padded positions, and how many there are, makes no difference."""
+    batch = TASKS["tokens"][1]()
+    model = make_stacked("bert")
+    teacher = other(model)
+    flags = {"output_hidden_states": True, "output_attentions": True}
+    more = {"input_ids": F.pad(batch["input_ids"], (0, 3), value=17),
+            "attention_mask": F.pad(batch["attention_mask"], (0, 3))}  # fmt: skip
+    results = []
+    with torch.no_grad():
+        for one in (model, teacher):
+            one.set_attn_implementation("eager")
+        for inputs in ({k: batch[k] for k in more}, more):
+            outputs = [one(**inputs, **flags) for one in (model, teacher)]
+            results.append([term(*outputs, inputs, "all")
+                            for term in (hidden_state_term, attention_term)])  # fmt: skip
+    assert batch["attention_mask"].sum() < EXAMPLES * WIDTH
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-7)
+
+
+def test_shapes_that_do_not_go_together_are_refused_with_the_way_out():
+    one, two = torch.rand(2, 4, 6), torch.rand(2, 4, 8)
+    with pytest.raises(ValueError, match=r"distill_hidden.*\(2, 4, 8\).*same width"):
+        hidden_state_error(one, two)
+    with pytest.raises(ValueError, match="distill_attention.*as many heads"):
+        attention_divergence(torch.rand(2, 2, 4, 4), torch.rand(2, 3, 4, 4))
+    with pytest.raises(ValueError, match="distill_hidden: .*no hidden states in common"):
+        hidden_state_term({"logits": one}, {"logits": one}, {}, "all")
+    mask = torch.ones(2, 9)
+    with pytest.raises(ValueError, match=r"masks of shape \(batch, positions\)"):
+        hidden_state_term({"hidden_states": (one, one)}, {"hidden_states": (one, one)},
+                          {"attention_mask": mask}, "all")  # fmt: skip

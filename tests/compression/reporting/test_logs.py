@@ -1,0 +1,274 @@
+"""What a pass shows: figures in the run's logs, and plots that can be opened."""
+
+import copy
+import re
+import sys
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from support.stacked import make_stacked
+from support.stage_runs import make_pass_trainer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import TrainerCallback
+
+from hf_quantnoise import (
+    CompressionArguments,
+    FixedPointConfig,
+    IPQConfig,
+    QuantNoiseConfig,
+    quantize_model,
+    size_report,
+)
+from hf_quantnoise.compression.reporting.logs import codebook_use, plot_compression
+from hf_quantnoise.modeling import packed_layers
+
+CONFIG = IPQConfig(block_size=4, n_centroids=16)
+FFN = {"block_size": 4, "n_centroids": 16, "stages": ["ffn"]}
+
+
+class Listener(TrainerCallback):
+    """Stands for TensorBoard, trackio and the rest: notes each log with its step."""
+
+    def __init__(self):
+        self.lines = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.lines.append((state.global_step, dict(logs)))
+
+
+@pytest.fixture
+def make_trainer(tmp_path, parity_data):
+    def make(noise=None, **changes):
+        listener, settings = Listener(), {"logging_steps": 2, **changes}
+        trainer = make_pass_trainer(
+            tmp_path, make_stacked("bert", 2), parity_data, noise, {"callbacks": [listener]},
+            **settings,
+        )  # fmt: skip
+        return trainer, listener
+
+    return make
+
+
+def test_every_figure_of_the_pass_is_in_the_logs(make_trainer):
+    trainer, listener = make_trainer()
+    trainer.train()
+    before = len(listener.lines)
+    trainer.compress(CONFIG)
+    lines = listener.lines[before:]
+    names = {name for _, logs in lines for name in logs}
+    wanted = ["loss", "learning_rate", "eval_loss", "packed_loss", "clean_loss", "teacher_logits",
+              "mb", "relative_error", "codebook_use", "stage"]  # fmt: skip
+    assert {f"compression_{name}" for name in wanted} <= names
+    plan = trainer.model.config.quantization_config.plan
+    assert {f"compression_error/{name}" for name in plan} <= names and len(plan) == 14
+    # TensorBoard leaves out, and others refuse, what is no plain number.
+    values = {type(value) for _, logs in lines for value in logs.values()}
+    assert values <= {int, float}
+    steps = [step for step, _ in lines]
+    assert steps == sorted(steps) and steps[0] == 6  # they go on where the training ended
+    assert steps[-1] == 6 + 3 * 6
+    sizes = [logs["compression_mb"] for _, logs in lines if "compression_mb" in logs]
+    assert sizes == [record["mb"] for record in trainer.compression_history]
+    assert trainer.state.log_history[-1]["compression_stage"] == 3
+
+
+def test_tensorboard_shows_training_and_pass_as_one_run(make_trainer, tmp_path):
+    trainer, listener = make_trainer(report_to=["tensorboard"])
+    trainer.train()
+    trainer.compress(IPQConfig(**FFN))
+    folders = {path.parent for path in tmp_path.rglob("events.out.tfevents.*")}
+    assert len(folders) == 1
+    run = EventAccumulator(str(folders.pop()), size_guidance={"scalars": 0}).Reload()
+    logged = {}
+    for step, logs in listener.lines:
+        for name, value in logs.items():
+            logged.setdefault(name, []).append((step, value))
+    written = {}
+    for tag in run.Tags()["scalars"]:
+        name = re.sub("^train/", "", tag).replace("eval/", "eval_", 1)
+        written[name] = [(event.step, event.value) for event in run.Scalars(tag)]
+    assert logged.keys() == written.keys() and "compression_mb" in logged
+    for name, found in written.items():
+        steps, values = zip(*sorted(found), strict=True)
+        expected = list(zip(*sorted(logged[name]), strict=True))
+        assert list(steps) == list(expected[0])
+        assert list(values) == pytest.approx(list(expected[1]), rel=1e-6)
+
+
+def of(lines, name):
+    return [logs[name] for _, logs in lines if name in logs]
+
+
+def test_a_metric_is_that_of_the_clean_model_of_the_packed_and_of_the_finetuned(
+    make_trainer, parity_data
+):
+    trainer, listener = make_trainer()
+    clean = trainer.evaluate()["eval_loss"]
+    packed = quantize_model(copy.deepcopy(trainer.model), IPQConfig(**FFN), progress=False)
+    inputs = {name: torch.tensor(parity_data[name]) for name in ("input_ids", "labels")}
+    with torch.no_grad():
+        expected = float(packed(**inputs).loss)
+    before = len(listener.lines)
+    trainer.compress(IPQConfig(**FFN))
+    lines = listener.lines[before:]
+    assert of(lines, "compression_clean_loss") == [clean] * 2
+    assert of(lines, "compression_packed_loss") == [pytest.approx(expected, rel=1e-5)]
+    record = trainer.compression_history[-1]
+    assert of(lines, "compression_eval_loss") == [clean, record["metric"]["eval_loss"]]
+    assert record["packed_metric"]["eval_loss"] == of(lines, "compression_packed_loss")[0]
+    assert record["metric"]["eval_loss"] != record["packed_metric"]["eval_loss"]
+
+
+def test_the_evaluation_of_what_was_packed_changes_nothing(make_trainer):
+    models = []
+    for evaluated in (True, False):
+        trainer, _ = make_trainer()
+        trainer.model.dropout.p = 0.3  # random numbers of the training show
+        if not evaluated:
+            trainer.eval_dataset = None
+        models.append(trainer.compress(IPQConfig(**FFN)).state_dict())
+    assert all(torch.equal(tensor, models[1][name]) for name, tensor in models[0].items())
+
+
+def test_an_error_is_logged_when_its_layer_is_packed(make_trainer):
+    trainer, listener = make_trainer()
+    trainer.compress(IPQConfig(**FFN))
+    name = "compression_error/bert.encoder.layer.1.output.dense"
+    names = [set(logs) for _, logs in listener.lines]
+    errors = [place for place, found in enumerate(names) if name in found]
+    trained = [place for place, found in enumerate(names) if "compression_train_loss" in found]
+    assert len(errors) == len(trained) == 1 and errors[0] < trained[0]
+
+
+# ---- bars ----------------------------------------------------------------------------------------
+
+
+def bars(text, name):
+    """What the bars of a name showed: done, of how many, time left."""
+    shown = re.findall(rf"{name}: .*? (\d+)/(\d+) \[\d+:\d+<([\d:?]+)", text)
+    return [(int(done), int(total), left) for done, total, left in shown]
+
+
+def test_bars_show_stages_layers_and_steps_with_the_time_left(make_trainer, capsys):
+    trainer, _ = make_trainer(disable_tqdm=False)
+    trainer.compress(CONFIG, CompressionArguments(stage_steps=2))
+    text = capsys.readouterr().err
+    stages = bars(text, "stages")
+    assert {(done, total) for done, total, _ in stages} == {(0, 3), (1, 3), (2, 3), (3, 3)}
+    assert stages[0][2] == "?" and all(left != "?" for done, _, left in stages if done)
+    assert re.search(r"stages: .*1/3 \[.*embeddings", text)  # the stage that is being done
+    for stage, layers in (("ffn", 4), ("embeddings", 2), ("attention", 8)):
+        assert bars(text, f"quantize {stage}")[0][:2] == (0, layers)
+    assert text.count("2/2 [") >= 3  # the optimizer steps of each stage, by Trainer
+
+
+def test_disable_tqdm_holds_for_the_pass_and_other_ranks_show_none(
+    make_trainer, capsys, monkeypatch
+):
+    target = IPQConfig(target_size_mb=0.05, codebook_bits=16, kmeans_iter=2)
+    trainer, _ = make_trainer(disable_tqdm=True)
+    trainer.compress(target, CompressionArguments(stage_steps=1))
+    shown = capsys.readouterr()
+    assert "it/s" not in shown.err and "[00:" not in shown.err
+    assert "the whole file:" in shown.out  # the allotment is no bar
+    trainer, _ = make_trainer(disable_tqdm=False)
+    monkeypatch.setattr(type(trainer), "is_world_process_zero", lambda self: False)
+    trainer.compress(CONFIG, CompressionArguments(stage_epochs=0))
+    err = capsys.readouterr().err
+    assert not bars(err, "stages") and "quantize" not in err
+
+
+def test_a_log_is_printed_once(make_trainer, capsys):
+    trainer, _ = make_trainer()
+    trainer.compress(CONFIG, CompressionArguments(plots=False))
+    printed = [line for line in capsys.readouterr().out.splitlines() if "_loss'" in line]
+    assert len(printed) == len(set(printed)) > 3
+
+
+def test_the_noise_is_in_the_logs_of_the_training(make_trainer):
+    noise = QuantNoiseConfig(noise=["pq", "int8"], p=[0.1, 0.4], block_size=4, n_centroids=16)
+    trainer, listener = make_trainer(noise)
+    clean = ("position_embeddings", "token_type", "classifier")
+    layers = [
+        parameter.numel()
+        for name, parameter in trainer.model.named_parameters()
+        if parameter.dim() == 2 and not any(word in name for word in clean)
+    ]
+    # The classifier has too few blocks for a codebook, and int8 noise alone.
+    noised = (1 - 0.9 * 0.6) * sum(layers) + 0.4 * trainer.model.classifier.weight.numel()
+    trainer.train()
+    logs = next(logs for _, logs in listener.lines if "loss" in logs)
+    assert (logs["noise_p_0"], logs["noise_p_1"]) == (0.1, 0.4)
+    everything = sum(parameter.numel() for parameter in trainer.model.parameters())
+    assert logs["noised_share"] == pytest.approx(noised / everything)
+
+
+def test_codebook_use_counts_each_codebook_once():
+    model = quantize_model(make_stacked("gpt2", 2), CONFIG, progress=False)
+    used, total = 0, 0
+    for name, layer in packed_layers(model):
+        if name != "lm_head":  # tied to the table
+            used += len(set(layer.codes().flatten().tolist()))
+            total += 16
+    assert codebook_use(model) == pytest.approx(used / total)
+    two = IPQConfig(block_size=4, n_centroids=16, n_codebooks=2)
+    assert 0 < codebook_use(quantize_model(make_stacked("gpt2", 2), two, progress=False)) <= 1
+    intn = quantize_model(make_stacked("gpt2", 2), FixedPointConfig(bits=4), progress=False)
+    assert codebook_use(intn) is None
+
+
+def test_plots_are_drawn_at_the_end(make_trainer, tmp_path):
+    trainer, _ = make_trainer()
+    trainer.compress(CONFIG)
+    for name in ("stages.png", "layers.png"):
+        with Image.open(tmp_path / "plots" / name) as image:
+            assert image.width > 300 and len(image.convert("RGB").getcolors(10**6)) > 10
+    trainer, _ = make_trainer(output_dir=str(tmp_path / "other"))
+    trainer.compress(CONFIG, CompressionArguments(plots=False))
+    assert not (tmp_path / "other" / "plots").exists()
+
+
+def test_what_is_drawn_is_the_history_and_the_bytes_of_the_file(
+    make_trainer, tmp_path, monkeypatch
+):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: drawn.append(self))
+    trainer, _ = make_trainer()
+    small = trainer.compress(CONFIG)
+    stages, layers = drawn
+    history = trainer.compression_history
+    finetuned, packed = stages.axes[0].get_lines()
+    assert list(finetuned.get_xdata()) == [record["mb"] for record in history]
+    assert list(finetuned.get_ydata()) == [record["metric"]["eval_loss"] for record in history]
+    losses = [record["packed_metric"]["eval_loss"] for record in history[1:]]
+    assert list(packed.get_ydata()) == losses
+    names = [label.get_text() for label in layers.axes[0].get_yticklabels()]
+    assert set(names) == set(small.config.quantization_config.plan)
+    errors, sizes = ([bar.get_width() for bar in axes.patches] for axes in layers.axes)
+    both = {name: e for record in history for name, e in record["layer_errors"].items()}
+    assert errors == [both[name] for name in names]
+    for name, size in zip(names, sizes, strict=True):
+        layer = small.get_submodule(name)
+        tensors = [layer.weight_indices, layer.weight_codebook]
+        held = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        assert held <= 1e3 * size <= held + 1  # a sentinel takes a byte
+
+
+def test_a_pass_without_metrics_is_drawn_too(tmp_path):
+    model = quantize_model(make_stacked("bert", 2), CONFIG, progress=False)
+    record = {"stage": "ffn", "mb": 1.0, "metric": {}, "packed_metric": {}, "relative_error": 0.3,
+              "layer_errors": {}}  # fmt: skip
+    paths = plot_compression([record], size_report(model), str(tmp_path))
+    assert len(paths) == 2
+
+
+def test_without_matplotlib_it_says_so(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    report = size_report(torch.nn.Linear(2, 2))
+    monkeypatch.setattr("hf_quantnoise.compression.reporting.logs.logger.propagate", True)
+    logger = "hf_quantnoise.compression.reporting.logs"
+    with caplog.at_level("WARNING", logger=logger):
+        assert plot_compression([], report, str(tmp_path / "plots")) == []
+    assert not (tmp_path / "plots").exists()
