@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Report phrases that the project's style does not use, in code texts and in pages.
 
-Checked are comments, docstrings and string literals of Python files, and the prose of Markdown files
-(not their code). Identifiers are not checked.
+Checked are comments, docstrings and string literals of Python files, and the prose of Markdown
+files (not their code). Identifiers are not checked.
 
     python .ci/check_language.py              # every file that git tracks
     python .ci/check_language.py hf_quantnoise/noise docs
