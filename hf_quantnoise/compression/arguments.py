@@ -9,10 +9,16 @@ from typing import Any
 
 import torch
 
-from ..validation import check_int
 from .distillation.losses import read_layers
 
 SCHEDULES = ("restart", "continue")
+
+# Options that earlier releases had -> why they were removed. A file or a flag that still names one
+# is read with a warning that the option has no effect.
+REMOVED_OPTIONS = {
+    "reassign_steps": "reassigning blocks during finetuning gave no better models",
+    "reassign_share": "reassigning blocks during finetuning gave no better models",
+}
 
 
 @dataclass(frozen=True)
@@ -87,17 +93,6 @@ class CompressionArguments:
             "help": "Training batches that set the scales of activations and the importance."
         },
     )
-    reassign_steps: int | None = field(
-        default=None,
-        metadata={"help": "Optimizer steps after which blocks may change codewords; None: never."},
-    )
-    reassign_share: float = field(
-        default=1e-4,
-        metadata={
-            "help": "Share of all packed blocks that do so each time, at most; as many of them as "
-            "lower the loss of a further batch."
-        },
-    )
     budget_batches: int = field(
         default=1,
         metadata={
@@ -168,12 +163,6 @@ class CompressionArguments:
             raise ValueError(f"calibration_batches={self.calibration_batches!r} must be 1 or more")
         if not self.budget_batches >= 0:
             raise ValueError(f"budget_batches={self.budget_batches!r} must be 0 or more")
-        if self.reassign_steps is not None:
-            check_int("reassign_steps", self.reassign_steps, 1, 2**31)
-        if not 0 < self.reassign_share <= 1:
-            raise ValueError(
-                f"reassign_share={self.reassign_share!r} must be above 0 and at most 1"
-            )
         if not 0 <= self.distill_weight <= 1:
             raise ValueError(f"distill_weight={self.distill_weight!r} must be from 0 to 1")
         if not self.temperature > 0:
