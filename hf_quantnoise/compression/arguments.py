@@ -11,13 +11,12 @@ import torch
 
 from .distillation.losses import read_layers
 
-SCHEDULES = ("restart", "continue")
-
 # Options that earlier releases had -> why they were removed. A file or a flag that still names one
 # is read with a warning that the option has no effect.
 REMOVED_OPTIONS = {
     "reassign_steps": "reassigning blocks during finetuning gave no better models",
     "reassign_share": "reassigning blocks during finetuning gave no better models",
+    "stage_schedule": "one schedule over all stages gave worse models than one for each stage",
 }
 
 
@@ -74,13 +73,6 @@ class CompressionArguments:
         metadata={
             "help": "JSON for stages that differ: {stage: {epochs, steps, learning_rate, "
             "codebook_learning_rate}}."
-        },
-    )
-    stage_schedule: str = field(
-        default="restart",
-        metadata={
-            "help": "'restart': each stage has an optimizer and a learning-rate schedule of its "
-            "own; 'continue': one schedule over all stages, and optimizer state of what stays."
         },
     )
     keep_noise: bool = field(
@@ -151,11 +143,6 @@ class CompressionArguments:
                 raise ValueError(f"{name}={value!r} must be above 0, or None")
         if self.stage_steps is not None and not self.stage_steps >= 0:
             raise ValueError(f"stage_steps={self.stage_steps!r} must be 0 or more, or None")
-        if self.stage_schedule not in SCHEDULES:
-            raise ValueError(
-                f"stage_schedule={self.stage_schedule!r} must be one of "
-                f"{', '.join(map(repr, SCHEDULES))}"
-            )
         self.stage_settings = _read_settings(self.stage_settings)
         if not self.stage_epochs >= 0:
             raise ValueError(f"stage_epochs={self.stage_epochs!r} must be 0 or more")
@@ -218,21 +205,14 @@ class CompressionArguments:
         """Compares ``stage_settings`` with the stages of a config.
 
         Raises:
-            ValueError: naming a stage that is none, or lengths that cannot be added up.
+            ValueError: naming a stage that the config does not have.
         """
-        stages = list(stages)
         known = ["all" if stage is None else stage for stage in stages]
         for stage in self.stage_settings or {}:
             if stage not in known:
                 raise ValueError(
                     f"stage_settings names the stage {stage!r}; the config's stages are {known}"
                 )
-        kinds = {self.of_stage(stage).steps is None for stage in stages}
-        if self.stage_schedule == "continue" and len(kinds) > 1:
-            raise ValueError(
-                "stage_schedule='continue' is one schedule over all stages; give the length of all "
-                "of them in epochs, or of all in steps"
-            )
 
 
 _KEYS = ("epochs", "steps", "learning_rate", "codebook_learning_rate")

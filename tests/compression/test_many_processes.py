@@ -29,7 +29,7 @@ FSDP2 = {"fsdp": True, "fsdp_config": {"version": 2}}
 ALL_INT8 = {"noise": "int8", "p": 1.0}
 WHOLE_RUN = {
     "noise": {**ALL_INT8, "scale_update_steps": 2},
-    "stages": {"stage_schedule": "continue", "codebook_learning_rate": 3e-3},
+    "stages": {"codebook_learning_rate": 3e-3},
     "arguments": {"optim": "adamw_torch", "weight_decay": 0.1, "max_grad_norm": 0.1},
 }
 
@@ -184,7 +184,7 @@ def test_fsdp2_of_a_language_model_with_a_tied_head(run):
 def test_fsdp2_goes_on_where_it_was_killed(run):
     options = {
         "noise": ALL_INT8,
-        "stages": {"stage_schedule": "continue"},
+        "stages": {},
         "config": {"stages": ["embeddings", "attention"]},
         "arguments": {**FSDP2, "optim": "adamw_torch"},
     }

@@ -28,10 +28,9 @@ CASES = {
         IPQConfig(**PQ, codebook_bits=8, activation_bits=8),
         CompressionArguments(stage_steps=4),
     ),
-    "one schedule": (IPQConfig(**PQ), CompressionArguments(stage_schedule="continue")),
     "fewer layers": (
         IPQConfig(**PQ, share_layers=2, prune_layers="every_other"),
-        CompressionArguments(stage_schedule="continue"),
+        CompressionArguments(),
     ),
     "row scales": (IPQConfig(**PQ, row_scale=True, codebook_bits=16), CompressionArguments()),
     "two codebooks": (
@@ -133,7 +132,7 @@ def test_what_a_folder_vouches_for_is_on_the_disk_first(tmp_path, parity_data, m
     monkeypatch.setattr(os, "replace", replace)
     config = IPQConfig(**PQ, stages=["ffn"])
     trainer = make_trainer(tmp_path, parity_data, save_steps=6)
-    trainer.compress(config, CompressionArguments(stage_schedule="continue"))
+    trainer.compress(config, CompressionArguments())
     names = [name for name, _ in moves]
     assert {"stage-0", "stage-1", "memory.safetensors"} <= set(names)
     assert all(late == set() for _, late in moves), moves
