@@ -174,14 +174,12 @@ class StageCheckpoints:
         model: nn.Module,
         content: dict[str, Any],
         optimizer: dict[str, dict[str, Any]] | None = None,
-        more: dict[str, dict[str, Tensor]] | None = None,
     ) -> None:
         """Writes a finished stage; only the dense model and the newest stage are kept.
 
         Args:
             number, model, content: as in :class:`SavedStage`.
             optimizer: its state of each parameter by name, for the next stage.
-            more: further files, name -> tensors.
         """
         if not self.writes:
             return
@@ -189,8 +187,6 @@ class StageCheckpoints:
         shutil.rmtree(folder + _PART, ignore_errors=True)
         os.makedirs(folder + _PART)
         write_tensors(in_memory_tensors(model), os.path.join(folder + _PART, _TENSORS))
-        for name, tensors in (more or {}).items():
-            write_tensors(tensors, os.path.join(folder + _PART, name))
         if optimizer:
             torch.save(optimizer, os.path.join(folder + _PART, _OPTIMIZER))
         with open(os.path.join(folder + _PART, _CONTENT), "w", encoding="utf-8") as file:

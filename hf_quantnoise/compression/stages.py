@@ -175,8 +175,6 @@ class CompressionPipeline:
                     self.packer.restore_stage(stage)
             load_in_memory_tensors(self.model, newest.tensors())
             self._optimizer_state = newest.optimizer()
-            if self.teacher is not None:
-                self.teacher.take_files(newest.folder)
         return newest.number
 
     # ---- a stage --------------------------------------------------------------------------------
@@ -236,9 +234,7 @@ class CompressionPipeline:
             "config": self.packer.config.to_dict(),
             "history": [record.to_dict() for record in self.history],
         }
-        goes_on = 0 < number < len(self.stages)
-        more = self.teacher.files() if goes_on and self.teacher is not None else {}
-        self.files.save_stage(number, self.model, content, self._optimizer_state, more)
+        self.files.save_stage(number, self.model, content, self._optimizer_state)
         self.trainer.accelerator.wait_for_everyone()
 
     def _stage_trainer(

@@ -95,8 +95,8 @@ RUNS = {
         {"keep_noise": True, "distill_hidden": 0.5, "distill_attention": 0.5,
          "distill_weight": 0.5}, {},
     ),
-    "cache and accumulation": (
-        "classification", ONE_STAGE, None, {"distill_cache": True},
+    "accumulation": (
+        "classification", ONE_STAGE, None, {},
         {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
     ),
     "labels and a tied head": (

@@ -43,8 +43,6 @@ class _KeepsMemory(TrainerCallback):
             name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
             folder = os.path.join(args.output_dir, name)
             flush_to_disk(folder)
-            for name, tensors in self.trainer.more_to_keep().items():
-                write_tensors(tensors, os.path.join(folder, name))
             write_tensors(in_memory_tensors(model), os.path.join(folder, MEMORY_NAME))
 
 
@@ -69,10 +67,6 @@ class ResumableTrainer(PackedModelTrainer):
         self._earlier_state = optimizer_state or {}
         self._last_state: OptimizerState = {}
         self.add_callback(_KeepsMemory(self))
-
-    def more_to_keep(self) -> dict[str, dict[str, torch.Tensor]]:
-        """What a checkpoint holds beside the model: name of a file -> its tensors."""
-        return {}
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None

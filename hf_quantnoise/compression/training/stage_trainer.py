@@ -79,15 +79,6 @@ class StageTrainer(ResumableTrainer):
         optimizer.add_param_group({"params": codebooks, "lr": rate, "weight_decay": 0.0})
         return optimizer
 
-    def more_to_keep(self) -> dict[str, dict[str, Tensor]]:
-        """The teacher's cache: filled anew it would be rounded otherwise, by other batches."""
-        return {} if self.teacher is None else self.teacher.files()
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.teacher is not None:
-            self.teacher.take_files(resume_from_checkpoint)
-
     def train(self, *args, **kwargs):
         """As ``Trainer`` does, with attention maps where the teacher's are a target."""
         maps = nullcontext() if self.teacher is None else self.teacher.attention_maps(self.model)
@@ -115,7 +106,7 @@ class StageTrainer(ResumableTrainer):
         with evaluating(model), torch.no_grad():
             if self.teacher is not None:
                 with _random_numbers_put_back(self.args.device):
-                    taught = self.teacher.outputs(inputs, self.label_names, cached=False)
+                    taught = self.teacher.outputs(inputs, self.label_names)
             self._reassign.check(self.state.global_step, loss)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -162,8 +153,8 @@ class StageTrainer(ResumableTrainer):
         return loss, outputs, {name: value for name, (_, value) in terms.items()}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the teacher's terms, each the mean since the last log, the use of its cache, the
-        rates of the noise that is kept, and how many blocks have changed their codewords."""
+        """Adds the teacher's terms, each the mean since the last log, the rates of the
+        noise that is kept, and how many blocks have changed their codewords."""
         logs = dict(logs)
         if self._reassign is not None and logs.keys() & {"loss", "train_runtime"}:
             logs |= self._reassign.figures()
@@ -174,10 +165,6 @@ class StageTrainer(ResumableTrainer):
                 mean = self.accelerator.gather(total / self._batches).mean()
                 logs[f"teacher_{name}"] = mean.item()
             self._sums, self._batches = {}, 0
-        cache = None if self.teacher is None else self.teacher.cache
-        if "train_runtime" in logs and cache is not None:
-            logs["teacher_cache_mb"] = cache.bytes / 1e6
-            logs["teacher_cache_hits"] = cache.found / max(1, cache.asked)
         super().log(logs, start_time)
 
 
