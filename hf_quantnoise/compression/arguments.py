@@ -17,6 +17,8 @@ REMOVED_OPTIONS = {
     "reassign_steps": "reassigning blocks during finetuning gave no better models",
     "reassign_share": "reassigning blocks during finetuning gave no better models",
     "stage_schedule": "one schedule over all stages gave worse models than one for each stage",
+    "distill_cache": "caching the teacher's logits did not make training faster",
+    "distill_cache_mb": "caching the teacher's logits did not make training faster",
 }
 
 
@@ -125,16 +127,6 @@ class CompressionArguments:
         default=None,
         metadata={"help": "Where the teacher is, e.g. 'cpu'; default: beside the model."},
     )
-    distill_cache: bool = field(
-        default=False,
-        metadata={
-            "help": "Keep the teacher's logits of each training example for later epochs and "
-            "stages, in main memory and in the checkpoints of the pass."
-        },
-    )
-    distill_cache_mb: float = field(
-        default=512.0, metadata={"help": "Most that distill_cache may take, in 10^6 bytes."}
-    )
 
     def __post_init__(self) -> None:
         for name in ("stage_learning_rate", "codebook_learning_rate"):
@@ -176,13 +168,6 @@ class CompressionArguments:
                     f"teacher_device={self.teacher_device!r} must be a device, e.g. 'cpu' or "
                     "'cuda:1', or None"
                 ) from None
-        if not self.distill_cache_mb > 0:
-            raise ValueError(f"distill_cache_mb={self.distill_cache_mb!r} must be above 0")
-        if self.distill_cache and inner:
-            raise ValueError(
-                "distill_cache=True keeps logits only; set distill_hidden=0 and "
-                "distill_attention=0, or distill_cache=False"
-            )
 
     def of_stage(self, stage: str | None) -> StageSettings:
         """What holds for one stage: its own settings, and the common ones for the rest."""

@@ -168,13 +168,11 @@ class StageCheckpoints:
         number: int,
         model: nn.Module,
         content: dict[str, Any],
-        more: dict[str, dict[str, Tensor]] | None = None,
     ) -> None:
         """Writes a finished stage; only the dense model and the newest stage are kept.
 
         Args:
             number, model, content: as in :class:`SavedStage`.
-            more: further files, name -> tensors.
         """
         if not self.writes:
             return
@@ -182,8 +180,6 @@ class StageCheckpoints:
         shutil.rmtree(folder + _PART, ignore_errors=True)
         os.makedirs(folder + _PART)
         write_tensors(in_memory_tensors(model), os.path.join(folder + _PART, _TENSORS))
-        for name, tensors in (more or {}).items():
-            write_tensors(tensors, os.path.join(folder + _PART, name))
         with open(os.path.join(folder + _PART, _CONTENT), "w", encoding="utf-8") as file:
             json.dump(content, file, indent=2)
         flush_to_disk(folder + _PART)

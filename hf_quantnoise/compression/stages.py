@@ -172,8 +172,6 @@ class CompressionPipeline:
                 if stage in self.packer.stages:
                     self.packer.restore_stage(stage)
             load_in_memory_tensors(self.model, newest.tensors())
-            if self.teacher is not None:
-                self.teacher.take_files(newest.folder)
         return newest.number
 
     # ---- a stage --------------------------------------------------------------------------------
@@ -231,9 +229,7 @@ class CompressionPipeline:
             "config": self.packer.config.to_dict(),
             "history": [record.to_dict() for record in self.history],
         }
-        goes_on = 0 < number < len(self.stages)
-        more = self.teacher.files() if goes_on and self.teacher is not None else {}
-        self.files.save_stage(number, self.model, content, more)
+        self.files.save_stage(number, self.model, content)
         self.trainer.accelerator.wait_for_everyone()
 
     def _stage_trainer(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 
-import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -33,8 +32,6 @@ class _KeepsMemory(TrainerCallback):
             name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
             folder = os.path.join(args.output_dir, name)
             flush_to_disk(folder)
-            for name, tensors in self.trainer.more_to_keep().items():
-                write_tensors(tensors, os.path.join(folder, name))
             write_tensors(in_memory_tensors(model), os.path.join(folder, MEMORY_NAME))
 
 
@@ -44,10 +41,6 @@ class ResumableTrainer(PackedModelTrainer):
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.add_callback(_KeepsMemory(self))
-
-    def more_to_keep(self) -> dict[str, dict[str, torch.Tensor]]:
-        """What a checkpoint holds beside the model: name of a file -> its tensors."""
-        return {}
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ...callback import QuantNoiseCallback
 from ...configuration import QuantNoiseConfig
@@ -69,15 +69,6 @@ class StageTrainer(ResumableTrainer):
         optimizer.add_param_group({"params": codebooks, "lr": rate, "weight_decay": 0.0})
         return optimizer
 
-    def more_to_keep(self) -> dict[str, dict[str, Tensor]]:
-        """The teacher's cache: filled anew it would be rounded otherwise, by other batches."""
-        return {} if self.teacher is None else self.teacher.files()
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.teacher is not None:
-            self.teacher.take_files(resume_from_checkpoint)
-
     def train(self, *args, **kwargs):
         """As ``Trainer`` does, with attention maps where the teacher's are a target."""
         maps = nullcontext() if self.teacher is None else self.teacher.attention_maps(self.model)
@@ -115,8 +106,4 @@ class StageTrainer(ResumableTrainer):
                 mean = self.accelerator.gather(total / self._batches).mean()
                 logs[f"teacher_{name}"] = mean.item()
             self._sums, self._batches = {}, 0
-        cache = None if self.teacher is None else self.teacher.cache
-        if "train_runtime" in logs and cache is not None:
-            logs["teacher_cache_mb"] = cache.bytes / 1e6
-            logs["teacher_cache_hits"] = cache.found / max(1, cache.asked)
         super().log(logs, start_time)
