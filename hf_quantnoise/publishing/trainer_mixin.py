@@ -20,7 +20,7 @@ _TRAINING = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "optim",
     "per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "seed",
 )  # fmt: skip
-_NOT_ON_CARDS = ("plots", "teacher_device", "distill_cache", "distill_cache_mb")
+_NOT_ON_CARDS = ("plots", "teacher_device")
 
 
 class PublishingMixin:
