@@ -41,7 +41,8 @@ _PAPER = (
     "[*Training with Quantization Noise for Extreme Model Compression*]"
     "(https://arxiv.org/abs/2004.07320), Fan, Stock et al., 2020"
 )
-_USAGE = """The weights are stored as codes and codebooks, which the `hf-quantnoise` package loads:
+_USAGE = """\
+The weights are stored as codes and codebooks. To load them, install the `hf-quantnoise` package:
 
 ```bash
 pip install hf-quantnoise
@@ -147,7 +148,7 @@ class QuantNoiseCard:
             others = changed_fields(self.noise, without=("noise", "p"))
             parts += ["## Quantization noise", f"Finetuned with {rates}.", bullets(others)]
         if self.training:
-            parts += ["## Training", "Hyperparameters:", bullets(self.training)]
+            parts += ["## Training", bullets(self.training)]
         if config is not None:
             settings = changed_fields(config, without=_NOT_SETTINGS)
             if settings.get("share_layers") == 1:  # compression sets None to 1

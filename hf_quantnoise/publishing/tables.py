@@ -93,7 +93,7 @@ def history_table(history: Sequence[dict[str, Any]]) -> str:
         )
         for record in history
     ]
-    return table(("stage", "quantized weights", "relative error", "MB", "metrics"), rows)
+    return table(("stage", "layers quantized", "relative error", "MB", "metrics"), rows)
 
 
 def changed_fields(config: Any, without: Iterable[str] = ()) -> dict[str, Any]:
