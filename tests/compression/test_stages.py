@@ -242,7 +242,7 @@ def test_bad_calls_are_refused(tmp_path, parity_data):
         trainer.compress(CONFIG)
     assert not any(True for _ in packed_layers(trainer.model))
     trainer.compress(CONFIG, CompressionArguments(stage_epochs=0))
-    with pytest.raises(ValueError, match="quantized already"):
+    with pytest.raises(ValueError, match="already quantized"):
         trainer.compress(CONFIG, CompressionArguments(stage_epochs=0))
     with pytest.raises(TypeError, match="qn_config is a dict"):
         QuantNoiseTrainer(make_model("bert"), trainer.args, {"p": 0.1})

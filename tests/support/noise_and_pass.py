@@ -19,7 +19,7 @@ from transformers import (
 from hf_quantnoise import CompressionArguments, IPQConfig, QuantNoiseConfig, QuantNoiseTrainer
 from hf_quantnoise.compression import stages
 from hf_quantnoise.compression.checkpoints import in_memory_tensors
-from hf_quantnoise.hub import packer
+from hf_quantnoise.modeling import packer
 from hf_quantnoise.noise import find_state
 from support.processes import take_cpus_for_gpus
 from support.stacked import make_stacked, without_dropout
