@@ -10,8 +10,8 @@ import pytest
 import hf_quantnoise
 
 ROOT = Path(hf_quantnoise.__file__).parent
-# Files and folders of the package, lowest layer first: each imports only from its own layer and from
-# those before it.
+# Files and folders of the package, lowest layer first: each imports only from its own layer and the
+# layers before it.
 LAYERS = (
     "version",
     "compat",
@@ -76,10 +76,8 @@ def runtime_nodes(tree: ast.AST) -> Iterator[ast.AST]:
 
 def file_of(module: tuple[str, ...]) -> str | None:
     """Return the file of a module of the package, or None if there is none."""
-    for name in ("/".join(module) + ".py", "/".join([*module, "__init__.py"])):
-        if module and name in FILES:
-            return name
-    return None
+    names = ("/".join(module) + ".py", "/".join([*module, "__init__.py"]))
+    return next((name for name in names if name in FILES), None)
 
 
 def imported_files(file: str) -> set[str]:
@@ -96,7 +94,9 @@ def imported_files(file: str) -> set[str]:
             continue
         for alias in node.names:
             # Either a module, or a name that the base module defines.
-            found.add(file_of((*base, alias.name)) or file_of(base) or "__init__.py")
+            imported = file_of((*base, alias.name)) or file_of(base)
+            assert imported, f"{file} imports {'.'.join(base)}, which does not exist"
+            found.add(imported)
     return found - {file}
 
 
