@@ -94,18 +94,13 @@ def share_ranges(noises: Sequence[ActivationNoise]) -> bool:
     Must be called on all ranks of a distributed run, between forwards.
 
     Returns:
-        Whether calibration is over for all layers, so that nothing is left to share; the same on
-        every rank.
+        Whether calibration is over for all layers; the same on every rank.
     """
     if is_distributed() and noises:
-        _merge_over_ranks(noises)
+        devices = [noise.range[0].device for noise in noises if noise.range is not None]
+        device = devices[0] if devices else torch.device("cpu")
+        ranges = widest_over_ranks([noise.range for noise in noises], device)
+        seen = max_over_ranks(torch.tensor([noise.seen for noise in noises], device=device))
+        for noise, widest, count in zip(noises, ranges, seen.tolist(), strict=True):
+            noise.seen, noise.range = count, widest if count else None
     return all(noise.seen >= noise.calibration for noise in noises)
-
-
-def _merge_over_ranks(noises: Sequence[ActivationNoise]) -> None:
-    devices = [noise.range[0].device for noise in noises if noise.range is not None]
-    device = devices[0] if devices else torch.device("cpu")
-    ranges = widest_over_ranks([noise.range for noise in noises], device)
-    seen = max_over_ranks(torch.tensor([noise.seen for noise in noises], device=device))
-    for noise, widest, count in zip(noises, ranges, seen.tolist(), strict=True):
-        noise.seen, noise.range = count, widest if count else None

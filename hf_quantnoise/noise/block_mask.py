@@ -43,12 +43,12 @@ class BlockMask:
         """Whether J holds every block (p = 1, QAT)."""
         return self.indices is None and self.mask is None
 
-    def as_mask(self, device: torch.device | str | None = None) -> Tensor:
+    def as_mask(self) -> Tensor:
         """Return a boolean tensor of shape (count,), True for the chosen blocks."""
         if self.mask is not None:
             return self.mask
         if self.indices is None:
-            return torch.ones(self.count, dtype=torch.bool, device=device)
+            return torch.ones(self.count, dtype=torch.bool)
         mask = torch.zeros(self.count, dtype=torch.bool, device=self.indices.device)
         return mask.index_fill_(0, self.indices, True)
 
@@ -102,13 +102,7 @@ def sample_mask(
 
     The share is unbiased at any size. Indices are sampled with replacement, in a fixed number
     chosen so that the expected share is p; this is used only where rounding that number does not
-    show. p = 1 uses no random values.
-
-    Args:
-        count: number of blocks.
-        p: rate.
-        device: device of the blocks.
-        generator: None uses torch's global one.
+    show. p = 1 uses no random values. Without a generator, torch's global one is used.
     """
     if p >= 1.0:
         return BlockMask(count)
@@ -126,12 +120,10 @@ def sample_mask(
 def _random_mask(
     count: int, p: float, device: torch.device, generator: torch.Generator | None
 ) -> Tensor:
-    """Return a mask that is True with probability p, to 1/65536.
-
-    Each 64-bit random value gives four 16-bit words.
-    """
+    """Return a mask that is True with probability p, to 1/65536."""
     if device.type not in ("cpu", "cuda"):
         return torch.rand(count, device=device, generator=generator) < p
+    # Four 16-bit words from each 64-bit random value.
     words = torch.empty(-(-count // 4), dtype=torch.int64, device=device)
     words.random_(-(2**63), None, generator=generator)
     threshold = min(round(p * 65536) - 32768, 32767)
@@ -139,10 +131,7 @@ def _random_mask(
 
 
 def in_backward() -> bool:
-    """Return whether autograd runs a backward.
-
-    A forward inside it can only be a recomputation by gradient checkpointing.
-    """
+    """Return whether a backward runs, in which a forward can only be a recomputation."""
     return torch._C._current_graph_task_id() != -1
 
 
@@ -189,13 +178,7 @@ class SharedMaskSampler:
     def sample_masks(
         self, member: int, sizes: Sequence[tuple[int, float]], device: torch.device
     ) -> list[BlockMask]:
-        """Sample J of each noise for a layer's current forward.
-
-        Args:
-            member: index of the layer.
-            sizes: (number of blocks, rate) of each noise in order.
-            device: device of the blocks.
-        """
+        """Sample J of each noise, given its (number of blocks, rate), for a layer's forward."""
         self.called.add(member)
         if all(p >= 1.0 for _, p in sizes):
             return [BlockMask(count) for count, _ in sizes]

@@ -51,9 +51,8 @@ class NoiseFunction(ABC):
             return f"block_size={self.block_size} does not divide its {columns} columns"
         return None
 
-    def refresh(self, matrix: Tensor, seed: int) -> None:
+    def refresh(self, matrix: Tensor, seed: int) -> None:  # noqa: B027
         """Fit the state to a weight matrix (rows, columns), starting from the old state if any."""
-        return None
 
     def n_choices(self, n_blocks: int) -> int:
         """Return the size of the set J is sampled from: blocks, or clusters of blocks."""

@@ -1,7 +1,7 @@
 """LayerDrop, the noise of pruning (sections 4.2 and 7.9): layers are skipped during training.
 
-Each layer of a stack becomes an instance of a subclass of its own class, as noisy layers do;
-nothing is registered. The outputs of a skipped layer are derived from its first forward, or from a
+The class of each layer of a stack becomes a dynamic subclass, as for noisy layers; nothing is
+registered. The outputs of a skipped layer are derived from its first forward, or from a
 trial forward: hidden states are returned unchanged, other inputs that the layer passes through are
 passed through, and tensors it creates itself (attention weights) become None. A layer that creates
 a tensor which another layer reads (T5's position bias) is never skipped.
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -24,10 +24,10 @@ from transformers.utils import logging
 
 from ..distributed import is_distributed
 from ..dynamic_subclass import DynamicSubclass, make_dynamic_subclass
+from ..quantizers.base import StraightThrough
 from ..sharing import Chunk
 from ..structure import find_stacks
 from .block_mask import SharedMaskSampler
-from .operator import StraightThrough
 
 logger = logging.get_logger(__name__)
 
@@ -42,6 +42,7 @@ class LayerDrop:
         straight_through: whether gradients flow as if nothing was skipped (table 11); the layer's
             forward and backward are then computed all the same.
         chunks: names of the layers that are skipped together, from :func:`droppable_chunks`.
+        created: the tensors that layers created, besides hidden states, and those layers.
     """
 
     def __init__(
@@ -50,19 +51,10 @@ class LayerDrop:
         self.rate = rate
         self.straight_through = straight_through
         self.chunks = list(chunks)
-        self._created: list[tuple[weakref.ref, DroppableLayer]] = []
+        self.created: list[tuple[weakref.ref, DroppableLayer]] = []
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_created": []}
-
-    def creators_of(self, inputs: Iterable[Any]) -> list[DroppableLayer]:
-        """Return the layers that created one of the inputs of another layer."""
-        ids = {id(value) for value in inputs if value is not None}
-        return [layer for tensor, layer in self._created if id(tensor()) in ids]
-
-    def record(self, outputs: Iterable[Any], layer: DroppableLayer) -> None:
-        """Record the tensors that a layer created, besides its hidden states."""
-        self._created += [(weakref.ref(out), layer) for out in outputs if isinstance(out, Tensor)]
+        return {**self.__dict__, "created": []}
 
 
 @dataclass(frozen=True)
@@ -164,16 +156,18 @@ class DroppableLayer(DynamicSubclass):
 
     def _record_forward(self, args: tuple, kwargs: dict, outputs: Any) -> None:
         """Set the plan from one forward, and mark layers whose created tensors it reads."""
-        drop = self._layer_drop.drop
-        for creator in drop.creators_of(_inputs(args, kwargs).values()):
-            creator._never_skip("another layer reads a tensor it creates")
+        created = self._layer_drop.drop.created
+        input_ids = {id(value) for value in _inputs(args, kwargs).values() if value is not None}
+        for tensor, creator in created:
+            if id(tensor()) in input_ids:
+                creator._never_skip("another layer reads a tensor it creates")
         plan = _plan_of(args, kwargs, outputs)
         if isinstance(plan, str):
             return self._never_skip(plan)
         self._layer_drop.plan = plan
-        if plan.in_tuple:
-            pairs = zip(outputs[1:], plan.passed_through, strict=True)
-            drop.record([out for out, key in pairs if key is None], self)
+        for out, key in zip(outputs[1:], plan.passed_through, strict=True) if plan.in_tuple else ():
+            if key is None and isinstance(out, Tensor):
+                created.append((weakref.ref(out), self))
 
     def _never_skip(self, reason: str) -> None:
         if not isinstance(self._layer_drop.plan, str):
@@ -226,12 +220,7 @@ def droppable_class(cls: type[nn.Module]) -> type[nn.Module]:
 
 
 def droppable_chunks(model: nn.Module, chunks: Sequence[Chunk], rate: float) -> list[Chunk]:
-    """Return the units that are skipped: chunks of shared layers, and single layers of the stacks.
-
-    Args:
-        model: any model.
-        chunks: the chunks of layers that share their weights.
-        rate: shown in the error.
+    """Return the given chunks of shared layers, and each other layer of the stacks by itself.
 
     Raises:
         ValueError: if the model has no stack.

@@ -13,20 +13,9 @@ import torch
 from torch import Tensor
 
 from ..blocks import WeightLayout
+from ..quantizers.base import StraightThrough
 from .block_mask import BlockMask, SharedMaskSampler, sample_mask
 from .functions import NoiseFunction
-
-
-class StraightThrough(torch.autograd.Function):
-    """Noisy values forward, identity backward (the STE of section 4.1). Saves nothing."""
-
-    @staticmethod
-    def forward(ctx, weight: Tensor, noisy: Tensor) -> Tensor:
-        return noisy.view_as(noisy)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):
-        return gradient, None
 
 
 def _full_precision(device: torch.device) -> AbstractContextManager:
@@ -89,7 +78,13 @@ class WeightNoise:
         self.used = True
         with torch.no_grad(), _full_precision(weight.device):
             matrix = layout.to_matrix(weight.detach())
-            self._check_shape(tuple(matrix.shape))
+            if matrix.shape != (self.rows, self.columns):
+                raise RuntimeError(
+                    f"invalid weight matrix: got {tuple(matrix.shape)}, expected "
+                    f"{(self.rows, self.columns)} as when the noise was applied (resized "
+                    "embeddings?); call remove_quant_noise(model), then apply_quant_noise(model, "
+                    "config)"
+                )
             copy = matrix.clone(memory_format=torch.contiguous_format)
             for function, chosen in self._sample(self.rows, weight.device, member):
                 function.distort(copy, _as_blocks(function, chosen))
@@ -134,14 +129,6 @@ class WeightNoise:
             masks = [sample_mask(count, p, device) for count, p in sizes]
         return zip([f for f, _ in active], masks, strict=True)
 
-    def _check_shape(self, shape: tuple[int, ...]) -> None:
-        if shape != (self.rows, self.columns):
-            raise RuntimeError(
-                f"invalid weight matrix: got {' x '.join(map(str, shape))}, expected {self.rows} x "
-                f"{self.columns} as when the noise was applied (resized embeddings?); call "
-                "remove_quant_noise(model), then apply_quant_noise(model, config)"
-            )
-
 
 def _as_blocks(function: NoiseFunction, chosen: BlockMask, rows: Tensor | None = None) -> BlockMask:
     """Return J over blocks, also if clusters were sampled."""
@@ -152,10 +139,8 @@ def _as_blocks(function: NoiseFunction, chosen: BlockMask, rows: Tensor | None =
 
 
 def _first_occurrences(ids: Tensor, rows: int) -> Tensor:
-    """Return, for each entry of ids (n,), the first position with the same value.
-
-    Gives one J per distinct row without the sort (and on a GPU the wait) of ``torch.unique``.
-    """
+    """Return, for each entry of ids (n,), the first position with the same value."""
+    # Without the sort, and on a GPU the synchronization, of torch.unique.
     positions = torch.arange(ids.numel(), device=ids.device)
     first = torch.empty(rows, dtype=positions.dtype, device=ids.device)
     first.scatter_reduce_(0, ids.long(), positions, "amin", include_self=False)

@@ -30,24 +30,15 @@ _UNREACHED = (
 
 @dataclass
 class NoisedWeight:
-    """One weight with noise.
-
-    Attributes:
-        names: the layers that hold it; several if they are tied.
-        modules: those layers.
-        noise: the noise.
-    """
+    """One weight with noise, and the layers that hold it; several if they are tied."""
 
     names: tuple[str, ...]
     modules: tuple[nn.Module, ...]
     noise: WeightNoise
 
     def unreached(self) -> list[str]:
-        """Return the layers that never received noise.
-
-        An embedding tied to one that is used does not count: it may exist for its name only (T5's
-        ``shared``).
-        """
+        """Return the layers that never received noise."""
+        # An embedding tied to one that is used may exist for its name only (T5's ``shared``).
         return [
             name
             for member, (name, module) in enumerate(zip(self.names, self.modules, strict=True))
@@ -102,10 +93,7 @@ class QuantNoiseState:
 
     @property
     def p(self) -> tuple[float, ...]:
-        """Current rate of each noise, in the order of the config.
-
-        Set one rate for all noises, or one each.
-        """
+        """Current rate of each noise; set one rate for all noises, or one each."""
         return self._p
 
     @p.setter
@@ -128,11 +116,7 @@ class QuantNoiseState:
         return {f"noise_p_{index}": rate for index, rate in enumerate(self.p)}
 
     def figures(self, model: nn.Module) -> dict[str, float]:
-        """Return :meth:`rates` and ``noised_share`` for logs.
-
-        ``noised_share`` is the expected share of the dense model's parameters that a training
-        forward replaces.
-        """
+        """Return :meth:`rates`, and the share of parameters a forward replaces on average."""
         noised = 0.0
         for weight in self.weights:
             kept = math.prod(1 - self.p[index] for index, _ in weight.noise.functions)
@@ -178,8 +162,8 @@ class QuantNoiseState:
     def share_ranges(self) -> None:
         """Give all ranks one range for each layer's input: that of all their batches so far.
 
-        Must be called on all ranks of a distributed run, after an optimizer step. Until then a rank
-        uses the range of its own batches.
+        Must be called on all ranks of a distributed run, after an optimizer step; before it, each
+        rank uses the range of its batches.
         """
         if not self._ranges_are_shared:
             self._ranges_are_shared = share_ranges(list(self.activations.values()))
@@ -224,22 +208,18 @@ class QuantNoiseState:
 
     def _stateful_noises(self) -> Iterator[tuple[str, NoiseFunction | ActivationNoise]]:
         """Yield the prefix of each noise in a state dict, and the noise."""
-        for _, prefix, function in self._functions():
-            yield prefix, function
+        for weight in self.weights:
+            for index, function in weight.noise.functions:
+                yield f"{weight.names[0]}.{index}", function
         for name, noise in self.activations.items():
             yield f"{name}.input", noise
 
-    def _functions(self) -> Iterator[tuple[NoisedWeight, str, NoiseFunction]]:
-        for weight in self.weights:
-            for index, function in weight.noise.functions:
-                yield weight, f"{weight.names[0]}.{index}", function
-
     @torch.no_grad()
     def _refresh(self, kind: str) -> None:
-        for position, (weight, _, function) in enumerate(self._functions()):
+        functions = [(w.modules[0], f) for w in self.weights for _, f in w.noise.functions]
+        for position, (module, function) in enumerate(functions):
             if function.refreshed != kind:
                 continue
-            module = weight.modules[0]
             matrix = weight_matrix(module, full_tensor(module.weight))
             with torch.autocast(matrix.device.type, enabled=False):
                 function.refresh(matrix, self.config.seed + position)

@@ -19,6 +19,18 @@ from ..registry import Registry
 QUANTIZERS: Registry[type[Quantizer]] = Registry("quantizer")
 
 
+class StraightThrough(torch.autograd.Function):
+    """Other values forward, identity backward (the STE of section 4.1). Saves nothing."""
+
+    @staticmethod
+    def forward(ctx, tensor: Tensor, values: Tensor) -> Tensor:
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        return gradient, None
+
+
 class Quantizer(ABC):
     """Stores a matrix (rows, columns) as integer codes per block, and a state.
 

@@ -45,35 +45,25 @@ class KMeansResult:
 
 
 def chunk_rows(n_centroids: int, max_bytes: int = MAX_BYTES) -> int:
-    """Return the number of points per chunk, at least 1.
-
-    A float32 distance matrix stays within ``max_bytes``, and within about 1024 points at 256
-    centroids (512 at more), which fits in cache.
-    """
+    """Return the points per chunk whose float32 distances fit in ``max_bytes`` and in cache."""
     return max(1, min(max_bytes // (4 * n_centroids), max(2**18 // n_centroids + 1, 512)))
 
 
 def _columns(centroids: Tensor, weighted: bool) -> Tensor:
-    """Return the right-hand side of the distance product.
-
-    -c on top of ||c||^2 / 2, shape (d + 1, K); for weighted points -c on top of c^2 / 2, (2 d, K).
-    """
+    """Return (-c, ||c||^2 / 2), shape (d + 1, K); for weighted points (-c, c^2 / 2), (2 d, K)."""
     half = centroids.square() / 2
     half = half if weighted else half.sum(1, keepdim=True)
     return torch.cat([-centroids, half], dim=1).t().contiguous()
 
 
 def _augmented(points: Tensor, weights: Tensor | None) -> Tensor:
-    """Return the left-hand side of the distance product."""
     if weights is None:
         return torch.cat([points, points.new_ones(len(points), 1)], dim=1)
     return torch.cat([weights * points, weights], dim=1)
 
 
 def _nearest(points: Tensor, columns: Tensor, weights: Tensor | None, scratch: Tensor) -> Tensor:
-    """Return the index of the smallest distance of each point, shape (N,).
-
-    ``scratch``, shape (N, K), is overwritten.
+    """Return the index of the smallest distance of each point; overwrites scratch, shape (N, K).
 
     Up to 1024 centroids, index and distance are packed into one integer: positive float32 values
     are ordered like the integers of their bits, so the index can use the lowest bits, and one
@@ -108,7 +98,7 @@ def assign(
 
     Returns:
         Codes, shape (N,), int64. If a point's squared distances to two centroids differ by less
-        than a relative 2^-13, or by the float32 rounding of its own squared norm, either may be
+        than a relative 2^-13, or by the float32 rounding of its squared norm, either may be
         returned. Codes do not depend on other points.
     """
     if weights is not None and weights.shape[1] == 1:
@@ -126,8 +116,8 @@ def assign(
         chunk_weights = None if weights is None else weights[start : start + step].float()
         if chunk_weights is not None:  # same codes, and extreme weights do not overflow
             chunk_weights = chunk_weights / chunk_weights.mean(1, keepdim=True)
-        nearest = _nearest(chunk, columns, chunk_weights, scratch[: len(chunk)])
-        codes[start : start + step] = nearest
+        part = scratch[: len(chunk)]
+        codes[start : start + step] = _nearest(chunk, columns, chunk_weights, part)
     return codes
 
 
@@ -135,8 +125,7 @@ def nearest_few(
     points: Tensor, centroids: Tensor, count: int, weights: Tensor | None = None
 ) -> Tensor:
     """Return the nearest centroids of each point in order, (N, min(count, K)). Not chunked."""
-    columns = _columns(centroids, weights is not None)
-    distances = _augmented(points, weights) @ columns
+    distances = _augmented(points, weights) @ _columns(centroids, weights is not None)
     return distances.topk(min(count, len(centroids)), dim=1, largest=False).indices
 
 
@@ -158,8 +147,8 @@ def _seed_centroids(
 ) -> Tensor:
     """Return the initial centroids of greedy k-means++ on a sample.
 
-    Of a few candidates, sampled in proportion to their squared distance, the one that reduces the
-    sum of squared distances most becomes the next centroid.
+    Of a few candidates, picked in proportion to their squared distance, the one that reduces the
+    objective most becomes the next centroid.
     """
     chosen = sample_indices(len(points), SEEDING_POINTS, generator).to(points.device)
     sample = points[chosen]
@@ -175,10 +164,8 @@ def _seed_centroids(
     uniform = uniform.to(points.device)
     for k in range(1, n_centroids):
         picks = _pick_by_distance(distances, uniform[k])
-        if weights is None:
-            squares = norms[picks][:, None]
-        else:
-            squares = sample[picks].square() @ weight_columns
+        plain = weights is None
+        squares = norms[picks][:, None] if plain else sample[picks].square() @ weight_columns
         new = norms + squares - 2 * (sample[picks] @ weighted.t())
         new = torch.minimum(new.clamp_(min=0), distances)
         best = new.sum(1).argmin()
@@ -222,14 +209,12 @@ def cluster_means(
     return sums / mass.clamp(min=torch.finfo(mass.dtype).tiny)
 
 
-def _iterate(
-    points, weights, centroids, n_iter, generator, max_bytes
-) -> tuple[Tensor, Tensor, int]:
+def _iterate(points, weights, centroids, n_iter, generator) -> tuple[Tensor, Tensor, int]:
     """Run Lloyd's iterations until the codes are stable; return centroids, codes, iterations."""
-    codes = assign(points, centroids, max_bytes, weights)
+    codes = assign(points, centroids, weights=weights)
     for iteration in range(n_iter):
         centroids = _update(points, weights, codes, centroids, generator)
-        new_codes = assign(points, centroids, max_bytes, weights)
+        new_codes = assign(points, centroids, weights=weights)
         if torch.equal(new_codes, codes):
             return centroids, codes, iteration + 1
         codes = new_codes
@@ -237,28 +222,23 @@ def _iterate(
 
 
 def _check(points: Tensor, weights: Tensor | None, n_centroids: int, init: Tensor | None) -> None:
-    shape = tuple(points.shape)
     if points.dim() != 2 or not len(points):
-        raise ValueError(f"invalid points: got shape {shape}, expected (N, d) with N > 0")
+        raise ValueError(f"invalid points: got {tuple(points.shape)}, expected (N, d) with N > 0")
     require_finite(points)
-    if init is not None and init.shape != (n_centroids, points.shape[1]):
-        raise ValueError(
-            f"invalid init: got shape {tuple(init.shape)}, expected {(n_centroids, shape[1])}"
-        )
+    n_points, d = points.shape
+    if init is not None and init.shape != (n_centroids, d):
+        raise ValueError(f"invalid init: got {tuple(init.shape)}, expected {(n_centroids, d)}")
     if weights is None:
         return
-    if tuple(weights.shape) not in (shape, (len(points), 1)):
+    if tuple(weights.shape) not in ((n_points, d), (n_points, 1)):
         raise ValueError(
-            f"invalid weights: got shape {tuple(weights.shape)}, expected {shape} or "
-            f"{(len(points), 1)}"
+            f"invalid weights: got {tuple(weights.shape)}, expected {(n_points, d)} or (N, 1)"
         )
     if not (torch.isfinite(weights).all() and (weights > 0).all()):
         raise ValueError("invalid weights: expected finite values above 0")
 
 
-def objective_of(
-    points: Tensor, centroids: Tensor, codes: Tensor, weights: Tensor | None = None
-) -> float:
+def _objective(points: Tensor, weights: Tensor | None, centroids: Tensor, codes: Tensor) -> float:
     """Return the (weighted) sum of squared distances of points to their centroids, in float64."""
     total = 0.0
     for start in range(0, len(points), 2**16):
@@ -277,7 +257,6 @@ def kmeans(
     n_iter: int = 20,
     seed: int = 0,
     init: Tensor | None = None,
-    max_bytes: int = MAX_BYTES,
     sample_size: int = SAMPLE_POINTS,
     weights: Tensor | None = None,
 ) -> KMeansResult:
@@ -292,14 +271,12 @@ def kmeans(
         n_iter: maximum number of iterations.
         seed: seed of the initial centroids and of the restarts of empty clusters.
         init: initial centroids, shape (K, d), instead of k-means++.
-        max_bytes: bound on the scratch memory of a chunk.
         sample_size: see above.
         weights: h > 0, shape (N, d) or (N, 1): the sum is then that of h (b - c[I])^2, element by
             element, for codes and centroids. None weighs all alike.
 
     Raises:
-        ValueError: if there are no points, an entry is not finite, or ``init`` or ``weights`` have
-            the wrong shape.
+        ValueError: if an argument is empty, not finite or of the wrong shape.
     """
     _check(points, weights, n_centroids, init)
     points = points.detach().float()
@@ -314,13 +291,11 @@ def kmeans(
         if centroids is None:
             centroids = _seed_centroids(sample, sample_weights, n_centroids, generator)
         centroids, _, sample_iterations = _iterate(
-            sample, sample_weights, centroids, n_iter, generator, max_bytes
+            sample, sample_weights, centroids, n_iter, generator
         )
         n_iter = min(n_iter, FULL_ITERATIONS)
     elif centroids is None:
         centroids = _seed_centroids(points, weights, n_centroids, generator)
-    centroids, codes, iterations = _iterate(
-        points, weights, centroids, n_iter, generator, max_bytes
-    )
-    objective = objective_of(points, centroids, codes, weights)
+    centroids, codes, iterations = _iterate(points, weights, centroids, n_iter, generator)
+    objective = _objective(points, weights, centroids, codes)
     return KMeansResult(centroids, codes, objective, sample_iterations + iterations)

@@ -12,23 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..blocks import to_blocks
-from .base import QUANTIZERS, Quantizer, require_finite
+from .base import QUANTIZERS, Quantizer, StraightThrough, require_finite
 from .fixed_point import FixedPointQuantizer
 from .kmeans import assign, kmeans
 from .packing import code_dtype
 from .row_scale import as_divisor, fit_row_scale
-
-
-class _AsStored(torch.autograd.Function):
-    """Stored values forward, identity backward."""
-
-    @staticmethod
-    def forward(ctx, tensor: Tensor, stored: Tensor) -> Tensor:
-        return stored.view_as(stored)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):
-        return gradient, None
 
 
 class _Lookup(torch.autograd.Function):
@@ -253,12 +241,12 @@ class ProductQuantizer(Quantizer):
                         on_codebook[key].copy_(torch.where(exact, on_codebook[key], value))
                     stored = self._eight_bits.quantize(books, on_codebook)
                 stored = stored.view_as(codebook)
-        return _AsStored.apply(codebook, stored)
+        return StraightThrough.apply(codebook, stored)
 
     def scales(self, state: dict[str, Tensor]) -> Tensor:
         """Return the scale of each row as stored, shape (rows, 1); straight-through."""
         scale = state["row_scale"]
-        return _AsStored.apply(scale, _round_to_half(scale.detach()))
+        return StraightThrough.apply(scale, _round_to_half(scale.detach()))
 
     def check(self, rows, columns):
         if columns % self.block_size:

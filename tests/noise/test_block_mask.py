@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_quantnoise.noise.block_mask import (
-    MIN_EXPECTED_BLOCKS,
     MAX_INDEX_RATE,
+    MIN_EXPECTED_BLOCKS,
     BlockMask,
     SharedMaskSampler,
     sample_mask,
@@ -112,7 +112,9 @@ SIZES = [(5000, 0.1), (777, 0.5)]
 
 
 def masks(sampler: SharedMaskSampler, member: int) -> torch.Tensor:
-    return torch.cat([block_mask.as_mask() for block_mask in sampler.sample_masks(member, SIZES, CPU)])
+    return torch.cat(
+        [block_mask.as_mask() for block_mask in sampler.sample_masks(member, SIZES, CPU)]
+    )
 
 
 def test_shared_sampler_gives_one_mask_per_forward():

@@ -109,7 +109,7 @@ def test_distort_of_rows_matches_the_table(name, p):
 
 
 def test_int4_has_at_most_16_values_and_uses_them():
-    """The scale of int4 must be that of 4 bits: with that of 8 bits it would span 1/16 of the range."""
+    """With a scale for 8 bits, int4 would span a sixteenth of the range."""
     function = fitted("int4", block_size=8)
     noisy = matrix()
     function.distort(noisy, BlockMask(noisy.numel()))
