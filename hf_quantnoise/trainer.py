@@ -181,7 +181,7 @@ class QuantNoiseTrainer(PublishingMixin, PackedModelTrainer):
 
         pipeline = CompressionPipeline(self, config, compression_args, teacher, report_stage)
         self.compression_history = pipeline.history
-        self._has_measured({})
+        self._set_card_metrics({})
         model = pipeline.run(resume_from_checkpoint)
         if self.noise_callback is not None:
             self.remove_callback(self.noise_callback)  # a later train() finetunes the packed model
@@ -191,7 +191,7 @@ class QuantNoiseTrainer(PublishingMixin, PackedModelTrainer):
         self.optimizer = self.lr_scheduler = None
         self.accelerator.free_memory()
         self.compression_args = compression_args
-        self._has_measured(self.compression_history[-1]["metric"])
+        self._set_card_metrics(self.compression_history[-1]["metric"])
         if compression_args.plots and self.args.should_save:
             folder = os.path.join(self.args.output_dir, PLOTS)
             plot_compression(self.compression_history, size_report(model), folder)

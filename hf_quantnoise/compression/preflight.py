@@ -13,8 +13,8 @@ from transformers import Trainer
 from transformers.trainer_utils import SchedulerType, has_length
 
 from ..configuration import QuantizedModelConfig
-from ..hub.packer import check_can_be_packed
 from ..modeling.activations import require_batches
+from ..modeling.packer import check_can_be_packed
 from .arguments import CompressionArguments
 from .training.pending_noise import noise_to_keep
 

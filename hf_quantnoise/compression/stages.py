@@ -21,8 +21,8 @@ from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
 
 from ..configuration import QuantizedModelConfig, QuantNoiseConfig
-from ..hub.packer import ModelPacker, StageResult
 from ..modeling.activations import calibrate
+from ..modeling.packer import ModelPacker, StageResult
 from ..noise import apply_quant_noise, remove_quant_noise
 from .arguments import CompressionArguments
 from .bit_allocation.allocate import first_batches, within_target
@@ -172,9 +172,9 @@ class CompressionPipeline:
 
     def _restructure(self, record: bool = True) -> None:
         start = time.perf_counter()
-        self.packer.restructure()
+        self.packer.change_structure()
         self.noise = PendingNoise(self.model, self.noise_config)
-        if self.packer.restructuring.changes and record:
+        if self.packer.structural_changes and record:
             self._evaluate("restructured", self.evaluator, start)
 
     # ---- a stage --------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from hf_quantnoise.compression.training.fsdp import (
     require_fsdp2,
     units_to_shard,
 )
-from hf_quantnoise.modeling.copies import copy_of_shapes
+from hf_quantnoise.modeling.model_copies import copy_on_meta
 
 PROGRAM = Path(__file__).parents[1] / "support" / "train_and_compress.py"
 FSDP2 = {"fsdp": True, "fsdp_config": {"version": 2}}
@@ -278,7 +278,7 @@ def test_take_from_rank_0_keeps_ties(monkeypatch):
     read = make_stacked("roberta-mlm", 2)
     tensors = iter(read.state_dict().values())
     monkeypatch.setattr(fsdp, "broadcast_from_rank_0", lambda tensor: next(tensors).clone())
-    empty = copy_of_shapes(read)
+    empty = copy_on_meta(read)
     fsdp.take_from_rank_0(empty)
     assert not any(tensor.is_meta for tensor in empty.state_dict().values())
     assert empty.lm_head.decoder.weight is empty.roberta.embeddings.word_embeddings.weight
