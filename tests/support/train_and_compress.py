@@ -14,12 +14,7 @@ from transformers import AutoModelForSequenceClassification, TrainerCallback
 
 from hf_quantnoise import CompressionArguments, IPQConfig, QuantNoiseConfig, QuantNoiseTrainer
 from hf_quantnoise.compression import stages
-<<<<<<< HEAD:tests/support/train_and_compress.py
 from hf_quantnoise.modeling import packer
-=======
-from hf_quantnoise.compression.checkpoints import in_memory_tensors
-from hf_quantnoise.modeling import packer
->>>>>>> main:tests/support/noise_and_pass.py
 from hf_quantnoise.noise import find_state
 from support.processes import take_cpus_for_gpus
 from support.stacked import make_stacked, without_dropout
