@@ -27,23 +27,23 @@ from hf_quantnoise.noise import find_state  # noqa: E402
 
 HEAD = """# Architectures
 
-This page lists, for each tested architecture, which layers are quantized, which are skipped, and why.
-`python benchmarks/architectures.py` generates it from the tiny random models in
-`tests/support/zoo.py`, which have two layers where they have layers. `tests/test_zoo.py` runs each of
-them from end to end: a training step with noise, bit-equal output without noise, product quantization
-and int4, a file of the reported size, bit-equal output after loading, and the same file when saved
-again.
+This page lists, for each tested architecture, which layers are quantized, which are skipped, and
+why. `python benchmarks/architectures.py` generates it from the tiny random models in
+`tests/support/zoo.py`, which have two layers where they have layers. `tests/test_zoo.py` runs
+each of them from end to end: a training step with noise, bit-equal output without noise, product
+quantization and int4, a file of the reported size, bit-equal output after loading, and the same
+file when saved again.
 
-- *Quantized*: number of layers per structure group under `IPQConfig(block_size=4, n_centroids=8)` with
-  every group except `head` as a stage. A weight that several layers hold counts once.
+- *Quantized*: number of layers per structure group under `IPQConfig(block_size=4, n_centroids=8)`
+  with every group except `head` as a stage. A weight that several layers hold counts once.
 - *Not quantized*: `quantization_config.left_dense`.
 - *No noise*: layers that training noise (proxy, blocks of 4) skips in addition.
 
 A star replaces an index. Some reasons are due to the tiny models (too few blocks, columns that 4
 does not divide); real models have fewer of them.
 
-Fused experts (one parameter of shape experts x outputs x inputs) are not quantized yet. They are most
-of the weights of a mixture-of-experts model, so compressing one gains little so far.
+Fused experts (one parameter of shape experts x outputs x inputs) are not quantized yet. They are
+most of the weights of a mixture-of-experts model, so compressing one gains little so far.
 
 | architecture | class | quantized | not quantized | no noise |
 |---|---|---|---|---|
@@ -61,7 +61,7 @@ class PageArguments:
 def page() -> str:
     """Return the page as Markdown."""
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # the page itself says what is left
+    logging.set_verbosity_error()  # the page lists skipped layers
     try:
         rows = [_row(name, kind) for name, kind in ZOO.items()]
     finally:
@@ -76,7 +76,7 @@ def _row(name: str, kind: Architecture) -> tuple[str, ...]:
     state = find_state(apply_quant_noise(model.train(), NOISE))
     model(**kind.batch())
     state.note_unreached()
-    # Without a blocking rule: said in the column before.
+    # Layers without a blocking rule are in the column before.
     own = {key: why for key, why in state.left_clean.items() if left_dense.get(key) != why}
     quantized = ", ".join(f"{group} {count}" for group, count in sorted(groups.items()))
     return name, f"`{type(model).__name__}`", quantized, _listed(left_dense), _listed(own)
