@@ -130,7 +130,7 @@ class QuantNoiseTrainer(PublishingMixin, PackedModelTrainer):
         """
         _require_config(config)
         self.compression_history = []
-        self._has_measured({})
+        self._set_card_metrics({})
 
         def keep(record: StageRecord) -> None:
             self.compression_history.append(record.to_dict())
@@ -147,7 +147,7 @@ class QuantNoiseTrainer(PublishingMixin, PackedModelTrainer):
             self.noise_callback = None
         self._forget_dense_model(model)
         self.compression_args = compression_args
-        self._has_measured(self.compression_history[-1]["metric"])
+        self._set_card_metrics(self.compression_history[-1]["metric"])
         if compression_args.plots and self.args.should_save:
             folder = os.path.join(self.args.output_dir, PLOTS)
             plot_compression(self.compression_history, size_report(model), folder)

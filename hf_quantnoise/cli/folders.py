@@ -11,7 +11,7 @@ from fnmatch import fnmatch
 
 from transformers import PreTrainedModel
 
-from ..publishing.push import card_of, merged
+from ..publishing.push import card_of, merge_cards
 from ..repository import CARD, read_card
 from .checkpoints import Checkpoint
 
@@ -106,7 +106,7 @@ def write_card(model: PreTrainedModel, source: str, folder: str) -> None:
         of_the_dense = (*_OF_THE_DENSE, *(["base_model"] if card.data.base_model else []))
         for name in of_the_dense:
             setattr(theirs.data, name, None)
-        card = merged(card, theirs)
+        card = merge_cards(card, theirs)
         if card.data.base_model:
             card.data.base_model_relation = "quantized"
     card.save(os.path.join(folder, CARD))

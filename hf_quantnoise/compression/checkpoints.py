@@ -34,7 +34,7 @@ logger = logging.get_logger(__name__)
 
 FOLDER = "compression"
 _STAGE, _RUN, _PART = "stage-", "run-", ".part"
-_CONTENT, _TENSORS, _OPTIMIZER = "stage.json", "tensors.safetensors", "optimizer.pt"
+_CONTENT, _TENSORS = "stage.json", "tensors.safetensors"
 # The last file of a whole checkpoint.
 MEMORY_NAME = "memory.safetensors"
 
@@ -117,11 +117,6 @@ class SavedStage:
         """The model."""
         return load_file(os.path.join(self.folder, _TENSORS))
 
-    def optimizer(self) -> dict[str, dict[str, Any]]:
-        """Parameter name -> the optimizer's state of it; empty where it was not kept."""
-        path = os.path.join(self.folder, _OPTIMIZER)
-        return torch.load(path, weights_only=True) if os.path.isfile(path) else {}
-
 
 class StageCheckpoints:
     """The files of a pass.
@@ -173,15 +168,11 @@ class StageCheckpoints:
         number: int,
         model: nn.Module,
         content: dict[str, Any],
-        optimizer: dict[str, dict[str, Any]] | None = None,
-        more: dict[str, dict[str, Tensor]] | None = None,
     ) -> None:
         """Writes a finished stage; only the dense model and the newest stage are kept.
 
         Args:
             number, model, content: as in :class:`SavedStage`.
-            optimizer: its state of each parameter by name, for the next stage.
-            more: further files, name -> tensors.
         """
         if not self.writes:
             return
@@ -189,10 +180,6 @@ class StageCheckpoints:
         shutil.rmtree(folder + _PART, ignore_errors=True)
         os.makedirs(folder + _PART)
         write_tensors(in_memory_tensors(model), os.path.join(folder + _PART, _TENSORS))
-        for name, tensors in (more or {}).items():
-            write_tensors(tensors, os.path.join(folder + _PART, name))
-        if optimizer:
-            torch.save(optimizer, os.path.join(folder + _PART, _OPTIMIZER))
         with open(os.path.join(folder + _PART, _CONTENT), "w", encoding="utf-8") as file:
             json.dump(content, file, indent=2)
         flush_to_disk(folder + _PART)

@@ -15,7 +15,7 @@ from .arguments import CompressionArguments
 
 Fingerprint = dict[str, dict[str, Any]]
 
-_CHANGE_NO_MODEL = ("plots", "teacher_device", "distill_cache_mb")
+_CHANGE_NO_MODEL = ("plots", "teacher_device")
 # Lengths are the stages' own. What only rounds otherwise (torch_compile, tf32, recomputation) is a
 # matter of the machine, and so is the number of processes.
 _TRAINING = (

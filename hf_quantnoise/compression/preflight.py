@@ -7,17 +7,14 @@ made. What that one was given is handed on to them where it can be; the rest is 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from types import SimpleNamespace
 
 from transformers import Trainer
 from transformers.trainer_utils import SchedulerType, has_length
 
 from ..configuration import QuantizedModelConfig
-from ..hub.packer import check_can_be_packed
 from ..modeling.activations import require_batches
+from ..modeling.packer import check_can_be_packed
 from .arguments import CompressionArguments
-from .reassign import require_centroids
-from .training.fsdp import is_compiled
 from .training.pending_noise import noise_to_keep
 
 # They wait for evaluations, and a stage is not evaluated while it is trained.
@@ -68,10 +65,6 @@ def check_compression(
         _require_known_lengths(trainer, args, stages)
         _require_own_optimizers(trainer)
     _require_stock_methods(trainer, config, args)
-    # accelerate's own settings may have turned them on, too.
-    fsdp, deepspeed = trainer.is_fsdp_enabled, trainer.is_deepspeed_enabled
-    ways = SimpleNamespace(fsdp=fsdp, deepspeed=deepspeed, torch_compile=is_compiled(trainer))
-    require_centroids(config, args, ways)
     noise_to_keep(trainer, args.keep_noise)
     check_can_be_packed(trainer.accelerator.unwrap_model(trainer.model))
 

@@ -23,8 +23,8 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy, has_lengt
 from transformers.utils import logging
 
 from ..configuration import QuantizedModelConfig, QuantNoiseConfig
-from ..hub.packer import ModelPacker, StageResult
 from ..modeling.activations import calibrate
+from ..modeling.packer import ModelPacker, StageResult
 from ..noise import apply_quant_noise, remove_quant_noise
 from .arguments import CompressionArguments, StageSettings
 from .bit_allocation.allocate import first_batches, within_target
@@ -38,7 +38,6 @@ from .reporting.record import StageRecord, metric_when_packed, record_of
 from .training.fsdp import share_what_rank_0_read
 from .training.packed_trainer import undo_accelerate_prepare
 from .training.pending_noise import PendingNoise, noise_to_keep
-from .training.resumable import OptimizerState
 from .training.stage_trainer import StageTrainer
 
 logger = logging.get_logger(__name__)
@@ -82,7 +81,6 @@ class CompressionPipeline:
         folder = os.path.join(trainer.args.output_dir, FOLDER) if keeps else None
         self.files = StageCheckpoints(folder, trainer.args.should_save)
         self._bars = trainer.is_world_process_zero() and not trainer.args.disable_tqdm
-        self._optimizer_state: OptimizerState = {}
 
     def run(self, resume: bool = False) -> PreTrainedModel:
         """Carries the pass out, in place.
@@ -123,9 +121,9 @@ class CompressionPipeline:
 
     def _restructure(self, record: bool = True) -> None:
         start = time.perf_counter()
-        self.packer.restructure()
+        self.packer.change_structure()
         self.noise = PendingNoise(self.model, self.noise_config)
-        if self.packer.restructuring.changes and record:
+        if self.packer.structural_changes and record:
             self._add(record_of("restructured", self._stage_trainer(None, 0), start))
 
     def _make_teacher(self) -> None:
@@ -174,9 +172,6 @@ class CompressionPipeline:
                 if stage in self.packer.stages:
                     self.packer.restore_stage(stage)
             load_in_memory_tensors(self.model, newest.tensors())
-            self._optimizer_state = newest.optimizer()
-            if self.teacher is not None:
-                self.teacher.take_files(newest.folder)
         return newest.number
 
     # ---- a stage --------------------------------------------------------------------------------
@@ -199,8 +194,6 @@ class CompressionPipeline:
                 apply_quant_noise(self.model, noise)
             finetuning = stage_trainer.train(resume_from_checkpoint=checkpoint).metrics
             remove_quant_noise(self.model).eval()
-            if self.args.stage_schedule == "continue":
-                self._optimizer_state = stage_trainer.optimizer_state()
         name = stage or "all"
         self._add(record_of(name, stage_trainer, start, packed, finetuning, packed_metric))
         self._save(number)
@@ -236,9 +229,7 @@ class CompressionPipeline:
             "config": self.packer.config.to_dict(),
             "history": [record.to_dict() for record in self.history],
         }
-        goes_on = 0 < number < len(self.stages)
-        more = self.teacher.files() if goes_on and self.teacher is not None else {}
-        self.files.save_stage(number, self.model, content, self._optimizer_state, more)
+        self.files.save_stage(number, self.model, content)
         self.trainer.accelerator.wait_for_everyone()
 
     def _stage_trainer(
@@ -253,8 +244,6 @@ class CompressionPipeline:
             ),
             teacher=self.teacher if number > 0 else None,
             noise=noise,
-            span=self._span(number),
-            optimizer_state=self._optimizer_state,
             data_collator=trainer.data_collator,
             train_dataset=trainer.train_dataset,
             eval_dataset=trainer.eval_dataset,
@@ -275,15 +264,6 @@ class CompressionPipeline:
         rate = settings.learning_rate
         return optimizer_class, {**given, **({} if rate is None else {"lr": rate})}
 
-    def _span(self, number: int) -> tuple[float, float]:
-        """The part of the learning-rate schedule that a stage has."""
-        if self.args.stage_schedule == "restart" or number == 0:
-            return 0.0, 1.0
-        settings = [self.args.of_stage(stage) for stage in self.stages]
-        lengths = [each.epochs if each.steps is None else each.steps for each in settings]
-        before, whole = sum(lengths[: number - 1]), sum(lengths)
-        return (before / whole, (before + lengths[number - 1]) / whole) if whole else (0.0, 1.0)
-
     def _stage_arguments(self, settings: StageSettings, number: int) -> TrainingArguments:
         """The run's own arguments with the stage's length and learning rate."""
         args = self.trainer.args
@@ -299,9 +279,8 @@ class CompressionPipeline:
             "push_to_hub": False,
             "report_to": [],  # the run's own trainer shows what is logged
             "seed": args.seed + number,
+            "warmup_steps": 0,
         }
-        if self.args.stage_schedule == "restart":
-            changes["warmup_steps"] = 0
         if settings.learning_rate is not None:
             changes["learning_rate"] = settings.learning_rate
         if self.files.folder is not None:

@@ -3,10 +3,10 @@
 import importlib
 import runpy
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
-import tomllib
 
 from hf_quantnoise.cli import COMMANDS, main
 

@@ -6,17 +6,13 @@ from support.processes import needs_gloo, on_two_ranks
 
 PIECE = """
 import os, shutil
-from types import SimpleNamespace
 
 from safetensors.torch import save_file
-from tiny import VOCABULARY, make_model
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_quantnoise.compression import CompressionArguments
 from hf_quantnoise.compression.checkpoints import MEMORY_NAME, StageCheckpoints
 from hf_quantnoise.compression.training.fsdp import ShardedCopy
-from hf_quantnoise.compression.distillation.teacher import Teacher
 
 # ---- each rank has a folder of its own
 files = StageCheckpoints(f"{folder}/disk-{rank}/compression")
@@ -74,22 +70,6 @@ found["gradients"] = {name: p.grad for name, p in copy.model.named_parameters()}
 wrapped = DistributedDataParallel(Scalars(), find_unused_parameters=True)
 wrapped(inputs).backward()
 found["by DDP"] = {name: p.grad for name, p in wrapped.module.named_parameters()}
-
-# ---- the teacher's cache: longer examples on the second rank
-student = make_model("bert-mlm")
-length = (4, 40)[rank]
-batch = {"input_ids": torch.randint(5, VOCABULARY, (2, length)),
-         "attention_mask": torch.ones(2, length, dtype=torch.long)}
-trainer = SimpleNamespace(
-    model=student, label_names=["labels"], train_dataset=[None] * 100,
-    get_train_dataloader=lambda: [batch], _prepare_inputs=lambda inputs: inputs,
-)
-
-def check(megabytes):
-    arguments = CompressionArguments(distill_cache=True, distill_cache_mb=megabytes)
-    Teacher(student, None, arguments).check(trainer)
-
-found["room"] = error_of(check, 10), error_of(check, 1)
 """
 
 
@@ -123,10 +103,3 @@ def test_gradients_are_those_of_ddp_and_none_where_no_rank_has_one(ranks):
         assert found["gradients"] == found["by DDP"]
         assert found["gradients"]["none"] is None
         assert found["gradients"]["second"] == torch.tensor(1.5)
-
-
-@needs_gloo
-def test_a_cache_that_one_rank_has_no_room_for_is_refused_by_all(ranks):
-    assert ranks[0]["room"][0] is ranks[1]["room"][0] is None
-    assert ranks[0]["room"][1].startswith("ValueError: distill_cache")
-    assert ranks[0]["room"] == ranks[1]["room"]

@@ -33,11 +33,10 @@ def optimizers(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("schedule", ["restart", "continue"])
-def test_the_class_of_the_optimizer_is_that_of_the_run(schedule, tmp_path, parity_data, optimizers):
+def test_the_class_of_the_optimizer_is_that_of_the_run(tmp_path, parity_data, optimizers):
     trainer = make_trainer(tmp_path, parity_data, optimizer_cls_and_kwargs=SGD)
     stages = {"attention": {"epochs": 1, "learning_rate": 5e-4, "codebook_learning_rate": 1e-2}}
-    trainer.compress(CONFIG, CompressionArguments(stage_schedule=schedule, stage_settings=stages))
+    trainer.compress(CONFIG, CompressionArguments(stage_settings=stages))
     first, second = optimizers
     assert first == (torch.optim.SGD, 0.9, {1e-3})
     assert second == (torch.optim.SGD, 0.9, {5e-4, 1e-2})
@@ -79,12 +78,11 @@ def test_a_trainer_that_has_trained_has_no_optimizer_of_the_user_s(tmp_path, par
 
 
 @pytest.mark.parametrize("name", ["reduce_lr_on_plateau", "greedy"])
-@pytest.mark.parametrize("schedule", ["restart", "continue"])
-def test_schedules_that_wait_for_evaluations_are_refused(name, schedule, tmp_path, parity_data):
+def test_schedules_that_wait_for_evaluations_are_refused(name, tmp_path, parity_data):
     trainer = make_pass_trainer(
         tmp_path, make_model("bert"), parity_data, lr_scheduler_type=name, eval_strategy="epoch"
     )
-    arguments = CompressionArguments(stage_schedule=schedule, stage_steps=1)
+    arguments = CompressionArguments(stage_steps=1)
     with pytest.raises(ValueError, match=f"lr_scheduler_type='{name}' goes by evaluations"):
         trainer.compress(CONFIG, arguments)
     assert not any(packed_layers(trainer.model))

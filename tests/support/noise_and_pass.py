@@ -19,7 +19,7 @@ from transformers import (
 from hf_quantnoise import CompressionArguments, IPQConfig, QuantNoiseConfig, QuantNoiseTrainer
 from hf_quantnoise.compression import stages
 from hf_quantnoise.compression.checkpoints import in_memory_tensors
-from hf_quantnoise.hub import packer
+from hf_quantnoise.modeling import packer
 from hf_quantnoise.noise import find_state
 from support.processes import take_cpus_for_gpus
 from support.stacked import make_stacked, without_dropout
@@ -112,8 +112,6 @@ def main():
         assert resumed or abs(len(clustered) - len(errors) / WORLD) < 2, (clustered, errors)
         figures["errors"] = errors
         figures["losses"] = [r["metric"]["eval_loss"] for r in trainer.compression_history]
-        figures["reassigned"] = [log["compression_reassigned"] for log in trainer.state.log_history
-                                 if "compression_reassigned" in log]  # fmt: skip
     figures |= {"sharded": watch.sharded, "compiled": watch.compiled}
     (folder / f"{name}-{RANK}-figures").write_text(json.dumps(figures))
 

@@ -32,7 +32,7 @@ from ...distributed import (
 )
 from ...dynamic_subclass import DynamicSubclass
 from ...modeling import packed_layers
-from ...modeling.copies import copy_of_parameters
+from ...modeling.model_copies import copy_with_own_parameters
 from ...noise import find_state
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ class ShardedCopy:
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self.original = model
-        self.model = copy_of_parameters(model)
+        self.model = copy_with_own_parameters(model)
         self._replicated = replicated_parameters(self.model)
         for tensor in self._replicated:
             tensor.data = tensor.data.to(device)

@@ -323,8 +323,6 @@ def test_a_teacher_on_the_cpu_teaches_a_student_on_a_gpu():
         ({"distill_layers": [0.5]}, "distill_layers="),
         ({"distill_layers": []}, "distill_layers="),
         ({"teacher_device": "gpu7"}, "teacher_device='gpu7'"),
-        ({"distill_cache_mb": 0}, "distill_cache_mb=0"),
-        ({"distill_cache": True, "distill_hidden": 1.0}, "distill_cache=True keeps logits only"),
         ({"distill": False, "distill_attention": 1.0}, "need a teacher"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Copies of a model that cost no memory: to plan on, to measure on, to count bytes of."""
+"""Copies of a model that take no memory for their weights: for planning and measuring."""
 
 from __future__ import annotations
 
@@ -10,16 +10,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 
-def copy_without_tensors(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy whose modules and configs are its own and whose parameters and buffers are the
-    model's: layers can be taken out, shared or given other weights without a change to the model.
-    """
+def copy_sharing_tensors(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a copy with new modules and configs that holds the model's parameters and buffers."""
     return deepcopy(model, {id(tensor): tensor for tensor in _tensors(model)})
 
 
-def copy_of_parameters(model: nn.Module) -> nn.Module:
-    """A copy with Parameters of its own, which hold their numbers where the model's do until they
-    are given others; buffers are copied."""
+def copy_with_own_parameters(model: nn.Module) -> nn.Module:
+    """Return a copy with new Parameters that use the model's memory until they are assigned other
+    values. Buffers are copied."""
     return deepcopy(
         model,
         {
@@ -29,8 +27,8 @@ def copy_of_parameters(model: nn.Module) -> nn.Module:
     )
 
 
-def copy_of_shapes(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy on the meta device, with the model's ties."""
+def copy_on_meta(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a copy on the meta device, with the model's ties."""
     return deepcopy(model, {id(tensor): _on_meta(tensor) for tensor in _tensors(model)})
 
 

@@ -1,4 +1,4 @@
-"""Packing a model in memory, stage after stage, so that it can be saved after any of them."""
+"""Packs a complete model in memory, stage by stage; it can be saved after any stage."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
+from transformers.quantizers.auto import AutoHfQuantizer
 
 from ..configuration import QuantizedModelConfig
 from ..distributed import broadcast_from, is_distributed, is_mine, owner_of, sum_over_ranks
-from ..modeling import pack_layer, pack_skeleton, packed_layers, packed_names
-from ..modeling.activations import require_batches, require_runs, rounds_inputs
-from ..modeling.importance import measure_importance
-from ..modeling.plan import PlannedWeight, make_plan
-from ..modeling.restructure import declare_shared, plan_restructuring, restructured_copy
-from .quantizer import attach
+from .activations import require_batches, require_runs, rounds_inputs
+from .convert import pack_layer, pack_skeleton, packed_layers, packed_names
+from .importance import measure_importance
+from .plan import PlannedWeight, make_plan
+from .structural_changes import changed_copy, declare_shared, plan_structural_changes
 from .ties import TieRewriter
 
 
 @dataclass(frozen=True)
 class StageResult:
-    """What packing one stage did.
+    """The result of packing one stage.
 
     Attributes:
-        stage: the structure group or regex; None for a pass without stages.
-        layers: names of the layers packed.
-        relative_error: sum of ||W - W_q||^2 over the stage, over its sum of ||W||^2.
+        stage: the structure group or regex; None for a run without stages.
+        layers: names of the packed layers.
+        relative_error: sum of ||W - W_q||^2 over the stage, divided by its sum of ||W||^2.
         errors: ||W - W_q||^2 / ||W||^2 of each weight, by the first layer that holds it.
     """
 
@@ -45,18 +45,19 @@ class ModelPacker:
 
     Args:
         model: a dense model; its layers are converted in place.
-        config: how to store it; copied, and the copy's ``plan`` grows with the stages.
-        on_all_ranks: whether all ranks of a distributed run pack the same model: weights go round
-            among them, and each gets what the others clustered.
+        config: how to store it. It is copied; the copy's ``plan`` grows with each stage.
+        on_all_ranks: whether all ranks of a distributed run pack the same model. Each rank then
+            clusters a part of the weights and sends the result to the others.
 
     Attributes:
         stages: stage -> the weights it packs.
-        planned: the model that holds their layers: a copy as long as layers are yet to be taken out
-            or shared, the model itself otherwise.
+        planned: the model whose layers ``stages`` refers to: a copy until pruning and sharing have
+            been applied, then the model itself.
 
     Raises:
-        TypeError: if the model is no ``PreTrainedModel``.
-        ValueError: if it is quantized already, or the config cannot be carried out.
+        TypeError: if the model is not a ``PreTrainedModel``.
+        ValueError: if the model is already quantized, or the config does not fit it. The model is
+            unchanged then.
     """
 
     def __init__(
@@ -67,33 +68,31 @@ class ModelPacker:
         self.model = model
         self.config = deepcopy(config)
         self.config.plan = {}
-        self.restructuring = plan_restructuring(model, self.config)
-        # The plan is that of what will be left; if it cannot be carried out, nothing was touched.
+        self.structural_changes = plan_structural_changes(model, self.config)
         self.planned = model
-        if self.restructuring.changes:
-            self.planned = restructured_copy(model, self.config, self.restructuring)
+        if self.structural_changes:
+            self.planned = changed_copy(model, self.config, self.structural_changes)
         self.stages, self.config.left_dense = make_plan(self.planned, self.config)
 
     def require_runs(self, batches: Sequence) -> None:
-        """Whether calibration data reaches what is to be measured on it; before anything is packed.
+        """Check that calibration data reaches every layer to be measured, before packing starts.
 
         Raises:
-            ValueError: naming a layer that never runs on it; nothing is changed then.
+            ValueError: naming a layer that never runs on it; the model is unchanged.
         """
         groups: list[list[nn.Module]] = []
         for planned in (planned for stage in self.stages.values() for planned in stage):
             modules = [layer.module for layer in planned.layers]
-            groups += [[own] for own in modules if rounds_inputs(own, planned.activation_bits)]
-            # Tables are watched where rows are looked up, which need not be a call (importance.py).
+            groups += [[m] for m in modules if rounds_inputs(m, planned.activation_bits)]
+            # Lookups are counted in F.embedding, which may run without a call of the layer.
             if self.config.weighs_errors and not any(isinstance(m, nn.Embedding) for m in modules):
                 groups.append(modules)
         require_runs(self.planned, groups, batches, self.config.reads_data)
 
-    def restructure(self) -> None:
-        """Takes layers out and lets layers share weights, as the config says (7.9); the stages are
-        those of what is left. Before the first of them; there may be nothing to do."""
-        if self.restructuring.changes:
-            self.restructuring.carry_out(self.model, self.config)
+    def change_structure(self) -> None:
+        """Prune and share layers as the config says (section 7.9). Call before the first stage."""
+        if self.structural_changes:
+            self.structural_changes.apply(self.model, self.config)
             self.planned = self.model
             self.stages = {
                 stage: [planned.of(self.model) for planned in weights]
@@ -107,14 +106,13 @@ class ModelPacker:
         batches: Sequence = (),
         forward: Callable[[object], object] | None = None,
     ) -> StageResult:
-        """Packs the layers of one stage, bottom-up.
+        """Pack the layers of one stage, bottom-up.
 
         Args:
             stage: a key of :attr:`stages`.
-            progress: show a bar that counts weights.
-            batches, forward: calibration data, read where the config has ``importance``
-                (``modeling/importance.py``): the inputs are those of the model as it stands, with
-                the stages before this one packed.
+            progress: show a progress bar over the weights.
+            batches, forward: calibration data, used if the config has ``importance``
+                (``modeling/importance.py``). Inputs are measured with the earlier stages packed.
 
         Raises:
             ValueError: if the config needs calibration data and there is none.
@@ -124,46 +122,48 @@ class ModelPacker:
         norms: list[float] = []
         bar = tqdm(self.stages[stage], desc=f"quantize {stage or 'all layers'}", unit="layer",
                    disable=not progress, leave=False)  # fmt: skip
-        with self._names_follow(stage):
+        with self._transformers_updated(stage):
             for number, planned in enumerate(bar):
                 norms.append(self._norm(planned))
                 errors[planned.layers[0].name] = self._pack(planned, number, importance[number])
             self._exchange(stage, errors)
         energy = sum(norms)
-        error = sum(norm * own for norm, own in zip(norms, errors.values(), strict=True))
+        error = sum(norm * relative for norm, relative in zip(norms, errors.values(), strict=True))
         names = tuple(self.layers_of(stage))
         return StageResult(stage, names, error / energy if energy else 0.0, errors)
 
-    def layers_of(self, stage: str | None) -> list[str]:
-        """The names of the layers of a stage; none where the plan has no such stage."""
-        return [layer.name for planned in self.stages.get(stage, ()) for layer in planned.layers]
+    def pack_all(self, progress: bool = False, batches: Sequence = ()) -> list[StageResult]:
+        """Prune and share layers, then pack every stage without training in between."""
+        self.change_structure()
+        return [self.pack_stage(stage, progress, batches) for stage in self.stages]
+
+    def pack_skeletons(self) -> None:
+        """Like :meth:`pack_all`, with empty tensors: for models on the meta device, of which only
+        the size is of interest."""
+        self.change_structure()
+        for stage in self.stages:
+            self.restore_stage(stage)
 
     def restore_stage(self, stage: str | None) -> None:
-        """Gives the layers of a stage their packed form without quantizing them: what they hold is
-        to be read from somewhere."""
-        with self._names_follow(stage):
+        """Give the layers of a stage their packed form with empty tensors, to be loaded later."""
+        with self._transformers_updated(stage):
             for planned in self.stages[stage]:
                 self._pack_empty(planned)
 
-    def _pack_empty(self, planned: PlannedWeight) -> None:
-        modules = [layer.module for layer in planned.layers]
-        pack_skeleton(modules, planned.quantizer, planned.activation_bits)
-        self.config.plan.update(planned.entries())
+    def layers_of(self, stage: str | None) -> list[str]:
+        """Return the names of a stage's layers; empty if the plan has no such stage."""
+        return [layer.name for planned in self.stages.get(stage, ()) for layer in planned.layers]
 
     @contextmanager
-    def _names_follow(self, stage: str | None) -> Iterator[None]:
-        """Around the packing of a stage: keeps what transformers knows of the model in step."""
+    def _transformers_updated(self, stage: str | None) -> Iterator[None]:
+        """Update ties and the quantizer that transformers keeps, after a stage was packed."""
         rewriter = TieRewriter(self.model)
         yield
         modules = dict(self.model.named_modules())
         rewriter.rewrite({name: packed_names(modules[name]) for name in self.layers_of(stage)})
         declare_shared(self.model, self.config.shared_layers)
-        attach(self.model, self.config)
-
-    def pack_all(self, progress: bool = False, batches: Sequence = ()) -> list[StageResult]:
-        """Restructures, then packs every stage, without training in between."""
-        self.restructure()
-        return [self.pack_stage(stage, progress, batches) for stage in self.stages]
+        # The class that hub/ registers with transformers under the config's quant_method.
+        AutoHfQuantizer.from_config(self.config, pre_quantized=True).attach(self.model)
 
     def _importance(self, stage, batches, forward) -> list[Tensor | None]:
         weights = [[layer.module for layer in planned.layers] for planned in self.stages[stage]]
@@ -172,19 +172,12 @@ class ModelPacker:
         require_batches(batches, "importance")
         return measure_importance(self.model, weights, batches, forward)
 
-    def pack_skeletons(self) -> None:
-        """As :meth:`pack_all`, with empty tensors: nothing is quantized. For models on the meta
-        device, whose bytes are to be counted."""
-        self.restructure()
-        for stage in self.stages:
-            self.restore_stage(stage)
-
     def _norm(self, planned: PlannedWeight) -> float:
         return float(planned.layers[0].module.weight.detach().float().square().sum())
 
     def _pack(self, planned: PlannedWeight, number: int, importance: Tensor | None) -> float:
-        """Packs one weight; returns its relative error. What another rank clusters is left empty,
-        with an error of 0, until :meth:`_exchange`."""
+        """Pack one weight and return its relative error. A weight that another rank clusters stays
+        empty, with an error of 0, until :meth:`_exchange`."""
         if self.on_all_ranks and not is_mine(number):
             self._pack_empty(planned)
             return 0.0
@@ -197,9 +190,14 @@ class ModelPacker:
             importance=importance,
         )
 
+    def _pack_empty(self, planned: PlannedWeight) -> None:
+        modules = [layer.module for layer in planned.layers]
+        pack_skeleton(modules, planned.quantizer, planned.activation_bits)
+        self.config.plan.update(planned.entries())
+
     @torch.no_grad()
     def _exchange(self, stage: str | None, errors: dict[str, float]) -> None:
-        """Gives every rank what each has clustered, codes and state alike."""
+        """Send what each rank has clustered, codes and state, to all ranks."""
         if not self.on_all_ranks or not is_distributed():
             return
         for number, planned in enumerate(self.stages[stage]):
@@ -213,21 +211,23 @@ class ModelPacker:
 
 
 def check_can_be_packed(model: nn.Module) -> None:
-    """Refuses what cannot be packed, with the way out.
+    """Raise if a model cannot be packed.
 
     Raises:
-        TypeError: if the model is no ``PreTrainedModel``.
-        ValueError: if it is quantized already, or noisy.
+        TypeError: if the model is not a ``PreTrainedModel``.
+        ValueError: if it is already quantized.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
-            f"model is a {type(model).__name__}; compression needs a transformers PreTrainedModel "
-            "(unwrap it first, e.g. accelerator.unwrap_model(model))"
+            f"invalid model: got {type(model).__name__}, expected a transformers PreTrainedModel; "
+            "unwrap it first, e.g. with accelerator.unwrap_model(model)"
         )
     if any(packed_layers(model)):
         raise ValueError(
-            "the model is quantized already; call model.dequantize() first, or load the dense one"
+            "the model is already quantized; call model.dequantize() first, or load the dense model"
         )
     if getattr(model, "is_quantized", False):
         method = getattr(model, "quantization_method", "another method")
-        raise ValueError(f"the model is quantized by {method}; load the dense checkpoint instead")
+        raise ValueError(
+            f"the model is already quantized with {method}; load the dense checkpoint instead"
+        )
