@@ -40,18 +40,15 @@ LAYERS = (
     "__main__",
 )
 MAX_FILE_LINES = 300
-MAX_FUNCTION_LINES = 50
+MAX_FUNCTION_LINES = 50  # without the docstring
 # Exceptions, each with the reason. Shorten or split a file before adding one.
 LONG_FILES: dict[str, str] = {
-    "compression/stages.py": "not split yet",
-    "configuration/storage.py": "not split yet",
     "quantizers/kmeans.py": "not split yet",
     "runs/compression_run.py": "not split yet",
     "runs/glue_data.py": "not split yet",
 }
 LONG_FUNCTIONS: dict[str, str] = {
-    "export/onnx_file.py:export_onnx": "not split yet",
-    "trainer.py:compress": "not split yet",
+    "trainer.py:__init__": "a line for each keyword argument of Trainer, in signature and call",
 }
 
 FILES = {
@@ -140,15 +137,23 @@ def test_file_length(file):
     assert lines <= MAX_FILE_LINES or file in LONG_FILES
 
 
+def length(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Return the number of lines of a function, without its docstring."""
+    lines = function.end_lineno - function.lineno + 1
+    if ast.get_docstring(function) is not None:
+        lines -= function.body[0].end_lineno - function.body[0].lineno + 1
+    return lines
+
+
 @pytest.mark.parametrize("file", FILES)
 def test_function_length(file):
     functions = (ast.FunctionDef, ast.AsyncFunctionDef)
     lengths = {
-        f"{file}:{node.name}": node.end_lineno - node.lineno + 1
+        f"{file}:{node.name}": length(node)
         for node in ast.walk(FILES[file])
         if isinstance(node, functions)
     }
-    long = {name: length for name, length in lengths.items() if length > MAX_FUNCTION_LINES}
+    long = {name: lines for name, lines in lengths.items() if lines > MAX_FUNCTION_LINES}
     assert long.keys() <= LONG_FUNCTIONS.keys()
 
 
