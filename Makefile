@@ -83,9 +83,10 @@ wheel: $(STAMP)  ## build the wheel in dist/ and try it in a clean environment
 	rm -rf build dist
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 	$(PYTHON) -m venv $(WHEEL)
-	$(WHEEL)/bin/python -m pip install --quiet --constraint constraints.txt dist/*.whl
+	$(WHEEL)/bin/python -m pip install --quiet --no-compile --constraint constraints.txt dist/*.whl
 	cd $(WHEEL) && bin/python -c "import hf_quantnoise; print(hf_quantnoise.__version__, hf_quantnoise.__file__)"
 	cd $(WHEEL) && bin/hf-quantnoise --help
+	rm -rf build
 
 clean:  ## remove the environments and everything that was built or written
 	rm -rf $(VENV) $(OLDEST) build dist site *.egg-info demo_output .coverage* \
