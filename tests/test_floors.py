@@ -13,6 +13,7 @@ FLOORS = (
     "registry",
     "distributed",
     "dynamic_subclass",
+    "layer_types",
     "blocks",
     "structure",
     "sharing",

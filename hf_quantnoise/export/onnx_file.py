@@ -188,8 +188,8 @@ def _held_as_stored(model: PreTrainedModel) -> PreTrainedModel:
         if key not in held:
             state = {name: tensor.detach() for name, tensor in layer.state.items()}
             held[key] = {
-                PREFIX + name: nn.Parameter(layer.quantizer.to_storage(name, tensor, state), False)
-                for name, tensor in state.items()
+                PREFIX + name: nn.Parameter(tensor, False)
+                for name, tensor in layer.quantizer.to_storage(state).items()
             }
         _hold(layer, held[key])
     return plain

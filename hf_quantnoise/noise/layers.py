@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..blocks import LAYOUTS, WeightLayout, layout_of
 from ..dynamic_subclass import DynamicSubclass, make_dynamic_subclass
+from ..layer_types import LAYER_TYPES, LayerType, layer_type_of
 from .activations import ActivationNoise
 from .operator import WeightNoise
 
@@ -26,7 +26,7 @@ _ACTIVATIONS = "_quant_noise_activations"
 class QuantNoiseLayer(DynamicSubclass):
     """Mixin of every noisy layer: noise while ``.training``, the original layer otherwise."""
 
-    _quant_noise_layout: ClassVar[WeightLayout]
+    _quant_noise_layout: ClassVar[LayerType]
     _quant_noise_weight: WeightNoise
     _quant_noise_member: int
     _quant_noise_activations: ActivationNoise | None = None
@@ -72,7 +72,7 @@ def noisy_class(cls: type[nn.Module]) -> type[nn.Module]:
     A table with a forward of its own (an offset, a scale) keeps it, and gets a noisy table.
     """
     mixin = QuantNoiseLookup if cls.forward is nn.Embedding.forward else QuantNoiseLayer
-    layout = next(layout for layout in LAYOUTS if issubclass(cls, layout.base))
+    layout = next(layout for layout in LAYER_TYPES if issubclass(cls, layout.layer_class))
     return make_dynamic_subclass("QN", cls, (mixin, cls), noisy_class, _quant_noise_layout=layout)
 
 
@@ -90,12 +90,12 @@ def make_noisy(
     """Turns a layer into a noisy one, in place.
 
     Args:
-        module: a layer that ``blocks.layout_of`` knows.
+        module: a layer that ``layer_types.layer_type_of`` knows.
         noise: the noise of its weight.
         member: number of the layer among those that hold the same weight.
         activations: what is done to its input, or None.
     """
-    assert layout_of(module) is not None and not is_noisy(module)
+    assert layer_type_of(module) is not None and not is_noisy(module)
     module.__dict__[_NOISE] = noise
     module.__dict__[_MEMBER] = member
     module.__dict__[_ACTIVATIONS] = activations

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from ..blocks import WeightLayout
+from ..layer_types import LayerType
 from .block_mask import BlockMask, SharedMaskSampler, draw
 from .functions import NoiseFunction
 
@@ -73,7 +73,7 @@ class WeightNoise:
         """Whether it has fallen on the weight in a forward of one of its layers yet."""
         return self.used if self.shared is None else member in self.shared.met
 
-    def noisy_weight(self, weight: Tensor, layout: WeightLayout, member: int = 0) -> Tensor:
+    def noisy_weight(self, weight: Tensor, layout: LayerType, member: int = 0) -> Tensor:
         """The weight as this forward sees it (Eq. 7), in the weight's own layout and dtype.
 
         Args:

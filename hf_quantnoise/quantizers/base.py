@@ -94,20 +94,23 @@ class Quantizer(ABC):
         """Keys of the state that no gradient reaches."""
         return set()
 
-    def to_storage(self, key: str, tensor: Tensor, state: dict[str, Tensor]) -> Tensor:
-        """A tensor of the state as it is written to a file: in the dtype of its spec where that is
-        smaller."""
-        _, dtype = self.state_spec(1, 1)[key]
-        smaller = torch.empty((), dtype=dtype).element_size() < tensor.element_size()
-        return tensor.to(dtype) if smaller else tensor
+    def to_storage(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return a state as it is written to a file: in the dtypes of :meth:`state_spec` if those
+        are smaller."""
+        spec = self.state_spec(1, 1)
+        return {
+            key: tensor.to(dtype) if dtype.itemsize < tensor.element_size() else tensor
+            for key, tensor in state.items()
+            for _, dtype in [spec[key]]
+        }
 
     @property
-    def is_stored_otherwise(self) -> bool:
-        """Whether :meth:`from_storage` has work to do."""
+    def encodes_state(self) -> bool:
+        """Whether files hold codes instead of the values of the state."""
         return False
 
     def from_storage(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A state in its working form, from one as it was read from a file."""
+        """Return the state in memory of a state that was read from a file."""
         return state
 
     def quantize(self, matrix: Tensor, state: dict[str, Tensor]) -> Tensor:
