@@ -8,7 +8,6 @@ from .convert import (
     packed_layers,
     packed_names,
     packed_shapes,
-    set_codes,
     stored_tensors,
     unpack_model,
 )
@@ -23,7 +22,6 @@ __all__ = [
     "packed_names",
     "packed_shapes",
     "decode_stored_states",
-    "set_codes",
     "stored_tensors",
     "unpack_model",
 ]

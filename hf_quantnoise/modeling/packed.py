@@ -8,9 +8,8 @@ property that decodes, so the forward of the original class still works. The pac
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -90,8 +89,6 @@ class PackedLayer(DynamicSubclass):
 
     _loading: LoadingState | None = None
     _counts: Tensor | None = None  # cache of block_counts
-    # Takes (rows, gradient of the decoded rows) in every backward (``compression/reassign.py``).
-    _on_gradient: Callable[[Tensor | slice | None, Tensor], None] | None = None
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The original forward, on rounded inputs if activations are quantized."""
@@ -166,10 +163,7 @@ class PackedLayer(DynamicSubclass):
             state["codebook"] = _AverageOverBlocks.apply(state["codebook"], self.block_counts())
         if rows is not None:
             state = self.quantizer.state_of_rows(state, rows)
-        decoded = self.quantizer.decode(codes, state)
-        if self._on_gradient is not None and decoded.requires_grad:
-            decoded.register_hook(partial(self._on_gradient, rows))
-        return decoded
+        return self.quantizer.decode(codes, state)
 
     def block_counts(self) -> Tensor:
         """Return |J_c|, the number of blocks of each centroid."""
