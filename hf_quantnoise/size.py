@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 
+from .compat import ignored_on_save, revert_weight_conversion
 from .hub.skeleton import sentinel_names
 from .layer_types import known_layer_type
 from .modeling import packed_layers, packed_names, stored_tensors
-from .structure import find_layers, unsaved_tensors
+from .structure import find_layers
 
 # Names of dtypes in a safetensors header, whose length the report counts, in the order in which
 # tensors of that dtype stand in the file.
@@ -245,7 +245,7 @@ def size_report(model: nn.Module) -> SizeReport:
     config = getattr(getattr(model, "config", None), "quantization_config", None)
     groups = _groups(model, config)
     shared = getattr(config, "shared_layers", None) or {}
-    unsaved = unsaved_tensors(model)
+    unsaved = ignored_on_save(model)
     disk: dict[str, Tensor] = {}
     rows: list[SizeRow] = []
     owners: dict[int, str] = {}

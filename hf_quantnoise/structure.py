@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
 from .blocks import kernel_area, matrix_shape
+from .compat import GradientCheckpointingLayer, ignored_on_save, own_parameters
 from .layer_types import LAYER_TYPES, LayerType, known_layer_type, layer_type_of
 
 logger = logging.get_logger(__name__)
@@ -92,19 +92,13 @@ def _input_tables(model: nn.Module) -> set[int]:
         except NotImplementedError:  # image models
             continue
         if isinstance(inputs, nn.Embedding):
-            tables.add(id(inputs._parameters.get("weight")))
+            tables.add(id(own_parameters(inputs).get("weight")))
     return tables
-
-
-def unsaved_tensors(model: nn.Module) -> set[str]:
-    """Return the names of the tensors that ``save_pretrained`` skips, as the model computes them
-    itself (Marian's sinusoids)."""
-    return set(getattr(model, "_keys_to_ignore_on_save", None) or ())
 
 
 def is_layer(module: nn.Module) -> bool:
     """Return whether a module has a known type and holds its weight itself."""
-    return layer_type_of(module) is not None and module._parameters.get("weight") is not None
+    return layer_type_of(module) is not None and own_parameters(module).get("weight") is not None
 
 
 def find_layers(model: nn.Module) -> list[LayerInfo]:
@@ -114,9 +108,9 @@ def find_layers(model: nn.Module) -> list[LayerInfo]:
     parameter (packed ones, torch parametrizations) and those whose weight is never saved
     (sinusoids) are left out.
     """
-    unsaved = unsaved_tensors(model)
+    unsaved = ignored_on_save(model)
     tables = {
-        id(module._parameters.get("weight"))
+        id(own_parameters(module).get("weight"))
         for module in model.modules()
         if isinstance(module, nn.Embedding)
     }
@@ -128,11 +122,11 @@ def find_layers(model: nn.Module) -> list[LayerInfo]:
         if not name or not is_layer(module) or f"{name}.weight" in unsaved:
             continue
         found.append((name, module))
-        users.setdefault(id(module._parameters["weight"]), []).append(name)
+        users.setdefault(id(own_parameters(module)["weight"]), []).append(name)
 
     layers = []
     for name, module in found:
-        key = id(module._parameters["weight"])
+        key = id(own_parameters(module)["weight"])
         tied_to_table = key in tables and not isinstance(module, nn.Embedding)
         rows, columns = matrix_shape(module)
         layers.append(
@@ -178,8 +172,8 @@ def unsupported_weights(model: nn.Module) -> dict[str, str]:
     Returns:
         Parameter name -> why it is skipped, with its share of all weights.
     """
-    known = {id(layer.module._parameters["weight"]) for layer in find_layers(model)}
-    unsaved = unsaved_tensors(model)
+    known = {id(own_parameters(layer.module)["weight"]) for layer in find_layers(model)}
+    unsaved = ignored_on_save(model)
     total = sum(parameter.numel() for parameter in model.parameters())
     others = {}
     for name, parameter in model.named_parameters():
@@ -196,7 +190,7 @@ def _why_no_layer(model: nn.Module, name: str) -> str:
     module = model.get_submodule(owner)
     if isinstance(module, ParametrizationList):
         return "a torch parametrization computes the weight from it"
-    if name in unsaved_tensors(model):
+    if name in ignored_on_save(model):
         return "the model computes it; it is in no checkpoint"
     kind = type(module).__name__
     if leaf == "weight":

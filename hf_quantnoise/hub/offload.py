@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.integrations.accelerate import load_offloaded_parameter
+
+from ..compat import is_initialized, load_offloaded_parameter, offloaded_names
 
 
 def is_offloaded(module: nn.Module) -> bool:
@@ -16,11 +17,7 @@ def is_offloaded(module: nn.Module) -> bool:
 def was_read(layer: nn.Module, name: str) -> bool:
     """Return whether a tensor of a layer was loaded from the checkpoint."""
     tensor = layer.get_parameter(name)
-    if tensor.is_meta:
-        weights = layer._hf_hook.weights_map
-        # A set of the names: `in weights` would read the tensor from disk.
-        return f"{getattr(weights, 'prefix', '')}{name}" in set(weights)
-    return getattr(tensor, "_is_hf_initialized", False)
+    return name in offloaded_names(layer) if tensor.is_meta else is_initialized(tensor)
 
 
 def cannot_be_fetched(name: str, reason: str) -> ValueError:

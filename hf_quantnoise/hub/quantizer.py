@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
+from ..compat import DisableTorchFunction, has_adapter, mark_quantized, own_parameters
 from ..configuration import QUANT_METHOD, QuantizedModelConfig
 from ..modeling import (
     PackedLayer,
@@ -104,7 +105,7 @@ class QuantNoiseHfQuantizer(HfQuantizer):
             )
         allow_sentinels(model, config)
         # transformers intercepts every torch function here to create tensors on the meta device.
-        with torch._C.DisableTorchFunction():
+        with DisableTorchFunction():
             self.quantization_config, layers, self._joined = build_skeleton(model, config)
             self._shapes = dense_shapes(model)
             self._read = read_packed(model, layers, checkpoint_files, device_map)
@@ -169,7 +170,7 @@ class QuantNoiseHfQuantizer(HfQuantizer):
             if (sub_config := getattr(model.config, key, None)) is not None:
                 sub_config.dtype = model.dtype
         # With an adapter loaded, transformers writes only the adapter.
-        if not getattr(model, "_hf_peft_config_loaded", False):
+        if not has_adapter(model):
             drop_replaced_layers(model, self.quantization_config)
         state_dict = model.state_dict()
         written: dict[int, Tensor] = {}  # tied layers must keep sharing one tensor
@@ -177,7 +178,7 @@ class QuantNoiseHfQuantizer(HfQuantizer):
             keys = {name: f"{prefix}.{name}" for name, _ in layer.named_parameters(recurse=False)}
             tensors = {name: fetched(model, key, state_dict[key]) for name, key in keys.items()}
             for name, tensor in stored_tensors(layer, tensors).items():
-                identity = id(layer._parameters[name])
+                identity = id(own_parameters(layer)[name])
                 state_dict[keys[name]] = written.setdefault(identity, tensor)
         for name in sentinel_names(self.quantization_config, model):
             state_dict[name] = torch.zeros(1, dtype=torch.uint8)
@@ -203,7 +204,7 @@ class QuantNoiseHfQuantizer(HfQuantizer):
 def _set_quantized(model: PreTrainedModel, value: bool) -> None:
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
-            module.config._is_quantized = value
+            mark_quantized(module.config, value)
 
 
 def _require_no_data(config: QuantizedModelConfig) -> None:
@@ -244,7 +245,7 @@ def _align(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, PackedLayer | nn.Embedding):
             continue
-        for parameter in module._parameters.values():
+        for parameter in own_parameters(module).values():
             if parameter is None or parameter.dim() < 2 or parameter.device.type != "cpu":
                 continue
             if parameter.data_ptr() % LINE:

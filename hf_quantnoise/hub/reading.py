@@ -22,9 +22,17 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightTransform
 
+from ..compat import (
+    WeightTransform,
+    dtype_plan,
+    get_model_conversion_mapping,
+    ignored_if_unexpected,
+    mark_initialized,
+    own_parameters,
+    persistent_buffer_names,
+    weight_conversions,
+)
 from ..distributed import is_distributed
 from ..modeling import PackedLayer
 from .skeleton import spellings
@@ -68,7 +76,7 @@ def read_packed(
         if _fill(layer, {parameter: source[key]() for parameter, key in keys.items()}):
             read += keys.values()
     if read:
-        model._keys_to_ignore_on_load_unexpected.add(pattern_of(read))
+        ignored_if_unexpected(model).add(pattern_of(read))
     return read
 
 
@@ -80,7 +88,7 @@ def require_no_renaming(model: PreTrainedModel, read: Iterable[str]) -> None:
     Raises:
         ValueError: naming the tensor.
     """
-    is_renamed = _renaming_test(model._weight_conversions or ())
+    is_renamed = _renaming_test(weight_conversions(model))
     if (key := next(filter(is_renamed, read), None)) is not None:
         raise ValueError(
             f"invalid key_mapping: it renames {key}, which a layer of the plan needs under that "
@@ -98,7 +106,7 @@ def _can_read(model: PreTrainedModel, files: Sequence[str] | None, device_map: o
         and sys.platform != "win32"  # a mapped file cannot be overwritten there
         and files is not None
         and all(str(file).endswith(".safetensors") for file in files)
-        and not model._get_dtype_plan(model.dtype)
+        and not dtype_plan(model, model.dtype)
         and not is_distributed()
     )
 
@@ -157,9 +165,9 @@ def _keys_in_files(
 ) -> dict[str, str] | None:
     """Return parameter of a layer -> its name in the files; None if one of them is missing, or if
     the layer has buffers there as well."""
-    if layer._buffers.keys() - layer._non_persistent_buffers_set:
+    if persistent_buffer_names(layer):
         return None
-    parameters = [key for key, parameter in layer._parameters.items() if parameter is not None]
+    parameters = [key for key, parameter in own_parameters(layer).items() if parameter is not None]
     for spelling in spellings(model, name):
         keys = {key: f"{spelling}.{key}" for key in parameters}
         if all(key in known for key in keys.values()):
@@ -169,7 +177,7 @@ def _keys_in_files(
 
 def _fill(layer: PackedLayer, tensors: dict[str, Tensor]) -> bool:
     """Put tensors into a layer and return True, or return False if their shapes do not match."""
-    empty = layer._parameters
+    empty = own_parameters(layer)
     if any(tensor.shape != empty[name].shape for name, tensor in tensors.items()):
         return False
     for name, tensor in tensors.items():
@@ -177,7 +185,7 @@ def _fill(layer: PackedLayer, tensors: dict[str, Tensor]) -> bool:
         if tensor.is_floating_point():
             tensor = tensor.to(empty[name].dtype)
         parameter = nn.Parameter(tensor, trained)
-        parameter._is_hf_initialized = True
+        mark_initialized(parameter)
         layer.register_parameter(name, parameter)
     layer._loading.is_read = True
     return True

@@ -14,12 +14,13 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..blocks import matrix_shape
+from ..compat import ignored_if_missing, ignored_if_unexpected, ignored_on_save, own_parameters
 from ..configuration import LAYER_KEYS, QuantizedModelConfig
 from ..modeling import PackedLayer, is_packed, pack_skeleton, packed_names
 from ..modeling.structural_changes import declare_shared, tied_after_loading
 from ..modeling.ties import TieRewriter
 from ..quantizers import quantizer_from_dict
-from ..structure import is_layer, unsaved_tensors
+from ..structure import is_layer
 
 logger = logging.get_logger(__name__)
 
@@ -48,7 +49,7 @@ def allow_sentinels(model: PreTrainedModel, config: QuantizedModelConfig) -> Non
     # The first files had a single one, whatever its part.
     for name in {*sentinel_names(config, model), f"{min(config.plan)}.weight"}:
         short = name.removeprefix(f"{model.base_model_prefix}.")
-        model._keys_to_ignore_on_load_unexpected.add(rf"(^|\.){re.escape(short)}$")
+        ignored_if_unexpected(model).add(rf"(^|\.){re.escape(short)}$")
 
 
 def spellings(model: PreTrainedModel, name: str) -> tuple[str, str, str]:
@@ -95,7 +96,7 @@ def build_skeleton(
     rewriter.rewrite({name: packed_names(layer) for name, layer in layers.items()})
     untied = tied_after_loading(model, local.shared_layers)
     declare_shared(model, local.shared_layers, without=untied)
-    model._keys_to_ignore_on_load_missing.update(f"^{re.escape(name)}$" for name in untied)
+    ignored_if_missing(model).update(f"^{re.escape(name)}$" for name in untied)
     return local, layers, plan.keys() - stored.keys()
 
 
@@ -137,10 +138,10 @@ class _Names:
         self.parameters = {
             f"{name}.{key}" if name else key
             for name, module in self.modules.items()
-            for key, parameter in module._parameters.items()
+            for key, parameter in own_parameters(module).items()
             if parameter is not None
         }
-        self.unsaved = unsaved_tensors(model)
+        self.unsaved = ignored_on_save(model)
 
     def find(self, name: str) -> str | None:
         """Return the local name for a name of the checkpoint, or None if this class lacks it."""

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..compat import conv_padding
 from .record import LayerType, register_layer_type
 
 
@@ -43,7 +44,7 @@ def _input_energy(layer: nn.Module, inputs: Tensor) -> Tensor:
     takes."""
     dims = len(layer.kernel_size)
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    squares = F.pad(inputs.float(), layer._reversed_padding_repeated_twice, mode=mode).square()
+    squares = F.pad(inputs.float(), conv_padding(layer), mode=mode).square()
     sums = [window.sum((0, *range(2, dims + 2))) for window in _windows(layer, squares)]
     by_group = torch.stack(sums, 1).reshape(layer.groups, -1)
     if layer.groups == 1:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..blocks import matrix_shape, weight_matrix
+from ..compat import mark_initialized, own_buffers, own_parameters
 from ..quantizers import Quantizer
 from ..quantizers.packing import pack_codes
 from .activations import rounds_inputs
@@ -31,7 +32,7 @@ def packed_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def packed_names(layer: nn.Module) -> list[str]:
     """Return the names of the tensors that hold a packed layer's weight."""
-    return [name for name in layer._parameters if name.startswith(PREFIX)]
+    return [name for name in own_parameters(layer) if name.startswith(PREFIX)]
 
 
 def _indices_shape(quantizer: Quantizer, rows: int, columns: int) -> tuple[int, ...]:
@@ -60,7 +61,7 @@ def stored_tensors(
         layer: the layer.
         tensors: its tensors, if they are not in the layer itself (offloaded).
     """
-    tensors = dict(layer._parameters) if tensors is None else tensors
+    tensors = dict(own_parameters(layer)) if tensors is None else tensors
     state = {key: tensors[PREFIX + key] for key in layer.quantizer.state_spec(1, 1)}
     stored = layer.quantizer.to_storage(state)
     return {**tensors, **{PREFIX + key: tensor for key, tensor in stored.items()}}
@@ -104,7 +105,7 @@ def _become_packed(
     floats_first = {name: tensors[name] for name in sorted(tensors, key=INDICES.__eq__)}
     parameters = _parameters(quantizer, floats_first)
     for layer in layers:
-        del layer._parameters["weight"]
+        del own_parameters(layer)["weight"]
         layer.__class__ = packed_class(type(layer))
         # Past nn.Module.__setattr__: none of these is a tensor or a module.
         vars(layer).update(quantizer=quantizer, rows=rows, columns=columns, weight_shape=shape)
@@ -117,7 +118,7 @@ def _become_packed(
                 layer.register_parameter(name, nn.Parameter(scalar, requires_grad=False))
         # Otherwise transformers' _init_weights decodes the weight to initialise a temporary.
         # Buffers of the layer (the scale of Gemma's table) are in no file and need it.
-        layer._is_hf_initialized = not layer._buffers
+        mark_initialized(layer, not own_buffers(layer))
 
 
 @torch.no_grad()
@@ -208,13 +209,13 @@ def unpack_model(model: nn.Module) -> nn.Module:
         if key not in weights:
             weights[key] = nn.Parameter(layer.decode().contiguous())
         for name in [*packed_names(layer), *INPUT_NAMES]:
-            layer._parameters.pop(name, None)
+            own_parameters(layer).pop(name, None)
         for name in _ATTRIBUTES:
             layer.__dict__.pop(name, None)
         layer.__class__ = type(layer).original_class
         # The weight comes first again: optimizers number the parameters.
-        others = dict(layer._parameters)
-        layer._parameters.clear()
+        others = dict(own_parameters(layer))
+        own_parameters(layer).clear()
         layer.register_parameter("weight", weights[key])
-        layer._parameters.update(others)
+        own_parameters(layer).update(others)
     return model

@@ -7,6 +7,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from ..compat import disabled_torch_function
+
 # The in-place methods that weights are usually written with.
 _WRITES = (
     *("copy_", "fill_", "zero_", "normal_", "uniform_", "add_", "sub_", "mul_", "div_"),
@@ -22,7 +24,7 @@ class ReadOnlyWeight(Tensor):
     """
 
     # Operations are as fast as on a regular tensor, and return one.
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = disabled_torch_function
 
     @property
     def data(self) -> Tensor:

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 
 from transformers import PreTrainedModel
 
-_MAP = "_tied_weights_keys"
+from ..compat import TIED_WEIGHTS
+
 # Where a module keeps the map that its own __init__ has set (Marian's), if it did.
 _ORIGINAL_MAP = "_quant_noise_original_ties"
 
@@ -33,7 +34,7 @@ class TieRewriter:
             tensors_of: layer name -> names of its packed tensors (``weight_indices``, ...).
         """
         for prefix, module, ties in self._maps:
-            original = {key: value for key, value in vars(module).items() if key == _MAP}
+            original = {key: value for key, value in vars(module).items() if key == TIED_WEIGHTS}
             module.__dict__.setdefault(_ORIGINAL_MAP, original)  # later stages see a renamed map
             start = f"{prefix}." if prefix else ""
             packed = {
@@ -43,7 +44,7 @@ class TieRewriter:
             }
             renamed = _rename(ties, packed)
             if renamed != ties:
-                module._tied_weights_keys = renamed  # on the instance; the class keeps its own
+                setattr(module, TIED_WEIGHTS, renamed)  # on the instance; the class keeps its own
             module.all_tied_weights_keys = _rename(module.all_tied_weights_keys, packed)
 
 
@@ -51,7 +52,7 @@ def restore_ties(model: PreTrainedModel) -> None:
     """Restore the tie maps of the dense model, after it was dequantized."""
     submodels = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     for module in submodels:
-        module.__dict__.pop(_MAP, None)
+        module.__dict__.pop(TIED_WEIGHTS, None)
         module.__dict__.update(module.__dict__.pop(_ORIGINAL_MAP, {}))
     for module in submodels:
         module.all_tied_weights_keys = module.get_expanded_tied_weights_keys(all_submodels=True)

@@ -7,8 +7,8 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_quantnoise import QuantNoiseConfig
 from hf_quantnoise.blocks import weight_matrix
-from hf_quantnoise.layer_types import layer_type_of
 from hf_quantnoise.configuration import NOISES
+from hf_quantnoise.layer_types import layer_type_of
 from hf_quantnoise.noise.operator import WeightNoise
 from hf_quantnoise.quantizers.base import StraightThrough
 
