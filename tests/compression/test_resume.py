@@ -221,7 +221,7 @@ def test_a_half_removed_run_is_not_resumed(
             for name, tensor in load_file(path).items()
         }
         save_file(other, path)
-    # Stands for a kill: only the first file has been removed.
+    # As after a kill: only the first file has been removed.
     with monkeypatch.context() as patch, pytest.raises(TypeError):
         patch.setattr(checkpoints.shutil, "rmtree", None)
         make_bert_trainer(tmp_path, parity_data).compress(CONFIG, ARGUMENTS)

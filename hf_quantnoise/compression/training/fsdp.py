@@ -6,7 +6,7 @@ trainer's own, unsharded model, and a new copy is sharded for each training.
 
 Not everything can be sharded: packed layers are small and hold integers, scalars have no shards,
 and a weight of several layers would belong to several sharded units. Such parameters are replicated
-on every rank, and their gradients are averaged as DDP would do.
+on every rank, and their gradients are averaged as in DDP.
 """
 
 from __future__ import annotations
