@@ -81,7 +81,7 @@ def _require_known_lengths(
     trainer: Trainer, args: CompressionArguments, stages: Iterable[str | None]
 ) -> None:
     """Refuse epochs of data of unknown length. ``max_steps`` of the trainer is not for stages."""
-    settings = map(args.of_stage, stages)
+    settings = map(args.settings_of, stages)
     if not has_length(trainer.train_dataset) and any(
         s.trains and s.steps is None for s in settings
     ):
