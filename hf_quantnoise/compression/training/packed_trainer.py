@@ -10,6 +10,7 @@ import re
 import torch
 from torch import nn
 from transformers import Trainer
+from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import CONFIG_NAME, logging
 
 from ...compat import undo_accelerate_prepare, without_compile_wrapper
@@ -108,6 +109,8 @@ class PackedModelTrainer(Trainer):
         Raises:
             ValueError: if the checkpoint has other packed layers than the model.
         """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
         if isinstance(resume_from_checkpoint, (str, os.PathLike)):
             _require_same_layers(self.model, resume_from_checkpoint)
         if without_compile_wrapper(self.model_wrapped) is self.model:  # and not inside DDP
