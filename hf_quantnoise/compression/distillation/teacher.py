@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Trainer
 
@@ -18,9 +16,6 @@ from ...modeling.activations import evaluating
 from ..arguments import CompressionArguments
 from .features import eager_attention, inner_terms, without_attention_dropout
 from .logits import logits_divergence
-from .teacher_cache import TeacherCache
-
-_CACHE = "teacher_cache.safetensors"
 
 
 class Teacher:
@@ -30,11 +25,10 @@ class Teacher:
         student: the model that is compressed, before anything is changed.
         given: the model to learn from, frozen and put in eval mode in place; None takes a copy of
             the student.
-        args: weights of the terms, temperature, device and cache.
+        args: weights of the terms, temperature and device.
 
     Attributes:
         model: the frozen model.
-        cache: its logits so far, or None.
         flags: keyword arguments that both forwards need.
 
     Raises:
@@ -55,9 +49,6 @@ class Teacher:
         self.model = model.eval().requires_grad_(False).to(device)
         self.device = next(self.model.parameters()).device
         self.decodes = bool(getattr(student.config, "is_encoder_decoder", False))
-        self.cache = (
-            TeacherCache(args.distill_cache_mb, self.decodes) if args.distill_cache else None
-        )
         self.terms, self.flags = inner_terms(
             args.distill_hidden, args.distill_attention, args.distill_layers
         )
@@ -76,21 +67,8 @@ class Teacher:
         return {name: value for name, value in inputs.items() if name not in label_names}
 
     @torch.no_grad()
-    def outputs(
-        self, inputs: Mapping[str, Any], label_names: list[str], cached: bool = True
-    ) -> dict[str, Any]:
-        """What the teacher says to a batch, on the device of the batch.
-
-        Args:
-            inputs: the batch, with labels or without.
-            label_names: which of it are labels.
-            cached: False leaves the cache as it is, and unread.
-        """
-        if self.cache is not None and cached:
-            return self.cache.outputs(inputs, lambda part: self._forward(part, label_names))
-        return self._forward(inputs, label_names)
-
-    def _forward(self, inputs: Mapping[str, Any], label_names: list[str]) -> dict[str, Any]:
+    def outputs(self, inputs: Mapping[str, Any], label_names: list[str]) -> dict[str, Any]:
+        """Return the teacher's outputs for a batch (labels are ignored), on the batch's device."""
         home = next(x.device for x in inputs.values() if isinstance(x, Tensor))
         batch = send_to_device(self.inputs_of(inputs, label_names), self.device)
         outputs = self.model(**batch, **self.flags)
@@ -134,8 +112,6 @@ class Teacher:
         inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
         with raise_on_all_ranks():  # each rank has examples of its own size
             self._compare(trainer.model, inputs, trainer.label_names)
-            if self.cache is not None and hasattr(trainer.train_dataset, "__len__"):
-                self.cache.require_room(len(trainer.train_dataset))
 
     @torch.no_grad()
     def _compare(
@@ -144,16 +120,6 @@ class Teacher:
         with evaluating(student), self.attention_maps(student):
             batch = self.inputs_of(inputs, label_names)
             self.divergences(student, student(**batch, **self.flags), inputs, label_names)
-
-    def files(self) -> dict[str, dict[str, Tensor]]:
-        """What has been gathered, to go on with after a kill: name of a file -> its tensors."""
-        return {} if self.cache is None else {_CACHE: self.cache.tensors()}
-
-    def take_files(self, folder: str) -> None:
-        """The inverse of :meth:`files`, once they are in a folder; nothing where they are not."""
-        path = os.path.join(folder, _CACHE)
-        if self.cache is not None and os.path.isfile(path):
-            self.cache.take(load_file(path))
 
     def attention_maps(self, student: nn.Module):
         """A context in which both models compute their attention maps, if they are a target."""
