@@ -127,7 +127,7 @@ class QuantNoiseHfQuantizer(HfQuantizer):
             if layer._is_read:
                 del layer._is_read
                 continue
-            if is_offloaded(layer) and layer.quantizer.is_stored_otherwise:
+            if is_offloaded(layer) and layer.quantizer.has_storage_form:
                 raise cannot_be_fetched(name, "stores its centroids in 8 bits")
             self._require_read(name, layer)
         read_states(model)

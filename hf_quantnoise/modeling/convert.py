@@ -62,7 +62,7 @@ def read_states(model: nn.Module) -> None:
     """After a checkpoint was read: the float state of every packed layer gets its working form."""
     read: dict[int, dict[str, nn.Parameter]] = {}
     for _, layer in packed_layers(model):
-        if not layer.quantizer.is_stored_otherwise:
+        if not layer.quantizer.has_storage_form:
             continue
         key = id(layer.weight_indices)  # tied layers go on sharing one set
         if key not in read:

@@ -37,7 +37,7 @@ def take_stored(
     codes = [key for key, tensor in come.items() if not tensor.is_floating_point()]
     for key in codes:
         del state_dict[names[key]]
-    if not layer.quantizer.is_stored_otherwise:
+    if not layer.quantizer.has_storage_form:
         return [
             f"{names[key]} is of dtype {come[key].dtype}, and the model stores its own as "
             f"{layer.quantizer.short_name}: the file is of a model that was stored in another way; "

@@ -49,15 +49,9 @@ class Quantizer(ABC):
 
     scheme: ClassVar[str]
     block_size: int
+    code_bits: int
     codes_per_block: ClassVar[int] = 1
-
-    @property
-    @abstractmethod
-    def code_bits(self) -> int: ...
-
-    @property
-    @abstractmethod
-    def short_name(self) -> str: ...
+    short_name: str
 
     @abstractmethod
     def fit(
@@ -120,8 +114,8 @@ class Quantizer(ABC):
         return tensor.to(dtype) if smaller else tensor
 
     @property
-    def is_stored_otherwise(self) -> bool:
-        """Whether :meth:`from_storage` changes the state."""
+    def has_storage_form(self) -> bool:
+        """Whether files hold another form of the state, which :meth:`from_storage` converts."""
         return False
 
     def from_storage(self, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -329,7 +329,7 @@ def test_apply_twice_raises():
         ),
         (
             {"block_size": {"attention": 8}},
-            "block_size={'attention': 8} has no entry",
+            "block_size has no entry for its group 'embeddings'",
         ),
         (
             {"noise": "pq", "n_centroids": 4096},
