@@ -73,7 +73,7 @@ class ActivationNoise:
 
     def _range_on(self, device: torch.device) -> tuple[Tensor, Tensor] | None:
         if self.range is not None and self.range[0].device != device:
-            self.range = tuple(value.to(device) for value in self.range)
+            self.range = (self.range[0].to(device), self.range[1].to(device))
         return self.range
 
     @property

@@ -56,7 +56,7 @@ class NoiseFunction(ABC):
 
     def n_choices(self, n_blocks: int) -> int:
         """Return the size of the set J is sampled from: blocks, or clusters of blocks."""
-        return self.quantizer.n_centroids if self.by_cluster else n_blocks
+        return n_blocks
 
     @abstractmethod
     def distort(self, matrix: Tensor, chosen: BlockMask, rows: Tensor | None = None) -> None:
@@ -91,6 +91,9 @@ class BlockNoise(NoiseFunction):
         self.has_codes = self.needs_codes or self.by_cluster
         if self.has_codes:
             self.refreshed = "codebooks"
+
+    def n_choices(self, n_blocks):
+        return self.quantizer.n_centroids if self.by_cluster else n_blocks
 
     def check(self, rows, columns):
         reason = super().check(rows, columns)

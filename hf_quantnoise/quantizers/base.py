@@ -49,9 +49,15 @@ class Quantizer(ABC):
 
     scheme: ClassVar[str]
     block_size: int
-    code_bits: int
     codes_per_block: ClassVar[int] = 1
-    short_name: str
+
+    @property
+    @abstractmethod
+    def code_bits(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def short_name(self) -> str: ...
 
     @abstractmethod
     def fit(

@@ -108,15 +108,6 @@ def test_distort_of_rows_matches_the_table(name, p):
     assert torch.equal(some, table[rows])
 
 
-def test_int4_has_at_most_16_values_and_uses_them():
-    """With a scale for 8 bits, int4 would span a sixteenth of the range."""
-    function = fitted("int4", block_size=8)
-    noisy = matrix()
-    function.distort(noisy, BlockMask(noisy.numel()))
-    assert 12 <= noisy.unique().numel() <= 16
-    assert noisy.max() - noisy.min() > 0.9 * (matrix().max() - matrix().min())
-
-
 def test_fixed_point_noise_ignores_block_size():
     function = make("int8", block_size=7)
     assert function.block_size == 1
