@@ -2,8 +2,8 @@
 
     bits: Annotated[int, integer(1, 8)] = option(8, "Bits per weight.")
 
-Command-line flags (``flags.py``) and the page docs/configuration.md (``reference.py``) are made
-from these fields.
+Command-line flags (``flags.py``) and docs/configuration.md (``docs/write_configuration.py``) are
+made from these fields.
 
 ``huggingface_hub.dataclasses`` is not used for the checks: its errors span several lines and are
 not ``ValueError``s, it refuses an int for a float or a tuple for a list, and its metadata cannot be
@@ -140,6 +140,7 @@ def documented(config: Class) -> Class:
 
 def as_code(text: str, names: Iterable[str]) -> str:
     """Return a help text as Markdown: quoted values and names of options become code."""
-    text = re.sub(r"(?<!\w)'([^']+)'", r'`"\1"`', text)
     known = "|".join(sorted(map(re.escape, names), key=len, reverse=True))
-    return re.sub(rf"(?<![\w`\".])({known})(?![\w`\"])", r"`\1`", text)
+    # JSON, a quoted value, or a name.
+    pattern = rf"(\{{[^{{}}]*(?:\{{[^{{}}]*\}}[^{{}}]*)*\}})|(?<!\w)('[^']+')(?!\w)|\b({known})\b"
+    return re.sub(pattern, lambda match: f"`{match[0]}`".replace("'", '"'), text)
