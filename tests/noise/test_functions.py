@@ -129,9 +129,9 @@ def test_refresh_follows_the_weights():
         before = {key: tensor.clone() for key, tensor in function.state.items()}
         function.refresh(matrix() * 3, seed=0)
         assert any(not torch.equal(before[key], function.state[key]) for key in before)
-        again = fitted(name)
-        again.refresh(matrix() * 3, seed=0)
-        assert all(torch.equal(again.state[key], function.state[key]) for key in before)
+        another = fitted(name)
+        another.refresh(matrix() * 3, seed=0)
+        assert all(torch.equal(another.state[key], function.state[key]) for key in before)
 
 
 def test_refresh_on_the_same_weights_keeps_the_error():

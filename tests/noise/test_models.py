@@ -133,11 +133,11 @@ def test_recomputed_tied_layers_see_the_same_mask(use_reentrant):
     model = apply_quant_noise(Model().train(), config("proxy", 0.4, block_size=4))
     x = torch.randn(4, 16, requires_grad=True)
     found = []
-    for again in (False, True):
+    for recompute_layers in (False, True):
         model.zero_grad()
         set_seed(3)
         # Two forwards before the backward.
-        (model(x, again).sum() + model(2 * x, again).sum()).backward()
+        (model(x, recompute_layers).sum() + model(2 * x, recompute_layers).sum()).backward()
         found.append([p.grad.clone() for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 

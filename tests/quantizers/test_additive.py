@@ -72,7 +72,7 @@ def test_codes_match_a_float64_beam_search():
 
 @pytest.mark.parametrize("spread", [0.0, 1.0], ids=["gaussian", "correlated"])
 def test_two_codebooks_beat_one_at_equal_bytes(spread):
-    """Blocks of 8 beside blocks of 4; 8 bits per centroid pay for the larger codebooks."""
+    """Blocks of 8 against blocks of 4; 8-bit centroids offset the larger codebooks."""
     matrix = normal(256, 256) + spread * normal(256, 64, seed=1).repeat_interleave(4, 1)
     one = ProductQuantizer(block_size=4, n_centroids=64)
     two = AdditiveQuantizer(block_size=8, n_centroids=63, codebook_bits=8)

@@ -84,9 +84,9 @@ def test_histogram_observer_keeps_running_extremes():
     _, running = quantizer.fit_running(wide)
     _, running = quantizer.fit_running(narrow, running)
     assert [float(value) for value in running] == [-4.0, 4.0]
-    again, _ = quantizer.fit_running(narrow, running)
+    state, _ = quantizer.fit_running(narrow, running)
     # The running extremes widen the search, not the result.
-    assert float(again["scale"]) < 2.2 / 255
+    assert float(state["scale"]) < 2.2 / 255
 
 
 @pytest.mark.parametrize("config", [QuantNoiseConfig, FixedPointConfig])
