@@ -20,7 +20,7 @@ from ..structure import (
 )
 from .functions import NoiseFunction
 from .layerdrop import LayerDrop, droppable_chunks, make_droppable, make_undroppable
-from .layers import LayerNoise, is_noisy, make_clean, make_noisy
+from .layers import LayerNoise, is_noisy, make_noisy, remove_noise
 from .operator import WeightNoise
 from .state import NoisedWeight, QuantNoiseState, attach, detach, find_state
 
@@ -125,7 +125,7 @@ def remove_quant_noise(model: nn.Module) -> nn.Module:
         state.sharing.undo()
     for module in model.modules():
         if is_noisy(module):
-            make_clean(module)
+            remove_noise(module)
     make_undroppable(model)
     detach(model)
     return model

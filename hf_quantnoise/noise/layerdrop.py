@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -34,6 +34,7 @@ logger = logging.get_logger(__name__)
 HIDDEN = "hidden_states"
 
 
+@dataclass
 class LayerDrop:
     """Settings of LayerDrop, shared by all droppable layers of a model.
 
@@ -45,13 +46,10 @@ class LayerDrop:
         created: the tensors that layers created, besides hidden states, and those layers.
     """
 
-    def __init__(
-        self, rate: float, straight_through: bool = False, chunks: Sequence[Chunk] = ()
-    ) -> None:
-        self.rate = rate
-        self.straight_through = straight_through
-        self.chunks = list(chunks)
-        self.created: list[tuple[weakref.ref, DroppableLayer]] = []
+    rate: float
+    straight_through: bool
+    chunks: list[Chunk]
+    created: list[tuple[weakref.ref, DroppableLayer]] = field(default_factory=list)
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "created": []}

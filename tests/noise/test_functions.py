@@ -60,11 +60,11 @@ EXPECTED = {
 @pytest.mark.parametrize("name", KINDS)
 def test_distort_applies_phi_to_chosen_blocks_only(name, p):
     function = fitted(name)
-    clean, noisy = matrix(), matrix()
+    dense, noisy = matrix(), matrix()
     chosen = chosen_blocks(function, p)
     function.distort(noisy, chosen)
     mask = chosen.as_mask()
-    before, after = (m.view(-1, function.block_size) for m in (clean, noisy))
+    before, after = (m.view(-1, function.block_size) for m in (dense, noisy))
     assert torch.equal(after[~mask], before[~mask])
     expected = EXPECTED[name](function, before)[mask]
     torch.testing.assert_close(after[mask].double(), expected, rtol=1e-5, atol=1e-6)

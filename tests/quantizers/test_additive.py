@@ -93,8 +93,8 @@ def test_importance_lowers_the_weighted_error():
     quantizer = AdditiveQuantizer(block_size=8, n_centroids=32)
     state = quantizer.fit(matrix)
     squares = (quantizer.quantize(matrix, state) - matrix).double().square()
-    plain = float((importance * squares).sum())
-    assert error_of(quantizer, matrix, importance) < 0.8 * plain
+    unweighted = float((importance * squares).sum())
+    assert error_of(quantizer, matrix, importance) < 0.8 * unweighted
     rows = normal(128, 1, seed=3).mul(1.5).exp()
     assert error_of(quantizer, matrix, rows) < 0.8 * float((rows * squares).sum())
 
