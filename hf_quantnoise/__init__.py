@@ -6,6 +6,7 @@ Importing the package also teaches ``transformers`` to load the models it compre
 
 from .callback import QuantNoiseCallback
 from .compression import CompressionArguments, allocate_bits, quantize_model
+from .compression.bit_allocation.allocate import allot as allot
 from .configuration import FixedPointConfig, IPQConfig, QuantNoiseConfig
 from .export import export_aqlm, export_onnx
 from .hub import (

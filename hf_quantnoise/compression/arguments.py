@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..validation import check_int
-from .distillation.losses import read_layers
+from .distillation.features import parse_layers
 
 SCHEDULES = ("restart", "continue")
 
@@ -181,7 +181,7 @@ class CompressionArguments:
                 "out; set distill=True (distill_weight=0 for no term of the logits)"
             )
         if self.distill_layers not in ("all", "last"):
-            read_layers(self.distill_layers)
+            parse_layers(self.distill_layers)
         if self.teacher_device is not None:
             try:
                 torch.device(self.teacher_device)

@@ -27,14 +27,15 @@ from ..hub.packer import ModelPacker, StageResult
 from ..modeling.activations import calibrate
 from ..noise import apply_quant_noise, remove_quant_noise
 from .arguments import CompressionArguments, StageSettings
-from .bit_allocation.allocate import first_batches, within_target
+from .bit_allocation.allocate import resolve_target
 from .checkpoints import FOLDER, SavedStage, StageCheckpoints, load_in_memory_tensors
 from .distillation.teacher import Teacher
 from .fingerprint import Fingerprint, require_same_settings, settings_fingerprint
 from .oneshot import without_noise
 from .preflight import check_compression
 from .reporting.logs import forward_logs, log_errors, log_record
-from .reporting.record import StageRecord, metric_when_packed, record_of
+from .reporting.record import StageRecord, evaluate_packed, measure_stage
+from .training.data import first_batches
 from .training.fsdp import share_what_rank_0_read
 from .training.packed_trainer import undo_accelerate_prepare
 from .training.pending_noise import PendingNoise, noise_to_keep
@@ -112,10 +113,10 @@ class CompressionPipeline:
     def _begin(self) -> int:
         batches = first_batches(self.trainer, self.args.budget_batches)
         config = without_noise(self.model, self.config)
-        config = within_target(self.model, config, batches, self._bars, table=True)
+        config = resolve_target(self.model, config, batches, self._bars, table=True)
         self.packer = ModelPacker(self.model, config, on_all_ranks=True)
         start = time.perf_counter()
-        self._add(record_of("dense", self._stage_trainer(None, 0), start))
+        self._add(measure_stage("dense", self._stage_trainer(None, 0), start))
         self._save(0)
         self._make_teacher()
         self._restructure()
@@ -126,7 +127,7 @@ class CompressionPipeline:
         self.packer.restructure()
         self.noise = PendingNoise(self.model, self.noise_config)
         if self.packer.restructuring.changes and record:
-            self._add(record_of("restructured", self._stage_trainer(None, 0), start))
+            self._add(measure_stage("restructured", self._stage_trainer(None, 0), start))
 
     def _make_teacher(self) -> None:
         if self.args.distill and self._trains:
@@ -191,7 +192,7 @@ class CompressionPipeline:
         _calibrate(stage_trainer, self.model, packed)
         finetuning = packed_metric = {}
         if self.args.of_stage(stage).trains:
-            packed_metric = metric_when_packed(stage_trainer)
+            packed_metric = evaluate_packed(stage_trainer)
             checkpoint = self.files.checkpoint(number)
             if noise is not None:
                 apply_quant_noise(self.model, noise)
@@ -200,7 +201,7 @@ class CompressionPipeline:
             if self.args.stage_schedule == "continue":
                 self._optimizer_state = stage_trainer.optimizer_state()
         name = stage or "all"
-        self._add(record_of(name, stage_trainer, start, packed, finetuning, packed_metric))
+        self._add(measure_stage(name, stage_trainer, start, packed, finetuning, packed_metric))
         self._save(number)
 
     def _noise_on_waiting(self, stage: str | None) -> QuantNoiseConfig | None:
