@@ -15,7 +15,6 @@ from hf_quantnoise import (
     apply_quant_noise,
 )
 from hf_quantnoise.compression import stages
-from hf_quantnoise.modeling import packed_layers
 from hf_quantnoise.noise import find_state
 
 COMPILED = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
@@ -136,11 +135,3 @@ def test_noise_and_pass_are_those_of_eager_mode(bits, tmp_path, parity_data, mon
     for name, parameter in compiled[0].items():
         torch.testing.assert_close(parameter, eager[0][name], rtol=1e-3, atol=1e-5)
     assert compiled[1] == pytest.approx(eager[1], rel=1e-4)
-
-
-def test_blocks_cannot_be_reassigned_in_a_graph(tmp_path, parity_data):
-    args = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True, **COMPILED)
-    trainer = QuantNoiseTrainer(make_stacked("bert", 1), args, train_dataset=parity_data)
-    with pytest.raises(ValueError, match="reassign_steps=2 does not go with torch_compile"):
-        trainer.compress(IPQConfig(), CompressionArguments(reassign_steps=2))
-    assert not any(packed_layers(trainer.model))  # refused before anything was changed

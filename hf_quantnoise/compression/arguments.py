@@ -9,10 +9,17 @@ from typing import Any
 
 import torch
 
-from ..validation import check_int
 from .distillation.features import parse_layers
 
-SCHEDULES = ("restart", "continue")
+# Options that earlier releases had -> why they were removed. A file or a flag that still names one
+# is read with a warning that the option has no effect.
+REMOVED_OPTIONS = {
+    "reassign_steps": "reassigning blocks during finetuning gave no better models",
+    "reassign_share": "reassigning blocks during finetuning gave no better models",
+    "stage_schedule": "one schedule over all stages gave worse models than one for each stage",
+    "distill_cache": "caching the teacher's logits did not make training faster",
+    "distill_cache_mb": "caching the teacher's logits did not make training faster",
+}
 
 
 @dataclass(frozen=True)
@@ -70,13 +77,6 @@ class CompressionArguments:
             "codebook_learning_rate}}."
         },
     )
-    stage_schedule: str = field(
-        default="restart",
-        metadata={
-            "help": "'restart': each stage has an optimizer and a learning-rate schedule of its "
-            "own; 'continue': one schedule over all stages, and optimizer state of what stays."
-        },
-    )
     keep_noise: bool = field(
         default=False,
         metadata={"help": "Keep the trainer's noise on layers whose stage is yet to come."},
@@ -85,17 +85,6 @@ class CompressionArguments:
         default=8,
         metadata={
             "help": "Training batches that set the scales of activations and the importance."
-        },
-    )
-    reassign_steps: int | None = field(
-        default=None,
-        metadata={"help": "Optimizer steps after which blocks may change codewords; None: never."},
-    )
-    reassign_share: float = field(
-        default=1e-4,
-        metadata={
-            "help": "Share of all packed blocks that do so each time, at most; as many of them as "
-            "lower the loss of a further batch."
         },
     )
     budget_batches: int = field(
@@ -146,11 +135,6 @@ class CompressionArguments:
                 raise ValueError(f"{name}={value!r} must be above 0, or None")
         if self.stage_steps is not None and not self.stage_steps >= 0:
             raise ValueError(f"stage_steps={self.stage_steps!r} must be 0 or more, or None")
-        if self.stage_schedule not in SCHEDULES:
-            raise ValueError(
-                f"stage_schedule={self.stage_schedule!r} must be one of "
-                f"{', '.join(map(repr, SCHEDULES))}"
-            )
         self.stage_settings = _read_settings(self.stage_settings)
         if not self.stage_epochs >= 0:
             raise ValueError(f"stage_epochs={self.stage_epochs!r} must be 0 or more")
@@ -158,12 +142,6 @@ class CompressionArguments:
             raise ValueError(f"calibration_batches={self.calibration_batches!r} must be 1 or more")
         if not self.budget_batches >= 0:
             raise ValueError(f"budget_batches={self.budget_batches!r} must be 0 or more")
-        if self.reassign_steps is not None:
-            check_int("reassign_steps", self.reassign_steps, 1, 2**31)
-        if not 0 < self.reassign_share <= 1:
-            raise ValueError(
-                f"reassign_share={self.reassign_share!r} must be above 0 and at most 1"
-            )
         if not 0 <= self.distill_weight <= 1:
             raise ValueError(f"distill_weight={self.distill_weight!r} must be from 0 to 1")
         if not self.temperature > 0:
@@ -212,21 +190,14 @@ class CompressionArguments:
         """Compares ``stage_settings`` with the stages of a config.
 
         Raises:
-            ValueError: naming a stage that is none, or lengths that cannot be added up.
+            ValueError: naming a stage that the config does not have.
         """
-        stages = list(stages)
         known = ["all" if stage is None else stage for stage in stages]
         for stage in self.stage_settings or {}:
             if stage not in known:
                 raise ValueError(
                     f"stage_settings names the stage {stage!r}; the config's stages are {known}"
                 )
-        kinds = {self.of_stage(stage).steps is None for stage in stages}
-        if self.stage_schedule == "continue" and len(kinds) > 1:
-            raise ValueError(
-                "stage_schedule='continue' is one schedule over all stages; give the length of all "
-                "of them in epochs, or of all in steps"
-            )
 
 
 _KEYS = ("epochs", "steps", "learning_rate", "codebook_learning_rate")

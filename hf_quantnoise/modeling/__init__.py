@@ -8,7 +8,6 @@ from .convert import (
     packed_names,
     packed_shapes,
     read_states,
-    set_codes,
     unpack_model,
 )
 from .packed import PackedLayer
@@ -22,6 +21,5 @@ __all__ = [
     "packed_names",
     "packed_shapes",
     "read_states",
-    "set_codes",
     "unpack_model",
 ]

@@ -164,21 +164,6 @@ def pack_skeleton(
 
 
 @torch.no_grad()
-def set_codes(layers: Sequence[PackedLayer], codes: Tensor) -> None:
-    """Gives the layers that hold one packed weight other codes, in place.
-
-    Args:
-        layers: all packed layers that share the codes.
-        codes: shape (rows, codes_per_row), as ``PackedLayer.codes`` gives them.
-    """
-    indices = layers[0].weight_indices
-    packed = pack_codes(codes.reshape(-1), layers[0].quantizer.code_bits)
-    indices.data.copy_(packed.view_as(indices))
-    for layer in layers:
-        layer._counts = None
-
-
-@torch.no_grad()
 def unpack_model(model: nn.Module) -> nn.Module:
     """Gives every packed layer its decoded weight and its own class back, ties kept. In place."""
     weights: dict[int, nn.Parameter] = {}

@@ -8,8 +8,7 @@ below decode no more than they need: looked-up rows of a table, a bounded slice 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -79,8 +78,6 @@ class PackedLayer(DynamicSubclass):
     # transformers, which fills what stands in the state dict, passes the layer over.
     _is_read: bool = False
     _counts: Tensor | None = None
-    # Takes (rows, gradient of the decoded rows) in every backward (``compression/reassign.py``).
-    _on_gradient: Callable[[Tensor | slice | None, Tensor], None] | None = None
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The original forward, on rounded inputs where activations are quantized."""
@@ -154,10 +151,7 @@ class PackedLayer(DynamicSubclass):
             state["codebook"] = _AverageOverBlocks.apply(state["codebook"], self.block_counts())
         if rows is not None:
             state = self.quantizer.state_of_rows(state, rows)
-        decoded = self.quantizer.decode(codes, state)
-        if self._on_gradient is not None and decoded.requires_grad:
-            decoded.register_hook(partial(self._on_gradient, rows))
-        return decoded
+        return self.quantizer.decode(codes, state)
 
     def block_counts(self) -> Tensor:
         """|J_c|: how many blocks each codeword is used for, one for each row of the codebook."""

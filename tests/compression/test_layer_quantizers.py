@@ -7,8 +7,8 @@ import pytest
 import torch
 from support.processes import needs_gloo, on_two_ranks
 from support.stacked import inputs_of, make_stacked
-from support.stage_runs import make_pass_trainer
 from support.tiny import make_model
+from support.trainers import make_trainer
 
 import hf_quantnoise
 from hf_quantnoise import (
@@ -135,7 +135,7 @@ def test_compress_measures_sensitivity_on_training_data(tmp_path, parity_data, c
     monkeypatch.setattr(
         allocate, "costs_by_output", lambda *args: seen.append(args[2]) or original(*args)
     )
-    trainer = make_pass_trainer(
+    trainer = make_trainer(
         tmp_path / "run", make_model("bert"), parity_data, QuantNoiseConfig(p=0.1)
     )
     args = CompressionArguments(stage_epochs=0.2, budget_batches=2)
@@ -155,7 +155,7 @@ def test_compress_skips_a_stage_without_quantized_layers(tmp_path, parity_data):
         for name, layer in make_stacked("bert", 2).named_modules()
         if "attention" in name and hasattr(layer, "weight") and "LayerNorm" not in name
     }
-    trainer = make_pass_trainer(tmp_path, make_model("bert"), parity_data)
+    trainer = make_trainer(tmp_path, make_model("bert"), parity_data)
     small = trainer.compress(
         IPQConfig(n_centroids=16, layer_quantizers=layers), CompressionArguments(stage_epochs=0)
     )

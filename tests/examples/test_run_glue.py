@@ -305,7 +305,6 @@ def test_mistakes_are_named(flags, message, start, write_sets):
         (["--block_size", "5"], "block_size=5.*choose a block_size"),
         (["--stage_settings", '{"fnn": {"steps": 2}}'], "names the stage 'fnn'; the config's"),
         (["--keep_noise"], "keep_noise=True needs the noise of the run"),
-        (["--scheme", "fixed_point", "--reassign_steps", "2"], "reassign_steps=2 needs codewords"),
         (["--teacher_name_or_path", "./absent"], "--teacher_name_or_path './absent' cannot be"),
     ],
 )

@@ -118,9 +118,7 @@ def attention_loss(
     return loss
 
 
-def _padding_masks(
-    inputs: Mapping[str, Any], use_labels: bool = True
-) -> dict[str, Tensor | None]:
+def _padding_masks(inputs: Mapping[str, Any], use_labels: bool = True) -> dict[str, Tensor | None]:
     """Return the mask of each stack, False for padding.
 
     A decoder without a mask is masked by its labels, which are -100 for padding. Its keys need no

@@ -107,11 +107,12 @@ class Teacher:
         """
         inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
         student, label_names = trainer.model, trainer.label_names
-        with raise_on_all_ranks():  # the shapes of examples may differ between ranks
-            with torch.no_grad(), evaluating(student), self.attention_maps(student):
-                batch = self.model_inputs(inputs, label_names)
-                outputs = student(**batch, **self.forward_kwargs)
-                self.loss_terms(student, outputs, inputs, label_names)
+        batch = self.model_inputs(inputs, label_names)
+        # The shapes of examples may differ between ranks.
+        maps = self.attention_maps(student)
+        with raise_on_all_ranks(), torch.no_grad(), evaluating(student), maps:
+            outputs = student(**batch, **self.forward_kwargs)
+            self.loss_terms(student, outputs, inputs, label_names)
 
     def attention_maps(self, student: nn.Module):
         """Return a context in which both models return attention maps, if they are distilled."""

@@ -8,8 +8,8 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
+from support import trainers
 from support.stacked import make_stacked
-from support.stage_runs import make_pass_trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainerCallback
 
@@ -41,12 +41,11 @@ class Listener(TrainerCallback):
 
 @pytest.fixture
 def make_trainer(tmp_path, parity_data):
-    def make(noise=None, **changes):
+    def make(noise=None, folder=tmp_path, **changes):
         listener, settings = Listener(), {"logging_steps": 2, **changes}
-        trainer = make_pass_trainer(
-            tmp_path, make_stacked("bert", 2), parity_data, noise, {"callbacks": [listener]},
-            **settings,
-        )  # fmt: skip
+        parts = {"callbacks": [listener], "eval_dataset": parity_data}
+        model = make_stacked("bert", 2)
+        trainer = trainers.make_trainer(folder, model, parity_data, noise, parts=parts, **settings)
         return trainer, listener
 
     return make
@@ -224,7 +223,7 @@ def test_compress_writes_plots(make_trainer, tmp_path):
     for name in ("stages.png", "layers.png"):
         with Image.open(tmp_path / "plots" / name) as image:
             assert image.width > 300 and len(image.convert("RGB").getcolors(10**6)) > 10
-    trainer, _ = make_trainer(output_dir=str(tmp_path / "other"))
+    trainer, _ = make_trainer(folder=tmp_path / "other")
     trainer.compress(CONFIG, CompressionArguments(plots=False))
     assert not (tmp_path / "other" / "plots").exists()
 

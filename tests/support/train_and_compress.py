@@ -112,8 +112,6 @@ def main():
         assert resumed or abs(len(clustered) - len(errors) / WORLD) < 2, (clustered, errors)
         figures["errors"] = errors
         figures["losses"] = [r["metric"]["eval_loss"] for r in trainer.compression_history]
-        figures["reassigned"] = [log["compression_reassigned"] for log in trainer.state.log_history
-                                 if "compression_reassigned" in log]  # fmt: skip
     figures |= {"sharded": watch.sharded, "compiled": watch.compiled}
     (folder / f"{name}-{RANK}-figures").write_text(json.dumps(figures))
 
