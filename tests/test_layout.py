@@ -18,6 +18,7 @@ LAYERS = (
     "registry",
     "distributed",
     "dynamic_subclass",
+    "layer_types",
     "blocks",
     "structure",
     "sharing",
