@@ -13,7 +13,7 @@ from ..modeling import packed_layers
 from ..modeling.activations import calibrate, require_batches
 from ..modeling.packer import ModelPacker
 from ..noise import find_state, remove_quant_noise
-from .bit_allocation.allocate import within_target
+from .bit_allocation.allocate import resolve_target
 
 
 def without_noise(model: nn.Module, config: QuantizedModelConfig) -> QuantizedModelConfig:
@@ -59,7 +59,7 @@ def quantize_model(
         batches = list(calibration_data or [])
     if config.reads_data:
         require_batches(batches, config.reads_data)
-    config = within_target(model, without_noise(model, config), batches, progress)
+    config = resolve_target(model, without_noise(model, config), batches, progress)
     packer = ModelPacker(model, config)
     if config.reads_data:
         packer.require_runs(batches)
