@@ -38,7 +38,7 @@ class Restructuring:
     def carry_out(self, model: PreTrainedModel, config: QuantizedModelConfig) -> None:
         """Changes the model in place, and fills ``shared_layers`` and ``pruned_layers``."""
         if self.pruning is not None:
-            self.pruning.carry_out(model)
+            self.pruning.apply(model)
         share(model, self.chunks)
         config.pruned_layers, config.shared_layers = self.pruned_layers, sources_of(self.chunks)
 
