@@ -1,10 +1,9 @@
 #!/usr/bin/env python
-"""The whole way on data that needs no download: train with noise, compress, save, load again.
+"""Train a small model with noise, compress it, save it and load it again, without any download.
 
-A small vision transformer learns scikit-learn's handwritten digits (1797 images of 8 x 8 pixels)
-while blocks of its weights are zeroed at random. Product quantization then takes it apart stage by
-stage; what comes out is saved, loaded into a fresh model and compared with what went in. One to two
-minutes.
+A small vision transformer is trained on scikit-learn's handwritten digits (1797 images of 8 x 8
+pixels) with noise that sets random blocks of its weights to zero. It is then compressed in stages
+by product quantization, saved, loaded and compared. Takes one to two minutes.
 
     python examples/demo.py
 """
@@ -35,7 +34,7 @@ BLOCK_SIZE = {"ffn": 8, "attention": 4}
 
 
 def load_data() -> tuple[list[dict], list[dict]]:
-    """Training and test examples: pixels from -1 to 1, shape (1, 8, 8), and the digit."""
+    """Return training and test examples: pixels from -1 to 1, shape (1, 8, 8), and the digit."""
     digits = load_digits()
     pixels = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 8 - 1
     examples = [
@@ -46,7 +45,7 @@ def load_data() -> tuple[list[dict], list[dict]]:
 
 
 def make_model() -> PreTrainedModel:
-    """A ViT with random weights: 4 layers, hidden size 192, four patches; 7 MB in float32."""
+    """Return a ViT with random weights: 4 layers, hidden size 192, 4 patches; 7 MB in float32."""
     config = ViTConfig(
         image_size=8,
         patch_size=4,
@@ -61,32 +60,32 @@ def make_model() -> PreTrainedModel:
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """Share of the digits that are named right."""
+    """Return the accuracy of the predictions."""
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
 
 @torch.no_grad()
 def logits(model: PreTrainedModel, examples: list[dict]) -> torch.Tensor:
-    """The model's answers, shape (examples, 10)."""
+    """Return the logits, shape (examples, 10)."""
     return model.eval()(torch.stack([example["pixel_values"] for example in examples])).logits
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The few things to play with."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, default=Path("demo_output"))
-    parser.add_argument("--epochs", type=float, default=15, help="of training with noise")
-    parser.add_argument("--stage_epochs", type=float, default=2, help="of finetuning per stage")
-    parser.add_argument("--p", type=float, default=0.1, help="share of the blocks that are noised")
+    parser.add_argument("--epochs", type=float, default=15, help="epochs of training with noise")
+    parser.add_argument("--stage_epochs", type=float, default=2, help="epochs per stage")
+    parser.add_argument("--p", type=float, default=0.1, help="noise rate")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> list[Row]:
-    """Runs the demo; returns the rows of its closing table.
+    """Run the demo; return the rows of its closing table.
 
     Raises:
-        RuntimeError: if the model loaded from disk gives other logits than the one saved there.
+        RuntimeError: if the loaded model has other logits than the saved one.
     """
     options = parse_arguments(argv)
     set_seed(options.seed)
@@ -112,16 +111,16 @@ def main(argv: list[str] | None = None) -> list[Row]:
     dense_accuracy = trainer.evaluate()["eval_accuracy"]
     trainer.save_model(options.output_dir / "dense")
 
-    print("2. Compressing, stage by stage")
+    print("2. Compressing in stages")
     target = IPQConfig(block_size=BLOCK_SIZE, stages=("ffn", "attention"), codebook_bits=16)
     small = trainer.compress(target, CompressionArguments(stage_epochs=options.stage_epochs))
     small.save_pretrained(options.output_dir / "compressed")
 
-    print("3. Loading into a fresh model")
+    print("3. Loading the compressed model")
     fresh = AutoModelForImageClassification.from_pretrained(options.output_dir / "compressed")
     if not torch.equal(logits(small, test), logits(fresh, test)):
-        raise RuntimeError("the model loaded from disk gives other logits than the one saved there")
-    print(f"   its logits equal the saved model's bit for bit on {len(test)} held-out digits")
+        raise RuntimeError("the loaded model has other logits than the saved one")
+    print(f"   its logits are bit-equal to the saved model's on {len(test)} test digits")
     small_accuracy = Trainer(fresh, arguments, **data).evaluate()["eval_accuracy"]
 
     rows = [
@@ -133,7 +132,6 @@ def main(argv: list[str] | None = None) -> list[Row]:
 
 
 if __name__ == "__main__":
-    # More threads would wait for each other longer than such small matrices take, and with one the
-    # figures do not depend on the number of cores.
+    # Faster for such small matrices, and the results do not depend on the number of cores.
     torch.set_num_threads(1)
     main()

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Finetunes a causal language model with quantization noise, compresses it, loads it again.
+"""Finetune a causal language model with quantization noise, compress it and load it again.
 
     python examples/run_clm.py --model_name_or_path gpt2 --train_file train.txt \\
       --validation_file valid.txt --sequence_length 512 --output_dir out
@@ -7,12 +7,12 @@
     python examples/run_clm.py --model_name_or_path gpt2 --dataset_name Salesforce/wikitext \\
       --dataset_config_name wikitext-2-raw-v1 --output_dir out
 
-Text is tokenized as one stream and cut into pieces of equal length. The closing table gives the
-perplexity per token of the model's own tokenizer, and ``results.json`` the one per word too, which
-the literature gives for WikiText (words are what white space separates, and each line's end).
+Text is tokenized as one stream and split into examples of equal length. The closing table has the
+perplexity per token of the model's tokenizer. ``results.json`` also has the perplexity per word,
+as reported for WikiText in the literature.
 
-The run itself is ``hf_quantnoise.runs.clm``, which ``hf-quantnoise finetune clm`` starts too.
-Flags can also be given as one JSON file.
+The run is implemented in ``hf_quantnoise.runs.clm``; ``hf-quantnoise finetune clm`` is the same.
+Flags can also be passed as one JSON file.
 """
 
 from hf_quantnoise.runs.clm import main, parse, run

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Finetunes a classifier with quantization noise, compresses it, saves it, loads it again.
+"""Finetune a text classifier with quantization noise, compress it, save it and load it again.
 
-One run: finetune with noise, evaluate, compress stage by stage, save, reload in a fresh model,
-check that it answers bit for bit like the compressed one, evaluate again, print a closing table.
+A run finetunes with noise, evaluates, compresses stage by stage, saves, loads the compressed model,
+checks that its logits are bit-equal, evaluates again and prints a closing table.
 
     python examples/run_glue.py --model_name_or_path roberta-base --task_name sst2 --output_dir out
 
@@ -10,8 +10,8 @@ check that it answers bit for bit like the compressed one, evaluate again, print
       --train_file train.csv --validation_file dev.csv --output_dir out \\
       --noise proxy --noise_rate 0.1 --block_size ffn=8,embeddings=8,attention=4
 
-The run itself is ``hf_quantnoise.runs.glue``, which ``hf-quantnoise finetune glue`` starts too.
-Flags can also be given as one JSON file.
+The run is implemented in ``hf_quantnoise.runs.glue``; ``hf-quantnoise finetune glue`` is the same.
+Flags can also be passed as one JSON file.
 """
 
 from hf_quantnoise.runs.glue import main, parse, run

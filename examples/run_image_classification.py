@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Finetunes an image classifier with quantization noise, compresses it, loads it again.
+"""Finetune an image classifier with quantization noise, compress it and load it again.
 
     python examples/run_image_classification.py --dataset_name uoft-cs/cifar10 --image_column img \\
       --model_name_or_path google/mobilenet_v1_0.75_192 --ignore_mismatched_sizes \\
@@ -9,11 +9,11 @@
       --validation_file test.parquet --model_name_or_path a/checkpoint \\
       --stages conv --output_dir out
 
-Files are parquet with a column of images (encoded bytes, or datasets' own Image) and one of labels.
-Convolutions have the paper's blocks: ``--block_size`` for 1 x 1 ones, the area of larger kernels.
+Files are parquet with a column of images (encoded bytes, or ``datasets.Image``) and one of labels.
+Convolutions have the paper's blocks: ``--block_size`` for 1 x 1 kernels, the area of larger ones.
 
-The run itself is ``hf_quantnoise.runs.images``, which ``hf-quantnoise finetune images`` starts too.
-Flags can also be given as one JSON file.
+The run is implemented in ``hf_quantnoise.runs.images``; ``hf-quantnoise finetune images`` is the
+same. Flags can also be passed as one JSON file.
 """
 
 from hf_quantnoise.runs.images import main, parse, run

@@ -1,14 +1,14 @@
 #!/usr/bin/env python
-"""Sentence embeddings with ``SentenceTransformerTrainer`` and quantization noise, then compression.
+"""Finetune sentence embeddings with quantization noise, then compress them.
 
     python examples/sentence_transformer_with_noise.py --output_dir out
     python examples/sentence_transformer_with_noise.py --train_file train.csv \\
       --validation_file valid.csv --output_dir out
 
-Rows are ``sentence1``, ``sentence2`` and ``score`` from 0 to 1. The noise is a callback. The
-encoder inside the finetuned model is packed in one shot and finetuned again, centroids and all.
-Scores are Spearman's correlation of cosine similarities with the given scores. All flags of
-``SentenceTransformerTrainingArguments`` are taken as well. Needs
+The columns are ``sentence1``, ``sentence2`` and ``score`` from 0 to 1. The noise is a callback of
+``SentenceTransformerTrainer``. The encoder of the finetuned model is quantized in one shot and
+finetuned again, including its centroids. The metric is Spearman's correlation between the cosine
+similarities and the scores. All flags of ``SentenceTransformerTrainingArguments`` are accepted. Requires
 ``pip install hf-quantnoise[examples,sentence-transformers]``.
 """
 
@@ -29,13 +29,13 @@ from trainer_data import RowFlags
 from transformers import HfArgumentParser
 
 from hf_quantnoise import QuantNoiseCallback, quantize_model, remove_quant_noise
+from hf_quantnoise.runs.arguments import CompressionFlags
 from hf_quantnoise.runs.closing_table import Row, closing_table, weights_mb
-from hf_quantnoise.runs.example_arguments import CompressionOptions, NoiseArguments
 
 
 @dataclass
 class PairFlags(RowFlags):
-    """Model and rows."""
+    """Model and data."""
 
     model_name_or_path: str = field(
         default="sentence-transformers/all-MiniLM-L6-v2",
@@ -43,22 +43,23 @@ class PairFlags(RowFlags):
     )
     dataset_name: str = field(
         default="sentence-transformers/stsb",
-        metadata={"help": "Dataset on the Hub, unless files are given."},
+        metadata={"help": "Dataset on the Hub, if there are no files."},
     )
 
 
 def main(argv: list[str] | None = None) -> list[Row]:
-    """Runs the example; returns the rows of its closing table.
+    """Run the example; return the rows of its closing table.
 
     Raises:
-        RuntimeError: if the model loaded from disk gives other embeddings than the one saved there.
+        RuntimeError: if the loaded model has other embeddings than the saved one.
     """
     parser = HfArgumentParser(
-        [PairFlags, NoiseArguments, CompressionOptions, SentenceTransformerTrainingArguments],
+        [PairFlags, CompressionFlags, SentenceTransformerTrainingArguments],
         description=__doc__.splitlines()[0],
     )
-    flags, noise, options, training = parser.parse_args_into_dataclasses(argv)
-    noise_config, small_config = noise.config(options, training.seed), options.config(training.seed)
+    flags, compression, training = parser.parse_args_into_dataclasses(argv)
+    noise_config = compression.noise_config(training.seed)
+    small_config = compression.config(training.seed)
     dense, compressed = (os.path.join(training.output_dir, n) for n in ("dense", "compressed"))
     train, validation = flags.read("train"), flags.read("validation")
     evaluator = EmbeddingSimilarityEvaluator(
@@ -94,13 +95,11 @@ def main(argv: list[str] | None = None) -> list[Row]:
         fresh.encode(sentences, convert_to_tensor=True),
         model.encode(sentences, convert_to_tensor=True),
     ):
-        raise RuntimeError(
-            "the model loaded from disk gives other embeddings than the one saved there"
-        )
+        raise RuntimeError("the loaded model has other embeddings than the saved one")
     small_mb = weights_mb(compressed)
     rows = [
         Row("finetuned, float32", weights_mb(dense), dense_score),
-        Row("packed in one shot", small_mb, one_shot_score),
+        Row("quantized in one shot", small_mb, one_shot_score),
         Row("centroids finetuned, loaded", small_mb, score(fresh)),
     ]
     print(f"\n{closing_table(rows, 'Spearman')}")

@@ -5,10 +5,10 @@
     python examples/sft_with_noise.py --model_name_or_path gpt2 --train_file train.jsonl \\
       --validation_file valid.jsonl --max_length 256 --output_dir out
 
-The noise is a callback. ``compress`` belongs to ``QuantNoiseTrainer``; here the finetuned model is
-packed in one shot, and a second ``SFTTrainer`` finetunes its centroids and what stayed dense. Files
-have what SFTTrainer reads: a column ``text``, or ``messages``, or ``prompt`` and ``completion``.
-All flags of ``SFTConfig`` are taken as well. Needs ``pip install hf-quantnoise[examples,trl]``.
+The noise is a callback. ``compress`` is a method of ``QuantNoiseTrainer``, so the finetuned model is
+quantized in one shot, and a second ``SFTTrainer`` finetunes its centroids and dense layers. Files
+have the columns of SFTTrainer: ``text``, or ``messages``, or ``prompt`` and ``completion``. All
+flags of ``SFTConfig`` are accepted. Requires ``pip install hf-quantnoise[examples,trl]``.
 """
 
 from __future__ import annotations
@@ -22,42 +22,43 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, 
 from trl import SFTConfig, SFTTrainer
 
 from hf_quantnoise import QuantNoiseCallback, quantize_model, remove_quant_noise
+from hf_quantnoise.runs.arguments import CompressionFlags
 from hf_quantnoise.runs.closing_table import Row, closing_table, weights_mb
-from hf_quantnoise.runs.example_arguments import CompressionOptions, NoiseArguments
 
 
 @dataclass
 class SftFlags(RowFlags):
-    """Model and rows."""
+    """Model and data."""
 
     model_name_or_path: str = field(
         default="HuggingFaceTB/SmolLM2-135M",
         metadata={"help": "Checkpoint: a folder or a Hub repository."},
     )
     dataset_name: str = field(
-        default="trl-lib/Capybara", metadata={"help": "Dataset on the Hub, unless files are given."}
+        default="trl-lib/Capybara", metadata={"help": "Dataset on the Hub, if there are no files."}
     )
 
 
 @torch.no_grad()
 def logits(model: PreTrainedModel) -> torch.Tensor:
-    """The model's answers to the first tokens of its vocabulary, in order."""
+    """Return the logits of the first tokens of the vocabulary."""
     ids = torch.arange(min(32, model.config.vocab_size))[None]
     return model.eval()(input_ids=ids.to(model.device)).logits.cpu()
 
 
 def main(argv: list[str] | None = None) -> list[Row]:
-    """Runs the example; returns the rows of its closing table.
+    """Run the example; return the rows of its closing table.
 
     Raises:
-        RuntimeError: if the model loaded from disk gives other logits than the one saved there.
+        RuntimeError: if the loaded model has other logits than the saved one.
     """
     parser = HfArgumentParser(
-        [SftFlags, NoiseArguments, CompressionOptions, SFTConfig],
+        [SftFlags, CompressionFlags, SFTConfig],
         description=__doc__.splitlines()[0],
     )
-    flags, noise, options, training = parser.parse_args_into_dataclasses(argv)
-    noise_config, small_config = noise.config(options, training.seed), options.config(training.seed)
+    flags, compression, training = parser.parse_args_into_dataclasses(argv)
+    noise_config = compression.noise_config(training.seed)
+    small_config = compression.config(training.seed)
     dense, compressed = (os.path.join(training.output_dir, n) for n in ("dense", "compressed"))
     tokenizer = AutoTokenizer.from_pretrained(flags.model_name_or_path)
     data = {
@@ -74,7 +75,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
     remove_quant_noise(trainer.model)
     trainer.save_model(dense)
 
-    # A fresh object: an SFTTrainer puts a forward of its own on the model that it is given.
+    # Loaded again, since SFTTrainer replaces the forward of its model.
     small = quantize_model(AutoModelForCausalLM.from_pretrained(dense), small_config)
     second = flags.for_centroids(training)
     trainer = SFTTrainer(small, second, **data)
@@ -86,12 +87,12 @@ def main(argv: list[str] | None = None) -> list[Row]:
 
     fresh = AutoModelForCausalLM.from_pretrained(compressed)
     if not torch.equal(logits(fresh), logits(small)):
-        raise RuntimeError("the model loaded from disk gives other logits than the one saved there")
+        raise RuntimeError("the loaded model has other logits than the saved one")
     reloaded_loss = SFTTrainer(fresh, second, **data).evaluate()["eval_loss"]
     small_mb = weights_mb(compressed)
     rows = [
         Row("finetuned, float32", weights_mb(dense), dense_loss),
-        Row("packed in one shot", small_mb, one_shot_loss),
+        Row("quantized in one shot", small_mb, one_shot_loss),
         Row("centroids finetuned, loaded", small_mb, reloaded_loss),
     ]
     print(f"\n{closing_table(rows, 'loss per token')}")

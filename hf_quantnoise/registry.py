@@ -1,38 +1,44 @@
-"""A named table that new kinds join by a decorator; every ``unknown name`` error reads the same."""
+"""A table of named objects, filled by a decorator."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
+
+
+def suggestion(name: object, known: Iterable[str]) -> str:
+    """Return "; did you mean 'x'?" for the closest known name, or an empty string."""
+    close = difflib.get_close_matches(str(name), list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 class Registry(Generic[T]):
     """Maps names to objects (classes or functions).
 
     Args:
-        what: what the entries are, for error messages (``"noise"``, ``"quantizer scheme"``).
+        kind: kind of the entries, for error messages (``"noise"``, ``"quantizer scheme"``).
     """
 
-    def __init__(self, what: str) -> None:
-        self.what = what
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
         self._entries: dict[str, T] = {}
 
     def register(self, *names: str) -> Callable[[T], T]:
-        """Decorator that enters the object under each of ``names``.
+        """Return a decorator that registers an object under each of ``names``.
 
         Raises:
-            ValueError: if a name is taken.
+            ValueError: if a name is registered already.
         """
 
-        def enter(obj: T) -> T:
+        def enter(entry: T) -> T:
             for name in names:
                 if name in self._entries:
-                    raise ValueError(f"{self.what} {name!r} is registered already")
-                self._entries[name] = obj
-            return obj
+                    raise ValueError(f"{self.kind} {name!r} is registered already")
+                self._entries[name] = entry
+            return entry
 
         return enter
 
@@ -49,7 +55,6 @@ class Registry(Generic[T]):
         return iter(self._entries)
 
     def unknown(self, name: object) -> str:
-        """The error message for a name that is not in the table."""
-        close = difflib.get_close_matches(str(name), self._entries, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        return f"unknown {self.what} {name!r}; known: {', '.join(self._entries)}.{hint}"
+        """Return the error message for a name that is not registered."""
+        known = ", ".join(self._entries)
+        return f"unknown {self.kind} {name!r}, known: {known}{suggestion(name, self._entries)}"

@@ -1,4 +1,4 @@
-"""Files to and from the Hub, by ``huggingface_hub`` alone."""
+"""Downloads from and uploads to the Hub."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-# What every repository of this package's is found by.
+# Tag of all repositories with files of this package.
 TAG = "quant-noise"
 CARD = "README.md"
 _NOT_THERE = (
@@ -26,16 +26,16 @@ _NOT_THERE = (
 
 
 def find_file(path: str | os.PathLike, file_name: str, hint: str, **kwargs: Any) -> str:
-    """A file of a folder or of a repository of the Hub, on disk.
+    """Return the path of a file in a folder or Hub repository, downloaded if necessary.
 
     Args:
         path: a folder, a repository, or the file itself.
-        file_name: its name there.
-        hint: what would write it; for the error.
-        kwargs: ``subfolder``, ``revision``, ``token`` and all else ``hf_hub_download`` takes.
+        file_name: name of the file in it.
+        hint: how to create the file; part of the error.
+        kwargs: ``subfolder``, ``revision``, ``token`` and others of ``hf_hub_download``.
 
     Raises:
-        FileNotFoundError: naming the file that is not there.
+        FileNotFoundError: naming the missing file.
     """
     path = os.fspath(path)
     if os.path.isfile(path):
@@ -49,13 +49,13 @@ def find_file(path: str | os.PathLike, file_name: str, hint: str, **kwargs: Any)
         return hf_hub_download(path, file_name, **kwargs)
     except _NOT_THERE as error:
         raise FileNotFoundError(
-            f"{os.path.join(path, file_name)} is missing: there is no such folder, and the Hub "
-            f"says {type(error).__name__}; {hint}"
+            f"{os.path.join(path, file_name)} is missing: the folder does not exist, and the Hub "
+            f"answered {type(error).__name__}; {hint}"
         ) from error
 
 
 def is_repository_name(name: str | None) -> bool:
-    """Whether a name could be that of a repository, and is not that of a folder."""
+    """Whether a name is a valid repository name and not an existing folder."""
     if not name or os.path.isdir(name):
         return False
     try:
@@ -66,22 +66,18 @@ def is_repository_name(name: str | None) -> bool:
 
 
 def existing_card(repo_id: str, revision: str | None = None, token: str | None = None):
-    """The card of a repository as it stands there, or None where it has none.
-
-    Returns:
-        A ``huggingface_hub.ModelCard``, or None.
-    """
+    """Return the model card of a repository, or None if it has none."""
     try:
         path = hf_hub_download(repo_id, CARD, revision=revision, token=token)
     except LocalEntryNotFoundError:
-        raise  # the Hub was not reached: there may be a card, which is not to be overwritten
+        raise  # the Hub cannot be reached: a card may exist, and must not be overwritten
     except (EntryNotFoundError, RevisionNotFoundError):
         return None
     return read_card(path)
 
 
 def read_card(path: str | os.PathLike) -> ModelCard:
-    """The card in a file; metadata that the Hub would refuse are left out, with a warning."""
+    """Return the model card in a file, without metadata that are invalid on the Hub."""
     return ModelCard(Path(path).read_text(encoding="utf-8"), ignore_metadata_errors=True)
 
 
@@ -93,7 +89,7 @@ def create_repository(
     revision: str | None = None,
     create_pr: bool = False,
 ) -> str:
-    """Makes a repository, and a branch of it, where they are missing; returns its full name."""
+    """Create a repository and a branch if they are missing; return its full name."""
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None and not create_pr:
@@ -109,11 +105,11 @@ def upload_folder(
     ignore_patterns: Sequence[str] = (),
     **kwargs: Any,
 ):
-    """Uploads a folder in one commit.
+    """Upload a folder in one commit.
 
     Args:
         kwargs: ``commit_message``, ``revision``, ``create_pr``, ``path_in_repo``,
-            ``run_as_future`` and all else ``HfApi.upload_folder`` takes.
+            ``run_as_future`` and others of ``HfApi.upload_folder``.
 
     Returns:
         A ``huggingface_hub.CommitInfo``; a future of one with ``run_as_future=True``.

@@ -1,6 +1,6 @@
 """``hf-quantnoise``: the command line.
 
-A command is a class in a file of its own here; :data:`COMMANDS` knows them all.
+Each command is a class in its own file here; :data:`COMMANDS` has all of them.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import traceback
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from inspect import getdoc
-from typing import NoReturn
 
+from ..configuration.flags import OneLineErrors, unknown_flags
 from . import compress, convert, exports, finetune, plan, push, report  # noqa: F401, I001
 from .command import COMMANDS, Command, UsageError
 
@@ -21,25 +21,28 @@ NAME = "hf-quantnoise"
 
 
 class _Formatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    """Defaults behind the help of each flag, examples as they are written."""
+    """Shows the default of each flag, and examples as they are written."""
 
 
-class _Parser(ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, without the list of all flags."""
-        self.exit(2, f"{self.prog}: error: {message} ({self.prog} --help lists what there is)\n")
+class _Parser(OneLineErrors, ArgumentParser):
+    pass
 
 
 def build_parser() -> ArgumentParser:
-    """The parser of all commands. Parsed arguments have ``command``, the class, and ``parser``."""
+    """Return the parser of all commands.
+
+    Parsed arguments have ``command``, the class of the command, and ``parser``.
+    """
     parser = _Parser(
-        prog=NAME, description="Small Hugging Face models, by quantization noise and iPQ."
+        prog=NAME,
+        description="Compress Hugging Face models with quantization noise and product "
+        "quantization.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
     for name in COMMANDS:
         command = COMMANDS[name]
         text = getdoc(command) or ""
-        own = commands.add_parser(
+        subparser = commands.add_parser(
             name,
             help=" ".join(text.partition("\n\n")[0].split()),
             description=text,
@@ -47,9 +50,11 @@ def build_parser() -> ArgumentParser:
             formatter_class=_Formatter,
             parents=command.parents(),
         )
-        command.add_arguments(own)
-        own.add_argument("--traceback", action="store_true", help="Show where an error came from.")
-        own.set_defaults(command=command, parser=own)
+        command.add_arguments(subparser)
+        subparser.add_argument(
+            "--traceback", action="store_true", help="Show the traceback of an error."
+        )
+        subparser.set_defaults(command=command, parser=subparser)
     return parser
 
 
@@ -60,20 +65,20 @@ def _one_line(error: Exception) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Carries out a command line.
+    """Run a command line.
 
     Args:
-        argv: the words after ``hf-quantnoise``; None takes the process's own.
+        argv: the words after ``hf-quantnoise``; None uses those of the process.
 
     Returns:
-        0 where it was carried out, 1 where that failed, with one line on stderr.
+        0 on success, or 1 on failure, with one line on stderr.
 
     Raises:
-        SystemExit: with 2 for a command line that makes no sense, with 0 after ``--help``.
+        SystemExit: with 2 for an invalid command line, with 0 after ``--help``.
     """
     args, unknown = build_parser().parse_known_args(argv)
-    if unknown:  # said by the command, whose --help lists its flags
-        args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if unknown:  # reported by the parser of the command, whose --help lists its flags
+        args.parser.error(unknown_flags(unknown, args.parser._option_string_actions))
     try:
         args.command.run(args)
     except UsageError as error:

@@ -1,4 +1,4 @@
-"""Models in folders and repositories: what can be told without their weights, and loading."""
+"""Models in folders and repositories: inspected without their weights, or loaded."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from .headers import Headers, hub_headers, local_headers
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model in a folder or a repository of the Hub.
+    """A model in a folder or a repository on the Hub.
 
     Args:
-        path: either.
+        path: folder or repository.
         revision: branch, tag or commit of a repository.
     """
 
@@ -38,106 +38,102 @@ class Checkpoint:
 
     @cached_property
     def config(self) -> PretrainedConfig:
-        """Its ``config.json``.
+        """The content of ``config.json``.
 
         Raises:
-            FileNotFoundError: if it has none.
+            FileNotFoundError: if it is missing.
         """
         if not self.has_config:
-            raise FileNotFoundError(f"{self.path!r} holds no {CONFIG_NAME}")
-        with self._named():
+            raise FileNotFoundError(f"{self.path!r} has no {CONFIG_NAME}")
+        with self._error_context():
             return AutoConfig.from_pretrained(self.path, revision=self.revision)
 
     @cached_property
     def has_config(self) -> bool:
-        """Whether it has a ``config.json``; an adapter has none."""
+        """Whether there is a ``config.json``; an adapter has none."""
         if os.path.isdir(self.path):
             return os.path.isfile(os.path.join(self.path, CONFIG_NAME))
-        with self._named():
+        with self._error_context():
             try:
                 hf_hub_download(self.path, CONFIG_NAME, revision=self.revision)
             except LocalEntryNotFoundError:
-                raise  # the Hub was not reached: there may be one
+                raise  # the Hub cannot be reached: there may be one
             except EntryNotFoundError:
                 return False
         return True
 
     @contextmanager
-    def _named(self) -> Iterator[None]:
-        """Names the model in what the Hub's libraries say."""
+    def _error_context(self) -> Iterator[None]:
+        """Raise errors of the Hub's client with the name of the model."""
         try:
             yield
-        except Exception as error:  # of a client's own kind, where the Hub is not reached
+        except Exception as error:  # any type, depending on the HTTP client
             if os.path.isdir(self.path):
                 raise
             raise ValueError(
-                f"{self.path!r} is no folder, and cannot be read as a repository: {error}"
+                f"{self.path!r} is not a folder, and cannot be read as a repository ({error})"
             ) from error
 
     @property
     def quant_method(self) -> str | None:
-        """The method that it is quantized by, or None."""
+        """Quantization method of the model, or None."""
         stored = getattr(self.config, "quantization_config", None)
         return None if stored is None else str(stored.get("quant_method"))
 
     @property
     def foreign_method(self) -> str | None:
-        """The method of another package that it is quantized by, or None."""
+        """Quantization method of the model if it is another package's, or None."""
         return None if self.quant_method == QUANT_METHOD else self.quant_method
 
     @property
     def model_class(self) -> type[PreTrainedModel]:
-        """The class it was saved from.
+        """The model class in ``architectures``.
 
         Raises:
             ValueError: if transformers has no such class.
         """
         if (found := class_of(self.config.architectures)) is None:
             raise ValueError(
-                f"{self.path!r}: transformers has no class for architectures="
-                f"{self.config.architectures!r} of its config.json; write the name of one there"
+                f"{self.path!r}: invalid architectures={self.config.architectures!r} in "
+                "config.json: expected the name of a transformers class"
             )
         return found
 
     @cached_property
     def headers(self) -> Headers | None:
-        """What its safetensors files say; None where it has none.
+        """Headers of the safetensors files, or None if there are none.
 
         Raises:
-            ValueError: if one of them is cut short.
+            ValueError: if one of them is truncated.
         """
         if os.path.isdir(self.path):
             return local_headers(self.path)
-        with self._named():
+        with self._error_context():
             if constants.HF_HUB_OFFLINE:
                 return local_headers(snapshot_download(self.path, revision=self.revision))
             return hub_headers(self.path, self.revision)
 
     def files(self, patterns: tuple[str, ...]) -> str:
-        """The folder with those of its files that fit the patterns; downloaded where need be."""
+        """Return a folder with the files that match the patterns, downloaded if necessary."""
         if os.path.isdir(self.path):
             return self.path
         return snapshot_download(self.path, revision=self.revision, allow_patterns=list(patterns))
 
     def require_dense(self) -> None:
-        """Refuses what is quantized already.
-
-        Raises:
-            ValueError: with the way to a dense model.
-        """
+        """Raise a ``ValueError`` if the model is quantized."""
         if self.quant_method == QUANT_METHOD:
             raise ValueError(
-                f"{self.path!r} is quantized already; `hf-quantnoise convert {self.path} OUT "
-                "--to dense` makes a plain model of it"
+                f"{self.path!r} is quantized already; make it dense first with `hf-quantnoise "
+                f"convert {self.path} OUT --to dense`"
             )
         if self.foreign_method is not None:
             raise ValueError(
-                f"{self.path!r} is quantized by {self.foreign_method!r}; take the dense checkpoint "
-                "it was made from"
+                f"{self.path!r} is quantized by {self.foreign_method!r}; pass the dense checkpoint "
+                "that it was made from"
             )
 
     def load(self) -> PreTrainedModel:
-        """The model with its weights, in the type they are stored in.
+        """Load the model, in the dtype of its file.
 
         Raises:
             ValueError: if weights are missing.
@@ -148,18 +144,17 @@ class Checkpoint:
         if missing := sorted(found["missing_keys"]):
             raise ValueError(
                 f"{self.path!r} lacks {len(missing)} weights of {type(model).__name__} "
-                f"({', '.join(missing[:3])}, ...), which would be random; finetune it first, or "
-                "correct architectures in its config.json"
+                f"({', '.join(missing[:3])}, ...), which would be random; finetune the model "
+                "first, or correct architectures in its config.json"
             )
         return model
 
     def skeleton(self) -> PreTrainedModel:
-        """The model on the meta device: shapes, dtypes and ties, no numbers. A packed one has the
-        packed layers of its plan.
+        """Return the model on the meta device, with packed layers if it is quantized.
 
         Raises:
-            ValueError: if transformers has no class for it, another package quantized it, or its
-                quantization config is refused.
+            ValueError: if it has an unknown class, another package's quantization, or an invalid
+                quantization config.
         """
         if self.foreign_method is not None:
             raise ValueError(f"quantized by {self.foreign_method!r}")
@@ -175,15 +170,15 @@ class Checkpoint:
 
 
 def checkpoint_of(args: Namespace) -> Checkpoint:
-    """The model that the flags of ``add_model_argument`` name.
+    """Return the model that the flags of ``add_model_argument`` name.
 
     Raises:
-        UsageError: for the revision of a folder, which has none.
+        UsageError: for a revision of a folder.
     """
     if args.revision is not None and os.path.isdir(args.model):
         raise UsageError(
-            f"--revision {args.revision!r} is of a repository, and {args.model!r} is a folder; "
-            "take it out"
+            f"--revision {args.revision!r} requires a repository, {args.model!r} is a folder; "
+            "remove it"
         )
     return Checkpoint(args.model, args.revision)
 

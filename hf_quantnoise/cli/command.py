@@ -1,4 +1,4 @@
-"""What a command is: a class in a file of its own, entered by a decorator."""
+"""Base class and registry of the commands, and flags that several of them have."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ from ..registry import Registry
 
 
 class UsageError(ValueError):
-    """Flags that contradict each other, or a value that is none of its flag's: exit code 2."""
+    """Invalid or conflicting flags: exit code 2."""
 
 
 class Command(ABC):
-    """One word after ``hf-quantnoise``. The docstring's first paragraph is its help.
+    """A command of ``hf-quantnoise``. The first paragraph of its docstring is its help.
 
     Attributes:
-        examples: command lines that ``--help`` ends with; a test runs them.
+        examples: command lines at the end of ``--help``; a test runs them.
     """
 
     examples: ClassVar[tuple[str, ...]]
 
     @staticmethod
     def parents() -> list[ArgumentParser]:
-        """Parsers whose flags the command has too."""
+        """Return parsers whose flags the command has as well."""
         return []
 
     @staticmethod
     @abstractmethod
     def add_arguments(parser: ArgumentParser) -> None:
-        """Adds the command's own arguments."""
+        """Add the arguments of the command."""
 
     @staticmethod
     @abstractmethod
     def run(args: Namespace) -> None:
-        """Carries it out. Results go to stdout, all else to stderr.
+        """Run the command. Results go to stdout, everything else to stderr.
 
         Raises:
             UsageError: for exit code 2.
@@ -47,16 +47,16 @@ COMMANDS: Registry[type[Command]] = Registry("command")
 
 
 def add_model_argument(parser: ArgumentParser, kind: str) -> None:
-    """The model a command reads: ``model`` and ``revision`` of the arguments."""
+    """Add ``model`` and ``revision``: the model that a command reads."""
     parser.add_argument(
-        "model", metavar="PATH_OR_REPO", help=f"{kind}: a folder, or a repository of the Hub."
+        "model", metavar="PATH_OR_REPO", help=f"{kind}: a folder or a repository on the Hub."
     )
     parser.add_argument("--revision", default=None, help="Branch, tag or commit of the repository.")
 
 
 def add_output_arguments(parser: ArgumentParser) -> None:
-    """The folder a command writes: ``out`` and ``overwrite`` of the arguments."""
-    parser.add_argument("out", metavar="OUT", help="Folder for the new model.")
+    """Add ``out`` and ``overwrite``: the folder that a command writes."""
+    parser.add_argument("out", metavar="OUT", help="Output folder.")
     parser.add_argument(
-        "--overwrite", action="store_true", help="Replace the saved model that OUT holds."
+        "--overwrite", action="store_true", help="Replace the model in OUT, if there is one."
     )

@@ -10,15 +10,15 @@ from ..size import size_report
 from .checkpoints import checkpoint_of
 from .command import COMMANDS, Command, UsageError, add_model_argument, add_output_arguments
 from .folders import check_output, copy_companions, new_folder, write_card
-from .settings import allotted, quantization_config, quantization_parser
+from .settings import quantization_config, quantization_parser, with_allocated_bits
 
 
 @COMMANDS.register("compress")
 class Compress(Command):
-    """Quantizes a model in one shot, without data or training, and saves it.
+    """Quantize a model in one shot, without data or training, and save it.
 
-    Tokenizer, processor and card come along. Finetuning in stages keeps more of the model's
-    quality: see QuantNoiseTrainer.compress.
+    Tokenizer, processor and model card are copied. Compression in stages with finetuning keeps more
+    of the quality: see finetune, or QuantNoiseTrainer.compress.
     """
 
     examples = (
@@ -33,23 +33,24 @@ class Compress(Command):
 
     @staticmethod
     def add_arguments(parser: ArgumentParser) -> None:
-        add_model_argument(parser, "The dense model")
+        add_model_argument(parser, "Dense model")
         add_output_arguments(parser)
 
     @staticmethod
     def run(args: Namespace) -> None:
         config = quantization_config(args)
-        if config.reads_data:
+        if field := config.reads_data:
             raise UsageError(
-                f"{config.reads_data} needs calibration data, which this command has not; take it "
-                "out, or call quantize_model(model, config, calibration_data=[...])"
+                f"--{field} {getattr(config, field)} needs calibration data, which this command "
+                "does not load; remove it, or call quantize_model(model, config, "
+                "calibration_data=[...]) in Python"
             )
         checkpoint = checkpoint_of(args)
         checkpoint.require_dense()
         check_output(args.out, args.overwrite, args.model)
         check_plan(checkpoint.skeleton(), config)
         model = checkpoint.load()
-        config = allotted(model, config)
+        config = with_allocated_bits(model, config)
         model = quantize_model(model, config, progress=sys.stderr.isatty())
         with new_folder(args.out) as folder:
             model.save_pretrained(folder)

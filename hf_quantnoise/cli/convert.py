@@ -14,20 +14,20 @@ from .checkpoints import checkpoint_of
 from .command import COMMANDS, Command, add_model_argument, add_output_arguments
 from .folders import check_output, copy_companions, new_folder
 
-# Name of a form -> what writes a packed model in it: (model, folder) -> None. Its docstring is what
-# --help says of it. An error in it leaves nothing behind.
-TARGETS: Registry[Callable[[PreTrainedModel, str], None]] = Registry("target")
+# Format -> function that writes a packed model in it: (model, folder) -> None. Its docstring is its
+# help. If it raises, the output folder is not changed.
+TARGETS: Registry[Callable[[PreTrainedModel, str], None]] = Registry("format")
 
 
 @TARGETS.register("dense")
 def to_dense(model: PreTrainedModel, folder: str) -> None:
-    """a plain transformers model with the quantized values, as large as before compression"""
+    """a regular transformers model with the quantized values, as large as before compression"""
     model.dequantize().save_pretrained(folder)
 
 
 @COMMANDS.register("convert")
 class Convert(Command):
-    """Writes a packed model in a form that those without this package read."""
+    """Write a packed model in a format that does not need this package."""
 
     examples = (
         "hf-quantnoise convert out/compressed out/plain --to dense",
@@ -37,11 +37,11 @@ class Convert(Command):
 
     @staticmethod
     def add_arguments(parser: ArgumentParser) -> None:
-        add_model_argument(parser, "The packed model")
+        add_model_argument(parser, "Packed model")
         add_output_arguments(parser)
-        forms = "; ".join(f"{name}: {getdoc(TARGETS[name])}" for name in TARGETS)
+        formats = "; ".join(f"{name}: {getdoc(TARGETS[name])}" for name in TARGETS)
         parser.add_argument(
-            "--to", choices=list(TARGETS), required=True, help=f"The form. {forms}."
+            "--to", choices=list(TARGETS), required=True, help=f"Output format. {formats}."
         )
 
     @staticmethod
@@ -52,4 +52,4 @@ class Convert(Command):
         with new_folder(args.out) as folder:
             TARGETS[args.to](model, folder)
             copy_companions(checkpoint, folder)
-        print(f"{args.model} is {args.out} in the form {args.to!r}")
+        print(f"{args.model} written to {args.out} as {args.to!r}")

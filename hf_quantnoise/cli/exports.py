@@ -1,4 +1,4 @@
-"""Forms of ``hf-quantnoise convert`` that other software runs."""
+"""Formats of ``hf-quantnoise convert`` for other software."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from .convert import TARGETS
 
 @TARGETS.register("aqlm")
 def to_aqlm(model: PreTrainedModel, folder: str) -> None:
-    """for transformers with aqlm; layers that do not fit its layout are written dense"""
-    done = export_aqlm(model, folder)
-    for name, reason in done.dense.items():
+    """for transformers with aqlm installed; layers that do not fit its layout are written dense"""
+    for name, reason in export_aqlm(model, folder).dense.items():
         print(f"{name}: dense, {reason}")
 
 
 @TARGETS.register("onnx")
 def to_onnx(model: PreTrainedModel, folder: str) -> None:
-    """one packed model.onnx, for onnxruntime; encoders and classifiers"""
+    """a packed model.onnx for onnxruntime; encoders and classifiers only"""
     export_onnx(model, folder)

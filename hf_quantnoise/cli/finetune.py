@@ -9,18 +9,18 @@ from types import ModuleType
 from .command import COMMANDS, Command, UsageError
 
 TASKS = {
-    "glue": "a classifier of sentences, or of pairs",
-    "clm": "a causal language model",
-    "images": "a classifier of images",
+    "glue": "text classification (sentences or pairs)",
+    "clm": "causal language modeling",
+    "images": "image classification",
 }
 
 
 @COMMANDS.register("finetune")
 class Finetune(Command):
-    """Finetunes with quantization noise, compresses in stages, saves and checks the result.
+    """Finetune with quantization noise, compress in stages, save and check the result.
 
-    What examples/run_glue.py, run_clm.py and run_image_classification.py do. Needs pip install
-    'hf-quantnoise[examples]'.
+    The same as examples/run_glue.py, run_clm.py and run_image_classification.py. Requires
+    pip install 'hf-quantnoise[examples]'.
     """
 
     examples = (
@@ -31,10 +31,12 @@ class Finetune(Command):
 
     @staticmethod
     def add_arguments(parser: ArgumentParser) -> None:
-        tasks = "; ".join(f"{name}: {what}" for name, what in TASKS.items())
-        parser.add_argument("task", choices=list(TASKS), help=f"What to train. {tasks}.")
+        tasks = "; ".join(f"{name}: {text}" for name, text in TASKS.items())
+        parser.add_argument("task", choices=list(TASKS), help=f"Task to train. {tasks}.")
         parser.add_argument(
-            "flags", nargs=REMAINDER, help="Flags of the task, or a JSON file; TASK --help."
+            "flags",
+            nargs=REMAINDER,
+            help="Flags of the task, or a JSON file of them; TASK --help lists them.",
         )
 
     @staticmethod
@@ -42,21 +44,21 @@ class Finetune(Command):
         example = task_module(args.task).example
         args.parser.prog += f" {args.task}"  # whose --help lists the flags
         try:
-            given = example.parse(args.flags, prog=args.parser.prog)
+            parsed = example.parse(args.flags, prog=args.parser.prog)
         except ValueError as error:
             raise UsageError(str(error)) from error
-        example.start(given)
+        example.start(parsed)
 
 
 def task_module(task: str) -> ModuleType:
-    """The module of a task.
+    """Return the module of a task.
 
     Raises:
-        ImportError: naming the extra, where a package that it needs is missing.
+        ImportError: naming the extra, if a required package is missing.
     """
     try:
         return import_module(f"..runs.{task}", __package__)
     except ModuleNotFoundError as error:
         raise ImportError(
-            f"finetune {task} needs {error.name}: pip install 'hf-quantnoise[examples]'"
+            f"finetune {task} requires {error.name}; run pip install 'hf-quantnoise[examples]'"
         ) from error

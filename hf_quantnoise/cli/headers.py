@@ -1,4 +1,4 @@
-"""What safetensors files say of themselves: names, types and sizes, without the numbers."""
+"""Headers of safetensors files: names, types and sizes, without the values."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SUFFIX = ".safetensors"
 
 @dataclass(frozen=True)
 class Headers:
-    """What the safetensors files of a model say of themselves.
+    """Headers of the safetensors files of a model.
 
     Attributes:
         tensors: name -> ``huggingface_hub``'s ``TensorInfo``: dtype, shape, offsets.
@@ -41,7 +41,7 @@ class Headers:
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """Floating-point type that most numbers have; None where there is none."""
+        """Floating-point type of most values, or None if there are none."""
         counts = Counter()
         for tensor in self.tensors.values():
             if tensor.dtype in FLOATS:
@@ -50,17 +50,18 @@ class Headers:
 
 
 def bytes_of(tensor) -> int:
-    """Bytes of a tensor in its file."""
+    """Return the bytes of a tensor in its file."""
     begin, end = tensor.data_offsets
     return end - begin
 
 
 def local_headers(folder: str) -> Headers | None:
-    """Those of the model in a folder; where no file is named as a model's, of every safetensors
-    file in it (an adapter's). None where there is none.
+    """Return the headers of the model in a folder, or None if it has no safetensors files.
+
+    If no file has the name of a model file, all safetensors files are used (those of an adapter).
 
     Raises:
-        ValueError: naming a file that is cut short.
+        ValueError: naming a truncated file.
     """
     try:
         files = get_local_safetensors_metadata(folder).files_metadata
@@ -71,15 +72,15 @@ def local_headers(folder: str) -> Headers | None:
         }
     paths = {name: os.path.join(folder, name) for name in files}
     for name, path in paths.items():
-        _require_whole(path, files[name], os.path.getsize(path), _header_bytes(path))
+        _check_size(path, files[name], os.path.getsize(path), _header_bytes(path))
     return _headers(files, sum(map(os.path.getsize, paths.values())))
 
 
 def hub_headers(repo: str, revision: str | None) -> Headers | None:
-    """The same of a repository, of which no more than the beginnings of the files are read.
+    """Return the headers of a repository's model; only the beginning of each file is read.
 
     Raises:
-        ValueError: naming a file that is cut short.
+        ValueError: naming a truncated file.
     """
     api = HfApi()
     try:
@@ -93,33 +94,34 @@ def hub_headers(repo: str, revision: str | None) -> Headers | None:
     for name, file in files.items():
         url = hf_hub_url(repo, name, revision=revision)
         size = get_hf_file_metadata(url).size or 0
-        _require_whole(url, file, size, header_bytes=8)  # its length at least; more is not told
+        _check_size(url, file, size, header_bytes=8)  # a lower bound: the exact size is unknown
         total += size
     return _headers(files, total)
 
 
 def _safetensors(names: list[str]) -> list[str]:
-    """Those that are safetensors files of the folder itself."""
+    """Return the names of safetensors files that are not in subfolders."""
     return sorted(name for name in names if name.endswith(SUFFIX) and "/" not in name)
 
 
 def _header_bytes(path: str) -> int:
-    """Length of a file's header with the eight bytes that tell it."""
+    """Return the size of a file's header, including the eight bytes of its length."""
     with open(path, "rb") as file:
         return 8 + int.from_bytes(file.read(8), "little")
 
 
-def _require_whole(place: str, file, size: int, header_bytes: int) -> None:
-    told = header_bytes + max((info.data_offsets[1] for info in file.tensors.values()), default=0)
-    if size < told:
+def _check_size(place: str, file, size: int, header_bytes: int) -> None:
+    ends = (info.data_offsets[1] for info in file.tensors.values())
+    expected = header_bytes + max(ends, default=0)
+    if size < expected:
         raise ValueError(
-            f"{place} is cut short: it has {size:,} bytes, and its header tells of {told:,}; copy "
+            f"{place} is truncated: it has {size:,} bytes, its header describes {expected:,}; copy "
             "or download it again"
         )
 
 
 def _headers(files: Mapping, size: int) -> Headers | None:
-    """The tensors of all files; one whose name another file has too is named by its file."""
+    """Merge the headers of all files; a tensor name that occurs twice gets the file name."""
     tensors = {}
     for file_name, file in files.items():
         for name, info in file.tensors.items():

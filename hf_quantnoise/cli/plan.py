@@ -5,26 +5,26 @@ from __future__ import annotations
 import json
 import sys
 from argparse import ArgumentParser, Namespace
-from dataclasses import fields, replace
+from dataclasses import replace
 
 from ..compression import check_plan
-from ..configuration import QuantizedModelConfig
+from ..configuration import IPQConfig, QuantizedModelConfig
 from ..configuration.layer_quantizers import checked_layer_quantizers
-from ..hub.packer import ModelPacker
+from ..modeling.packer import ModelPacker
 from ..size import size_report
 from .checkpoints import checkpoint_of
 from .command import COMMANDS, Command, add_model_argument
 from .folders import check_file
-from .settings import allotted, quantization_config, quantization_parser
+from .settings import quantization_config, quantization_parser, with_allocated_bits
 from .sizes import add_table_arguments, show
 
 
 @COMMANDS.register("plan")
 class Plan(Command):
-    """What compress would make of each layer, and the size of the file, to the byte.
+    """Show how compress would store each layer, and the exact size of the file.
 
-    Nothing is quantized. Weights are read only for --target_size_mb and --target_bits_per_weight,
-    which are shared out by quantization errors.
+    Nothing is quantized. Weights are loaded only with --target_size_mb or
+    --target_bits_per_weight, to measure their quantization errors.
     """
 
     examples = (
@@ -39,12 +39,12 @@ class Plan(Command):
 
     @staticmethod
     def add_arguments(parser: ArgumentParser) -> None:
-        add_model_argument(parser, "The dense model")
+        add_model_argument(parser, "Dense model")
         add_table_arguments(parser, per="layer")
         parser.add_argument(
             "--save",
             metavar="FILE",
-            help="Write the settings, layer by layer, to edit and give to `compress --config`.",
+            help="Write the settings of each layer as JSON, for editing and `compress --config`.",
         )
 
     @staticmethod
@@ -56,17 +56,16 @@ class Plan(Command):
         model = checkpoint.skeleton()
         check_plan(model, config)
         if config.target is not None and not config.settings_by_name():
-            config = allotted(checkpoint.load(), config)
+            config = with_allocated_bits(checkpoint.load(), config)
         ModelPacker(model, config).pack_skeletons()
-        report = size_report(model)
-        show(report, args, config=config.to_dict())
+        show(size_report(model), args, config=config.to_dict())
         if args.save:
             _save(_by_layer(config, model.config.quantization_config), args.save)
 
 
 def _by_layer(config: QuantizedModelConfig, packed: QuantizedModelConfig) -> QuantizedModelConfig:
-    """The config with each layer of the plan by name, where its scheme has such settings."""
-    if "layer_quantizers" not in {field.name for field in fields(config)}:
+    """Return the config with the settings of each layer, if its scheme supports them."""
+    if not isinstance(config, IPQConfig):
         return config
     return replace(config, layer_quantizers=checked_layer_quantizers("plan", packed.plan))
 
@@ -75,4 +74,4 @@ def _save(config: QuantizedModelConfig, file_name: str) -> None:
     with open(file_name, "w", encoding="utf-8") as file:
         json.dump(config.to_dict(), file, indent=2)
         file.write("\n")
-    print(f"settings in {file_name}", file=sys.stderr)
+    print(f"settings written to {file_name}", file=sys.stderr)

@@ -13,9 +13,9 @@ from .sizes import add_table_arguments, draw, report_of, show
 
 @COMMANDS.register("report")
 class Report(Command):
-    """How large a model is and how each layer is stored, packed or dense.
+    """Show the size of a packed or dense model, and how each layer is stored.
 
-    Of a repository only config.json and the headers of its safetensors files are read.
+    Only config.json and the headers of the safetensors files are read, also from the Hub.
     """
 
     examples = (
@@ -26,9 +26,11 @@ class Report(Command):
 
     @staticmethod
     def add_arguments(parser: ArgumentParser) -> None:
-        add_model_argument(parser, "The model")
+        add_model_argument(parser, "Model")
         add_table_arguments(parser, per="group")
-        parser.add_argument("--png", metavar="FILE", help="Draw it as well; needs matplotlib.")
+        parser.add_argument(
+            "--png", metavar="FILE", help="Plot the sizes too; requires matplotlib."
+        )
 
     @staticmethod
     def run(args: Namespace) -> None:

@@ -1,4 +1,4 @@
-"""The size of a model that was not loaded, and how it is shown: a table, JSON, or a picture."""
+"""Size of a model that is not loaded, shown as a table, JSON or plot."""
 
 from __future__ import annotations
 
@@ -14,44 +14,44 @@ from ..structure import find_layers
 from .checkpoints import Checkpoint
 from .headers import Headers, bytes_of
 
-# A report and a file agree within this share (CONTRIBUTING.md), or the file is what is told.
+# If report and files differ by more than this fraction, the files are reported instead.
 TOLERANCE = 0.01
-# Types of tensors that are no weights: positions, counts and masks.
-PLAIN = ("I64", "BOOL")
+# Types of tensors that are not weights: positions, counts and masks.
+INTEGERS = ("I64", "BOOL")
 
 
 def report_of(checkpoint: Checkpoint) -> tuple[SizeReport, str | None]:
-    """Counts the bytes of a model. Its weights are read only where it has no safetensors file.
+    """Count the bytes of a model. Weights are loaded only if it has no safetensors files.
 
     Returns:
-        The report; and what is to be known of it, where it could not be made layer by layer.
+        The report, and a note if it could not be made layer by layer (else None).
 
     Raises:
-        ValueError: if there is nothing to count, or a file is cut short.
+        ValueError: if there is no model, or a file is truncated.
     """
     headers = checkpoint.headers
     if headers is None:
         if not checkpoint.has_config:
-            raise ValueError(f"{checkpoint.path!r} holds no config.json and no *.safetensors")
-        return size_report(checkpoint.load()), "no safetensors file: the weights were read"
-    model, why = None, None
+            raise ValueError(f"{checkpoint.path!r} has no config.json and no *.safetensors file")
+        return size_report(checkpoint.load()), "no safetensors file: the weights were loaded"
+    model, reason = None, None
     try:
         model = checkpoint.skeleton()
-    except Exception as error:  # any model's code, and any config
+    except Exception as error:  # from the code of any model
         expected = isinstance(error, ValueError | FileNotFoundError)
-        why = str(error) if expected else f"{type(error).__name__}: {error}"
+        reason = str(error) if expected else f"{type(error).__name__}: {error}"
     if model is not None:
         report = size_report(model)
         counted = report.total.disk_bytes
         if abs(counted - headers.file_bytes) <= TOLERANCE * headers.file_bytes:
             return report, None
-        why = f"{type(model).__name__} as its config describes it would take {counted:,} bytes"
-    note = f"tensors as they stand in the files, {headers.file_bytes:,} bytes ({why})"
+        reason = f"{type(model).__name__} with this config would take {counted:,} bytes"
+    note = f"tensors as stored in the files, {headers.file_bytes:,} bytes ({reason})"
     return _as_in_files(headers, model), note
 
 
 def _as_in_files(headers: Headers, model) -> SizeReport:
-    """One row for each tensor of the files."""
+    """Return a report with one row per tensor of the files."""
     groups = {} if model is None else {f"{la.name}.weight": la.group for la in find_layers(model)}
     rows = []
     for name, tensor in headers.tensors.items():
@@ -63,14 +63,14 @@ def _as_in_files(headers: Headers, model) -> SizeReport:
 
 
 def _dense_bytes(tensor) -> int | None:
-    """What a tensor would take in float32; None for what may be another package's codes."""
+    """Return the bytes of a tensor in float32, or None for codes of another package."""
     if tensor.dtype in FLOATS:
         return 4 * tensor.parameter_count
-    return bytes_of(tensor) if tensor.dtype in PLAIN else None
+    return bytes_of(tensor) if tensor.dtype in INTEGERS else None
 
 
 def layer_table(report: SizeReport) -> str:
-    """A line for each layer, one for all tensors of no layer, and the totals."""
+    """Return a table with a line per layer, one for all other tensors, and the totals."""
     lines = [("layer", "stored", "group", "disk kB", "dense kB")]
     layers = [row for row in report.rows if row.group != "other"]
     others = [row for row in report.rows if row.group == "other"]
@@ -91,14 +91,13 @@ TABLES = {"group": str, "layer": layer_table}
 
 
 def add_table_arguments(parser: ArgumentParser, per: str) -> None:
-    """How a report is shown: ``per`` and ``json`` of the arguments."""
-    parser.add_argument("--per", choices=list(TABLES), default=per, help="Lines of the table.")
-    parser.add_argument("--json", action="store_true", help="Every row, in bytes, as JSON.")
+    """Add ``per`` and ``json``: the form of a report."""
+    parser.add_argument("--per", choices=list(TABLES), default=per, help="Rows of the table.")
+    parser.add_argument("--json", action="store_true", help="Print all rows as JSON, in bytes.")
 
 
 def show(report: SizeReport, args: Namespace, **more: Any) -> None:
-    """Prints a report as the flags of :func:`add_table_arguments` ask for it; ``more`` stands in
-    JSON alone."""
+    """Print a report as table or JSON; ``more`` is added to the JSON."""
     if args.json:
         print(json.dumps({"model": args.model, **more, **to_dict(report)}, indent=2))
     else:
@@ -106,7 +105,7 @@ def show(report: SizeReport, args: Namespace, **more: Any) -> None:
 
 
 def to_dict(report: SizeReport) -> dict[str, Any]:
-    """A JSON-able dict, in bytes."""
+    """Return a JSON-able dict, in bytes."""
     total = report.total
     return {
         "rows": [asdict(row) for row in report.rows],
@@ -117,15 +116,17 @@ def to_dict(report: SizeReport) -> dict[str, Any]:
 
 
 def draw(report: SizeReport, per: str, title: str, file_name: str) -> None:
-    """Draws bytes on disk as bars, one for each layer (or group), coloured by how it is stored.
+    """Plot bytes on disk as one bar per layer (or group), coloured by how it is stored.
 
     Raises:
-        ImportError: naming the extra, where matplotlib is missing.
+        ImportError: naming the extra, if matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ImportError("--png needs matplotlib: pip install 'hf-quantnoise[plots]'") from None
+        raise ImportError(
+            "--png requires matplotlib; run pip install 'hf-quantnoise[plots]'"
+        ) from None
     bars = _bars(report.rows, per)
     kinds = list(dict.fromkeys(kind for _, kind in bars))
     figure = Figure(figsize=(8, 1.5 + 0.2 * len({name for name, _ in bars})))
@@ -145,7 +146,7 @@ def draw(report: SizeReport, per: str, title: str, file_name: str) -> None:
 
 
 def _bars(rows: Sequence[SizeRow], per: str) -> dict[tuple[str, str], int]:
-    """(layer or group, how it is stored) -> bytes, of all that takes room."""
+    """Return (layer or group, how it is stored) -> bytes."""
     bars: dict[tuple[str, str], int] = {}
     for row in rows:
         if row.disk_bytes:

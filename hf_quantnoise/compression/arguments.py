@@ -1,14 +1,24 @@
-"""How the staged pass finetunes; what it produces is said by the quantization config."""
+"""Arguments of a compression run: how the model is finetuned between the stages."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
 
 import torch
 
+from ..configuration.checks import (
+    boolean,
+    fraction,
+    integer,
+    invalid,
+    non_negative,
+    positive,
+)
+from ..configuration.options import Options, documented, option
+from ..registry import suggestion
 from .distillation.features import parse_layers
 
 # Options that earlier releases had -> why they were removed. A file or a flag that still names one
@@ -24,12 +34,13 @@ REMOVED_OPTIONS = {
 
 @dataclass(frozen=True)
 class StageSettings:
-    """How one stage is finetuned.
+    """Settings of one stage.
 
     Attributes:
-        epochs: passes over the training data, where ``steps`` is None.
+        epochs: epochs of finetuning, if ``steps`` is None.
         steps: optimizer steps, or None.
-        learning_rate, codebook_learning_rate: None takes the run's, and the stage's.
+        learning_rate: None uses that of the trainer.
+        codebook_learning_rate: None uses ``learning_rate``.
     """
 
     epochs: float
@@ -39,141 +50,121 @@ class StageSettings:
 
     @property
     def trains(self) -> bool:
-        """Whether anything is finetuned at all."""
+        """Whether the stage is finetuned."""
         return self.epochs > 0 if self.steps is None else self.steps > 0
 
 
-@dataclass
-class CompressionArguments:
-    """Finetuning between the stages of ``QuantNoiseTrainer.compress``.
+# Setting of a single stage -> its check.
+_STAGE_CHECKS = {
+    "epochs": non_negative,
+    "steps": integer(0),
+    "learning_rate": positive,
+    "codebook_learning_rate": positive,
+}
 
-    Made for ``HfArgumentParser``, beside ``TrainingArguments``; what it does not name (batch size,
-    optimizer, precision, seed) is taken from the trainer's own arguments.
+
+def _device(name: str, value: Any) -> None:
+    try:
+        torch.device(value)
+    except (RuntimeError, TypeError):
+        raise invalid(name, value, "a device, e.g. 'cpu' or 'cuda:1', or None") from None
+
+
+def _layers(name: str, value: Any) -> None:
+    if value not in ("all", "last"):
+        parse_layers(value)
+
+
+@documented
+@dataclass
+class CompressionArguments(Options):
+    """Finetuning in the stages of ``QuantNoiseTrainer.compress``.
+
+    For ``HfArgumentParser``, next to ``TrainingArguments``. Batch size, optimizer, precision and
+    seed are those of the trainer.
 
     Raises:
-        ValueError: naming the field, the value given and what would do.
+        ValueError: naming the field, the value and what was expected.
     """
 
-    stage_epochs: float = field(
-        default=1.0,
-        metadata={"help": "Epochs of finetuning after each stage; 0 quantizes without any."},
+    stage_epochs: Annotated[float, non_negative] = option(
+        1.0, "Epochs of finetuning after each stage; 0 quantizes without finetuning."
     )
-    stage_learning_rate: float | None = field(
-        default=None,
-        metadata={"help": "Learning rate of the dense parameters; default: that of the run."},
+    stage_learning_rate: Annotated[float | None, positive] = option(
+        None, "Learning rate of the stages. None: that of the trainer."
     )
-    codebook_learning_rate: float | None = field(
-        default=None,
-        metadata={"help": "Learning rate of the centroids; default: stage_learning_rate."},
+    codebook_learning_rate: Annotated[float | None, positive] = option(
+        None, "Learning rate of the centroids. None: that of the stage."
     )
-    stage_steps: int | None = field(
-        default=None,
-        metadata={"help": "Optimizer steps of finetuning after each stage, instead of epochs."},
+    stage_steps: Annotated[int | None, integer(0)] = option(
+        None, "Optimizer steps of finetuning after each stage, instead of epochs."
     )
-    stage_settings: dict | str | None = field(
-        default=None,
-        metadata={
-            "help": "JSON for stages that differ: {stage: {epochs, steps, learning_rate, "
-            "codebook_learning_rate}}."
-        },
+    stage_settings: dict | str | None = option(
+        None,
+        "Settings of single stages, a dict or JSON: {'attention': {'epochs': 2, 'learning_rate': "
+        "1e-5}}, with epochs, steps, learning_rate or codebook_learning_rate.",
     )
-    keep_noise: bool = field(
-        default=False,
-        metadata={"help": "Keep the trainer's noise on layers whose stage is yet to come."},
+    keep_noise: Annotated[bool, boolean] = option(
+        False,
+        "Keep the trainer's noise, at its full rate and without LayerDrop, on the layers of later "
+        "stages.",
     )
-    calibration_batches: int = field(
-        default=8,
-        metadata={
-            "help": "Training batches that set the scales of activations and the importance."
-        },
+    calibration_batches: Annotated[int, integer(1)] = option(
+        8, "Training batches that set the scales of activation_bits and the importance of inputs."
     )
-    budget_batches: int = field(
-        default=1,
-        metadata={
-            "help": "Training batches to measure sensitivities on, for a target size; 0: none."
-        },
+    budget_batches: Annotated[int, integer(0)] = option(
+        1,
+        "Training batches for measuring sensitivities, if the config has a target size; 0 uses "
+        "quantization errors instead.",
     )
-    plots: bool = field(
-        default=True,
-        metadata={"help": "Draw the finished pass: PNG files in output_dir/plots."},
+    plots: Annotated[bool, boolean] = option(
+        True,
+        "Plot the compression run as PNG files in output_dir/plots, if matplotlib is installed: "
+        "metrics against MB per stage, error and bytes per layer.",
     )
-    distill: bool = field(
-        default=True,
-        metadata={"help": "Learn from a teacher, the uncompressed model (section 3.2)."},
+    distill: Annotated[bool, boolean] = option(
+        True, "Distill from a teacher in the stages (section 3.2)."
     )
-    distill_weight: float = field(
-        default=1.0,
-        metadata={"help": "Share of the teacher's logits in the loss; the labels have the rest."},
+    distill_weight: Annotated[float, fraction] = option(
+        1.0, "Weight of the loss on the teacher's logits; the labels have the rest."
     )
-    temperature: float = field(
-        default=1.0, metadata={"help": "Temperature of both softmaxes of the logits."}
+    temperature: Annotated[float, positive] = option(
+        1.0, "Temperature of both softmaxes of the logits."
     )
-    distill_hidden: float = field(
-        default=0.0,
-        metadata={"help": "Weight of the relative error of hidden states, added to the loss."},
+    distill_hidden: Annotated[float, non_negative] = option(
+        0.0, "Weight of the relative squared error of the hidden states, added to the loss."
     )
-    distill_attention: float = field(
-        default=0.0,
-        metadata={"help": "Weight of the divergence of attention maps, added to the loss."},
+    distill_attention: Annotated[float, non_negative] = option(
+        0.0,
+        "Weight of the KL divergence of the attention maps, added to the loss. Attention is then "
+        "computed with the 'eager' implementation.",
     )
-    distill_layers: str = field(
-        default="all",
-        metadata={
-            "help": "Layers whose hidden states and attention maps are compared: 'all', 'last', or "
-            "places counted from 0, as in 0,3,5."
-        },
+    distill_layers: Annotated[str, _layers] = option(
+        "all",
+        "Layers whose hidden states and attention maps are compared: 'all', 'last', or indices "
+        "from 0, as a list or as in 0,3,5.",
     )
-    teacher_device: str | None = field(
-        default=None,
-        metadata={"help": "Where the teacher is, e.g. 'cpu'; default: beside the model."},
+    teacher_device: Annotated[str | None, _device] = option(
+        None, "Device of the teacher, e.g. 'cpu'. None: that of the model."
     )
+
+    removed: ClassVar[Mapping[str, str]] = REMOVED_OPTIONS
 
     def __post_init__(self) -> None:
-        for name in ("stage_learning_rate", "codebook_learning_rate"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name}={value!r} must be above 0, or None")
-        if self.stage_steps is not None and not self.stage_steps >= 0:
-            raise ValueError(f"stage_steps={self.stage_steps!r} must be 0 or more, or None")
+        super().__post_init__()
         self.stage_settings = _read_settings(self.stage_settings)
-        if not self.stage_epochs >= 0:
-            raise ValueError(f"stage_epochs={self.stage_epochs!r} must be 0 or more")
-        if not self.calibration_batches >= 1:
-            raise ValueError(f"calibration_batches={self.calibration_batches!r} must be 1 or more")
-        if not self.budget_batches >= 0:
-            raise ValueError(f"budget_batches={self.budget_batches!r} must be 0 or more")
-        if not 0 <= self.distill_weight <= 1:
-            raise ValueError(f"distill_weight={self.distill_weight!r} must be from 0 to 1")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature={self.temperature!r} must be above 0")
-        self._check_teacher()
-
-    def _check_teacher(self) -> None:
-        for name in ("distill_hidden", "distill_attention"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be 0 or more")
-        inner = self.distill_hidden > 0 or self.distill_attention > 0
-        if inner and not self.distill:
+        if not self.distill and (self.distill_hidden > 0 or self.distill_attention > 0):
             raise ValueError(
-                "distill_hidden and distill_attention need a teacher, and distill=False leaves it "
-                "out; set distill=True (distill_weight=0 for no term of the logits)"
+                f"distill_hidden={self.distill_hidden!r} and distill_attention="
+                f"{self.distill_attention!r} need a teacher; set distill=True (and "
+                "distill_weight=0 for no loss on the logits)"
             )
-        if self.distill_layers not in ("all", "last"):
-            parse_layers(self.distill_layers)
-        if self.teacher_device is not None:
-            try:
-                torch.device(self.teacher_device)
-            except (RuntimeError, TypeError):
-                raise ValueError(
-                    f"teacher_device={self.teacher_device!r} must be a device, e.g. 'cpu' or "
-                    "'cuda:1', or None"
-                ) from None
 
-    def of_stage(self, stage: str | None) -> StageSettings:
-        """What holds for one stage: its own settings, and the common ones for the rest."""
+    def settings_of(self, stage: str | None) -> StageSettings:
+        """Return the settings of a stage; None is the only stage of a fixed-point config."""
         own = (self.stage_settings or {}).get("all" if stage is None else stage, {})
         epochs, steps = self.stage_epochs, self.stage_steps
-        if own.keys() & {"epochs", "steps"}:  # one of them overrules both common ones
+        if own.keys() & {"epochs", "steps"}:  # either of them overrides both common ones
             epochs, steps = own.get("epochs", 0.0), own.get("steps")
         return StageSettings(
             epochs=epochs,
@@ -184,52 +175,44 @@ class CompressionArguments:
 
     def trains(self, stages: Iterable[str | None]) -> bool:
         """Whether any stage is finetuned."""
-        return any(self.of_stage(stage).trains for stage in stages)
+        return any(self.settings_of(stage).trains for stage in stages)
 
     def check_stages(self, stages: Iterable[str | None]) -> None:
-        """Compares ``stage_settings`` with the stages of a config.
+        """Check that the stages of ``stage_settings`` are those of a config.
 
         Raises:
-            ValueError: naming a stage that the config does not have.
+            ValueError: naming a stage that is not.
         """
         known = ["all" if stage is None else stage for stage in stages]
         for stage in self.stage_settings or {}:
             if stage not in known:
                 raise ValueError(
-                    f"stage_settings names the stage {stage!r}; the config's stages are {known}"
+                    f"invalid stage_settings: unknown stage {stage!r}; the config's stages are "
+                    f"{known}"
                 )
-
-
-_KEYS = ("epochs", "steps", "learning_rate", "codebook_learning_rate")
 
 
 def _read_settings(value: Any) -> dict[str, dict[str, float]] | None:
-    """``stage_settings`` from JSON or a dict, checked."""
+    """Return ``stage_settings``, read from JSON if it is a string, as a checked dict."""
+    settings = value
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            settings = json.loads(value)
         except ValueError:
-            value = repr(value)
-    if value is None:
+            settings = value
+    if settings is None:
         return None
-    if not isinstance(value, Mapping) or not all(
-        isinstance(own, Mapping) for own in value.values()
+    if not isinstance(settings, Mapping) or not all(
+        isinstance(own, Mapping) for own in settings.values()
     ):
-        raise ValueError(
-            f"stage_settings={value!r} must be a dict, or JSON, from stage to its settings, e.g. "
-            '{"attention": {"epochs": 2, "learning_rate": 1e-5}}'
-        )
-    for stage, own in value.items():
-        for key, number in own.items():
-            if key not in _KEYS:
-                raise ValueError(
-                    f"stage_settings: {key!r} (of stage {stage!r}) is unknown; known: "
-                    f"{', '.join(_KEYS)}"
-                )
-            rate = "rate" in key
-            if not isinstance(number, int | float) or number < 0 or (rate and number == 0):
-                raise ValueError(
-                    f"stage_settings: {key}={number!r} (of stage {stage!r}) must be "
-                    f"{'above 0' if rate else '0 or more'}"
-                )
-    return {stage: dict(own) for stage, own in value.items()}
+        expected = 'a dict, or JSON, e.g. {"attention": {"epochs": 2, "learning_rate": 1e-5}}'
+        raise invalid("stage_settings", value, expected)
+    for stage, own in settings.items():
+        place = f"stage_settings[{stage!r}]"
+        for key, setting in own.items():
+            if key not in _STAGE_CHECKS:
+                known = ", ".join(_STAGE_CHECKS)
+                hint = suggestion(key, _STAGE_CHECKS)
+                raise ValueError(f"invalid {place}: unknown {key!r}, known: {known}{hint}")
+            _STAGE_CHECKS[key](f"{place}: {key}", setting)
+    return {stage: dict(own) for stage, own in settings.items()}

@@ -20,9 +20,10 @@ from transformers import PreTrainedModel, Trainer, set_seed
 from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
 
+from ..compat import undo_accelerate_prepare
 from ..configuration import QuantizedModelConfig, QuantNoiseConfig
-from ..hub.packer import ModelPacker, StageResult
 from ..modeling.activations import calibrate
+from ..modeling.packer import ModelPacker, StageResult
 from ..noise import apply_quant_noise, remove_quant_noise
 from .arguments import CompressionArguments
 from .bit_allocation.allocate import resolve_target
@@ -35,7 +36,6 @@ from .reporting.logs import forward_logs, log_errors, log_record
 from .reporting.record import StageRecord, evaluate_packed, measure_stage
 from .training.data import first_batches
 from .training.fsdp import share_what_rank_0_read
-from .training.packed_trainer import undo_accelerate_prepare
 from .training.pending_noise import PendingNoise, noise_to_keep
 from .training.stage_arguments import stage_optimizer, stage_training_arguments
 from .training.stage_trainer import StageTrainer
@@ -173,9 +173,9 @@ class CompressionPipeline:
 
     def _restructure(self, record: bool = True) -> None:
         start = time.perf_counter()
-        self.packer.restructure()
+        self.packer.change_structure()
         self.noise = PendingNoise(self.model, self.noise_config)
-        if self.packer.restructuring.changes and record:
+        if self.packer.structural_changes and record:
             self._evaluate("restructured", self.evaluator, start)
 
     # ---- a stage --------------------------------------------------------------------------------
@@ -192,7 +192,7 @@ class CompressionPipeline:
         stage_trainer = self._make_trainer(stage, number, noise)
         self._calibrate(stage_trainer, packed)
         finetuning = packed_metric = {}
-        if self.args.of_stage(stage).trains:
+        if self.args.settings_of(stage).trains:
             packed_metric = evaluate_packed(stage_trainer)
             checkpoint = self.files.checkpoint(number)
             if noise is not None:
@@ -260,7 +260,7 @@ class CompressionPipeline:
         self, stage: str | None, number: int, noise: QuantNoiseConfig | None = None
     ) -> StageTrainer:
         """Return the trainer of a stage; that of number 0 evaluates and reads data."""
-        trainer, settings = self.trainer, self.args.of_stage(stage)
+        trainer, settings = self.trainer, self.args.settings_of(stage)
         output_dir = None if self.files.folder is None else self.files.run_folder(number)
         stage_trainer = StageTrainer(
             self.model,

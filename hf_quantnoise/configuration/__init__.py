@@ -1,8 +1,7 @@
-"""The configs: what noise to train with, and how a compressed model is stored.
+"""Configs of training noise and of compressed models: dataclasses with checks and a JSON form."""
 
-All are plain dataclasses with strict validation and a JSON form.
-"""
-
+from .fixed_point import FixedPointConfig
+from .ipq import IPQConfig
 from .layer_quantizers import DENSE, LAYER_KEYS
 from .noise import NOISE_CONFIG_NAME, NOISES, QuantNoiseConfig
 from .storage import (
@@ -10,8 +9,6 @@ from .storage import (
     OBSERVERS,
     QUANT_METHOD,
     SCHEMES,
-    FixedPointConfig,
-    IPQConfig,
     QuantizedModelConfig,
 )
 

@@ -1,250 +1,256 @@
-"""The configs of a compressed model as flags of a command line, and how their words are read."""
+"""Command-line flags of the configs, made from their options."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields
-from typing import Any, Literal
+from argparse import ArgumentParser
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, Field, dataclass, fields, make_dataclass
+from typing import Any, Literal, NoReturn
 
-from .storage import QUANT_METHOD, FixedPointConfig, IPQConfig, QuantizedModelConfig
+from ..registry import suggestion
+from .fixed_point import FixedPointConfig
+from .ipq import IPQConfig
+from .noise import QuantNoiseConfig
+from .options import Option, option, options_of
+from .storage import QUANT_METHOD, RECORDS, SCHEMES, QuantizedModelConfig
 
 
-def parse_int_or_dict(flag: str, text: str) -> int | dict[str, int]:
-    """``8``, ``{"ffn": 8, "attention": 4}`` or ``ffn=8,attention=4`` -> an int or a dict.
+def invalid_flag(flag: str, value: Any, expected: str) -> ValueError:
+    """Return the error of a flag with an invalid value, to be raised."""
+    return ValueError(f"invalid --{flag} {value!r}: expected {expected}")
 
-    Raises:
-        ValueError: naming the flag and the three forms.
-    """
-    text = str(text).strip()
+
+# ---- values written as text ----------------------------------------------------------------------
+
+
+def parse_int_or_dict(flag: str, value: Any) -> int | dict[str, int]:
+    """Return ``8``, ``{"ffn": 8, "attention": 4}`` or ``ffn=8,attention=4`` as an int or dict."""
+    text = value.strip() if isinstance(value, str) else json.dumps(value)
     try:
         if "=" in text and not text.startswith("{"):
             pairs = (part.rsplit("=", 1) for part in text.split(","))
             return {key.strip(): int(size) for key, size in pairs}
-        value = json.loads(text)
+        size = json.loads(text)
     except ValueError:
-        value = None
-    if isinstance(value, int | dict) and not isinstance(value, bool):
-        return value
-    raise ValueError(
-        f"--{flag} {text!r} is no size; give an integer (8), pairs "
-        '(ffn=8,embeddings=8,attention=4) or JSON (\'{"ffn": 8, "attention": 4}\')'
+        size = None
+    if isinstance(size, int | dict) and not isinstance(size, bool):
+        return size
+    raise invalid_flag(
+        flag,
+        value,
+        'an integer (8), pairs (ffn=8,attention=4) or JSON (\'{"ffn": 8, "attention": 4}\')',
     )
 
 
-def parse_share_layers(text: str) -> int | list[list[str]]:
-    """``2``, or JSON: the names of the layers of each chunk.
-
-    Raises:
-        ValueError: naming the flag and the two forms.
-    """
+def _parse_chunks(flag: str, value: Any) -> int | list[list[str]]:
     try:
-        return json.loads(text)
+        return json.loads(value) if isinstance(value, str) else value
     except ValueError:
-        raise ValueError(
-            f"--share_layers {text!r} is no number of layers; give an integer (2), or JSON with "
-            'the names of the layers of each chunk (\'[["blocks.1", "blocks.2"]]\')'
-        ) from None
+        expected = 'a number of layers (2), or JSON with chunks of layers (\'[["a.1", "a.2"]]\')'
+        raise invalid_flag(flag, value, expected) from None
 
 
-def parse_patterns(text: str | None) -> str | list[str] | None:
-    """A regex for whole layer names, or a JSON list of exact names and suffixes."""
+def parse_patterns(flag: str, value: Any) -> str | list[str] | None:
+    """Return a regex as it is, and a JSON list of names and suffixes as a list."""
     try:
-        value = json.loads(text) if text else None
+        names = json.loads(value) if isinstance(value, str) else value
     except ValueError:
-        return text
-    return value if isinstance(value, list) else text
+        return value
+    return names if isinstance(names, list) else value or None
+
+
+def _word_or_steps(flag: str, value: Any) -> str | int:
+    return int(value) if isinstance(value, str) and value.isdigit() else value
+
+
+def _one_or_list(flag: str, values: Any) -> Any:
+    return values[0] if isinstance(values, list) and len(values) == 1 else values
 
 
 def _read_json(flag: str, file_name: str) -> tuple[dict, dict]:
-    """A JSON file, and the quantization config in it: its own, or a ``config.json``'s.
-
-    Raises:
-        ValueError: naming the flag, if the file cannot be read.
-    """
+    """Return the content of a JSON file, and the quantization config that it is or has."""
     try:
         with open(file_name, encoding="utf-8") as file:
-            values = json.load(file)
+            content = json.load(file)
     except (OSError, ValueError) as error:
-        raise ValueError(f"--{flag} {file_name!r} is no JSON file: {error}") from None
-    whole = values if isinstance(values, dict) else {}
-    own = whole if "quant_method" in whole else {}
-    return values, whole.get("quantization_config") or own
+        raise invalid_flag(flag, file_name, f"a JSON file ({error})") from None
+    values = content if isinstance(content, dict) else {}
+    own = values if "quant_method" in values else {}
+    return content, values.get("quantization_config") or own
 
 
-def read_layer_quantizers(file_name: str) -> dict[str, dict]:
-    """How single layers are stored: JSON from layer name to settings, a quantization config, or
-    the config.json of a compressed model, whose allotment it is then.
-
-    Raises:
-        ValueError: naming the flag, if the file cannot be read or says nothing of layers.
-    """
-    values, config = _read_json("layer_quantizers", file_name)
+def _read_layer_quantizers(flag: str, value: Any) -> dict[str, dict]:
+    """Return the ``layer_quantizers`` of a JSON file of layers or a quantization config."""
+    if not isinstance(value, str):
+        return value
+    content, config = _read_json(flag, value)
     found = config.get("layer_quantizers") or config.get("plan")
     if config and not found:
         raise ValueError(
-            f"--layer_quantizers {file_name!r} is a quantization config that names no layers; take "
-            "--config to have all its settings"
+            f"invalid --{flag} {value!r}: the quantization config has no settings of single "
+            "layers; pass --config to use all its settings"
         )
-    return found or values
+    return found or content
 
 
 def read_quantization_config(file_name: str) -> QuantizedModelConfig:
-    """The settings of a quantization config, or of a compressed model's config.json, without what
-    compression filled in.
+    """Return the config in a quantization config's file or a compressed model's ``config.json``.
+
+    The fields that compression filled in are not read.
 
     Raises:
-        ValueError: naming the flag, if the file cannot be read or is something else; or as the
-            config does.
+        ValueError: naming the flag, if the file is something else; or an invalid field.
     """
     _, config = _read_json("config", file_name)
     if config.get("quant_method") != QUANT_METHOD:
         raise ValueError(
-            f"--config {file_name!r} is no quantization config of {QUANT_METHOD}; "
-            "`hf-quantnoise plan MODEL --save FILE` writes one"
+            f"invalid --config {file_name!r}: not a quantization config of {QUANT_METHOD}; write "
+            "one with `hf-quantnoise plan MODEL --save FILE`"
         )
-    filled_in = ("plan", "left_dense", "shared_layers", "pruned_layers")
-    return QuantizedModelConfig.from_dict(
-        {name: value for name, value in config.items() if name not in filled_in}
-    )
+    settings = {name: value for name, value in config.items() if name not in RECORDS}
+    return QuantizedModelConfig.from_dict(settings)
 
 
-# Scheme -> flags that no other scheme reads. Noise reads --block_size, --n_centroids and --observer
-# whatever the scheme is.
-ONLY = {
-    "ipq": (
-        "stages", "codebook_bits", "kmeans_iter", "importance", "row_scale", "n_codebooks",
-        "target_size_mb", "target_bits_per_weight", "layer_quantizers",
+# ---- flags of options ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Form:
+    """How values of a type are written on a command line.
+
+    Attributes:
+        type: type of the flag's dataclass field.
+        read: returns the value for the config, from flag name and argument.
+        hint: appended to the help.
+    """
+
+    type: Any
+    read: Callable[[str, Any], Any] = lambda flag, value: value
+    hint: str = ""
+
+
+_CHUNKS = Form(str | None, _parse_chunks, "Form: 2, or JSON.")
+# Type of an option -> its form; other types are written as they are.
+FORMS: dict[Any, Form] = {
+    int | dict[str, int]: Form(
+        str | None, parse_int_or_dict, "Form: 8, or ffn=8,attention=4, or JSON."
     ),
-    "fixed_point": ("bits",),
-}  # fmt: skip
+    int | list[list[str]]: _CHUNKS,
+    int | list[list[str]] | None: _CHUNKS,
+    str | list[str] | None: Form(str | None, parse_patterns, "Form: a regex, or a JSON list."),
+    str | int: Form(str, _word_or_steps),
+    str | list[str]: Form(list[str], _one_or_list),
+    float | list[float]: Form(list[float], _one_or_list),
+    list[str] | tuple[str, ...]: Form(list[str]),
+    dict[str, dict[str, Any]]: Form(
+        str | None,
+        _read_layer_quantizers,
+        "Form: a JSON file of it, or of a compressed model's config.",
+    ),
+}
 
 
-def _default(of: Field) -> Any:
-    return of.default if of.default_factory is MISSING else of.default_factory()
+def form_of(declared: Option) -> Form:
+    """Return the form of an option's type."""
+    return FORMS.get(declared.type, Form(declared.type))
 
 
-@dataclass
-class QuantizationFlags:
-    """What a small model is to be: :class:`IPQConfig` or :class:`FixedPointConfig` in flags, for
-    ``HfArgumentParser``."""
+def flag_of(declared: Option, name: str, default: Any = MISSING, more: str = "") -> tuple:
+    """Return (name, type, field) of the flag of an option, for ``make_dataclass``."""
+    form = form_of(declared)
+    default = declared.default if default is MISSING else default
+    if form.type in (list[str], list[float]) and not isinstance(default, list):
+        default = [default]
+    help = " ".join(filter(None, (declared.help, form.hint, more)))
+    return name, form.type, option(default or None if default == {} else default, help)
 
-    scheme: Literal["ipq", "fixed_point"] = field(
-        default="ipq", metadata={"help": "Product quantization in stages, or intN."}
-    )
-    block_size: str = field(
-        default="4",
-        metadata={"help": "Numbers per block: 8, or ffn=8,embeddings=8,attention=4, or JSON."},
-    )
-    n_centroids: str = field(
-        default="256", metadata={"help": "Centroids per codebook, in the form of --block_size."}
-    )
-    stages: list[str] = field(
-        default_factory=lambda: ["ffn", "embeddings", "attention"],
-        metadata={"help": "Structure groups (or regexes) in the order of quantization."},
-    )
-    codebook_bits: int = field(
-        default=32, metadata={"help": "Bits of a stored centroid: 32, 16, 8."}
-    )
-    kmeans_iter: int = field(default=20, metadata={"help": "Most iterations of k-means."})
-    importance: Literal["none", "activations"] = field(
-        default="none", metadata={"help": "Weigh errors by what the inputs are on training data."}
-    )
-    row_scale: bool = field(default=False, metadata={"help": "A scale for each row of a weight."})
-    n_codebooks: int = field(
-        default=1, metadata={"help": "2: a block is the sum of two centroids; double --block_size."}
-    )
-    target_size_mb: float | None = field(
-        default=None,
-        metadata={"help": "MB the file may have; blocks and centroids are then allotted by layer."},
-    )
-    target_bits_per_weight: float | None = field(
-        default=None, metadata={"help": "The same in bits for each parameter."}
-    )
-    layer_quantizers: str | None = field(
-        default=None,
-        metadata={"help": "JSON file: how single layers are stored, or another run's config.json."},
-    )
-    bits: int | None = field(
-        default=None,
-        metadata={"help": "Bits of a weight, of --scheme fixed_point alone; default: 8."},
-    )
-    observer: str = field(
-        default="minmax", metadata={"help": "Range of intN: minmax, channel or histogram."}
-    )
-    activation_bits: int | None = field(
-        default=None,
-        metadata={"help": "Bits of what enters a quantized layer; noise rounds it likewise."},
-    )
-    share_layers: str = field(
-        default="1",
-        metadata={
-            "help": "Layers per chunk of shared weights, in training (with noise) and on disk."
-        },
-    )
-    prune_layers: str | None = field(
-        default=None,
-        metadata={"help": "Layers taken out first: every_other, a regex, or a JSON list of names."},
-    )
-    target_modules: str | None = field(
-        default=None, metadata={"help": "Layers to quantize: a regex, or a JSON list of suffixes."}
-    )
-    exclude_modules: str | None = field(
-        default=None, metadata={"help": "Layers to leave dense; same form."}
-    )
+
+_SCHEME_OPTIONS = {"ipq": options_of(IPQConfig), "fixed_point": options_of(FixedPointConfig)}
+_WITHOUT_FLAG = {*RECORDS, "format_version", "seed"}
+
+
+def _model_flags() -> list[tuple]:
+    help = "Quantization scheme: product quantization in stages, or fixed point (intN)."
+    flags = [("scheme", Literal["ipq", "fixed_point"], option("ipq", help))]
+    shared = options_of(QuantizedModelConfig)
+    options = {**_SCHEME_OPTIONS["ipq"], **_SCHEME_OPTIONS["fixed_point"]}
+    names = [name for name in options if name not in shared] + list(shared)
+    for name in (name for name in names if name not in _WITHOUT_FLAG):
+        # Without a default for bits, --bits 8 under --scheme ipq can be refused.
+        more = {"default": None, "more": "Default: 8."} if name == "bits" else {}
+        flags.append(flag_of(options[name], name, **more))
+    return flags
+
+
+class QuantizationFlags(make_dataclass("_QuantizationFlags", _model_flags())):
+    """Flags of :class:`IPQConfig` and :class:`FixedPointConfig`, for ``HfArgumentParser``."""
 
     def given(self) -> list[str]:
-        """The flags whose values are not the defaults."""
-        return [f.name for f in fields(QuantizationFlags) if getattr(self, f.name) != _default(f)]
+        """Return the names of the flags whose values are not the defaults."""
+        return [f.name for f in fields(QuantizationFlags) if getattr(self, f.name) != default_of(f)]
 
-    def refuse_of_other_scheme(self, more: Mapping[str, Sequence[str]] = {}) -> None:
-        """Refuses flags that say nothing of the scheme asked for.
+    def check_scheme(self, with_noise: bool) -> None:
+        """Refuse flags of another scheme.
 
         Args:
-            more: scheme -> its flags that another scheme does not read either, here.
+            with_noise: whether noise reads the flags that it shares with a scheme.
 
         Raises:
-            ValueError: naming the flag, its value and the scheme that reads it.
+            ValueError: naming the flag and the scheme that it requires.
         """
-        for scheme, own in ONLY.items():
-            wrong = {*own, *more.get(scheme, ())}.intersection(self.given())
-            if scheme != self.scheme and wrong:
-                name = min(wrong)
+        noise = options_of(QuantNoiseConfig) if with_noise else {}
+        own = _SCHEME_OPTIONS[self.scheme]
+        for scheme, options in _SCHEME_OPTIONS.items():
+            if wrong := (options.keys() - own.keys() - noise.keys()).intersection(self.given()):
                 raise ValueError(
-                    f"--{name} is of --scheme {scheme}, and here are --scheme {self.scheme} and "
-                    f"--{name} {getattr(self, name)}; take one of them out"
+                    f"--{min(wrong)} {getattr(self, min(wrong))} requires --scheme {scheme} (got "
+                    f"--scheme {self.scheme}); remove one of them"
                 )
 
-    def config(self, seed: int) -> IPQConfig | FixedPointConfig:
-        """The package's config of the small model.
+    def config(self, seed: int) -> QuantizedModelConfig:
+        """Return the config of the compressed model.
 
         Raises:
-            ValueError: if a flag is of another scheme, or its value is none.
+            ValueError: if a flag belongs to another scheme, or a value is invalid.
         """
-        self.refuse_of_other_scheme()
-        shared = {
-            "target_modules": parse_patterns(self.target_modules),
-            "exclude_modules": parse_patterns(self.exclude_modules),
-            "activation_bits": self.activation_bits,
-            "share_layers": parse_share_layers(self.share_layers),
-            "prune_layers": parse_patterns(self.prune_layers),
-            "seed": seed,
-        }
-        if self.scheme == "fixed_point":
-            bits = 8 if self.bits is None else self.bits
-            return FixedPointConfig(bits=bits, observer=self.observer, **shared)
-        layers = self.layer_quantizers
-        return IPQConfig(
-            block_size=parse_int_or_dict("block_size", self.block_size),
-            n_centroids=parse_int_or_dict("n_centroids", self.n_centroids),
-            stages=self.stages,
-            codebook_bits=self.codebook_bits,
-            kmeans_iter=self.kmeans_iter,
-            importance=self.importance,
-            row_scale=self.row_scale,
-            n_codebooks=self.n_codebooks,
-            target_size_mb=self.target_size_mb,
-            target_bits_per_weight=self.target_bits_per_weight,
-            layer_quantizers={} if layers is None else read_layer_quantizers(layers),
-            **shared,
-        )
+        self.check_scheme(with_noise=True)
+        flags = {f.name: f.name for f in fields(QuantizationFlags)}
+        config = SCHEMES[self.scheme]
+        return config(**read_flags(config, flags, vars(self)), seed=seed)
+
+
+def read_flags(config: type, flags: Mapping[str, str], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keyword arguments of a config that flags set.
+
+    Args:
+        flags: option -> flag; options of other configs are skipped.
+        values: flag -> argument; None takes the default of the config.
+    """
+    options = options_of(config)
+    return {
+        name: form_of(options[name]).read(flag, values[flag])
+        for name, flag in flags.items()
+        if name in options and values[flag] is not None
+    }
+
+
+def default_of(f: Field) -> Any:
+    """Return the default of a dataclass field."""
+    return f.default if f.default_factory is MISSING else f.default_factory()
+
+
+class OneLineErrors:
+    """Mixin of argument parsers: errors are one line, with a suggestion for unknown flags."""
+
+    def error(self: ArgumentParser, message: str) -> NoReturn:
+        """Print one line, without the list of all flags, and exit with 2."""
+        self.exit(2, f"{self.prog}: error: {message} ({self.prog} --help lists all flags)\n")
+
+
+def unknown_flags(words: Iterable[str], known: Iterable[str]) -> str:
+    """Return the error message for words that are not flags, with a suggestion for the first."""
+    words = list(words)
+    names = [name for name in known if "-" not in name[2:]]  # --block-size is --block_size
+    hint = suggestion(words[0].partition("=")[0], names)
+    return f"unrecognized arguments: {' '.join(words)}{hint}"

@@ -1,4 +1,4 @@
-"""A config as a file: in a folder, or in a repository of the Hub, as PEFT's configs are."""
+"""Saving, loading and pushing a config, as in PEFT."""
 
 from __future__ import annotations
 
@@ -13,37 +13,37 @@ from ..repository import CARD, TAG, create_repository, existing_card, find_file,
 
 
 class HubConfigMixin:
-    """``save_pretrained``, ``from_pretrained`` and ``push_to_hub`` of a config that has
+    """``save_pretrained``, ``from_pretrained`` and ``push_to_hub``, for a config with
     ``to_json_string`` and ``from_dict``."""
 
     file_name: ClassVar[str]
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
-        """Writes the config's JSON file into a folder, which is made where it is missing."""
+        """Write the config's JSON file into a folder, which is created if missing."""
         os.makedirs(save_directory, exist_ok=True)
         with open(os.path.join(save_directory, self.file_name), "w", encoding="utf-8") as file:
             file.write(self.to_json_string())
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike, **kwargs: Any):
-        """Reads the config of a folder or of a repository of the Hub (or the JSON file itself).
+        """Load the config from a folder, a Hub repository or a JSON file.
 
         Args:
             path: folder, repository or file.
-            kwargs: ``subfolder``, ``revision``, ``token``, ``cache_dir``, ``local_files_only`` and
-                all else ``hf_hub_download`` takes.
+            kwargs: arguments of ``hf_hub_download`` (``subfolder``, ``revision``, ``token``,
+                ``cache_dir``, ``local_files_only``, ...).
 
         Raises:
-            FileNotFoundError: naming the file that is not there.
-            TypeError: if it holds a config of another class.
+            FileNotFoundError: naming the missing file.
+            TypeError: if the file is a config of another class.
         """
-        hint = f"{cls.__name__}.save_pretrained(folder) or push_to_hub(repo_id) writes it"
+        hint = f"write it with {cls.__name__}.save_pretrained(folder) or push_to_hub(repo_id)"
         file_name = find_file(path, cls.file_name, hint, **kwargs)
         with open(file_name, encoding="utf-8") as file:
             config = cls.from_dict(json.load(file))
         if not isinstance(config, cls):
             kind = type(config).__name__
-            raise TypeError(f"{file_name} holds an {kind}; read it with {kind}.from_pretrained")
+            raise TypeError(f"{file_name} is an {kind}; load it with {kind}.from_pretrained")
         return config
 
     def push_to_hub(
@@ -56,9 +56,9 @@ class HubConfigMixin:
         revision: str | None = None,
         create_pr: bool = False,
     ):
-        """Uploads the config to a repository, which is made where it is missing.
+        """Upload the config to a repository, which is created if missing.
 
-        A card that is there stays; a repository without one gets one that says what the file is.
+        A repository without a model card gets one that describes the file.
 
         Returns:
             A ``huggingface_hub.CommitInfo``.
@@ -85,7 +85,7 @@ class HubConfigMixin:
         return ModelCard(
             f"---\n{data.to_yaml()}\n---\n\n"
             f"# {repo_id.split('/')[-1]}\n\n"
-            f"Settings for `hf_quantnoise`: a `{name}`, and no model.\n\n"
+            f"A `{name}` for `hf_quantnoise` (no model).\n\n"
             "```python\n"
             f"from hf_quantnoise import {name}  # pip install hf-quantnoise\n\n"
             f'config = {name}.from_pretrained("{repo_id}")\n'

@@ -1,170 +1,186 @@
-"""What noise to train with (section 4)."""
+"""Configuration of the training noise (section 4)."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, ClassVar
 
 from ..registry import Registry
-from ..validation import (
-    check_choice,
-    check_int,
-    check_patterns,
-    check_per_layer,
-    check_rate,
-    check_share_layers,
-    check_word_or_steps,
-    reject_unknown,
+from .checks import (
+    boolean,
+    fraction,
+    integer,
+    invalid,
+    layer_chunks,
+    one_of,
+    patterns,
+    sizes,
+    word_or_steps,
 )
 from .hub_files import HubConfigMixin
-from .storage import MAX_BLOCK_SIZE, OBSERVERS, QuantizedModelConfig
+from .layer_quantizers import MAX_BLOCK_SIZE, MAX_CENTROIDS
+from .options import Options, documented, option, values_of_file
+from .storage import OBSERVERS, QuantizedModelConfig
 
 NOISE_CONFIG_NAME = "quant_noise_config.json"
 
 NOISES: Registry[type] = Registry("noise")
 
 
-@dataclass
-class QuantNoiseConfig(HubConfigMixin):
-    """Which noise to train with (section 4).
+def _noise_names(name: str, value: Any) -> None:
+    names = value if isinstance(value, list | tuple) else [value]
+    if not names:
+        raise invalid(name, value, f"at least one of {', '.join(NOISES)}")
+    for noise in names:
+        if noise not in NOISES:
+            raise ValueError(f"invalid {name}={value!r}: {NOISES.unknown(noise)}")
 
-    Args:
-        noise: name of the noise function, or a list of names composed in order (Eq. 8):
-            ``"proxy"`` (selected blocks are zeroed), ``"mean"`` (replaced by the mean block),
-            ``"pq"`` (by their nearest centroid), ``"intN"`` (rounded to N bits, Eq. 2).
-        p: share of the blocks noised in each forward, 0 <= p <= 1; a list beside a list of noises.
-        p_schedule: ``"constant"``, or a number of optimizer steps over which the rates rise from 0
-            to ``p`` in a straight line. The callback carries it out.
-        block_size: numbers per block, or a dict from structure group (``"ffn"``, ``"attention"``,
-            ``"embeddings"``, ``"head"``) or regex for layer names to it. A layer that no key of the
-            dict covers gets no noise. intN noise works on single weights and does not read it.
-        n_centroids: size of the codebooks of ``"pq"``; an int or a dict like ``block_size``.
-        block_selection: ``"all"`` draws single blocks, ``"cluster"`` whole clusters, each with
-            probability p (table 5). intN noise draws single weights either way.
-        codebook_update: refresh the codebooks of ``"pq"`` every ``"epoch"``, or every n steps.
-        observer: the range of ``"intN"``: ``"minmax"`` (that of the weight), ``"channel"`` (one for
-            each output feature, or row of a table), ``"histogram"`` (running minimum and maximum,
-            and the range between them with the lowest squared error: section 7.7, table 10).
-        scale_update_steps: refresh scale and zero point of ``"intN"`` every so many steps.
-        layerdrop: rate at which each layer of a stack is skipped in training (LayerDrop, 4.2);
-            the layers of a chunk that ``share_layers`` makes are skipped together (7.6).
-        layerdrop_ste: let gradients flow as if no layer was skipped (table 11).
-        activation_bits: bits, 1 to 8, that what enters a noised layer is rounded to in training, or
-            None. Its range is that of the first ``activation_calibration`` forwards, then fixed.
-        activation_calibration: forwards that set that range, rounding nothing.
-        share_layers: adjacent layers of a stack share their weights in chunks of n (7.9), beginning
-            with those of the first; or a list of chunks, each a list of layer names. 1: no sharing.
-        target_modules: regex for whole layer names, or a list of exact names and suffixes. None
-            takes every layer except position and type embeddings, whose zeroed rows can make an
-            all-zero vector before a LayerNorm.
-        exclude_modules: layers to leave clean; same form.
-        seed: seed of the k-means behind ``"pq"`` (masks follow torch's global seed).
+
+def _rates(name: str, value: Any) -> None:
+    for rate in value if isinstance(value, list | tuple) else [value]:
+        fraction(name, rate)
+
+
+@documented
+@dataclass
+class QuantNoiseConfig(HubConfigMixin, Options):
+    """Noise to train with (section 4).
 
     Raises:
-        ValueError: naming the field, the value given and what would do.
+        ValueError: naming the field, the value and what was expected.
     """
 
-    noise: str | list[str] = field(default="proxy", metadata={"help": "Noise, or noises in order."})
-    p: float | list[float] = field(default=0.1, metadata={"help": "Share of noised blocks."})
-    p_schedule: str | int = field(
-        default="constant", metadata={"help": "'constant', or steps of linear warm-up."}
+    noise: Annotated[str | list[str], _noise_names] = option(
+        "proxy",
+        "Noise function, or several applied in order (Eq. 8): 'proxy' sets the drawn blocks to "
+        "zero, 'mean' to the mean block, 'pq' to their nearest centroid; 'int1' to 'int8' round to "
+        "N bits (Eq. 2). In a list, put 'pq' first: its codes belong to the original weight.",
     )
-    block_size: int | dict[str, int] = field(default=8, metadata={"help": "Numbers per block."})
-    n_centroids: int | dict[str, int] = field(
-        default=256, metadata={"help": "Size of the codebooks of 'pq'."}
+    p: Annotated[float | list[float], _rates] = option(
+        0.1,
+        "Noise rate: fraction of the blocks that get noise in each forward, from 0 to 1 (1 is "
+        "quantization-aware training). A list gives one rate per noise function.",
     )
-    block_selection: str = field(
-        default="all", metadata={"help": "'all' or 'cluster': what is drawn (table 5)."}
+    p_schedule: Annotated[str | int, word_or_steps("constant")] = option(
+        "constant",
+        "'constant', or the number of optimizer steps over which the rate rises linearly from 0. "
+        "It needs the trainer or the callback.",
     )
-    codebook_update: str | int = field(default="epoch", metadata={"help": "'epoch' or steps."})
-    scale_update_steps: int = field(default=10, metadata={"help": "Steps between intN refreshes."})
-    observer: str = field(default="minmax", metadata={"help": "Range of 'intN' noise."})
-    layerdrop: float = field(default=0.0, metadata={"help": "Rate of skipped layers."})
-    layerdrop_ste: bool = field(
-        default=False, metadata={"help": "Gradients as if no layer was skipped (table 11)."}
+    block_size: Annotated[int | dict[str, int], sizes(1, MAX_BLOCK_SIZE)] = option(
+        8,
+        "Number of weights per block, or a dict from structure group (ffn, attention, embeddings, "
+        "head, conv) or regex for full layer names to it. Layers that match no key get no noise. "
+        "Convolutions with kernels larger than 1x1 use the area of the kernel (section 7.8: 9 for "
+        "3x3), unless a regex sets another size. intN noise works on single weights and ignores "
+        "this.",
     )
-    activation_bits: int | None = field(default=None, metadata={"help": "Bits of activations."})
-    activation_calibration: int = field(
-        default=16, metadata={"help": "Forwards that set the range of activations."}
+    n_centroids: Annotated[int | dict[str, int], sizes(2, MAX_CENTROIDS)] = option(
+        256,
+        "Codebook size of 'pq', and number of clusters of block_selection 'cluster'; int or dict, "
+        "like block_size.",
     )
-    share_layers: int | list[list[str]] = field(
-        default=1, metadata={"help": "Layers per chunk of shared weights, or the chunks by name."}
+    block_selection: Annotated[str, one_of(("all", "cluster"))] = option(
+        "all",
+        "'all' draws single blocks, 'cluster' draws clusters of similar blocks (table 5). intN "
+        "noise draws single weights in both cases.",
     )
-    target_modules: str | list[str] | None = field(default=None, metadata={"help": "Which layers."})
-    exclude_modules: str | list[str] | None = field(default=None, metadata={"help": "But not."})
-    seed: int = field(default=0, metadata={"help": "Seed of the k-means behind 'pq'."})
+    codebook_update: Annotated[str | int, word_or_steps("epoch")] = option(
+        "epoch", "Fit codebooks and means again every 'epoch', or every given number of steps."
+    )
+    scale_update_steps: Annotated[int, integer(1)] = option(
+        10, "Optimizer steps between updates of scale and zero point of intN noise."
+    )
+    observer: Annotated[str, one_of(OBSERVERS)] = option(
+        "minmax",
+        "Quantization range of intN noise: 'minmax' (of the weight), 'channel' (one range per "
+        "output feature or table row), 'histogram' (running extremes, and the range between them "
+        "with the lowest squared error; section 7.7, table 10).",
+    )
+    layerdrop: Annotated[float, fraction] = option(
+        0.0,
+        "Probability of skipping each layer of a stack in training (LayerDrop; sections 4.2 and "
+        "7.6). Layers that share weights are skipped together.",
+    )
+    layerdrop_ste: Annotated[bool, boolean] = option(
+        False, "Compute gradients as if no layer was skipped (table 11)."
+    )
+    activation_bits: Annotated[int | None, integer(1, 8)] = option(
+        None,
+        "Bits, 1 to 8, that the inputs of layers with noise are rounded to in training (section "
+        "7.7). None: no rounding.",
+    )
+    activation_calibration: Annotated[int, integer(1)] = option(
+        16, "Number of first forwards that set the range of these inputs and round nothing."
+    )
+    share_layers: Annotated[int | list[list[str]], layer_chunks] = option(
+        1,
+        "Number of adjacent layers of a stack that share the weights of the first of them (section "
+        "7.9); or, for models without stacks, a list of chunks, each a list of layer names. 1: no "
+        "sharing. Checkpoints hold every layer.",
+    )
+    target_modules: Annotated[str | list[str] | None, patterns] = option(
+        None,
+        "Layers that get noise: a regex for full names, or a list of names and suffixes, as in "
+        "PEFT. None: all layers except position and type embeddings (noise could set all inputs of "
+        "a LayerNorm to zero).",
+    )
+    exclude_modules: Annotated[str | list[str] | None, patterns] = option(
+        None, "Layers that get no noise; same form as target_modules."
+    )
+    seed: Annotated[int, integer(0, 2**63 - 1)] = option(
+        0, "Seed of the k-means of 'pq'. Masks follow torch's global seed."
+    )
 
     file_name: ClassVar[str] = NOISE_CONFIG_NAME
 
     def __post_init__(self) -> None:
-        names = self.noise if isinstance(self.noise, (list, tuple)) else [self.noise]
-        if not names:
-            raise ValueError(f"noise={self.noise!r} is empty; known: {', '.join(NOISES)}")
-        for name in names:
-            if name not in NOISES:
-                raise ValueError(f"noise: {NOISES.unknown(name)}")
-        rates = self.p if isinstance(self.p, (list, tuple)) else [self.p] * len(names)
-        for rate in rates:
-            check_rate("p", rate)
+        super().__post_init__()
+        names, rates = self._names_and_rates()
         if len(rates) != len(names):
             raise ValueError(
-                f"p={self.p!r} has {len(rates)} rates for {len(names)} noises {names!r}; "
-                "give one rate for all or one for each"
+                f"invalid p={self.p!r}: {len(rates)} rates for {len(names)} noises {names!r}; pass "
+                "one rate for all, or one for each"
             )
-        check_per_layer("block_size", self.block_size, 1, MAX_BLOCK_SIZE)
-        check_per_layer("n_centroids", self.n_centroids, 2, 65536)
-        check_choice("block_selection", self.block_selection, ("all", "cluster"))
-        if self.block_selection == "cluster" and not any(
-            NOISES[name].reads_block_size for name in names
-        ):
+        on_blocks = any(NOISES[name].reads_block_size for name in names)
+        if self.block_selection == "cluster" and not on_blocks:
             raise ValueError(
-                f"block_selection='cluster' needs a noise on blocks; noise={self.noise!r} works on "
-                "single weights: take block_selection='all'"
+                f"invalid block_selection='cluster' with noise={self.noise!r}, which works on "
+                "single weights; set block_selection='all'"
             )
-        check_word_or_steps("p_schedule", self.p_schedule, "constant")
-        check_word_or_steps("codebook_update", self.codebook_update, "epoch")
-        check_choice("observer", self.observer, tuple(OBSERVERS))
-        check_rate("layerdrop", self.layerdrop)
-        if self.activation_bits is not None:
-            check_int("activation_bits", self.activation_bits, 1, 8)
-        check_int("activation_calibration", self.activation_calibration, 1, 2**31)
-        check_share_layers("share_layers", self.share_layers)
-        check_int("scale_update_steps", self.scale_update_steps, 1, 2**31)
-        check_int("seed", self.seed, 0, 2**63 - 1)
-        check_patterns("target_modules", self.target_modules)
-        check_patterns("exclude_modules", self.exclude_modules)
+
+    def _names_and_rates(self) -> tuple[list[str], list[float]]:
+        names = list(self.noise) if isinstance(self.noise, list | tuple) else [self.noise]
+        rates = list(self.p) if isinstance(self.p, list | tuple) else [self.p] * len(names)
+        return names, [float(rate) for rate in rates]
 
     @property
     def noises(self) -> list[tuple[str, float]]:
-        """(name, rate) of each noise, in the order in which they are composed."""
-        names = list(self.noise) if isinstance(self.noise, (list, tuple)) else [self.noise]
-        rates = list(self.p) if isinstance(self.p, (list, tuple)) else [self.p] * len(names)
-        return list(zip(names, map(float, rates), strict=True))
+        """(name, rate) of each noise function, in the order of application."""
+        return list(zip(*self._names_and_rates(), strict=True))
 
     def p_at(self, step: int) -> list[float]:
-        """The rate of each noise at an optimizer step (0 is the first), by ``p_schedule``."""
-        share = 1.0
+        """Return the rate of each noise at an optimizer step, counted from 0."""
+        scale = 1.0
         if self.p_schedule != "constant":
-            share = min(1.0, (step + 1) / self.p_schedule)
-        return [share * rate for _, rate in self.noises]
+            scale = min(1.0, (step + 1) / self.p_schedule)
+        return [scale * rate for _, rate in self.noises]
 
     @classmethod
     def matching(cls, quantization_config: QuantizedModelConfig, **overrides) -> QuantNoiseConfig:
-        """Noise with the very blocks of a target: the proxy on the blocks of an :class:`IPQConfig`,
-        ``intN`` for a :class:`FixedPointConfig`. ``overrides`` are fields of this class."""
+        """Return noise with the blocks of a target: ``"proxy"`` for an :class:`IPQConfig`,
+        ``"intN"`` for a :class:`FixedPointConfig`. ``overrides`` are fields of this class."""
         return cls(**{**quantization_config.noise_settings(), **overrides})
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-able dict of all fields."""
+        """Return all fields as a JSON-able dict."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> QuantNoiseConfig:
-        """The inverse of :meth:`to_dict`; unknown fields are refused."""
-        reject_unknown(cls, values)
-        return cls(**values)
+        """Return the config of :meth:`to_dict`; unknown fields raise a ``ValueError``."""
+        return cls(**values_of_file(cls, values))
 
     def to_json_string(self) -> str:
-        """Indented JSON with sorted keys."""
+        """Return indented JSON with sorted keys."""
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"

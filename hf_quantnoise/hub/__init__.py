@@ -1,4 +1,4 @@
-"""Where the package meets Transformers: loading, saving, publishing."""
+"""Integration with transformers: loading, saving and dequantizing quantized models."""
 
 from .auto import (
     AutoQuantizedModel,
@@ -10,7 +10,6 @@ from .auto import (
     AutoQuantizedModelForSequenceClassification,
     AutoQuantizedModelForTokenClassification,
 )
-from .packer import ModelPacker
 from .quantizer import QuantNoiseHfQuantizer
 
 __all__ = [
@@ -22,6 +21,5 @@ __all__ = [
     "AutoQuantizedModelForSeq2SeqLM",
     "AutoQuantizedModelForSequenceClassification",
     "AutoQuantizedModelForTokenClassification",
-    "ModelPacker",
     "QuantNoiseHfQuantizer",
 ]

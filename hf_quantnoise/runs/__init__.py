@@ -1,6 +1,6 @@
-"""Whole runs from a command line: finetune with noise, evaluate, compress, save, reload, table.
+"""Complete runs: finetune with noise, evaluate, compress, save, reload, print a table.
 
-``glue``, ``clm`` and ``images`` are what ``hf-quantnoise finetune`` and the scripts of
-``examples/`` start. They need ``pip install 'hf-quantnoise[examples]'``; the package itself imports
-nothing of this.
+``hf-quantnoise finetune`` and the scripts in ``examples/`` start the modules ``glue``, ``clm`` and
+``images``. They require ``pip install 'hf-quantnoise[examples]'``. The rest of the package imports
+nothing from here.
 """

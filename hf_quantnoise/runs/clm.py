@@ -1,53 +1,53 @@
-"""Finetunes a causal language model with quantization noise, compresses it, loads it again.
+"""Finetune a causal language model with quantization noise, compress it and load it again.
 
-Text is tokenized as one stream and cut into pieces of equal length. The closing table gives the
-perplexity per token of the model's own tokenizer, and ``results.json`` the one per word too, which
-the literature gives for WikiText (words are what white space separates, and each line's end).
+Text is tokenized as one stream and split into examples of equal length. The closing table has the
+perplexity per token of the model's tokenizer. ``results.json`` also has the perplexity per word,
+as reported for WikiText in the literature (words are separated by white space, and each end of line
+counts as a word).
 
-The run itself is in ``compression_run.py``, the flags are in ``example_arguments.py``; they can
-also be given as one JSON file.
+The run is in ``compression_run.py``, the flags are in ``arguments.py``; they can also be passed as
+one JSON file.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 from datasets import Dataset, load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, default_data_collator
 
+from ..configuration.options import option
+from .arguments import Arguments
 from .compression_run import Example, Job, finetunes_stages, require_train_data
-from .example_arguments import Arguments
-from .example_data import Split, SplitArguments
+from .example_data import Split, SplitArguments, check_minimum
 
 
 @dataclass
 class TextArguments(SplitArguments):
-    """What to train and evaluate on."""
+    """Data to train and evaluate on."""
 
     content: ClassVar[str] = "text"
     file_kind: ClassVar[str] = "a UTF-8 text file"
 
-    dataset_config_name: str | None = field(
-        default=None, metadata={"help": "Configuration of the dataset on the Hub."}
-    )
-    text_column: str = field(default="text", metadata={"help": "Column of the Hub's dataset."})
-    sequence_length: int = field(default=512, metadata={"help": "Tokens per example."})
+    dataset_config_name: str | None = option(None, "Configuration of the dataset on the Hub.")
+    text_column: str = option("text", "Text column of the dataset on the Hub.")
+    sequence_length: int = option(512, "Tokens per example.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.sequence_length < 2:
-            raise ValueError(f"--sequence_length {self.sequence_length} must be 2 or more")
+        check_minimum(self, 2, "sequence_length")
 
 
 @dataclass(frozen=True)
-class Pieces:
+class TokenizedText:
     """Tokenized text.
 
     Attributes:
         rows: examples of equal length.
-        tokens, words: number of predicted tokens, and of words (with line ends) they stand for.
+        tokens: number of predicted tokens.
+        words: number of words, including ends of lines, that these tokens make up.
     """
 
     rows: Dataset
@@ -56,10 +56,10 @@ class Pieces:
 
 
 def read_text(args: TextArguments, split: Split, cache_dir: str | None) -> list[str]:
-    """The lines of a split, from a file or from the Hub.
+    """Return the lines of a split, from a file or from the Hub.
 
     Raises:
-        ValueError: naming the flag of a column that is missing or a file that is empty or no text.
+        ValueError: naming the flag, if a column is missing or a file is empty or not text.
     """
     if split.file is None:
         rows = load_dataset(
@@ -67,8 +67,8 @@ def read_text(args: TextArguments, split: Split, cache_dir: str | None) -> list[
         )
         if args.text_column not in rows.column_names:
             raise ValueError(
-                f"--text_column {args.text_column!r} is not in {args.dataset_name}; it has "
-                f"{', '.join(rows.column_names)}"
+                f"invalid --text_column {args.text_column!r}: expected one of the columns of "
+                f"{args.dataset_name}: {', '.join(rows.column_names)}"
             )
         return [line if line.endswith("\n") else f"{line}\n" for line in rows[args.text_column]]
     try:
@@ -76,22 +76,24 @@ def read_text(args: TextArguments, split: Split, cache_dir: str | None) -> list[
             lines = file.readlines()
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{split.flag} {split.file!r} is no text in UTF-8 ({error}); give a plain text file"
+            f"invalid {split.flag} {split.file!r}: expected a UTF-8 text file ({error})"
         ) from error
     if not any(line.strip() for line in lines):
-        raise ValueError(f"{split.flag} {split.file!r} holds no text")
+        raise ValueError(f"invalid {split.flag} {split.file!r}: the file has no text")
     return lines
 
 
-def cut(lines: list[str], tokenizer, length: int, limit: int | None, flag: str) -> Pieces:
-    """Tokenizes lines as one stream and cuts it into examples.
+def split_into_examples(
+    lines: list[str], tokenizer, length: int, limit: int | None, flag: str
+) -> TokenizedText:
+    """Tokenize lines as one stream and split it into examples.
 
     Args:
         lines: the text.
-        tokenizer: the model's.
-        length: tokens per example; what is left at the end is dropped.
-        limit: most examples, or None.
-        flag: where the text came from, for the error.
+        tokenizer: tokenizer of the model.
+        length: tokens per example; the remainder of the stream is dropped.
+        limit: maximum number of examples, or None.
+        flag: flag of the text, for the error.
 
     Raises:
         ValueError: if the text is shorter than one example.
@@ -101,26 +103,26 @@ def cut(lines: list[str], tokenizer, length: int, limit: int | None, flag: str) 
     count = len(stream) // length
     if count == 0:
         raise ValueError(
-            f"{flag} has {len(stream)} tokens, less than --sequence_length {length}; give more "
-            "text or a smaller length"
+            f"invalid {flag}: {len(stream)} tokens are less than --sequence_length {length}; pass "
+            "more text or a smaller length"
         )
     words = sum(len(line.split()) + 1 for line in lines)
     count = min(count, limit or count)
-    predicted = count * (length - 1)  # nothing stands before the first token of an example
+    predicted = count * (length - 1)  # the first token of an example is not predicted
     examples = [stream[i * length : (i + 1) * length] for i in range(count)]
-    return Pieces(
+    return TokenizedText(
         Dataset.from_dict({"input_ids": examples, "labels": examples}),
         tokens=predicted,
         words=words * predicted / len(stream),
     )
 
 
-def perplexities(scores: dict[str, float], pieces: Pieces) -> dict[str, float]:
-    """exp of the mean loss per token, and per word of the text."""
+def perplexities(scores: dict[str, float], text: TokenizedText) -> dict[str, float]:
+    """Return the perplexity per token, and per word of the text."""
     loss = scores["loss"]
     return {
         "perplexity": _exp(loss),
-        "word_perplexity": _exp(loss * pieces.tokens / pieces.words),
+        "word_perplexity": _exp(loss * text.tokens / text.words),
     }
 
 
@@ -129,7 +131,7 @@ def _exp(value: float) -> float:
 
 
 def prepare(args: Arguments) -> Job:
-    """Tokenized text, tokenizer and model."""
+    """Load text, tokenizer and model."""
     data, model_args = args.data, args.model
     require_train_data(args, data.has_train_data)
     tokenizer = AutoTokenizer.from_pretrained(
@@ -138,23 +140,24 @@ def prepare(args: Arguments) -> Job:
     model = AutoModelForCausalLM.from_pretrained(
         model_args.model_name_or_path, dtype=model_args.dtype, **model_args.hub()
     )
-    reach = getattr(model.config, "max_position_embeddings", None)
-    if reach is not None and data.sequence_length > reach:
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and data.sequence_length > limit:
         raise ValueError(
-            f"--sequence_length {data.sequence_length} is more than the model's {reach} positions"
+            f"invalid --sequence_length {data.sequence_length}: expected at most the model's "
+            f"{limit} positions"
         )
 
-    def pieces(name: str) -> Pieces:
+    def read(name: str) -> TokenizedText:
         split = data.split(name)
         lines = read_text(data, split, model_args.cache_dir)
-        return cut(lines, tokenizer, data.sequence_length, split.limit, split.flag)
+        return split_into_examples(lines, tokenizer, data.sequence_length, split.limit, split.flag)
 
     train = validation = None
     if args.training.do_train or finetunes_stages(args):
-        train = pieces("train")
+        train = read("train")
     if args.training.do_eval:
-        validation = pieces("validation")
-    args.training.prediction_loss_only = True  # logits of whole texts would fill the memory
+        validation = read("validation")
+    args.training.prediction_loss_only = True  # the logits of all texts would fill the memory
     return Job(
         model=model,
         parts={
@@ -173,7 +176,7 @@ def prepare(args: Arguments) -> Job:
 
 example = Example(
     TextArguments,
-    "Finetunes a causal language model with quantization noise and compresses it.",
+    "Finetune a causal language model with quantization noise and compress it.",
     prepare,
 )
 parse, run, main = example.parse, example.run, example.main

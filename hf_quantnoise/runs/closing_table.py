@@ -1,4 +1,4 @@
-"""The table that closes a run: what each model weighs on disk, and how well it does."""
+"""The closing table of a run: size on disk and metric of each model."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Row:
-    """One model of the table.
+    """A model in the table.
 
     Attributes:
-        model: what to call it.
-        megabytes: its weights on disk, in 10^6 bytes; see :func:`weights_mb`.
-        score: its metric, or None where nothing was evaluated.
+        model: its name.
+        megabytes: size of its weights on disk, in 10^6 bytes; see :func:`weights_mb`.
+        score: its metric, or None if it was not evaluated.
     """
 
     model: str
@@ -23,24 +23,25 @@ class Row:
 
 
 def weights_mb(folder: str | Path) -> float:
-    """Size of the ``*.safetensors`` files of a model, in 10^6 bytes: in its folder, and in those of
-    its modules where it has some (sentence-transformers).
+    """Return the size of all ``*.safetensors`` files below a folder, in 10^6 bytes.
 
     Raises:
-        FileNotFoundError: if the folder holds none.
+        FileNotFoundError: if there are none.
     """
     files = list(Path(folder).rglob("*.safetensors"))
     if not files:
-        raise FileNotFoundError(f"{folder} holds no *.safetensors file; save_pretrained writes one")
+        raise FileNotFoundError(
+            f"{folder} has no *.safetensors file; write one with save_pretrained"
+        )
     return sum(file.stat().st_size for file in files) / 1e6
 
 
 def closing_table(rows: Sequence[Row], metric: str = "accuracy") -> str:
-    """Models beside each other; "times smaller" is counted from the first row.
+    """Return the table of some models; "times smaller" is relative to the first row.
 
     Args:
-        rows: the uncompressed model, then what became of it.
-        metric: name of the scores, which heads their column.
+        rows: the uncompressed model, then the compressed ones.
+        metric: heading of the scores.
     """
     lines = [("model", "MB on disk", "times smaller", metric)]
     for row in rows:

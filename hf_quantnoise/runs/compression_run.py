@@ -1,7 +1,7 @@
-"""The run that all examples share: finetune, evaluate, compress, save, reload, table.
+"""The run of all examples: finetune, evaluate, compress, save, reload, print a table.
 
-``out/dense`` is the finetuned model, ``out/compressed`` the small one, ``out/results.json`` holds
-every figure. With ``--do_train False`` the checkpoint is compressed as it is.
+``out/dense`` is the finetuned model, ``out/compressed`` the compressed one, ``out/results.json``
+has all results. With ``--do_train False`` the checkpoint is compressed as it is.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ from ..compression import check_compression, check_plan
 from ..repository import create_repository, upload_folder
 from ..size import size_report
 from ..trainer import QuantNoiseTrainer
+from .arguments import Arguments, parse_arguments
 from .closing_table import Row, closing_table, weights_mb
-from .example_arguments import Arguments, parse_arguments
 
 DENSE, COMPRESSED = "dense", "compressed"
 
 
 @dataclass
 class Job:
-    """What an example prepares.
+    """Model, data and metadata that an example prepares.
 
     Attributes:
-        model: the checkpoint, with the head the data needs.
+        model: the checkpoint, with the head for the data.
         parts: keyword arguments of any ``Trainer``: datasets, collator, metrics, processing class.
-        auto_class: what loads the compressed model again.
-        metric: the one in the closing table.
-        task: the Hub's name of the task, for the card.
-        dataset: the Hub's name of the data, for the card; or None.
-        add_scores: makes further figures of evaluated ones (a perplexity of a loss).
+        auto_class: the class that loads the compressed model.
+        metric: the metric of the closing table.
+        task: name of the task on the Hub, for the model card.
+        dataset: name of the data on the Hub, for the model card; or None.
+        add_scores: computes more metrics from those of ``evaluate`` (perplexity from loss).
     """
 
     model: PreTrainedModel
@@ -56,13 +56,13 @@ class Job:
 
 
 class ResultsFile:
-    """``results.json``: rewritten whole with every new figure, so that a broken run leaves some."""
+    """``results.json``, written again with each result, so that an interrupted run has some."""
 
     def __init__(self, path: str, enabled: bool = True) -> None:
         self.path, self.enabled, self.values = path, enabled, {}
 
     def add(self, **values) -> None:
-        """Adds figures and writes the file."""
+        """Add results and write the file."""
         self.values.update(values)
         if not self.enabled:
             return
@@ -74,10 +74,9 @@ class ResultsFile:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a figure depends on."""
-    own = getattr(hf_quantnoise, "__version__", "unknown")
+    """Return the versions of the packages that results depend on."""
     return {
-        "hf_quantnoise": own,
+        "hf_quantnoise": hf_quantnoise.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "datasets": datasets.__version__,
@@ -87,31 +86,26 @@ def versions() -> dict[str, str]:
 
 def finetunes_stages(args: Arguments) -> bool:
     """Whether the stages train, so that training data is needed even without ``--do_train``."""
-    stages = args.options.config(args.training.seed).stage_groups()
-    return args.options.compress and args.compression.trains(stages)
+    return args.flags.compress and args.compression.trains(args.quantization.stage_groups())
 
 
-def require_train_data(args: Arguments, given: bool, flag: str = "--train_file") -> None:
-    """Refuses a run whose stages would have nothing to train on.
-
-    Raises:
-        ValueError: naming the flag.
-    """
+def require_train_data(args: Arguments, given: bool) -> None:
+    """Raise a ``ValueError`` if the stages need training data and there is none."""
     if finetunes_stages(args) and not args.training.do_train and not given:
         raise ValueError(
-            f"--stage_epochs {args.compression.stage_epochs} finetunes between the stages and "
-            f"needs {flag}; give it, or --stage_epochs 0 to quantize without finetuning"
+            f"--stage_epochs {args.compression.stage_epochs} finetunes in the stages, which "
+            "requires --train_file; pass it, or --stage_epochs 0 to quantize without finetuning"
         )
 
 
 def scores(metrics: dict[str, float], job: Job) -> dict[str, float]:
-    """``evaluate``'s figures without their prefix, and what the example makes of them."""
+    """Return the metrics of ``evaluate`` without prefix, and those that the example adds."""
     plain = {name.removeprefix("eval_"): value for name, value in metrics.items()}
     return {**plain, **job.add_scores(plain)}
 
 
 @torch.no_grad()
-def answers_equally(one, other, collator, rows, device) -> bool:
+def logits_equal(one, other, collator, rows, device) -> bool:
     """Whether two models give bit-equal logits on some tokenized rows."""
     rows = collator([dict(row) for row in rows])
     batch = {name: tensor.to(device) for name, tensor in rows.items() if name != "labels"}
@@ -120,7 +114,7 @@ def answers_equally(one, other, collator, rows, device) -> bool:
 
 
 def set_up_logging(training) -> None:
-    """Messages of this run on stdout, at the level the flags ask for."""
+    """Log to stdout, at the level of ``--log_level``."""
     logging.basicConfig(
         format="%(asctime)s - %(levelname)s - %(name)s - %(message)s",
         datefmt="%m/%d/%Y %H:%M:%S",
@@ -133,7 +127,7 @@ def set_up_logging(training) -> None:
 
 
 def _finetune(trainer: QuantNoiseTrainer, args: Arguments, job: Job, folder: str) -> dict:
-    """Trains and evaluates; returns the figures of the dense model, saved in ``folder``."""
+    """Train, evaluate and save the dense model; return its results."""
     figures: dict = {"dtype": str(trainer.model.dtype).removeprefix("torch.")}
     start = time.perf_counter()
     if args.training.do_train:
@@ -143,55 +137,51 @@ def _finetune(trainer: QuantNoiseTrainer, args: Arguments, job: Job, folder: str
     if args.training.do_eval:
         figures["metrics"] = scores(trainer.evaluate(), job)
     trainer.save_model(folder)
-    args.training.distributed_state.wait_for_everyone()  # rank 0 writes what all of them read
+    args.training.distributed_state.wait_for_everyone()  # rank 0 writes what all ranks read
     figures["bytes"] = round(1e6 * weights_mb(folder))
     return figures
 
 
 def _earlier_figures(output_dir: str) -> dict:
-    """Figures of the dense model of a run whose compression was killed.
+    """Return the results of the dense model of an interrupted run.
 
     Raises:
-        ValueError: if there was none.
+        ValueError: if there are none.
     """
     path = os.path.join(output_dir, "results.json")
     if not os.path.isfile(path):
         raise ValueError(
-            f"--resume_compression: {path} is missing, so nothing was begun there; take the "
-            "--output_dir of the run that was killed, or leave the flag out"
+            f"--resume_compression: {path} is missing, so there is no run to resume; pass the "
+            "--output_dir of the interrupted run, or remove the flag"
         )
     with open(path, encoding="utf-8") as file:
         values = json.load(file)
     if "dense" not in values:
         raise ValueError(
-            f"--resume_compression: the run in {output_dir!r} was killed before it compressed; "
-            "take --resume_from_checkpoint to go on with its finetuning"
+            f"--resume_compression: the run in {output_dir!r} was interrupted before compression; "
+            "pass --resume_from_checkpoint to resume its finetuning"
         )
     return values["dense"]
 
 
 def _check_checkpoints(args: Arguments) -> None:
-    """Whether there are a model and a teacher to load.
-
-    Raises:
-        ValueError: naming the flag, if not.
-    """
+    """Raise a ``ValueError`` that names the flag if model or teacher cannot be loaded."""
     where, model = args.model.hub(), args.model.model_name_or_path
     teacher = {name: value for name, value in where.items() if name != "revision"}
     for flag, name, more in (
         ("config_name", args.model.config_name, where),
         ("model_name_or_path", None if args.model.config_name else model, where),
-        ("teacher_name_or_path", args.options.teacher_name_or_path, teacher),
+        ("teacher_name_or_path", args.flags.teacher_name_or_path, teacher),
     ):
         try:
             if name is not None:
                 AutoConfig.from_pretrained(name, **more)
         except (OSError, ValueError) as error:
-            raise ValueError(f"--{flag} {name!r} cannot be loaded: {error}") from None
+            raise ValueError(f"invalid --{flag} {name!r}: cannot be loaded ({error})") from None
 
 
 def _given_teacher(args: Arguments, job: Job) -> PreTrainedModel | None:
-    name = args.options.teacher_name_or_path
+    name = args.flags.teacher_name_or_path
     if name is None:
         return None
     return job.auto_class.from_pretrained(
@@ -202,7 +192,7 @@ def _given_teacher(args: Arguments, job: Job) -> PreTrainedModel | None:
 def _compress(
     trainer: QuantNoiseTrainer, args: Arguments, job: Job, small_config, results: ResultsFile
 ) -> dict:
-    """Compresses in stages and saves; returns the figures of the small model."""
+    """Compress in stages and save; return the results of the compressed model."""
     folder = os.path.join(args.training.output_dir, COMPRESSED)
     start = time.perf_counter()
     small = trainer.compress(
@@ -210,9 +200,9 @@ def _compress(
         args.compression,
         teacher=_given_teacher(args, job),
         report=lambda _: results.add(stages_so_far=trainer.compression_history),
-        resume_from_checkpoint=args.options.resume_compression,
+        resume_from_checkpoint=args.flags.resume_compression,
     )
-    del results.values["stages_so_far"]  # the figures below hold them
+    del results.values["stages_so_far"]  # now part of the results below
     figures = {"seconds": time.perf_counter() - start, "stages": trainer.compression_history}
     if args.training.should_save:
         small.save_pretrained(folder)
@@ -228,10 +218,10 @@ def _compress(
 
 
 def _reload(trainer: QuantNoiseTrainer, args: Arguments, job: Job, folder: str) -> dict:
-    """Loads the small model afresh and evaluates it.
+    """Load the compressed model and evaluate it.
 
     Raises:
-        RuntimeError: if it does not give the very logits of the one in memory.
+        RuntimeError: if its logits are not bit-equal to those of the model in memory.
     """
     fresh, parts = job.auto_class.from_pretrained(folder), job.parts
     examples = parts["eval_dataset"] or parts["train_dataset"]
@@ -239,11 +229,11 @@ def _reload(trainer: QuantNoiseTrainer, args: Arguments, job: Job, folder: str) 
     if examples is not None:
         rows = examples.select(range(min(32, len(examples))))
         device = args.training.device
-        equal = answers_equally(trainer.model, fresh, parts["data_collator"], rows, device)
+        equal = logits_equal(trainer.model, fresh, parts["data_collator"], rows, device)
         figures["logits_bit_equal"] = equal
         if not equal:
             raise RuntimeError(
-                f"the model loaded from {folder!r} gives other logits than the one saved there"
+                f"the model loaded from {folder!r} has other logits than the model in memory"
             )
     if args.training.do_eval:
         figures["metrics"] = scores(Trainer(fresh, args.training, **parts).evaluate(), job)
@@ -251,7 +241,7 @@ def _reload(trainer: QuantNoiseTrainer, args: Arguments, job: Job, folder: str) 
 
 
 def _push(trainer: QuantNoiseTrainer, args: Arguments, job: Job, folder: str) -> None:
-    """Uploads a folder: the very files that were checked, and a card that names the repository."""
+    """Upload the files that were checked, with a model card that names the repository."""
     training = args.training
     name = training.hub_model_id or os.path.basename(os.path.abspath(training.output_dir))
     token = training.hub_token
@@ -269,7 +259,7 @@ def _write_card(trainer: QuantNoiseTrainer, args: Arguments, job: Job, folder: s
 
 
 def _closing_table(results: ResultsFile, args: Arguments) -> str:
-    """Dense and small model: MB on disk, times smaller, metric before and after."""
+    """Return the table of dense and compressed model: MB on disk, ratio and metric."""
     values, metric = results.values, results.values["metric"]
     dense, small = values["dense"], values.get("compressed")
     kind = "finetuned" if "training" in dense else "given"
@@ -282,7 +272,7 @@ def _closing_table(results: ResultsFile, args: Arguments) -> str:
 
 
 def _settings(args: Arguments, job: Job) -> dict:
-    """What decides a run's figures."""
+    """Return everything that determines the results of a run."""
     counts = {"train": job.parts["train_dataset"], "validation": job.parts["eval_dataset"]}
     return {
         "seed": args.training.seed,
@@ -295,24 +285,23 @@ def _settings(args: Arguments, job: Job) -> dict:
 
 
 def run(args: Arguments, prepare: Callable[[Arguments], Job]) -> dict:
-    """Carries out what the command line says.
+    """Run an example.
 
     Args:
         args: the command line.
-        prepare: reads data and model.
+        prepare: loads data and model.
 
     Returns:
-        What ``results.json`` holds.
+        The content of ``results.json``.
     """
     training = args.training
-    # Configs first: a mistake in them is told before anything is read or trained.
     _check_checkpoints(args)
-    noise_config = args.noise.config(args.options, training.seed)
-    small_config = args.options.config(training.seed) if args.options.compress else None
+    noise_config = args.noise
+    small_config = args.quantization if args.flags.compress else None
     if not (training.do_train or args.compression.keep_noise):
         noise_config = None
     earlier = {}
-    if args.options.resume_compression:
+    if args.flags.resume_compression:
         earlier = {"dense": _earlier_figures(training.output_dir)}
         training.do_train = False
         noise_config = noise_config if args.compression.keep_noise else None
@@ -323,11 +312,11 @@ def run(args: Arguments, prepare: Callable[[Arguments], Job]) -> dict:
 
     set_seed(training.seed)
     job = prepare(args)
-    if args.options.resume_compression:
-        # Finetuned: the pass may have been killed before it had kept the model itself.
+    if args.flags.resume_compression:
+        # Finetuned: compression may have been interrupted before it saved the model itself.
         job.model = job.auto_class.from_pretrained(folders[0], dtype=args.model.dtype)
     if small_config is not None:
-        check_plan(job.model, small_config)  # what cannot be done is told before training
+        check_plan(job.model, small_config)  # before training
     results.add(**_settings(args, job), **earlier)
     results.add(
         noise=noise_config.to_dict() if noise_config else None,
@@ -338,7 +327,7 @@ def run(args: Arguments, prepare: Callable[[Arguments], Job]) -> dict:
     trainer = QuantNoiseTrainer(job.model, training, noise_config, **job.parts)
     if small_config is not None:
         check_compression(trainer, small_config, args.compression)
-    if not args.options.resume_compression:
+    if not args.flags.resume_compression:
         results.add(dense=_finetune(trainer, args, job, folders[0]))
     if small_config is not None:
         results.add(compressed=_compress(trainer, args, job, small_config, results))
@@ -352,25 +341,25 @@ def run(args: Arguments, prepare: Callable[[Arguments], Job]) -> dict:
 
 @dataclass(frozen=True)
 class Example:
-    """A script: its data flags, what it is for, and how it prepares a job."""
+    """An example script: its data flags, its description and how it prepares a job."""
 
     data_class: type
     description: str
     prepare: Callable[[Arguments], Job]
 
     def parse(self, argv: list[str] | None = None, prog: str | None = None) -> Arguments:
-        """The command line; ``argv`` and ``prog`` default to the process's own."""
+        """Parse a command line; ``argv`` and ``prog`` default to those of the process."""
         return parse_arguments(self.data_class, self.description, argv, prog)
 
     def run(self, args: Arguments) -> dict:
-        """Carries out a command line; returns what ``results.json`` holds."""
+        """Run a command line; return the content of ``results.json``."""
         return run(args, self.prepare)
 
     def start(self, args: Arguments) -> dict:
-        """As :meth:`run`, with messages on the console."""
+        """Run a command line with logs on the console."""
         set_up_logging(args.training)
         return self.run(args)
 
     def main(self, argv: list[str] | None = None) -> dict:
-        """Entry point."""
+        """Parse and run a command line."""
         return self.start(self.parse(argv))

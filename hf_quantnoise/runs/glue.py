@@ -1,10 +1,10 @@
-"""Finetunes a classifier with quantization noise, compresses it, saves it, loads it again.
+"""Finetune a text classifier with quantization noise, compress it, save it and load it again.
 
-One run: finetune with noise, evaluate, compress stage by stage, save, reload in a fresh model,
-check that it answers bit for bit like the compressed one, evaluate again, print a closing table.
+A run finetunes with noise, evaluates, compresses stage by stage, saves, loads the compressed model,
+checks that its logits are bit-equal, evaluates again and prints a closing table.
 
-The run itself is in ``compression_run.py``, the flags are in ``example_arguments.py`` and
-``glue_data.py``; they can also be given as one JSON file.
+The run is in ``compression_run.py``, the flags are in ``arguments.py`` and ``glue_data.py``; they
+can also be passed as one JSON file.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from transformers import (
     PreTrainedModel,
 )
 
+from .arguments import Arguments, ModelArguments
 from .compression_run import Example, Job, finetunes_stages, require_train_data
-from .example_arguments import Arguments, ModelArguments
 from .glue_data import DataArguments, GlueData, load_glue_data, tokenize
 from .glue_labels import metrics_function
 
 
 def load_config_and_tokenizer(args: ModelArguments):
-    """The checkpoint's config and tokenizer; a model without a padding token pads with its end."""
+    """Load config and tokenizer; without a padding token, the end-of-text token is used."""
     config = AutoConfig.from_pretrained(args.config_name or args.model_name_or_path, **args.hub())
     tokenizer = AutoTokenizer.from_pretrained(
         args.tokenizer_name or args.model_name_or_path, **args.hub()
@@ -37,7 +37,7 @@ def load_config_and_tokenizer(args: ModelArguments):
 
 
 def load_model(args: ModelArguments, config: PretrainedConfig, data: GlueData) -> PreTrainedModel:
-    """The checkpoint with a head for the data's labels, whose names go into its config."""
+    """Load the checkpoint with a head, and label names in its config, for the data."""
     if data.is_regression:
         config.num_labels = 1
         config.problem_type = "regression"
@@ -54,7 +54,7 @@ def load_model(args: ModelArguments, config: PretrainedConfig, data: GlueData) -
 
 
 def prepare(args: Arguments) -> Job:
-    """Tokenized data, tokenizer and model."""
+    """Load and tokenize the data, load the model."""
     from_hub = args.data.task_name and not args.data.from_files
     require_train_data(args, given=bool(args.data.train_file or from_hub))
     config, tokenizer = load_config_and_tokenizer(args.model)
@@ -81,7 +81,7 @@ def prepare(args: Arguments) -> Job:
             "data_collator": DataCollatorWithPadding(tokenizer),
         },
         auto_class=AutoModelForSequenceClassification,
-        metric=data.headline,
+        metric=data.metrics[0],
         task="text-classification",
         dataset=args.data.task_name,
     )
@@ -89,7 +89,7 @@ def prepare(args: Arguments) -> Job:
 
 example = Example(
     DataArguments,
-    "Finetunes a classifier with quantization noise and compresses it.",
+    "Finetune a text classifier with quantization noise and compress it.",
     prepare,
 )
 parse, run, main = example.parse, example.run, example.main

@@ -1,32 +1,33 @@
 """Data of ``run_glue.py``: sentences and labels from the Hub or from files.
 
-Every mistake a user can make with a file is answered by an error that names the flag, the value
-given and what would do.
+Errors about files name the flag, its value and what was expected.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from transformers import PretrainedConfig
 
+from ..configuration.options import option
+from .example_data import check_minimum
 from .glue_labels import find_labels
 
 logger = logging.getLogger(__name__)
 
 HUB_DATASET = "nyu-mll/glue"
 READERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
-# Only an empty cell is missing: by default the csv reader takes the sentence "null" for nothing.
+# Only empty cells are missing values: by default the csv reader drops the sentence "null".
 READER_OPTIONS = {"csv": {"keep_default_na": False, "na_values": [""]}}
 
 
 @dataclass(frozen=True)
 class Task:
-    """A GLUE task: its text columns, its metrics (the first is the one in the closing table)."""
+    """A GLUE task: text columns, and metrics (the first one is that of the closing table)."""
 
     keys: tuple[str, str | None]
     metrics: tuple[str, ...] = ("accuracy",)
@@ -50,73 +51,55 @@ KNOWN_KEYS += (("sentence", None), ("text", None))
 
 @dataclass
 class DataArguments:
-    """What to train and evaluate on."""
+    """Data to train and evaluate on."""
 
-    task_name: str | None = field(
-        default=None,
-        metadata={
-            "help": f"GLUE task: {', '.join(TASKS)}. Read from the Hub's {HUB_DATASET}, unless "
-            "files are given, which then only take its columns and metric."
-        },
+    task_name: str | None = option(
+        None,
+        f"GLUE task: {', '.join(TASKS)}. Loaded from {HUB_DATASET} on the Hub, unless files are "
+        "passed: then only its columns and metrics are used.",
     )
-    train_file: str | None = field(
-        default=None, metadata={"help": "Local training data: a parquet, csv, json or jsonl file."}
+    train_file: str | None = option(None, "Training data: a parquet, csv, json or jsonl file.")
+    validation_file: str | None = option(
+        None, "Validation data, with the same columns as --train_file."
     )
-    validation_file: str | None = field(
-        default=None, metadata={"help": "Local validation data, with the columns of --train_file."}
+    sentence1_key: str | None = option(
+        None, "Column of the (first) sentence; default: found by name."
     )
-    sentence1_key: str | None = field(
-        default=None, metadata={"help": "Column of the (first) sentence. Default: found by name."}
+    sentence2_key: str | None = option(
+        None, "Column of the second sentence; default: found by name."
     )
-    sentence2_key: str | None = field(
-        default=None, metadata={"help": "Column of the second sentence. Default: found by name."}
+    label_column: str = option(
+        "label", "Column of the labels. Floats mean regression, other types classes."
     )
-    label_column: str = field(
-        default="label",
-        metadata={"help": "Column of the label. Floats mean regression, all else classes."},
+    max_seq_length: int = option(128, "Maximum number of tokens; longer examples are truncated.")
+    pad_to_max_length: bool = option(
+        False, "Pad to --max_seq_length instead of the longest example of the batch."
     )
-    max_seq_length: int = field(
-        default=128, metadata={"help": "Tokens per example; longer ones are truncated."}
+    max_train_samples: int | None = option(None, "Truncate the training data to N examples.")
+    max_eval_samples: int | None = option(None, "Truncate the validation data to N examples.")
+    shuffle_train_dataset: bool = option(
+        False, "Shuffle the training data before --max_train_samples truncates it."
     )
-    pad_to_max_length: bool = field(
-        default=False, metadata={"help": "Pad to --max_seq_length, not to the batch's longest."}
-    )
-    max_train_samples: int | None = field(
-        default=None, metadata={"help": "Use only the first so many training examples."}
-    )
-    max_eval_samples: int | None = field(
-        default=None, metadata={"help": "Use only the first so many validation examples."}
-    )
-    shuffle_train_dataset: bool = field(
-        default=False, metadata={"help": "Shuffle before --max_train_samples takes the first ones."}
-    )
-    shuffle_seed: int = field(
-        default=42, metadata={"help": "Seed of --shuffle_train_dataset, whatever --seed is."}
-    )
-    overwrite_cache: bool = field(
-        default=False, metadata={"help": "Read and tokenize anew what the cache holds already."}
-    )
+    shuffle_seed: int = option(42, "Seed of --shuffle_train_dataset; independent of --seed.")
+    overwrite_cache: bool = option(False, "Ignore cached data: read and tokenize again.")
 
     def __post_init__(self) -> None:
         if self.task_name is not None:
             self.task_name = self.task_name.lower()
             if self.task_name not in TASKS:
                 raise ValueError(
-                    f"--task_name {self.task_name!r} is unknown; choose one of {', '.join(TASKS)}, "
-                    "or give --train_file and --validation_file"
+                    f"invalid --task_name {self.task_name!r}: expected one of {', '.join(TASKS)}; "
+                    "without it, pass --train_file and --validation_file"
                 )
-        for flag in ("max_seq_length", "max_train_samples", "max_eval_samples"):
-            value = getattr(self, flag)
-            if value is not None and value < 1:
-                raise ValueError(f"--{flag} {value} must be at least 1")
+        check_minimum(self, 1, "max_seq_length", "max_train_samples", "max_eval_samples")
         if self.sentence2_key and not self.sentence1_key:
             raise ValueError(
-                f"--sentence2_key {self.sentence2_key!r} needs --sentence1_key beside it"
+                f"--sentence2_key {self.sentence2_key!r} requires --sentence1_key; pass both"
             )
 
     @property
     def task(self) -> Task | None:
-        """The task of ``--task_name``, or None."""
+        """Task of ``--task_name``, or None."""
         return TASKS[self.task_name] if self.task_name else None
 
     @property
@@ -127,7 +110,7 @@ class DataArguments:
 
 @dataclass
 class GlueData:
-    """What was read: the sets (None where there is none), their columns, labels and metrics.
+    """The datasets (or None), their columns, labels and metrics.
 
     Attributes:
         label_values: label in the data -> id in the model; None for regression.
@@ -144,18 +127,8 @@ class GlueData:
 
     @property
     def is_regression(self) -> bool:
-        """Whether the labels are numbers to be approximated."""
+        """Whether the labels are continuous values."""
         return self.label_names is None
-
-    @property
-    def num_labels(self) -> int:
-        """Outputs of the head."""
-        return 1 if self.label_names is None else len(self.label_names)
-
-    @property
-    def headline(self) -> str:
-        """The metric of the closing table."""
-        return self.metrics[0]
 
 
 # ---- reading -------------------------------------------------------------------------------------
@@ -164,13 +137,13 @@ class GlueData:
 def _read_file(flag: str, path: str, args: DataArguments, cache_dir: str | None) -> Dataset:
     if not os.path.isfile(path):
         raise FileNotFoundError(
-            f"--{flag} {path!r} is no file; give the path of a {', '.join(READERS)} file"
+            f"invalid --{flag} {path!r}: expected the path of a {', '.join(READERS)} file"
         )
     extension = os.path.splitext(path)[1].lower()
     if extension not in READERS:
         raise ValueError(
-            f"--{flag} {path!r}: the extension {extension!r} is unknown; "
-            f"give a {', '.join(READERS)} file"
+            f"invalid --{flag} {path!r}: unknown extension {extension!r}, expected a "
+            f"{', '.join(READERS)} file"
         )
     reader = READERS[extension]
     try:
@@ -184,8 +157,8 @@ def _read_file(flag: str, path: str, args: DataArguments, cache_dir: str | None)
         )
     except (DatasetGenerationError, ValueError) as error:  # ArrowInvalid is a ValueError
         raise ValueError(
-            f"--{flag} {path!r} cannot be read as {reader}, or holds no rows "
-            f"({error.__cause__ or error}); give a {reader} file with examples"
+            f"invalid --{flag} {path!r}: expected a {reader} file with at least one row "
+            f"({error.__cause__ or error})"
         ) from error
 
 
@@ -196,19 +169,19 @@ def _read_hub(args: DataArguments, split: str, cache_dir: str | None, token) -> 
         )
     except ConnectionError as error:
         raise ConnectionError(
-            f"--task_name {args.task_name!r} is read from the Hub's {HUB_DATASET}, which cannot be "
-            "reached; give local data with --train_file and --validation_file"
+            f"--task_name {args.task_name!r} is loaded from {HUB_DATASET}, but the Hub cannot be "
+            "reached; pass local data with --train_file and --validation_file"
         ) from error
 
 
 def _read_sets(
     args: DataArguments, train: bool, validation: bool, cache_dir: str | None, token
 ) -> dict[str, Dataset]:
-    """Flag or split name -> dataset, for the sets that the run needs."""
+    """Return flag -> dataset, for the datasets that the run needs."""
     if not args.from_files and not args.task_name:
         raise ValueError(
-            "no data: give --train_file and --validation_file, or --task_name (one of "
-            f"{', '.join(TASKS)}) to read {HUB_DATASET} from the Hub"
+            "no data: pass --train_file and --validation_file, or --task_name (one of "
+            f"{', '.join(TASKS)}) to load {HUB_DATASET} from the Hub"
         )
     sets = {}
     for flag, wanted, why in (
@@ -223,10 +196,7 @@ def _read_sets(
             sets[flag] = _read_file(flag, path, args, cache_dir)
         elif wanted:
             switch = "--do_train" if flag == "train_file" else "--do_eval"
-            raise ValueError(
-                f"--{flag} is missing, and {why} needs it; give it, or turn it off with "
-                f"{switch} False"
-            )
+            raise ValueError(f"missing --{flag}: {why} needs it; pass it, or {switch} False")
     return sets
 
 
@@ -249,8 +219,8 @@ def _sentence_keys(data: Dataset, flag: str, args: DataArguments) -> tuple[str, 
     if args.task is None and len(texts) in (1, 2):
         return texts[0], texts[1] if len(texts) == 2 else None
     raise ValueError(
-        f"--{flag} {getattr(args, flag)!r} has the columns {columns}, and it is not plain which of "
-        "them hold the sentences; name them with --sentence1_key (and --sentence2_key)"
+        f"--{flag} {getattr(args, flag)!r} has the columns {columns}: ambiguous which of them are "
+        "the sentences; pass --sentence1_key (and --sentence2_key)"
     )
 
 
@@ -259,32 +229,31 @@ def _check_columns(sets: dict[str, Dataset], keys, args: DataArguments) -> None:
         source = f"--{flag} {getattr(args, flag)!r}" if args.from_files else f"{HUB_DATASET}"
         if args.label_column not in data.column_names:
             raise ValueError(
-                f"{source} has no label column {args.label_column!r}; its columns are "
-                f"{data.column_names}: name the one with --label_column"
+                f"invalid --label_column {args.label_column!r}: expected one of the columns of "
+                f"{source}: {data.column_names}"
             )
-        for number, key in enumerate(keys, 1):
+        for i, key in enumerate(keys, 1):
             if key is None:
                 continue
             if key not in data.column_names:
                 raise ValueError(
-                    f"{source} has no column {key!r}; its columns are {data.column_names}. "
-                    f"--train_file and --validation_file must share them: rename the column, "
-                    f"or name one that both have with --sentence{number}_key"
+                    f"{source} has no column {key!r}, only {data.column_names}; rename the column, "
+                    f"or pass --sentence{i}_key with one that both files have"
                 )
             if not _is_text(data, key):
                 raise ValueError(
-                    f"--sentence{number}_key: column {key!r} of {source} holds "
-                    f"{data.features[key]}, not text; name a column of strings"
+                    f"invalid --sentence{i}_key {key!r}: the column of {source} has "
+                    f"{data.features[key]}, expected text"
                 )
         for key in (*filter(None, keys), args.label_column):
             if empty := data.data.column(key).null_count:
                 raise ValueError(
-                    f"{source} has {empty} of {len(data)} rows with nothing in column {key!r}; "
+                    f"{source} has {empty} of {len(data)} rows with an empty column {key!r}; "
                     "remove these rows or fill them in"
                 )
 
 
-# ---- the whole -----------------------------------------------------------------------------------
+# ---- loading -------------------------------------------------------------------------------------
 
 
 def load_glue_data(
@@ -297,17 +266,18 @@ def load_glue_data(
     cache_dir: str | None = None,
     token: str | None = None,
 ) -> GlueData:
-    """Reads the sets and finds sentences and labels.
+    """Read the datasets and find sentences and labels.
 
     Args:
-        args: what the user asked for.
-        config: the checkpoint's config; its label ids hold where its head knows the labels.
-        train, validation: which sets the run cannot do without.
-        ignore_mismatched_sizes: let a head for other labels be replaced.
+        args: the flags.
+        config: config of the checkpoint; its label ids are used if its head has these labels.
+        train: whether the run needs training data.
+        validation: whether the run needs validation data.
+        ignore_mismatched_sizes: whether a head for other labels may be replaced.
 
     Raises:
-        FileNotFoundError, ValueError: naming the flag, the value given and what would do.
-        ConnectionError: where the Hub is needed and cannot be reached.
+        FileNotFoundError, ValueError: naming the flag, its value and what was expected.
+        ConnectionError: if the Hub is needed and cannot be reached.
     """
     sets = _read_sets(args, train, validation, cache_dir, token)
     first = next(iter(sets))
@@ -320,8 +290,8 @@ def load_glue_data(
     metrics = args.task.metrics if args.task else default
     if "f1" in metrics and len(names) != 2:
         raise ValueError(
-            f"--task_name {args.task_name!r} is scored by F1, which needs 2 labels; "
-            f"the data has {names}"
+            f"invalid --task_name {args.task_name!r}: its metric F1 needs 2 labels, the data has "
+            f"{names}"
         )
     train_set, validation_set = sets.get("train_file"), sets.get("validation_file")
     if train_set is not None and args.shuffle_train_dataset:
@@ -342,15 +312,15 @@ def _first(data: Dataset | None, count: int | None) -> Dataset | None:
 
 
 def tokenize(data: GlueData, tokenizer, args: DataArguments, model_limit: int | None) -> GlueData:
-    """The same data with its sets tokenized (``input_ids``, ..., ``label``).
+    """Return the data with tokenized datasets (``input_ids``, ..., ``label``).
 
     Args:
-        model_limit: most positions of the model; None where its config names none.
+        model_limit: maximum length of the model, or None if its config has none.
     """
     limits = [args.max_seq_length, tokenizer.model_max_length, model_limit or args.max_seq_length]
     length = min(limits)
     if length < args.max_seq_length:
-        logger.warning("--max_seq_length %d: the model takes %d.", args.max_seq_length, length)
+        logger.warning("--max_seq_length %d reduced to %d.", args.max_seq_length, length)
 
     raw_label = f"raw {data.label_column}"
 
@@ -371,7 +341,7 @@ def tokenize(data: GlueData, tokenizer, args: DataArguments, model_limit: int | 
     def apply(dataset: Dataset | None) -> Dataset | None:
         if dataset is None:
             return None
-        # Under its old name map would cast the ids back to the type of the labels in the file.
+        # Under the old name, map would cast the ids to the type of the labels in the file.
         dataset = dataset.rename_column(data.label_column, raw_label)
         return dataset.map(
             encode,

@@ -1,4 +1,4 @@
-"""Labels and scores of ``run_glue.py``: which classes a set holds, which id each has, metrics."""
+"""Labels and metrics of ``run_glue.py``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _has_head(config: PretrainedConfig) -> bool:
 
 
 def _labels_in(data: Dataset, column: str) -> tuple[list, list[str]]:
-    """The distinct labels of a set in order, and their names."""
+    """Return the distinct labels of a dataset in order, and their names."""
     feature = data.features[column]
     if isinstance(feature, ClassLabel):
         return list(range(feature.num_classes)), list(feature.names)
@@ -32,24 +32,24 @@ def _labels_in(data: Dataset, column: str) -> tuple[list, list[str]]:
 def _order_as_in_checkpoint(
     values: list, names: list[str], config: PretrainedConfig, ignore_mismatched_sizes: bool
 ) -> tuple[dict, list[str]]:
-    """Label ids: the checkpoint's own where it has a head that knows these labels, else sorted."""
+    """Return the label ids: those of the checkpoint if its head has these labels, else sorted."""
     as_found = {value: i for i, value in enumerate(values)}, names
     if not _has_head(config):
         return as_found
-    theirs = [str(config.id2label[i]) for i in range(config.num_labels)]
-    ids = {name.lower(): i for i, name in enumerate(theirs)}
+    known = [str(config.id2label[i]) for i in range(config.num_labels)]
+    ids = {name.lower(): i for i, name in enumerate(known)}
     if all(name.lower() in ids for name in names):
-        return {v: ids[name.lower()] for v, name in zip(values, names, strict=True)}, theirs
+        return {v: ids[name.lower()] for v, name in zip(values, names, strict=True)}, known
     numbered = all(str(value) == name for value, name in zip(values, names, strict=True))
-    if numbered and all(isinstance(v, int) and 0 <= v < len(theirs) for v in values):
-        return {value: int(value) for value in range(len(theirs))}, theirs
-    if len(names) != len(theirs) and not ignore_mismatched_sizes:
+    if numbered and all(isinstance(v, int) and 0 <= v < len(known) for v in values):
+        return {value: int(value) for value in range(len(known))}, known
+    if len(names) != len(known) and not ignore_mismatched_sizes:
         raise ValueError(
-            f"--model_name_or_path has a head for the {len(theirs)} labels {theirs}, the data has "
-            f"the {len(names)} labels {names}; give --ignore_mismatched_sizes to put a new head on "
-            "it, or data with these labels"
+            f"--model_name_or_path has a head for the {len(known)} labels {known}, the data has "
+            f"the {len(names)} labels {names}; pass --ignore_mismatched_sizes to replace the head, "
+            "or data with these labels"
         )
-    logger.warning("The checkpoint's labels %s are replaced by the data's, %s", theirs, names)
+    logger.warning("The checkpoint's labels %s are replaced by the data's, %s", known, names)
     return as_found
 
 
@@ -60,20 +60,20 @@ def find_labels(
     config: PretrainedConfig,
     ignore_mismatched_sizes: bool,
 ) -> tuple[dict, list[str]] | tuple[None, None]:
-    """Which labels the data has.
+    """Return the labels of the data.
 
     Args:
-        sets: flag -> set; the first one says what the labels are, the others must agree.
+        sets: flag -> dataset; the first one defines the labels, the others must have the same.
         column: the label column.
-        task_name: GLUE task or None, where floats mean regression.
-        config: the checkpoint's; its ids hold where its head knows the labels.
-        ignore_mismatched_sizes: let a head for other labels be replaced.
+        task_name: GLUE task, or None: then floats mean regression.
+        config: config of the checkpoint; its label ids are used if its head has these labels.
+        ignore_mismatched_sizes: whether a head for other labels may be replaced.
 
     Returns:
         (label in the data -> id, name of each id), or (None, None) for regression.
 
     Raises:
-        ValueError: naming the flag or column, what it holds and what would do.
+        ValueError: naming the flag or column, its content and what was expected.
     """
     feature = next(iter(sets.values())).features[column]
     kind = str(getattr(feature, "dtype", feature))
@@ -81,15 +81,15 @@ def find_labels(
     if task_name in REGRESSION_TASKS or (is_float and task_name is None):
         if not is_float and not kind.startswith(("int", "uint")):
             raise ValueError(
-                f"--task_name {task_name!r} is a regression, but column {column!r} holds {kind}; "
-                "give numbers, or leave --task_name out"
+                f"--task_name {task_name!r} is a regression, but column {column!r} has {kind}; "
+                "pass data with numeric labels, or remove --task_name"
             )
         _check_regression_head(config, ignore_mismatched_sizes)
-        logger.info("The labels are numbers (%s): regression.", kind)
+        logger.info("The labels are numeric (%s): regression.", kind)
         return None, None
     if is_float:
         raise ValueError(
-            f"--task_name {task_name!r} has classes, but column {column!r} holds {kind}; "
+            f"--task_name {task_name!r} has classes, but column {column!r} has {kind}; "
             "store the labels as integers or strings"
         )
     values, names = _labels_in(next(iter(sets.values())), column)
@@ -104,8 +104,8 @@ def _check_regression_head(config: PretrainedConfig, ignore_mismatched_sizes: bo
     if _has_head(config) and config.num_labels != 1 and not ignore_mismatched_sizes:
         raise ValueError(
             f"--model_name_or_path has a head for {config.num_labels} labels, the data is a "
-            "regression (one output); give --ignore_mismatched_sizes to put a new head on it, "
-            "or store the labels as integers or strings for classes"
+            "regression (one output); pass --ignore_mismatched_sizes to replace the head, or store "
+            "the labels as integers or strings for classes"
         )
 
 
@@ -114,20 +114,20 @@ def _check_all_known(sets: dict[str, Dataset], column: str, label_values: dict) 
         values, _ = _labels_in(data, column)
         if -1 in values:
             raise ValueError(
-                f"--{flag}: column {column!r} holds -1, GLUE's mark for a hidden label (a test "
-                "set); give a labelled set"
+                f"invalid --{flag}: column {column!r} has the label -1, which marks hidden labels "
+                "of GLUE's test sets; pass labelled data"
             )
-        strange = [value for value in values if value not in label_values]
-        if strange:
+        unknown = [value for value in values if value not in label_values]
+        if unknown:
             raise ValueError(
-                f"--{flag}: column {column!r} holds the labels {strange[:5]}, unknown to the "
-                f"training data or the model (they know {list(label_values)}); remove or map them"
+                f"invalid --{flag}: column {column!r} has the labels {unknown[:5]}, expected those "
+                f"of the training data or the model, {list(label_values)}; remove or map them"
             )
 
 
 # ---- metrics -------------------------------------------------------------------------------------
-# scikit-learn's and not evaluate.load("glue", task), which fetches a script from the Hub for every
-# metric: these are the same figures, and a run on local files needs no network.
+# evaluate.load("glue", task) would download a script from the Hub for every metric; these give the
+# same values without network access.
 
 Metric = Callable[[np.ndarray, np.ndarray], float]
 METRICS: dict[str, Metric] = {
@@ -142,7 +142,7 @@ METRICS: dict[str, Metric] = {
 def metrics_function(
     metrics: Sequence[str], is_regression: bool
 ) -> Callable[[EvalPrediction], dict[str, float]]:
-    """The ``compute_metrics`` of a Trainer, for names in :data:`METRICS`."""
+    """Return the ``compute_metrics`` of a Trainer for names in :data:`METRICS`."""
 
     def compute(prediction: EvalPrediction) -> dict[str, float]:
         logits = prediction.predictions

@@ -1,16 +1,16 @@
-"""Finetunes an image classifier with quantization noise, compresses it, loads it again.
+"""Finetune an image classifier with quantization noise, compress it and load it again.
 
-Files are parquet with a column of images (encoded bytes, or datasets' own Image) and one of labels.
-Convolutions have the paper's blocks: ``--block_size`` for 1 x 1 ones, the area of larger kernels.
+Files are parquet with a column of images (encoded bytes, or ``datasets.Image``) and one of labels.
+Convolutions have the paper's blocks: ``--block_size`` for 1 x 1 kernels, the area of larger ones.
 
-The run itself is in ``compression_run.py``, the flags are in ``example_arguments.py``; they can
-also be given as one JSON file.
+The run is in ``compression_run.py``, the flags are in ``arguments.py``; they can also be passed as
+one JSON file.
 """
 
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 from datasets import ClassLabel, Dataset, load_dataset
@@ -18,30 +18,28 @@ from datasets.exceptions import DatasetGenerationError
 from PIL import Image, UnidentifiedImageError
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
+from ..configuration.options import option
+from .arguments import Arguments
 from .compression_run import Example, Job, finetunes_stages, require_train_data
-from .example_arguments import Arguments
-from .example_data import Split, SplitArguments
+from .example_data import Split, SplitArguments, check_minimum
 from .glue_labels import metrics_function
 
 
 @dataclass
 class ImageArguments(SplitArguments):
-    """What to train and evaluate on."""
+    """Data to train and evaluate on."""
 
     content: ClassVar[str] = "images"
     file_kind: ClassVar[str] = "a parquet file of images"
 
-    validation_split: str = field(default="test", metadata={"help": "Split of the Hub's dataset."})
-    image_column: str = field(default="image", metadata={"help": "Column of the images."})
-    label_column: str = field(default="label", metadata={"help": "Column of the labels."})
-    image_size: int | None = field(
-        default=None, metadata={"help": "Pixels per side; default: what the checkpoint says."}
-    )
+    validation_split: str = option("test", "Validation split of the dataset on the Hub.")
+    image_column: str = option("image", "Column of the images.")
+    label_column: str = option("label", "Column of the labels.")
+    image_size: int | None = option(None, "Pixels per side; default: that of the checkpoint.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.image_size is not None and self.image_size < 1:
-            raise ValueError(f"--image_size {self.image_size} must be 1 or more")
+        check_minimum(self, 1, "image_size")
 
 
 def _read_file(split: Split, cache_dir: str | None) -> Dataset:
@@ -49,16 +47,16 @@ def _read_file(split: Split, cache_dir: str | None) -> Dataset:
         return load_dataset("parquet", data_files=split.file, split="train", cache_dir=cache_dir)
     except (DatasetGenerationError, ValueError) as error:  # ArrowInvalid is a ValueError
         raise ValueError(
-            f"{split.flag} {split.file!r} cannot be read as parquet ({error.__cause__ or error}); "
-            f"give {ImageArguments.file_kind}"
+            f"invalid {split.flag} {split.file!r}: expected {ImageArguments.file_kind} "
+            f"({error.__cause__ or error})"
         ) from error
 
 
 def load_images(args: ImageArguments, split: Split, cache_dir: str | None) -> Dataset:
-    """The rows of a split, from a file or from the Hub, with the two columns that are needed.
+    """Return the images and labels of a split, from a file or from the Hub.
 
     Raises:
-        ValueError: naming the flag of a column that is missing or a file that cannot be read.
+        ValueError: naming the flag, if a column is missing or a file cannot be read.
     """
     if split.file is None:
         name = "train" if split.name == "train" else args.validation_split
@@ -68,33 +66,34 @@ def load_images(args: ImageArguments, split: Split, cache_dir: str | None) -> Da
     for name, column in (("image", args.image_column), ("label", args.label_column)):
         if column not in rows.column_names:
             raise ValueError(
-                f"--{name}_column {column!r} is no column of {split.file or args.dataset_name}; it "
-                f"has {', '.join(rows.column_names)}"
+                f"invalid --{name}_column {column!r}: expected one of the columns of "
+                f"{split.file or args.dataset_name}: {', '.join(rows.column_names)}"
             )
     rows = rows.select_columns([args.image_column, args.label_column])
     return rows.select(range(min(split.limit, len(rows)))) if split.limit else rows
 
 
 def label_names(rows: Dataset, column: str) -> list[str]:
-    """Names of the classes: the set's own, or its distinct labels in order."""
+    """Return the class names: those of the dataset, or its sorted distinct labels."""
     feature = rows.features[column]
     if isinstance(feature, ClassLabel):
         return feature.names
     values = sorted(set(rows[column]))
     if all(isinstance(value, int) for value in values) and values != list(range(len(values))):
         raise ValueError(
-            f"--label_column {column!r} holds {values[:5]}...; whole numbers must count from 0"
+            f"invalid --label_column {column!r}: has the labels {values[:5]}..., expected integers "
+            "that count from 0, or names"
         )
     return list(map(str, values))
 
 
 class ImageCollator:
-    """Decodes and prepares images batch by batch, so that a set of them never stands in memory.
+    """Decodes and prepares images batch by batch, so that only a batch is in memory.
 
     Args:
         processor: the checkpoint's image processor.
         args: names of the columns.
-        ids: class name -> id, for sets whose labels are names.
+        ids: class name -> id, for labels that are names.
     """
 
     def __init__(self, processor, args: ImageArguments, ids: dict[str, int]) -> None:
@@ -109,19 +108,21 @@ class ImageCollator:
 
 
 def _decode(value) -> Image.Image:
-    """An RGB image of encoded bytes, of a dict that holds them, or of what is decoded already."""
+    """Return an RGB image from encoded bytes, a dict with bytes or path, or an image."""
     if isinstance(value, dict):
         value = value["bytes"] if value.get("bytes") is not None else Image.open(value["path"])
     if isinstance(value, bytes):
         try:
             value = Image.open(io.BytesIO(value))
         except UnidentifiedImageError as error:
-            raise ValueError(f"an image of {len(value)} bytes cannot be decoded: {error}") from None
+            raise ValueError(
+                f"an image of {len(value)} bytes cannot be decoded ({error})"
+            ) from None
     return value.convert("RGB")
 
 
 def load_processor(args: Arguments):
-    """The checkpoint's image processor, at the size that ``--image_size`` asks for."""
+    """Load the checkpoint's image processor, with the size of ``--image_size``."""
     processor = AutoImageProcessor.from_pretrained(
         args.model.model_name_or_path, **args.model.hub()
     )
@@ -135,7 +136,7 @@ def load_processor(args: Arguments):
 
 
 def prepare(args: Arguments) -> Job:
-    """Images, image processor and model."""
+    """Load images, image processor and model."""
     data, model_args = args.data, args.model
     require_train_data(args, data.has_train_data)
     train = validation = None
@@ -144,9 +145,9 @@ def prepare(args: Arguments) -> Job:
     if args.training.do_eval:
         validation = load_images(data, data.split("validation"), model_args.cache_dir)
     if train is None and validation is None:
-        raise ValueError("nothing to do: give --do_train, --do_eval or --stage_epochs above 0")
+        raise ValueError("nothing to do: pass --do_train, --do_eval or --stage_epochs above 0")
     names = label_names(train if train is not None else validation, data.label_column)
-    ids = {name: number for number, name in enumerate(names)}
+    ids = {name: index for index, name in enumerate(names)}
     config = AutoConfig.from_pretrained(model_args.model_name_or_path, **model_args.hub())
     config.id2label, config.label2id = dict(enumerate(names)), ids
     model = AutoModelForImageClassification.from_pretrained(
@@ -176,7 +177,7 @@ def prepare(args: Arguments) -> Job:
 
 example = Example(
     ImageArguments,
-    "Finetunes an image classifier with quantization noise and compresses it.",
+    "Finetune an image classifier with quantization noise and compress it.",
     prepare,
 )
 parse, run, main = example.parse, example.run, example.main

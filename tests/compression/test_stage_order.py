@@ -10,8 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_quantnoise import CompressionArguments, IPQConfig, quantize_model
-from hf_quantnoise.hub import packer
-from hf_quantnoise.modeling import packed_layers
+from hf_quantnoise.modeling import packed_layers, packer
 
 FIRST, SECOND = r"bert\.encoder\.layer\.0\..*", r".*\.(query|key)"
 

@@ -1,4 +1,4 @@
-"""A program for one process or several: trains with noise, then compresses; leaves what each rank
+"""A program for one process or several: trains with noise, compresses, and saves what each rank
 has. Arguments: the folder, a name for the run, and its options as JSON."""
 
 import json
@@ -10,25 +10,21 @@ import torch
 from datasets import load_from_disk
 from safetensors.torch import save_file
 from torch._dynamo.utils import counters
-from transformers import (
-    AutoModelForSequenceClassification,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import AutoModelForSequenceClassification, TrainerCallback
 
 from hf_quantnoise import CompressionArguments, IPQConfig, QuantNoiseConfig, QuantNoiseTrainer
 from hf_quantnoise.compression import stages
-from hf_quantnoise.compression.checkpoints import in_memory_tensors
-from hf_quantnoise.hub import packer
+from hf_quantnoise.modeling import packer
 from hf_quantnoise.noise import find_state
 from support.processes import take_cpus_for_gpus
 from support.stacked import make_stacked, without_dropout
+from support.trainers import Killed, tensors, training_arguments
 
 WORLD, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
 
 
 class Watch(TrainerCallback):
-    """Counts, at the end of each training, what was sharded and what was compiled."""
+    """Counts sharded parameters and compiled graphs at the end of each training."""
 
     def __init__(self):
         self.sharded, self.compiled = [], []
@@ -37,10 +33,6 @@ class Watch(TrainerCallback):
         self.sharded.append(sum(hasattr(p, "full_tensor") for p in model.parameters()))
         self.compiled.append(counters["stats"]["unique_graphs"])
         counters.clear()
-
-
-class Killed(Exception):
-    """Stands for a SIGKILL."""
 
 
 class KillAt(TrainerCallback):
@@ -54,70 +46,28 @@ class KillAt(TrainerCallback):
             raise Killed
 
 
-def arguments_of(folder, name, options):
+def make_arguments(folder, options):
     settings = {
-        "output_dir": str(folder / name), "per_device_train_batch_size": 16 // WORLD,
-        "learning_rate": 1e-3, "report_to": "none", "save_strategy": "steps", "save_steps": 2,
-        "disable_tqdm": True, "use_cpu": True, "num_train_epochs": 1, "ddp_backend": "gloo",
+        "per_device_train_batch_size": 16 // WORLD, "save_strategy": "steps", "save_steps": 2,
         "optim": "sgd", "logging_steps": 1, **options.get("arguments", {}),
     }  # fmt: skip
-    if WORLD == 1:
-        del settings["ddp_backend"]
-    args = TrainingArguments(**settings)
-    sharded = args.fsdp or "ACCELERATE_USE_FSDP" in os.environ
-    if sharded and not options.get("on_cpus"):
+    if WORLD > 1:
+        settings = {"ddp_backend": "gloo", **settings}
+    args = training_arguments(folder, **settings)
+    if args.fsdp or "ACCELERATE_USE_FSDP" in os.environ:
         take_cpus_for_gpus(args)
     return args
 
 
-def main():
-    torch.set_num_threads(1)
-    folder, name, options = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
-    data = load_from_disk(str(folder / options.get("data", "data")))
-    args = arguments_of(folder, name, options)
+def load_model(options):
     if "pretrained" in options:
         model = AutoModelForSequenceClassification.from_pretrained(options["pretrained"])
-        model = without_dropout(model)
-    else:
-        model = make_stacked(options.get("model", "bert"), options.get("layers", 3))
-    trainer = QuantNoiseTrainer(
-        model,
-        args,
-        QuantNoiseConfig(**options["noise"]) if "noise" in options else None,
-        train_dataset=data,
-        eval_dataset=data,
-    )
-    watch, clustered = Watch(), []
-    real = packer.pack_layer
-    packer.pack_layer = lambda *args, **kwargs: clustered.append(None) or real(*args, **kwargs)
-    trainer.add_callback(watch)
-    trainer.evaluate()  # accelerate would leave DDP and torch_compile out of what follows
-    if "noise" in options:
-        trainer.train(resume_from_checkpoint=options.get("checkpoint"))
-        assert trainer.model is model  # the very object, whole and with its own classes
-        fitted = find_state(model).state_dict()
-        save_file({k: v.contiguous() for k, v in fitted.items()}, folder / f"{name}-{RANK}-noise")
-        dense = {k: v.contiguous() for k, v in in_memory_tensors(model).items()}
-        save_file(dense, folder / f"{name}-{RANK}-dense")
-    figures = {"logs": [log for log in trainer.state.log_history if "noise_p" in log]}
-    if "stages" in options:
-        small = compress(trainer, watch, options)
-        if small is None:
-            return
-        tensors = {k: v.clone() for k, v in in_memory_tensors(small).items()}
-        save_file(tensors, folder / f"{name}-{RANK}-model")
-        trainer.save_model(str(folder / f"{name}-saved"))
-        errors = {k: v for r in trainer.compression_history for k, v in r["layer_errors"].items()}
-        resumed = options.get("resume", False)
-        assert resumed or abs(len(clustered) - len(errors) / WORLD) < 2, (clustered, errors)
-        figures["errors"] = errors
-        figures["losses"] = [r["metric"]["eval_loss"] for r in trainer.compression_history]
-    figures |= {"sharded": watch.sharded, "compiled": watch.compiled}
-    (folder / f"{name}-{RANK}-figures").write_text(json.dumps(figures))
+        return without_dropout(model)
+    return make_stacked(options.get("model", "bert"), options.get("layers", 3))
 
 
 def compress(trainer, watch, options):
-    """The pass; None where it was "killed"."""
+    """Return the compressed model; None if the run was killed."""
 
     class Watched(stages.StageTrainer):
         def __init__(self, *args, **kwargs):
@@ -136,6 +86,45 @@ def compress(trainer, watch, options):
         )
     except Killed:
         return None
+
+
+def main():
+    torch.set_num_threads(1)
+    folder, name, options = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
+
+    def save(tensors, part):
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(tensors, folder / f"{name}-{RANK}-{part}")
+
+    args = make_arguments(folder / name, options)
+    data = load_from_disk(str(folder / options.get("data", "data")))
+    noise = QuantNoiseConfig(**options["noise"]) if "noise" in options else None
+    model = load_model(options)
+    trainer = QuantNoiseTrainer(model, args, noise, train_dataset=data, eval_dataset=data)
+    watch, clustered = Watch(), []
+    real = packer.pack_layer
+    packer.pack_layer = lambda *args, **kwargs: clustered.append(None) or real(*args, **kwargs)
+    trainer.add_callback(watch)
+    trainer.evaluate()  # accelerate would then train without DDP and torch_compile
+    if noise is not None:
+        trainer.train(resume_from_checkpoint=options.get("checkpoint"))
+        assert trainer.model is model  # not a sharded copy
+        save(find_state(model).state_dict(), "noise")
+        save(tensors(model), "dense")
+    figures = {"logs": [log for log in trainer.state.log_history if "noise_p" in log]}
+    if "stages" in options:
+        small = compress(trainer, watch, options)
+        if small is None:
+            return
+        save(tensors(small), "model")
+        trainer.save_model(str(folder / f"{name}-saved"))
+        errors = {k: v for r in trainer.compression_history for k, v in r["layer_errors"].items()}
+        resumed = options.get("resume", False)
+        assert resumed or abs(len(clustered) - len(errors) / WORLD) < 2, (clustered, errors)
+        figures["errors"] = errors
+        figures["losses"] = [r["metric"]["eval_loss"] for r in trainer.compression_history]
+    figures |= {"sharded": watch.sharded, "compiled": watch.compiled}
+    (folder / f"{name}-{RANK}-figures").write_text(json.dumps(figures))
 
 
 main()

@@ -97,7 +97,7 @@ class SensitivityMeter:
             matrix: its replacement, of shape (rows, columns).
         """
         weight = layers[0].module._parameters["weight"]
-        values = layers[0].layout.from_matrix(matrix, weight.shape).to(weight.dtype)
+        values = layers[0].layer_type.from_matrix(matrix, weight.shape).to(weight.dtype)
         replacement = nn.Parameter(values, requires_grad=False)
         try:
             for layer in layers:

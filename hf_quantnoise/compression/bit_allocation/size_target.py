@@ -9,10 +9,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ...configuration import IPQConfig, QuantizedModelConfig
-from ...hub.packer import ModelPacker
-from ...modeling.copies import copy_of_shapes
+from ...modeling.model_copies import copy_on_meta
+from ...modeling.packer import ModelPacker
 from ...modeling.plan import stage_of, weights_of
-from ...modeling.restructure import restructured_copy
+from ...modeling.structural_changes import changed_copy
 from ...size import size_report
 from ...structure import LayerInfo, select_layers
 from .candidates import WeightCandidates, candidates_for
@@ -26,7 +26,7 @@ def file_bytes(model: PreTrainedModel, config: QuantizedModelConfig) -> int:
     Raises:
         ValueError: if the config does not fit the model.
     """
-    shapes = copy_of_shapes(model)
+    shapes = copy_on_meta(model)
     ModelPacker(shapes, config).pack_skeletons()
     return size_report(shapes).total.disk_bytes
 
@@ -65,7 +65,7 @@ def check_within_target(model: PreTrainedModel, config: IPQConfig) -> None:
     Raises:
         ValueError: if it is larger, with both sizes; or if the config does not fit the model.
     """
-    target, size = target_bytes(restructured_copy(model, config), config), file_bytes(model, config)
+    target, size = target_bytes(changed_copy(model, config), config), file_bytes(model, config)
     if size > target:
         raise ValueError(
             f"{config.target} allows {target:,} bytes, but layer_quantizers results in a file of "
@@ -81,7 +81,7 @@ def check_target_reachable(model: PreTrainedModel, config: IPQConfig) -> int:
         ValueError: if the smallest bit allocation is larger, with its size and ways to reduce it;
             or if the dense model is within the target.
     """
-    shapes = restructured_copy(copy_of_shapes(model), config)
+    shapes = changed_copy(copy_on_meta(model), config)
     target, dense = target_bytes(shapes, config), size_report(shapes).total.disk_bytes
     if dense <= target:
         raise ValueError(

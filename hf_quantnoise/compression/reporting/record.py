@@ -11,8 +11,8 @@ from torch import nn
 from transformers import Trainer
 
 from ...hub.card import format_metrics
-from ...hub.packer import StageResult
 from ...modeling import packed_layers
+from ...modeling.packer import StageResult
 from ...quantizers import ProductQuantizer
 from ...size import size_report
 

@@ -1,0 +1,133 @@
+"""Checks of single option values.
+
+A check is a function of name and value that raises a ``ValueError`` with the name, the value and
+what was expected. Functions with other parameters return such a check.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from numbers import Real
+from typing import Any
+
+Check = Callable[[str, Any], None]
+
+
+def invalid(name: str, value: Any, expected: str) -> ValueError:
+    """Return the error of an invalid value, to be raised."""
+    return ValueError(f"invalid {name}={value!r}: expected {expected}")
+
+
+def is_int(value: Any) -> bool:
+    """Whether a value is an integer; ``True`` and ``False`` are not."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a real number; ``True`` and ``False`` are not."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def integer(low: int, high: int = 2**31) -> Check:
+    """An integer from ``low`` to ``high``."""
+
+    def check(name: str, value: Any) -> None:
+        if not is_int(value) or not low <= value <= high:
+            raise invalid(name, value, f"an integer from {low} to {high}")
+
+    return check
+
+
+def boolean(name: str, value: Any) -> None:
+    """``True`` or ``False``."""
+    if not isinstance(value, bool):
+        raise invalid(name, value, "True or False")
+
+
+def positive(name: str, value: Any) -> None:
+    """A finite number above 0."""
+    if not is_number(value) or not 0 < value < float("inf"):
+        raise invalid(name, value, "a number above 0")
+
+
+def non_negative(name: str, value: Any) -> None:
+    """A finite number of at least 0."""
+    if not is_number(value) or not 0 <= value < float("inf"):
+        raise invalid(name, value, "a number of at least 0")
+
+
+def fraction(name: str, value: Any) -> None:
+    """A number from 0 to 1."""
+    if not is_number(value) or not 0 <= value <= 1:
+        raise invalid(name, value, "a number from 0 to 1")
+
+
+def one_of(choices: Iterable) -> Check:
+    """One of some values; a registry may get more of them later."""
+
+    def check(name: str, value: Any) -> None:
+        if value not in (known := list(choices)):
+            raise invalid(name, value, f"one of {', '.join(map(repr, known))}")
+
+    return check
+
+
+def word_or_steps(word: str) -> Check:
+    """A fixed word, or a number of optimizer steps."""
+
+    def check(name: str, value: Any) -> None:
+        if value != word and not (is_int(value) and 1 <= value <= 2**31):
+            raise invalid(name, value, f"{word!r} or a number of steps (at least 1)")
+
+    return check
+
+
+def sizes(low: int, high: int) -> Check:
+    """An integer for all layers, or a dict from structure group or regex to an integer."""
+
+    def check(name: str, value: Any) -> None:
+        if not isinstance(value, dict):
+            return integer(low, high)(name, value)
+        if not value:
+            raise invalid(name, value, "an integer or {group or regex: integer}, not empty")
+        for key, entry in value.items():
+            integer(low, high)(f"{name}[{key!r}]", entry)
+            regex(name, key)
+
+    return check
+
+
+def regex(name: str, value: Any) -> None:
+    """A structure group or regular expression."""
+    if not isinstance(value, str):
+        raise invalid(name, value, "a string (a structure group or a regex)")
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise invalid(name, value, f"a regular expression ({error})") from None
+
+
+def patterns(name: str, value: Any) -> None:
+    """A regex for full layer names, or a list of names and suffixes."""
+    if isinstance(value, str):
+        return regex(name, value)
+    if not isinstance(value, list | tuple) or not all(isinstance(v, str) for v in value):
+        raise invalid(name, value, "a regex, or a list of exact layer names and suffixes")
+
+
+def layer_chunks(name: str, value: Any) -> None:
+    """A number of layers per chunk, or the names of the layers of each chunk."""
+    if is_int(value) and value >= 1:
+        return
+    chunks = value if isinstance(value, list | tuple) else []
+    names = [layer for chunk in chunks if isinstance(chunk, list | tuple) for layer in chunk]
+    if not names or not all(isinstance(layer, str) for layer in names):
+        raise invalid(
+            name,
+            value,
+            "the number of layers per chunk (1: no sharing), or a list of chunks, each a list of "
+            "layer names",
+        )
+    if repeated := sorted({layer for layer in names if names.count(layer) > 1}):
+        raise ValueError(f"invalid {name}={value!r}: {repeated[0]!r} is listed more than once")

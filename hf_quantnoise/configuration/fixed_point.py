@@ -1,0 +1,39 @@
+"""Configuration of fixed-point quantization (section 3.1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+from .checks import integer, one_of
+from .options import documented, option
+from .storage import OBSERVERS, SCHEMES, QuantizedModelConfig
+
+
+@SCHEMES.register("fixed_point")
+@documented
+@dataclass(repr=False)
+class FixedPointConfig(QuantizedModelConfig):
+    """Fixed-point scalar quantization of the weights (section 3.1, Eq. 2)."""
+
+    bits: Annotated[int, integer(1, 8)] = option(8, "Bits per weight, 1 to 8.")
+    observer: Annotated[str, one_of(OBSERVERS)] = option(
+        "minmax",
+        "Quantization range: 'minmax' (of the weight), 'channel' (one range per output feature or "
+        "table row), 'histogram' (the range with the lowest squared error).",
+    )
+
+    scheme: ClassVar[str] = "fixed_point"
+
+    def noise_settings(self) -> dict[str, Any]:
+        return {
+            "noise": f"int{self.bits}",
+            "observer": self.observer,
+            **self._shared_with_noise(),
+        }
+
+    def quantizer_settings(self, layer) -> dict[str, Any] | None:
+        return {"scheme": "int", "bits": self.bits, "observer": self.observer}
+
+    def stage_groups(self) -> list[str | None]:
+        return [None]

@@ -1,0 +1,174 @@
+"""Configuration of iterative product quantization (section 3.2)."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+from ..structure import GROUPS, block_size_of, entry_for
+from .checks import boolean, integer, invalid, one_of, positive, regex, sizes
+from .layer_quantizers import MAX_BLOCK_SIZE, MAX_CENTROIDS, checked_layer_quantizers
+from .options import documented, option
+from .storage import SCHEMES, QuantizedModelConfig
+
+
+def _for_all_groups(value: int | dict[str, int]) -> dict[str, int]:
+    return value if isinstance(value, dict) else dict.fromkeys(GROUPS, value)
+
+
+@SCHEMES.register("ipq")
+@documented
+@dataclass(repr=False)
+class IPQConfig(QuantizedModelConfig):
+    """Iterative product quantization (section 3.2)."""
+
+    block_size: Annotated[int | dict[str, int], sizes(1, MAX_BLOCK_SIZE)] = option(
+        4,
+        "Number of weights per block, or a dict from structure group (ffn, attention, embeddings, "
+        "head, conv) or regex for full layer names to it. Section 7.8 has 4 for RoBERTa, and 8 "
+        "(ffn), 8 (embeddings), 4 (attention) for language models.",
+    )
+    n_centroids: Annotated[int | dict[str, int], sizes(2, MAX_CENTROIDS)] = option(
+        256,
+        "Centroids per codebook, 2 to 65,536; codes take ceil(log2 n_centroids) bits. Int or dict, "
+        "like block_size.",
+    )
+    stages: list[str] | tuple[str, ...] = option(
+        ["ffn", "embeddings", "attention"],
+        "Structure groups, or regexes for full layer names, in the order of quantization. Layers "
+        "of no stage stay dense.",
+    )
+    codebook_bits: Annotated[int, one_of((32, 16, 8))] = option(
+        32, "Bits per stored centroid value: 32, 16, or 8 (Eq. 2 on the codebook; section 3.3)."
+    )
+    kmeans_iter: Annotated[int, integer(1, 100_000)] = option(
+        20, "Maximum number of k-means iterations."
+    )
+    importance: Annotated[Literal["none", "activations"], one_of(("none", "activations"))] = option(
+        "none",
+        "'activations' weights the squared error of each weight, in k-means and in the choice of "
+        "codes, by the squared inputs it is multiplied with on calibration data (diagonal of X^T "
+        "X; for a table, how often each row is looked up).",
+    )
+    row_scale: Annotated[bool, boolean] = option(
+        False,
+        "Store a float16 scale for each row of a weight (output feature, word), fitted together "
+        "with the codebook and trained with it, so that rows of different norms share centroids.",
+    )
+    n_codebooks: Annotated[int, one_of((1, 2))] = option(
+        1,
+        "With 2, a block is the sum of one centroid from each of two codebooks, found by beam "
+        "search and stored as two codes. Blocks of 8 then take as many bits as blocks of 4 with 1.",
+    )
+    target_size_mb: Annotated[float | None, positive] = option(
+        None,
+        "Maximum size of model.safetensors in MB (10^6 bytes). Block size, number of centroids or "
+        "intN are then allocated to each weight, and block_size and n_centroids are ignored.",
+    )
+    target_bits_per_weight: Annotated[float | None, positive] = option(
+        None,
+        "The same in bits per parameter that remains after sharing and pruning; set one of the "
+        "two.",
+    )
+    layer_quantizers: dict[str, dict[str, Any]] = option(
+        {},
+        "Layer name -> how it is stored, which overrides the fields above: {'scheme': 'pq', "
+        "'block_size': 8, 'n_centroids': 256}, {'scheme': 'int', 'bits': 4}, {'scheme': 'dense'}, "
+        "or an entry of a plan. A target size fills it in, unless it is set already.",
+    )
+
+    scheme: ClassVar[str] = "ipq"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.stages, list | tuple) or not self.stages:
+            expected = f"a list of structure groups ({', '.join(GROUPS)}) or regexes"
+            raise invalid("stages", self.stages, expected)
+        for stage in self.stages:
+            regex("stages", stage)
+        if len(set(self.stages)) != len(self.stages):
+            raise ValueError(f"invalid stages={self.stages!r}: a stage is listed twice")
+        self.stages = list(self.stages)
+        for name in ("block_size", "n_centroids"):
+            self._check_covers_stages(name, getattr(self, name))
+        if self.target_size_mb is not None and self.target_bits_per_weight is not None:
+            raise ValueError(
+                f"target_size_mb={self.target_size_mb!r} and target_bits_per_weight="
+                f"{self.target_bits_per_weight!r} are both set; pass only one of them"
+            )
+        self.layer_quantizers = checked_layer_quantizers("layer_quantizers", self.layer_quantizers)
+        if self.target is not None and self.n_codebooks > 1 and not self.layer_quantizers:
+            raise ValueError(
+                f"invalid n_codebooks={self.n_codebooks!r} with {self.target}: bit allocation uses "
+                "one codebook per weight; set n_codebooks=1, remove the target, or set "
+                'layer_quantizers ({"scheme": "additive", ...} has two codebooks)'
+            )
+
+    def _check_covers_stages(self, name: str, value: int | dict[str, int]) -> None:
+        if not isinstance(value, dict) or not set(value) <= set(GROUPS):
+            return  # a regex may match any layer
+        for stage in self.stages:
+            if stage in GROUPS and stage not in value:
+                raise ValueError(
+                    f"invalid {name}={value!r}: no entry for the stage {stage!r}; add one, or "
+                    f"remove {stage!r} from stages={self.stages!r}"
+                )
+
+    @property
+    def weighs_errors(self) -> bool:
+        return self.importance != "none"
+
+    def noise_settings(self) -> dict[str, Any]:
+        return {
+            "noise": "proxy",
+            "block_size": self._with_names("block_size"),
+            "n_centroids": self._with_names("n_centroids"),
+            **self._shared_with_noise(),
+        }
+
+    def _with_names(self, name: str) -> int | dict[str, int]:
+        """Return a setting together with its values in ``layer_quantizers``."""
+        value = getattr(self, name)
+        named = {
+            re.escape(layer): entry[name]
+            for layer, entry in self.layer_quantizers.items()
+            if name in entry
+        }
+        if named and self.prune_layers is not None:
+            raise ValueError(
+                f"layer_quantizers with prune_layers={self.prune_layers!r} names the layers after "
+                "pruning, so noise on the full model cannot match it; pass block_size to "
+                "QuantNoiseConfig.matching"
+            )
+        return {**_for_all_groups(value), **named} if named else value
+
+    @property
+    def target(self) -> str | None:
+        for name in ("target_size_mb", "target_bits_per_weight"):
+            if (value := getattr(self, name)) is not None:
+                return f"{name}={value!r}"
+        return None
+
+    def settings_by_name(self) -> dict[str, dict[str, Any]]:
+        return self.layer_quantizers
+
+    def quantizer_settings(self, layer) -> dict[str, Any] | None:
+        for name in (layer.name, *layer.ties):
+            if name in self.layer_quantizers:
+                return self.layer_quantizers[name]
+        block_size = block_size_of(self.block_size, layer)
+        n_centroids = entry_for(self.n_centroids, layer)
+        if block_size is None or n_centroids is None:
+            return None
+        return {
+            "scheme": "pq" if self.n_codebooks == 1 else "additive",
+            "block_size": block_size,
+            "n_centroids": n_centroids,
+            "codebook_bits": self.codebook_bits,
+            "n_iter": self.kmeans_iter,
+            "row_scale": self.row_scale,
+        }
+
+    def stage_groups(self) -> list[str | None]:
+        return list(self.stages)

@@ -1,0 +1,146 @@
+"""Options of the configs, each declared once: a dataclass field with type, default, check and help.
+
+    bits: Annotated[int, integer(1, 8)] = option(8, "Bits per weight.")
+
+Command-line flags (``flags.py``) and docs/configuration.md (``docs/write_configuration.py``) are
+made from these fields.
+
+``huggingface_hub.dataclasses`` is not used for the checks: its errors span several lines and are
+not ``ValueError``s, it refuses an int for a float or a tuple for a list, and its metadata cannot be
+passed to ``HfArgumentParser``. ``Annotated`` can.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from functools import cache
+from inspect import getdoc
+from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
+
+from ..registry import suggestion
+from .checks import Check
+
+logger = logging.getLogger(__name__)
+
+Class = TypeVar("Class", bound=type)
+
+
+def option(default: Any, help: str) -> Any:
+    """Return the dataclass field of an option. Help is for ``--help`` and the docs: no markup."""
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: copy.copy(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class Option:
+    """A declared option.
+
+    Attributes:
+        type: type of its values, without the checks.
+        checks: called with name and value, unless the value is an allowed None.
+    """
+
+    name: str
+    type: Any
+    default: Any
+    help: str
+    checks: tuple[Check, ...]
+
+    @property
+    def optional(self) -> bool:
+        """Whether None is a value."""
+        return type(None) in get_args(self.type)
+
+
+@cache
+def options_of(config: type) -> dict[str, Option]:
+    """Return the options of a dataclass by name, in the order of its fields."""
+    hints = get_type_hints(config, include_extras=True)
+    options = {}
+    for f in fields(config):
+        hint, checks = hints[f.name], ()
+        if get_origin(hint) is Annotated:
+            hint, *checks = get_args(hint)
+        default = f.default if f.default_factory is MISSING else f.default_factory()
+        help = f.metadata.get("help", "")
+        options[f.name] = Option(f.name, hint, default, help, tuple(checks))
+    return options
+
+
+class Options:
+    """Base of the config dataclasses: checks every value, and suggests the name of a misspelt one.
+
+    Attributes:
+        removed: options of earlier versions -> why they were removed. Files and command lines that
+            name one are read with a warning.
+    """
+
+    removed: ClassVar[Mapping[str, str]] = {}
+
+    def __new__(cls, *args: Any, **kwargs: Any):
+        for name in kwargs.keys() - options_of(cls).keys():
+            hint = unknown_option(cls, name)
+            raise TypeError(f"{cls.__name__}() got an unexpected keyword argument {name!r}{hint}")
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        for name, declared in options_of(type(self)).items():
+            value = getattr(self, name)
+            if value is None and declared.optional:
+                continue
+            for check in declared.checks:
+                check(name, value)
+
+
+def unknown_option(config: type[Options], name: str) -> str:
+    """Return the end of an error about an unknown name: why it was removed, or a suggestion."""
+    if name in config.removed:
+        return f" (removed: {config.removed[name]})"
+    known = options_of(config)
+    return suggestion(name, known) or f"; known: {', '.join(known)}"
+
+
+def drop_removed(removed: Mapping[str, str], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a file without removed options, each of which is warned about."""
+    for name in values:
+        if name in removed:
+            warn_removed(name, removed[name])
+    return {name: value for name, value in values.items() if name not in removed}
+
+
+def warn_removed(name: str, reason: str) -> None:
+    """Warn that an option of an earlier version has no effect any more."""
+    logger.warning("%s was removed and has no effect any more: %s.", name, reason)
+
+
+def values_of_file(config: type[Options], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keyword arguments that a config's JSON holds.
+
+    Raises:
+        ValueError: naming an unknown field, with the name that was probably meant.
+    """
+    values = drop_removed(config.removed, values)
+    for name in values.keys() - options_of(config).keys():
+        hint = unknown_option(config, name)
+        raise ValueError(f"unknown field {name!r} of {config.__name__}{hint}")
+    return values
+
+
+def documented(config: Class) -> Class:
+    """Append the options to a dataclass's docstring, for ``help()`` and notebooks."""
+    lines = [f"    {name}: {declared.help}" for name, declared in options_of(config).items()]
+    config.__doc__ = "\n".join([getdoc(config) or "", "", "Args:", *lines])
+    return config
+
+
+def as_code(text: str, names: Iterable[str]) -> str:
+    """Return a help text as Markdown: quoted values and names of options become code."""
+    known = "|".join(sorted(map(re.escape, names), key=len, reverse=True))
+    # JSON, a quoted value, or a name.
+    pattern = rf"(\{{[^{{}}]*(?:\{{[^{{}}]*\}}[^{{}}]*)*\}})|(?<!\w)('[^']+')(?!\w)|\b({known})\b"
+    return re.sub(pattern, lambda match: f"`{match[0]}`".replace("'", '"'), text)

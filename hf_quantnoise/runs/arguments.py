@@ -1,0 +1,225 @@
+"""Command line of all examples: model, data, noise, compression and ``TrainingArguments``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from argparse import SUPPRESS, Action
+from dataclasses import dataclass, field, make_dataclass
+from typing import Any, Literal
+
+from transformers import HfArgumentParser, TrainingArguments
+
+from ..compression import CompressionArguments
+from ..configuration import QuantizedModelConfig, QuantNoiseConfig
+from ..configuration.flags import (
+    OneLineErrors,
+    QuantizationFlags,
+    flag_of,
+    read_flags,
+    unknown_flags,
+)
+from ..configuration.options import drop_removed, option, options_of, warn_removed
+from ..registry import suggestion
+
+
+@dataclass
+class ModelArguments:
+    """The model to start from."""
+
+    model_name_or_path: str = field(metadata={"help": "Checkpoint: a folder or a Hub repository."})
+    config_name: str | None = option(None, "Config, if it is not the checkpoint's.")
+    tokenizer_name: str | None = option(None, "Tokenizer, if it is not the checkpoint's.")
+    cache_dir: str | None = option(None, "Folder for downloads and prepared data.")
+    model_revision: str = option("main", "Branch, tag or commit of the checkpoint.")
+    token: str | None = option(None, "Hub token; default: that of `hf auth login`.")
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = option(
+        "float32", "Type that weights are loaded and finetuned in; auto: as stored."
+    )
+    ignore_mismatched_sizes: bool = option(
+        False, "Replace the checkpoint's head if it is for other labels."
+    )
+
+    def hub(self) -> dict:
+        """Return the keyword arguments of every ``from_pretrained``."""
+        return {"cache_dir": self.cache_dir, "revision": self.model_revision, "token": self.token}
+
+
+# Option of QuantNoiseConfig -> its flag. The others are read from the flags of the compressed
+# model, as are those of FALLBACKS where their flag is not given.
+NOISE_FLAGS = {
+    "noise": "noise",
+    "p": "noise_rate",
+    "p_schedule": "noise_schedule",
+    "block_size": "noise_block_size",
+    "n_centroids": "noise_n_centroids",
+    "block_selection": "noise_block_selection",
+    "observer": "noise_observer",
+    "layerdrop": "layerdrop",
+    "layerdrop_ste": "layerdrop_ste",
+    "codebook_update": "codebook_update",
+    "scale_update_steps": "scale_update_steps",
+    "activation_calibration": "activation_calibration",
+    "target_modules": "noise_target_modules",
+    "exclude_modules": "noise_exclude_modules",
+}
+FALLBACKS = ("block_size", "n_centroids", "observer")
+SHARED = ("activation_bits", "share_layers")
+
+
+def _noise_flags() -> list[tuple]:
+    options, flags = options_of(QuantNoiseConfig), []
+    for name, flag in NOISE_FLAGS.items():
+        more = {"default": None, "more": f"Default: --{name}."} if name in FALLBACKS else {}
+        if name == "noise":
+            more = {"more": "'none' trains without noise."}
+        flags.append(flag_of(options[name], flag, **more))
+    return flags
+
+
+@dataclass
+class CompressionFlags(
+    make_dataclass("_CompressionFlags", _noise_flags(), bases=(QuantizationFlags,))
+):
+    """Flags of the noise, and of the compressed model."""
+
+    compress: bool = option(True, "Compress the finetuned model.")
+    resume_compression: bool = option(False, "Resume a run that was interrupted in compression.")
+    teacher_name_or_path: str | None = option(
+        None, "Teacher of the stages, with the same labels; default: the finetuned model."
+    )
+
+    def noise_config(self, seed: int) -> QuantNoiseConfig | None:
+        """Return the noise to train with; None for ``--noise none``."""
+        if self.noise == ["none"]:
+            return None
+        values = vars(self)
+        flags = {**NOISE_FLAGS, **{name: name for name in SHARED}}
+        for name in FALLBACKS:
+            if values[flags[name]] is None:
+                flags[name] = name
+        return QuantNoiseConfig(**read_flags(QuantNoiseConfig, flags, values), seed=seed)
+
+
+@dataclass
+class RunTrainingArguments(TrainingArguments):
+    """``TrainingArguments`` in which ``--do_train`` and ``--do_eval`` have other defaults.
+
+    Without these two flags a run does both; if one of them is true, only that, as in other
+    examples. ``--do_train False`` evaluates and compresses the checkpoint as it is.
+    """
+
+    do_train: bool | None = field(
+        default=None, metadata={"help": "Finetune.", "nargs": "?", "const": True}
+    )
+    do_eval: bool | None = field(
+        default=None, metadata={"help": "Evaluate.", "nargs": "?", "const": True}
+    )
+
+    def __post_init__(self) -> None:
+        given_train, given_eval = self.do_train, self.do_eval
+        self.do_train = not given_eval if given_train is None else given_train
+        self.do_eval = not given_train if given_eval is None else given_eval
+        super().__post_init__()
+
+
+@dataclass
+class Arguments:
+    """A parsed command line.
+
+    Attributes:
+        words: the command line itself.
+        noise: the noise to train with, or None.
+        quantization: how the compressed model is stored.
+
+    Raises:
+        ValueError: if the flags do not make valid configs.
+    """
+
+    words: list[str]
+    model: ModelArguments
+    data: Any
+    flags: CompressionFlags
+    compression: CompressionArguments
+    training: RunTrainingArguments
+    noise: QuantNoiseConfig | None = field(init=False)
+    quantization: QuantizedModelConfig = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.noise = self.flags.noise_config(self.training.seed)
+        self.quantization = self.flags.config(self.training.seed)
+
+    @property
+    def command(self) -> list[str]:
+        """The words of the command line without secrets."""
+        words = self.words
+        for secret in filter(None, (self.model.token, self.training.hub_token)):
+            words = [word.replace(secret, "<TOKEN>") for word in words]
+        return words
+
+    def to_dict(self) -> dict:
+        """Return the flags as a JSON-able dict without secrets."""
+        parts = ("model", "data", "flags", "compression")
+        values = {name: dataclasses.asdict(getattr(self, name)) for name in parts}
+        values["model"]["token"] = "<TOKEN>" if self.model.token else None
+        return {**values, "training": self.training.to_dict()}  # which hides hub tokens
+
+
+class _RemovedFlag(Action):
+    """A flag of an earlier version: accepted, with a warning."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        name = self.option_strings[0].removeprefix("--")
+        warn_removed(option_string, CompressionArguments.removed[name])
+
+
+class _Parser(OneLineErrors, HfArgumentParser):
+    """Parser of an example's dataclasses, or of one JSON file with their fields."""
+
+    def __init__(self, data_class: type, **kwargs: Any) -> None:
+        flags = (ModelArguments, data_class, CompressionFlags, CompressionArguments)
+        super().__init__([*flags, RunTrainingArguments], **kwargs)
+        for name in CompressionArguments.removed:
+            names = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
+            self.add_argument(
+                *names, action=_RemovedFlag, nargs="?", default=SUPPRESS, help=SUPPRESS
+            )
+
+    def from_words(self, words: list[str]) -> tuple:
+        """Return the dataclasses of a command line."""
+        *parts, unknown = self.parse_args_into_dataclasses(words, return_remaining_strings=True)
+        if unknown:
+            raise ValueError(unknown_flags(unknown, self._option_string_actions))
+        return tuple(parts)
+
+    def from_file(self, file_name: str) -> tuple:
+        """Return the dataclasses of a JSON file."""
+        with open(file_name, encoding="utf-8") as file:
+            values = drop_removed(CompressionArguments.removed, json.load(file))
+        known = {f.name for kind in self.dataclass_types for f in dataclasses.fields(kind)}
+        for name in values:
+            if name not in known:
+                raise ValueError(f"unknown field {name!r} in {file_name}{suggestion(name, known)}")
+        return self.parse_dict(values)
+
+
+def parse_arguments(
+    data_class: type, description: str, argv: list[str] | None = None, prog: str | None = None
+) -> Arguments:
+    """Parse a command line, or the single JSON file that it names.
+
+    Args:
+        data_class: the example's dataclass of data flags.
+        description: beginning of ``--help``.
+        argv: the words; None takes those of the process.
+        prog: name of the program, for help and errors; None takes that of the process.
+
+    Raises:
+        ValueError: if a value is invalid, or a flag is unknown.
+    """
+    parser = _Parser(data_class, description=description, prog=prog)
+    words = sys.argv[1:] if argv is None else list(argv)
+    if len(words) == 1 and words[0].endswith(".json"):
+        return Arguments(words, *parser.from_file(words[0]))
+    return Arguments(words, *parser.from_words(words))
