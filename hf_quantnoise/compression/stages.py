@@ -30,7 +30,7 @@ from .bit_allocation.allocate import resolve_target
 from .checkpoints import FOLDER, SavedStage, StageCheckpoints, load_in_memory_tensors
 from .distillation.teacher import Teacher
 from .fingerprint import Fingerprint, require_same_settings, settings_fingerprint
-from .oneshot import without_noise
+from .oneshot import remove_noise
 from .preflight import check_compression
 from .reporting.logs import forward_logs, log_errors, log_record
 from .reporting.record import StageRecord, evaluate_packed, measure_stage
@@ -113,7 +113,7 @@ class CompressionPipeline:
     def _start(self) -> int:
         """Evaluate and save the dense model, and prepare the first stage."""
         batches = first_batches(self.trainer, self.args.budget_batches)
-        config = without_noise(self.model, self.config)
+        config = remove_noise(self.model, self.config)
         config = resolve_target(self.model, config, batches, self._progress, table=True)
         self.packer = ModelPacker(self.model, config, on_all_ranks=True)
         start = time.perf_counter()

@@ -222,9 +222,10 @@ def allocate_bits(
 
 
 def allot(*args, **kwargs) -> IPQConfig:
-    """Deprecated name of :func:`allocate_bits`."""
+    """Deprecated alias of :func:`allocate_bits`."""
+    name = allot.__name__
     warnings.warn(
-        "allot is deprecated and will be removed in version 0.2.0; use allocate_bits instead",
+        f"{name} is deprecated and will be removed in version 0.2.0; use allocate_bits instead",
         FutureWarning,
         stacklevel=2,
     )
