@@ -61,7 +61,7 @@ def disturbed(model):
     return model
 
 
-# torch's assign keeps the dtype of the file, so configs with float16 tensors are left out.
+# torch's assign keeps the dtype of the file, so configs with float16 tensors are omitted.
 ASSIGNED = ["ipq", "8 bits", "two books", "int4", "inputs"]
 
 

@@ -201,7 +201,7 @@ def test_impossible_pruning_or_sharing_changes_nothing(model, fields, words):
         ({"share_layers": [["a", "b"], ["b", "c"]]}, "names 'b' twice"),
         ({"share_layers": []}, "share_layers=\\[\\] must be"),
         ({"prune_layers": 2}, "prune_layers=2 must be"),
-        ({"prune_layers": "("}, "prune_layers: '\\(' is no regular expression"),
+        ({"prune_layers": "("}, "prune_layers.*'\\('"),
     ],
 )
 def test_invalid_fields_raise(fields, words):
