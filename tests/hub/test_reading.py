@@ -139,7 +139,7 @@ def test_renamed_tensors_are_left_to_transformers(tmp_path, monkeypatch):
     model = save(tmp_path)
     mapping = _numbered_one_higher(tmp_path)
     load = AutoModelForSequenceClassification.from_pretrained
-    with pytest.raises(ValueError, match=r"key_mapping renames bert\.encoder\.layer\.1"):
+    with pytest.raises(ValueError, match=r"key_mapping.*bert\.encoder\.layer\.1"):
         load(tmp_path, key_mapping=mapping)
     conversion_mapping.get_checkpoint_conversion_mapping("bert")  # makes the cache
     known = conversion_mapping._checkpoint_conversion_mapping_cache

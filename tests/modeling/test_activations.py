@@ -181,7 +181,7 @@ def test_missing_calibration_data_raises(input_ids):
     with pytest.raises(ValueError, match="activation_bits needs calibration data"):
         quantize_model(model, CONFIGS["int8"], progress=False)
     assert torch.equal(logits(model, input_ids), before)
-    with pytest.raises(ValueError, match="activation_bits=9 must be an integer from 1 to 8"):
+    with pytest.raises(ValueError, match="activation_bits=9"):
         IPQConfig(activation_bits=9)
 
 
