@@ -91,7 +91,7 @@ class ModelPacker:
         require_runs(self.planned, groups, batches, self.config.reads_data)
 
     def change_structure(self) -> None:
-        """Prune and share layers as the config says (section 7.9). Call before the first stage."""
+        """Prune and share layers by the config (section 7.9). Call before the first stage."""
         if self.structural_changes:
             self.structural_changes.apply(self.model, self.config)
             self.planned = self.model
