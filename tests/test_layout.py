@@ -50,7 +50,6 @@ LONG_FILES: dict[str, str] = {
     "runs/glue_data.py": "not split yet",
 }
 LONG_FUNCTIONS: dict[str, str] = {
-    "export/onnx_file.py:export_onnx": "not split yet",
     "trainer.py:compress": "not split yet",
 }
 
