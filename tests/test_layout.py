@@ -18,6 +18,7 @@ LAYERS = (
     "registry",
     "distributed",
     "dynamic_subclass",
+    "layer_types",
     "blocks",
     "structure",
     "sharing",
@@ -43,15 +44,12 @@ MAX_FILE_LINES = 300
 MAX_FUNCTION_LINES = 50
 # Exceptions, each with the reason. Shorten or split a file before adding one.
 LONG_FILES: dict[str, str] = {
-    "compression/stages.py": "not split yet",
     "configuration/storage.py": "not split yet",
     "quantizers/kmeans.py": "not split yet",
     "runs/compression_run.py": "not split yet",
     "runs/glue_data.py": "not split yet",
 }
-LONG_FUNCTIONS: dict[str, str] = {
-    "trainer.py:compress": "not split yet",
-}
+LONG_FUNCTIONS: dict[str, str] = {}
 
 FILES = {
     path.relative_to(ROOT).as_posix(): ast.parse(path.read_text())

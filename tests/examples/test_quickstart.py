@@ -12,7 +12,9 @@ pytest.importorskip("hf_quantnoise")
 
 import hf_quantnoise
 
-TEXT = (Path(__file__).resolve().parents[2] / "docs" / "how_to" / "common_errors.md").read_text(encoding="utf-8")
+TEXT = (Path(__file__).resolve().parents[2] / "docs" / "how_to" / "common_errors.md").read_text(
+    encoding="utf-8"
+)
 MISTAKES = re.findall(r"```python\n([^`]*)```\n```text\n([^`]*)```", TEXT)
 
 
