@@ -12,6 +12,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from .compat import own_parameters
 from .structure import find_stacks
 
 ShareLayers: TypeAlias = int | list[list[str]]
@@ -164,7 +165,7 @@ class LayerSharing:
         for hook in self._hooks:
             hook.remove()
         for owner, leaf, parameter in self._replaced:
-            shared = owner._parameters[leaf]
+            shared = own_parameters(owner)[leaf]
             if self._released:
                 parameter.data = shared.detach().clone()
                 parameter.grad = None

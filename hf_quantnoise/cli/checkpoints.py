@@ -16,6 +16,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
+from ..compat import from_config
 from ..configuration import QUANT_METHOD, QuantizedModelConfig
 from ..hub.auto import class_of
 from ..hub.quantizer import QuantNoiseHfQuantizer
@@ -164,7 +165,7 @@ class Checkpoint:
             del config.quantization_config
         dtype = self.headers.dtype if self.headers and stored is None else config.dtype
         with torch.device("meta"):
-            model = self.model_class._from_config(config, dtype=dtype or torch.float32)
+            model = from_config(self.model_class, config, dtype=dtype or torch.float32)
         model.tie_weights()
         return model if stored is None else _packed(model, QuantizedModelConfig.from_dict(stored))
 
