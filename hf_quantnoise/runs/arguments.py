@@ -195,8 +195,12 @@ class _Parser(OneLineErrors, HfArgumentParser):
 
     def from_file(self, file_name: str) -> tuple:
         """Return the dataclasses of a JSON file."""
-        with open(file_name, encoding="utf-8") as file:
-            values = drop_removed(CompressionArguments.removed, json.load(file))
+        try:
+            with open(file_name, encoding="utf-8") as file:
+                values = json.load(file)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"invalid file of flags {file_name!r}: {error}") from None
+        values = drop_removed(CompressionArguments.removed, values)
         known = {f.name for kind in self.dataclass_types for f in dataclasses.fields(kind)}
         for name in values:
             if name not in known:

@@ -58,11 +58,11 @@ def test_every_row_has_flags_that_the_example_knows(task, table):
     assert len({row.name for row in rows}) == len(rows)
     for row in rows:
         args = TASKS[task].parse([*words, *row.flags.split()])
-        noise = args.noise.config(args.options, 0)
-        assert args.options.config(0).scheme in ("ipq", "additive")
+        noise = args.noise
+        assert args.quantization.scheme in ("ipq", "additive")
         assert not args.compression.keep_noise or noise.noise == "pq"
         start = TASKS[task].parse([*words, *STARTS[task][row.start].split()])
-        assert (start.noise.config(start.options, 0) is None) == ("pq" not in row.start)
+        assert (start.noise is None) == ("pq" not in row.start)
 
 
 def test_table_of_known_figures(tmp_path):

@@ -42,9 +42,9 @@ def test_every_row_has_flags_that_the_example_knows():
                 continue
             words = ["--model_name_or_path", "m", "--output_dir", "o", "--train_file", "t"]
             args = benchmark.TASKS[task].parse([*words, *benchmark._settings(task, row)])
-            noise = args.noise.config(args.options, 0)
+            noise = args.noise
             assert (noise is None) == (row[0] == "none")
-            assert args.options.config(0).scheme in ("ipq", "fixed_point")
+            assert args.quantization.scheme in ("ipq", "fixed_point")
 
 
 def test_table_of_known_figures():

@@ -198,12 +198,12 @@ def test_what_cannot_be_done_is_refused_and_nothing_changed(model, fields, words
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"share_layers": 0}, "share_layers=0 must be the number of layers"),
-        ({"share_layers": True}, "share_layers=True must be"),
-        ({"share_layers": [["a", "b"], ["b", "c"]]}, "names 'b' twice"),
-        ({"share_layers": []}, "share_layers=\\[\\] must be"),
-        ({"prune_layers": 2}, "prune_layers=2 must be"),
-        ({"prune_layers": "("}, "prune_layers: '\\(' is no regular expression"),
+        ({"share_layers": 0}, "share_layers=0"),
+        ({"share_layers": True}, "share_layers=True"),
+        ({"share_layers": [["a", "b"], ["b", "c"]]}, "share_layers=.*'b'"),
+        ({"share_layers": []}, "share_layers=\\[\\]"),
+        ({"prune_layers": 2}, "prune_layers=2"),
+        ({"prune_layers": "("}, "prune_layers='\\('"),
     ],
 )
 def test_bad_fields_are_refused(fields, words):

@@ -180,7 +180,7 @@ def test_without_data_it_is_refused_before_anything_is_changed(input_ids):
     with pytest.raises(ValueError, match="activation_bits needs calibration data"):
         quantize_model(model, CONFIGS["int8"], progress=False)
     assert torch.equal(logits(model, input_ids), before)
-    with pytest.raises(ValueError, match="activation_bits=9 must be an integer from 1 to 8"):
+    with pytest.raises(ValueError, match="activation_bits=9.*1 to 8"):
         IPQConfig(activation_bits=9)
 
 

@@ -308,7 +308,7 @@ def test_without_data_it_is_refused_before_anything_is_changed(input_ids, tmp_pa
     model.save_pretrained(tmp_path / "dense")
     with pytest.raises(ValueError, match="importance: from_pretrained has no data"):
         type(model).from_pretrained(tmp_path / "dense", quantization_config=WEIGHTED)
-    with pytest.raises(ValueError, match="importance='gradients' must be one of"):
+    with pytest.raises(ValueError, match="importance='gradients'"):
         IPQConfig(importance="gradients")
 
 

@@ -140,5 +140,5 @@ def test_a_recomputed_forward_is_watched_or_rounded_as_it_was(calibration, reent
 
 
 def test_bad_bits_are_refused():
-    with pytest.raises(ValueError, match="activation_bits=16 must be an integer from 1 to 8"):
+    with pytest.raises(ValueError, match="activation_bits=16.*1 to 8"):
         QuantNoiseConfig(activation_bits=16)

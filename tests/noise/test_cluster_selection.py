@@ -92,7 +92,7 @@ def test_tied_weights_share_the_clusters(input_ids):
 
 
 def test_clusters_need_a_noise_on_blocks():
-    with pytest.raises(ValueError, match="block_selection='cluster' needs a noise on blocks"):
+    with pytest.raises(ValueError, match="block_selection='cluster' with noise='int8'"):
         QuantNoiseConfig(noise="int8", block_selection="cluster")
-    with pytest.raises(ValueError, match="block_selection='rows' must be one of 'all', 'cluster'"):
+    with pytest.raises(ValueError, match="block_selection='rows'.*'all', 'cluster'"):
         QuantNoiseConfig(block_selection="rows")

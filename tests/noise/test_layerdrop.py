@@ -167,7 +167,7 @@ def test_models_without_a_stack_are_refused_unchanged():
         with pytest.raises(ValueError, match="layerdrop=0.2: .* has no stack of two or more"):
             apply_quant_noise(model, QuantNoiseConfig(block_size=1, layerdrop=0.2))
         assert [type(module) for module in model.modules()] == classes
-    with pytest.raises(ValueError, match="layerdrop=1.5 must be a rate from 0 to 1"):
+    with pytest.raises(ValueError, match="layerdrop=1.5"):
         QuantNoiseConfig(layerdrop=1.5)
 
 

@@ -144,5 +144,5 @@ def test_a_model_comes_back_bit_equal(name, bits, scaled, input_ids, tmp_path):
 def test_what_cannot_be_stored_so_says_why():
     quantizer = AdditiveQuantizer(block_size=8, n_centroids=16)
     assert "only 32 blocks for 32 centroids" in quantizer.check(8, 32)
-    with pytest.raises(ValueError, match="n_codebooks=3 must be one of 1, 2"):
+    with pytest.raises(ValueError, match="n_codebooks=3"):
         IPQConfig(n_codebooks=3)

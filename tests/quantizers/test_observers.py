@@ -99,5 +99,5 @@ def test_damaged_weights_are_refused_by_every_observer():
 
 @pytest.mark.parametrize("config", [QuantNoiseConfig, FixedPointConfig])
 def test_an_unknown_observer_is_refused(config):
-    with pytest.raises(ValueError, match="observer='median' must be one of 'minmax', 'channel'"):
+    with pytest.raises(ValueError, match="observer='median'.*'minmax', 'channel'"):
         config(observer="median")
