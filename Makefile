@@ -4,30 +4,34 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
 WORKERS ?= 2
-EXTRAS := examples,test,dev,aqlm,onnx,trl,sentence-transformers
-# The oldest supported versions, with what the tests cannot do without: those of optional packages
-# skip there.
+EXTRAS := examples,test,dev,docs,aqlm,onnx,trl,sentence-transformers
+# The oldest supported versions, with the extras that the tests require. Tests of other optional
+# packages are skipped there.
 OLDEST := .venv-oldest
 OLDEST_STAMP := $(OLDEST)/.installed
 OLDEST_EXTRAS := examples,test
 PYTEST := -m pytest -n $(WORKERS) --dist worksteal
+# A clean environment for the built wheel.
+WHEEL := build/wheel-venv
 
-# Nothing here needs the Hub; what would ask it for something is told so at once.
+# Nothing here needs the Hub; a request to it fails at once.
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# MkDocs Material prints a notice about its successor on every build.
+export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-oldest lint format clean
+.PHONY: help venv demo test test-slow test-oldest coverage lint types language format docs wheel clean
 
-help:  ## this list
+help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo "PYTHON=python3.12 make venv takes another interpreter; ARGS=... goes to the script or pytest,"
-	@echo "which runs in WORKERS=2 processes."
+	@echo "PYTHON=python3.12 make venv uses another interpreter. ARGS=... is passed to the script or"
+	@echo "to pytest, which runs in WORKERS=2 processes."
 
-venv: $(STAMP)  ## .venv with this package and everything it needs, at the tested versions
+venv: $(STAMP)  ## create .venv with this package and its dependencies at the tested versions
 
-# $(call install,environment,constraints,extras). torch comes first, at its pin, by itself: see
-# constraints.txt for what any other version would bring along.
+# $(call install,environment,constraints,extras). torch is installed first, by itself, at its pin:
+# constraints.txt gives the reason.
 define install
 @echo "Setting up $(1) (once; a few minutes, most of it torch) ..."
 $(PYTHON) -m venv --clear $(1)
@@ -36,33 +40,54 @@ $(1)/bin/python -m pip install --quiet --constraint $(2) --editable '.[$(3)]'
 @touch $@
 endef
 
-# Made anew when what is to be installed changes.
+# Re-created when the dependencies change.
 $(STAMP): pyproject.toml constraints.txt
 	$(call install,$(VENV),constraints.txt,$(EXTRAS))
 
 $(OLDEST_STAMP): pyproject.toml constraints-oldest.txt
 	$(call install,$(OLDEST),constraints-oldest.txt,$(OLDEST_EXTRAS))
 
-demo: $(STAMP)  ## train, compress, save and reload a small ViT on scikit-learn's digits: 1 to 2 minutes
+demo: $(STAMP)  ## train, compress, save and reload a small ViT on scikit-learn's digits (1 to 2 minutes)
 	$(BIN)/python examples/demo.py $(ARGS)
 
-test: $(STAMP)  ## the tests, without the slow ones
+test: $(STAMP)  ## run the tests except the slow ones
 	$(BIN)/python $(PYTEST) -m "not slow" $(ARGS)
 
-test-slow: $(STAMP)  ## the slow tests
+test-slow: $(STAMP)  ## run the slow tests
 	$(BIN)/python $(PYTEST) -m slow $(ARGS)
 
-test-oldest: $(OLDEST_STAMP)  ## the tests, without the slow ones, at the oldest supported versions
+test-oldest: $(OLDEST_STAMP)  ## run the tests except the slow ones at the oldest supported versions
 	$(OLDEST)/bin/python $(PYTEST) -m "not slow" $(ARGS)
 
-lint: $(STAMP)  ## ruff: mistakes and format, nothing is changed
+coverage: $(STAMP)  ## run the tests except the slow ones and print the coverage of each file
+	$(BIN)/python $(PYTEST) -m "not slow" --cov --cov-report=term-missing:skip-covered $(ARGS)
+
+lint: $(STAMP)  ## check errors and format with ruff, without changing files
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-format: $(STAMP)  ## ruff: mends what it can
+types: $(STAMP)  ## check types with mypy
+	$(BIN)/mypy
+
+language: $(STAMP)  ## check texts for phrases that the style guide replaces
+	$(BIN)/python .ci/check_language.py
+
+format: $(STAMP)  ## fix and format with ruff
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:  ## removes both environments and everything that was built or written
-	rm -rf $(VENV) $(OLDEST) build dist *.egg-info demo_output .pytest_cache .hypothesis .ruff_cache
+docs: $(STAMP)  ## build the documentation site in site/; warnings are errors
+	$(BIN)/mkdocs build --strict --quiet
+
+wheel: $(STAMP)  ## build the wheel in dist/ and try it in a clean environment
+	rm -rf build dist
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	$(PYTHON) -m venv $(WHEEL)
+	$(WHEEL)/bin/python -m pip install --quiet --constraint constraints.txt dist/*.whl
+	cd $(WHEEL) && bin/python -c "import hf_quantnoise; print(hf_quantnoise.__version__, hf_quantnoise.__file__)"
+	cd $(WHEEL) && bin/hf-quantnoise --help
+
+clean:  ## remove the environments and everything that was built or written
+	rm -rf $(VENV) $(OLDEST) build dist site *.egg-info demo_output .coverage* \
+		.pytest_cache .hypothesis .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

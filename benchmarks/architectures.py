@@ -1,8 +1,8 @@
-"""docs/architectures.md: what is quantized and noised of each architecture of the tests' zoo.
+"""Generate docs/reference/architectures.md: which layers of the zoo are quantized and noised.
 
-    python benchmarks/architectures.py     # writes the page anew
+    python benchmarks/architectures.py     # overwrites the page
 
-A test compares the page with what this makes, so it cannot rot.
+A test fails if the page is not up to date.
 """
 
 from __future__ import annotations
@@ -27,22 +27,25 @@ from hf_quantnoise.noise import find_state  # noqa: E402
 
 HEAD = """# Architectures
 
-Made by `python benchmarks/architectures.py` from the zoo of the tests (`tests/zoo.py`): tiny random
-models, of two layers where they have layers. Each of them goes all the way in `tests/test_zoo.py`:
-a training step with noise, noise off bit-equal, product quantization and int4, a file as large as
-the report says, outputs bit-equal after loading, and the same file again.
+This page lists, for each tested architecture, which layers are quantized, which are skipped, and
+why. `python benchmarks/architectures.py` generates it from the tiny random models in
+`tests/support/zoo.py`, which have two layers where they have layers. `tests/test_zoo.py` runs
+each of them from end to end: a training step with noise, bit-equal output without noise, product
+quantization and int4, a file of the reported size, bit-equal output after loading, and the same
+file when saved again.
 
-*Quantized*: layers per structure group under `IPQConfig(block_size=4, n_centroids=8)` with every
-group but `head` as a stage; a weight that several layers hold counts once. *Left dense* is what
-`quantization_config.left_dense` names. *Left clean* is what training noise (proxy, blocks of 4)
-leaves alone beside what has no blocking rule. A star stands for a number. With tiny
-layers some reasons are those of size (too few blocks, columns that 4 does not divide); the real
-models have fewer of them.
+- *Quantized*: number of layers per structure group under `IPQConfig(block_size=4, n_centroids=8)`
+  with every group except `head` as a stage. A weight that several layers hold counts once.
+- *Not quantized*: `quantization_config.left_dense`.
+- *No noise*: layers that training noise (proxy, blocks of 4) skips in addition.
 
-Fused experts (one parameter of shape experts x outputs x inputs) stay dense so far. They are most
-of the weights of a real mixture, so compressing one gains little yet.
+A star replaces an index. Some reasons are due to the tiny models (too few blocks, columns that 4
+does not divide); real models have fewer of them.
 
-| architecture | class | quantized | left dense | left clean by noise |
+Fused experts (one parameter of shape experts x outputs x inputs) are not quantized yet. They are
+most of the weights of a mixture-of-experts model, so compressing one gains little so far.
+
+| architecture | class | quantized | not quantized | no noise |
 |---|---|---|---|---|
 """
 NOISE = QuantNoiseConfig(noise="proxy", p=0.3, block_size=4)
@@ -50,15 +53,15 @@ NOISE = QuantNoiseConfig(noise="proxy", p=0.3, block_size=4)
 
 @dataclass
 class PageArguments:
-    """Where the page goes."""
+    """Where to write the page."""
 
-    output: str = os.path.join(ROOT, "docs", "architectures.md")
+    output: str = os.path.join(ROOT, "docs", "reference", "architectures.md")
 
 
 def page() -> str:
-    """The whole page, in Markdown."""
+    """Return the page as Markdown."""
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # the page itself says what is left
+    logging.set_verbosity_error()  # the page lists skipped layers
     try:
         rows = [_row(name, kind) for name, kind in ZOO.items()]
     finally:
@@ -73,7 +76,7 @@ def _row(name: str, kind: Architecture) -> tuple[str, ...]:
     state = find_state(apply_quant_noise(model.train(), NOISE))
     model(**kind.batch())
     state.note_unreached()
-    # Without a blocking rule: said in the column before.
+    # Layers without a blocking rule are in the column before.
     own = {key: why for key, why in state.left_clean.items() if left_dense.get(key) != why}
     quantized = ", ".join(f"{group} {count}" for group, count in sorted(groups.items()))
     return name, f"`{type(model).__name__}`", quantized, _listed(left_dense), _listed(own)

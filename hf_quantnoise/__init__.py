@@ -1,7 +1,8 @@
 """Training with quantization noise and iterative product quantization for Transformers models.
 
-After "Training with Quantization Noise for Extreme Model Compression" (Fan, Stock et al., 2020).
-Importing the package also teaches ``transformers`` to load the models it compressed.
+Method: "Training with Quantization Noise for Extreme Model Compression" (Fan, Stock et al., 2020).
+Importing the package registers its format with transformers, so that ``from_pretrained`` loads
+compressed models.
 """
 
 from .callback import QuantNoiseCallback

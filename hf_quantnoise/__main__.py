@@ -1,4 +1,4 @@
-"""``python -m hf_quantnoise``."""
+"""Entry point of ``python -m hf_quantnoise``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""``QuantNoiseCallback``: all state of noise training, for this package's trainer or any other."""
+"""``QuantNoiseCallback``: noise training in this package's trainer or any other."""
 
 from __future__ import annotations
 
@@ -18,121 +18,125 @@ logger = logging.getLogger(__name__)
 
 STATE_NAME = "quant_noise_state.safetensors"
 
-# Steps after which layers that no noise has reached are told of: with LayerDrop, or with experts,
-# a layer may well rest for a few.
+# After this many steps, warn about layers that never received noise. With LayerDrop or experts a
+# layer may be idle for a few.
 REACH_STEPS = 8
 
 
 class QuantNoiseCallback(TrainerCallback):
-    """Injects noise when training begins and refreshes its codebooks and scales while it runs.
+    """Applies noise when training begins, and refreshes its codebooks and scales during training.
 
-    Works with any ``Trainer`` (``trainer.add_callback(QuantNoiseCallback(config))``): TRL,
-    sentence-transformers, or one's own. Checkpoints hold the config and the codebooks beside the
-    weights, and a resumed run goes on with them.
+    Works with any ``Trainer``, e.g. those of TRL or sentence-transformers:
+    ``trainer.add_callback(QuantNoiseCallback(config))``. Checkpoints contain the config and the
+    codebooks next to the weights, so that training resumes with the same noise.
 
     Args:
-        config: which noise; see :class:`QuantNoiseConfig`.
+        config: which noise to apply; see :class:`QuantNoiseConfig`.
+
+    Attributes:
+        resume_folder: checkpoint that the noise is restored from when training begins; None uses
+            the checkpoint in ``output_dir`` of the step that training resumes from.
+
+    Raises:
+        TypeError: if ``config`` is not a :class:`QuantNoiseConfig`.
     """
 
     def __init__(self, config: QuantNoiseConfig) -> None:
         if not isinstance(config, QuantNoiseConfig):
             raise TypeError(
-                f"config is a {type(config).__name__}; give a QuantNoiseConfig, e.g. "
-                "QuantNoiseConfig(noise='proxy', p=0.1)"
+                f"invalid config: got a {type(config).__name__}, expected a QuantNoiseConfig; pass "
+                "e.g. QuantNoiseConfig(noise='proxy', p=0.1)"
             )
         self.config = config
-        self._restored = False
-        self._begun_at = 0
+        self.resume_folder: str | os.PathLike | None = None
+        self._is_restored = False
+        self._first_step = 0
 
     def prepare(self, model: nn.Module) -> None:
-        """Applies the noise where the model has none yet."""
+        """Apply the noise, unless the model has noise already."""
         if find_state(model) is None:
             apply_quant_noise(model, self.config)
 
     def save(self, model: nn.Module, folder: str | os.PathLike) -> None:
-        """Writes the config and the fitted codebooks and scales into a checkpoint folder."""
+        """Write the config and the fitted codebooks and scales to a checkpoint folder."""
         state = find_state(model)
         if state is None or not os.path.isdir(folder):
             return
         tensors = {name: tensor.contiguous() for name, tensor in state.state_dict().items()}
         if tensors:
             save_file(tensors, os.path.join(folder, STATE_NAME))
-        self.config.save_pretrained(folder)  # last: load() goes by it
+        self.config.save_pretrained(folder)  # last, since load() checks for it
 
-    def missing_from(self, folder: str | os.PathLike, model: nn.Module) -> str | None:
-        """The file of :meth:`save` that a checkpoint lacks, and a resumed run would have to make
-        up for; None where there is none."""
+    def checkpoint_files(self, model: nn.Module) -> tuple[str, ...]:
+        """Return the names of the files without which the noise would have to be fitted again."""
         state = find_state(model)
-        if state is None or not state.state_dict():
-            return None
-        names = (STATE_NAME, NOISE_CONFIG_NAME)
-        return next((n for n in names if not os.path.isfile(os.path.join(folder, n))), None)
+        return (STATE_NAME, NOISE_CONFIG_NAME) if state is not None and state.state_dict() else ()
 
     def load(self, model: nn.Module, folder: str | os.PathLike) -> None:
-        """Reads what :meth:`save` wrote; a folder without it leaves the model as it is.
+        """Read the files of :meth:`save`; without them, the model's noise is left unchanged.
 
         Raises:
-            ValueError: if the checkpoint was trained with another noise.
+            ValueError: if the checkpoint was trained with other noise.
         """
         state = find_state(model)
         if state is None or not os.path.isfile(os.path.join(folder, NOISE_CONFIG_NAME)):
             return
         stored = QuantNoiseConfig.from_pretrained(folder)
         if stored != state.config:
+            folder = os.fspath(folder)
             raise ValueError(
-                f"resume_from_checkpoint={os.fspath(folder)!r} was trained with "
-                f"{stored.noise!r} noise and other settings than this run's "
-                f"{state.config.noise!r}; take its config, "
-                f"QuantNoiseConfig.from_pretrained({os.fspath(folder)!r})"
+                f"cannot resume from {folder!r}: it was trained with another QuantNoiseConfig "
+                f"(noise={stored.noise!r}) than this run's (noise={state.config.noise!r}); use "
+                f"QuantNoiseConfig.from_pretrained({folder!r})"
             )
-        file_name = os.path.join(folder, STATE_NAME)
-        if os.path.isfile(file_name):
-            state.load_state_dict(load_file(file_name))
-        self._restored = self.missing_from(folder, model) is None
+        path = os.path.join(folder, STATE_NAME)
+        if os.path.isfile(path):
+            state.load_state_dict(load_file(path))
+        names = self.checkpoint_files(model)
+        self._is_restored = all(os.path.isfile(os.path.join(folder, name)) for name in names)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
     ):
-        """Applies the noise; in a resumed run, reads the checkpoint's codebooks.
+        """Apply the noise; in a resumed run, restore the checkpoint's codebooks.
 
         Raises:
-            ValueError: if layers are to share weights that the optimizer holds already.
+            ValueError: if layers have to share weights that the optimizer already holds.
         """
         model = kwargs["model"]
         if self.config.share_layers != 1 and find_state(model) is None:
             raise ValueError(
-                f"share_layers={self.config.share_layers!r}: the optimizer holds the weights of "
-                "every layer already; call QuantNoiseCallback.prepare(model) before the trainer is "
-                "made"
+                f"share_layers={self.config.share_layers!r} cannot be applied once the optimizer "
+                "holds the weights of every layer; call QuantNoiseCallback.prepare(model) before "
+                "creating the trainer"
             )
         self.prepare(model)
-        self._begun_at = state.global_step
-        if state.global_step > 0:
-            folder = _checkpoint(args, state)
-            if not self._restored:  # what was read from another folder stays
-                self.load(model, folder)
-            if not self._restored and find_state(model).state_dict():
+        self._first_step = state.global_step
+        if state.global_step > 0 and not self._is_restored:  # by a call to load()
+            folder = self.resume_folder or checkpoint_folder(args, state)
+            self.load(model, folder)
+            if not self._is_restored and find_state(model).state_dict():
                 logger.warning(
-                    "resumed at step %d, but %s holds no quantization noise: codebooks and scales "
-                    "are fitted anew. If the checkpoint lies elsewhere, call "
-                    "callback.prepare(model) and callback.load(model, its_folder) before train()",
+                    "resumed at step %d, but %s has no quantization noise: codebooks and scales "
+                    "were fitted again. If the checkpoint is elsewhere, call "
+                    "callback.prepare(model) and callback.load(model, folder) before train()",
                     state.global_step,
                     folder,
                 )
-        self._restored = False  # a later run reads its own checkpoint
+        self.resume_folder, self._is_restored = None, False  # for a later call of train()
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        """Refreshes the codebooks once per epoch (section 4.2)."""
+        """Refresh the codebooks once per epoch (section 4.2)."""
         noise = find_state(kwargs["model"])
-        begins = state.global_step > 0
-        if state.global_step == self._begun_at:
-            # A run resumed inside an epoch passes here too, with codebooks of its beginning.
-            begins = begins and math.isclose(state.epoch, round(state.epoch))
-        if noise is not None and begins and self.config.codebook_update == "epoch":
+        is_new_epoch = state.global_step > 0
+        if state.global_step == self._first_step:
+            # A run resumed within an epoch has the codebooks of its beginning already.
+            is_new_epoch = is_new_epoch and math.isclose(state.epoch, round(state.epoch))
+        if noise is not None and is_new_epoch and self.config.codebook_update == "epoch":
             noise.refresh_codebooks()
 
     def on_step_begin(self, args, state, control, **kwargs):
-        """Sets the rates by their schedule; refreshes codebooks and scales that are due."""
+        """Set the rates by their schedule; refresh the codebooks and scales that are due."""
         noise, step = find_state(kwargs["model"]), state.global_step
         if noise is None:
             return
@@ -147,8 +151,8 @@ class QuantNoiseCallback(TrainerCallback):
             noise.refresh_scales()
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Lets all ranks know the ranges that each has watched, before a checkpoint is written;
-        after a few steps says which layers no noise reaches."""
+        """Exchange observed ranges between ranks, before a checkpoint is written; after
+        :data:`REACH_STEPS` steps, warn about layers without noise."""
         noise = find_state(kwargs["model"])
         if noise is None:
             return
@@ -157,15 +161,16 @@ class QuantNoiseCallback(TrainerCallback):
             noise.note_unreached()
 
     def on_train_end(self, args, state, control, **kwargs):
-        """Says which layers no noise has reached in the whole run."""
+        """Warn about layers that received no noise during the run."""
         if (noise := find_state(kwargs["model"])) is not None:
             noise.note_unreached()
 
     def on_save(self, args, state, control, **kwargs):
-        """Writes the noise's state into the checkpoint that was just saved."""
+        """Write the noise to the checkpoint that was just saved."""
         if args.should_save:  # on each machine, with save_on_each_node
-            self.save(kwargs["model"], _checkpoint(args, state))
+            self.save(kwargs["model"], checkpoint_folder(args, state))
 
 
-def _checkpoint(args: TrainingArguments, state: TrainerState) -> str:
+def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> str:
+    """Return the folder of the checkpoint of the current step."""
     return os.path.join(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")

@@ -1,11 +1,12 @@
-"""``QuantNoiseTrainer``: a thin ``Trainer`` that trains with noise, then compresses."""
+"""``QuantNoiseTrainer``: trains with noise, then compresses and publishes the model."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainingArguments
@@ -16,11 +17,23 @@ from .compression import CompressionArguments, CompressionPipeline, PackedModelT
 from .compression.checkpoints import FOLDER
 from .compression.reporting.logs import PLOTS, plot_compression
 from .compression.reporting.record import StageRecord
-from .compression.trainer_checkpoints import checkpoint_defect, checkpoint_to_resume_from
+from .compression.trainer_checkpoints import checkpoint_to_resume_from
 from .configuration import QuantizedModelConfig, QuantNoiseConfig
 from .noise import find_state
 from .publishing.trainer_mixin import PublishingMixin
 from .size import size_report
+
+if TYPE_CHECKING:
+    from torch.utils.data import Dataset, IterableDataset
+    from transformers import (
+        BaseImageProcessor,
+        DataCollator,
+        EvalPrediction,
+        FeatureExtractionMixin,
+        PreTrainedTokenizerBase,
+        ProcessorMixin,
+        TrainerCallback,
+    )
 
 
 class QuantNoiseTrainer(PublishingMixin, PackedModelTrainer):
@@ -29,15 +42,17 @@ class QuantNoiseTrainer(PublishingMixin, PackedModelTrainer):
     Args:
         model: a transformers model.
         args: ``TrainingArguments``.
-        qn_config: which noise to train with; None trains without any.
-        kwargs: all that ``Trainer`` takes.
+        qn_config: which noise to train with; None trains without noise.
+        data_collator, train_dataset, eval_dataset, processing_class, model_init,
+            compute_loss_func, compute_metrics, callbacks, optimizers, optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics: as in ``Trainer``.
 
     Attributes:
-        compression_history: after :meth:`compress`, one dict per stage (see
-            :class:`~hf_quantnoise.compression.StageRecord`), the dense model's first.
+        compression_history: after :meth:`compress`, one dict for the dense model and one per stage;
+            see :class:`~hf_quantnoise.compression.StageRecord`.
 
     Raises:
-        TypeError: if ``qn_config`` is something else.
+        TypeError: if ``qn_config`` is not a :class:`QuantNoiseConfig`.
 
     Example:
         >>> trainer = QuantNoiseTrainer(model, args, QuantNoiseConfig(noise="proxy", p=0.1), ...)
@@ -53,15 +68,46 @@ class QuantNoiseTrainer(PublishingMixin, PackedModelTrainer):
         model: PreTrainedModel | nn.Module | None = None,
         args: TrainingArguments | None = None,
         qn_config: QuantNoiseConfig | None = None,
-        **kwargs: Any,
+        *,
+        data_collator: DataCollator | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase
+        | BaseImageProcessor
+        | FeatureExtractionMixin
+        | ProcessorMixin
+        | None = None,
+        model_init: Callable[..., PreTrainedModel] | None = None,
+        compute_loss_func: Callable[..., torch.Tensor] | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[
+            torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None
+        ] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None,
     ) -> None:
         if qn_config is not None and not isinstance(qn_config, QuantNoiseConfig):
             raise TypeError(
-                f"qn_config is a {type(qn_config).__name__}; the third argument of "
-                "QuantNoiseTrainer is a QuantNoiseConfig, e.g. QuantNoiseConfig(noise='proxy', "
-                "p=0.1); pass data_collator and the rest by name"
+                f"invalid qn_config: got a {type(qn_config).__name__}, expected a QuantNoiseConfig "
+                "as third argument, e.g. QuantNoiseConfig(noise='proxy', p=0.1); pass "
+                "data_collator and the rest by name"
             )
-        super().__init__(model, args, **kwargs)
+        super().__init__(
+            model,
+            args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            model_init=model_init,
+            compute_loss_func=compute_loss_func,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+        )
         self.qn_config = qn_config
         self.compression_history: list[dict[str, Any]] = []
         self.noise_callback: QuantNoiseCallback | None = None
@@ -71,34 +117,24 @@ class QuantNoiseTrainer(PublishingMixin, PackedModelTrainer):
             self.add_callback(self.noise_callback)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
-        """As in ``Trainer``, but ``resume_from_checkpoint=True`` takes the newest checkpoint that
-        is whole; torn ones, which a kill leaves, are passed over with a warning.
+        """``Trainer.train``; ``resume_from_checkpoint=True`` uses the newest complete checkpoint.
+
+        Incomplete ones, which a killed run leaves, are skipped with a warning.
 
         Raises:
-            ValueError: if there are checkpoints and none of them is whole.
+            ValueError: if there are checkpoints, but no complete one.
         """
         if resume_from_checkpoint is True:
-            # None: that there is no checkpoint is for Trainer to say.
-            resume_from_checkpoint = self._newest_whole_checkpoint() or True
+            noise_files = ()
+            if self.noise_callback is not None:
+                noise_files = self.noise_callback.checkpoint_files(self.model)
+            checkpoint = checkpoint_to_resume_from(self.args.output_dir, noise_files)
+            resume_from_checkpoint = checkpoint or True  # without any, Trainer raises
+        if self.noise_callback is not None and isinstance(
+            resume_from_checkpoint, str | os.PathLike
+        ):
+            self.noise_callback.resume_folder = resume_from_checkpoint
         return super().train(resume_from_checkpoint, *args, **kwargs)
-
-    def _newest_whole_checkpoint(self) -> str | None:
-        rules = [checkpoint_defect]
-        if self.noise_callback is not None:
-            # With its noise rather than without: codebooks are fitted anew then.
-            rules.insert(
-                0,
-                lambda folder: (
-                    checkpoint_defect(folder)
-                    or self.noise_callback.missing_from(folder, self.model)
-                ),
-            )
-        return checkpoint_to_resume_from(self.args.output_dir, *rules)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.noise_callback is not None:
-            self.noise_callback.load(self.model if model is None else model, resume_from_checkpoint)
 
     def compress(
         self,
@@ -108,69 +144,63 @@ class QuantNoiseTrainer(PublishingMixin, PackedModelTrainer):
         report: Callable[[StageRecord], None] | None = None,
         resume_from_checkpoint: bool = False,
     ) -> PreTrainedModel:
-        """Compresses the model stage by stage (iPQ, section 3.2), in place.
+        """Compress the model in place, stage by stage (iPQ, section 3.2).
 
-        The noise is removed; each stage quantizes its layers and finetunes centroids and all that
-        is still dense, with the uncompressed model as teacher. Every figure is in the logs.
+        The noise is removed. Each stage quantizes its layers, then finetunes the centroids and
+        everything that is still dense, with the uncompressed model as teacher. All metrics and
+        errors are logged.
 
         Args:
             config: :class:`IPQConfig` or :class:`FixedPointConfig`.
-            compression_args: how to finetune; the default is one epoch per stage with a teacher.
-            teacher: another model to learn from.
-            report: called with each stage's record as it comes, on every process.
-            resume_from_checkpoint: go on where an earlier ``compress`` with the same settings was
-                killed, and end with the same model; it begins where nothing was left. The pass
-                writes as the trainer does, so not with ``save_strategy="no"``.
+            compression_args: how to finetune; by default one epoch per stage, with a teacher.
+            teacher: another model to distill from.
+            report: called with the record of each finished stage, on every process.
+            resume_from_checkpoint: continue an interrupted ``compress`` that had the same settings;
+                the resulting model is the same as without the interruption. Starts from scratch if
+                there are no files. Needs a ``save_strategy`` other than ``"no"``.
 
         Returns:
-            The packed model, which is ``self.model`` too.
+            The packed model, which is also ``self.model``.
 
         Raises:
-            ValueError: before anything is changed, where the config cannot be carried out.
+            TypeError: if ``config`` is something else.
+            ValueError: before anything is changed, if the settings cannot be carried out.
         """
-        _require_config(config)
-        self.compression_history = []
-        self._has_measured({})
+        if not isinstance(config, QuantizedModelConfig):
+            raise TypeError(
+                f"invalid config: got a {type(config).__name__}, expected an IPQConfig or a "
+                "FixedPointConfig; call e.g. compress(IPQConfig(block_size=4))"
+            )
+        compression_args = compression_args or CompressionArguments()
 
-        def keep(record: StageRecord) -> None:
-            self.compression_history.append(record.to_dict())
+        def report_stage(record: StageRecord) -> None:
             if self.is_world_process_zero():
                 tqdm.write(record.line())
             if report is not None:
                 report(record)
 
-        compression_args = compression_args or CompressionArguments()
-        staged = CompressionPipeline(self, config, compression_args, teacher, keep)
-        model = staged.run(resume_from_checkpoint)
+        pipeline = CompressionPipeline(self, config, compression_args, teacher, report_stage)
+        self.compression_history = pipeline.history
+        self._set_card_metrics({})
+        model = pipeline.run(resume_from_checkpoint)
         if self.noise_callback is not None:
             self.remove_callback(self.noise_callback)  # a later train() finetunes the packed model
             self.noise_callback = None
-        self._forget_dense_model(model)
+        # The optimizer and the wrapper hold the parameters of the dense model.
+        self.model = self.model_wrapped = model
+        self.optimizer = self.lr_scheduler = None
+        self.accelerator.free_memory()
         self.compression_args = compression_args
-        self._has_measured(self.compression_history[-1]["metric"])
+        self._set_card_metrics(self.compression_history[-1]["metric"])
         if compression_args.plots and self.args.should_save:
             folder = os.path.join(self.args.output_dir, PLOTS)
             plot_compression(self.compression_history, size_report(model), folder)
         return model
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """``Trainer``'s log; beside a training loss it has the rates of the noise and the share of
-        all weights that it replaces in a forward, on average."""
+        """``Trainer.log``; adds the rates of the noise and the average share of noised weights to
+        each training loss."""
         state = find_state(self.model) if self.noise_callback is not None else None
         if state is not None and "loss" in logs:
             logs = {**logs, **state.figures(self.model)}
         super().log(logs, start_time)
-
-    def _forget_dense_model(self, model: PreTrainedModel) -> None:
-        """Drops the optimizer and wrapper of the dense model: their parameters are gone."""
-        self.model = self.model_wrapped = model
-        self.optimizer = self.lr_scheduler = None
-        self.accelerator.free_memory()
-
-
-def _require_config(config: object) -> None:
-    if not isinstance(config, QuantizedModelConfig):
-        raise TypeError(
-            f"config is a {type(config).__name__}; compress takes an IPQConfig or a "
-            "FixedPointConfig, e.g. compress(IPQConfig(block_size=4))"
-        )

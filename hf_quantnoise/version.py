@@ -1,3 +1,3 @@
-"""The package's version, where every floor and the build can read it."""
+"""The package version, read by the build without importing the package."""
 
 __version__ = "0.1.0"

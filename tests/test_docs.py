@@ -1,21 +1,79 @@
-"""The reference lists every field with its default."""
+"""README, CONTRIBUTING and docs: links, paths and code refer to things that exist."""
 
+import ast
 import dataclasses
 import re
 from pathlib import Path
 
 import pytest
 
+import hf_quantnoise
 from hf_quantnoise import CompressionArguments, FixedPointConfig, IPQConfig, QuantNoiseConfig
 
-PAGE = (Path(__file__).parents[1] / "docs" / "configuration.md").read_text()
+ROOT = Path(__file__).parents[1]
+DOCS = sorted((ROOT / "docs").rglob("*.md"))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
+CONFIGS = {
+    kind.__name__: {field.name for field in dataclasses.fields(kind) if field.init}
+    for kind in (CompressionArguments, FixedPointConfig, IPQConfig, QuantNoiseConfig)
+}
+
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+def prose(page: Path) -> str:
+    return re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors(page: Path) -> set[str]:
+    titles = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@every_page
+def test_links_and_anchors_exist(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if link.startswith(("https://", "http://")):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.is_file(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@every_page
+def test_paths_in_backticks_exist(page):
+    """Paths are relative to the repository or to the package."""
+    for path in re.findall(r"`([\w.]+(?:/[\w.]+)*/?)`", prose(page)):
+        if not path.startswith("out/") and re.search(r"\w/|\w\.(py|toml|jsonl)$", path):
+            places = (ROOT / path, ROOT / "hf_quantnoise" / path, ROOT / "examples" / path)
+            assert any(place.exists() for place in places), path
+
+
+@every_page
+def test_python_code_parses_and_uses_existing_names(page):
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    for node in (node for block in blocks for node in ast.walk(ast.parse(block))):
+        if isinstance(node, ast.ImportFrom) and node.module == "hf_quantnoise":
+            assert {alias.name for alias in node.names} <= set(hf_quantnoise.__all__)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            names = {keyword.arg for keyword in node.keywords}
+            assert names <= CONFIGS.get(node.func.id, names), node.func.id
+
+
+@pytest.mark.parametrize("page", DOCS, ids=lambda page: str(page.relative_to(ROOT / "docs")))
+def test_page_begins_with_title_and_paragraph(page):
+    title, paragraph = page.read_text().split("\n\n")[:2]
+    assert re.fullmatch(r"# .+", title)
+    assert re.match(r"\w|`\w", paragraph), paragraph
 
 
 @pytest.mark.parametrize(
     "config", [QuantNoiseConfig, IPQConfig, FixedPointConfig, CompressionArguments]
 )
-def test_the_reference_is_the_code(config):
-    section = PAGE.split(f"## {config.__name__}\n")[1].split("\n## ")[0]
+def test_configuration_page_lists_all_defaults(config):
+    page = (ROOT / "docs" / "configuration.md").read_text()
+    section = page.split(f"## {config.__name__}\n")[1].split("\n## ")[0]
     rows = dict(re.findall(r"^\| `(\w+)` \| `(.*?)` \|", section, re.MULTILINE))
     made = config()
     fields = {field.name: getattr(made, field.name) for field in dataclasses.fields(config)}

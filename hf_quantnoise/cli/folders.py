@@ -11,7 +11,7 @@ from fnmatch import fnmatch
 
 from transformers import PreTrainedModel
 
-from ..publishing.push import card_of, merged
+from ..publishing.push import card_of, merge_cards
 from ..repository import CARD, read_card
 from .checkpoints import Checkpoint
 
@@ -104,7 +104,7 @@ def write_card(model: PreTrainedModel, source: str, folder: str) -> None:
         dense_card = read_card(path)
         for name in (*_DENSE_ONLY, *(["base_model"] if card.data.base_model else [])):
             setattr(dense_card.data, name, None)
-        card = merged(card, dense_card)
+        card = merge_cards(card, dense_card)
         if card.data.base_model:
             card.data.base_model_relation = "quantized"
     card.save(os.path.join(folder, CARD))

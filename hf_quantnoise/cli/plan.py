@@ -10,7 +10,7 @@ from dataclasses import replace
 from ..compression import check_plan
 from ..configuration import IPQConfig, QuantizedModelConfig
 from ..configuration.layer_quantizers import checked_layer_quantizers
-from ..hub.packer import ModelPacker
+from ..modeling.packer import ModelPacker
 from ..size import size_report
 from .checkpoints import checkpoint_of
 from .command import COMMANDS, Command, add_model_argument

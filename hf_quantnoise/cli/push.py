@@ -13,7 +13,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from ..configuration import QUANT_METHOD
-from ..publishing.card import NOWHERE
+from ..publishing.card import REPO_PLACEHOLDER
 from ..repository import CARD, create_repository, upload_folder
 from ..trainer import QuantNoiseTrainer
 from .checkpoints import Checkpoint
@@ -71,14 +71,14 @@ def _card_with_name(repo: str, folder: str) -> Iterator[str]:
     if os.path.isfile(card):
         with open(card, encoding="utf-8") as file:
             text = file.read()
-    if NOWHERE not in text:
+    if REPO_PLACEHOLDER not in text:
         yield folder
         return
     with tempfile.TemporaryDirectory() as scratch:
         same = shutil.copytree(folder, os.path.join(scratch, "model"), copy_function=_link)
         os.remove(os.path.join(same, CARD))  # a link: writing to it would change the original
         with open(os.path.join(same, CARD), "w", encoding="utf-8") as file:
-            file.write(text.replace(NOWHERE, repo))
+            file.write(text.replace(REPO_PLACEHOLDER, repo))
         yield same
 
 

@@ -1,17 +1,16 @@
-"""What a staged pass leaves on disk, so that it can go on after it was killed at any moment.
+"""Files of a compression run, from which it resumes after it was killed at any moment.
 
-    <output_dir>/compression/stage-0/      the dense model; the teacher of a resumed pass, too
+    <output_dir>/compression/stage-0/      the dense model, also the teacher of a resumed run
     <output_dir>/compression/stage-2/      the model after its second stage, as it was in memory
     <output_dir>/compression/run-3/        checkpoints of the third stage's finetuning
 
-A stage's folder is written under another name and moved when it is whole; a checkpoint counts once
-its last file is there. Both happen when all files have reached the disk, since machines stop as
-well as processes; what is found torn all the same is passed over. Tensors are kept as they are in
-memory (a file of the compressed model has 16-bit centroids where training goes on with 32), so that
-a resumed pass is the same bit for bit.
+A stage's folder is written under a temporary name and renamed once it is complete. A checkpoint
+counts once its last file exists. Both happen after all files have been flushed to the disk, since
+machines stop as well as processes. Incomplete folders are skipped with a warning. Tensors are
+stored as they are in memory (a file of the compressed model has 16-bit centroids, but training
+continues with 32-bit ones), so that a resumed run is equal bit for bit.
 
-From where a pass goes on is for rank 0 to say. All ranks read the files, so all machines of a run
-must share the folder.
+Rank 0 decides where a run resumes. All ranks read the files, so all machines must share the folder.
 """
 
 from __future__ import annotations
@@ -20,27 +19,37 @@ import json
 import os
 import shutil
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import TrainerCallback
 from transformers.utils import logging
 
+from ..callback import checkpoint_folder
 from ..distributed import broadcast_object, copy_into, is_rank_0, raise_on_all_ranks
-from .trainer_checkpoints import is_whole, newest_complete_checkpoint, not_shared, numbered
+from .trainer_checkpoints import (
+    folder_not_shared,
+    is_complete,
+    newest_complete_checkpoint,
+    numbered_folders,
+)
+
+if TYPE_CHECKING:
+    from .training.packed_trainer import PackedModelTrainer
 
 logger = logging.get_logger(__name__)
 
 FOLDER = "compression"
 _STAGE, _RUN, _PART = "stage-", "run-", ".part"
 _CONTENT, _TENSORS = "stage.json", "tensors.safetensors"
-# The last file of a whole checkpoint.
+# The last file of a complete checkpoint.
 MEMORY_NAME = "memory.safetensors"
 
 
 def in_memory_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers of a model as they are, each once."""
+    """Return parameters and persistent buffers as they are in memory, tied ones once."""
     seen: set[int] = set()
     tensors = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -52,28 +61,28 @@ def in_memory_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_in_memory_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """The inverse of :func:`in_memory_tensors`, into a model of the same structure.
+    """Copy the result of :func:`in_memory_tensors` into a model of the same structure.
 
     Raises:
-        ValueError: if the model has other tensors; it may be changed in part then.
+        ValueError: if the model has other tensors; nothing is copied then.
     """
-    own = in_memory_tensors(model)
-    odd = sorted(
+    current = in_memory_tensors(model)
+    different = sorted(
         name
-        for name in own.keys() | tensors.keys()
-        if name not in own or name not in tensors or own[name].shape != tensors[name].shape
+        for name in current.keys() | tensors.keys()
+        if name not in current or name not in tensors or current[name].shape != tensors[name].shape
     )
-    if odd:
+    if different:
         raise ValueError(
-            f"resume_from_checkpoint: the trainer's model is another than the one that was "
-            f"compressed, they differ in {', '.join(odd[:3])}; give the trainer the same model"
+            "cannot resume: the trainer's model differs from the compressed one in "
+            f"{', '.join(different[:3])}; create the trainer with the same model"
         )
-    for name, tensor in own.items():
+    for name, tensor in current.items():
         copy_into(tensor, tensors[name])
 
 
-def write_tensors(tensors: dict[str, Tensor], path: str) -> None:
-    """A safetensors file that is there whole or not at all."""
+def _write_tensors(tensors: dict[str, Tensor], path: str) -> None:
+    """Write a safetensors file that is complete whenever it exists."""
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(on_cpu, path + _PART)
     _flush(path + _PART)
@@ -81,8 +90,8 @@ def write_tensors(tensors: dict[str, Tensor], path: str) -> None:
     _flush(os.path.dirname(path))
 
 
-def flush_to_disk(folder: str) -> None:
-    """Waits until all that is in a folder is on the disk."""
+def _flush_folder(folder: str) -> None:
+    """Wait until all files of a folder are on the disk."""
     for inside, _, names in os.walk(folder):
         for name in names:
             _flush(os.path.join(inside, name))
@@ -99,14 +108,39 @@ def _flush(path: str) -> None:
         os.close(descriptor)
 
 
+class MemoryCheckpoint(TrainerCallback):
+    """Adds the tensors as they are in memory to a trainer's checkpoints, and restores them.
+
+    The file is written last; a checkpoint without it is incomplete.
+    """
+
+    def __init__(self, trainer: PackedModelTrainer) -> None:
+        self.trainer = trainer
+
+    def on_save(self, args, state, control, **kwargs):
+        """Write the tensors once all ranks have written their files."""
+        model = self.trainer.gather_model()
+        self.trainer.accelerator.wait_for_everyone()
+        if state.is_world_process_zero:
+            folder = checkpoint_folder(args, state)
+            _flush_folder(folder)
+            _write_tensors(in_memory_tensors(model), os.path.join(folder, MEMORY_NAME))
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Restore the tensors in a resumed run."""
+        path = os.path.join(checkpoint_folder(args, state), MEMORY_NAME)
+        if state.global_step > 0 and os.path.isfile(path):
+            load_in_memory_tensors(self.trainer.model, load_file(path))
+
+
 @dataclass(frozen=True)
 class SavedStage:
     """A finished stage on disk.
 
     Attributes:
         number: 0 for the dense model.
-        content: the config asked for, the arguments, the plan so far, the records.
-        folder: where its tensors are.
+        content: settings, plan so far and records.
+        folder: contains its tensors.
     """
 
     number: int
@@ -114,122 +148,120 @@ class SavedStage:
     folder: str
 
     def tensors(self) -> dict[str, Tensor]:
-        """The model."""
+        """Return the model's tensors; see :func:`in_memory_tensors`."""
         return load_file(os.path.join(self.folder, _TENSORS))
 
 
 class StageCheckpoints:
-    """The files of a pass.
+    """Reads and writes the files of a compression run.
 
     Args:
-        folder: where they are; ``None`` for a pass that leaves none.
-        writes: whether this process is the one that writes.
+        folder: ``<output_dir>/compression``; None writes nothing.
+        writes: whether this process writes.
     """
 
     def __init__(self, folder: str | None, writes: bool = True) -> None:
         self.folder, self.writes = folder, writes and folder is not None
 
     def stages(self) -> list[SavedStage]:
-        """The stages that are whole, in order; none without the dense model, which every later one
-        builds on. As rank 0 finds them; on all ranks.
+        """Return the complete stages in order, as rank 0 finds them, on all ranks.
+
+        Empty without the dense model, which every later stage needs.
 
         Raises:
-            ValueError: on all ranks, where one does not find the same.
+            ValueError: on all ranks, if one of them finds other stages.
         """
-        chosen: list[SavedStage] = broadcast_object(self._own_stages() if is_rank_0() else None)
-        found = [
+        found: list[SavedStage] = broadcast_object(self._find_stages() if is_rank_0() else None)
+        stages = [
             replace(stage, folder=os.path.join(self.folder, os.path.basename(stage.folder)))
-            for stage in chosen
+            for stage in found
         ]
         with raise_on_all_ranks():
-            for stage in found:
-                # As text: a figure that is no number is not equal to itself.
-                if json.dumps(_content_of(stage.folder)) != json.dumps(stage.content):
-                    raise not_shared(stage.folder)
-        return found
+            for stage in stages:
+                # Compared as text, since NaN is not equal to itself.
+                if json.dumps(_read_content(stage.folder)) != json.dumps(stage.content):
+                    raise folder_not_shared(stage.folder)
+        return stages
 
-    def _own_stages(self) -> list[SavedStage]:
+    def _find_stages(self) -> list[SavedStage]:
         found = []
-        for number, folder in numbered(self.folder, _STAGE):
-            content = _content_of(folder)
+        for number, folder in numbered_folders(self.folder, _STAGE):
+            content = _read_content(folder)
             if content is None:
-                self._pass_over(folder)
+                self._skip(folder)
             else:
                 found.append(SavedStage(number, content, folder))
         return found if found and found[0].number == 0 else []
 
-    def _pass_over(self, folder: str) -> None:
-        logger.warning(f"{folder} is not whole; it is passed over")
+    def _skip(self, folder: str) -> None:
+        logger.warning(f"skipping {folder}: it is incomplete")
         if self.writes:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def save_stage(
-        self,
-        number: int,
-        model: nn.Module,
-        content: dict[str, Any],
-    ) -> None:
-        """Writes a finished stage; only the dense model and the newest stage are kept.
+    def save_stage(self, number: int, model: nn.Module, content: dict[str, Any]) -> None:
+        """Write a finished stage; only the dense model and the newest stage are kept.
 
         Args:
-            number, model, content: as in :class:`SavedStage`.
+            number: 0 for the dense model.
+            model: the model after the stage.
+            content: see :class:`SavedStage`.
         """
         if not self.writes:
             return
         folder = os.path.join(self.folder, f"{_STAGE}{number}")
-        shutil.rmtree(folder + _PART, ignore_errors=True)
-        os.makedirs(folder + _PART)
-        write_tensors(in_memory_tensors(model), os.path.join(folder + _PART, _TENSORS))
-        with open(os.path.join(folder + _PART, _CONTENT), "w", encoding="utf-8") as file:
+        part = folder + _PART
+        shutil.rmtree(part, ignore_errors=True)
+        os.makedirs(part)
+        _write_tensors(in_memory_tensors(model), os.path.join(part, _TENSORS))
+        with open(os.path.join(part, _CONTENT), "w", encoding="utf-8") as file:
             json.dump(content, file, indent=2)
-        flush_to_disk(folder + _PART)
-        shutil.rmtree(folder, ignore_errors=True)  # torn, on another machine than rank 0's
-        os.replace(folder + _PART, folder)
+        _flush_folder(part)
+        shutil.rmtree(folder, ignore_errors=True)  # incomplete on a machine other than rank 0's
+        os.replace(part, folder)
         _flush(self.folder)
-        done = [old for n, old in numbered(self.folder, _STAGE) if 0 < n < number]
-        done += [old for n, old in numbered(self.folder, _RUN) if n <= number]
+        done = [old for n, old in numbered_folders(self.folder, _STAGE) if 0 < n < number]
+        done += [old for n, old in numbered_folders(self.folder, _RUN) if n <= number]
         for old in done:
             shutil.rmtree(old, ignore_errors=True)
 
     def clear(self) -> None:
-        """Removes what an earlier pass left."""
+        """Remove the files of an earlier run."""
         if self.writes and os.path.isdir(self.folder):
-            logger.warning(f"the files of an earlier pass in {self.folder} are removed")
-            # First what all else builds on: half of an earlier pass is none to go on from.
+            logger.warning(f"removing the files of an earlier compression run in {self.folder}")
+            # First the file that all others build on, so that no run resumes from the rest.
             dense = os.path.join(self.folder, f"{_STAGE}0", _CONTENT)
             if os.path.isfile(dense):
                 os.unlink(dense)
             shutil.rmtree(self.folder)
 
     def run_folder(self, number: int) -> str:
-        """The ``output_dir`` of a stage's finetuning."""
+        """Return the ``output_dir`` of a stage's finetuning."""
         return os.path.join(self.folder, f"{_RUN}{number}")
 
     def checkpoint(self, number: int) -> str | None:
-        """The newest whole checkpoint of a stage's finetuning; torn ones are passed over. As rank 0
-        finds it; on all ranks.
+        """Return the newest complete checkpoint of a stage's finetuning, if any, on all ranks.
 
         Raises:
-            ValueError: on all ranks, where one does not find it.
+            ValueError: on all ranks, if one of them does not see it.
         """
         if self.folder is None:
             return None
-        checkpoint, torn = newest_complete_checkpoint(self.run_folder(number), _flaw_of_checkpoint)
-        for folder in torn:
-            self._pass_over(folder)
+        folder = self.run_folder(number)
+        checkpoint, defects = newest_complete_checkpoint(folder, _memory_defect)
+        for incomplete in defects:
+            self._skip(incomplete)
         return checkpoint
 
 
-def _flaw_of_checkpoint(folder: str) -> str | None:
-    """The last file of a checkpoint vouches for the others, which have reached the disk before."""
-    return None if is_whole(os.path.join(folder, MEMORY_NAME)) else MEMORY_NAME
+def _memory_defect(folder: str) -> str | None:
+    """The last file of a checkpoint proves that the others are complete."""
+    return None if is_complete(os.path.join(folder, MEMORY_NAME)) else MEMORY_NAME
 
 
-def _content_of(folder: str) -> dict[str, Any] | None:
-    """What is known of a saved stage; None where its files are not whole."""
-    try:
-        with open(os.path.join(folder, _CONTENT), encoding="utf-8") as file:
-            content = json.load(file)
-    except (OSError, ValueError):
+def _read_content(folder: str) -> dict[str, Any] | None:
+    """Return the content of a saved stage; None if one of its files is incomplete."""
+    path = os.path.join(folder, _CONTENT)
+    if not (is_complete(path) and is_complete(os.path.join(folder, _TENSORS))):
         return None
-    return content if is_whole(os.path.join(folder, _TENSORS)) else None
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)

@@ -1,5 +1,5 @@
-"""What a pass is asked for, as it is kept beside its stages: one with other settings does not go on
-from them."""
+"""Settings fingerprint of a compression run, stored with its stages: a run with other settings
+cannot resume from them."""
 
 from __future__ import annotations
 
@@ -9,15 +9,22 @@ from typing import Any
 
 from torch import nn
 from transformers import Trainer
+from transformers.utils import logging
 
 from ..configuration import QuantizedModelConfig, QuantNoiseConfig
-from .arguments import CompressionArguments
+from .arguments import REMOVED_OPTIONS, CompressionArguments
 
+logger = logging.get_logger(__name__)
+
+# Part -> setting -> value, as in JSON.
 Fingerprint = dict[str, dict[str, Any]]
 
-_CHANGE_NO_MODEL = ("plots", "teacher_device")
-# Lengths are the stages' own. What only rounds otherwise (torch_compile, tf32, recomputation) is a
-# matter of the machine, and so is the number of processes.
+_ARGUMENTS = "compression_args"
+_WITHOUT_INFLUENCE = ("plots", "teacher_device")
+# Values with which an option that was removed had no effect.
+_OFF = (None, False, "restart", 1e-4)
+# The stages have their own lengths. What only changes rounding (torch_compile, tf32, activation
+# checkpointing) may differ between machines, and so may the number of processes.
 _TRAINING = (
     "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim",
     "optim_args", "optim_target_modules", "weight_decay", "adam_beta1", "adam_beta2",
@@ -36,73 +43,83 @@ def settings_fingerprint(
     noise: QuantNoiseConfig | None,
     teacher: nn.Module | None,
 ) -> Fingerprint:
-    """All settings that the model at the end depends on, in parts, as JSON has them.
+    """Return all settings that the resulting model depends on.
 
     Args:
-        trainer: the run's; its arguments count, and what its stages take over.
-        config, args: of the pass.
-        noise: what is kept on waiting layers, or None.
-        teacher: another model to learn from, or None.
+        trainer: the user's; its arguments and what the stages take over from it.
+        config: how the model is stored.
+        args: how stages are finetuned.
+        noise: noise on layers whose stage is yet to come, or None.
+        teacher: another model to distill from, or None.
     """
-    arguments = asdict(args)
-    for name in _CHANGE_NO_MODEL:
-        del arguments[name]
+    arguments = {
+        name: value for name, value in asdict(args).items() if name not in _WITHOUT_INFLUENCE
+    }
     described = "a copy of the model"
     if teacher is not None:
-        numbers = sum(parameter.numel() for parameter in teacher.parameters())
-        described = f"a {type(teacher).__name__} of {numbers:,} numbers"
-    asked = {
+        # As earlier releases wrote it, whose runs can be resumed.
+        n_parameters = sum(parameter.numel() for parameter in teacher.parameters())
+        described = f"a {type(teacher).__name__} of {n_parameters:,} numbers"
+    fingerprint = {
         "config": config.to_dict(),
-        "compression_args": arguments,
+        _ARGUMENTS: arguments,
         "qn_config": {} if noise is None else noise.to_dict(),
         "teacher": {"teacher": described},
-        "TrainingArguments": _of_training(trainer),
+        "TrainingArguments": _training_settings(trainer),
         "parts of the trainer": {
-            "optimizer_cls_and_kwargs": _plain(trainer.optimizer_cls_and_kwargs),
-            "compute_loss_func": _plain(trainer.compute_loss_func),
+            "optimizer_cls_and_kwargs": _as_json(trainer.optimizer_cls_and_kwargs),
+            "compute_loss_func": _as_json(trainer.compute_loss_func),
         },
     }
-    return json.loads(json.dumps(asked))
+    return json.loads(json.dumps(fingerprint))
 
 
-def require_same_settings(asked: Fingerprint, now: Fingerprint, folder: str) -> None:
-    """Compares what was asked for with what is.
+def require_same_settings(stored: Fingerprint, current: Fingerprint, folder: str) -> None:
+    """Compare the settings of an interrupted run with the current ones.
+
+    Options that have been removed since then are reported in a warning.
 
     Args:
-        asked: kept by the pass that is gone on with; a part that it does not have is not compared.
-        now: asked for.
-        folder: where that pass is.
+        stored: of the interrupted run; parts that it does not have are not compared.
+        current: of this run.
+        folder: of the interrupted run.
 
     Raises:
-        ValueError: naming all fields of the first part that differs, with both values.
+        ValueError: naming all settings of the first part that differs, with both values.
     """
-    for part in asked:
-        odd = [key for key in now[part] if asked[part].get(key) != now[part][key]]
-        if odd:
-            differences = ", and with ".join(
-                f"{key}={asked[part].get(key)!r}, now it is {now[part][key]!r}" for key in odd
+    for name, value in stored.get(_ARGUMENTS, {}).items():
+        if name in REMOVED_OPTIONS and value not in _OFF:
+            logger.warning(
+                f"{name}={value!r} (in {folder}) has no effect any more: {REMOVED_OPTIONS[name]}"
             )
+    for part, settings in stored.items():
+        changes = [
+            f"{name}={settings.get(name)!r} (now {value!r})"
+            for name, value in current[part].items()
+            if settings.get(name) != value
+        ]
+        if changes:
             raise ValueError(
-                f"resume_from_checkpoint: the pass in {folder} was begun with {differences}; take "
-                f"the same {part}, or begin anew without resume_from_checkpoint"
+                f"cannot resume: the run in {folder} was started with {', '.join(changes)}; use "
+                f"the same {part}, or start from scratch without resume_from_checkpoint"
             )
 
 
-def _of_training(trainer: Trainer) -> dict[str, Any]:
+def _training_settings(trainer: Trainer) -> dict[str, Any]:
     args = trainer.args
-    given = args.to_dict()
-    settings = {name: _plain(given[name]) for name in _TRAINING if name in given}
+    values = args.to_dict()
+    settings = {name: _as_json(values[name]) for name in _TRAINING if name in values}
     settings[_BATCH] = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
     settings[_PRECISION] = str(trainer.accelerator.mixed_precision)
     return settings
 
 
-def _plain(value: Any) -> Any:
-    """As JSON has it; what JSON has not, a class or a function, by its name."""
+def _as_json(value: Any) -> Any:
+    """Convert a value for JSON; classes, functions and other objects become their names."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, dict):
-        return {str(key): _plain(inside) for key, inside in value.items()}
+        return {str(key): _as_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(inside) for inside in value]
+        return [_as_json(item) for item in value]
     return getattr(value, "__qualname__", type(value).__qualname__)

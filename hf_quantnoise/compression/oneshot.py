@@ -9,9 +9,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..configuration import QuantizedModelConfig
-from ..hub.packer import ModelPacker
 from ..modeling import packed_layers
 from ..modeling.activations import calibrate, require_batches
+from ..modeling.packer import ModelPacker
 from ..noise import find_state, remove_quant_noise
 from .bit_allocation.allocate import within_target
 

@@ -1,7 +1,8 @@
-"""What is told of a staged pass before it begins: which settings it cannot be carried out with.
+"""Checks that run before compression starts.
 
-Each stage has a trainer of its own, over parameters that are not there when the run's trainer is
-made. What that one was given is handed on to them where it can be; the rest is refused here.
+Each stage has its own trainer, for parameters that do not exist when the user's trainer is created.
+What the user passed to their trainer is passed on to the stages if possible, and refused here if
+not.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ from transformers import Trainer
 from transformers.trainer_utils import SchedulerType, has_length
 
 from ..configuration import QuantizedModelConfig
-from ..hub.packer import check_can_be_packed
 from ..modeling.activations import require_batches
+from ..modeling.packer import check_can_be_packed
 from .arguments import CompressionArguments
 from .training.pending_noise import noise_to_keep
 
-# They wait for evaluations, and a stage is not evaluated while it is trained.
-_SCHEDULES_THAT_WAIT = ("reduce_lr_on_plateau", "greedy")
-# Methods of Trainer that a subclass may have of its own -> what to give a trainer instead.
+# They follow evaluations, but a stage is not evaluated during training.
+_EVALUATION_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
+# Methods of Trainer that a subclass may override -> what to pass to the trainer instead.
 _OPTIMIZER = "optimizer_cls_and_kwargs, or TrainingArguments(optim=...),"
 _SCHEDULE = "TrainingArguments(lr_scheduler_type=..., lr_scheduler_kwargs=...)"
 _TRAINING = {
@@ -38,32 +39,34 @@ _EVALUATION = {
     "evaluation_loop": "compute_metrics",
     "prediction_step": "preprocess_logits_for_metrics",
 }
-_OWN = ("transformers.", __name__.partition(".")[0] + ".")
+_KNOWN_PACKAGES = ("transformers.", __name__.partition(".")[0] + ".")
 
 
 def check_compression(
     trainer: Trainer, config: QuantizedModelConfig, args: CompressionArguments
 ) -> None:
-    """What can be told of a pass by its settings alone; before the training that leads to it, too.
+    """Check the settings of a compression run; can be called before training, too.
 
     Raises:
-        ValueError: if a stage has no training data or no known length, the settings name stages
-            that are none or contradict each other or the trainer's, or the trainer has what no
-            stage can heed.
+        TypeError: if the model is not a ``PreTrainedModel``.
+        ValueError: if a stage has no training data or an unknown length, the settings contradict
+            each other, the config or the trainer, or the trainer has something that stages cannot
+            use.
     """
     stages = config.stage_groups()
     args.check_stages(stages)
+    trains = args.trains(stages)
     if trainer.train_dataset is None:
-        if args.trains(stages):
+        if trains:
             raise ValueError(
-                "compress finetunes between stages and the trainer has no train_dataset; give "
-                "it one, or set CompressionArguments(stage_epochs=0)"
+                "train_dataset=None: compress finetunes between stages; pass a train_dataset to "
+                "the trainer, or set CompressionArguments(stage_epochs=0)"
             )
         if config.reads_data:
             require_batches([], config.reads_data)
-    if args.trains(stages):
+    if trains:
         _require_known_lengths(trainer, args, stages)
-        _require_own_optimizers(trainer)
+        _require_recreatable_optimizer(trainer)
     _require_stock_methods(trainer, config, args)
     noise_to_keep(trainer, args.keep_noise)
     check_can_be_packed(trainer.accelerator.unwrap_model(trainer.model))
@@ -72,45 +75,44 @@ def check_compression(
 def _require_known_lengths(
     trainer: Trainer, args: CompressionArguments, stages: Iterable[str | None]
 ) -> None:
-    """Refuses epochs of data whose length nobody knows; the run's ``max_steps`` is no stage's."""
+    """Refuse epochs of data of unknown length. ``max_steps`` of the trainer is not for stages."""
     settings = map(args.of_stage, stages)
     if not has_length(trainer.train_dataset) and any(
         s.trains and s.steps is None for s in settings
     ):
         raise ValueError(
-            f"the train_dataset, a {type(trainer.train_dataset).__name__}, does not say how many "
-            "examples it has, so a stage cannot be finetuned for epochs; set "
-            'CompressionArguments(stage_steps=...), or "steps" in stage_settings'
+            f"train_dataset={type(trainer.train_dataset).__name__}(...) has no length, so a stage "
+            "cannot be finetuned for a number of epochs; set CompressionArguments(stage_steps=...)"
+            ' or "steps" in stage_settings'
         )
 
 
-def _require_own_optimizers(trainer: Trainer) -> None:
-    """Refuses an optimizer or a schedule that the trainer of a stage cannot make anew."""
+def _require_recreatable_optimizer(trainer: Trainer) -> None:
+    """Refuse an optimizer or a schedule that the trainer of a stage cannot create."""
     schedule = SchedulerType(trainer.args.lr_scheduler_type).value
-    if schedule in _SCHEDULES_THAT_WAIT:
+    if schedule in _EVALUATION_SCHEDULES:
         raise ValueError(
-            f"lr_scheduler_type={schedule!r} goes by evaluations, and a stage is not evaluated "
-            "while it is trained; set it to another, e.g. trainer.args.lr_scheduler_type = "
-            "'linear', before compress"
+            f"invalid lr_scheduler_type={schedule!r}: it follows evaluations, but stages are not "
+            "evaluated during training; set e.g. trainer.args.lr_scheduler_type = 'linear' before "
+            "compress"
         )
     if bound := getattr(trainer, "bound_optimizer", None):
         raise ValueError(
-            f"{bound}: it was made for the parameters of the dense model, and each stage of "
-            "compress has others; give QuantNoiseTrainer optimizer_cls_and_kwargs=(its class, its "
-            "arguments) instead, which the stages take over, call compress on a trainer that was "
-            "made without it, or set CompressionArguments(stage_epochs=0)"
+            f"invalid {bound}: it holds the parameters of the dense model, but each stage has "
+            "others; pass optimizer_cls_and_kwargs=(class, arguments) to QuantNoiseTrainer instead,"
+            " or set CompressionArguments(stage_epochs=0)"
         )
 
 
 def _require_stock_methods(
     trainer: Trainer, config: QuantizedModelConfig, args: CompressionArguments
 ) -> None:
-    """Refuses a subclass of the trainer whose own methods a stage would have to call."""
+    """Refuse a subclass of the trainer with overridden methods that a stage would have to call."""
     trains = args.trains(config.stage_groups())
     methods = {}
     if trains:
         methods |= _TRAINING
-        if not args.distill or args.distill_weight < 1:  # else the labels' loss is not trained
+        if not args.distill or args.distill_weight < 1:  # else the loss of the labels is not used
             methods["compute_loss"] = "compute_loss_func"
     if trains or config.reads_data:
         methods |= _TRAINING_DATA
@@ -118,12 +120,14 @@ def _require_stock_methods(
         methods |= _EVALUATION
     for name, instead in methods.items():
         if _is_overridden(trainer, name):
-            evaluates = name in _EVALUATION
-            without = "eval_dataset=None" if evaluates else "CompressionArguments(stage_epochs=0)"
+            without = (
+                "eval_dataset=None"
+                if name in _EVALUATION
+                else "CompressionArguments(stage_epochs=0)"
+            )
             raise ValueError(
-                f"{type(trainer).__name__}.{name}: each stage of compress has a trainer of its "
-                f"own, which does not have this method; give {instead} to the trainer instead, "
-                f"or set {without}"
+                f"{type(trainer).__name__}.{name} is not used by compress, since each stage has "
+                f"its own trainer; pass {instead} to the trainer instead, or set {without}"
             )
 
 
@@ -131,4 +135,4 @@ def _is_overridden(trainer: Trainer, name: str) -> bool:
     if name in vars(trainer):
         return True
     owner = next((kind for kind in type(trainer).__mro__ if name in vars(kind)), None)
-    return owner is not None and not f"{owner.__module__}.".startswith(_OWN)
+    return owner is not None and not f"{owner.__module__}.".startswith(_KNOWN_PACKAGES)

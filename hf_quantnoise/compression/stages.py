@@ -1,14 +1,12 @@
-"""The staged pass: pack a stage, finetune centroids and all that is still dense, evaluate, go on.
+"""The compression run: pack a stage, finetune the centroids and what is still dense, evaluate.
 
-Each stage has a trainer of its own. A running trainer's optimizer, scheduler and wrapped model do
-not know parameters that are born under it; a fresh one does, and can go on from the earlier one's
-state. Where checkpoints are written at all (``save_strategy``), the pass writes its own; see
-``pass_files``.
+Each stage has its own trainer, because the optimizer, scheduler and wrapped model of a running
+trainer do not know parameters that are created later. If the user's trainer writes checkpoints
+(``save_strategy``), the run writes its own; see ``checkpoints.py``.
 """
 
 from __future__ import annotations
 
-import copy
 import os
 import time
 from collections.abc import Callable
@@ -18,15 +16,15 @@ from typing import Any
 
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, Trainer, TrainingArguments
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy, has_length
+from transformers import PreTrainedModel, Trainer, set_seed
+from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
 
 from ..configuration import QuantizedModelConfig, QuantNoiseConfig
-from ..hub.packer import ModelPacker, StageResult
 from ..modeling.activations import calibrate
+from ..modeling.packer import ModelPacker, StageResult
 from ..noise import apply_quant_noise, remove_quant_noise
-from .arguments import CompressionArguments, StageSettings
+from .arguments import CompressionArguments
 from .bit_allocation.allocate import first_batches, within_target
 from .checkpoints import FOLDER, SavedStage, StageCheckpoints, load_in_memory_tensors
 from .distillation.teacher import Teacher
@@ -38,23 +36,27 @@ from .reporting.record import StageRecord, metric_when_packed, record_of
 from .training.fsdp import share_what_rank_0_read
 from .training.packed_trainer import undo_accelerate_prepare
 from .training.pending_noise import PendingNoise, noise_to_keep
+from .training.stage_arguments import stage_optimizer, stage_training_arguments
 from .training.stage_trainer import StageTrainer
 
 logger = logging.get_logger(__name__)
 
 
 class CompressionPipeline:
-    """One pass over a trainer's model.
+    """Compresses the model of a trainer, stage by stage.
 
     Args:
-        trainer: gives the model, its data, metrics and arguments.
-        config: what to produce; its ``stages`` are the order.
+        trainer: provides the model, data, metrics and training arguments.
+        config: how to store the model; its ``stages`` are carried out in order.
         compression_args: how to finetune between stages.
-        teacher: the model to learn from; None takes a frozen copy of the model itself.
-        report: called with the record of the dense model, then of each stage as it comes.
+        teacher: model to distill from; None uses a frozen copy of the model.
+        report: called with the record of the dense model, then of each finished stage.
+
+    Attributes:
+        history: the records so far, as dicts.
 
     Raises:
-        ValueError: if a stage has no training data, or the settings name stages that are none.
+        ValueError: if the settings cannot be carried out; see ``preflight.py``.
     """
 
     def __init__(
@@ -68,104 +70,91 @@ class CompressionPipeline:
         self.trainer, self.config = trainer, config
         self.args = compression_args or CompressionArguments()
         check_compression(trainer, config, self.args)
-        self.given_teacher, self.teacher = teacher, None
-        self.report = report or (lambda record: None)
-        self.model = undo_accelerate_prepare(trainer.accelerator.unwrap_model(trainer.model))
-        if trainer.is_fsdp_enabled:  # else Trainer has put it there
-            self.model.to(trainer.args.device)
-        self.history: list[StageRecord] = []
+        self.given_teacher = teacher
+        self.teacher: Teacher | None = None
+        self.report = report
+        self.history: list[dict[str, Any]] = []
         self.stages = config.stage_groups()
-        self._trains = self.args.trains(self.stages)
         self.noise_config = noise_to_keep(trainer, self.args.keep_noise)
-        keeps = trainer.args.save_strategy != SaveStrategy.NO
-        folder = os.path.join(trainer.args.output_dir, FOLDER) if keeps else None
+        self.model = undo_accelerate_prepare(trainer.accelerator.unwrap_model(trainer.model))
+        if trainer.is_fsdp_enabled:  # otherwise Trainer has moved it
+            self.model.to(trainer.args.device)
+        writes = trainer.args.save_strategy != SaveStrategy.NO
+        folder = os.path.join(trainer.args.output_dir, FOLDER) if writes else None
         self.files = StageCheckpoints(folder, trainer.args.should_save)
-        self._bars = trainer.is_world_process_zero() and not trainer.args.disable_tqdm
+        self._progress = trainer.is_world_process_zero() and not trainer.args.disable_tqdm
 
     def run(self, resume: bool = False) -> PreTrainedModel:
-        """Carries the pass out, in place.
+        """Compress the model in place.
 
         Args:
-            resume: go on from what an earlier pass with the same settings left; begin where there
-                is nothing.
+            resume: continue from the files of an interrupted run with the same settings; start from
+                scratch if there are none.
 
         Returns:
             The packed model.
         """
-        saved = self._saved() if resume else []
+        saved = self._saved_stages() if resume else []
         if not saved:
             self.files.clear()
         self.trainer.accelerator.wait_for_everyone()
-        done = self._go_back(saved) if saved else self._begin()
-        bar = tqdm(self.stages[done:], desc="stages", unit="stage", initial=done,
-                   total=len(self.stages), disable=not self._bars)  # fmt: skip
-        for number, stage in enumerate(bar, done + 1):
-            bar.set_postfix_str(stage or "all")
-            if stage in self.packer.stages:  # layer_quantizers may leave all of it dense
-                self._stage(number, stage)
+        n_done = self._restore(saved) if saved else self._start()
+        bar = tqdm(self.stages[n_done:], desc="stages", unit="stage", initial=n_done,
+                   total=len(self.stages), disable=not self._progress)  # fmt: skip
+        for number, stage in enumerate(bar, n_done + 1):
+            bar.set_postfix_str(_name(stage))
+            if stage in self.packer.stages:  # layer_quantizers may keep all of it dense
+                self._run_stage(number, stage)
         return self.model.eval()
 
-    # ---- from where it starts -------------------------------------------------------------------
+    # ---- before the first stage -----------------------------------------------------------------
 
-    def _begin(self) -> int:
+    def _start(self) -> int:
+        """Evaluate and save the dense model, and prepare the first stage."""
         batches = first_batches(self.trainer, self.args.budget_batches)
         config = without_noise(self.model, self.config)
-        config = within_target(self.model, config, batches, self._bars, table=True)
+        config = within_target(self.model, config, batches, self._progress, table=True)
         self.packer = ModelPacker(self.model, config, on_all_ranks=True)
         start = time.perf_counter()
-        self._add(record_of("dense", self._stage_trainer(None, 0), start))
+        self.evaluator = self._make_trainer(None, 0)
+        self._evaluate("dense", self.evaluator, start)
         self._save(0)
         self._make_teacher()
         self._restructure()
         return 0
 
-    def _restructure(self, record: bool = True) -> None:
-        start = time.perf_counter()
-        self.packer.restructure()
-        self.noise = PendingNoise(self.model, self.noise_config)
-        if self.packer.restructuring.changes and record:
-            self._add(record_of("restructured", self._stage_trainer(None, 0), start))
-
-    def _make_teacher(self) -> None:
-        if self.args.distill and self._trains:
-            if self.given_teacher is not None:
-                share_what_rank_0_read(self.trainer, self.given_teacher)
-            self.teacher = Teacher(self.model, self.given_teacher, self.args)
-            self.teacher.check(self._stage_trainer(None, 0))
-        else:
-            self.teacher = None
-
-    def _saved(self) -> list[SavedStage]:
-        """What an earlier pass left, the dense model first; empty where there is nothing.
+    def _saved_stages(self) -> list[SavedStage]:
+        """Return the saved stages of an interrupted run, the dense model first.
 
         Raises:
-            ValueError: if nothing is ever written, or that pass had other settings.
+            ValueError: if no files are ever written, or that run had other settings.
         """
         if self.files.folder is None:
             raise ValueError(
-                "resume_from_checkpoint: the pass leaves nothing to go on from with "
-                "save_strategy='no'; set save_strategy='steps' or 'epoch' from the first run on"
+                "cannot resume with save_strategy='no': no checkpoints are written; set "
+                "save_strategy='steps' or 'epoch' from the first run on"
             )
         saved = self.files.stages()
         if not saved:
-            logger.warning(f"nothing to go on from in {self.files.folder}; the pass begins anew")
+            logger.warning(f"nothing to resume in {self.files.folder}: starting from scratch")
             return []
-        require_same_settings(saved[-1].content["asked"], self._asked(), self.files.folder)
+        require_same_settings(saved[-1].content["asked"], self._fingerprint(), self.files.folder)
         return saved
 
-    def _go_back(self, saved: list[SavedStage]) -> int:
-        """The model, teacher and records as they were after the newest finished stage."""
+    def _restore(self, saved: list[SavedStage]) -> int:
+        """Restore model, teacher and records as they were after the newest finished stage."""
         remove_quant_noise(self.model)
         load_in_memory_tensors(self.model, saved[0].tensors())
         newest = saved[-1]
         config = QuantizedModelConfig.from_dict(newest.content["config"])
         self.packer = ModelPacker(self.model, config, on_all_ranks=True)
-        self._make_teacher()
         for content in newest.content["history"]:
             record = StageRecord(**content)
             self.trainer.state.global_step = record.step
-            log_errors(self.trainer, record.layer_errors, self._number_of(record))
-            self._add(record)
+            log_errors(self.trainer, record.layer_errors, self._number_of(record.stage))
+            self._add_record(record)
+        self.evaluator = self._make_trainer(None, 0)
+        self._make_teacher()
         self._restructure(record=newest.number == 0)
         if newest.number > 0:
             for stage in self.stages[: newest.number]:
@@ -174,18 +163,33 @@ class CompressionPipeline:
             load_in_memory_tensors(self.model, newest.tensors())
         return newest.number
 
+    def _make_teacher(self) -> None:
+        if self.args.distill and self.args.trains(self.stages):
+            if self.given_teacher is not None:
+                share_what_rank_0_read(self.trainer, self.given_teacher)
+            self.teacher = Teacher(self.model, self.given_teacher, self.args)
+            self.teacher.check(self.evaluator)
+
+    def _restructure(self, record: bool = True) -> None:
+        start = time.perf_counter()
+        self.packer.change_structure()
+        self.noise = PendingNoise(self.model, self.noise_config)
+        if self.packer.structural_changes and record:
+            self._evaluate("restructured", self.evaluator, start)
+
     # ---- a stage --------------------------------------------------------------------------------
 
-    def _stage(self, number: int, stage: str | None) -> None:
+    def _run_stage(self, number: int, stage: str | None) -> None:
         start = time.perf_counter()
         data = ()
         if self.config.weighs_errors:
-            data = _calibration(self._stage_trainer(None, 0), self.model)
-        packed = self.packer.pack_stage(stage, self._bars, *data)
+            set_seed(self.trainer.args.seed)  # a resumed run has to draw the same batches
+            data = self._calibration_data(self.evaluator)
+        packed = self.packer.pack_stage(stage, self._progress, *data)
         log_errors(self.trainer, packed.errors, number)
-        noise = self._noise_on_waiting(stage)
-        stage_trainer = self._stage_trainer(stage, number, noise)
-        _calibrate(stage_trainer, self.model, packed)
+        noise = self.noise.config_for(self._pending_layers(stage))
+        stage_trainer = self._make_trainer(stage, number, noise)
+        self._calibrate(stage_trainer, packed)
         finetuning = packed_metric = {}
         if self.args.of_stage(stage).trains:
             packed_metric = metric_when_packed(stage_trainer)
@@ -194,61 +198,82 @@ class CompressionPipeline:
                 apply_quant_noise(self.model, noise)
             finetuning = stage_trainer.train(resume_from_checkpoint=checkpoint).metrics
             remove_quant_noise(self.model).eval()
-        name = stage or "all"
-        self._add(record_of(name, stage_trainer, start, packed, finetuning, packed_metric))
+        self._evaluate(_name(stage), stage_trainer, start, packed, finetuning, packed_metric)
         self._save(number)
 
-    def _noise_on_waiting(self, stage: str | None) -> QuantNoiseConfig | None:
+    def _pending_layers(self, stage: str | None) -> list[str]:
         later = self.stages[self.stages.index(stage) + 1 :]
-        waiting = [name for one in later for name in self.packer.layers_of(one)]
-        return self.noise.on(waiting)
+        return [name for each in later for name in self.packer.layers_of(each)]
 
-    def _add(self, record: StageRecord) -> None:
-        undo_accelerate_prepare(
-            self.model
-        )  # by its evaluation: what comes next goes by the model alone
+    def _calibrate(self, stage_trainer: StageTrainer, packed: StageResult) -> None:
+        """Set the scales of the inputs of a stage's layers, on its training data (section 7.7)."""
+        layers = [self.model.get_submodule(name) for name in packed.layers]
+        if any(layer.activation_bits is not None for layer in layers):
+            calibrate(self.model, layers, *self._calibration_data(stage_trainer))
+
+    def _calibration_data(self, trainer: StageTrainer) -> tuple[list, Callable[[object], object]]:
+        """Return the first training batches, and a function that runs the model on one of them."""
+        batches = list(islice(trainer.get_train_dataloader(), self.args.calibration_batches))
+        return batches, lambda batch: trainer.prediction_step(self.model, batch, False)
+
+    # ---- records and files ----------------------------------------------------------------------
+
+    def _evaluate(self, name: str, trainer: StageTrainer, start: float, *results: Any) -> None:
+        """Evaluate the model and record the results of a stage; see :func:`record_of`."""
+        record = record_of(name, trainer, start, *results)
+        # The evaluation has prepared the model, which must not last.
+        undo_accelerate_prepare(self.model)
+        trainer.accelerator.free_memory()
+        self._add_record(record)
+
+    def _add_record(self, record: StageRecord) -> None:
         record.step = self.trainer.state.global_step
-        clean = (self.history or [record])[0].metric
-        log_record(self.trainer, record, self._number_of(record), clean)
-        self.history.append(record)
-        self.report(record)
+        dense_metric = self.history[0]["metric"] if self.history else record.metric
+        log_record(self.trainer, record, self._number_of(record.stage), dense_metric)
+        self.history.append(record.to_dict())
+        if self.report is not None:
+            self.report(record)
 
-    def _number_of(self, record: StageRecord) -> int:
-        """The number of a stage; 0 for what comes before the first."""
-        names = [stage or "all" for stage in self.stages]
-        return names.index(record.stage) + 1 if record.stage in names else 0
+    def _number_of(self, name: str) -> int:
+        """Return the number of a stage, counted from 1; 0 for the records before the first."""
+        names = [_name(stage) for stage in self.stages]
+        return names.index(name) + 1 if name in names else 0
 
-    def _asked(self) -> Fingerprint:
+    def _fingerprint(self) -> Fingerprint:
         return settings_fingerprint(
             self.trainer, self.config, self.args, self.noise_config, self.given_teacher
         )
 
     def _save(self, number: int) -> None:
         content = {
-            "asked": self._asked(),
+            "asked": self._fingerprint(),
             "config": self.packer.config.to_dict(),
-            "history": [record.to_dict() for record in self.history],
+            "history": self.history,
         }
         self.files.save_stage(number, self.model, content)
         self.trainer.accelerator.wait_for_everyone()
 
-    def _stage_trainer(
+    # ---- the trainer of a stage -----------------------------------------------------------------
+
+    def _make_trainer(
         self, stage: str | None, number: int, noise: QuantNoiseConfig | None = None
     ) -> StageTrainer:
+        """Return the trainer of a stage; that of number 0 evaluates and reads data."""
         trainer, settings = self.trainer, self.args.of_stage(stage)
+        output_dir = None if self.files.folder is None else self.files.run_folder(number)
         stage_trainer = StageTrainer(
             self.model,
-            self._stage_arguments(settings, number),
+            stage_training_arguments(trainer, settings, number, output_dir),
             compression_args=replace(
                 self.args, codebook_learning_rate=settings.codebook_learning_rate
             ),
-            teacher=self.teacher if number > 0 else None,
+            teacher=self.teacher,
             noise=noise,
             data_collator=trainer.data_collator,
             train_dataset=trainer.train_dataset,
             eval_dataset=trainer.eval_dataset,
             processing_class=trainer.processing_class,
-            optimizer_cls_and_kwargs=self._optimizer_class(settings),
+            optimizer_cls_and_kwargs=stage_optimizer(trainer, settings),
             compute_loss_func=trainer.compute_loss_func,
             compute_metrics=trainer.compute_metrics,
             preprocess_logits_for_metrics=trainer.preprocess_logits_for_metrics,
@@ -256,58 +281,6 @@ class CompressionPipeline:
         forward_logs(stage_trainer, trainer, number)
         return stage_trainer
 
-    def _optimizer_class(self, settings: StageSettings) -> tuple[type, dict[str, Any]] | None:
-        """What the trainer was given, with the stage's learning rate where it has one."""
-        if self.trainer.optimizer_cls_and_kwargs is None:
-            return None
-        optimizer_class, given = self.trainer.optimizer_cls_and_kwargs
-        rate = settings.learning_rate
-        return optimizer_class, {**given, **({} if rate is None else {"lr": rate})}
 
-    def _stage_arguments(self, settings: StageSettings, number: int) -> TrainingArguments:
-        """The run's own arguments with the stage's length and learning rate."""
-        args = self.trainer.args
-        stage = copy.copy(args)
-        steps = -1 if settings.steps is None else settings.steps
-        if steps <= 0 and not has_length(self.trainer.train_dataset):
-            steps = 1  # nothing is trained, but Trainer wants a number for streamed data
-        changes = {
-            "num_train_epochs": settings.epochs,
-            "max_steps": steps,
-            "eval_strategy": IntervalStrategy.NO,
-            "load_best_model_at_end": False,
-            "push_to_hub": False,
-            "report_to": [],  # the run's own trainer shows what is logged
-            "seed": args.seed + number,
-            "warmup_steps": 0,
-        }
-        if settings.learning_rate is not None:
-            changes["learning_rate"] = settings.learning_rate
-        if self.files.folder is not None:
-            changes["output_dir"] = self.files.run_folder(number)
-            changes["save_only_model"] = False
-            # One may be torn when the pass is killed.
-            changes["save_total_limit"] = max(2, args.save_total_limit or 2)
-            if args.save_strategy == SaveStrategy.BEST:
-                changes["save_strategy"] = SaveStrategy.EPOCH
-        for name, value in changes.items():
-            setattr(stage, name, value)
-        return stage
-
-
-def _calibrate(stage_trainer: StageTrainer, model: PreTrainedModel, packed: StageResult) -> None:
-    """Sets the scales of what enters the layers of a stage, on its training data (7.7)."""
-    layers = [model.get_submodule(name) for name in packed.layers]
-    if all(layer.activation_bits is None for layer in layers):
-        return
-    batches, forward = _calibration(stage_trainer, model)
-    calibrate(model, layers, batches, forward)
-
-
-def _calibration(
-    stage_trainer: StageTrainer, model: PreTrainedModel
-) -> tuple[list, Callable[[object], object]]:
-    """The first training batches, and what runs one of them."""
-    count = stage_trainer.compression_args.calibration_batches
-    batches = list(islice(stage_trainer.get_train_dataloader(), count))
-    return batches, lambda batch: stage_trainer.prediction_step(model, batch, False)
+def _name(stage: str | None) -> str:
+    return "all" if stage is None else stage

@@ -1,4 +1,4 @@
-"""Compressed models in formats that others run, without this package."""
+"""Export of packed models to formats that load without this package."""
 
 from .aqlm import AqlmExport, export_aqlm
 from .onnx_file import OnnxExport, export_onnx

@@ -1,4 +1,4 @@
-"""What every export asks of a model."""
+"""Checks shared by all exports."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from ..modeling import packed_layers
 
 
 def require_packed(model: nn.Module, caller: str) -> None:
-    """Raises ValueError where a model has no packed layer, saying how to get one."""
+    """Raise ValueError if the model has no packed layer."""
     if next(iter(packed_layers(model)), None) is None:
         raise ValueError(
-            f"{caller}: {type(model).__name__} has no packed layer; compress it first, with "
+            f"{caller}: {type(model).__name__} has no packed layer; compress it first with "
             "quantize_model(model, IPQConfig(...)) or QuantNoiseTrainer.compress"
         )

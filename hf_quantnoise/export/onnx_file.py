@@ -1,8 +1,8 @@
-"""ONNX: a packed encoder for onnxruntime, whose file holds codes and codebooks.
+"""Export of packed encoders to ONNX files that hold codes and codebooks.
 
-The graph decodes where it computes: ``Gather(codebook, codes)`` before a product, and a table
-gathers the codes of the looked-up rows only. The exporter would rather have the decoding done once
-and dense weights in the file; :func:`_may_fold` keeps it from that.
+The graph decodes weights where they are used: ``Gather(codebook, codes)`` before each product, and
+an embedding gathers the codes of the looked-up rows only. By default the exporter would fold the
+decoding into dense weights; :func:`_may_fold` prevents that.
 """
 
 from __future__ import annotations
@@ -21,29 +21,28 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..modeling import PackedLayer, packed_layers
+from ..modeling import packed_layers
 from ..modeling.packed import PREFIX
 from ..quantizers.product import ProductQuantizer
 from .checks import require_packed
 
 FILE_NAME = "model.onnx"
-# What torch's exporter says of its own workings, and nobody who exports can act on: (kind, regex).
-# Axes have one name in several inputs on purpose.
-_IDLE_WARNINGS = (
+# Messages about the internals of torch's exporter, on which the user cannot act. The axis names
+# are used by several inputs on purpose.
+_IGNORED_WARNINGS = (
     (FutureWarning, r"`isinstance\(treespec, LeafSpec\)` is deprecated"),
     (UserWarning, r"# The axis name: (batch|length) will not be used"),
 )
-_IDLE_LOGGER, _IDLE_WORDS = (
-    "torch.onnx._internal.exporter._registration", "torchvision is not installed. Skipping",
-)  # fmt: skip
+_EXPORTER_LOGGER = "torch.onnx._internal.exporter._registration"
+_IGNORED_LOG = "torchvision is not installed. Skipping"
 
 
 @dataclass(frozen=True)
 class OnnxExport:
-    """What :func:`export_onnx` wrote.
+    """Result of :func:`export_onnx`.
 
     Attributes:
-        folder: where it is: ``model.onnx``, and ``config.json`` for labels and sizes.
+        folder: the folder with ``model.onnx``, and ``config.json`` for labels and sizes.
         inputs, outputs: names in the graph, in order.
         disk_bytes: size of ``model.onnx``.
     """
@@ -55,34 +54,33 @@ class OnnxExport:
 
     @property
     def file(self) -> Path:
-        """The ONNX file."""
+        """Path of the ONNX file."""
         return self.folder / FILE_NAME
 
 
-class _AsStored:
-    """Mixin of a packed layer whose state is held as it is stored, and read in every forward."""
+class _StoredState:
+    """Mixin for packed layers that hold their state in storage format and convert it in forward."""
 
-    _stored: ProductQuantizer
+    _storage_quantizer: ProductQuantizer
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """The state in its working form and dtype."""
-        names = self._stored.state_spec(1, 1)
-        read = self._stored.from_storage({key: getattr(self, PREFIX + key) for key in names})
-        return {key: tensor.to(self._dtype) for key, tensor in read.items()}
+        names = self._storage_quantizer.state_spec(1, 1)
+        stored = {key: getattr(self, PREFIX + key) for key in names}
+        state = self._storage_quantizer.from_storage(stored)
+        return {key: tensor.to(self._dtype) for key, tensor in state.items()}
 
 
-class _Forward(nn.Module):
-    """A model as a function of tensors alone, in order."""
+class _PositionalForward(nn.Module):
+    """Wrap a model so that it takes and returns tensors by position."""
 
     def __init__(self, model: nn.Module, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> None:
         super().__init__()
         self.model, self.inputs, self.outputs = model, inputs, outputs
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        given = dict(zip(self.inputs, tensors, strict=True))
-        found = self.model(**given, return_dict=True)
-        return tuple(found[name] for name in self.outputs)
+        output = self.model(**dict(zip(self.inputs, tensors, strict=True)), return_dict=True)
+        return tuple(output[name] for name in self.outputs)
 
 
 @torch.no_grad()
@@ -91,72 +89,73 @@ def export_onnx(
     folder: str | os.PathLike,
     inputs: Mapping[str, Tensor] | None = None,
 ) -> OnnxExport:
-    """Writes a packed encoder as an ONNX file, with any batch size and length.
+    """Export a packed encoder as an ONNX file with dynamic batch size and sequence length.
 
     Args:
-        model: a model packed by this package, of one forward: a classifier, a tagger, an encoder.
-        folder: where to write; made if it is not there.
-        inputs: an example of what goes in, by name; its first dimension is the batch, the second
-            of an integer tensor the length. Default: ids, mask and (where the model knows several)
-            token types, or pixels of the size that the config names.
+        model: a packed model that runs in one forward pass, e.g. a classifier, tagger or encoder.
+        folder: output folder; created if it does not exist.
+        inputs: example inputs by name. The first dimension is the batch; the second dimension of
+            integer tensors is the sequence length. Default: input ids, attention mask and, if the
+            model has several, token types; or pixels of the image size in the config.
 
     Returns:
-        What was written.
+        The folder, the names of inputs and outputs, and the file's size.
 
     Raises:
-        ImportError: if ``onnx`` and ``onnxscript`` are not installed.
+        ImportError: if ``onnx`` or ``onnxscript`` is not installed.
         ValueError: if the model is not packed, generates token by token, or needs ``inputs``.
     """
     require_packed(model, "export_onnx")
-    _require_one_forward(model)
+    if model.config.is_encoder_decoder or model.can_generate():
+        raise ValueError(
+            f"export_onnx: {type(model).__name__} generates token by token, and a graph with a "
+            "cache is not supported; export a model that runs in one forward pass, e.g. from "
+            "AutoModelForSequenceClassification"
+        )
     optimizer = _onnxscript().optimizer
-    plain = _held_as_stored(model)
-    inputs = dict(inputs or _example(model))
-    outputs = tuple(
-        name
-        for name, value in plain(**inputs, return_dict=True).items()
-        if isinstance(value, Tensor)
-    )
-    with _quiet():
+    stored = _with_stored_state(model)
+    inputs = dict(inputs or _example_inputs(model))
+    outputs = stored(**inputs, return_dict=True)
+    outputs = tuple(name for name, value in outputs.items() if isinstance(value, Tensor))
+    with _quiet_exporter():
         program = torch.onnx.export(
-            _Forward(plain, tuple(inputs), outputs).eval(),
+            _PositionalForward(stored, tuple(inputs), outputs).eval(),
             tuple(inputs.values()),
             dynamo=True,
             optimize=False,  # it would fold the decoding into dense weights
             verbose=False,
             input_names=list(inputs),
             output_names=list(outputs),
-            dynamic_shapes=(tuple(_free_axes(tensor) for tensor in inputs.values()),),
+            dynamic_shapes=(tuple(_dynamic_axes(tensor) for tensor in inputs.values()),),
             custom_translation_table={torch.ops.aten.__rshift__.Tensor: _shift_right},
         )
     optimizer.optimize_ir(program.model, should_fold=_may_fold)
-    _strip(program.model)
+    _strip_metadata(program.model)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     program.save(folder / FILE_NAME)
     config = deepcopy(model.config)
     del config.quantization_config
     config.save_pretrained(folder)
-    size = (folder / FILE_NAME).stat().st_size
-    return OnnxExport(folder, tuple(inputs), outputs, size)
+    return OnnxExport(folder, tuple(inputs), outputs, (folder / FILE_NAME).stat().st_size)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what is named above; all else that is said comes through."""
+def _quiet_exporter() -> Iterator[None]:
+    """Suppress the messages listed above, and no others."""
 
-    def is_said(record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith(_IDLE_WORDS)
+    def is_relevant(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(_IGNORED_LOG)
 
-    logger = logging.getLogger(_IDLE_LOGGER)
-    logger.addFilter(is_said)
+    logger = logging.getLogger(_EXPORTER_LOGGER)
+    logger.addFilter(is_relevant)
     try:
         with warnings.catch_warnings():
-            for kind, words in _IDLE_WARNINGS:
-                warnings.filterwarnings("ignore", words, kind)
+            for category, pattern in _IGNORED_WARNINGS:
+                warnings.filterwarnings("ignore", pattern, category)
             yield
     finally:
-        logger.removeFilter(is_said)
+        logger.removeFilter(is_relevant)
 
 
 def _onnxscript():
@@ -165,53 +164,41 @@ def _onnxscript():
         import onnxscript.optimizer
     except ImportError as error:
         raise ImportError(
-            f"export_onnx needs {error.name}: pip install 'hf-quantnoise[onnx]'"
+            f"export_onnx requires {error.name}; run pip install 'hf-quantnoise[onnx]'"
         ) from error
     return onnxscript
 
 
-def _require_one_forward(model: PreTrainedModel) -> None:
-    if model.config.is_encoder_decoder or model.can_generate():
-        raise ValueError(
-            f"export_onnx: {type(model).__name__} generates token by token, with a cache that the "
-            "graph would have to hold; only models of one forward are exported, e.g. "
-            "AutoModelForSequenceClassification"
-        )
-
-
-def _held_as_stored(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy, in eval mode, whose packed layers hold their state in the dtypes of a saved file."""
-    plain = deepcopy(model).eval()
-    held: dict[int, dict[str, nn.Parameter]] = {}
-    for _, layer in packed_layers(plain):
-        key = id(layer.weight_indices)  # tied layers go on sharing one set
-        if key not in held:
-            state = {name: tensor.detach() for name, tensor in layer.state.items()}
-            held[key] = {
-                PREFIX + name: nn.Parameter(layer.quantizer.to_storage(name, tensor, state), False)
+def _with_stored_state(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a copy in eval mode whose packed layers hold their state in the dtypes of the file."""
+    model = deepcopy(model).eval()
+    stored: dict[int, dict[str, nn.Parameter]] = {}
+    for _, layer in packed_layers(model):
+        quantizer, state = layer.quantizer, layer.state
+        key = id(layer.weight_indices)  # tied layers continue to share one set of tensors
+        if key not in stored:
+            state = {name: tensor.detach() for name, tensor in state.items()}
+            stored[key] = {
+                PREFIX + name: nn.Parameter(quantizer.to_storage(name, tensor, state), False)
                 for name, tensor in state.items()
             }
-        _hold(layer, held[key])
-    return plain
+        layer._storage_quantizer, layer._dtype = quantizer, next(iter(state.values())).dtype
+        if isinstance(quantizer, ProductQuantizer):
+            # Values read from storage are already rounded.
+            layer.quantizer = replace(quantizer, codebook_bits=32)
+        for name, tensor in stored[key].items():
+            layer.register_parameter(name, tensor)
+        layer.__class__ = type(type(layer).__name__, (_StoredState, type(layer)), {})
+    return model
 
 
-def _hold(layer: PackedLayer, tensors: dict[str, nn.Parameter]) -> None:
-    layer._stored, layer._dtype = layer.quantizer, next(iter(layer.state.values())).dtype
-    if isinstance(layer.quantizer, ProductQuantizer):
-        # What is read from storage is rounded already.
-        layer.quantizer = replace(layer.quantizer, codebook_bits=32)
-    for name, tensor in tensors.items():
-        layer.register_parameter(name, tensor)
-    layer.__class__ = type(type(layer).__name__, (_AsStored, type(layer)), {})
-
-
-def _example(model: PreTrainedModel) -> dict[str, Tensor]:
-    """A batch of two for the graph to be traced on."""
-    config, takes = model.config, inspect.signature(model.forward).parameters
+def _example_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return a batch of two examples to trace the graph with."""
+    config, parameters = model.config, inspect.signature(model.forward).parameters
     if model.main_input_name == "input_ids":
         ids = (torch.arange(16) % config.vocab_size).view(2, 8)
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        if "token_type_ids" in takes and getattr(config, "type_vocab_size", 0) > 1:
+        if "token_type_ids" in parameters and getattr(config, "type_vocab_size", 0) > 1:
             batch["token_type_ids"] = torch.zeros_like(ids)
         return {name: tensor.to(model.device) for name, tensor in batch.items()}
     size, channels = (getattr(config, name, None) for name in ("image_size", "num_channels"))
@@ -219,31 +206,33 @@ def _example(model: PreTrainedModel) -> dict[str, Tensor]:
         pixels = torch.zeros(2, channels, size, size, dtype=model.dtype, device=model.device)
         return {"pixel_values": pixels}
     raise ValueError(
-        f"export_onnx: {type(model).__name__} takes {model.main_input_name}, of a shape that its "
-        "config does not say; give an example batch, inputs={name: tensor}"
+        f"export_onnx: the shape of {model.main_input_name} is not in the config of "
+        f"{type(model).__name__}; pass an example batch, inputs={{name: tensor}}"
     )
 
 
-def _free_axes(tensor: Tensor) -> dict[int, str]:
+def _dynamic_axes(tensor: Tensor) -> dict[int, str]:
     is_tokens = not tensor.is_floating_point() and tensor.dim() > 1
     return {0: "batch", 1: "length"} if is_tokens else {0: "batch"}
 
 
-def _shift_right(numbers, places):
-    """uint8 >> uint8, which torch 2.13 has no translation for."""
-    return _onnxscript().opset18.BitShift(numbers, places, direction="RIGHT")
+def _shift_right(values, bits):
+    """Translate uint8 >> uint8, which torch 2.13 does not support."""
+    return _onnxscript().opset18.BitShift(values, bits, direction="RIGHT")
 
 
 def _may_fold(node) -> bool | None:
-    """False for what reads codes or codebooks, None (by size) for the rest. Folding needs constant
-    inputs, so all that is decoded from them stays too."""
+    """Return False for nodes that read codes or codebooks, None (decide by size) for all others.
+
+    Only nodes with constant inputs are folded, so everything computed from these is kept too.
+    """
     names = (value.name or "" for value in node.inputs if value is not None)
-    packed = any(name.rpartition(".")[2].startswith(PREFIX) for name in names)
-    return False if packed else None
+    is_packed = any(name.rpartition(".")[2].startswith(PREFIX) for name in names)
+    return False if is_packed else None
 
 
-def _strip(program) -> None:
-    """Takes out where in Python each node came from: it weighs more than small weights do."""
+def _strip_metadata(program) -> None:
+    """Remove the Python stack trace of each node, which can be larger than small weights."""
     program.metadata_props.clear()
     for node in program.graph.all_nodes():
         node.metadata_props.clear()

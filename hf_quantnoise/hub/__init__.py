@@ -10,7 +10,6 @@ from .auto import (
     AutoQuantizedModelForSequenceClassification,
     AutoQuantizedModelForTokenClassification,
 )
-from .packer import ModelPacker
 from .quantizer import QuantNoiseHfQuantizer
 
 __all__ = [
@@ -22,6 +21,5 @@ __all__ = [
     "AutoQuantizedModelForSeq2SeqLM",
     "AutoQuantizedModelForSequenceClassification",
     "AutoQuantizedModelForTokenClassification",
-    "ModelPacker",
     "QuantNoiseHfQuantizer",
 ]

@@ -18,7 +18,9 @@ from transformers.quantizers.base import HfQuantizer
 from ..configuration import QUANT_METHOD, QuantizedModelConfig
 from ..modeling import PackedLayer, packed_layers, packed_shapes, read_states, unpack_model
 from ..modeling.packed import PREFIX
-from ..modeling.restructure import declare_shared, tied_late
+from ..modeling.packer import ModelPacker
+from ..modeling.structural_changes import declare_shared, tied_after_loading
+from ..modeling.ties import restore_ties
 from ..sharing import share, unshare
 from .card import CARD_ATTRIBUTE, TAGS
 from .offload import cannot_be_fetched, fetched, is_offloaded, require_in_memory, was_read
@@ -31,7 +33,6 @@ from .skeleton import (
     require_shapes,
     sentinel_names,
 )
-from .ties import restore_ties
 
 register_quantization_config(QUANT_METHOD)(QuantizedModelConfig)
 
@@ -78,6 +79,18 @@ class QuantNoiseHfQuantizer(HfQuantizer):
         """They stay as they are."""
         return weight_conversions
 
+    def attach(self, model: PreTrainedModel) -> None:
+        """Mark a model that was packed in memory as quantized, so that it saves and trains."""
+        config = self.quantization_config
+        model.hf_quantizer = self
+        model.is_quantized = True
+        model.quantization_method = config.quant_method
+        model.config.quantization_config = config
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                module.config._is_quantized = True
+        model.add_model_tags(list(TAGS))
+
     # ---- loading --------------------------------------------------------------------------------
 
     def _process_model_before_weight_loading(
@@ -101,8 +114,6 @@ class QuantNoiseHfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs):
         if not self.pre_quantized:
-            from .packer import ModelPacker  # it needs this module's class
-
             require_in_memory(model)
             model.is_quantized = False  # it is dense until now; packing marks it
             ModelPacker(model, self.quantization_config).pack_all()
@@ -144,9 +155,9 @@ class QuantNoiseHfQuantizer(HfQuantizer):
                 )
 
     def _tie_late(self, model: PreTrainedModel) -> None:
-        """Ties what transformers would have spoilt; see :func:`tied_late`."""
+        """Ties what transformers would have spoilt; see :func:`tied_after_loading`."""
         shared = self.quantization_config.shared_layers
-        if not (late := tied_late(model, shared)):
+        if not (late := tied_after_loading(model, shared)):
             return
         for name in late:
             if is_offloaded(model.get_submodule(name.rpartition(".")[0])):
@@ -237,15 +248,3 @@ def _align(model: PreTrainedModel) -> None:
                 continue
             if parameter.data_ptr() % LINE:
                 parameter.data = parameter.data.clone()
-
-
-def attach(model: PreTrainedModel, config: QuantizedModelConfig) -> None:
-    """Marks a model that was packed in memory as quantized, so that it saves and trains as one."""
-    model.hf_quantizer = QuantNoiseHfQuantizer(config, pre_quantized=True)
-    model.is_quantized = True
-    model.quantization_method = config.quant_method
-    model.config.quantization_config = config
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            module.config._is_quantized = True
-    model.add_model_tags(list(TAGS))

@@ -16,10 +16,10 @@ from transformers.utils import logging
 from ..blocks import matrix_shape
 from ..configuration import LAYER_KEYS, QuantizedModelConfig
 from ..modeling import PackedLayer, is_packed, pack_skeleton, packed_names
-from ..modeling.restructure import declare_shared, tied_late
+from ..modeling.structural_changes import declare_shared, tied_after_loading
+from ..modeling.ties import TieRewriter
 from ..quantizers import Quantizer, quantizer_from_dict
 from ..structure import is_layer, unsaved_tensors
-from .ties import TieRewriter
 
 logger = logging.get_logger(__name__)
 
@@ -98,7 +98,7 @@ def build_skeleton(
         pack_skeleton(layers[name], entry_quantizer(entry), entry.get("activation_bits"))
         layers[name]._shape_only = True
     rewriter.rewrite({name: packed_names(layer) for name, layer in layers.items()})
-    late = tied_late(model, own.shared_layers)
+    late = tied_after_loading(model, own.shared_layers)
     declare_shared(model, own.shared_layers, without=late)
     model._keys_to_ignore_on_load_missing.update(f"^{re.escape(name)}$" for name in late)
     return own, layers, plan.keys() - stored.keys()

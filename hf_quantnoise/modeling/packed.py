@@ -22,8 +22,8 @@ from ..quantizers import Quantizer
 from ..quantizers.fixed_point import round_activations
 from ..quantizers.packing import unpack_codes
 from .activations import InputObserver
-from .decoded import refuse, shown
-from .fixed import NonTrainableParameter
+from .non_trainable import NonTrainableParameter
+from .read_only_weight import refuse, shown
 from .stored import take_stored
 
 PREFIX = "weight_"

@@ -1,4 +1,4 @@
-"""Quantization noise (section 4): the quantizers, applied to a random part of the weights."""
+"""Quantization noise (section 4): quantizers applied to a random subset of the blocks."""
 
 from .functions import NoiseFunction
 from .injection import apply_quant_noise, noised_layers, remove_quant_noise

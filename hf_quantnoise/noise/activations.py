@@ -1,4 +1,4 @@
-"""Fixed-point activations while training (section 7.7)."""
+"""Fixed-point noise on activations during training (section 7.7)."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from .block_mask import in_backward
 
 
 class ActivationNoise:
-    """Rounds what enters one layer to N bits, between the extremes of the first forwards.
+    """Rounds the input of one layer to N bits, within the range seen in the first forwards.
 
-    A forward exchanges nothing with other ranks: layer dropping, or a router, may leave the layer
-    out on one of them. :func:`share_ranges` does, between the forwards.
+    A forward never communicates with other ranks, because LayerDrop or a router may skip the layer
+    on some of them. :func:`share_ranges` synchronizes the ranges between forwards.
 
     Args:
         bits: N.
-        calibration: number of forwards that are only watched.
+        calibration: number of forwards that only observe the range.
 
     Attributes:
-        seen: how many have been.
+        seen: number of forwards observed so far.
         range: their extremes, float32 scalars; None before the first.
     """
 
@@ -34,76 +34,73 @@ class ActivationNoise:
         self.calibration = calibration
         self.seen = 0
         self.range: tuple[Tensor, Tensor] | None = None
-        # Forwards that gradient checkpointing may be about to recompute: those only watched, and
-        # those rounded since the last of them.
-        self._watched = self._rounded = 0
+        # Forwards that gradient checkpointing may still recompute: the observed ones, and the
+        # rounded ones after the last observed one.
+        self._pending_observed = self._pending_rounded = 0
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        """The inputs, rounded once calibration is over; shape and dtype stay."""
-        # A compiler recomputes inside of its graphs, without this call.
+        """Return the inputs, rounded once calibration is over; shape and dtype stay."""
+        # A compiled graph is recomputed inside the compiler, without this call.
         if not torch.compiler.is_compiling() and in_backward():
-            is_watched = self._was_watched()
+            only_observed = self._recomputes_observed()
         else:
-            is_watched = self._watch(inputs)
-        if is_watched:
+            only_observed = self._observe(inputs)
+        if only_observed:
             return inputs
-        state = FixedPointQuantizer(bits=self.bits).state_of_range(*self._on(inputs))
+        state = FixedPointQuantizer(bits=self.bits).state_of_range(*self._range_on(inputs.device))
         return round_activations(inputs, state, self.bits)
 
-    def _watch(self, inputs: Tensor) -> bool:
-        """Takes a forward into account; whether it is only watched."""
-        is_watched = self.seen < self.calibration
-        if is_watched:
+    def _observe(self, inputs: Tensor) -> bool:
+        """Count a forward, widen the range, and return whether it is only observed."""
+        only_observed = self.seen < self.calibration
+        if only_observed:
             with torch.no_grad():
-                self.range = extremes(inputs.detach().float(), self._on(inputs))
+                self.range = extremes(inputs.detach().float(), self._range_on(inputs.device))
             self.seen += 1
         if not torch.compiler.is_compiling():
-            self._watched += is_watched
-            self._rounded += not is_watched and self._watched > 0
-        return is_watched
+            self._pending_observed += only_observed
+            self._pending_rounded += not only_observed and self._pending_observed > 0
+        return only_observed
 
-    def _was_watched(self) -> bool:
-        """Whether the forward that is recomputed was only watched; they come last one first."""
-        if self._rounded:
-            self._rounded -= 1
+    def _recomputes_observed(self) -> bool:
+        """Return whether the recomputed forward was only observed; the last comes back first."""
+        if self._pending_rounded:
+            self._pending_rounded -= 1
             return False
-        was_watched = self._watched > 0
-        self._watched -= was_watched
-        return was_watched
+        only_observed = self._pending_observed > 0
+        self._pending_observed -= only_observed
+        return only_observed
 
-    def _on(self, inputs: Tensor) -> tuple[Tensor, Tensor] | None:
-        if self.range is not None and self.range[0].device != inputs.device:
-            self.range = tuple(value.to(inputs.device) for value in self.range)
+    def _range_on(self, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        if self.range is not None and self.range[0].device != device:
+            self.range = tuple(value.to(device) for value in self.range)
         return self.range
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Tensors for a checkpoint; ``load_state_dict`` is the inverse."""
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """The tensors of a checkpoint, scalars; setting them restores the noise."""
         low, high = self.range if self.range is not None else (torch.zeros(()), torch.zeros(()))
         return {"low": low, "high": high, "seen": torch.tensor(self.seen)}
 
-    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
-        """Takes over what :meth:`state_dict` gave."""
+    @state.setter
+    def state(self, tensors: dict[str, Tensor]) -> None:
         self.seen = int(tensors["seen"])
         self.range = (tensors["low"], tensors["high"]) if self.seen else None
 
 
 def share_ranges(noises: Sequence[ActivationNoise]) -> bool:
-    """Gives each layer the extremes over the batches of all ranks, and the forwards of the rank
-    that has watched most. On all ranks of a distributed run, between forwards.
+    """Give each layer the extremes over all ranks' batches, and the largest count of forwards.
+
+    Must be called on all ranks of a distributed run, between forwards.
 
     Returns:
-        Whether calibration is over for all layers, so that there is nothing more to share; the
-        same on every rank.
+        Whether calibration is over for all layers; the same on every rank.
     """
     if is_distributed() and noises:
-        _take_widest(noises)
+        devices = [noise.range[0].device for noise in noises if noise.range is not None]
+        device = devices[0] if devices else torch.device("cpu")
+        ranges = widest_over_ranks([noise.range for noise in noises], device)
+        seen = max_over_ranks(torch.tensor([noise.seen for noise in noises], device=device))
+        for noise, widest, count in zip(noises, ranges, seen.tolist(), strict=True):
+            noise.seen, noise.range = count, widest if count else None
     return all(noise.seen >= noise.calibration for noise in noises)
-
-
-def _take_widest(noises: Sequence[ActivationNoise]) -> None:
-    known = [noise.range[0].device for noise in noises if noise.range is not None]
-    device = known[0] if known else torch.device("cpu")
-    ranges = widest_over_ranks([noise.range for noise in noises], device)
-    seen = max_over_ranks(torch.tensor([noise.seen for noise in noises], device=device))
-    for noise, widest, count in zip(noises, ranges, seen.tolist(), strict=True):
-        noise.seen, noise.range = count, widest if count else None

@@ -1,9 +1,9 @@
-"""J, the random blocks that a noise falls on in one forward (Eq. 6).
+"""J, the random subset of blocks that get noise in one forward (Eq. 6).
 
-Drawing is what noise costs, so it is done the cheapest way for each rate: a list of random indices
-for small rates, a mask made of 16-bit random words for large ones. Draws come from torch's global
-generator inside the layer's forward: a seed reproduces them, and the recomputation of gradient
-checkpointing, which restores that generator, sees the same J again.
+Sampling dominates the cost of noise, so each rate uses the cheapest method: a list of random
+indices for small rates, a mask from 16-bit random words for large ones. Samples come from torch's
+global generator inside the layer's forward. A seed therefore reproduces them, and gradient
+checkpointing, which restores that generator, recomputes with the same J.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Above this rate a mask is cheaper than the longer and longer list of draws.
-MASK_ABOVE = 0.3
-# Below so many expected blocks a fixed number of draws would round the share noticeably.
-FEW_BLOCKS = 64
-# How many past draws of a tied weight can still be recomputed.
-REMEMBERED_DRAWS = 4096
+# Above this rate a mask is cheaper than a list of indices.
+MAX_INDEX_RATE = 0.3
+# With fewer expected blocks, rounding the number of indices would bias the share noticeably.
+MIN_EXPECTED_BLOCKS = 64
+# Number of past forwards of a tied weight that can still be recomputed.
+MAX_REMEMBERED_SEEDS = 4096
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,9 @@ class BlockMask:
 
     Attributes:
         count: number of blocks to choose from.
-        indices: the chosen blocks, shape (k,), int64, some of them twice; or None.
-        mask: True for the chosen blocks, shape (count,); or None. With neither, all are chosen.
+        indices: the chosen blocks, shape (k,), int64, possibly with duplicates; or None.
+        mask: True for the chosen blocks, shape (count,); or None. If both are None, all blocks are
+            chosen.
     """
 
     count: int
@@ -38,37 +39,35 @@ class BlockMask:
     mask: Tensor | None = None
 
     @property
-    def everything(self) -> bool:
+    def is_full(self) -> bool:
         """Whether J holds every block (p = 1, QAT)."""
         return self.indices is None and self.mask is None
 
-    def as_mask(self, device: torch.device | str | None = None) -> Tensor:
-        """True for the chosen blocks, shape (count,)."""
+    def as_mask(self) -> Tensor:
+        """Return a boolean tensor of shape (count,), True for the chosen blocks."""
         if self.mask is not None:
             return self.mask
         if self.indices is None:
-            return torch.ones(self.count, dtype=torch.bool, device=device)
+            return torch.ones(self.count, dtype=torch.bool)
         mask = torch.zeros(self.count, dtype=torch.bool, device=self.indices.device)
         return mask.index_fill_(0, self.indices, True)
 
-    def of_rows(self, rows: Tensor, blocks_per_row: int) -> BlockMask:
-        """The part of J that falls on some rows: rows, shape (n,), may repeat."""
-        if self.everything:
-            return BlockMask(rows.numel() * blocks_per_row)
-        return BlockMask(
-            rows.numel() * blocks_per_row,
-            mask=self.as_mask().view(-1, blocks_per_row)[rows].reshape(-1),
-        )
+    def select_rows(self, rows: Tensor, blocks_per_row: int) -> BlockMask:
+        """Return J over the blocks of some rows; rows, shape (n,), may repeat."""
+        count = rows.numel() * blocks_per_row
+        if self.is_full:
+            return BlockMask(count)
+        return BlockMask(count, mask=self.as_mask().view(-1, blocks_per_row)[rows].reshape(-1))
 
-    def of_clusters(self, codes: Tensor) -> BlockMask:
-        """J over blocks, from J over clusters: codes, any shape, name the cluster of each block."""
-        if self.everything:
+    def expand_clusters(self, codes: Tensor) -> BlockMask:
+        """Turn J over clusters into J over blocks; codes hold the cluster of each block."""
+        if self.is_full:
             return BlockMask(codes.numel())
         mask = self.as_mask().to(codes.device)
         return BlockMask(codes.numel(), mask=mask[codes.reshape(-1).int()])
 
     def zero(self, blocks: Tensor) -> None:
-        """Zeroes the chosen blocks in place; blocks: (count, block size), contiguous."""
+        """Zero the chosen blocks in place; blocks: (count, block size), contiguous."""
         if self.indices is not None:
             blocks.index_fill_(0, self.indices, 0.0)
         elif self.mask is not None:
@@ -76,15 +75,15 @@ class BlockMask:
         else:
             blocks.zero_()
 
-    def replace(self, blocks: Tensor, values: Callable[[Tensor | None], Tensor]) -> None:
-        """Replaces the chosen blocks in place.
+    def replace(self, blocks: Tensor, new_values: Callable[[Tensor | None], Tensor]) -> None:
+        """Replace the chosen blocks in place.
 
         Args:
             blocks: (count, block size), contiguous.
-            values: gives the new blocks for a list of indices, shape (k, block size), or for None
-                those of all blocks, shape (count, block size).
+            new_values: returns the new blocks for a list of indices, shape (k, block size), or for
+                None those of all blocks, shape (count, block size).
         """
-        new = values(self.indices).to(blocks.dtype)
+        new = new_values(self.indices).to(blocks.dtype)
         if self.indices is not None and blocks.shape[1] == 1:
             blocks.view(-1).scatter_(0, self.indices, new.reshape(-1))
         elif self.indices is not None:
@@ -96,29 +95,24 @@ class BlockMask:
             blocks.copy_(new.view(blocks.shape))
 
 
-def draw(
+def sample_mask(
     count: int, p: float, device: torch.device, generator: torch.Generator | None = None
 ) -> BlockMask:
-    """Draws J: each of ``count`` blocks with probability ``p``, 0 < p <= 1.
+    """Sample J: each of ``count`` blocks with probability ``p``, 0 < p <= 1.
 
-    The share is unbiased at any size: a fixed number of draws with replacement, chosen so that the
-    expected share is p, is taken only where its rounding does not show. p = 1 draws nothing.
-
-    Args:
-        count: number of blocks.
-        p: rate.
-        device: where the blocks live.
-        generator: None takes torch's global one.
+    The share is unbiased at any size. Indices are sampled with replacement, in a fixed number
+    chosen so that the expected share is p; this is used only where rounding that number does not
+    show. p = 1 uses no random values. Without a generator, torch's global one is used.
     """
     if p >= 1.0:
         return BlockMask(count)
-    # Dynamo has no Tensor.random_, and a list of draws has no advantage in fused code.
-    if torch.compiler.is_compiling() or count * p < FEW_BLOCKS:
+    # Dynamo has no Tensor.random_, and indices have no advantage in fused code.
+    if torch.compiler.is_compiling() or count * p < MIN_EXPECTED_BLOCKS:
         return BlockMask(count, mask=torch.rand(count, device=device, generator=generator) < p)
-    if p <= MASK_ABOVE:
-        # 1 - (1 - 1/count)^draws = p
-        draws = round(math.log1p(-p) / math.log1p(-1.0 / count))
-        indices = torch.randint(count, (draws,), device=device, generator=generator)
+    if p <= MAX_INDEX_RATE:
+        # 1 - (1 - 1/count)^n = p
+        n_indices = round(math.log1p(-p) / math.log1p(-1.0 / count))
+        indices = torch.randint(count, (n_indices,), device=device, generator=generator)
         return BlockMask(count, indices=indices)
     return BlockMask(count, mask=_random_mask(count, p, device, generator))
 
@@ -126,9 +120,10 @@ def draw(
 def _random_mask(
     count: int, p: float, device: torch.device, generator: torch.Generator | None
 ) -> Tensor:
-    """True with probability p, to 1/65536: four 16-bit words from each 64-bit random number."""
+    """Return a mask that is True with probability p, to 1/65536."""
     if device.type not in ("cpu", "cuda"):
         return torch.rand(count, device=device, generator=generator) < p
+    # Four 16-bit words from each 64-bit random value.
     words = torch.empty(-(-count // 4), dtype=torch.int64, device=device)
     words.random_(-(2**63), None, generator=generator)
     threshold = min(round(p * 65536) - 32768, 32767)
@@ -136,31 +131,30 @@ def _random_mask(
 
 
 def in_backward() -> bool:
-    """Whether a backward pass is running: a forward inside of it can only be the recomputation of
-    gradient checkpointing."""
+    """Return whether a backward runs, in which a forward can only be a recomputation."""
     return torch._C._current_graph_task_id() != -1
 
 
 class SharedMaskSampler:
-    """One J per forward for several layers that hold the same weight.
+    """Samples one J per forward for several layers that hold the same weight.
 
-    The first layer of a forward draws a seed; the others take it up; a layer that comes a second
-    time begins a new forward. J follows from the seed alone. Each layer also draws a ticket from
-    torch's global generator, only to be known again: in the recomputation of gradient checkpointing
-    the restored generator gives the same ticket, whatever the order in which layers come back.
+    The first layer of a forward draws a seed, which the others reuse; a layer that is called a
+    second time starts a new forward. J depends on the seed only. Each layer also draws a ticket
+    from torch's global generator, which identifies its call: when gradient checkpointing restores
+    the generator and recomputes the layers in any order, the same ticket finds the same seed.
 
     Args:
         members: number of layers.
 
     Attributes:
-        met: numbers of the layers that have asked for J yet.
+        called: indices of the layers that have sampled J so far.
     """
 
     def __init__(self, members: int) -> None:
         self.members = members
-        self.met: set[int] = set()
+        self.called: set[int] = set()
         self._seed: int | None = None
-        self._done: set[int] = set()
+        self._called_in_forward: set[int] = set()
         self._seed_of_ticket: dict[int, int] = {}
         self._cached: tuple[tuple, list[BlockMask]] | None = None
 
@@ -168,37 +162,31 @@ class SharedMaskSampler:
         return {**self.__dict__, "_cached": None}
 
     def seed_for(self, member: int) -> int:
-        """The seed of J for a layer's present forward (or recomputation)."""
+        """Return the seed of J for a layer's current forward or recomputation."""
         ticket = int(torch.randint(2**63 - 1, ()))
         if in_backward() and ticket in self._seed_of_ticket:
             return self._seed_of_ticket[ticket]
-        if self._seed is None or member in self._done:
-            self._seed, self._done = ticket, set()
-        self._done.add(member)
+        if self._seed is None or member in self._called_in_forward:
+            self._seed, self._called_in_forward = ticket, set()
+        self._called_in_forward.add(member)
         self._seed_of_ticket[ticket] = self._seed
-        while len(self._seed_of_ticket) > REMEMBERED_DRAWS:
+        while len(self._seed_of_ticket) > MAX_REMEMBERED_SEEDS:
             del self._seed_of_ticket[next(iter(self._seed_of_ticket))]
         return self._seed
 
     @torch.compiler.disable
-    def draw(
+    def sample_masks(
         self, member: int, sizes: Sequence[tuple[int, float]], device: torch.device
     ) -> list[BlockMask]:
-        """J of each noise, for a layer's present forward.
-
-        Args:
-            member: number of the layer.
-            sizes: (number of blocks, rate) of each noise in order.
-            device: where the blocks live.
-        """
-        self.met.add(member)
+        """Sample J of each noise, given its (number of blocks, rate), for a layer's forward."""
+        self.called.add(member)
         if all(p >= 1.0 for _, p in sizes):
             return [BlockMask(count) for count, _ in sizes]
         key = (self.seed_for(member), tuple(sizes), device)
         if self._cached is not None and self._cached[0] == key:
-            selections = self._cached[1]
+            masks = self._cached[1]
         else:
             generator = torch.Generator(device).manual_seed(key[0])
-            selections = [draw(count, p, device, generator) for count, p in sizes]
-        self._cached = None if len(self._done) == self.members else (key, selections)
-        return selections
+            masks = [sample_mask(count, p, device, generator) for count, p in sizes]
+        self._cached = None if len(self._called_in_forward) == self.members else (key, masks)
+        return masks

@@ -1,7 +1,7 @@
-"""The noise functions phi of section 4: what becomes of a block that is in J.
+"""The noise functions phi of section 4, which replace the blocks in J.
 
-``"pq"`` and ``"intN"`` are the package's quantizers applied to some blocks only, so noise and
-storage cannot disagree. A new noise is a subclass of :class:`NoiseFunction` with a decorator.
+``"pq"`` and ``"intN"`` are the package's quantizers applied to some of the blocks, so noise and
+storage cannot disagree. A new noise is a registered subclass of :class:`NoiseFunction`.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ class NoiseFunction(ABC):
 
     Args:
         name: the name it is registered under.
-        config: the whole noise config.
-        block_size: numbers per block for this weight.
+        config: the noise config.
+        block_size: elements per block of this weight.
         n_centroids: size of its codebook, for noises that have one.
 
     Attributes:
-        reads_block_size: False where the noise works on single weights.
-        by_cluster: whether J consists of whole clusters (``block_selection="cluster"``).
-        refreshed: which refresh keeps its state current: ``"codebooks"``, ``"scales"`` or None.
-        state: fitted tensors. They are no buffers: nothing of them enters the model's state_dict.
+        reads_block_size: False if the noise works on single weights.
+        by_cluster: whether J is a set of clusters (``block_selection="cluster"``).
+        refreshed: which refresh updates its state: ``"codebooks"``, ``"scales"`` or None.
+        state: fitted tensors. They are not buffers, so the model's ``state_dict`` is unchanged.
     """
 
     reads_block_size: ClassVar[bool] = True
@@ -46,69 +46,40 @@ class NoiseFunction(ABC):
         self.state: dict[str, Tensor] = {}
 
     def check(self, rows: int, columns: int) -> str | None:
-        """None if the noise can work on a (rows, columns) matrix, else the reason why not."""
+        """Return why the noise cannot work on a (rows, columns) matrix, or None if it can."""
         if columns % self.block_size:
             return f"block_size={self.block_size} does not divide its {columns} columns"
         return None
 
-    def refresh(self, matrix: Tensor, seed: int) -> None:
-        """Fits the state to a weight matrix (rows, columns), from the old state where it helps."""
-        return None
+    def refresh(self, matrix: Tensor, seed: int) -> None:  # noqa: B027
+        """Fit the state to a weight matrix (rows, columns), starting from the old state if any."""
 
     def n_choices(self, n_blocks: int) -> int:
-        """What J is drawn from: the blocks, or the clusters they belong to."""
+        """Return the size of the set J is sampled from: blocks, or clusters of blocks."""
         return self.quantizer.n_centroids if self.by_cluster else n_blocks
 
     @abstractmethod
-    def distort(self, matrix: Tensor, selection: BlockMask, rows: Tensor | None = None) -> None:
-        """Applies phi to the blocks in J, in place.
+    def distort(self, matrix: Tensor, chosen: BlockMask, rows: Tensor | None = None) -> None:
+        """Apply phi to the blocks in J, in place.
 
         Args:
             matrix: a contiguous copy of the weight matrix (rows, columns), or of some of its rows.
-            selection: J over the blocks of ``matrix``.
+            chosen: J over the blocks of ``matrix``.
             rows: which rows of the weight ``matrix`` holds, shape (n,); None for all in order.
         """
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The fitted tensors."""
-        return dict(self.state)
-
-    def check_state(self, tensors: dict[str, Tensor]) -> None:
-        """Refuses tensors that are not those of this noise and weight.
-
-        Raises:
-            ValueError: naming what differs.
-        """
-        if tensors.keys() != self.state.keys():
-            raise ValueError(
-                f"the state of {self.name!r} noise is {sorted(self.state)}, not {sorted(tensors)}"
-            )
-        for key, tensor in tensors.items():
-            own = tuple(self.state[key].shape)
-            if tuple(tensor.shape) != own:
-                raise ValueError(
-                    f"{key} of {self.name!r} noise has shape {own}, not {tuple(tensor.shape)}"
-                )
-
-    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
-        """Takes over what :meth:`state_dict` gave; see :meth:`check_state`."""
-        self.check_state(tensors)
-        self.state = {
-            key: tensor.detach().to(self.state[key], copy=True) for key, tensor in tensors.items()
-        }
-
     def _state_on(self, device: torch.device) -> dict[str, Tensor]:
-        """The state where the weight now lives: a model may be moved after the noise was fitted."""
+        """Return the state on the weight's device: the model may have moved since the fit."""
         if any(tensor.device != device for tensor in self.state.values()):
             self.state = {key: tensor.to(device) for key, tensor in self.state.items()}
         return self.state
 
 
 class BlockNoise(NoiseFunction):
-    """A noise on blocks of several numbers, which knows their clusters where it needs them.
+    """A noise on blocks of several elements, which keeps their codes if it needs them.
 
-    With ``block_selection="cluster"`` J consists of the blocks of randomly chosen clusters (table
-    5), so that every such noise needs an assignment: ``codes``, those of the last refresh.
+    With ``block_selection="cluster"`` J consists of all blocks of randomly chosen clusters (table
+    5). Every such noise then needs ``codes``, those of the last refresh.
     """
 
     needs_codes: ClassVar[bool] = False
@@ -129,8 +100,8 @@ class BlockNoise(NoiseFunction):
 
     def refresh(self, matrix: Tensor, seed: int) -> None:
         if self.has_codes:
-            old = {"codebook": self.state["codebook"]} if self.state else None
-            fitted = self.quantizer.fit(matrix, seed=seed, init=old)
+            init = {"codebook": self.state["codebook"]} if self.state else None
+            fitted = self.quantizer.fit(matrix, seed=seed, init=init)
             self.state = {**fitted, "codes": self.quantizer.encode(matrix, fitted)}
 
 
@@ -138,8 +109,8 @@ class BlockNoise(NoiseFunction):
 class ProxyNoise(BlockNoise):
     """phi_proxy(v) = 0: cheap, and close to the noise of product quantization (section 4.2)."""
 
-    def distort(self, matrix: Tensor, selection: BlockMask, rows: Tensor | None = None) -> None:
-        selection.zero(to_blocks(matrix, self.block_size))
+    def distort(self, matrix: Tensor, chosen: BlockMask, rows: Tensor | None = None) -> None:
+        chosen.zero(to_blocks(matrix, self.block_size))
 
 
 @NOISES.register("mean")
@@ -152,40 +123,40 @@ class MeanNoise(BlockNoise):
         super().refresh(matrix, seed)
         self.state["mean"] = to_blocks(matrix, self.block_size).float().mean(dim=0)
 
-    def distort(self, matrix: Tensor, selection: BlockMask, rows: Tensor | None = None) -> None:
+    def distort(self, matrix: Tensor, chosen: BlockMask, rows: Tensor | None = None) -> None:
         blocks = to_blocks(matrix, self.block_size)
         mean = self._state_on(matrix.device)["mean"]
 
-        def values(indices: Tensor | None) -> Tensor:
+        def new_values(indices: Tensor | None) -> Tensor:
             return mean.expand(blocks.shape[0] if indices is None else indices.numel(), -1)
 
-        selection.replace(blocks, values)
+        chosen.replace(blocks, new_values)
 
 
 @NOISES.register("pq")
 class ProductNoise(BlockNoise):
     """phi_PQ(v) = the centroid of v (Eq. 9): exact product quantization of the blocks in J.
 
-    Assignments are those of the last refresh: a block in J becomes ``codebook[codes]``. At p = 1,
-    where nothing of the weight itself would be left to move them, blocks are assigned anew in each
-    forward, which is QAT proper. In a composition "pq" belongs first: it looks at the clean weight.
+    Codes are those of the last refresh: a block in J becomes ``codebook[codes]``. At p = 1, where
+    the forward reads nothing of the weight itself, blocks are encoded again in each forward, as QAT
+    requires. In a composition "pq" belongs first, so that it sees the dense weight.
     """
 
     needs_codes = True
 
-    def distort(self, matrix: Tensor, selection: BlockMask, rows: Tensor | None = None) -> None:
+    def distort(self, matrix: Tensor, chosen: BlockMask, rows: Tensor | None = None) -> None:
         state = self._state_on(matrix.device)
-        if selection.everything:
+        if chosen.is_full:
             matrix.copy_(self.quantizer.quantize(matrix, state))
             return
         codes = state["codes"] if rows is None else state["codes"][rows]
 
-        def values(indices: Tensor | None) -> Tensor:
+        def new_values(indices: Tensor | None) -> Tensor:
             if indices is None:
                 return self.quantizer.decode(codes, state).view(-1, self.block_size)
             return self.quantizer.decode(codes.reshape(-1, 1).index_select(0, indices), state)
 
-        selection.replace(to_blocks(matrix, self.block_size), values)
+        chosen.replace(to_blocks(matrix, self.block_size), new_values)
 
 
 @NOISES.register(*(f"int{bits}" for bits in range(1, 9)))
@@ -210,21 +181,20 @@ class FixedPointNoise(NoiseFunction):
         fitted, (low, high) = self.quantizer.fit_running(matrix, running)
         self.state = {**fitted, "low": low, "high": high}
 
-    def distort(self, matrix: Tensor, selection: BlockMask, rows: Tensor | None = None) -> None:
-        on_device = self._state_on(matrix.device)
-        state = {key: on_device[key] for key in self.quantizer.state_spec(*matrix.shape)}
-        per_row = state["scale"].dim() > 0
-        numbers = to_blocks(matrix, 1)
+    def distort(self, matrix: Tensor, chosen: BlockMask, rows: Tensor | None = None) -> None:
+        quantizer, all_tensors = self.quantizer, self._state_on(matrix.device)
+        state = {key: all_tensors[key] for key in quantizer.state_spec(*matrix.shape)}
+        weights = to_blocks(matrix, 1)
 
-        def values(indices: Tensor | None) -> Tensor:
+        def new_values(indices: Tensor | None) -> Tensor:
             if indices is None:
-                own = state if rows is None else self.quantizer.state_of_rows(state, rows)
-                return self.quantizer.quantize(matrix, own).view(-1, 1)
-            chosen = numbers.index_select(0, indices)
-            if not per_row:
-                return self.quantizer.quantize(chosen, state)
-            owner = indices // matrix.shape[1]
-            owner = owner if rows is None else rows[owner]
-            return self.quantizer.quantize(chosen, self.quantizer.state_of_rows(state, owner))
+                row_state = state if rows is None else quantizer.state_of_rows(state, rows)
+                return quantizer.quantize(matrix, row_state).view(-1, 1)
+            selected = weights.index_select(0, indices)
+            if state["scale"].dim() == 0:
+                return quantizer.quantize(selected, state)
+            row_of_each = indices // matrix.shape[1]
+            row_of_each = row_of_each if rows is None else rows[row_of_each]
+            return quantizer.quantize(selected, quantizer.state_of_rows(state, row_of_each))
 
-        selection.replace(numbers, values)
+        chosen.replace(weights, new_values)

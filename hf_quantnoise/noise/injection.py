@@ -1,4 +1,4 @@
-"""Noise into a model and out of it again: a symmetric pair that touches no parameter."""
+"""Apply noise to a model and remove it, without changing parameters."""
 
 from __future__ import annotations
 
@@ -20,38 +20,45 @@ from ..structure import (
 )
 from .functions import NoiseFunction
 from .layerdrop import LayerDrop, droppable_chunks, make_droppable, make_undroppable
-from .layers import is_noisy, make_clean, make_noisy
+from .layers import LayerNoise, is_noisy, make_clean, make_noisy
 from .operator import WeightNoise
 from .state import NoisedWeight, QuantNoiseState, attach, detach, find_state
 
 logger = logging.getLogger(__name__)
 
+Reasons = dict[str, str]  # layer name -> why it gets no noise
+
+_SIDE_TABLE = (
+    "a table other than the input embeddings (position, type): zeroed rows can make an all-zero "
+    "vector before a LayerNorm; name it in target_modules to apply noise to it"
+)
+
 
 def apply_quant_noise(model: nn.Module, qn_config: QuantNoiseConfig) -> nn.Module:
-    """Gives a model quantization noise (section 4), in place.
+    """Apply quantization noise to a model (section 4), in place.
 
     Layers stay the same objects with the same parameters, ``state_dict`` keys and ``isinstance``;
-    they are noisy while ``.training``. Codebooks and scales are fitted at once;
-    ``find_state(model)`` holds them, the rates, and why which layers were left clean.
+    they are noisy while ``.training``. Codebooks and scales are fitted at once.
+    ``find_state(model)`` holds them, the rates, and the reasons for skipped layers.
 
-    In a distributed run all ranks must call it: they take the codebooks of rank 0.
+    In a distributed run all ranks must call it; they get the codebooks of rank 0.
 
     Args:
-        model: any model; ``remove_quant_noise`` takes the noise out again.
-        qn_config: which noise, how much, where.
+        model: any model; ``remove_quant_noise`` removes the noise again.
+        qn_config: type, rate and place of the noise.
 
     Returns:
         The same object.
 
     Raises:
-        TypeError: if ``qn_config`` is something else.
-        ValueError: if the model is noisy already, is quantized through and through, or no layer can
-            take the noise; nothing is changed then.
+        TypeError: if ``qn_config`` is not a QuantNoiseConfig.
+        ValueError: if the model has noise already, is fully quantized, or has no layer that can
+            get the noise; the model is unchanged then.
     """
     if not isinstance(qn_config, QuantNoiseConfig):
         raise TypeError(
-            f"qn_config is a {type(qn_config).__name__}; give a QuantNoiseConfig, e.g. "
-            "apply_quant_noise(model, QuantNoiseConfig(noise='proxy', p=0.1))"
+            f"invalid qn_config: got a {type(qn_config).__name__}, expected a QuantNoiseConfig, "
+            "e.g. apply_quant_noise(model, QuantNoiseConfig(noise='proxy', p=0.1))"
         )
     if find_state(model) is not None or any(map(is_noisy, model.modules())):
         raise ValueError(
@@ -60,8 +67,8 @@ def apply_quant_noise(model: nn.Module, qn_config: QuantNoiseConfig) -> nn.Modul
         )
     if getattr(model, "is_quantized", False) and not find_layers(model):
         raise ValueError(
-            f"{type(model).__name__} is quantized already and has no dense layer left to noise; "
-            "noise goes before quantization (model.dequantize() gives a dense model)"
+            f"{type(model).__name__} is quantized already and has no dense layer for noise; apply "
+            "noise before quantization (model.dequantize() gives a dense model)"
         )
     sharing = LayerSharing(model, chunks_of(model, qn_config.share_layers))
     try:
@@ -72,7 +79,7 @@ def apply_quant_noise(model: nn.Module, qn_config: QuantNoiseConfig) -> nn.Modul
     sharing.release()
     for weight in state.weights:
         for member, (name, module) in enumerate(zip(weight.names, weight.modules, strict=True)):
-            make_noisy(module, weight.noise, member, state.activations.get(name))
+            make_noisy(module, LayerNoise(weight.noise, member, state.activations.get(name)))
     if state.layerdrop is not None:
         make_droppable(model, state.layerdrop)
     attach(model, state)
@@ -82,37 +89,38 @@ def apply_quant_noise(model: nn.Module, qn_config: QuantNoiseConfig) -> nn.Modul
 def _fitted_state(
     model: nn.Module, qn_config: QuantNoiseConfig, sharing: LayerSharing
 ) -> QuantNoiseState:
-    """The state of a model whose layers share already, codebooks and scales fitted."""
-    rates = [rate for _, rate in qn_config.noises]
+    """Return the state of a model whose layers share already, codebooks and scales fitted."""
     layers = select_layers(model, qn_config.target_modules, qn_config.exclude_modules)
-    weights, refused, by_default = _plan(layers, qn_config, rates)
+    weights, refused, by_default = _plan(layers, qn_config)
     if not weights:
-        raise ValueError(_why_none(layers, qn_config, {**by_default, **refused}))
+        raise ValueError(_no_layer_message(layers, qn_config, {**by_default, **refused}))
     if refused:
-        what = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
-        logger.warning("quantization noise leaves out %d layers (%s)", len(refused), what)
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
+        logger.warning("quantization noise skips %d layers (%s)", len(refused), reasons)
     drop = None
     if qn_config.layerdrop > 0:
         chunks = droppable_chunks(model, sharing.chunks, qn_config.layerdrop)
         drop = LayerDrop(qn_config.layerdrop, qn_config.layerdrop_ste, chunks)
-    left_clean = {**by_default, **refused, **unsupported_weights(model)}
-    state = QuantNoiseState(qn_config, weights, left_clean, rates, sharing, drop)
+    skipped = {**by_default, **refused, **unsupported_weights(model)}
+    state = QuantNoiseState(qn_config, weights, skipped, sharing, drop)
     state.refresh_codebooks()
     state.refresh_scales()
     return state
 
 
 def noised_layers(model: nn.Module, qn_config: QuantNoiseConfig) -> list[str]:
-    """The names of the layers that :func:`apply_quant_noise` would give noise to."""
+    """Return the names of the layers that :func:`apply_quant_noise` would apply noise to."""
     layers = select_layers(model, qn_config.target_modules, qn_config.exclude_modules)
-    weights, _, _ = _plan(layers, qn_config, [rate for _, rate in qn_config.noises])
+    weights, _, _ = _plan(layers, qn_config)
     return [name for weight in weights for name in weight.names]
 
 
 def remove_quant_noise(model: nn.Module) -> nn.Module:
-    """Takes the noise out of a model, in place: same objects, classes, keys and parameters as
-    before it was applied; layers that shared weights hold a copy of them each. A model without
-    noise is returned as it is."""
+    """Remove the noise from a model, in place.
+
+    Objects, classes, keys and parameters are those from before the noise was applied; layers that
+    shared weights get a copy each. A model without noise is returned unchanged.
+    """
     if (state := find_state(model)) is not None:
         state.sharing.undo()
     for module in model.modules():
@@ -124,19 +132,19 @@ def remove_quant_noise(model: nn.Module) -> nn.Module:
 
 
 def _plan(
-    layers: list[LayerInfo], config: QuantNoiseConfig, rates: list[float]
-) -> tuple[list[NoisedWeight], dict[str, str], dict[str, str]]:
-    """The noised weights; and layer name -> reason, for refused layers and for those that the
-    default selection leaves out."""
+    layers: list[LayerInfo], config: QuantNoiseConfig
+) -> tuple[list[NoisedWeight], Reasons, Reasons]:
+    """Return the noised weights, the refused layers, and those skipped by default."""
     weights: list[NoisedWeight] = []
-    refused: dict[str, str] = {}
-    by_default: dict[str, str] = {}
-    named = {layer.name: layer for layer in layers}
+    refused: Reasons = {}
+    by_default: Reasons = {}
+    layer_of_name = {layer.name: layer for layer in layers}
+    rates = tuple(rate for _, rate in config.noises)
     seen: set[str] = set()
     for layer in layers:
         if layer.name in seen:
             continue
-        members = (layer, *(named[name] for name in layer.ties))
+        members = (layer, *(layer_of_name[name] for name in layer.ties))
         names = tuple(member.name for member in members)
         seen.update(names)
         if config.target_modules is None and any(map(_is_side_table, members)):
@@ -152,76 +160,70 @@ def _plan(
     return weights, refused, by_default
 
 
-_SIDE_TABLE = (
-    "a table other than the input embeddings (position, type): zeroed rows can make an all-zero "
-    "vector before a LayerNorm; name it in target_modules to noise it"
-)
-
-
 def _is_side_table(layer: LayerInfo) -> bool:
     return isinstance(layer.module, nn.Embedding) and not layer.input_table
 
 
 def _cannot_be_noised(layer: LayerInfo) -> str | None:
-    """Why noise would have no effect on a layer, or None."""
+    """Return why noise would have no effect on a layer, or None."""
     module = layer.module
     if not module.weight.is_floating_point():
         return f"its weight is stored as {module.weight.dtype}"
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "nn.MultiheadAttention reads its weight without calling the layer"
     if "forward" in module.__dict__:
-        return "its forward was replaced on the instance (by accelerate's dispatch, say)"
+        return "its forward was replaced on the instance (for example by accelerate's dispatch)"
     return None
 
 
 def _functions_for(
     layer: LayerInfo, config: QuantNoiseConfig
 ) -> tuple[list[tuple[int, NoiseFunction]], list[str]]:
-    """The noises of the config that a layer can take, and why it cannot take the others."""
+    """Return the noises of the config that a layer can get, and why it cannot get the others."""
     functions, reasons = [], []
-    for number, (name, _) in enumerate(config.noises):
-        kind = NOISES[name]
+    for index, (name, _) in enumerate(config.noises):
+        cls = NOISES[name]
         sizes = {"block_size": 1, "n_centroids": 1}
-        if kind.reads_block_size:
+        if cls.reads_block_size:
             sizes["block_size"] = block_size_of(config.block_size, layer)
             sizes["n_centroids"] = entry_for(config.n_centroids, layer)
         if missing := [key for key, size in sizes.items() if size is None]:
-            what = " and ".join(missing)
-            reasons.append(f"{what} has no entry for it (group {layer.group!r})")
+            fields = " and ".join(missing)
+            reasons.append(f"{fields} has no entry for it (group {layer.group!r})")
             continue
-        function = kind(name, config, **sizes)
+        function = cls(name, config, **sizes)
         if reason := function.check(layer.rows, layer.columns):
             reasons.append(f"{name} noise: {reason}" if len(config.noises) > 1 else reason)
         else:
-            functions.append((number, function))
+            functions.append((index, function))
     return functions, reasons
 
 
-def _why_none(
-    layers: Iterable[LayerInfo], config: QuantNoiseConfig, left_clean: dict[str, str]
+def _no_layer_message(
+    layers: Iterable[LayerInfo], config: QuantNoiseConfig, skipped: Reasons
 ) -> str:
-    """The error message where no layer can take the noise."""
-    layers = [layer for layer in layers if left_clean.get(layer.name) != _SIDE_TABLE]
+    """Return the error message if no layer can get the noise."""
+    layers = [layer for layer in layers if skipped.get(layer.name) != _SIDE_TABLE]
     if not layers:
         return (
-            "noise would fall on no layer: there are only tables other than the input embeddings; "
-            f"name them in target_modules (it is {config.target_modules!r})"
+            f"target_modules={config.target_modules!r} selects only tables other than the input "
+            "embeddings, which get no noise by default; name them in target_modules"
         )
     columns = sorted({layer.columns for layer in layers})
     sizes = {layer.name: block_size_of(config.block_size, layer) for layer in layers}
     if all(size is None for size in sizes.values()):
         groups = sorted({layer.group for layer in layers})
         return (
-            f"block_size={config.block_size!r} has an entry for no layer; the model's groups are "
+            f"block_size={config.block_size!r} has no entry for any layer; the model's groups are "
             f"{', '.join(groups)}"
         )
     if all(layer.columns % (sizes[layer.name] or layer.columns + 1) for layer in layers):
         common = math.gcd(*columns)
-        use = [size for size in range(2, min(common, 64) + 1) if common % size == 0] or [1]
+        valid = [size for size in range(2, min(common, 64) + 1) if common % size == 0] or [1]
         return (
-            f"block_size={config.block_size!r} divides the columns of no layer "
-            f"({', '.join(map(str, columns))}); use one of {', '.join(map(str, use[:8]))}"
-            f"{', ...' if len(use) > 8 else ''}"
+            f"block_size={config.block_size!r} does not divide the columns of any layer "
+            f"({', '.join(map(str, columns))}); use one of {', '.join(map(str, valid[:8]))}"
+            f"{', ...' if len(valid) > 8 else ''}"
         )
-    some = "; ".join(f"{layer.name}: {left_clean[layer.name]}" for layer in layers[:3])
-    return f"noise={config.noise!r} can work on none of the {len(layers)} layers ({some})"
+    first = "; ".join(f"{layer.name}: {skipped[layer.name]}" for layer in layers[:3])
+    return f"noise={config.noise!r} fits none of the {len(layers)} layers ({first})"

@@ -1,17 +1,17 @@
-"""LayerDrop, the noise of pruning (sections 4.2 and 7.9): whole layers are skipped while training.
+"""LayerDrop, the noise of pruning (sections 4.2 and 7.9): layers are skipped during training.
 
-A layer of a stack becomes a subclass of its own class, as noisy layers do; nothing is registered.
-What a skipped layer must return is learned in the first forward, if need be in a trial. Its hidden
-states come back as they went in; what else it was given and returned likewise; what it made itself
-(attention weights) becomes None. A layer that made something another one reads (T5's position bias)
-is never skipped.
+The class of each layer of a stack becomes a dynamic subclass, as for noisy layers; nothing is
+registered. The outputs of a skipped layer are derived from its first forward, or from a
+trial forward: hidden states are returned unchanged, other inputs that the layer passes through are
+passed through, and tensors it creates itself (attention weights) become None. A layer that creates
+a tensor which another layer reads (T5's position bias) is never skipped.
 """
 
 from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -24,28 +24,25 @@ from transformers.utils import logging
 
 from ..distributed import is_distributed
 from ..dynamic_subclass import DynamicSubclass, make_dynamic_subclass
+from ..quantizers.base import StraightThrough
 from ..sharing import Chunk
 from ..structure import find_stacks
 from .block_mask import SharedMaskSampler
-from .operator import StraightThrough
 
 logger = logging.get_logger(__name__)
 
-_DROP = "_layer_drop"
-_PLAN = "_layer_drop_plan"
-_DRAW = "_layer_drop_draw"
-_MEMBER = "_layer_drop_member"
 HIDDEN = "hidden_states"
 
 
 class LayerDrop:
-    """The rate of a model's stacks, shared by all their layers.
+    """Settings of LayerDrop, shared by all droppable layers of a model.
 
     Attributes:
-        rate: probability with which each layer is skipped, in each forward of its own.
-        straight_through: whether gradients flow as if nothing was skipped (table 11), which costs
-            the layer's forward and backward all the same.
-        chunks: names of the layers that are skipped as one, from :func:`droppable_chunks`.
+        rate: probability with which each chunk is skipped in a forward.
+        straight_through: whether gradients flow as if nothing was skipped (table 11); the layer's
+            forward and backward are then computed all the same.
+        chunks: names of the layers that are skipped together, from :func:`droppable_chunks`.
+        created: the tensors that layers created, besides hidden states, and those layers.
     """
 
     def __init__(
@@ -54,34 +51,49 @@ class LayerDrop:
         self.rate = rate
         self.straight_through = straight_through
         self.chunks = list(chunks)
-        self._made: list[tuple[weakref.ref, DroppableLayer]] = []
+        self.created: list[tuple[weakref.ref, DroppableLayer]] = []
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_made": []}
-
-    def makers_of(self, given: Iterable[Any]) -> list[DroppableLayer]:
-        """The layers that made one of the tensors which another layer is given."""
-        ids = {id(value) for value in given if value is not None}
-        return [layer for made, layer in self._made if id(made()) in ids]
-
-    def remember(self, made: Iterable[Any], layer: DroppableLayer) -> None:
-        """Notes what a layer made itself, beside its hidden states."""
-        self._made += [(weakref.ref(value), layer) for value in made if isinstance(value, Tensor)]
+        return {**self.__dict__, "created": []}
 
 
 @dataclass(frozen=True)
 class SkipPlan:
-    """What a skipped layer returns.
+    """The outputs of a skipped layer.
 
     Attributes:
-        in_tuple: whether the hidden states stand in a tuple.
-        others: for each element behind them, the argument (position or name) it is, or None.
-        makes: whether the layer made one of them itself.
+        in_tuple: whether the hidden states are the first element of a tuple.
+        passed_through: for each further element, the argument (position or name) it equals, or
+            None.
+        creates: whether the layer created one of them itself.
     """
 
     in_tuple: bool
-    others: tuple[int | str | None, ...] = ()
-    makes: bool = False
+    passed_through: tuple[int | str | None, ...] = ()
+    creates: bool = False
+
+
+@dataclass
+class DropState:
+    """LayerDrop of one layer.
+
+    Attributes:
+        drop: the settings, shared by all layers of the model.
+        sampler: decides for all layers of the chunk.
+        member: index of the layer in the chunk.
+        plan: the outputs if it is skipped, why it is never skipped, or None if not known yet.
+    """
+
+    drop: LayerDrop
+    sampler: SharedMaskSampler
+    member: int
+    plan: SkipPlan | str | None = None
+
+    def sample_skip(self) -> bool:
+        """Sample whether the layer is skipped in its current forward."""
+        # By the CPU's generator, which gradient checkpointing restores for its recomputation.
+        generator = torch.Generator().manual_seed(self.sampler.seed_for(self.member))
+        return bool(torch.rand((), generator=generator) < self.drop.rate)
 
 
 class _Skip(torch.autograd.Function):
@@ -100,83 +112,79 @@ class _Skip(torch.autograd.Function):
 class DroppableLayer(DynamicSubclass):
     """Mixin of a layer that may be skipped."""
 
-    _layer_drop: LayerDrop
-    _layer_drop_draw: SharedMaskSampler
-    _layer_drop_member: int
-    _layer_drop_plan: SkipPlan | str | None
+    _layer_drop: DropState
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The original forward; in training, now and then, the hidden states as they came."""
-        drop = self._layer_drop
-        if not self.training or drop.rate <= 0:
+        """Run the original forward; in training, skip it at the rate of LayerDrop."""
+        state = self._layer_drop
+        if not self.training or state.drop.rate <= 0:
             return super().forward(*args, **kwargs)
-        # By the CPU's generator, which gradient checkpointing restores for its recomputation.
-        seed = self._layer_drop_draw.seed_for(self._layer_drop_member)
-        skip = bool(torch.rand((), generator=torch.Generator().manual_seed(seed)) < drop.rate)
-        if skip and self._layer_drop_plan is None:
-            skip = self._may_skip_now(args, kwargs)
-        plan = self._layer_drop_plan
+        skip = state.sample_skip()
+        if skip and state.plan is None:
+            skip = self._try_layer(args, kwargs)
+        plan = state.plan
         if not skip or not isinstance(plan, SkipPlan):
             outputs = super().forward(*args, **kwargs)
             if plan is None:
-                self._learn(args, kwargs, outputs)
+                self._record_forward(args, kwargs, outputs)
             return outputs
         hidden = args[0] if args else kwargs[HIDDEN]
-        if drop.straight_through:
+        if state.drop.straight_through:
             outputs = super().forward(*args, **kwargs)
-            kept = StraightThrough.apply(_hidden_of(outputs), hidden)
-        else:
-            kept = self._skipped(hidden)
-        given = _given(args, kwargs)
-        others = [None if key is None else given[key] for key in plan.others]
-        return (kept, *others) if plan.in_tuple else kept
-
-    def _skipped(self, hidden: Tensor) -> Tensor:
-        if not is_distributed():
+            hidden = StraightThrough.apply(_hidden_of(outputs), hidden)
+        elif is_distributed():
+            hidden = _Skip.apply(hidden, *(p for p in self.parameters() if p.requires_grad))
+        if not plan.in_tuple:
             return hidden
-        return _Skip.apply(hidden, *(p for p in self.parameters() if p.requires_grad))
+        inputs = _inputs(args, kwargs)
+        return (hidden, *(None if key is None else inputs[key] for key in plan.passed_through))
 
-    def _may_skip_now(self, args: tuple, kwargs: dict) -> bool:
-        """Tries the layer out, leaving no trace, so that a resumed run skips in its first forward
-        what an undisturbed one does. What it makes itself a layer not seen yet may read."""
-        args = tuple(map(_cache_copied, args))
-        kwargs = {name: _cache_copied(value) for name, value in kwargs.items()}
+    def _try_layer(self, args: tuple, kwargs: dict) -> bool:
+        """Run a trial forward without side effects; return whether the layer may be skipped now.
+
+        A resumed run thus skips in its first forward what an uninterrupted run skips. A layer that
+        creates tensors has to wait, because layers that have not run yet may read them.
+        """
+        args = tuple(map(_copy_cache, args))
+        kwargs = {name: _copy_cache(value) for name, value in kwargs.items()}
         with torch.no_grad(), torch.random.fork_rng():
-            self._learn(args, kwargs, super().forward(*args, **kwargs))
-        plan = self._layer_drop_plan
-        if isinstance(plan, SkipPlan) and plan.makes:
-            self.__dict__[_PLAN] = None  # what it makes now, others are to be seen reading
-        return isinstance(self._layer_drop_plan, SkipPlan)
+            self._record_forward(args, kwargs, super().forward(*args, **kwargs))
+        plan = self._layer_drop.plan
+        if isinstance(plan, SkipPlan) and plan.creates:
+            self._layer_drop.plan = None  # decided by the next real forward
+        return isinstance(self._layer_drop.plan, SkipPlan)
 
-    def _learn(self, args: tuple, kwargs: dict, outputs: Any) -> None:
-        drop, given = self._layer_drop, _given(args, kwargs)
-        for maker in drop.makers_of(given.values()):
-            maker._never_skip("another layer reads what it makes")
+    def _record_forward(self, args: tuple, kwargs: dict, outputs: Any) -> None:
+        """Set the plan from one forward, and mark layers whose created tensors it reads."""
+        created = self._layer_drop.drop.created
+        input_ids = {id(value) for value in _inputs(args, kwargs).values() if value is not None}
+        for tensor, creator in created:
+            if id(tensor()) in input_ids:
+                creator._never_skip("another layer reads a tensor it creates")
         plan = _plan_of(args, kwargs, outputs)
         if isinstance(plan, str):
             return self._never_skip(plan)
-        self.__dict__[_PLAN] = plan
-        if plan.in_tuple:
-            made = [o for o, key in zip(outputs[1:], plan.others, strict=True) if key is None]
-            drop.remember(made, self)
+        self._layer_drop.plan = plan
+        for out, key in zip(outputs[1:], plan.passed_through, strict=True) if plan.in_tuple else ():
+            if key is None and isinstance(out, Tensor):
+                created.append((weakref.ref(out), self))
 
     def _never_skip(self, reason: str) -> None:
-        if not isinstance(self._layer_drop_plan, str):
+        if not isinstance(self._layer_drop.plan, str):
             logger.warning("layerdrop never skips a %s: %s", self.original_class.__name__, reason)
-        self.__dict__[_PLAN] = reason
+        self._layer_drop.plan = reason
 
 
-def _cache_copied(value: Any) -> Any:
-    """A cache that can be written without a trace (its tensors are those of the original); anything
-    else as it is."""
+def _copy_cache(value: Any) -> Any:
+    """Return a copy of a cache, whose tensors are shared but can be replaced; else the value."""
     if not isinstance(value, Cache | CacheLayerMixin):
         return value
     twin = copy.copy(value)
     for name, part in vars(value).items():
         if isinstance(part, list):
-            twin.__dict__[name] = [_cache_copied(each) for each in part]
+            twin.__dict__[name] = [_copy_cache(each) for each in part]
         else:
-            twin.__dict__[name] = dict(part) if isinstance(part, dict) else _cache_copied(part)
+            twin.__dict__[name] = dict(part) if isinstance(part, dict) else _copy_cache(part)
     return twin
 
 
@@ -184,42 +192,35 @@ def _hidden_of(outputs: Any) -> Any:
     return outputs[0] if isinstance(outputs, tuple) else outputs
 
 
-def _given(args: Sequence, kwargs: Mapping) -> dict[Any, Any]:
+def _inputs(args: tuple, kwargs: dict) -> dict[int | str, Any]:
     return {**dict(enumerate(args)), **kwargs}
 
 
 def _plan_of(args: tuple, kwargs: dict, outputs: Any) -> SkipPlan | str:
-    """The plan that follows from one forward, or why the layer cannot be skipped."""
+    """Return the plan that follows from one forward, or why the layer cannot be skipped."""
     if not args and HIDDEN not in kwargs:
         return f"it is called without {HIDDEN}"
     hidden, result = args[0] if args else kwargs[HIDDEN], _hidden_of(outputs)
     if not isinstance(result, Tensor) or not isinstance(hidden, Tensor):
         return f"it returns a {type(result).__name__} for a {type(hidden).__name__}"
     if result.shape != hidden.shape:
-        return f"it turns {tuple(hidden.shape)} into {tuple(result.shape)}"
+        return f"it changes the shape {tuple(hidden.shape)} to {tuple(result.shape)}"
     if not isinstance(outputs, tuple):
         return SkipPlan(in_tuple=False)
-    given = [(key, value) for key, value in _given(args, kwargs).items() if value is not None]
-    others = tuple(
-        next((key for key, value in given if value is element), None) for element in outputs[1:]
-    )
-    made = [key is None and o is not None for o, key in zip(outputs[1:], others, strict=True)]
-    return SkipPlan(in_tuple=True, others=others, makes=any(made))
+    inputs = [(key, value) for key, value in _inputs(args, kwargs).items() if value is not None]
+    keys = tuple(next((key for key, value in inputs if value is out), None) for out in outputs[1:])
+    created = [key is None and out is not None for out, key in zip(outputs[1:], keys, strict=True)]
+    return SkipPlan(in_tuple=True, passed_through=keys, creates=any(created))
 
 
 @cache
 def droppable_class(cls: type[nn.Module]) -> type[nn.Module]:
-    """The droppable subclass of a layer class."""
+    """Return the droppable subclass of a layer class."""
     return make_dynamic_subclass("Droppable", cls, (DroppableLayer, cls), droppable_class)
 
 
 def droppable_chunks(model: nn.Module, chunks: Sequence[Chunk], rate: float) -> list[Chunk]:
-    """What is skipped as one: the chunks of shared layers, and single layers of the stacks.
-
-    Args:
-        model: any model.
-        chunks: the chunks of layers that share their weights.
-        rate: named in the error.
+    """Return the given chunks of shared layers, and each other layer of the stacks by itself.
 
     Raises:
         ValueError: if the model has no stack.
@@ -227,9 +228,9 @@ def droppable_chunks(model: nn.Module, chunks: Sequence[Chunk], rate: float) -> 
     names = [name for stack in find_stacks(model) for name in stack]
     if not names:
         raise ValueError(
-            f"layerdrop={rate!r}: {type(model).__name__} has no stack of two or more like layers "
-            "that could be skipped (layers of one shared weight and convolutional stages cannot); "
-            "set layerdrop=0"
+            f"layerdrop={rate!r} needs a stack of two or more similar layers, which "
+            f"{type(model).__name__} does not have (repeated layers of one weight and "
+            "convolutional stages do not count); set layerdrop=0"
         )
     stacked = [chunk for chunk in chunks if set(chunk) <= set(names)]
     shared = {name for chunk in stacked for name in chunk}
@@ -237,20 +238,18 @@ def droppable_chunks(model: nn.Module, chunks: Sequence[Chunk], rate: float) -> 
 
 
 def make_droppable(model: nn.Module, drop: LayerDrop) -> None:
-    """Turns the layers of a model's chunks into droppable ones, in place."""
+    """Turn the layers of a model's chunks into droppable ones, in place."""
     for chunk in drop.chunks:
-        shared_draw = SharedMaskSampler(len(chunk))
+        sampler = SharedMaskSampler(len(chunk))
         for member, name in enumerate(chunk):
             layer = model.get_submodule(name)
-            attributes = {_DROP: drop, _PLAN: None, _DRAW: shared_draw, _MEMBER: member}
-            layer.__dict__.update(attributes)
+            layer.__dict__["_layer_drop"] = DropState(drop, sampler, member)
             layer.__class__ = droppable_class(type(layer))
 
 
 def make_undroppable(model: nn.Module) -> None:
-    """The inverse of :func:`make_droppable`."""
+    """Undo :func:`make_droppable`."""
     for module in model.modules():
         if isinstance(module, DroppableLayer):
             module.__class__ = type(module).original_class
-            for name in (_DROP, _PLAN, _DRAW, _MEMBER):
-                module.__dict__.pop(name)
+            del module.__dict__["_layer_drop"]

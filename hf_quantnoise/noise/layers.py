@@ -1,12 +1,13 @@
-"""Noisy layers: a subclass made of the layer's own class, so the module object stays the same.
+"""Noisy layers: a dynamic subclass of the layer's own class, so the module object stays the same.
 
-During its forward the noisy tensor stands in the instance's ``__dict__`` under ``weight``, where it
-hides the parameter; every forward written for the original class then works unchanged. Nothing is
-registered: parameters, ``state_dict`` keys and ``isinstance`` are the original's.
+During a forward the noisy tensor is in the instance's ``__dict__`` under ``weight``, where it
+shadows the parameter, so every forward written for the original class works unchanged. Nothing is
+registered: parameters, ``state_dict`` keys and ``isinstance`` are those of the original.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar
 
@@ -17,30 +18,38 @@ from ..dynamic_subclass import DynamicSubclass, make_dynamic_subclass
 from .activations import ActivationNoise
 from .operator import WeightNoise
 
-# Attributes of a noisy layer, beside those of its original class.
-_NOISE = "_quant_noise_weight"
-_MEMBER = "_quant_noise_member"
-_ACTIVATIONS = "_quant_noise_activations"
+
+@dataclass
+class LayerNoise:
+    """The noise of one layer.
+
+    Attributes:
+        weight: the noise of its weight.
+        member: index of the layer among those that hold the same weight.
+        activations: the noise of its input, or None.
+    """
+
+    weight: WeightNoise
+    member: int = 0
+    activations: ActivationNoise | None = None
 
 
 class QuantNoiseLayer(DynamicSubclass):
     """Mixin of every noisy layer: noise while ``.training``, the original layer otherwise."""
 
-    _quant_noise_layout: ClassVar[WeightLayout]
-    _quant_noise_weight: WeightNoise
-    _quant_noise_member: int
-    _quant_noise_activations: ActivationNoise | None = None
+    _weight_layout: ClassVar[WeightLayout]
+    _layer_noise: LayerNoise
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The original forward, with the noisy weight of Eq. 7 in the weight's place."""
-        noise = self._quant_noise_weight
-        if not self.training or not noise.active:
+        """Run the original forward on the noisy weight of Eq. 7."""
+        noise = self._layer_noise
+        if not self.training or not noise.weight.active:
             return super().forward(*args, **kwargs)
-        if self._quant_noise_activations is not None:
-            args = (self._quant_noise_activations(args[0]), *args[1:])
+        if noise.activations is not None:
+            args = (noise.activations(args[0]), *args[1:])
         outer = self.__dict__.get("weight")  # replicas of nn.DataParallel keep their weight here
-        noisy = noise.noisy_weight(self.weight, self._quant_noise_layout, self._quant_noise_member)
-        # Dynamo follows self.__dict__ only where it is written out: no local name for it.
+        noisy = noise.weight.noisy_weight(self.weight, self._weight_layout, noise.member)
+        # Dynamo tracks self.__dict__ only if it is written out: do not use a local name for it.
         self.__dict__["weight"] = noisy
         try:
             return super().forward(*args, **kwargs)
@@ -52,58 +61,44 @@ class QuantNoiseLayer(DynamicSubclass):
 
 
 class QuantNoiseLookup(QuantNoiseLayer):
-    """Mixin of a noisy lookup table: only the rows that are looked up get noise."""
+    """Mixin of a noisy embedding: only the rows that are looked up get noise."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Looks rows up; the noise of section 4.1 falls on them alone."""
-        noise = self._quant_noise_weight
-        # max_norm shrinks rows of the parameter itself, which a noisy copy would keep from it.
+        """Look rows up and apply the noise of section 4.1 to them."""
+        noise = self._layer_noise
+        # max_norm shrinks rows of the parameter itself, so it must see the parameter.
         rows_only = self.max_norm is not None or 0 < input.numel() < self.num_embeddings
-        if not rows_only or not self.training or not noise.active:
+        if not rows_only or not self.training or not noise.weight.active:
             return super().forward(input)
         values = nn.Embedding.forward(self, input)
-        return noise.noisy_rows(values, input, self._quant_noise_member)
+        return noise.weight.noisy_rows(values, input, noise.member)
 
 
 @cache
 def noisy_class(cls: type[nn.Module]) -> type[nn.Module]:
-    """The noisy subclass of a layer class.
+    """Return the noisy subclass of a layer class.
 
-    A table with a forward of its own (an offset, a scale) keeps it, and gets a noisy table.
+    An embedding that overrides forward (an offset, a scale) keeps it, and the noise falls on its
+    complete table.
     """
     mixin = QuantNoiseLookup if cls.forward is nn.Embedding.forward else QuantNoiseLayer
     layout = next(layout for layout in LAYOUTS if issubclass(cls, layout.base))
-    return make_dynamic_subclass("QN", cls, (mixin, cls), noisy_class, _quant_noise_layout=layout)
+    return make_dynamic_subclass("QN", cls, (mixin, cls), noisy_class, _weight_layout=layout)
 
 
 def is_noisy(module: nn.Module) -> bool:
-    """Whether a module is a noisy layer."""
+    """Return whether a module is a noisy layer."""
     return isinstance(module, QuantNoiseLayer)
 
 
-def make_noisy(
-    module: nn.Module,
-    noise: WeightNoise,
-    member: int = 0,
-    activations: ActivationNoise | None = None,
-) -> None:
-    """Turns a layer into a noisy one, in place.
-
-    Args:
-        module: a layer that ``blocks.layout_of`` knows.
-        noise: the noise of its weight.
-        member: number of the layer among those that hold the same weight.
-        activations: what is done to its input, or None.
-    """
+def make_noisy(module: nn.Module, noise: LayerNoise) -> None:
+    """Turn a layer that ``blocks.layout_of`` knows into a noisy one, in place."""
     assert layout_of(module) is not None and not is_noisy(module)
-    module.__dict__[_NOISE] = noise
-    module.__dict__[_MEMBER] = member
-    module.__dict__[_ACTIVATIONS] = activations
+    module.__dict__["_layer_noise"] = noise
     module.__class__ = noisy_class(type(module))
 
 
 def make_clean(module: nn.Module) -> None:
-    """The inverse of :func:`make_noisy`: the same object with its original class."""
+    """Undo :func:`make_noisy`: the same object with its original class."""
     module.__class__ = type(module).original_class
-    for name in (_NOISE, _MEMBER, _ACTIVATIONS):
-        module.__dict__.pop(name)
+    del module.__dict__["_layer_noise"]

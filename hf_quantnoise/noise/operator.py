@@ -1,7 +1,7 @@
-"""The operator psi of Eq. 6 and 7: a weight with the noise of this forward, straight through.
+"""The operator psi of Eq. 6 and 7: the weight with the noise of one forward, straight-through.
 
-The weight itself is never written: noise falls on a copy, whose gradient goes to the weight as if
-it had been used itself.
+The weight itself is never written. Noise is applied to a copy, whose gradient is passed to the
+weight unchanged.
 """
 
 from __future__ import annotations
@@ -13,24 +13,13 @@ import torch
 from torch import Tensor
 
 from ..blocks import WeightLayout
-from .block_mask import BlockMask, SharedMaskSampler, draw
+from ..quantizers.base import StraightThrough
+from .block_mask import BlockMask, SharedMaskSampler, sample_mask
 from .functions import NoiseFunction
 
 
-class StraightThrough(torch.autograd.Function):
-    """Noisy values forward, identity backward (the STE of section 4.1). Saves nothing."""
-
-    @staticmethod
-    def forward(ctx, weight: Tensor, noisy: Tensor) -> Tensor:
-        return noisy.view_as(noisy)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):
-        return gradient, None
-
-
 def _full_precision(device: torch.device) -> AbstractContextManager:
-    # Autocast would look for nearest centroids in half precision, and find others.
+    # Under autocast the nearest centroids would be searched in half precision, with other results.
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
@@ -40,13 +29,13 @@ class WeightNoise:
     """psi for one weight: its noise functions in order (Eq. 8), each with its own J.
 
     Args:
-        functions: (number of the noise in the config, noise function) in order.
-        rates: rate of each noise of the config; one list for the whole model, changed in place.
+        functions: (index of the noise in the config, noise function) in order.
+        rates: current rate of each noise of the config; ``QuantNoiseState.p`` sets it.
         rows, columns: shape of the weight matrix.
         members: number of layers that hold the weight.
 
     Attributes:
-        used: whether it has fallen on the weight in any forward yet.
+        used: whether any forward has applied it yet.
     """
 
     used: bool = False
@@ -54,7 +43,7 @@ class WeightNoise:
     def __init__(
         self,
         functions: list[tuple[int, NoiseFunction]],
-        rates: list[float],
+        rates: tuple[float, ...],
         rows: int,
         columns: int,
         members: int = 1,
@@ -67,42 +56,48 @@ class WeightNoise:
     @property
     def active(self) -> bool:
         """Whether any noise has a rate above zero."""
-        return any(self.rates[number] > 0 for number, _ in self.functions)
+        return any(self.rates[index] > 0 for index, _ in self.functions)
 
     def reached(self, member: int) -> bool:
-        """Whether it has fallen on the weight in a forward of one of its layers yet."""
-        return self.used if self.shared is None else member in self.shared.met
+        """Return whether a forward of this layer has applied it yet."""
+        return self.used if self.shared is None else member in self.shared.called
 
     def noisy_weight(self, weight: Tensor, layout: WeightLayout, member: int = 0) -> Tensor:
-        """The weight as this forward sees it (Eq. 7), in the weight's own layout and dtype.
+        """Return the weight with noise (Eq. 7), in its own layout and dtype.
 
         Args:
-            weight: the clean weight.
+            weight: the weight.
             layout: how it becomes a matrix.
-            member: number of the layer among those that hold the weight.
+            member: index of the layer among those that hold the weight.
 
         Raises:
-            RuntimeError: if the weight's shape is not that of the noise any more.
+            RuntimeError: if the weight's shape has changed since the noise was applied.
         """
         if not self.active:
             return weight
         self.used = True
         with torch.no_grad(), _full_precision(weight.device):
             matrix = layout.to_matrix(weight.detach())
-            self._check_shape(tuple(matrix.shape))
+            if matrix.shape != (self.rows, self.columns):
+                raise RuntimeError(
+                    f"invalid weight matrix: got {tuple(matrix.shape)}, expected "
+                    f"{(self.rows, self.columns)} as when the noise was applied (resized "
+                    "embeddings?); call remove_quant_noise(model), then apply_quant_noise(model, "
+                    "config)"
+                )
             copy = matrix.clone(memory_format=torch.contiguous_format)
-            for function, selection in self._draws(self.rows, weight.device, member):
-                function.distort(copy, _blocks_of(function, selection))
+            for function, chosen in self._sample(self.rows, weight.device, member):
+                function.distort(copy, _as_blocks(function, chosen))
             noisy = layout.from_matrix(copy, weight.shape)
         return StraightThrough.apply(weight, noisy)
 
     def noisy_rows(self, values: Tensor, ids: Tensor, member: int = 0) -> Tensor:
-        """Looked-up rows with noise: a row that occurs twice gets the same noise twice.
+        """Return looked-up rows with noise; a repeated row gets the same noise each time.
 
         Args:
-            values: the clean rows, shape (*ids.shape, columns).
-            ids: which rows they are, any shape.
-            member: number of the layer among those that hold the weight.
+            values: the rows without noise, shape (*ids.shape, columns).
+            ids: their row indices, any shape.
+            member: index of the layer among those that hold the weight.
         """
         if not self.active:
             return values
@@ -111,51 +106,42 @@ class WeightNoise:
         with torch.no_grad(), _full_precision(values.device):
             copy = values.detach().reshape(-1, self.columns).clone()
             if self.shared is None:
-                for function, selection in self._draws(flat.numel(), values.device, member):
-                    function.distort(copy, _blocks_of(function, selection, flat), rows=flat)
+                for function, chosen in self._sample(flat.numel(), values.device, member):
+                    function.distort(copy, _as_blocks(function, chosen, flat), rows=flat)
                 copy = copy[_first_occurrences(flat, self.rows)]
             else:
                 # The head that holds the same weight needs J for all rows anyway.
-                for function, selection in self._draws(self.rows, values.device, member):
+                for function, chosen in self._sample(self.rows, values.device, member):
                     if not function.by_cluster:
-                        selection = selection.of_rows(flat, self.columns // function.block_size)
-                    function.distort(copy, _blocks_of(function, selection, flat), rows=flat)
+                        chosen = chosen.select_rows(flat, self.columns // function.block_size)
+                    function.distort(copy, _as_blocks(function, chosen, flat), rows=flat)
         return StraightThrough.apply(values, copy.view(values.shape))
 
-    def _draws(
+    def _sample(
         self, rows: int, device: torch.device, member: int
     ) -> Iterator[tuple[NoiseFunction, BlockMask]]:
-        active = [(f, self.rates[number]) for number, f in self.functions if self.rates[number] > 0]
+        """Yield each noise with a rate above zero, and its J over a matrix of ``rows`` rows."""
+        active = [(f, self.rates[index]) for index, f in self.functions if self.rates[index] > 0]
         sizes = [(f.n_choices(rows * (self.columns // f.block_size)), p) for f, p in active]
         if self.shared is not None:
-            selections = self.shared.draw(member, sizes, device)
+            masks = self.shared.sample_masks(member, sizes, device)
         else:
-            selections = [draw(count, p, device) for count, p in sizes]
-        return zip([f for f, _ in active], selections, strict=True)
-
-    def _check_shape(self, shape: tuple[int, ...]) -> None:
-        if shape != (self.rows, self.columns):
-            raise RuntimeError(
-                f"the noise was made for a {self.rows} x {self.columns} weight matrix, which is "
-                f"{' x '.join(map(str, shape))} now (resized embeddings?): call "
-                "remove_quant_noise(model), then apply_quant_noise(model, config)"
-            )
+            masks = [sample_mask(count, p, device) for count, p in sizes]
+        return zip([f for f, _ in active], masks, strict=True)
 
 
-def _blocks_of(
-    function: NoiseFunction, selection: BlockMask, rows: Tensor | None = None
-) -> BlockMask:
-    """J over blocks: where whole clusters were drawn, the blocks that belong to them."""
+def _as_blocks(function: NoiseFunction, chosen: BlockMask, rows: Tensor | None = None) -> BlockMask:
+    """Return J over blocks, also if clusters were sampled."""
     if not function.by_cluster:
-        return selection
+        return chosen
     codes = function.state["codes"]
-    return selection.of_clusters(codes if rows is None else codes[rows])
+    return chosen.expand_clusters(codes if rows is None else codes[rows])
 
 
 def _first_occurrences(ids: Tensor, rows: int) -> Tensor:
-    """For each entry of ids (n,) the place where its value stands first: one J per distinct row,
-    without the sort (and on a GPU the wait) that ``torch.unique`` takes."""
-    places = torch.arange(ids.numel(), device=ids.device)
-    first = torch.empty(rows, dtype=places.dtype, device=ids.device)
-    first.scatter_reduce_(0, ids.long(), places, "amin", include_self=False)
+    """Return, for each entry of ids (n,), the first position with the same value."""
+    # Without the sort, and on a GPU the synchronization, of torch.unique.
+    positions = torch.arange(ids.numel(), device=ids.device)
+    first = torch.empty(rows, dtype=positions.dtype, device=ids.device)
+    first.scatter_reduce_(0, ids.long(), positions, "amin", include_self=False)
     return first[ids]

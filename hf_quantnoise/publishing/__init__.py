@@ -1,4 +1,4 @@
-"""Cards, and the way to the Hub."""
+"""Model cards and uploads to the Hub."""
 
 from .card import QuantNoiseCard
 from .push import push_to_hub, write_model_card

@@ -1,4 +1,4 @@
-"""The model card: how to load the model first, then what was done to it and what it cost."""
+"""The model card: how to load the model, its metrics and size, and how it was made."""
 
 from __future__ import annotations
 
@@ -20,40 +20,69 @@ from .tables import (
     changed_fields,
     history_table,
     plan_table,
-    reasons,
     results_table,
+    skipped_layers,
 )
 from .tasks import TASKS, auto_class_of
 
+# Markers of the text that this package writes, and rewrites when a card is updated.
 START, END = "<!-- hf_quantnoise -->", "<!-- end of hf_quantnoise -->"
+# Replaces the repository's name on cards that are written before it is known.
+REPO_PLACEHOLDER = "this/repository"
+_VERSIONS = {
+    "hf_quantnoise": __version__,
+    "transformers": transformers.__version__,
+    "torch": torch.__version__,
+}
 _NOT_MODEL_INDEX = ("loss",)
-_FILLED_IN = ("plan", "left_dense", "shared_layers", "pruned_layers", "layer_quantizers")
-NOWHERE = "this/repository"
+# Config fields that are not settings of the user: they are set during compression, or too long.
+_NOT_SETTINGS = ("plan", "left_dense", "shared_layers", "pruned_layers", "layer_quantizers")
+_PAPER = (
+    "[*Training with Quantization Noise for Extreme Model Compression*]"
+    "(https://arxiv.org/abs/2004.07320), Fan, Stock et al., 2020"
+)
+_USAGE = """\
+The weights are stored as codes and codebooks. To load them, install the `hf-quantnoise` package:
+
+```bash
+pip install hf-quantnoise
+```
+
+```python
+import hf_quantnoise  # registers the format with transformers
+{load}
+```
+
+If the import is missing, transformers warns `Unknown quantization type, got hf_quantnoise` and \
+raises an error about weights with mismatched sizes. The files are not damaged: add the import. Do \
+not pass `ignore_mismatched_sizes=True`, which loads random weights."""
 
 
 @dataclass
 class QuantNoiseCard:
-    """What a card says beyond what is read off the model (class, sizes, plan, versions) when it is
-    rendered.
+    """Facts for a model card that cannot be read from the model itself.
 
-    ``QuantNoiseTrainer`` fills one in and leaves it on the model it compressed, as
-    ``model.quantnoise_card``, for :func:`push_to_hub` and :func:`write_model_card`.
+    The card's class, sizes, storage and versions come from the model when the card is rendered.
+    Everything else is optional, and is not mentioned on the card if it is not set.
+
+    ``QuantNoiseTrainer.compress`` stores a filled-in card as ``model.quantnoise_card``, which
+    :func:`push_to_hub` and :func:`write_model_card` use by default.
 
     Args:
-        title: the headline; None takes the repository's name.
-        repo_id: the repository, for the lines that load the model.
-        base_model: what was compressed, as named on the Hub; None takes the name the model was
-            loaded by, where that is no folder.
-        task: the Hub's name of the task (``pipeline_tag``); None goes by the model's class.
-        dataset: the data's name, and ``dataset_id`` its identifier on the Hub, of the metrics.
-        dataset_id: see there.
-        before: metrics of the uncompressed model, as ``Trainer.evaluate`` gives them. Timings are
-            left out.
-        after: those of this model. Both only as measured: what is not given is not on the card.
-        noise: the noise it was trained with.
-        training: settings of the training, name -> value.
-        compression: settings of the pass, name -> value.
-        history: records of the pass, ``trainer.compression_history``.
+        title: headline. Default: the repository's name.
+        repo_id: repository id for the code that loads the model.
+        base_model: Hub id of the uncompressed model. Default: the id the model was loaded from,
+            unless that was a local folder.
+        task: the Hub's ``pipeline_tag``. Default: derived from the model's class.
+        dataset: name of the evaluation dataset.
+        dataset_id: Hub id of the evaluation dataset.
+        before: metrics of the uncompressed model, as returned by ``Trainer.evaluate``. Timings are
+            ignored.
+        after: metrics of this model, in the same form.
+        noise: quantization noise used in training.
+        training: training hyperparameters, name -> value.
+        compression: settings of the finetuning between the stages, name -> value.
+        history: one record per compression stage, as in ``trainer.compression_history``.
 
     Example:
         >>> card = QuantNoiseCard(base_model="roberta-base", after={"accuracy": 0.91})
@@ -74,15 +103,15 @@ class QuantNoiseCard:
     history: list[dict[str, Any]] = field(default_factory=list)
 
     def render(self, model: PreTrainedModel) -> ModelCard:
-        """The card of a model, compressed or only trained with noise.
+        """Return the card of a model that was compressed, or only trained with noise.
 
         Returns:
             A ``huggingface_hub.ModelCard``: metadata and text.
         """
         config = getattr(model.config, "quantization_config", None)
         packed = isinstance(config, QuantizedModelConfig) and config.is_compressed
-        parts = [START, f"# {self._title(model)}", self._lead(model, packed)]
-        parts += [_loading(model, self.repo_id or NOWHERE, packed)]
+        parts = [START, f"# {self._title(model)}", self._introduction(model, packed)]
+        parts += ["## How to use", _usage(model, self.repo_id or REPO_PLACEHOLDER, packed)]
         report = size_report(model)
         before, after = plain_metrics(self.before), plain_metrics(self.after)
         measured = f"Measured on {self.dataset}." if self.dataset and (before or after) else ""
@@ -90,9 +119,9 @@ class QuantNoiseCard:
         if packed:
             parts += _storage(config, report)
         if self.history:
-            parts += ["## Stages", history_table(self.history)]
+            parts += ["## Compression stages", history_table(self.history)]
         parts += self._settings(config if packed else None)
-        parts += ["## Versions", bullets(versions()), END]
+        parts += ["## Versions", bullets(_VERSIONS), END]
         text = "\n\n".join(part for part in parts if part)
         return ModelCard(f"---\n{self._data(model, packed).to_yaml()}\n---\n\n{text}\n")
 
@@ -105,15 +134,12 @@ class QuantNoiseCard:
         name = getattr(model, "name_or_path", None)
         return name if name != self.repo_id and is_repository_name(name) else None
 
-    def _lead(self, model: PreTrainedModel, packed: bool) -> str:
+    def _introduction(self, model: PreTrainedModel, packed: bool) -> str:
         base = self._base_model(model)
-        of = f"[{base}](https://huggingface.co/{base})" if base else f"a `{type(model).__name__}`"
-        noisy = "finetuned with quantization noise" if self.noise is not None else "finetuned"
-        how = "compressed" if packed else noisy
-        return (
-            f"This is {of}, {how} by `hf_quantnoise` (*Training with Quantization Noise for "
-            "Extreme Model Compression*, Fan, Stock et al., 2020)."
-        )
+        name = f"[{base}](https://huggingface.co/{base})" if base else type(model).__name__
+        how = "finetuned" if self.noise is None else "finetuned with quantization noise"
+        how = "compressed" if packed else how
+        return f"This model is {name}, {how} using `hf_quantnoise` ({_PAPER})."
 
     def _settings(self, config: QuantizedModelConfig | None) -> list[str]:
         parts = []
@@ -124,13 +150,14 @@ class QuantNoiseCard:
         if self.training:
             parts += ["## Training", bullets(self.training)]
         if config is not None:
-            asked = changed_fields(config, without=_FILLED_IN)
-            if asked.get("share_layers") == 1:  # that is what the pass makes of None
-                del asked["share_layers"]
-            what = f"`{type(config).__name__}`" + (" with its defaults." if not asked else ":")
-            parts += ["## Compression", what, bullets(asked)]
+            settings = changed_fields(config, without=_NOT_SETTINGS)
+            if settings.get("share_layers") == 1:  # compression sets None to 1
+                del settings["share_layers"]
+            name = type(config).__name__
+            intro = f"`{name}` with:" if settings else f"`{name}` with default settings."
+            parts += ["## Compression", intro, bullets(settings)]
         if self.compression:
-            parts += ["Finetuning between the stages:", bullets(self.compression)]
+            parts += ["Finetuning after each stage:", bullets(self.compression)]
         return parts
 
     def _data(self, model: PreTrainedModel, packed: bool) -> ModelCardData:
@@ -150,7 +177,7 @@ class QuantNoiseCard:
         return data
 
     def _results(self, task: str | None) -> list[EvalResult]:
-        """The model's metrics in the Hub's form, whose results belong to a task."""
+        """Return the model's metrics as the Hub's ``model-index`` results."""
         return [
             EvalResult(
                 task_type=task or "other",
@@ -165,46 +192,23 @@ class QuantNoiseCard:
         ]
 
 
-def versions() -> dict[str, str]:
-    """Versions of what a card's figures depend on."""
-    return {
-        "hf_quantnoise": __version__,
-        "transformers": transformers.__version__,
-        "torch": torch.__version__,
-    }
-
-
-def _loading(model: PreTrainedModel, where: str, packed: bool) -> str:
+def _usage(model: PreTrainedModel, repo_id: str, packed: bool) -> str:
     auto = auto_class_of(model)
     library = "transformers" if auto or not packed else "hf_quantnoise"
     name = auto or ("AutoQuantizedModel" if packed else type(model).__name__)
-    lines = [f"from {library} import {name}", "", f'model = {name}.from_pretrained("{where}")']
-    if not packed:
-        return "\n".join(["```python", *lines, "```"])
-    first = "import hf_quantnoise  # pip install hf-quantnoise; teaches transformers the format"
-    return "\n".join(
-        [
-            "It is stored as codes and codebooks. Load it with",
-            "",
-            "```python",
-            first,
-            *lines,
-            "```",
-            "",
-            "Without that import transformers warns of an `Unknown quantization type, got "
-            "hf_quantnoise` and stops at weights of another size. The files are whole: import the "
-            "package. With `ignore_mismatched_sizes=True` the weights would be random.",
-        ]
-    )
+    load = f'from {library} import {name}\n\nmodel = {name}.from_pretrained("{repo_id}")'
+    return _USAGE.format(load=load) if packed else f"```python\n{load}\n```"
 
 
 def _storage(config: QuantizedModelConfig, report: SizeReport) -> list[str]:
-    parts = ["## How it is stored", plan_table(config, report)]
+    parts = ["## Storage", plan_table(config, report)]
     if config.left_dense:
-        parts += ["In floating point stay", reasons(config.left_dense)]
+        parts += ["Not quantized:", skipped_layers(config.left_dense)]
     if config.pruned_layers:
-        parts += [f"Taken out: {', '.join(f'`{name}`' for name in config.pruned_layers)}."]
+        parts += [f"Removed layers: {', '.join(f'`{name}`' for name in config.pruned_layers)}."]
     if config.shared_layers:
-        pairs = [f"`{name}` those of `{source}`" for name, source in config.shared_layers.items()]
-        parts += [f"Layers that have the weights of another: {', '.join(pairs)}."]
+        pairs = (
+            f"`{name}` uses those of `{source}`" for name, source in config.shared_layers.items()
+        )
+        parts += [f"Layers with shared weights: {', '.join(pairs)}."]
     return parts

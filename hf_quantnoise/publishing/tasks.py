@@ -1,12 +1,12 @@
-"""Which Auto class loads a model, and which of the Hub's tasks it is for."""
+"""The Auto class that loads a model, and the Hub task of each Auto class."""
 
 from __future__ import annotations
 
 import transformers
 from transformers import PreTrainedModel
 
-# Auto class -> the Hub's task. The first that knows the model's class wins; an encoder-decoder may
-# translate or summarise, so it has none.
+# Auto class -> the Hub's task. The first match is used. Encoder-decoders have no task, since they
+# may translate or summarize.
 TASKS = {
     "AutoModelForSequenceClassification": "text-classification",
     "AutoModelForTokenClassification": "token-classification",
@@ -30,8 +30,8 @@ TASKS = {
 
 
 def auto_class_of(model: PreTrainedModel) -> str | None:
-    """Name of the Auto class that makes this very class of the model's config; None where none
-    does."""
+    """Return the name of the Auto class that creates exactly this class from the model's config, or
+    None."""
     for name in TASKS:
         mapping = getattr(transformers, name)._model_mapping
         if type(model.config) in mapping:

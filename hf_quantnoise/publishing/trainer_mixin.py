@@ -1,4 +1,4 @@
-"""What ``QuantNoiseTrainer`` does otherwise than ``Trainer`` on its way to the Hub."""
+"""Model cards and uploads for ``QuantNoiseTrainer``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..configuration import QuantNoiseConfig
 from ..hub.card import CARD_ATTRIBUTE
 from ..repository import CARD, read_card, upload_folder
 from .card import QuantNoiseCard
-from .push import merged, write_model_card
+from .push import RESULT_FIELDS, merge_cards, write_model_card
 from .tables import changed_fields
 
 _TRAINING = (
@@ -24,11 +24,12 @@ _NOT_ON_CARDS = ("plots", "teacher_device")
 
 
 class PublishingMixin:
-    """Over a ``Trainer``: cards by this package, with metrics of the model as it stands and no
-    others, and an upload without what a pass keeps to be resumed.
+    """Mixin for ``Trainer`` that writes this package's cards and uploads only the final model.
+
+    A card reports metrics only if they were measured on the model in its current state.
 
     Attributes:
-        unpublished: patterns of files below ``output_dir`` that are not uploaded.
+        unpublished: patterns of files in ``output_dir`` that are not uploaded.
     """
 
     unpublished: ClassVar[tuple[str, ...]] = ()
@@ -36,11 +37,11 @@ class PublishingMixin:
     qn_config: QuantNoiseConfig | None
     compression_history: list[dict[str, Any]]
     compression_args: Any = None
-    _measured: ClassVar[dict[str, float]] = {}
+    _card_metrics: ClassVar[dict[str, float]] = {}
     _has_trained: bool = False
 
     def quantnoise_card(self) -> QuantNoiseCard:
-        """What the trainer knows of its model."""
+        """Return a card with everything the trainer knows about its model."""
         values = {name: getattr(self.args, name) for name in _TRAINING}
         settings = {name: getattr(value, "value", value) for name, value in values.items()}
         if self._has_trained:
@@ -50,62 +51,63 @@ class PublishingMixin:
         return QuantNoiseCard(
             repo_id=self.hub_model_id,
             before=self.compression_history[0]["metric"] if self.compression_history else {},
-            after=dict(self._measured),
+            after=dict(self._card_metrics),
             noise=self.qn_config,
             training=settings,
-            compression=_pass_settings(self.compression_args),
+            compression=_compression_settings(self.compression_args),
             history=self.compression_history,
         )
 
-    def _has_measured(self, metrics: dict[str, float]) -> None:
-        """Keeps the metrics of the model as it stands now, on a compressed model too."""
-        self._measured = metrics
+    def _set_card_metrics(self, metrics: dict[str, float]) -> None:
+        """Set the metrics of the current model, and update the card on a compressed model."""
+        self._card_metrics = metrics
         if self.compression_history:
             setattr(self.model, CARD_ATTRIBUTE, self.quantnoise_card())
 
     def train(self, *args: Any, **kwargs: Any):
-        """``Trainer.train``; what was measured before is no figure of the model afterwards."""
+        """Train as ``Trainer`` does; metrics measured before are removed from the card."""
         output = super().train(*args, **kwargs)
         self._has_trained = True
-        self._has_measured({})
+        self._set_card_metrics({})
         return output
 
     def evaluate(self, eval_dataset=None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """``Trainer.evaluate``; the metrics on the trainer's own data go onto the card."""
+        """Evaluate as ``Trainer`` does; metrics on its own dataset are put on the card."""
         metrics = super().evaluate(eval_dataset, *args, **kwargs)
         if eval_dataset is None and any(name.startswith("eval_") for name in metrics):
-            self._has_measured(metrics)
+            self._set_card_metrics(metrics)
         return metrics
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """``Trainer.save_model``, with a card beside a compressed model."""
+        """Save as ``Trainer`` does, with a card if the model is compressed."""
         super().save_model(output_dir, _internal_call)
         if self.compression_history and not _internal_call and self.is_world_process_zero():
             write_model_card(self.model, output_dir or self.args.output_dir, self.quantnoise_card())
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Writes the package's card into ``output_dir``; takes what ``Trainer``'s does.
+        """Write this package's card to ``output_dir``, with the arguments of ``Trainer``'s method.
 
-        The metadata that ``Trainer`` finds (language, license, base model, data) are kept.
+        The metadata that ``Trainer`` collects (language, license, base model, dataset) is kept.
         """
         super().create_model_card(*args, **kwargs)
         if not self.is_world_process_zero() or not isinstance(self.model, PreTrainedModel):
             return
-        given = inspect.signature(Trainer.create_model_card).bind(self, *args, **kwargs).arguments
+        values = inspect.signature(Trainer.create_model_card).bind(self, *args, **kwargs).arguments
         card = replace(
             self.quantnoise_card(),
-            title=given.get("model_name"),
-            base_model=given.get("finetuned_from"),
-            task=_first(given.get("tasks")),
-            dataset=_first(given.get("dataset")),
-            dataset_id=_first(given.get("dataset_tags")),
+            title=values.get("model_name"),
+            base_model=values.get("finetuned_from"),
+            task=_first(values.get("tasks")),
+            dataset=_first(values.get("dataset")),
+            dataset_id=_first(values.get("dataset_tags")),
         )
         path = os.path.join(self.args.output_dir, CARD)
-        theirs = read_card(path)
-        # Its text has the same settings; its results are the last logged, of whatever model.
-        theirs.text = ""
-        theirs.data.eval_results = theirs.data.model_name = theirs.data.metrics = None
-        merged(card.render(self.model), theirs).save(path)
+        trainer_card = read_card(path)
+        # Its text repeats the settings; its results are the last logged, maybe of another model.
+        trainer_card.text = ""
+        for name in RESULT_FIELDS:
+            setattr(trainer_card.data, name, None)
+        merge_cards(card.render(self.model), trainer_card).save(path)
 
     def push_to_hub(
         self,
@@ -116,12 +118,11 @@ class PublishingMixin:
         private: bool | None = None,
         **kwargs: Any,
     ):
-        """``Trainer.push_to_hub`` without the folder in which a pass keeps the dense model and its
-        checkpoints. Takes and returns the same."""
+        """Upload as ``Trainer`` does, but without checkpoints and the files of compression runs."""
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         token = self.args.hub_token if token is None else token
         if self.hub_model_id is None:
-            if private is not None:  # no argument of init_hf_repo before transformers 5.23
+            if private is not None:  # init_hf_repo has this argument since transformers 5.23
                 self.args.hub_private_repo = private
             self.init_hf_repo(token=token)
         self.save_model(_internal_call=True)
@@ -145,9 +146,8 @@ def _first(value: str | list[str] | None) -> str | None:
     return value[0] if isinstance(value, (list, tuple)) and value else value or None
 
 
-def _pass_settings(arguments: Any) -> dict[str, Any]:
-    """What decides a pass's finetuning: ``CompressionArguments`` that are not the defaults, and its
-    length and teacher in any case."""
+def _compression_settings(arguments: Any) -> dict[str, Any]:
+    """Return the non-default ``CompressionArguments``, and always the length and ``distill``."""
     if arguments is None:
         return {}
     changed = changed_fields(arguments, without=_NOT_ON_CARDS)

@@ -1,4 +1,4 @@
-"""How a weight is stored. A quantizer encodes and decodes; noise is the same on a random subset."""
+"""Storage formats of a weight: encode and decode. Noise applies the same to a random subset."""
 
 from .additive import AdditiveQuantizer
 from .base import QUANTIZERS, Quantizer, quantizer_from_dict

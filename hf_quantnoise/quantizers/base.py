@@ -1,7 +1,7 @@
 """The interface of every quantizer.
 
-A quantizer is a frozen dataclass of hyperparameters (it goes into ``config.json``); what it fits to
-a weight is a dict of float tensors, its state (it goes into the checkpoint beside the codes).
+A quantizer is a frozen dataclass of hyperparameters, stored in ``config.json``. Fitting it to a
+weight gives its state, a dict of float tensors that is stored in the checkpoint beside the codes.
 """
 
 from __future__ import annotations
@@ -19,14 +19,31 @@ from ..registry import Registry
 QUANTIZERS: Registry[type[Quantizer]] = Registry("quantizer")
 
 
+class StraightThrough(torch.autograd.Function):
+    """Other values forward, identity backward (the STE of section 4.1). Saves nothing."""
+
+    @staticmethod
+    def forward(ctx, tensor: Tensor, values: Tensor) -> Tensor:
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        return gradient, None
+
+
 class Quantizer(ABC):
-    """Stores a matrix (rows, columns) as one code (or two) per block, and a state shared by all.
+    """Stores a matrix (rows, columns) as integer codes per block, and a state.
+
+    The contract: ``state = fit(matrix)`` estimates the parameters (codebook or scales),
+    ``codes = encode(matrix, state)`` picks the code of lowest error for each block, and
+    ``decode(codes, state)`` reconstructs the matrix. Encoding a decoded matrix again changes
+    nothing (additive quantization may find a lower error).
 
     Attributes:
         scheme: name in a plan.
-        block_size: numbers per block.
+        block_size: elements per block.
         code_bits: bits per code.
-        codes_per_block: codes that stand side by side for a block.
+        codes_per_block: number of codes of a block, adjacent in the codes of its row.
         short_name: for tables, e.g. ``"pq 256x4"``.
     """
 
@@ -51,71 +68,72 @@ class Quantizer(ABC):
         init: dict[str, Tensor] | None = None,
         importance: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Fits the state to a matrix (rows, columns).
+        """Fit the state to a matrix (rows, columns).
 
         Args:
             matrix: the weight.
-            seed: seed of whatever is random in the fit.
+            seed: seed of all randomness in the fit.
             init: an earlier state to start from.
-            importance: weight above 0 of each number's squared error, of a shape that broadcasts to
-                that of the matrix (``modeling/importance.py``); None weighs all alike. A quantizer
-                that rounds number by number has no use for it.
+            importance: positive weight of each element's squared error, broadcastable to the matrix
+                (``modeling/importance.py``); None weighs all alike. Quantizers that round each
+                element separately ignore it.
 
         Raises:
-            ValueError: if the matrix has entries that are not finite.
+            ValueError: if the matrix has NaN or infinite entries.
         """
 
     @abstractmethod
     def encode(
         self, matrix: Tensor, state: dict[str, Tensor], importance: Tensor | None = None
     ) -> Tensor:
-        """The code of each block, (rows, columns / block_size): uint8, int32 above 8 bits; the one
-        of the lowest error, weighted as in :meth:`fit`. With several codes per block so many
-        times the columns, those of a block side by side."""
+        """Return the codes of lowest error, weighted as in :meth:`fit`.
+
+        Returns:
+            Shape (rows, columns / block_size * codes_per_block); uint8, or int32 above 8 bits.
+        """
 
     @abstractmethod
     def decode(self, codes: Tensor, state: dict[str, Tensor]) -> Tensor:
-        """Codes (rows, columns / block_size) -> matrix (rows, columns); differentiable in state."""
+        """Return the matrix (rows, columns) of some codes; differentiable in the state."""
 
     @abstractmethod
     def state_spec(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and stored dtype of each tensor of the state, for a (rows, columns) matrix."""
+        """Return shape and stored dtype of each state tensor, for a (rows, columns) matrix."""
 
     @abstractmethod
     def check(self, rows: int, columns: int) -> str | None:
-        """Why a (rows, columns) matrix cannot be stored so; None where it can."""
+        """Return why a (rows, columns) matrix cannot be quantized, or None if it can."""
 
     def state_of_rows(self, state: dict[str, Tensor], rows: Tensor | slice) -> dict[str, Tensor]:
-        """The part of a state that decodes some rows; the state itself where rows share it."""
+        """Return the part of a state that decodes some rows; the state itself if rows share it."""
         return state
 
     @property
     def not_trained(self) -> set[str]:
-        """Keys of the state that no gradient reaches."""
+        """Keys of state tensors that get no gradient."""
         return set()
 
     def to_storage(self, key: str, tensor: Tensor, state: dict[str, Tensor]) -> Tensor:
-        """A tensor of the state as it is written to a file: in the dtype of its spec where that is
-        smaller."""
+        """Convert a state tensor to its form in a file: the spec's dtype, if that is smaller."""
         _, dtype = self.state_spec(1, 1)[key]
         smaller = torch.empty((), dtype=dtype).element_size() < tensor.element_size()
         return tensor.to(dtype) if smaller else tensor
 
     @property
     def is_stored_otherwise(self) -> bool:
-        """Whether :meth:`from_storage` has work to do."""
+        """Whether :meth:`from_storage` changes the state."""
         return False
 
     def from_storage(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A state in its working form, from one as it was read from a file."""
+        """Convert a state read from a file to its working form."""
         return state
 
     def quantize(self, matrix: Tensor, state: dict[str, Tensor]) -> Tensor:
-        """decode(encode(matrix)): the matrix as it would be read back."""
+        """Return decode(encode(matrix)): the matrix as it would be read back."""
         return self.decode(self.encode(matrix, state), state)
 
     def packed_bytes(self, rows: int, columns: int) -> int:
-        """Bytes on disk: the packed codes and the state."""
+        """Return the bytes on disk of the packed codes and the state."""
         n_codes = rows * columns // self.block_size * self.codes_per_block
         codes = -(-n_codes * self.code_bits // 8)
         state = sum(
@@ -125,30 +143,29 @@ class Quantizer(ABC):
         return codes + state
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form; :func:`quantizer_from_dict` is the inverse."""
+        """Return the JSON form; :func:`quantizer_from_dict` is the inverse."""
         return {"scheme": self.scheme, **asdict(self)}
 
 
 def quantizer_from_dict(values: dict[str, Any]) -> Quantizer:
-    """The quantizer of a plan's entry.
+    """Return the quantizer of a plan's entry.
 
     Raises:
-        ValueError: if the scheme is unknown or a field is not one of its own.
+        ValueError: if the scheme or one of its fields is unknown.
     """
     values = dict(values)
-    target = QUANTIZERS[values.pop("scheme", None)]
+    cls = QUANTIZERS[values.pop("scheme", None)]
     try:
-        return target(**values)
+        return cls(**values)
     except TypeError as error:
-        raise ValueError(f"quantizer {target.scheme!r}: {error}") from None
+        raise ValueError(f"quantizer {cls.scheme!r}: {error}") from None
 
 
 def require_finite(matrix: Tensor) -> None:
-    """Raises ValueError where a matrix holds NaN or infinity, saying how many."""
+    """Raise ValueError if a matrix has NaN or infinite entries, with their number."""
     finite = torch.isfinite(matrix)
     if not finite.all():
-        bad = int((~finite).sum())
         raise ValueError(
-            f"the weight has {bad} entries of {matrix.numel()} that are NaN or infinite; "
-            "the training diverged, or the checkpoint is damaged"
+            f"invalid weight: {int((~finite).sum())} of {matrix.numel()} entries are NaN or "
+            "infinite; the training diverged, or the checkpoint is corrupted"
         )

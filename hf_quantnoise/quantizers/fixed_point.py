@@ -10,22 +10,22 @@ from torch import Tensor
 
 from ..configuration import OBSERVERS
 from .base import QUANTIZERS, Quantizer, require_finite
-from .observers import CHUNK_NUMBERS, Range, extremes
+from .observers import CHUNK_ELEMENTS, Range, extremes
 from .packing import code_dtype
 
 
 @QUANTIZERS.register("int")
 @dataclass(frozen=True)
 class FixedPointQuantizer(Quantizer):
-    """Each weight is stored as round(w / s + z), clamped to 0 .. 2^N - 1 (Eq. 2).
+    """Each element is stored as round(w / s + z), clamped to 0 .. 2^N - 1 (Eq. 2).
 
     State: ``scale`` s and ``zero_point`` z in floating point, with
 
         s = (max W - min W) / (2^N - 1),  z = -round(min W / s),
 
-    scalars, or of shape (rows, 1) where the observer is per channel. Eq. 2 writes z without the
-    minus; c = (round(w / s + z) - z) s is the same for either sign, as z is an integer, and with
-    the minus the codes count from 0.
+    scalars, or of shape (rows, 1) if the observer is per channel. Eq. 2 writes z without the
+    minus. (round(w / s + z) - z) s is the same for either sign, as z is an integer, and with the
+    minus the codes count from 0.
 
     Args:
         bits: N, 1 to 8.
@@ -52,26 +52,26 @@ class FixedPointQuantizer(Quantizer):
     def fit_running(
         self, matrix: Tensor, running: Range | None = None
     ) -> tuple[dict[str, Tensor], Range]:
-        """As :meth:`fit`, with the extremes met so far.
+        """Fit like :meth:`fit`, with the extremes of earlier fits.
 
         Args:
             matrix: the weight.
-            running: what the last call gave; only a running observer reads it.
+            running: extremes returned by the last call; only a running observer reads them.
 
         Returns:
-            The state; and the extremes it lies in, scalars: with a running observer those of all
-            matrices up to this one.
+            The state; and the extremes, scalars: with a running observer those of all matrices so
+            far, else of this one.
         """
         require_finite(matrix)
-        observer, numbers = OBSERVERS[self.observer], matrix.float()
-        whole = extremes(numbers, running if observer.running else None)
+        observer, values = OBSERVERS[self.observer], matrix.float()
+        full_range = extremes(values, running if observer.running else None)
         states = []
-        for low, high in observer.candidates(numbers, self.bits, whole):
+        for low, high in observer.candidates(values, self.bits, full_range):
             state = self.state_of_range(low, high)
             states.append({key: value.to(matrix.dtype) for key, value in state.items()})
         state = states[0]
         if len(states) > 1:
-            errors = [self._errors(numbers, state) for state in states]
+            errors = [self._errors(values, state) for state in states]
             best = torch.stack(errors).argmin(0)
             state = {
                 key: torch.stack([state[key] for state in states]).gather(
@@ -79,13 +79,12 @@ class FixedPointQuantizer(Quantizer):
                 )[0]
                 for key in state
             }
-        return state, whole
+        return state, full_range
 
     def _errors(self, matrix: Tensor, state: dict[str, Tensor]) -> Tensor:
-        """Squared error of a matrix under a state: for each row where the state has rows, shape
-        (rows, 1), else a scalar."""
+        """Return the squared error of each row, (rows, 1), or in total if the state is scalar."""
         parts = []
-        step = max(1, CHUNK_NUMBERS // matrix.shape[1])
+        step = max(1, CHUNK_ELEMENTS // matrix.shape[1])
         for start in range(0, len(matrix), step):
             rows = slice(start, start + step)
             part = matrix[rows]
@@ -95,9 +94,9 @@ class FixedPointQuantizer(Quantizer):
         return errors if state["scale"].dim() else errors.sum()
 
     def state_of_range(self, low: Tensor, high: Tensor) -> dict[str, Tensor]:
-        """The state that spreads the N bits over a range."""
+        """Return the state whose 2^N levels span a range."""
         scale = (high - low) / (2**self.bits - 1)
-        # A constant matrix has no range: with its own magnitude as scale it is reproduced exactly.
+        # A constant matrix has an empty range; with its magnitude as the scale it is exact.
         constant = torch.where(low == 0, torch.ones_like(low), low.abs())
         scale = torch.where(scale > 0, scale, constant)
         return {"scale": scale, "zero_point": -torch.round(low / scale)}
@@ -107,10 +106,10 @@ class FixedPointQuantizer(Quantizer):
             return state
         return {key: value[rows] for key, value in state.items()}
 
-    def levels(self, numbers: Tensor, state: dict[str, Tensor]) -> Tensor:
-        """round(w / s + z), clamped, still in float32: NaN stays NaN."""
+    def levels(self, values: Tensor, state: dict[str, Tensor]) -> Tensor:
+        """Return round(w / s + z), clamped, in float32; NaN stays NaN."""
         scale, zero_point = state["scale"].float(), state["zero_point"].float()
-        return numbers.float().div(scale).add_(zero_point).round_().clamp_(0, 2**self.bits - 1)
+        return values.float().div(scale).add_(zero_point).round_().clamp_(0, 2**self.bits - 1)
 
     def encode(self, matrix, state, importance=None):
         return self.levels(matrix, state).to(code_dtype(self.bits))
@@ -128,11 +127,11 @@ class FixedPointQuantizer(Quantizer):
 
 
 class _RoundWithin(torch.autograd.Function):
-    """Rounded numbers forward; backward identity within the range, nothing outside of it."""
+    """Rounded values forward; backward the identity within the range, zero outside it."""
 
     @staticmethod
-    def forward(ctx, numbers: Tensor, rounded: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        ctx.save_for_backward((numbers >= low) & (numbers <= high))
+    def forward(ctx, values: Tensor, rounded: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        ctx.save_for_backward((values >= low) & (values <= high))
         return rounded.view_as(rounded)
 
     @staticmethod
@@ -141,20 +140,19 @@ class _RoundWithin(torch.autograd.Function):
         return gradient * inside, None, None, None
 
 
-def round_activations(numbers: Tensor, state: dict[str, Tensor], bits: int) -> Tensor:
-    """Activations as N-bit integers would hold them (Eq. 2, section 7.7), straight-through within
-    the range.
+def round_activations(values: Tensor, state: dict[str, Tensor], bits: int) -> Tensor:
+    """Round activations to N-bit integers (Eq. 2, section 7.7), straight-through within the range.
 
     Args:
-        numbers: any shape and float dtype, which is also that of the result.
+        values: any shape and float dtype, which the result has too.
         state: ``scale`` and ``zero_point``, scalars.
         bits: N.
     """
     quantizer = FixedPointQuantizer(bits=bits)
     state = {key: value.float() for key, value in state.items()}
-    with torch.no_grad(), torch.autocast(numbers.device.type, enabled=False):
-        rounded = quantizer.decode(quantizer.levels(numbers, state), state).to(numbers.dtype)
-    if not (torch.is_grad_enabled() and numbers.requires_grad):
+    with torch.no_grad(), torch.autocast(values.device.type, enabled=False):
+        rounded = quantizer.decode(quantizer.levels(values, state), state).to(values.dtype)
+    if not (torch.is_grad_enabled() and values.requires_grad):
         return rounded
     low, high = (quantizer.decode(torch.tensor(level), state) for level in (0, 2**bits - 1))
-    return _RoundWithin.apply(numbers, rounded, low, high)
+    return _RoundWithin.apply(values, rounded, low, high)

@@ -1,13 +1,13 @@
-"""k-means in plain torch: vectorised, chunked, seeded, and never with an empty cluster.
+"""k-means in plain torch: vectorized, chunked, seeded, and without empty clusters.
 
-The distance of all points of a chunk to all centroids is one matrix product: with the point
-augmented by a one and the centroid by half its squared norm, ||c||^2 / 2 - x c is ||x - c||^2 / 2
-up to half the squared norm of the point, which is added to its row of the product. Chunks stay in
-cache, and their size in bytes is bounded.
+The distances of all points of a chunk to all centroids are one matrix product: with a one appended
+to each point and half its squared norm to each centroid, ||c||^2 / 2 - x c is ||x - c||^2 / 2 minus
+half the squared norm of the point, which is added to its row. Chunks fit in cache, and their size
+in bytes is bounded.
 
-With a weight h for each number of each point the distance is sum_j h_j (x_j - c_j)^2: one product
-again, of (h x, h) and (-c, c^2 / 2), and a centroid is the weighted mean of its points, coordinate
-by coordinate.
+With a weight h for each element of each point the distance is sum_j h_j (x_j - c_j)^2: again one
+product, of (h x, h) and (-c, c^2 / 2). A centroid is then the weighted mean of its points,
+coordinate by coordinate.
 """
 
 from __future__ import annotations
@@ -24,19 +24,18 @@ MAX_BYTES = 4 * 2**20
 SEEDING_POINTS = 16_384
 SAMPLE_POINTS = 65_536
 FULL_ITERATIONS = 3
-MOST_INDEX_BITS = 10
+MAX_INDEX_BITS = 10
 
 
 @dataclass(frozen=True)
 class KMeansResult:
-    """Outcome of :func:`kmeans`.
+    """Result of :func:`kmeans`.
 
     Attributes:
         centroids: shape (n_centroids, d), float32.
         codes: nearest centroid of each point, shape (N,), int64.
-        objective: sum of squared distances (section 3.2), weighted where the points are; computed
-            from the codes.
-        n_iter: iterations run over all points or over the sample.
+        objective: sum of the (weighted) squared distances (section 3.2), computed from the codes.
+        n_iter: iterations over the sample and over all points together.
     """
 
     centroids: Tensor
@@ -46,14 +45,12 @@ class KMeansResult:
 
 
 def chunk_rows(n_centroids: int, max_bytes: int = MAX_BYTES) -> int:
-    """Points per chunk, so that a float32 distance matrix stays within ``max_bytes``; at least 1,
-    and at most about 1024 at 256 centroids (512 at more), which fits in cache."""
+    """Return the points per chunk whose float32 distances fit in ``max_bytes`` and in cache."""
     return max(1, min(max_bytes // (4 * n_centroids), max(2**18 // n_centroids + 1, 512)))
 
 
 def _columns(centroids: Tensor, weighted: bool) -> Tensor:
-    """-c on top of ||c||^2 / 2, (d + 1, K); on top of c^2 / 2, (2 d, K), where points are
-    weighted: what the rows of :func:`_augmented` are multiplied by."""
+    """Return (-c, ||c||^2 / 2), shape (d + 1, K); for weighted points (-c, c^2 / 2), (2 d, K)."""
     half = centroids.square() / 2
     half = half if weighted else half.sum(1, keepdim=True)
     return torch.cat([-centroids, half], dim=1).t().contiguous()
@@ -65,25 +62,24 @@ def _augmented(points: Tensor, weights: Tensor | None) -> Tensor:
     return torch.cat([weights * points, weights], dim=1)
 
 
-def _nearest(points: Tensor, columns: Tensor, weights: Tensor | None, distances: Tensor) -> Tensor:
-    """Index of the smallest distance of each point, shape (N,). ``distances``, shape (N, K), is
-    written over.
+def _nearest(points: Tensor, columns: Tensor, weights: Tensor | None, scratch: Tensor) -> Tensor:
+    """Return the index of the smallest distance of each point; overwrites scratch, shape (N, K).
 
-    Up to 1024 centroids index and distance travel in one number: a positive float32 is ordered as
-    the integer of its bits, so the index can stand in its lowest bits and one ``amin``, much faster
-    than ``argmin``, gives both. It rounds distances to 13 to 22 bits, and breaks ties by index. The
-    digits are those of each point's own distances: ||x||^2 / 2 of another, added to all to make
-    them positive, would leave none to a point beside an outlier.
+    Up to 1024 centroids, index and distance are packed into one integer: positive float32 values
+    are ordered like the integers of their bits, so the index can use the lowest bits, and one
+    ``amin``, much faster than ``argmin``, gives both. This rounds distances to 13 to 22 bits, and
+    ties go to the lowest index. Each point's distances are made positive by its own ||x||^2 / 2: a
+    constant for all points would leave no digits to a point when another is an outlier.
     """
     n_centroids = columns.shape[1]
     index_bits = (n_centroids - 1).bit_length()
     augmented = _augmented(points, weights)
-    if index_bits > MOST_INDEX_BITS:
-        return torch.mm(augmented, columns, out=distances).argmin(1)
+    if index_bits > MAX_INDEX_BITS:
+        return torch.mm(augmented, columns, out=scratch).argmin(1)
     squares = points.square() if weights is None else weights * points.square()
-    torch.addmm(squares.sum(1, keepdim=True) / 2, augmented, columns, out=distances)
-    bits = distances.view(torch.int32)
-    # The sign goes too: rounding can leave a distance of about 0 a little below it.
+    torch.addmm(squares.sum(1, keepdim=True) / 2, augmented, columns, out=scratch)
+    bits = scratch.view(torch.int32)
+    # The sign bit is cleared too: rounding can make a distance near 0 slightly negative.
     bits &= 2**31 - 2**index_bits
     bits |= torch.arange(n_centroids, device=bits.device, dtype=torch.int32)
     return (bits.amin(1) & (2**index_bits - 1)).long()
@@ -92,79 +88,84 @@ def _nearest(points: Tensor, columns: Tensor, weights: Tensor | None, distances:
 def assign(
     points: Tensor, centroids: Tensor, max_bytes: int = MAX_BYTES, weights: Tensor | None = None
 ) -> Tensor:
-    """Nearest centroid of each point.
+    """Return the nearest centroid of each point.
 
     Args:
-        points: shape (N, d); centred inside, so a common offset costs no precision.
+        points: shape (N, d); centered first, so a common offset costs no precision.
         centroids: shape (K, d).
-        max_bytes: bound on the scratch of a chunk.
+        max_bytes: bound on the scratch memory of a chunk.
         weights: positive, shape (N, d) or (N, 1); see :func:`kmeans`.
 
     Returns:
-        Codes, shape (N,), int64. Where the squared distances of a point to two centroids differ by
-        less than 2^-13 of them, or by float32's rounding of its own squared length, either may be
-        given. Other points have no say.
+        Codes, shape (N,), int64. If a point's squared distances to two centroids differ by less
+        than a relative 2^-13, or by the float32 rounding of its squared norm, either may be
+        returned. Codes do not depend on other points.
     """
     if weights is not None and weights.shape[1] == 1:
-        weights = None  # one weight for a whole point moves none of its minima
-    centre = centroids.float().mean(0)
-    centroids = centroids.float() - centre
+        weights = None  # a constant weight per point does not change its minimum
+    center = centroids.float().mean(0)
+    centroids = centroids.float() - center
     columns = _columns(centroids, weights is not None)
     step = chunk_rows(len(centroids), max_bytes)
     codes = torch.empty(len(points), dtype=torch.int64, device=points.device)
-    # One scratch for all chunks: freed and asked for anew, with smaller tensors that stay in
-    # between, it leaves holes in the heap that no later one fits in, gigabytes of them.
-    distances = columns.new_empty(min(step, len(points)), len(centroids))
+    # One scratch tensor for all chunks: allocating one per chunk, between smaller tensors that stay
+    # alive, fragments the heap by gigabytes.
+    scratch = columns.new_empty(min(step, len(points)), len(centroids))
     for start in range(0, len(points), step):
-        chunk = points[start : start + step].float() - centre
-        own = None if weights is None else weights[start : start + step].float()
-        if own is not None:  # no code changes, and very large or small weights stay in range
-            own = own / own.mean(1, keepdim=True)
-        codes[start : start + step] = _nearest(chunk, columns, own, distances[: len(chunk)])
+        chunk = points[start : start + step].float() - center
+        chunk_weights = None if weights is None else weights[start : start + step].float()
+        if chunk_weights is not None:  # same codes, and extreme weights do not overflow
+            chunk_weights = chunk_weights / chunk_weights.mean(1, keepdim=True)
+        part = scratch[: len(chunk)]
+        codes[start : start + step] = _nearest(chunk, columns, chunk_weights, part)
     return codes
 
 
 def nearest_few(
     points: Tensor, centroids: Tensor, count: int, weights: Tensor | None = None
 ) -> Tensor:
-    """The nearest centroids of each point, nearest first: (N, min(count, K)). Not in chunks."""
-    columns = _columns(centroids, weights is not None)
-    distances = _augmented(points, weights) @ columns
+    """Return the nearest centroids of each point in order, (N, min(count, K)). Not chunked."""
+    distances = _augmented(points, weights) @ _columns(centroids, weights is not None)
     return distances.topk(min(count, len(centroids)), dim=1, largest=False).indices
 
 
 def squared_errors(points: Tensor, decoded: Tensor, weights: Tensor | None = None) -> Tensor:
-    """(Weighted) squared distance of each point to what stands for it, shape (N,)."""
+    """Return the (weighted) squared distance of each point to its decoded value, shape (N,)."""
     squares = (points - decoded).square()
     return (squares if weights is None else weights * squares).sum(1)
 
 
-def _errors(points: Tensor, centroids: Tensor, codes: Tensor, weights: Tensor | None) -> Tensor:
-    return squared_errors(points, centroids[codes], weights)
+def sample_indices(n_points: int, n_samples: int, generator: torch.Generator) -> Tensor:
+    """Return distinct random indices; all indices in order if there are not more points."""
+    if n_points <= n_samples:
+        return torch.arange(n_points)
+    return torch.randperm(n_points, generator=generator)[:n_samples]
 
 
 def _seed_centroids(
     points: Tensor, weights: Tensor | None, n_centroids: int, generator: torch.Generator
 ) -> Tensor:
-    """Greedy k-means++ on a sample: of a few points drawn by their squared distance, the one that
-    lowers the sum of squared distances most becomes the next centroid."""
-    drawn = draw(len(points), SEEDING_POINTS, generator).to(points.device)
-    sample = points[drawn]
-    own = sample.new_ones(1, 1) if weights is None else weights[drawn]
-    weighted = own * sample
+    """Return the initial centroids of greedy k-means++ on a sample.
+
+    Of a few candidates, picked in proportion to their squared distance, the one that reduces the
+    objective most becomes the next centroid.
+    """
+    chosen = sample_indices(len(points), SEEDING_POINTS, generator).to(points.device)
+    sample = points[chosen]
+    sample_weights = sample.new_ones(1, 1) if weights is None else weights[chosen]
+    weighted = sample_weights * sample
     norms = (weighted * sample).sum(1)
-    across = own.expand_as(sample).t()
+    weight_columns = sample_weights.expand_as(sample).t()
     first = int(torch.randint(len(sample), (1,), generator=generator))
     centroids = sample[first].expand(n_centroids, -1).clone()
-    distances = (own * (sample - centroids[0]).square()).sum(1)
+    distances = (sample_weights * (sample - centroids[0]).square()).sum(1)
     trials = 2 + int(math.log(n_centroids))
     uniform = torch.rand(n_centroids, trials, generator=generator, dtype=torch.float64)
     uniform = uniform.to(points.device)
     for k in range(1, n_centroids):
-        cumulated = distances.double().cumsum(0)
-        picks = torch.searchsorted(cumulated, uniform[k] * cumulated[-1], right=True)
-        picks = picks.clamp_(max=len(sample) - 1)
-        squares = norms[picks][:, None] if weights is None else sample[picks].square() @ across
+        picks = _pick_by_distance(distances, uniform[k])
+        plain = weights is None
+        squares = norms[picks][:, None] if plain else sample[picks].square() @ weight_columns
         new = norms + squares - 2 * (sample[picks] @ weighted.t())
         new = torch.minimum(new.clamp_(min=0), distances)
         best = new.sum(1).argmin()
@@ -173,28 +174,24 @@ def _seed_centroids(
     return centroids
 
 
-def draw(n_points: int, n_draws: int, generator: torch.Generator) -> Tensor:
-    """Indices of so many points, each at most once; of all in order where there are no more."""
-    if n_points <= n_draws:
-        return torch.arange(n_points)
-    return torch.randperm(n_points, generator=generator)[:n_draws]
+def _pick_by_distance(distances: Tensor, uniform: Tensor) -> Tensor:
+    """Return indices sampled in proportion to distances, from uniform values in [0, 1)."""
+    cumulated = distances.double().cumsum(0)
+    picks = torch.searchsorted(cumulated, uniform * cumulated[-1], right=True)
+    return picks.clamp_(max=len(distances) - 1)
 
 
 def _update(points: Tensor, weights: Tensor | None, codes: Tensor, centroids, generator) -> Tensor:
-    """Means of the clusters; empty ones start anew at points drawn by their squared error."""
+    """Return the means of the clusters; empty ones restart at points of large squared error."""
     n_centroids = len(centroids)
-    counts = torch.bincount(codes, minlength=n_centroids)
     means = cluster_means(points, codes, n_centroids, weights)
-    empty = (counts == 0).nonzero().flatten()
+    empty = (torch.bincount(codes, minlength=n_centroids) == 0).nonzero().flatten()
     if len(empty):
-        errors = _errors(points, means, codes, weights)
-        cumulated = errors.double().cumsum(0)
-        if cumulated[-1] > 0:  # else every point stands on its centroid: there is nothing to split
+        errors = squared_errors(points, means[codes], weights)
+        if errors.double().cumsum(0)[-1] > 0:
             uniform = torch.rand(len(empty), generator=generator, dtype=torch.float64)
-            targets = uniform.to(points.device) * cumulated[-1]
-            picks = torch.searchsorted(cumulated, targets, right=True).clamp(max=len(points) - 1)
-            means[empty] = points[picks]
-        else:
+            means[empty] = points[_pick_by_distance(errors, uniform.to(points.device))]
+        else:  # every point equals its centroid, so there is nothing to split
             means[empty] = centroids[empty]
     return means
 
@@ -202,7 +199,7 @@ def _update(points: Tensor, weights: Tensor | None, codes: Tensor, centroids, ge
 def cluster_means(
     points: Tensor, codes: Tensor, n_centroids: int, weights: Tensor | None = None
 ) -> Tensor:
-    """(Weighted) mean of each cluster, shape (n_centroids, d), float32; 0 where it is empty."""
+    """Return the (weighted) mean of each cluster, (n_centroids, d), float32; 0 if it is empty."""
     shape = (n_centroids, points.shape[1])
     if weights is None:
         mass = torch.bincount(codes, minlength=n_centroids).clamp(min=1)[:, None]
@@ -212,14 +209,12 @@ def cluster_means(
     return sums / mass.clamp(min=torch.finfo(mass.dtype).tiny)
 
 
-def _iterate(
-    points, weights, centroids, n_iter, generator, max_bytes
-) -> tuple[Tensor, Tensor, int]:
-    """Lloyd's iterations until the codes stand still: centroids, their codes, iterations."""
-    codes = assign(points, centroids, max_bytes, weights)
+def _iterate(points, weights, centroids, n_iter, generator) -> tuple[Tensor, Tensor, int]:
+    """Run Lloyd's iterations until the codes are stable; return centroids, codes, iterations."""
+    codes = assign(points, centroids, weights=weights)
     for iteration in range(n_iter):
         centroids = _update(points, weights, codes, centroids, generator)
-        new_codes = assign(points, centroids, max_bytes, weights)
+        new_codes = assign(points, centroids, weights=weights)
         if torch.equal(new_codes, codes):
             return centroids, codes, iteration + 1
         codes = new_codes
@@ -228,33 +223,29 @@ def _iterate(
 
 def _check(points: Tensor, weights: Tensor | None, n_centroids: int, init: Tensor | None) -> None:
     if points.dim() != 2 or not len(points):
-        raise ValueError(f"points of shape {tuple(points.shape)}: k-means needs (N, d) with N > 0")
+        raise ValueError(f"invalid points: got {tuple(points.shape)}, expected (N, d) with N > 0")
     require_finite(points)
-    if init is not None and init.shape != (n_centroids, points.shape[1]):
-        raise ValueError(
-            f"init of shape {tuple(init.shape)} does not fit {n_centroids} centroids of "
-            f"{points.shape[1]} numbers"
-        )
+    n_points, d = points.shape
+    if init is not None and init.shape != (n_centroids, d):
+        raise ValueError(f"invalid init: got {tuple(init.shape)}, expected {(n_centroids, d)}")
     if weights is None:
         return
-    if tuple(weights.shape) not in (tuple(points.shape), (len(points), 1)):
+    if tuple(weights.shape) not in ((n_points, d), (n_points, 1)):
         raise ValueError(
-            f"weights of shape {tuple(weights.shape)} do not fit points of shape "
-            f"{tuple(points.shape)}: give one for each number, or one for each point"
+            f"invalid weights: got {tuple(weights.shape)}, expected {(n_points, d)} or (N, 1)"
         )
     if not (torch.isfinite(weights).all() and (weights > 0).all()):
-        raise ValueError("weights must be finite and above 0: a point of weight 0 has no centroid")
+        raise ValueError("invalid weights: expected finite values above 0")
 
 
-def objective_of(
-    points: Tensor, centroids: Tensor, codes: Tensor, weights: Tensor | None = None
-) -> float:
-    """(Weighted) sum of squared distances of points to their centroids, summed in float64."""
+def _objective(points: Tensor, weights: Tensor | None, centroids: Tensor, codes: Tensor) -> float:
+    """Return the (weighted) sum of squared distances of points to their centroids, in float64."""
     total = 0.0
     for start in range(0, len(points), 2**16):
         part = slice(start, start + 2**16)
-        own = None if weights is None else weights[part]
-        total += float(_errors(points[part], centroids, codes[part], own).double().sum())
+        part_weights = None if weights is None else weights[part]
+        errors = squared_errors(points[part], centroids[codes[part]], part_weights)
+        total += float(errors.double().sum())
     return total
 
 
@@ -266,46 +257,45 @@ def kmeans(
     n_iter: int = 20,
     seed: int = 0,
     init: Tensor | None = None,
-    max_bytes: int = MAX_BYTES,
     sample_size: int = SAMPLE_POINTS,
     weights: Tensor | None = None,
 ) -> KMeansResult:
-    """Learns a codebook: minimises the sum of ||b - c[I]||^2 over all blocks (section 3.2).
+    """Fit a codebook: minimize the sum of ||b - c[I]||^2 over all blocks (section 3.2).
 
-    Above ``sample_size`` points a sample is clustered, then all points for three iterations: half
-    the time at the same objective. torch's global random state is not touched.
+    Above ``sample_size`` points a sample is clustered first, then all points for three iterations:
+    half the time for the same objective. torch's global random state is unchanged.
 
     Args:
-        points: blocks, shape (N, d), any float dtype; the work is done in float32.
-        n_centroids: K; more than there are distinct points is allowed and gives duplicates.
-        n_iter: most iterations.
-        seed: seed of the start and of the refilling of empty clusters.
-        init: centroids to start from, shape (K, d), in place of k-means++.
-        max_bytes: bound on the scratch of a chunk.
+        points: blocks, shape (N, d), any float dtype; computed in float32.
+        n_centroids: K; may exceed the number of distinct points, which gives duplicates.
+        n_iter: maximum number of iterations.
+        seed: seed of the initial centroids and of the restarts of empty clusters.
+        init: initial centroids, shape (K, d), instead of k-means++.
         sample_size: see above.
-        weights: h above 0, shape (N, d) or (N, 1): the sum is that of h (b - c[I])^2, number by
-            number, for the codes as for the centroids. None weighs all alike.
+        weights: h > 0, shape (N, d) or (N, 1): the sum is then that of h (b - c[I])^2, element by
+            element, for codes and centroids. None weighs all alike.
 
     Raises:
-        ValueError: if there are no points, an entry is not finite, or ``init`` or ``weights`` do
-            not fit.
+        ValueError: if an argument is empty, not finite or of the wrong shape.
     """
     _check(points, weights, n_centroids, init)
     points = points.detach().float()
     if weights is not None:
         weights = weights.detach().float()
     generator = torch.Generator().manual_seed(seed)
-    done = 0
+    sample_iterations = 0
     centroids = init.detach().float().clone() if init is not None else None
     if len(points) > sample_size:
-        drawn = draw(len(points), sample_size, generator).to(points.device)
-        sample, own = points[drawn], None if weights is None else weights[drawn]
+        chosen = sample_indices(len(points), sample_size, generator).to(points.device)
+        sample, sample_weights = points[chosen], None if weights is None else weights[chosen]
         if centroids is None:
-            centroids = _seed_centroids(sample, own, n_centroids, generator)
-        centroids, _, done = _iterate(sample, own, centroids, n_iter, generator, max_bytes)
+            centroids = _seed_centroids(sample, sample_weights, n_centroids, generator)
+        centroids, _, sample_iterations = _iterate(
+            sample, sample_weights, centroids, n_iter, generator
+        )
         n_iter = min(n_iter, FULL_ITERATIONS)
     elif centroids is None:
         centroids = _seed_centroids(points, weights, n_centroids, generator)
-    centroids, codes, full = _iterate(points, weights, centroids, n_iter, generator, max_bytes)
-    objective = objective_of(points, centroids, codes, weights)
-    return KMeansResult(centroids, codes, objective, done + full)
+    centroids, codes, iterations = _iterate(points, weights, centroids, n_iter, generator)
+    objective = _objective(points, weights, centroids, codes)
+    return KMeansResult(centroids, codes, objective, sample_iterations + iterations)

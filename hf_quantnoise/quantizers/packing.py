@@ -1,4 +1,4 @@
-"""Codes of N bits laid end to end in bytes, lowest bit first."""
+"""Packing of N-bit codes into bytes, lowest bit first, without gaps."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from torch import Tensor
 
 
 def code_dtype(bits: int) -> torch.dtype:
-    """dtype of unpacked codes: uint8 up to 8 bits, int32 above."""
+    """Return the dtype of unpacked codes: uint8 up to 8 bits, int32 above."""
     return torch.uint8 if bits <= 8 else torch.int32
 
 
 def _check(bits: int) -> None:
     if not 1 <= bits <= 16:
-        raise ValueError(f"bits={bits} must be from 1 to 16")
+        raise ValueError(f"invalid bits: got {bits}, expected 1 to 16")
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """Packs codes into ceil(n * bits / 8) bytes.
+    """Pack codes into ceil(n * bits / 8) bytes.
 
     Args:
         codes: integers from 0 to 2**bits - 1, any shape.
         bits: bits per code, 1 to 16.
 
     Returns:
-        uint8, one-dimensional; a view of ``codes`` where they are whole bytes already.
+        uint8, one-dimensional; a view of ``codes`` if they are uint8 of 8 bits.
 
     Raises:
         ValueError: if ``bits`` or a code is out of range.
@@ -35,17 +35,18 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
         return codes
     if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= 2**bits):
         raise ValueError(
-            f"codes from {int(codes.min())} to {int(codes.max())} do not fit in {bits} bits"
+            f"invalid codes: got {int(codes.min())} to {int(codes.max())}, expected 0 to "
+            f"{2**bits - 1} for {bits} bits"
         )
     shifts = torch.arange(bits, device=codes.device, dtype=torch.int32)
     stream = ((codes.int()[:, None] >> shifts) & 1).to(torch.uint8).reshape(-1)
     stream = torch.nn.functional.pad(stream, (0, -stream.numel() % 8)).view(-1, 8)
-    places = torch.arange(8, device=codes.device, dtype=torch.uint8)
-    return (stream << places).sum(1, dtype=torch.uint8)
+    positions = torch.arange(8, device=codes.device, dtype=torch.uint8)
+    return (stream << positions).sum(1, dtype=torch.uint8)
 
 
 def unpack_codes(packed: Tensor, bits: int, count: int) -> Tensor:
-    """The inverse of :func:`pack_codes`.
+    """Unpack codes; the inverse of :func:`pack_codes`.
 
     Args:
         packed: uint8, one-dimensional.
@@ -56,25 +57,26 @@ def unpack_codes(packed: Tensor, bits: int, count: int) -> Tensor:
         Codes of shape (count,), uint8 up to 8 bits and int32 above.
 
     Raises:
-        ValueError: if ``packed`` has another length than ``count`` codes take.
+        ValueError: if the length of ``packed`` does not match ``count``.
     """
     _check(bits)
     if packed.numel() != -(-count * bits // 8):
         raise ValueError(
-            f"{count} codes of {bits} bits take {-(-count * bits // 8)} bytes, not {packed.numel()}"
+            f"invalid packed codes: got {packed.numel()} bytes, expected {-(-count * bits // 8)} "
+            f"for {count} codes of {bits} bits"
         )
     if bits == 8:
         return packed
-    if bits in (1, 2, 4):  # whole codes in every byte
+    if bits in (1, 2, 4):  # no code crosses a byte
         shifts = torch.arange(0, 8, bits, device=packed.device, dtype=torch.uint8)
         return ((packed[:, None] >> shifts) & (2**bits - 1)).reshape(-1)[:count]
-    # Eight codes fill `bits` bytes; each lies within three bytes in a row (two zeros pad the last).
+    # Eight codes fill `bits` bytes; each is within three adjacent bytes (two zeros pad the last).
     groups = -(-count // 8)
     octets = torch.nn.functional.pad(packed, (0, groups * bits - packed.numel())).view(-1, bits)
     octets = torch.nn.functional.pad(octets.int(), (0, 2))
     codes = []
-    for number in range(8):
-        byte, shift = divmod(number * bits, 8)
+    for index in range(8):
+        byte, shift = divmod(index * bits, 8)
         word = octets[:, byte] | octets[:, byte + 1] << 8 | octets[:, byte + 2] << 16
         codes.append(((word >> shift) & (2**bits - 1)).to(code_dtype(bits)))
     return torch.stack(codes, 1).view(-1)[:count]

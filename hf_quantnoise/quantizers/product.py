@@ -12,27 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..blocks import to_blocks
-from .base import QUANTIZERS, Quantizer, require_finite
+from .base import QUANTIZERS, Quantizer, StraightThrough, require_finite
 from .fixed_point import FixedPointQuantizer
 from .kmeans import assign, kmeans
 from .packing import code_dtype
 from .row_scale import as_divisor, fit_row_scale
 
 
-class _AsStored(torch.autograd.Function):
-    """Centroids (or scales) as they are stored, straight-through."""
-
-    @staticmethod
-    def forward(ctx, tensor: Tensor, stored: Tensor) -> Tensor:
-        return stored.view_as(stored)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):
-        return gradient, None
-
-
 class _Lookup(torch.autograd.Function):
-    """codebook[codes], whose backward sums the gradient over each centroid's blocks.
+    """codebook[codes], with a backward that sums the gradient over each centroid's blocks.
 
     The same as ``F.embedding``, whose backward is several times slower for a small codebook.
     """
@@ -52,41 +40,43 @@ class _Lookup(torch.autograd.Function):
         return total.to(gradient.dtype), None
 
 
-def _within_half(tensor: Tensor) -> Tensor:
+def _clamp_to_half(tensor: Tensor) -> Tensor:
     limit = torch.finfo(torch.float16).max
     return tensor.clamp(-limit, limit)
 
 
-def _in_half(tensor: Tensor) -> Tensor:
-    """Rounded to float16, in its own dtype."""
-    return _within_half(tensor).to(torch.float16).to(tensor.dtype)
+def _round_to_half(tensor: Tensor) -> Tensor:
+    """Round to float16 values, in the tensor's own dtype."""
+    return _clamp_to_half(tensor).to(torch.float16).to(tensor.dtype)
 
 
-# Section 3.3: Eq. 2 on the centroids themselves, and how its state is named in theirs.
-_ON_CODEBOOK = "codebook_"
+# Section 3.3 applies Eq. 2 to the centroids: prefix and keys of its state.
+_PREFIX = "codebook_"
 _KEYS = tuple(FixedPointQuantizer(bits=8).state_spec(1, 1))
 
 
-def _of_codebook(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key: state[_ON_CODEBOOK + key] for key in _KEYS}
+def _codebook_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return scale and zero point of an 8-bit codebook."""
+    return {key: state[_PREFIX + key] for key in _KEYS}
 
 
 @QUANTIZERS.register("pq")
 @dataclass(frozen=True)
 class ProductQuantizer(Quantizer):
-    """Each block is stored as the index of its nearest centroid; with ``row_scale`` a row is its
-    centroids times a scale of its own.
+    """Each block is stored as the index of its nearest centroid.
+
+    With ``row_scale`` a row is its centroids times the scale of the row.
 
     State: ``codebook``, shape (n_centroids, block_size); with 8 bits per centroid also the scalars
     ``codebook_scale`` and ``codebook_zero_point`` of Eq. 2 on the codebook (section 3.3); with a
-    scale per row ``row_scale``, shape (rows, 1), stored and therefore used in float16.
+    scale per row ``row_scale``, shape (rows, 1), stored and used in float16.
 
     Args:
-        block_size: d, numbers per block.
+        block_size: d, elements per block.
         n_centroids: K; a code takes ceil(log2 K) bits.
-        codebook_bits: 32, 16 or 8: precision in which centroids are stored, and therefore used.
-        n_iter: most iterations of k-means.
-        row_scale: whether each row has a scale, fitted along with the codebook (``row_scale.py``).
+        codebook_bits: 32, 16 or 8: precision in which centroids are stored and used.
+        n_iter: maximum number of k-means iterations.
+        row_scale: whether each row has a scale, fitted with the codebook (``row_scale.py``).
     """
 
     block_size: int = 8
@@ -103,7 +93,7 @@ class ProductQuantizer(Quantizer):
         return FixedPointQuantizer(bits=8, observer=observer)
 
     def _books(self, codebook: Tensor) -> Tensor:
-        """Each codebook as a row: what has one scale in 8 bits."""
+        """Return each codebook as a row, which has one scale in 8 bits."""
         return codebook.reshape(self.codes_per_block, -1)
 
     @property
@@ -130,7 +120,7 @@ class ProductQuantizer(Quantizer):
             state = {"codebook": codebook.to(matrix.dtype)}
         if self.codebook_bits == 8:
             fitted = self._eight_bits.fit(self._books(state["codebook"]))
-            state |= {_ON_CODEBOOK + key: value for key, value in fitted.items()}
+            state |= {_PREFIX + key: value for key, value in fitted.items()}
         return state
 
     def _cluster(
@@ -141,7 +131,7 @@ class ProductQuantizer(Quantizer):
         start: Tensor | None,
         n_iter: int,
     ) -> tuple[Tensor, Tensor]:
-        """A codebook for a matrix, and the matrix decoded with it; both float32."""
+        """Fit a codebook to a matrix; return it and the decoded matrix, both float32."""
         result = kmeans(
             to_blocks(matrix, self.block_size),
             self.n_centroids,
@@ -153,7 +143,7 @@ class ProductQuantizer(Quantizer):
         return result.centroids, result.centroids[result.codes].view_as(matrix)
 
     def _block_weights(self, matrix: Tensor, importance: Tensor | None) -> Tensor | None:
-        """The importance of each number of each block (N, block_size); (N, 1) by rows alone."""
+        """Return the importance of each block element, (N, block_size); (N, 1) if it is per row."""
         if importance is None:
             return None
         if importance.shape[1] == 1:
@@ -172,18 +162,18 @@ class ProductQuantizer(Quantizer):
         return codes.to(code_dtype(self.code_bits)).view(matrix.shape[0], -1)
 
     def _assign(self, blocks: Tensor, codebook: Tensor, weights: Tensor | None) -> Tensor:
-        """The codes of blocks (N, block_size): shape (N,), or (N, codes_per_block)."""
+        """Return the codes of blocks (N, block_size): shape (N,), or (N, codes_per_block)."""
         return assign(blocks, codebook, weights=weights)
 
     def codebook_rows(self, codes: Tensor) -> Tensor:
-        """The row of ``codebook`` that each code stands for; codes of a row (or block) last."""
+        """Return the row of ``codebook`` of each code; the last dimension is along a matrix row."""
         return codes
 
     def decode(self, codes, state):
         return self._scaled(self._look_up(codes, state).flatten(-2), state)
 
     def _look_up(self, codes: Tensor, state: dict[str, Tensor]) -> Tensor:
-        """The centroid of each code, (..., block_size)."""
+        """Return the centroid of each code, (..., block_size)."""
         return _Lookup.apply(self.centroids(state), self.codebook_rows(codes))
 
     def _scaled(self, decoded: Tensor, state: dict[str, Tensor]) -> Tensor:
@@ -196,8 +186,8 @@ class ProductQuantizer(Quantizer):
         if self.row_scale:
             spec["row_scale"] = ((rows, 1), torch.float16)
         if self.codebook_bits == 8:
-            on_codebook = self._eight_bits.state_spec(self.codes_per_block, 1)
-            spec |= {_ON_CODEBOOK + key: value for key, value in on_codebook.items()}
+            state_spec = self._eight_bits.state_spec(self.codes_per_block, 1)
+            spec |= {_PREFIX + key: value for key, value in state_spec.items()}
         return spec
 
     def state_of_rows(self, state, rows):
@@ -205,13 +195,14 @@ class ProductQuantizer(Quantizer):
 
     @property
     def not_trained(self):
-        return {_ON_CODEBOOK + key for key in _KEYS}
+        return {_PREFIX + key for key in _KEYS}
 
     def to_storage(self, key, tensor, state):
         if key == "codebook" and self.codebook_bits == 8:
-            return self._eight_bits.encode(self._books(tensor), _of_codebook(state)).view_as(tensor)
+            codes = self._eight_bits.encode(self._books(tensor), _codebook_state(state))
+            return codes.view_as(tensor)
         _, dtype = self.state_spec(1, 1)[key]
-        within = _within_half(tensor) if dtype == torch.float16 else tensor
+        within = _clamp_to_half(tensor) if dtype == torch.float16 else tensor
         return super().to_storage(key, within, state)
 
     @property
@@ -222,14 +213,14 @@ class ProductQuantizer(Quantizer):
         if self.codebook_bits != 8:
             return state
         codes = state["codebook"]
-        decoded = self._eight_bits.decode(self._books(codes), _of_codebook(state))
+        decoded = self._eight_bits.decode(self._books(codes), _codebook_state(state))
         return {**state, "codebook": decoded.view_as(codes)}
 
     def centroids(self, state: dict[str, Tensor]) -> Tensor:
-        """The centroids as they are stored, shape (n_centroids, block_size); straight-through.
+        """Return the centroids as stored, shape (n_centroids, block_size); straight-through.
 
-        In training, scale and zero point of an 8-bit codebook follow it from step to step; as long
-        as no step was taken they stay as they are.
+        In training, scale and zero point of an 8-bit codebook are fitted to it again after each
+        step. Before the first step they are unchanged.
         """
         codebook = state["codebook"]
         if self.codebook_bits == 32:
@@ -237,25 +228,25 @@ class ProductQuantizer(Quantizer):
         trained = torch.is_grad_enabled() and codebook.requires_grad
         with torch.no_grad():
             if self.codebook_bits == 16:
-                stored = _in_half(codebook)
+                stored = _round_to_half(codebook)
             else:
-                on_codebook = _of_codebook(state)
+                on_codebook = _codebook_state(state)
                 books = self._books(codebook)
                 stored = self._eight_bits.quantize(books, on_codebook)
                 if trained:
-                    # Centroids that are what was read from a file keep what they were read with:
-                    # fitted anew it would differ in its last bits.
+                    # Centroids just read from a file keep their scale and zero point: a new fit
+                    # would differ in the last bits.
                     exact = (stored == books).all()
                     for key, value in self._eight_bits.fit(books).items():
                         on_codebook[key].copy_(torch.where(exact, on_codebook[key], value))
                     stored = self._eight_bits.quantize(books, on_codebook)
                 stored = stored.view_as(codebook)
-        return _AsStored.apply(codebook, stored)
+        return StraightThrough.apply(codebook, stored)
 
     def scales(self, state: dict[str, Tensor]) -> Tensor:
-        """The scale of each row as it is stored, shape (rows, 1); straight-through."""
+        """Return the scale of each row as stored, shape (rows, 1); straight-through."""
         scale = state["row_scale"]
-        return _AsStored.apply(scale, _in_half(scale.detach()))
+        return StraightThrough.apply(scale, _round_to_half(scale.detach()))
 
     def check(self, rows, columns):
         if columns % self.block_size:

@@ -10,7 +10,7 @@ import torch
 from support.tiny import make_model
 
 from hf_quantnoise import AutoQuantizedModel, IPQConfig, quantize_model
-from hf_quantnoise.export.onnx_file import _IDLE_LOGGER, _quiet
+from hf_quantnoise.export.onnx_file import _EXPORTER_LOGGER, _quiet_exporter
 
 pytest.importorskip("onnx", reason="needs the extra 'onnx'")
 pytest.importorskip("onnxscript", reason="needs the extra 'onnx'")
@@ -61,7 +61,7 @@ def test_generative_models_are_refused_without_output(tmp_path, run):
 
 
 def test_only_irrelevant_warnings_are_suppressed():
-    logger, messages = logging.getLogger(_IDLE_LOGGER), []
+    logger, messages = logging.getLogger(_EXPORTER_LOGGER), []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())
     logger.addHandler(handler)
@@ -69,7 +69,7 @@ def test_only_irrelevant_warnings_are_suppressed():
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            with _quiet():
+            with _quiet_exporter():
                 warnings.warn("# The axis name: length will not be used, since", stacklevel=1)
                 warnings.warn("# The axis name: other will not be used, since", stacklevel=1)
                 logger.warning(idle)

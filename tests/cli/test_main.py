@@ -3,10 +3,10 @@
 import importlib
 import runpy
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
-import tomllib
 
 from hf_quantnoise.cli import COMMANDS, main
 
@@ -34,7 +34,7 @@ def test_examples_run(name, work, run):
 
 
 def test_docs_show_the_examples():
-    page = (Path(__file__).parents[2] / "docs" / "command_line.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "how_to" / "command_line.md").read_text()
     for name in NAMES:
         assert f"## {name}\n" in page
         for example in COMMANDS[name].examples:

@@ -1,12 +1,15 @@
-"""Killing a pass at a chosen moment."""
+"""A fixture that interrupts a compression run at a chosen moment."""
 
 import pytest
-from support.stage_runs import Killed
+from support.trainers import Killed
 
 
 @pytest.fixture
 def kill(monkeypatch):
-    """Makes a function raise at its n-th call; returns what mends it."""
+    """Return a function that makes ``target.name`` raise at its n-th call.
+
+    It returns a function that undoes this.
+    """
 
     def arrange(target, name, call):
         real, calls = getattr(target, name), []

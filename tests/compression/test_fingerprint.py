@@ -1,11 +1,11 @@
-"""A pass goes on with the settings it was begun with, those of training among them."""
+"""A run resumes with the settings it was started with, those of training included."""
 
 import json
 
 import pytest
 import torch
-from support.stage_runs import make_pass_trainer
 from support.tiny import make_model
+from support.trainers import make_trainer
 from torch.nn.functional import cross_entropy
 
 from hf_quantnoise import CompressionArguments, IPQConfig
@@ -15,21 +15,21 @@ CONFIG = IPQConfig(block_size=4, n_centroids=16, stages=["ffn"])
 NOT_TRAINED = CompressionArguments(stage_epochs=0)
 
 
-def loss_of_mine(outputs, labels, num_items_in_batch=None):
+def custom_loss(outputs, labels, num_items_in_batch=None):
     return cross_entropy(outputs.logits, labels)
 
 
 @pytest.fixture(scope="module")
-def begun(tmp_path_factory, parity_data):
-    folder = tmp_path_factory.mktemp("begun")
+def started(tmp_path_factory, parity_data):
+    """The folder of a run."""
+    folder = tmp_path_factory.mktemp("started")
     resume(folder, parity_data)
     return folder
 
 
 def resume(folder, data, parts=None, **changes):
-    parts = {"eval_dataset": None, **(parts or {})}
     changes = {"save_strategy": "steps", **changes}
-    trainer = make_pass_trainer(folder, make_model("bert"), data, None, parts, **changes)
+    trainer = make_trainer(folder, make_model("bert"), data, parts=parts, **changes)
     return trainer.compress(CONFIG, NOT_TRAINED, resume_from_checkpoint=True)
 
 
@@ -50,46 +50,57 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_what_training_is_done_with_is_compared(name, begun, parity_data):
-    was, now = CHANGES[name]
+def test_training_arguments_are_compared(name, started, parity_data):
+    before, now = CHANGES[name]
     with pytest.raises(ValueError) as error:
-        resume(begun, parity_data, **{name: now})
+        resume(started, parity_data, **{name: now})
     message = str(error.value)
-    assert f"was begun with {name}={was!r}, now it is {now!r}; take the same Tra" in message
+    assert f"{name}={before!r} (now {now!r})" in message and "TrainingArguments" in message
 
 
-def test_the_precision_and_what_a_trainer_is_given_are_compared(begun, parity_data):
-    with pytest.raises(
-        ValueError, match=r"begun with mixed precision \(bf16, fp16\)='no', now i.*'bf1"
-    ):
-        resume(begun, parity_data, bf16=True)
-    with pytest.raises(ValueError, match=r"_kwargs=None, now it is \['SGD', {'lr': 0.001}\]; take"):
+def test_precision_and_parts_of_the_trainer_are_compared(started, parity_data):
+    with pytest.raises(ValueError, match=r"bf16.*='no' \(now 'bf16'\)"):
+        resume(started, parity_data, bf16=True)
+    with pytest.raises(ValueError, match=r"_kwargs=None \(now \['SGD', {'lr': 0.001}\]\)"):
         optimizer = (torch.optim.SGD, {"lr": 1e-3})
-        resume(begun, parity_data, {"optimizer_cls_and_kwargs": optimizer})
-    with pytest.raises(ValueError, match="compute_loss_func=None, now it is 'loss_of_mine'"):
-        resume(begun, parity_data, {"compute_loss_func": loss_of_mine})
+        resume(started, parity_data, {"optimizer_cls_and_kwargs": optimizer})
+    with pytest.raises(ValueError, match=r"compute_loss_func=None \(now 'custom_loss'\)"):
+        resume(started, parity_data, {"compute_loss_func": custom_loss})
 
 
-def test_all_that_differs_is_named(begun, parity_data):
-    words = "begun with learning_rate=0.001, now it is 0.1, and with seed=42, now it is 1; take"
-    with pytest.raises(ValueError, match=words):
-        resume(begun, parity_data, learning_rate=0.1, seed=1)
+def test_all_differences_are_named(started, parity_data):
+    with pytest.raises(ValueError, match=r"learning_rate=0.001 \(now 0.1\).*seed=42 \(now 1\)"):
+        resume(started, parity_data, learning_rate=0.1, seed=1)
 
 
-def test_batches_count_by_the_examples_of_a_step(begun, parity_data):
-    """How they are dealt out among processes and accumulation may change."""
-    with pytest.raises(ValueError, match="processes . gradient_accumulation_steps=16, now it is 8"):
-        resume(begun, parity_data, per_device_train_batch_size=8)
-    resume(begun, parity_data, per_device_train_batch_size=8, gradient_accumulation_steps=2)
+def test_the_examples_of_a_step_are_compared_not_how_they_are_split(started, parity_data):
+    with pytest.raises(ValueError, match=r"gradient_accumulation_steps=16 \(now 8\)"):
+        resume(started, parity_data, per_device_train_batch_size=8)
+    resume(started, parity_data, per_device_train_batch_size=8, gradient_accumulation_steps=2)
 
 
-def test_what_changes_no_model_may_change(begun, parity_data):
-    resume(begun, parity_data, logging_steps=3, save_steps=7, num_train_epochs=9, run_name="again")
+def test_settings_without_influence_on_the_model_may_change(started, parity_data):
+    resume(started, parity_data, logging_steps=3, save_steps=7, num_train_epochs=9, run_name="b")
 
 
-def test_a_pass_of_a_release_that_compared_less_goes_on(begun, parity_data, tmp_path):
-    asked = {"config": CONFIG.to_dict()}
-    now = {**asked, "TrainingArguments": {"seed": 1}}
-    require_same_settings(asked, now, "folder")
-    stored = json.loads((begun / "compression" / "stage-1" / "stage.json").read_text())["asked"]
+def test_parts_that_an_older_run_did_not_store_are_not_compared(started):
+    require_same_settings({"config": {}}, {"config": {}, "TrainingArguments": {"seed": 1}}, "")
+    stored = json.loads((started / "compression" / "stage-1" / "stage.json").read_text())["asked"]
     assert stored["TrainingArguments"]["seed"] == 42
+
+
+def test_removed_options_of_an_older_run_have_no_effect(tmp_path, parity_data, caplog):
+    resume(tmp_path, parity_data)
+    path = tmp_path / "compression" / "stage-1" / "stage.json"
+    content = json.loads(path.read_text())
+    unused = {"reassign_steps": None, "reassign_share": 1e-4, "stage_schedule": "restart",
+              "distill_cache": False}  # fmt: skip
+    used = {"reassign_steps": 5, "stage_schedule": "continue", "distill_cache": True}
+    for options in (unused, used):
+        content["asked"]["compression_args"].update(options)
+        path.write_text(json.dumps(content))
+        caplog.clear()
+        resume(tmp_path, parity_data)
+        warned = [text for text in caplog.messages if "no effect" in text]
+        assert len(warned) == (len(used) if options is used else 0)
+    assert "reassign_steps=5" in warned[0]

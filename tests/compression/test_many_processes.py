@@ -1,4 +1,4 @@
-"""Noise and pass on two gloo processes: one model, and the one a single process makes."""
+"""Training and compression on two gloo processes: equal on both, and to a single process."""
 
 import json
 from functools import partial
@@ -21,13 +21,13 @@ from hf_quantnoise.compression.training.fsdp import (
     require_fsdp2,
     units_to_shard,
 )
-from hf_quantnoise.modeling.copies import copy_of_shapes
+from hf_quantnoise.modeling.model_copies import copy_on_meta
 
-PROGRAM = Path(__file__).parents[1] / "support" / "noise_and_pass.py"
+PROGRAM = Path(__file__).parents[1] / "support" / "train_and_compress.py"
 FSDP2 = {"fsdp": True, "fsdp_config": {"version": 2}}
-# int8 noise at p = 1 draws nothing, so both ways see the same weights.
+# int8 noise at p = 1 is deterministic, so one process and two see the same weights.
 ALL_INT8 = {"noise": "int8", "p": 1.0}
-WHOLE_RUN = {
+COMPLETE_RUN = {
     "noise": {**ALL_INT8, "scale_update_steps": 2},
     "stages": {"codebook_learning_rate": 3e-3},
     "arguments": {"optim": "adamw_torch", "weight_decay": 0.1, "max_grad_norm": 0.1},
@@ -42,11 +42,11 @@ def run(tmp_path_factory, parity_data):
     language.save_to_disk(str(tmp_path / "language"))
 
     def start(name: str, world: int, launcher=torchrun, **options):
-        words = (PROGRAM, str(tmp_path), name, json.dumps(options))
+        command = (PROGRAM, str(tmp_path), name, json.dumps(options))
         if launcher is torchrun:
-            torchrun(*words, processes=world)
+            torchrun(*command, processes=world)
         else:
-            launcher(*words)
+            launcher(*command)
         parts = ("noise", "dense", "model")
         return [
             {
@@ -83,13 +83,13 @@ def assert_close(one, single, rtol=5e-3, atol=2e-4):
 
 @pytest.fixture(scope="module")
 def single(run):
-    return run("single", 1, **WHOLE_RUN)[0]
+    return run("single", 1, **COMPLETE_RUN)[0]
 
 
 @needs_gloo
-def test_two_processes_hold_one_model_and_it_is_that_of_a_single_one(run, single):
-    one, other = run("ddp", 2, **WHOLE_RUN)
-    # The program sees to it that each rank clusters half of the weights; both know all errors.
+def test_ddp_equals_a_single_process(run, single):
+    one, other = run("ddp", 2, **COMPLETE_RUN)
+    # The program checks that each rank clusters half of the weights; both know all errors.
     assert_ranks_agree(one, other)
     assert_close(one, single)
 
@@ -111,18 +111,18 @@ def test_pq_noise_layerdrop_and_int8_centroids_are_equal_on_both_ranks(run):
 
 @pytest.mark.slow
 @needs_gloo
-def test_fsdp2_gives_the_model_of_a_single_process(run, single):
-    arguments = {**WHOLE_RUN["arguments"], **FSDP2}
-    one, other = run("two", 2, **{**WHOLE_RUN, "arguments": arguments})
+def test_fsdp2_equals_a_single_process(run, single):
+    arguments = {**COMPLETE_RUN["arguments"], **FSDP2}
+    one, other = run("two", 2, **{**COMPLETE_RUN, "arguments": arguments})
     assert_ranks_agree(one, other)
     assert_close(one, single)
-    # All of the dense model was in parts; in the stages, what is not packed, biases of packed
-    # layers being whole as well.
+    # All parameters of the dense model were sharded; in the stages all but those of packed layers
+    # and their biases.
     dense = len(list(make_stacked("bert", 3).parameters()))
     assert one["sharded"][0] == dense
     assert dense > one["sharded"][1] > one["sharded"][2] > one["sharded"][3] > 0
     assert one["logs"] and one["logs"][0]["noised_share"] == single["logs"][0]["noised_share"]
-    # Saved from all ranks, it loads as it is in memory.
+    # The saved model loads as it is in memory.
     loaded = AutoModelForSequenceClassification.from_pretrained(run.folder / "two-saved")
     state = loaded.state_dict()
     for name, tensor in one["model"].items():
@@ -131,19 +131,19 @@ def test_fsdp2_gives_the_model_of_a_single_process(run, single):
 
 @pytest.mark.slow
 @needs_gloo
-@pytest.mark.parametrize("way", ["ddp", "fsdp2"])
-def test_accelerate_launch_does_what_its_file_says(run, single, way):
-    """As ``accelerate config`` writes it; the script says nothing of processes or shards. Under
-    FSDP only the first process reads the checkpoint then, the others get it from there."""
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_accelerate_launch_follows_its_config_file(run, single, kind):
+    """The script itself asks for neither processes nor sharding. Under FSDP only the first process
+    then reads the checkpoint, and the others receive it."""
     fsdp = None
     make_stacked("bert", 3).save_pretrained(run.folder / "pretrained")
-    options = {**WHOLE_RUN, "pretrained": str(run.folder / "pretrained")}
-    if way == "fsdp2":
+    options = {**COMPLETE_RUN, "pretrained": str(run.folder / "pretrained")}
+    if kind == "fsdp2":
         fsdp = {"fsdp_cpu_ram_efficient_loading": True,
                 "fsdp_version": 2, "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
                 "fsdp_state_dict_type": "FULL_STATE_DICT"}  # fmt: skip
     launcher = partial(accelerate_launch, run.folder, fsdp=fsdp)
-    one, other = run(f"launched-{way}", 2, launcher=launcher, **options)
+    one, other = run(f"launched-{kind}", 2, launcher=launcher, **options)
     assert_ranks_agree(one, other)
     assert_close(one, single)
     assert all(count > 0 for count in one["sharded"]) == (fsdp is not None)
@@ -151,7 +151,7 @@ def test_accelerate_launch_does_what_its_file_says(run, single, way):
 
 @pytest.mark.slow
 @needs_gloo
-def test_fsdp2_with_all_that_trainer_does(run):
+def test_fsdp2_with_all_options_agrees_on_both_ranks(run):
     options = {
         "noise": {"noise": "pq", "p": 0.2, "block_size": 4, "n_centroids": 16, "layerdrop": 0.3,
                   "codebook_update": 2, "share_layers": 2, "activation_bits": 8},
@@ -181,32 +181,32 @@ def test_fsdp2_of_a_language_model_with_a_tied_head(run):
 
 @pytest.mark.slow
 @needs_gloo
-def test_fsdp2_goes_on_where_it_was_killed(run):
+def test_fsdp2_resumes(run):
     options = {
         "noise": ALL_INT8,
         "stages": {},
         "config": {"stages": ["embeddings", "attention"]},
         "arguments": {**FSDP2, "optim": "adamw_torch"},
     }
-    undisturbed, _ = run("run", 2, **options)
+    uninterrupted, _ = run("run", 2, **options)
     with pytest.raises(FileNotFoundError):
         run("killed", 2, **options, kill=1)
     assert (run.folder / "killed" / "compression" / "run-1" / "checkpoint-2").is_dir()
-    # The noise phase goes on from its first checkpoint, which holds a plain model; then the pass.
+    # Noise training resumes from its first checkpoint, which has a plain model; then compression.
     checkpoint = run.folder / "killed" / "checkpoint-2"
     plain = load_file(checkpoint / "model.safetensors")
-    shapes = {name: tensor.shape for name, tensor in undisturbed["dense"].items()}
+    shapes = {name: tensor.shape for name, tensor in uninterrupted["dense"].items()}
     assert {name: tensor.shape for name, tensor in plain.items()} == shapes
     one, other = run("killed", 2, **options, checkpoint=str(checkpoint), resume=True)
     assert_ranks_agree(one, other)
     for part in ("dense", "model"):
         for name, tensor in one[part].items():
-            torch.testing.assert_close(tensor, undisturbed[part][name], rtol=1e-5, atol=1e-7)
+            torch.testing.assert_close(tensor, uninterrupted[part][name], rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.slow
 @needs_gloo
-def test_two_processes_compile_after_an_evaluation_and_stay_one_model(run):
+def test_two_processes_compile_after_an_evaluation(run):
     compiled = {"torch_compile": True, "torch_compile_backend": "aot_eager", "max_steps": 2}
     options = {
         "noise": ALL_INT8,
@@ -222,7 +222,7 @@ def test_two_processes_compile_after_an_evaluation_and_stay_one_model(run):
 
 
 class _Trainer:
-    """What ``require_fsdp2`` reads of a trainer."""
+    """The attributes of a trainer that ``require_fsdp2`` reads."""
 
     def __init__(
         self, fsdp=True, sharded=True, version=2, recomputes=False, compiled=False, backend="NO"
@@ -238,29 +238,29 @@ class _Trainer:
         )
 
 
-def test_what_cannot_be_sharded_is_refused(monkeypatch):
+def test_unsupported_sharding_is_refused(monkeypatch):
     require_fsdp2(_Trainer())
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     require_fsdp2(_Trainer(fsdp=False))
-    with pytest.raises(ValueError, match="FSDP by accelerate launch: accelerate shards on GPUs"):
+    with pytest.raises(ValueError, match="accelerate launch.* cpu"):
         require_fsdp2(_Trainer(fsdp=False, sharded=False))
     monkeypatch.delenv("ACCELERATE_USE_FSDP")
     require_fsdp2(_Trainer(fsdp=False, sharded=False, compiled=True))
-    for words, what in (
-        ("fsdp=True: accelerate shards on GPUs", {"sharded": False}),
-        ("FSDP1 flattens the weights", {"version": 1}),
-        ("recomputes with other random numbers", {"recomputes": True}),
-        ("torch_compile=True .or accelerate's dynamo_backend. does not go", {"compiled": True}),
-        ("torch_compile=True .or accelerate's dynamo_backend. does not", {"backend": "AOT_EAGER"}),
+    for match, fields in (
+        ("fsdp=True.* cpu", {"sharded": False}),
+        ("fsdp_config={'version': 1}", {"version": 1}),
+        ("'activation_checkpointing': True", {"recomputes": True}),
+        ("torch_compile=True", {"compiled": True}),
+        ("torch_compile=True", {"backend": "AOT_EAGER"}),
     ):
-        with pytest.raises(ValueError, match=words):
-            require_fsdp2(_Trainer(**what))
+        with pytest.raises(ValueError, match=match):
+            require_fsdp2(_Trainer(**fields))
 
 
-def test_what_stays_whole_and_what_is_sharded_one_by_one():
+def test_replicated_parameters_and_sharded_units():
     bert = make_stacked("bert", 3)
     assert replicated_parameters(bert) == []
-    assert units_to_shard(bert, None) == ["BertLayer"]  # not the embeddings, which hold the table
+    assert units_to_shard(bert, None) == ["BertLayer"]  # not the embeddings, which have the table
     assert units_to_shard(bert, ["BertSelfAttention"]) == ["BertSelfAttention"]
     assert units_to_shard(bert, ["Absent"]) == ["Absent"]  # for accelerate to refuse
     gpt2 = make_stacked("gpt2", 3)
@@ -268,17 +268,17 @@ def test_what_stays_whole_and_what_is_sharded_one_by_one():
     roberta = make_stacked("roberta-mlm", 3)
     assert [p.shape for p in replicated_parameters(roberta)] == [(VOCABULARY,)]  # a tied bias
     bart = make_stacked("bart", 3)
-    assert [p.shape for p in replicated_parameters(bart)] == [(VOCABULARY, 32)]  # four holders
+    assert [p.shape for p in replicated_parameters(bart)] == [(VOCABULARY, 32)]  # of four modules
     bart.scale = torch.nn.Parameter(torch.ones(()))
     assert len(replicated_parameters(bart)) == 2
 
 
-def test_a_model_that_only_rank_0_has_read_is_made_whole(monkeypatch):
-    """Ties included: the head, its bias and the table of a masked language model."""
+def test_take_from_rank_0_keeps_ties(monkeypatch):
+    """The head, its bias and the table of a masked language model."""
     read = make_stacked("roberta-mlm", 2)
     tensors = iter(read.state_dict().values())
     monkeypatch.setattr(fsdp, "broadcast_from_rank_0", lambda tensor: next(tensors).clone())
-    empty = copy_of_shapes(read)
+    empty = copy_on_meta(read)
     fsdp.take_from_rank_0(empty)
     assert not any(tensor.is_meta for tensor in empty.state_dict().values())
     assert empty.lm_head.decoder.weight is empty.roberta.embeddings.word_embeddings.weight

@@ -1,10 +1,10 @@
-"""Two gloo processes and parts of the pass: where it goes on, gradients, what all refuse."""
+"""Two gloo processes: where they resume, and the gradients of replicated parameters."""
 
 import pytest
 import torch
 from support.processes import needs_gloo, on_two_ranks
 
-PIECE = """
+PROGRAM = """
 import os, shutil
 
 from safetensors.torch import save_file
@@ -14,40 +14,40 @@ from torch.nn.parallel import DistributedDataParallel
 from hf_quantnoise.compression.checkpoints import MEMORY_NAME, StageCheckpoints
 from hf_quantnoise.compression.training.fsdp import ShardedCopy
 
-# ---- each rank has a folder of its own
+# ---- each rank has its own disk
 files = StageCheckpoints(f"{folder}/disk-{rank}/compression")
 NAN = float("nan")
 
-def leave(stages, checkpoints):
+def write(stages, checkpoints):
     shutil.rmtree(files.folder, ignore_errors=True)
     for number in stages:
         os.makedirs(files.folder, exist_ok=True)
         files.save_stage(number, nn.Linear(2, 2), {"history": [{"number": number, "loss": NAN}]})
     for step in checkpoints:
-        place = f"{files.run_folder(3)}/checkpoint-{step}"
-        os.makedirs(place)
-        save_file({"step": torch.tensor(step)}, f"{place}/{MEMORY_NAME}")
+        checkpoint = f"{files.run_folder(3)}/checkpoint-{step}"
+        os.makedirs(checkpoint)
+        save_file({"step": torch.tensor(step)}, f"{checkpoint}/{MEMORY_NAME}")
 
-def goes_on():
+def stage_numbers():
     stages = files.stages()
     assert all(stage.folder.startswith(files.folder) for stage in stages)
     return [stage.number for stage in stages]
 
-leave([0, 1], [2, 4])
-found["same"] = goes_on(), files.checkpoint(3)
+write([0, 1], [2, 4])
+found["same"] = stage_numbers(), files.checkpoint(3)
 if rank == 1:
-    leave([0, 1, 2], [2, 4, 6])
+    write([0, 1, 2], [2, 4, 6])
 dist.barrier()
-found["second has more"] = error_of(goes_on), files.checkpoint(3)
+found["rank 1 has more"] = error_of(stage_numbers), files.checkpoint(3)
 if rank == 1:
-    leave([0], [2])
+    write([0], [2])
 dist.barrier()
-found["second has less"] = error_of(goes_on), error_of(files.checkpoint, 3)
+found["rank 1 has less"] = error_of(stage_numbers), error_of(files.checkpoint, 3)
 if rank == 0:
-    leave([], [])
+    write([], [])
 dist.barrier()
-found["first has none"] = goes_on(), files.checkpoint(3)
-if rank == 1:  # what is torn on another machine than rank 0's does not stop its next stage
+found["rank 0 has none"] = stage_numbers(), files.checkpoint(3)
+if rank == 1:  # an incomplete stage on another machine than rank 0's is written again
     os.unlink(f"{files.folder}/stage-0/tensors.safetensors")
     files.save_stage(0, nn.Linear(2, 2), {"history": []})
     found["written again"] = sorted(os.listdir(f"{files.folder}/stage-0"))
@@ -75,30 +75,32 @@ found["by DDP"] = {name: p.grad for name, p in wrapped.module.named_parameters()
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    return on_two_ranks(PIECE, tmp_path_factory.mktemp("ranks"))
+    return on_two_ranks(PROGRAM, tmp_path_factory.mktemp("ranks"))
 
 
 @needs_gloo
-def test_a_pass_goes_on_where_rank_0_says(ranks):
+def test_rank_0_decides_where_a_run_resumes(ranks):
     for rank, found in enumerate(ranks):
         stages, checkpoint = found["same"]
         assert stages == [0, 1]
-        assert checkpoint.endswith("checkpoint-4") and f"disk-{rank}" in checkpoint
-        # Rank 1's machine has dropped stage 1 for stage 2: it cannot go on from there.
-        error, checkpoint = found["second has more"]
-        assert "ValueError" in error and "output_dir must be a folder" in error
-        assert "disk-1/compression/stage-1 what" in error
         assert checkpoint.endswith("checkpoint-4")
-        errors = found["second has less"]
-        for error, place in zip(errors, ("stage-1", "run-3/checkpoint-4"), strict=True):
-            assert f"disk-1/compression/{place} what" in error
-        assert found["first has none"] == ([], None)
-    assert ranks[0]["second has less"] == ranks[1]["second has less"]
+        assert f"disk-{rank}" in checkpoint
+        # Rank 1's machine has removed stage 1 for stage 2, so it cannot resume from there.
+        error, checkpoint = found["rank 1 has more"]
+        assert error.startswith("ValueError")
+        assert "disk-1/compression/stage-1 " in error
+        assert "output_dir" in error
+        assert checkpoint.endswith("checkpoint-4")
+        errors = found["rank 1 has less"]
+        for error, folder in zip(errors, ("stage-1", "run-3/checkpoint-4"), strict=True):
+            assert f"disk-1/compression/{folder} " in error
+        assert found["rank 0 has none"] == ([], None)
+    assert ranks[0]["rank 1 has less"] == ranks[1]["rank 1 has less"]
     assert ranks[1]["written again"] == ["stage.json", "tensors.safetensors"]
 
 
 @needs_gloo
-def test_gradients_are_those_of_ddp_and_none_where_no_rank_has_one(ranks):
+def test_gradients_of_replicated_parameters_equal_those_of_ddp(ranks):
     for found in ranks:
         assert found["gradients"] == found["by DDP"]
         assert found["gradients"]["none"] is None

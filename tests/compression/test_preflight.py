@@ -1,9 +1,9 @@
-"""What a trainer was given reaches the trainers of the stages, or is refused before they begin."""
+"""What was passed to a trainer is passed on to the stages, or refused before they start."""
 
 import pytest
 import torch
-from support.stage_runs import make_pass_trainer, settings
 from support.tiny import make_model
+from support.trainers import make_trainer
 from torch.nn.functional import cross_entropy
 
 from hf_quantnoise import CompressionArguments, FixedPointConfig, IPQConfig, QuantNoiseTrainer
@@ -12,15 +12,23 @@ from hf_quantnoise.modeling import packed_layers
 
 CONFIG = IPQConfig(block_size=4, n_centroids=16, stages=["ffn", "attention"])
 SGD = (torch.optim.SGD, {"lr": 1e-3, "momentum": 0.9})
+NOT_TRAINED = CompressionArguments(stage_epochs=0)
+ONE_STEP = CompressionArguments(stage_steps=1)
 
 
-def make_trainer(folder, data, kind=QuantNoiseTrainer, **parts):
-    return kind(make_model("bert"), settings(folder), None, train_dataset=data, **parts)
+def make_bert_trainer(folder, data, cls=QuantNoiseTrainer, model=None, parts=None, **changes):
+    model = model or make_model("bert")
+    return make_trainer(folder, model, data, None, cls, parts, **changes)
 
 
-@pytest.fixture
-def optimizers(monkeypatch):
-    """The optimizer of each stage, as it is when its schedule is made."""
+def assert_refused(trainer, match, arguments=None):
+    """Assert that compression raises before anything is packed."""
+    with pytest.raises(ValueError, match=match):
+        trainer.compress(CONFIG, arguments)
+    assert not any(packed_layers(trainer.model))
+
+
+def test_stages_use_the_optimizer_class_of_the_trainer(tmp_path, parity_data, monkeypatch):
     seen, real = [], StageTrainer.create_scheduler
 
     def watched(trainer, *args, **kwargs):
@@ -30,68 +38,54 @@ def optimizers(monkeypatch):
         return real(trainer, *args, **kwargs)
 
     monkeypatch.setattr(StageTrainer, "create_scheduler", watched)
-    return seen
-
-
-def test_the_class_of_the_optimizer_is_that_of_the_run(tmp_path, parity_data, optimizers):
-    trainer = make_trainer(tmp_path, parity_data, optimizer_cls_and_kwargs=SGD)
-    stages = {"attention": {"epochs": 1, "learning_rate": 5e-4, "codebook_learning_rate": 1e-2}}
-    trainer.compress(CONFIG, CompressionArguments(stage_settings=stages))
-    first, second = optimizers
-    assert first == (torch.optim.SGD, 0.9, {1e-3})
-    assert second == (torch.optim.SGD, 0.9, {5e-4, 1e-2})
+    trainer = make_bert_trainer(tmp_path, parity_data, parts={"optimizer_cls_and_kwargs": SGD})
+    settings = {"attention": {"steps": 1, "learning_rate": 5e-4, "codebook_learning_rate": 1e-2}}
+    trainer.compress(CONFIG, CompressionArguments(stage_steps=1, stage_settings=settings))
+    assert seen == [
+        (torch.optim.SGD, 0.9, {1e-3}),
+        (torch.optim.SGD, 0.9, {5e-4, 1e-2}),
+    ]
     assert SGD[1] == {"lr": 1e-3, "momentum": 0.9}
 
 
 def test_an_optimizer_of_the_dense_model_is_refused(tmp_path, parity_data):
     model = make_model("bert")
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    trainer = QuantNoiseTrainer(
-        model, settings(tmp_path, max_steps=1), train_dataset=parity_data,
-        optimizers=(optimizer, None),
-    )  # fmt: skip
+    parts = {"optimizers": (torch.optim.SGD(model.parameters(), lr=1e-3), None)}
+    trainer = make_bert_trainer(tmp_path, parity_data, model=model, parts=parts, max_steps=1)
     trainer.train()
-    with pytest.raises(ValueError, match=r"optimizers=\(SGD, None\).*optimizer_cls_and_kwargs="):
-        trainer.compress(CONFIG)
-    assert not any(packed_layers(trainer.model))
-    # The ways out that the message names.
-    trainer.compress(FixedPointConfig(), CompressionArguments(stage_epochs=0))
+    assert_refused(trainer, r"optimizers=\(SGD, None\).*optimizer_cls_and_kwargs=")
+    # The alternatives that the message names.
+    trainer.compress(FixedPointConfig(), NOT_TRAINED)
 
 
-def test_parameters_among_the_optimizer_s_arguments_are_refused(tmp_path, parity_data):
+def test_parameters_in_the_optimizer_arguments_are_refused(tmp_path, parity_data):
     model = make_model("bert")
-    given = (torch.optim.SGD, {"lr": 1e-3, "params": list(model.parameters())})
-    trainer = QuantNoiseTrainer(
-        model, settings(tmp_path, max_steps=1), train_dataset=parity_data,
-        optimizer_cls_and_kwargs=given,
-    )  # fmt: skip
-    trainer.train()  # takes them out of the dict
-    with pytest.raises(ValueError, match=r"optimizer_cls_and_kwargs=\(SGD, {'params': ...}\)"):
-        trainer.compress(CONFIG)
+    kwargs = {"lr": 1e-3, "params": list(model.parameters())}
+    parts = {"optimizer_cls_and_kwargs": (torch.optim.SGD, kwargs)}
+    trainer = make_bert_trainer(tmp_path, parity_data, model=model, parts=parts, max_steps=1)
+    trainer.train()  # removes them from the dict
+    assert_refused(trainer, r"optimizer_cls_and_kwargs=\(SGD, {'params': ...}\)")
 
 
-def test_a_trainer_that_has_trained_has_no_optimizer_of_the_user_s(tmp_path, parity_data):
-    trainer = make_trainer(tmp_path, parity_data)
-    trainer.args.max_steps = 1
+def test_an_optimizer_that_the_trainer_created_is_accepted(tmp_path, parity_data):
+    trainer = make_bert_trainer(tmp_path, parity_data, max_steps=1)
     trainer.train()
-    trainer.compress(CONFIG, CompressionArguments(stage_steps=1))
+    trainer.compress(CONFIG, ONE_STEP)
 
 
 @pytest.mark.parametrize("name", ["reduce_lr_on_plateau", "greedy"])
-def test_schedules_that_wait_for_evaluations_are_refused(name, tmp_path, parity_data):
-    trainer = make_pass_trainer(
-        tmp_path, make_model("bert"), parity_data, lr_scheduler_type=name, eval_strategy="epoch"
-    )
-    arguments = CompressionArguments(stage_steps=1)
-    with pytest.raises(ValueError, match=f"lr_scheduler_type='{name}' goes by evaluations"):
-        trainer.compress(CONFIG, arguments)
-    assert not any(packed_layers(trainer.model))
+def test_schedules_that_follow_evaluations_are_refused(name, tmp_path, parity_data):
+    trainer = make_bert_trainer(
+        tmp_path, parity_data, parts={"eval_dataset": parity_data}, lr_scheduler_type=name,
+        eval_strategy="epoch",
+    )  # fmt: skip
+    assert_refused(trainer, f"lr_scheduler_type='{name}'", ONE_STEP)
     trainer.args.lr_scheduler_type = "linear"
-    trainer.compress(CONFIG, arguments)
+    trainer.compress(CONFIG, ONE_STEP)
 
 
 def subclass(name):
-    """A trainer with a method of its own that does what the stock one does."""
+    """Return a trainer class that overrides a method without changing it."""
 
     def method(self, *args, **kwargs):
         return getattr(super(Mine, self), name)(*args, **kwargs)
@@ -100,7 +94,7 @@ def subclass(name):
     return Mine
 
 
-OWN = {
+OVERRIDDEN = {
     "get_train_dataloader": ({}, "train_dataset and data_collator"),
     "_get_train_sampler": ({}, "train_sampling_strategy"),
     "create_optimizer": ({}, "optimizer_cls_and_kwargs"),
@@ -112,56 +106,49 @@ OWN = {
 }
 
 
-@pytest.mark.parametrize("name", OWN)
-def test_methods_of_a_subclass_that_no_stage_would_call_are_refused(name, tmp_path, parity_data):
-    fields, words = OWN[name]
-    trainer = make_trainer(tmp_path, parity_data, subclass(name), eval_dataset=parity_data)
-    with pytest.raises(ValueError, match=f"Mine.{name}: each stage.*{words}"):
-        trainer.compress(CONFIG, CompressionArguments(**fields))
-    assert not any(packed_layers(trainer.model))
+@pytest.mark.parametrize("name", OVERRIDDEN)
+def test_overridden_methods_that_stages_do_not_call_are_refused(name, tmp_path, parity_data):
+    fields, instead = OVERRIDDEN[name]
+    parts = {"eval_dataset": parity_data}
+    trainer = make_bert_trainer(tmp_path, parity_data, subclass(name), parts=parts)
+    assert_refused(trainer, f"Mine.{name}.*{instead}", CompressionArguments(**fields))
 
 
 @pytest.mark.parametrize(
-    ("name", "fields"),
+    ("name", "arguments"),
     [
-        ("compute_loss", {"stage_steps": 1}),  # the teacher's logits alone are learnt
-        ("create_optimizer", {"stage_epochs": 0}),
-        ("get_train_dataloader", {"stage_epochs": 0}),
-        ("prediction_step", {"stage_steps": 1}),  # nothing is evaluated
-        ("log", {"stage_steps": 1}),
+        ("compute_loss", ONE_STEP),  # only the teacher's logits count
+        ("create_optimizer", NOT_TRAINED),
+        ("get_train_dataloader", NOT_TRAINED),
+        ("prediction_step", ONE_STEP),  # nothing is evaluated
+        ("log", ONE_STEP),
     ],
 )
-def test_methods_that_a_pass_does_not_need_are_the_user_s_own(name, fields, tmp_path, parity_data):
-    trainer = make_trainer(tmp_path, parity_data, subclass(name))
-    trainer.compress(CONFIG, CompressionArguments(**fields))
+def test_overridden_methods_that_no_stage_needs_are_accepted(
+    name, arguments, tmp_path, parity_data
+):
+    make_bert_trainer(tmp_path, parity_data, subclass(name)).compress(CONFIG, arguments)
 
 
-def test_the_loss_function_is_that_of_the_run(tmp_path, parity_data):
+def test_stages_use_the_loss_function_of_the_trainer(tmp_path, parity_data):
     calls = []
 
     def loss(outputs, labels, num_items_in_batch=None):
         calls.append(len(labels))
         return cross_entropy(outputs.logits, labels)
 
-    trainer = make_trainer(tmp_path, parity_data, compute_loss_func=loss)
+    trainer = make_bert_trainer(tmp_path, parity_data, parts={"compute_loss_func": loss})
     trainer.compress(CONFIG, CompressionArguments(stage_steps=2, distill=False))
-    assert sum(calls) == 2 * 2 * 32
+    assert sum(calls) == 2 * 2 * 16
 
 
-def test_epochs_of_data_of_unknown_length_are_refused_before_anything_is_packed(
-    tmp_path, parity_data
-):
-    streamed = parity_data.to_iterable_dataset()
-    trainer = QuantNoiseTrainer(
-        make_model("bert"), settings(tmp_path, max_steps=2), train_dataset=streamed
-    )
+def test_epochs_of_data_without_a_length_are_refused(tmp_path, parity_data):
+    trainer = make_bert_trainer(tmp_path, parity_data.to_iterable_dataset(), max_steps=2)
     for arguments in (
         CompressionArguments(),
         CompressionArguments(stage_steps=1, stage_settings={"attention": {"epochs": 1}}),
     ):
-        with pytest.raises(ValueError, match=r"IterableDataset.*set CompressionArguments\(stage_s"):
-            trainer.compress(CONFIG, arguments)
-        assert not any(packed_layers(trainer.model))
-    # The way out that the message names.
-    stages = {"ffn": {"steps": 1}, "attention": {"epochs": 0}}
-    trainer.compress(CONFIG, CompressionArguments(stage_settings=stages))
+        assert_refused(trainer, r"train_dataset=IterableDataset.*stage_steps=", arguments)
+    # The alternative that the message names.
+    settings = {"ffn": {"steps": 1}, "attention": {"epochs": 0}}
+    trainer.compress(CONFIG, CompressionArguments(stage_settings=settings))

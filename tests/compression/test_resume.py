@@ -1,4 +1,5 @@
-"""A pass that was killed goes on and ends with the model of an undisturbed one, bit for bit."""
+"""Interrupted compression runs resume and end with the model of an uninterrupted one, bit for
+bit."""
 
 import os
 import signal
@@ -8,22 +9,24 @@ import time
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support.stacked import make_stacked
-from support.stage_runs import Killed, assert_same, compare, make_pass_trainer, spoilt
-
-from hf_quantnoise import (
-    CompressionArguments,
-    FixedPointConfig,
-    IPQConfig,
+from support.trainers import (
+    Killed,
+    assert_same,
+    assert_same_result,
+    make_trainer,
+    with_other_weights,
 )
+
+from hf_quantnoise import CompressionArguments, FixedPointConfig, IPQConfig
 from hf_quantnoise.compression import checkpoints
 from hf_quantnoise.compression.training.stage_trainer import StageTrainer
 
 PQ = {"block_size": 4, "n_centroids": 16}
 CASES = {
     "ipq": (IPQConfig(**PQ), CompressionArguments()),
-    "half centroids": (IPQConfig(**PQ, codebook_bits=16), CompressionArguments(distill=False)),
+    "16-bit centroids": (IPQConfig(**PQ, codebook_bits=16), CompressionArguments(distill=False)),
     "int8 centroids and inputs": (
         IPQConfig(**PQ, codebook_bits=8, activation_bits=8),
         CompressionArguments(stage_steps=4),
@@ -38,13 +41,16 @@ CASES = {
         CompressionArguments(stage_steps=4),
     ),
     "int4": (FixedPointConfig(bits=4), CompressionArguments()),
-    # The allotment is that of the undisturbed pass: spoilt weights would be given another.
-    "a size on disk": (IPQConfig(target_size_mb=0.05, codebook_bits=16), CompressionArguments()),
+    # The allocation is that of the uninterrupted run; other weights would get another.
+    "target size": (IPQConfig(target_size_mb=0.05, codebook_bits=16), CompressionArguments()),
 }
+CONFIG, ARGUMENTS = CASES["ipq"]
+# These differ from each other in the state that a checkpoint holds.
+QUICK = ("ipq", "fewer layers", "int4", "target size")
 
 
-def make_trainer(folder, data, model=None, **changes):
-    return make_pass_trainer(
+def make_bert_trainer(folder, data, model=None, **changes):
+    return make_trainer(
         folder,
         model or make_stacked("bert", 4),
         data,
@@ -53,108 +59,126 @@ def make_trainer(folder, data, model=None, **changes):
     )
 
 
-# What differs from others in the state that a checkpoint holds; the rest takes a minute more.
-QUICK = ("ipq", "fewer layers", "row scales", "int4", "a size on disk")
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, parity_data):
+    """The trainer of an uninterrupted run of the first case."""
+    trainer = make_bert_trainer(tmp_path_factory.mktemp("uninterrupted"), parity_data)
+    trainer.compress(CONFIG, ARGUMENTS)
+    return trainer
+
+
+@pytest.fixture
+def resume_and_compare(uninterrupted, tmp_path, parity_data):
+    """Return a function that resumes the run in ``tmp_path`` and compares its result."""
+
+    def resume(model=None, resume=True):
+        trainer = make_bert_trainer(tmp_path, parity_data, model)
+        trainer.compress(CONFIG, ARGUMENTS, resume_from_checkpoint=resume)
+        assert_same_result(trainer, uninterrupted)
+        return trainer
+
+    return resume
+
+
+@pytest.fixture
+def killed_in_step(tmp_path, parity_data, kill):
+    """Return a function that starts a run in ``tmp_path`` and kills it in its n-th step."""
+
+    def run(step):
+        release = kill(StageTrainer, "training_step", step)
+        with pytest.raises(Killed):
+            make_bert_trainer(tmp_path, parity_data).compress(CONFIG, ARGUMENTS)
+        release()
+
+    return run
 
 
 @pytest.mark.parametrize(
     "case", [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in CASES]
 )
-def test_killed_inside_a_stage(case, tmp_path, parity_data, kill):
+def test_resume_inside_a_stage_is_exact(case, tmp_path, parity_data, kill):
     config, arguments = CASES[case]
-    straight = make_trainer(tmp_path / "a", parity_data)
+    straight = make_bert_trainer(tmp_path / "a", parity_data)
     straight.compress(config, arguments)
     release = kill(StageTrainer, "training_step", 5 if case == "int4" else 10)
     with pytest.raises(Killed):
-        make_trainer(tmp_path / "b", parity_data).compress(config, arguments)
+        make_bert_trainer(tmp_path / "b", parity_data).compress(config, arguments)
     release()
-    again = make_trainer(tmp_path / "b", parity_data, model=spoilt(make_stacked("bert", 4)))
-    again.compress(config, arguments, resume_from_checkpoint=True)
-    compare(again, straight)
+    model = with_other_weights(make_stacked("bert", 4))
+    resumed = make_bert_trainer(tmp_path / "b", parity_data, model)
+    resumed.compress(config, arguments, resume_from_checkpoint=True)
+    assert_same_result(resumed, straight)
 
 
-@pytest.fixture(scope="module")
-def straight(tmp_path_factory, parity_data):
-    trainer = make_trainer(tmp_path_factory.mktemp("straight"), parity_data)
-    trainer.compress(*CASES["ipq"])
-    return trainer
-
-
-# Files are moved to their places in this order: the dense model's tensors, its folder, then for
-# each stage three checkpoints' last files, the stage's tensors, its folder.
+# Files are renamed in this order: the tensors of the dense model, its folder, then for each stage
+# the last files of three checkpoints, the stage's tensors and its folder.
 @pytest.mark.parametrize("call", [1, 2, 3, 6, 7, 11, 12, 17])
-def test_killed_while_writing(call, straight, tmp_path, parity_data, kill):
+def test_resume_after_a_kill_while_writing(call, tmp_path, parity_data, kill, resume_and_compare):
     release = kill(checkpoints.os, "replace", call)
     with pytest.raises(Killed):
-        make_trainer(tmp_path, parity_data).compress(*CASES["ipq"])
+        make_bert_trainer(tmp_path, parity_data).compress(CONFIG, ARGUMENTS)
     release()
-    again = make_trainer(tmp_path, parity_data)
-    again.compress(*CASES["ipq"], resume_from_checkpoint=True)
-    compare(again, straight)
+    resume_and_compare()
 
 
-def test_a_torn_checkpoint_is_passed_over_for_the_one_before(
-    straight, tmp_path, parity_data, kill, caplog
-):
-    release = kill(StageTrainer, "training_step", 6)
-    with pytest.raises(Killed):
-        make_trainer(tmp_path, parity_data).compress(*CASES["ipq"])
-    release()
+def test_an_incomplete_checkpoint_is_skipped(killed_in_step, tmp_path, resume_and_compare):
+    killed_in_step(6)
     newest = tmp_path / "compression" / "run-1" / "checkpoint-4"
-    assert (newest / "memory.safetensors").is_file()
-    whole = (newest / "memory.safetensors").read_bytes()
-    (newest / "memory.safetensors").write_bytes(whole[:-1])
-    (newest / "model.safetensors").write_bytes(b"torn")
+    memory = newest / "memory.safetensors"
+    memory.write_bytes(memory.read_bytes()[:-1])
+    (newest / "model.safetensors").write_bytes(b"truncated")
     files = checkpoints.StageCheckpoints(str(tmp_path / "compression"))
     assert files.checkpoint(1).endswith("checkpoint-2")
     assert not newest.exists()
-    again = make_trainer(tmp_path, parity_data)
-    again.compress(*CASES["ipq"], resume_from_checkpoint=True)
-    compare(again, straight)
+    resume_and_compare()
 
 
-def test_what_a_folder_vouches_for_is_on_the_disk_first(tmp_path, parity_data, monkeypatch):
-    """Machines stop, too, with files that are named and not yet written."""
-    done, moves = [], []
+def test_files_are_flushed_before_their_folder_counts(tmp_path, parity_data, monkeypatch):
+    """A machine may stop when a file has its name, but not yet its content."""
+    flushed, renames = [], []
 
     def fsync(descriptor):
-        done.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        flushed.append(os.readlink(f"/proc/self/fd/{descriptor}"))
 
     real = os.replace
 
     def replace(source, target):
         folder = Path(source) if Path(source).is_dir() else Path(source).parent
         files = {str(path) for path in folder.iterdir()}
-        moves.append((Path(target).name, files - set(done)))
+        renames.append((Path(target).name, files - set(flushed)))
         real(source, target)
 
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "replace", replace)
-    config = IPQConfig(**PQ, stages=["ffn"])
-    trainer = make_trainer(tmp_path, parity_data, save_steps=6)
-    trainer.compress(config, CompressionArguments())
-    names = [name for name, _ in moves]
-    assert {"stage-0", "stage-1", "memory.safetensors"} <= set(names)
-    assert all(late == set() for _, late in moves), moves
+    trainer = make_bert_trainer(tmp_path, parity_data, save_steps=2)
+    trainer.compress(IPQConfig(**PQ, stages=["ffn"]), CompressionArguments(stage_steps=2))
+    assert {"stage-0", "stage-1", "memory.safetensors"} <= {name for name, _ in renames}
+    assert all(missing == set() for _, missing in renames), renames
 
 
-TORN = {
-    "tensors of the last stage": ("stage-3", "tensors.safetensors"),
-    "record of the last stage": ("stage-3", "stage.json"),
-    "tensors of the dense model": ("stage-0", "tensors.safetensors"),
-}
-
-
-@pytest.mark.parametrize("case", TORN)
-def test_a_torn_stage_is_passed_over(case, straight, tmp_path, parity_data):
-    make_trainer(tmp_path, parity_data).compress(*CASES["ipq"])
-    folder, name = TORN[case]
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("stage-3", "tensors.safetensors"),
+        ("stage-3", "stage.json"),
+        ("stage-0", "tensors.safetensors"),
+    ],
+)
+def test_an_incomplete_stage_is_skipped(
+    folder, name, tmp_path, parity_data, resume_and_compare, finished
+):
+    finished(tmp_path)
     path = tmp_path / "compression" / folder / name
     path.write_bytes(path.read_bytes()[:-40])
-    again = make_trainer(tmp_path, parity_data)
-    again.compress(*CASES["ipq"], resume_from_checkpoint=True)
-    compare(again, straight)
-    assert checkpoints.is_whole(tmp_path / "compression" / "stage-3" / "tensors.safetensors")
+    resume_and_compare()
+    assert checkpoints.is_complete(str(tmp_path / "compression/stage-3/tensors.safetensors"))
+
+
+@pytest.fixture
+def finished(uninterrupted):
+    """Return a function that copies the files of the uninterrupted run to another folder."""
+    files = Path(uninterrupted.args.output_dir) / "compression"
+    return lambda folder: checkpoints.shutil.copytree(files, folder / "compression")
 
 
 @pytest.mark.parametrize(
@@ -166,11 +190,13 @@ def test_a_torn_stage_is_passed_over(case, straight, tmp_path, parity_data):
         ("checkpoint-2", "memory.safetensors"),
     ],
 )
-def test_killed_while_removing(folder, last, straight, tmp_path, parity_data, monkeypatch):
-    """A folder goes file by file; killed before the last one, it looks like a whole one."""
+def test_resume_after_a_kill_while_removing(
+    folder, last, tmp_path, parity_data, monkeypatch, resume_and_compare
+):
+    """A folder is removed file by file; before the last one it may look complete."""
     real = checkpoints.shutil.rmtree
 
-    def torn(path, *args, **kwargs):
+    def interrupted(path, *args, **kwargs):
         if Path(path).name != folder:
             return real(path, *args, **kwargs)
         for file in filter(Path.is_file, Path(path).rglob("*")):
@@ -178,99 +204,82 @@ def test_killed_while_removing(folder, last, straight, tmp_path, parity_data, mo
                 file.unlink()
         raise Killed
 
-    monkeypatch.setattr(checkpoints.shutil, "rmtree", torn)
+    monkeypatch.setattr(checkpoints.shutil, "rmtree", interrupted)
     with pytest.raises(Killed):
-        make_trainer(tmp_path, parity_data).compress(*CASES["ipq"])
+        make_bert_trainer(tmp_path, parity_data).compress(CONFIG, ARGUMENTS)
     monkeypatch.setattr(checkpoints.shutil, "rmtree", real)
-    again = make_trainer(tmp_path, parity_data)
-    again.compress(*CASES["ipq"], resume_from_checkpoint=True)
-    compare(again, straight)
+    resume_and_compare()
 
 
-def test_half_of_an_earlier_pass_is_none_to_go_on_from(
-    straight, tmp_path, parity_data, monkeypatch
+def test_a_half_removed_run_is_not_resumed(
+    tmp_path, parity_data, monkeypatch, resume_and_compare, finished
 ):
-    other = make_trainer(tmp_path, parity_data, model=spoilt(make_stacked("bert", 4)))
-    other.compress(*CASES["ipq"])
-    real = checkpoints.shutil.rmtree
-    monkeypatch.setattr(checkpoints.shutil, "rmtree", None)
-    with pytest.raises(TypeError):  # stands for a kill: all but the first file is left
-        make_trainer(tmp_path, parity_data).compress(*CASES["ipq"])
-    monkeypatch.setattr(checkpoints.shutil, "rmtree", real)
-    again = make_trainer(tmp_path, parity_data)
-    again.compress(*CASES["ipq"], resume_from_checkpoint=True)
-    compare(again, straight)
+    finished(tmp_path)
+    for path in (tmp_path / "compression").glob("stage-*/tensors.safetensors"):
+        other = {
+            name: tensor * 1.5 if tensor.is_floating_point() else tensor
+            for name, tensor in load_file(path).items()
+        }
+        save_file(other, path)
+    # Stands for a kill: only the first file has been removed.
+    with monkeypatch.context() as patch, pytest.raises(TypeError):
+        patch.setattr(checkpoints.shutil, "rmtree", None)
+        make_bert_trainer(tmp_path, parity_data).compress(CONFIG, ARGUMENTS)
+    resume_and_compare()
 
 
-def test_the_logs_go_on_where_they_were(straight, tmp_path, parity_data, kill):
-    release = kill(StageTrainer, "training_step", 9)
-    with pytest.raises(Killed):
-        make_trainer(tmp_path, parity_data).compress(*CASES["ipq"])
-    release()
-    again = make_trainer(tmp_path, parity_data)
-    again.compress(*CASES["ipq"], resume_from_checkpoint=True)
+def test_resumed_logs_continue(killed_in_step, uninterrupted, resume_and_compare):
+    killed_in_step(9)
+    resumed = resume_and_compare()
 
     def steps(trainer, name):
         logs = trainer.state.log_history
         return [(log["step"], log["compression_stage"]) for log in logs if name in log]
 
-    assert steps(again, "compression_mb") == steps(straight, "compression_mb")
-    assert [step for step, _ in steps(again, "compression_mb")] == [0, 6, 12, 18]
+    assert steps(resumed, "compression_mb") == steps(uninterrupted, "compression_mb")
+    assert [step for step, _ in steps(resumed, "compression_mb")] == [0, 6, 12, 18]
     error = "compression_error/bert.encoder.layer.0.attention.self.query"
-    assert steps(again, error) == steps(straight, error) == [(12, 3)]
+    assert steps(resumed, error) == steps(uninterrupted, error) == [(12, 3)]
 
 
-def test_a_finished_pass_is_not_done_again(straight, tmp_path, parity_data, monkeypatch):
-    first = make_trainer(tmp_path, parity_data)
-    first.compress(*CASES["ipq"])
-    kept = sorted(path.name for path in (tmp_path / "compression").iterdir())
-    assert kept == ["stage-0", "stage-3"]
-    monkeypatch.setattr(StageTrainer, "training_step", None)  # nothing is trained any more
-    again = make_trainer(tmp_path, parity_data)
-    again.compress(*CASES["ipq"], resume_from_checkpoint=True)
-    compare(again, straight)
+def test_a_finished_run_is_not_repeated(tmp_path, monkeypatch, resume_and_compare, finished):
+    finished(tmp_path)
+    names = sorted(path.name for path in (tmp_path / "compression").iterdir())
+    assert names == ["stage-0", "stage-3"]
+    monkeypatch.setattr(StageTrainer, "training_step", None)  # training would fail
+    resume_and_compare()
 
 
-def test_without_resuming_an_earlier_pass_is_forgotten(straight, tmp_path, parity_data):
+def test_without_resume_the_files_of_an_earlier_run_are_removed(
+    tmp_path, parity_data, resume_and_compare
+):
     other = IPQConfig(**{**PQ, "n_centroids": 8})
-    make_trainer(tmp_path, parity_data).compress(other, CompressionArguments(stage_epochs=0))
-    again = make_trainer(tmp_path, parity_data)
-    again.compress(*CASES["ipq"])
-    compare(again, straight)
+    make_bert_trainer(tmp_path, parity_data).compress(other, CompressionArguments(stage_epochs=0))
+    resume_and_compare(resume=False)
 
 
-def test_resuming_where_nothing_was_left_begins(straight, tmp_path, parity_data):
-    trainer = make_trainer(tmp_path, parity_data)
-    trainer.compress(*CASES["ipq"], resume_from_checkpoint=True)
-    compare(trainer, straight)
+def test_resume_without_files_starts_from_scratch(resume_and_compare):
+    resume_and_compare()
 
 
-def test_another_pass_or_model_is_refused(tmp_path, parity_data):
-    def trainer(model=None, **changes):
-        return make_trainer(tmp_path, parity_data, model=model, **changes)
-
+def test_other_settings_and_models_are_refused(tmp_path, parity_data):
     one_shot = CompressionArguments(stage_epochs=0)
-    trainer().compress(IPQConfig(**PQ), one_shot)
-    with pytest.raises(ValueError, match="begun with n_centroids=16, now it is 8; take the same"):
-        config = IPQConfig(**{**PQ, "n_centroids": 8})
-        trainer().compress(config, one_shot, resume_from_checkpoint=True)
-    with pytest.raises(ValueError, match="begun with stage_epochs=0, now it is 1.0"):
-        trainer().compress(IPQConfig(**PQ), resume_from_checkpoint=True)
-    with pytest.raises(
-        ValueError, match="begun with teacher='a copy of the model', now it is 'a Be"
-    ):
-        other = make_stacked("bert", 2)
-        trainer().compress(IPQConfig(**PQ), one_shot, teacher=other, resume_from_checkpoint=True)
-    with pytest.raises(ValueError, match="model is another than the one that was compressed"):
-        larger = trainer(make_stacked("bert", 5))
-        larger.compress(IPQConfig(**PQ), one_shot, resume_from_checkpoint=True)
-    with pytest.raises(ValueError, match="nothing to go on from with save_strategy='no'"):
-        quiet = trainer(save_strategy="no")
-        quiet.compress(IPQConfig(**PQ), one_shot, resume_from_checkpoint=True)
+    make_bert_trainer(tmp_path, parity_data).compress(IPQConfig(**PQ), one_shot)
+
+    def refused(match, config=CONFIG, arguments=one_shot, model=None, teacher=None, **changes):
+        trainer = make_bert_trainer(tmp_path, parity_data, model, **changes)
+        with pytest.raises(ValueError, match=match):
+            trainer.compress(config, arguments, teacher=teacher, resume_from_checkpoint=True)
+
+    refused("n_centroids=16.*now 8", IPQConfig(**{**PQ, "n_centroids": 8}))
+    refused("stage_epochs=0.*now 1.0", arguments=ARGUMENTS)
+    refused("teacher='a copy of the model'.*now 'a Bert", teacher=make_stacked("bert", 2))
+    refused("model differs .* in bert.encoder.layer.4", model=make_stacked("bert", 5))
+    refused("save_strategy='no'", save_strategy="no")
 
 
-def test_with_save_strategy_no_nothing_is_written(tmp_path, parity_data):
-    trainer = make_trainer(tmp_path, parity_data, save_strategy="no")
+def test_save_strategy_no_writes_nothing(tmp_path, parity_data):
+    trainer = make_bert_trainer(tmp_path, parity_data, save_strategy="no")
     trainer.compress(IPQConfig(**PQ), CompressionArguments(stage_steps=1))
     assert not (tmp_path / "compression").exists()
 
@@ -281,34 +290,34 @@ sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from datasets import load_from_disk
 from safetensors.torch import save_file
-from stage_runs import tensors
-from test_resume import CASES, make_trainer
+from support.trainers import tensors
+from test_resume import ARGUMENTS, CONFIG, make_bert_trainer
 
 torch.set_num_threads(1)
 folder = Path(sys.argv[2])
-trainer = make_trainer(folder / sys.argv[3], load_from_disk(str(folder / "data")))
-trainer.compress(*CASES["ipq"], resume_from_checkpoint=True)
+trainer = make_bert_trainer(folder / sys.argv[3], load_from_disk(str(folder / "data")))
+trainer.compress(CONFIG, ARGUMENTS, resume_from_checkpoint=True)
 save_file(tensors(trainer.model), folder / f"{sys.argv[3]}.safetensors")
 """
 
 
 @pytest.mark.slow
-def test_sigkill_again_and_again(tmp_path, parity_data):
-    """A process is killed whenever a new file has come, until it gets through in one go."""
+def test_repeated_sigkill(tmp_path, parity_data):
+    """A process is killed whenever new files have appeared, until it finishes."""
     parity_data.save_to_disk(str(tmp_path / "data"))
     here = Path(__file__).parent
     paths = os.pathsep.join([str(here.parent), *sys.path])
 
     def start(name):
-        words = [sys.executable, "-c", PROGRAM, str(here), str(tmp_path), name]
-        return subprocess.Popen(words, env={**os.environ, "PYTHONPATH": paths})
+        command = [sys.executable, "-c", PROGRAM, str(here), str(tmp_path), name]
+        return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": paths})
 
     assert start("straight").wait() == 0
     kills = 0
     for patience in (1, 4, 9, 14, 19, 24, 10**6):
         process, seen = start("killed"), set()
         while process.poll() is None:
-            for folder, _, names in os.walk(tmp_path / "killed"):  # folders may go meanwhile
+            for folder, _, names in os.walk(tmp_path / "killed"):  # folders may be removed
                 seen |= {os.path.join(folder, name) for name in names if "safetensors" in name}
             if len(seen) >= patience:
                 process.send_signal(signal.SIGKILL)

@@ -1,41 +1,37 @@
-"""Stages are any groups and patterns, each stored in its own way; layers come bottom-up."""
+"""Stages are any groups and patterns, each with its own blocks; layers are packed bottom-up."""
 
 import re
 
 import pytest
 import torch
 from support.stacked import inputs_of, make_stacked
-from support.stage_runs import make_pass_trainer
+from support.trainers import make_trainer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_quantnoise import CompressionArguments, IPQConfig, quantize_model
-from hf_quantnoise.hub import packer
-from hf_quantnoise.modeling import packed_layers
+from hf_quantnoise.modeling import packed_layers, packer
 
 FIRST, SECOND = r"bert\.encoder\.layer\.0\..*", r".*\.(query|key)"
 
 
-def test_groups_and_patterns_in_any_order_each_with_blocks_centroids_and_length(
-    tmp_path, parity_data
-):
+def test_groups_and_patterns_have_their_own_blocks_centroids_and_lengths(tmp_path, parity_data):
     config = IPQConfig(
         stages=["embeddings", FIRST, SECOND, "ffn"],
         block_size={"embeddings": 8, FIRST: 2, SECOND: 4, "ffn": 16},
         n_centroids={"embeddings": 8, FIRST: 16, SECOND: 32, "ffn": 12},
     )
     settings = {"embeddings": {"steps": 1}, FIRST: {"steps": 2}, SECOND: {"steps": 3}}
-    trainer = make_pass_trainer(tmp_path, make_stacked("bert", 3), parity_data)
+    trainer = make_trainer(tmp_path, make_stacked("bert", 3), parity_data)
     small = trainer.compress(config, CompressionArguments(stage_steps=4, stage_settings=settings))
     history = trainer.compression_history[1:]
     assert [record["stage"] for record in history] == config.stages
-    steps = [record["step"] for record in history]
-    assert steps == [1, 1 + 2, 1 + 2 + 3, 1 + 2 + 3 + 4]
+    assert [record["step"] for record in history] == [1, 1 + 2, 1 + 2 + 3, 1 + 2 + 3 + 4]
     found = {
         name: (layer.quantizer.block_size, layer.quantizer.n_centroids)
         for name, layer in packed_layers(small)
     }
-    # The first stage that a layer belongs to has it.
+    # A layer belongs to the first stage that matches it.
     assert found["bert.encoder.layer.0.attention.self.query"] == (2, 16)
     assert found["bert.encoder.layer.0.output.dense"] == (2, 16)
     assert found["bert.encoder.layer.1.attention.self.query"] == (4, 32)
@@ -48,8 +44,7 @@ def test_groups_and_patterns_in_any_order_each_with_blocks_centroids_and_length(
 
 @pytest.mark.parametrize("stage", ["ffn", "attention"])
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5", "bart", "vit", "deberta"])
-def test_layers_of_a_stage_are_packed_bottom_up(name, stage, monkeypatch):
-    """In the order in which a forward comes to the blocks of the stacks."""
+def test_layers_are_packed_in_the_order_of_the_forward(name, stage, monkeypatch):
     model, reached, packed = make_stacked(name, 3), [], []
     block = {
         module: found[1]
@@ -57,7 +52,8 @@ def test_layers_of_a_stage_are_packed_bottom_up(name, stage, monkeypatch):
         if (found := re.match(r"(.*\.\d+)\.", path)) and isinstance(module, (nn.Linear, Conv1D))
     }
     hooks = [
-        module.register_forward_hook(lambda own, *_: reached.append(block[own])) for module in block
+        module.register_forward_hook(lambda layer, *_: reached.append(block[layer]))
+        for module in block
     ]
     with torch.no_grad():
         model(**inputs_of(name))
@@ -72,5 +68,5 @@ def test_layers_of_a_stage_are_packed_bottom_up(name, stage, monkeypatch):
     monkeypatch.setattr(packer, "pack_layer", pack)
     quantize_model(model, IPQConfig(block_size=4, n_centroids=4, stages=[stage]), progress=False)
     order = list(dict.fromkeys(packed))
-    assert order == [one for one in dict.fromkeys(reached) if one in order]
+    assert order == [each for each in dict.fromkeys(reached) if each in order]
     assert len(order) >= 3

@@ -1,17 +1,18 @@
-"""Stages with a length and a learning rate of their own."""
+"""Stages with their own length and learning rates."""
 
 import pytest
 from support.stacked import make_stacked
-from transformers import HfArgumentParser, TrainerCallback, TrainingArguments
+from support.trainers import make_trainer
+from transformers import HfArgumentParser, TrainerCallback
 
-from hf_quantnoise import CompressionArguments, IPQConfig, QuantNoiseTrainer
+from hf_quantnoise import CompressionArguments, IPQConfig
 from hf_quantnoise.compression.training.stage_trainer import StageTrainer
 
 CONFIG = IPQConfig(block_size=4, n_centroids=16)
 
 
 class Watch(TrainerCallback):
-    """Learning rates at each step, and the length of the optimizer's state at each start."""
+    """Records the learning rates at each step, and the size of the optimizer's first state."""
 
     def __init__(self):
         self.rates, self.states = [], []
@@ -25,7 +26,9 @@ class Watch(TrainerCallback):
 
 
 @pytest.fixture
-def watched(tmp_path, parity_data, monkeypatch):
+def compress(tmp_path, parity_data, monkeypatch):
+    """Return a function that compresses a model and returns what was recorded."""
+
     def run(**fields):
         watch, real = Watch(), StageTrainer.__init__
 
@@ -34,58 +37,52 @@ def watched(tmp_path, parity_data, monkeypatch):
             self.add_callback(watch)
 
         monkeypatch.setattr(StageTrainer, "__init__", init)
-        args = TrainingArguments(
-            str(tmp_path), per_device_train_batch_size=16, learning_rate=1e-3, report_to="none",
-            save_strategy="no", disable_tqdm=True, use_cpu=True,
-        )  # fmt: skip
-        model = make_stacked("bert", 2)
-        trainer = QuantNoiseTrainer(model, args, None, train_dataset=parity_data)
+        trainer = make_trainer(tmp_path, make_stacked("bert", 2), parity_data)
         trainer.compress(CONFIG, CompressionArguments(**fields))
         return watch
 
     return run
 
 
-def test_each_stage_has_its_own_length_and_rates(watched):
+def test_each_stage_has_its_own_length_rates_and_optimizer(compress):
     settings = {
         "embeddings": {"steps": 2, "learning_rate": 5e-4},
         "attention": {"epochs": 1 / 3, "codebook_learning_rate": 1e-2},
     }
-    watch = watched(stage_steps=4, stage_learning_rate=2e-3, stage_settings=settings)
+    watch = compress(stage_steps=4, stage_learning_rate=2e-3, stage_settings=settings)
     assert [len(steps) for steps in watch.rates] == [4, 2, 2]
     first = [steps[0] for steps in watch.rates]
-    assert set(first[0]) == {2e-3} and set(first[1]) == {5e-4}
+    assert set(first[0]) == {2e-3}
+    assert set(first[1]) == {5e-4}
     assert set(first[2]) == {2e-3, 1e-2}
-    # Each falls in a straight line of its own.
+    # Each stage has its own linear schedule.
     assert [steps[0] for steps in watch.rates[0]] == pytest.approx([2e-3, 1.5e-3, 1e-3, 5e-4])
-
-
-def test_each_stage_has_a_new_optimizer(watched):
-    assert watched(stage_steps=2).states == [0, 0, 0]
+    assert watch.states == [0, 0, 0]
 
 
 @pytest.mark.parametrize(
-    ("fields", "words"),
+    ("fields", "match"),
     [
-        ({"stage_steps": -1}, "stage_steps=-1"),
-        ({"stage_settings": "ffn=2"}, "stage_settings='ffn=2'"),
-        ({"stage_settings": {"ffn": 2}}, "stage_settings={'ffn': 2}"),
-        ({"stage_settings": {"ffn": {"epoch": 2}}}, "'ffn'.*'epoch'.*did you mean 'epochs'"),
-        ({"stage_settings": {"ffn": {"learning_rate": 0}}}, "learning_rate=0.*above 0"),
+        ({"stage_steps": -1}, "stage_steps.*-1"),
+        ({"stage_settings": "ffn=2"}, "stage_settings.*'ffn=2'"),
+        ({"stage_settings": {"ffn": 2}}, "stage_settings.*{'ffn': 2}"),
+        ({"stage_settings": {"ffn": {"epoch": 2}}}, "stage_settings.*'epoch'"),
+        ({"stage_settings": {"ffn": {"learning_rate": 0}}}, "stage_settings.*learning_rate.*0"),
     ],
 )
-def test_bad_settings_are_named(fields, words):
-    with pytest.raises(ValueError, match=words):
+def test_invalid_settings_are_named(fields, match):
+    with pytest.raises(ValueError, match=match):
         CompressionArguments(**fields)
 
 
-def test_settings_of_an_unknown_stage_are_refused_before_training(watched):
+def test_settings_of_an_unknown_stage_are_refused(compress):
     with pytest.raises(ValueError, match="stage_settings.*'fnn'"):
-        watched(stage_settings={"fnn": {"epochs": 1}})
+        compress(stage_settings={"fnn": {"epochs": 1}})
 
 
-def test_settings_from_the_command_line():
-    words = ["--stage_settings", '{"attention": {"epochs": 2}}', "--stage_steps", "7"]
-    (args,) = HfArgumentParser(CompressionArguments).parse_args_into_dataclasses(words)
-    assert args.of_stage("attention").epochs == 2 and args.of_stage("attention").steps is None
+def test_settings_are_read_from_the_command_line():
+    flags = ["--stage_settings", '{"attention": {"epochs": 2}}', "--stage_steps", "7"]
+    (args,) = HfArgumentParser(CompressionArguments).parse_args_into_dataclasses(flags)
+    assert args.of_stage("attention").epochs == 2
+    assert args.of_stage("attention").steps is None
     assert args.of_stage("ffn").steps == 7

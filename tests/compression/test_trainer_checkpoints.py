@@ -1,6 +1,5 @@
-"""The noise phase goes on from the newest checkpoint that is whole."""
+"""Noise training resumes from the newest complete checkpoint."""
 
-import json
 import os
 import shutil
 import signal
@@ -13,269 +12,235 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.processes import needs_gloo, on_two_ranks
-from support.stage_runs import Killed, assert_same
 from support.tiny import make_model
-from transformers import TrainingArguments
+from support.trainers import Killed, assert_same, make_trainer, tensors
 
-from hf_quantnoise import QuantNoiseConfig, QuantNoiseTrainer
+from hf_quantnoise import QuantNoiseConfig
 from hf_quantnoise.compression.trainer_checkpoints import (
     checkpoint_defect,
-    newest_complete_checkpoint,
 )
 
 PQ = QuantNoiseConfig(noise="pq", p=0.2, n_centroids=16, codebook_update=2)
+TRAINING_STATE = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+NOISE = ("quant_noise_config.json", "quant_noise_state.safetensors")
+READ = ("config.json", "model.safetensors", "trainer_state.json", *TRAINING_STATE, *NOISE)
 
 
-def make_trainer(folder, data, noise=PQ, model=None, **changes):
-    settings = {
-        "per_device_train_batch_size": 16, "learning_rate": 1e-3, "report_to": "none",
-        "disable_tqdm": True, "use_cpu": True, "save_steps": 2, "num_train_epochs": 1, **changes,
-    }  # fmt: skip
-    args = TrainingArguments(str(folder), **settings)
-    return QuantNoiseTrainer(model or make_model("bert"), args, noise, train_dataset=data)
-
-
-def tensors(trainer):
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+def make_bert_trainer(folder, data, noise=PQ, **changes):
+    settings = {"save_strategy": "steps", "save_steps": 2, **changes}
+    return make_trainer(folder, make_model("bert"), data, noise, **settings)
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory, parity_data):
-    """A run of 6 steps with a checkpoint every 2, and what it ended with."""
-    folder = tmp_path_factory.mktemp("straight")
-    trainer = make_trainer(folder, parity_data)
+def uninterrupted(tmp_path_factory, parity_data):
+    """The folder of a run of 6 steps with a checkpoint every 2, and its final weights."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    trainer = make_bert_trainer(folder, parity_data)
     trainer.train()
-    return folder, tensors(trainer)
+    return folder, tensors(trainer.model)
 
 
 @pytest.fixture
-def run(straight, tmp_path):
-    """A copy of that run's folder, as if it had been killed in its checkpoint after 4 steps."""
+def run(uninterrupted, tmp_path):
+    """A copy of that folder, as if the run had been killed after 4 steps."""
     folder = tmp_path / "a run"
-    shutil.copytree(straight[0], folder)
+    shutil.copytree(uninterrupted[0], folder)
     shutil.rmtree(folder / "checkpoint-6")
     return folder
 
 
-READ = [
-    "config.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth",
-    "trainer_state.json", "quant_noise_config.json", "quant_noise_state.safetensors",
-]  # fmt: skip
-
-
-def test_these_are_the_files(run):
-    there = {path.name for path in (run / "checkpoint-4").iterdir()}
-    assert there == {*READ, "training_args.bin"}
-
-
-def resume_and_compare(run, straight, data, caplog):
-    """Goes on from the first checkpoint, ends as the undisturbed run did, and says so."""
-    trainer = make_trainer(run, data)
-    steps = []
-    step = trainer.training_step
-    trainer.training_step = lambda *args, **kwargs: steps.append(0) or step(*args, **kwargs)
+def resume_and_compare(run, uninterrupted, data, caplog):
+    """Resume from the first checkpoint, compare the weights, and return the warning."""
+    trainer = make_bert_trainer(run, data)
+    steps, training_step = [], trainer.training_step
+    trainer.training_step = lambda *args: steps.append(0) or training_step(*args)
     trainer.train(resume_from_checkpoint=True)
     assert len(steps) == 4  # from 2 to 6
-    assert_same(tensors(trainer), straight[1])
-    told = [text for text in caplog.messages if "is torn" in text]
-    assert len(told) == 1
-    assert str(run / "checkpoint-4") in told[0] and str(run / "checkpoint-2") in told[0]
-    return told[0]
+    assert_same(tensors(trainer.model), uninterrupted[1])
+    (warning,) = [text for text in caplog.messages if "incomplete" in text]
+    assert str(run / "checkpoint-4") in warning
+    assert str(run / "checkpoint-2") in warning
+    return warning
+
+
+# ---- which checkpoints are complete --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, "all but one"])
 @pytest.mark.parametrize("name", READ)
-def test_a_torn_file_makes_a_torn_checkpoint(name, share, run):
-    assert checkpoint_defect(str(run / "checkpoint-4")) is None
-    path = run / "checkpoint-4" / name
-    content = path.read_bytes()
-    # The last byte of a text may be a line end, without which it is whole.
+def test_a_truncated_file_is_found(name, share, run):
+    folder = run / "checkpoint-4"
+    assert {path.name for path in folder.iterdir()} == {*READ, "training_args.bin"}
+    assert checkpoint_defect(str(folder)) is None
+    content = (folder / name).read_bytes()
+    # Without its last byte, which may be a newline, a text could still be complete.
     end = content.rstrip()[:-1] if share == "all but one" else content[: int(share * len(content))]
-    path.write_bytes(end)
+    (folder / name).write_bytes(end)
+    assert checkpoint_defect(str(folder)) == name
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "trainer_state.json", *TRAINING_STATE])
+def test_a_missing_file_is_found(name, run):
+    (run / "checkpoint-4" / name).unlink()
     assert checkpoint_defect(str(run / "checkpoint-4")) == name
+
+
+@pytest.mark.parametrize("name", NOISE)
+def test_a_required_file_is_found_missing(name, run):
+    (run / "checkpoint-4" / name).unlink()
+    assert checkpoint_defect(str(run / "checkpoint-4")) is None
+    assert checkpoint_defect(str(run / "checkpoint-4"), NOISE) == name
 
 
 @pytest.mark.parametrize(
-    "name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"]
+    "names",
+    [
+        ("model.safetensors",),  # save_only_model
+        ("adapter_model.safetensors", *TRAINING_STATE),
+        ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", *TRAINING_STATE),
+        ("model.safetensors", *TRAINING_STATE[:2], "rng_state_0.pth", "rng_state_1.pth"),
+        ("pytorch_model_fsdp.bin", "optimizer.bin", *TRAINING_STATE[1:]),
+        ("global_step2/states.pt", "latest", "rng_state_0.pth"),  # DeepSpeed
+        ("model.safetensors", "samples.jsonl", "metrics.json", "notes.pt", *TRAINING_STATE),
+    ],
+    ids=lambda names: names[0],
 )
-def test_a_missing_file_makes_a_torn_checkpoint(name, run):
-    (run / "checkpoint-4" / name).unlink()
-    assert checkpoint_defect(str(run / "checkpoint-4")) == name
-
-
-@pytest.mark.parametrize("name", ["optimizer.pt", "trainer_state.json", "model.safetensors"])
-def test_a_torn_checkpoint_is_passed_over(name, run, straight, parity_data, caplog):
-    path = run / "checkpoint-4" / name
-    path.write_bytes(path.read_bytes()[:-20])
-    assert name in resume_and_compare(run, straight, parity_data, caplog)
-
-
-@pytest.mark.parametrize("name", ["quant_noise_config.json", "quant_noise_state.safetensors"])
-def test_a_checkpoint_without_its_noise_is_passed_over(name, run, straight, parity_data, caplog):
-    """Its codebooks would be fitted anew."""
-    (run / "checkpoint-4" / name).unlink()
-    assert name in resume_and_compare(run, straight, parity_data, caplog)
-
-
-def test_where_no_checkpoint_has_noise_the_newest_whole_one_is_taken(run, parity_data, caplog):
-    for path in run.glob("checkpoint-*/quant_noise*"):
-        path.unlink()
-    trainer = make_trainer(run, parity_data)
-    trainer.train(resume_from_checkpoint=True)
-    assert "is torn" not in caplog.text
-    assert "resumed at step 4, but" in caplog.text  # as the callback says of any such folder
-
-
-@pytest.mark.parametrize("name", ["quant_noise_config.json", "quant_noise_state.safetensors"])
-def test_half_of_the_noise_is_not_taken_for_all(name, run, parity_data, caplog):
-    (run / "checkpoint-4" / name).unlink()
-    trainer = make_trainer(run, parity_data)
-    trainer.train(resume_from_checkpoint=str(run / "checkpoint-4"))
-    assert "holds no quantization noise" in caplog.text
-
-
-def test_all_torn_is_an_error_that_names_the_way_out(run, parity_data):
-    (run / "checkpoint-2" / "trainer_state.json").unlink()
-    (run / "checkpoint-4" / "optimizer.pt").write_bytes(b"")
-    trainer = make_trainer(run, parity_data)
-    with pytest.raises(ValueError) as error:
-        trainer.train(resume_from_checkpoint=True)
-    said = str(error.value)
-    assert f"no checkpoint in {run} is whole" in said
-    assert "checkpoint-2 is torn (trainer_state.json" in said
-    assert "checkpoint-4 is torn (optimizer.pt" in said
-    assert "without resume_from_checkpoint" in said
-    trainer.train()  # which is that way
-
-
-def test_no_checkpoint_is_for_trainer_to_say(tmp_path, parity_data):
-    with pytest.raises(ValueError, match="No valid checkpoint found"):
-        make_trainer(tmp_path, parity_data).train(resume_from_checkpoint=True)
-
-
-def test_a_named_checkpoint_is_taken_as_it_is(run, straight, parity_data):
-    (run / "checkpoint-4" / "optimizer.pt").write_bytes(b"")
-    trainer = make_trainer(run, parity_data)
-    trainer.train(resume_from_checkpoint=str(run / "checkpoint-2"))
-    assert_same(tensors(trainer), straight[1])
-
-
-def test_without_noise_too(tmp_path, parity_data):
-    whole = make_trainer(tmp_path, parity_data, noise=None)
-    whole.train()
-    (tmp_path / "checkpoint-6" / "scheduler.pt").unlink()
-    again = make_trainer(tmp_path, parity_data, noise=None)
-    again.train(resume_from_checkpoint=True)
-    assert_same(tensors(again), tensors(whole))
-
-
-def test_a_checkpoint_of_the_model_alone_is_whole(tmp_path, parity_data):
-    make_trainer(tmp_path, parity_data, save_only_model=True).train()
-    newest = str(tmp_path / "checkpoint-6")
-    assert not os.path.exists(os.path.join(newest, "optimizer.pt"))
-    assert newest_complete_checkpoint(str(tmp_path), checkpoint_defect) == (newest, {})
-    again = make_trainer(tmp_path, parity_data, save_only_model=True, max_steps=8)
-    again.train(resume_from_checkpoint=True)
-    assert again.state.global_step == 8
-
-
-def write(folder, *names):
-    """Small whole files by these names, and a state."""
-    folder.mkdir(parents=True)
+def test_other_kinds_of_checkpoints_are_complete(names, tmp_path):
     for name in ("trainer_state.json", *names):
-        path = folder / name
+        path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         if name.endswith(".safetensors"):
             save_file({"weight": torch.ones(2)}, path)
-        elif name.endswith(".json"):
+        elif name == "trainer_state.json":
             path.write_text("{}")
-        elif name.endswith((".pt", ".pth", ".bin")):
+        elif name.endswith((".pt", ".pth", ".bin")) and name != "notes.pt":
             torch.save({"a": 1}, path)
         else:
-            path.write_text("global_step2" if name == "latest" else "")
+            path.write_text("text")
+    assert checkpoint_defect(str(tmp_path)) is None
 
 
-STATE = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
-SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
-WHOLE = {
-    "adapter": ("adapter_model.safetensors", "adapter_config.json", *STATE),
-    "two adapters": ("one/adapter_model.safetensors", "two/adapter_model.safetensors", *STATE),
-    "weights of torch": ("pytorch_model.bin", *STATE),
-    "several ranks": ("model.safetensors", *STATE[:2], "rng_state_0.pth", "rng_state_1.pth"),
-    "fsdp, sharded": (
-        "pytorch_model_fsdp_0/.metadata", "optimizer_0/.metadata", "optimizer_0/__0_0.distcp",
-        *STATE[1:],
-    ),
-    "fsdp, full": ("pytorch_model_fsdp.bin", "optimizer.bin", *STATE[1:]),
-    "deepspeed": ("global_step2/mp_rank_00_model_states.pt", "latest", "rng_state_0.pth"),
-    "scaled": ("model.safetensors", "scaler.pt", *STATE),
-    "files of others": ("model.safetensors", "samples.jsonl", "notes", "runs/x.tfevents", *STATE),
-}  # fmt: skip
-TORN = {
-    "an adapter's weights": ("adapter", "adapter_model.safetensors"),
-    "a rank's random numbers": ("several ranks", "rng_state_1.pth"),
-    "fsdp's optimizer": ("fsdp, sharded", "optimizer_0/.metadata"),
-    "fsdp's weights": ("fsdp, full", "pytorch_model_fsdp.bin"),
-    "deepspeed's last file": ("deepspeed", "latest"),
-    "the scaler": ("scaled", "scaler.pt"),
-}
+# ---- resuming ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", WHOLE)
-def test_other_kinds_of_checkpoints(kind, tmp_path):
-    write(tmp_path / "a", *WHOLE[kind])
-    assert checkpoint_defect(str(tmp_path / "a")) is None
+@pytest.mark.parametrize("name", ["optimizer.pt", "trainer_state.json", "model.safetensors"])
+def test_a_checkpoint_with_a_truncated_file_is_skipped(
+    name, run, uninterrupted, parity_data, caplog
+):
+    path = run / "checkpoint-4" / name
+    path.write_bytes(path.read_bytes()[:-20])
+    assert name in resume_and_compare(run, uninterrupted, parity_data, caplog)
 
 
-@pytest.mark.parametrize("case", TORN)
-def test_other_kinds_torn(case, tmp_path):
-    kind, name = TORN[case]
-    write(tmp_path / "a", *WHOLE[kind])
-    path = tmp_path / "a" / name
-    if name.endswith(".metadata"):
+@pytest.mark.parametrize("name", NOISE)
+def test_a_checkpoint_without_its_noise_is_skipped(name, run, uninterrupted, parity_data, caplog):
+    """Otherwise its codebooks would be fitted again."""
+    (run / "checkpoint-4" / name).unlink()
+    assert name in resume_and_compare(run, uninterrupted, parity_data, caplog)
+
+
+@pytest.mark.parametrize("name", TRAINING_STATE)
+def test_a_kill_between_two_writes(name, uninterrupted, tmp_path, parity_data, monkeypatch, caplog):
+    """All files before this one are complete; the following ones are missing."""
+    real = torch.save
+
+    def save(value, path, *args, **kwargs):
+        if str(path).endswith(os.path.join("checkpoint-4", name)):
+            raise Killed
+        return real(value, path, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(torch, "save", save)
+        make_bert_trainer(tmp_path, parity_data).train()
+    resume_and_compare(tmp_path, uninterrupted, parity_data, caplog)
+
+
+def test_without_noise_in_any_checkpoint_the_newest_is_used(run, parity_data, caplog):
+    for path in run.glob("checkpoint-*/quant_noise*"):
         path.unlink()
-    else:
-        path.write_bytes(path.read_bytes()[:-12])
-    assert checkpoint_defect(str(tmp_path / "a")) == name
+    make_bert_trainer(run, parity_data).train(resume_from_checkpoint=True)
+    assert "incomplete" not in caplog.text
+    assert "resumed at step 4, but" in caplog.text  # a warning of the callback
 
 
-def test_a_missing_shard(tmp_path):
-    folder = tmp_path / "a"
-    write(folder, *SHARDS, *STATE)
-    assert checkpoint_defect(str(folder)) == "model.safetensors"  # no list of them yet
-    index = {"weight_map": {"a": SHARDS[0], "b": SHARDS[1]}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert checkpoint_defect(str(folder)) is None
-    (folder / SHARDS[1]).unlink()
-    assert checkpoint_defect(str(folder)) == SHARDS[1]
+@pytest.mark.parametrize("name", NOISE)
+def test_a_checkpoint_with_half_of_its_noise_is_reported(name, run, parity_data, caplog):
+    (run / "checkpoint-4" / name).unlink()
+    trainer = make_bert_trainer(run, parity_data)
+    trainer.train(resume_from_checkpoint=str(run / "checkpoint-4"))
+    assert "has no quantization noise" in caplog.text
+
+
+def test_only_incomplete_checkpoints_raise(run, parity_data):
+    (run / "checkpoint-2" / "trainer_state.json").unlink()
+    (run / "checkpoint-4" / "optimizer.pt").write_bytes(b"")
+    trainer = make_bert_trainer(run, parity_data)
+    with pytest.raises(ValueError) as error:
+        trainer.train(resume_from_checkpoint=True)
+    message = str(error.value)
+    assert f"no checkpoint in {run} is complete" in message
+    assert "checkpoint-2 (trainer_state.json" in message
+    assert "checkpoint-4 (optimizer.pt" in message
+    assert "without resume_from_checkpoint" in message
+
+
+def test_no_checkpoint_raises_as_in_trainer(tmp_path, parity_data):
+    with pytest.raises(ValueError, match="No valid checkpoint found"):
+        make_bert_trainer(tmp_path, parity_data).train(resume_from_checkpoint=True)
+
+
+def test_a_given_checkpoint_is_used_whatever_the_others_are(run, uninterrupted, parity_data):
+    (run / "checkpoint-4" / "optimizer.pt").write_bytes(b"")
+    trainer = make_bert_trainer(run, parity_data)
+    trainer.train(resume_from_checkpoint=str(run / "checkpoint-2"))
+    assert_same(tensors(trainer.model), uninterrupted[1])
+
+
+def test_training_without_noise_resumes(tmp_path, parity_data):
+    straight = make_bert_trainer(tmp_path, parity_data, noise=None)
+    straight.train()
+    (tmp_path / "checkpoint-6" / "scheduler.pt").unlink()
+    resumed = make_bert_trainer(tmp_path, parity_data, noise=None)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same(tensors(resumed.model), tensors(straight.model))
 
 
 ON_RANKS = """
+import json, os
+from safetensors.torch import save_file
 from hf_quantnoise.compression.trainer_checkpoints import checkpoint_to_resume_from
 
-def flaw_of(checkpoint):
-    if rank == 1 and checkpoint.endswith("-4"):
-        return "model.safetensors"  # not on its machine
-    return "optimizer.pt" if checkpoint.endswith(("-6", "-1")) else None
+# Each rank has its own disk.
+disk = f"{folder}/{rank}"
 
-import os
-for name in ("one/checkpoint-2", "one/checkpoint-6", "two/checkpoint-4", "three/checkpoint-1"):
-    os.makedirs(f"{folder}/{name}", exist_ok=True)
-dist.barrier()
-found["one"] = checkpoint_to_resume_from(f"{folder}/one", flaw_of)
-found["two"] = error_of(checkpoint_to_resume_from, f"{folder}/two", flaw_of)
-found["three"] = error_of(checkpoint_to_resume_from, f"{folder}/three", flaw_of)
-found["none"] = checkpoint_to_resume_from(f"{folder}/none", flaw_of)
+def write(name, is_complete=True):
+    os.makedirs(f"{disk}/{name}")
+    with open(f"{disk}/{name}/trainer_state.json", "w") as file:
+        file.write("{}" if is_complete else "{")
+    save_file({"weight": torch.ones(1)}, f"{disk}/{name}/model.safetensors")
+
+write("one/checkpoint-2")
+write("one/checkpoint-6", is_complete=False)
+write("two/checkpoint-4", is_complete=rank == 0)
+write("three/checkpoint-1", is_complete=False)
+if rank == 0:
+    write("four/checkpoint-3")
+found["one"] = checkpoint_to_resume_from(f"{disk}/one")
+for name in ("two", "three", "four"):
+    found[name] = error_of(checkpoint_to_resume_from, f"{disk}/{name}")
+found["none"] = checkpoint_to_resume_from(f"{disk}/none")
 """
 
 
 @needs_gloo
-def test_the_first_of_several_ranks_says(tmp_path):
-    first, second = on_two_ranks(ON_RANKS, tmp_path)
-    assert first == second
-    assert first["one"] == f"{tmp_path}/one/checkpoint-2" and first["none"] is None
-    assert "folder that all machines share" in first["two"]
-    assert f"no checkpoint in {tmp_path}/three is whole" in first["three"]
+def test_rank_0_decides(tmp_path):
+    ranks = on_two_ranks(ON_RANKS, tmp_path)
+    for rank, found in enumerate(ranks):
+        assert found["one"] == f"{tmp_path}/{rank}/one/checkpoint-2"
+        assert found["none"] is None
+        for name in ("two/checkpoint-4", "four/checkpoint-3"):
+            assert f"{tmp_path}/1/{name}" in found[name.partition("/")[0]]
+        assert f"no checkpoint in {tmp_path}/{rank}/three is complete" in found["three"]
 
 
 PROGRAM = """
@@ -284,57 +249,40 @@ sys.path[:0] = sys.argv[1:3]
 from pathlib import Path
 from datasets import load_from_disk
 from safetensors.torch import save_file
-from test_checkpoints import make_trainer, tensors
+from support.trainers import tensors
+from test_trainer_checkpoints import make_bert_trainer
 
 torch.set_num_threads(1)
 folder, data = Path(sys.argv[3]), load_from_disk(sys.argv[4])
-trainer = make_trainer(folder, data, save_steps=1)
+trainer = make_bert_trainer(folder, data, save_steps=1)
 trainer.train(resume_from_checkpoint=any(folder.glob("checkpoint-*/trainer_state.json")))
-save_file(tensors(trainer), folder / "end.safetensors")
+save_file(tensors(trainer.model), folder / "end.safetensors")
 """
 
 
 @pytest.mark.slow
 def test_sigkill_while_writing(tmp_path, parity_data):
-    """A process is killed as soon as a new checkpoint has a file, until it gets through."""
+    """A process is killed as soon as a new checkpoint has a certain file, then finishes."""
     parity_data.save_to_disk(str(tmp_path / "data"))
     here = Path(__file__).parent
 
     def start(name):
-        words = [str(here), str(here.parent), str(tmp_path / name), str(tmp_path / "data")]
-        path = os.pathsep.join(sys.path)
-        return subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, *words], env={**os.environ, "PYTHONPATH": path}
-        )
+        folders = [str(here), str(here.parent), str(tmp_path / name), str(tmp_path / "data")]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        return subprocess.Popen([sys.executable, "-c", PROGRAM, *folders], env=environment)
 
     assert start("straight").wait() == 0
-    kills, torn = 0, 0
+    kills, incomplete = 0, 0
     for step, file in ((2, "config.json"), (4, "optimizer.pt"), (5, "scheduler.pt")):
         process = start("killed")
-        seen = tmp_path / "killed" / f"checkpoint-{step}" / file
-        while process.poll() is None and not seen.exists():
+        written = tmp_path / "killed" / f"checkpoint-{step}" / file
+        while process.poll() is None and not written.exists():
             time.sleep(0.0005)
         process.send_signal(signal.SIGKILL)
         kills += process.wait() == -signal.SIGKILL
-        torn += checkpoint_defect(str(seen.parent)) is not None
-    assert kills == 3 and torn
+        incomplete += checkpoint_defect(str(written.parent)) is not None
+    assert kills == 3
+    assert incomplete
     assert start("killed").wait() == 0
     ends = [load_file(tmp_path / name / "end.safetensors") for name in ("straight", "killed")]
     assert_same(*ends)
-
-
-@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
-def test_killed_between_two_writes(name, straight, tmp_path, parity_data, monkeypatch, caplog):
-    """All that is written before a file is there and whole, none of what comes after."""
-    real = torch.save
-
-    def save(value, path, *args, **kwargs):
-        if str(path).endswith(os.path.join("checkpoint-4", name)):
-            raise Killed
-        return real(value, path, *args, **kwargs)
-
-    monkeypatch.setattr(torch, "save", save)
-    with pytest.raises(Killed):
-        make_trainer(tmp_path, parity_data).train()
-    monkeypatch.setattr(torch, "save", real)
-    resume_and_compare(tmp_path, straight, parity_data, caplog)

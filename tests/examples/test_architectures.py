@@ -4,7 +4,7 @@ from pathlib import Path
 
 import architectures as benchmark
 
-PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "architectures.md"
 
 
 def test_the_page_is_what_the_script_makes(tmp_path):

@@ -1,4 +1,4 @@
-"""docs/quickstart.md: each error it shows is raised with the same text."""
+"""docs/how_to/common_errors.md: each error it shows is raised with the same text."""
 
 import json
 import re
@@ -12,8 +12,8 @@ pytest.importorskip("hf_quantnoise")
 
 import hf_quantnoise
 
-TEXT = (Path(__file__).resolve().parents[2] / "docs" / "quickstart.md").read_text(encoding="utf-8")
-ERRORS = re.findall(r"```python\n([^`]*)```\n```text\n([^`]*)```", TEXT)
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "how_to" / "common_errors.md"
+ERRORS = re.findall(r"```python\n([^`]*)```\n```text\n([^`]*)```", PAGE.read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="session")
@@ -36,9 +36,9 @@ def names(tmp_path_factory):
         BertForSequenceClassification(config), hf_quantnoise.FixedPointConfig()
     )
     small.save_pretrained(folder / "small")
-    for copy in ("torn", "future"):
+    for copy in ("truncated", "future"):
         shutil.copytree(folder / "small", folder / copy)
-    weights = folder / "torn" / "model.safetensors"
+    weights = folder / "truncated" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     file = folder / "future" / "config.json"
     values = json.loads(file.read_text())

@@ -1,4 +1,4 @@
-"""AQLM checkpoints: loaded by plain transformers in a process that never imports the package."""
+"""AQLM export: checkpoints load in transformers, in a process that never imports this package."""
 
 import json
 import os
@@ -15,9 +15,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForCondition
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from hf_quantnoise import FixedPointConfig, IPQConfig, export_aqlm, quantize_model
-from hf_quantnoise.export.aqlm import AqlmSetting, _patterns
+from hf_quantnoise.export.aqlm import AqlmSetting, _dense_patterns
 
-READER = """
+LOAD_AND_RUN = """
 import sys, torch, transformers
 from safetensors.torch import load_file
 torch.set_num_threads(1)
@@ -54,12 +54,16 @@ def tiny_t5():
     return T5ForConditionalGeneration(config).eval()
 
 
+IPQ = IPQConfig(block_size=4, n_centroids=16)
+ROUNDED = IPQConfig(block_size=4, n_centroids=16, activation_bits=8)
+
+
 class Case(NamedTuple):
     make: object
     config: IPQConfig
     setting: AqlmSetting
     layers: int
-    dense: str | None = None  # part of the name of a packed layer that is written dense
+    dense: str | None = None  # part of the name of a layer that is written dense
 
 
 CASES = {
@@ -70,7 +74,7 @@ CASES = {
         12,
         "word_embeddings",
     ),
-    "two codebooks, scales, a head": Case(
+    "two codebooks, row scales, head": Case(
         tiny_llama,
         IPQConfig(
             block_size=8, n_centroids=13, n_codebooks=2, row_scale=True,
@@ -95,9 +99,9 @@ CASES = {
         AqlmSetting(2, 1, 9),
         1,
     ),
-    "a tied head": Case(
+    "tied head": Case(
         lambda: make_model("bert-mlm"),
-        IPQConfig(block_size=4, n_centroids=16),
+        IPQ,
         AqlmSetting(4, 1, 4),
         12,
         "predictions.decoder",
@@ -113,18 +117,20 @@ def inputs_of(model):
     return inputs
 
 
-def read_elsewhere(folders):
-    """Loads AQLM folders and runs them on their inputs, in a process of its own."""
+def run_without_package(folders):
+    """Load exported checkpoints and save their logits, in a separate process."""
     # The numba kernel of aqlm 1.1.7 adds into one vector from several threads without a lock.
     environment = {**os.environ, "NUMBA_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", READER, *map(str, folders)],
+    result = subprocess.run(
+        [sys.executable, "-c", LOAD_AND_RUN, *map(str, folders)],
         capture_output=True, text=True, env=environment,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert result.returncode == 0, result.stderr
+    return [torch.load(folder.parent / "logits.pt") for folder in folders]
 
 
 def export(model, folder):
+    """Return the export of a model, and the logits of the packed model."""
     folder.mkdir(parents=True)
     save_file(inputs_of(model), folder / "inputs.safetensors")
     with torch.no_grad():
@@ -134,120 +140,106 @@ def export(model, folder):
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """Every case, exported; with the packed model's logits."""
+    """Return the packed model, its export and its logits for every case."""
     root = tmp_path_factory.mktemp("aqlm")
-    made = {}
-    for number, (name, case) in enumerate(CASES.items()):
+    exports = {}
+    for name, case in CASES.items():
         model = quantize_model(case.make(), case.config, progress=False)
-        made[name] = (model, *export(model, root / str(number)))
-    return made
+        exports[name] = (model, *export(model, root / str(len(exports))))
+    return exports
 
 
 @pytest.fixture(scope="module")
-def reread(exported):
+def aqlm_logits(exported):
+    """Return the logits that transformers computes with aqlm for every case."""
     pytest.importorskip("aqlm", reason="needs the extra 'aqlm'")
-    read_elsewhere([done.folder for _, done, _ in exported.values()])
-    return {
-        name: torch.load(done.folder.parent / "logits.pt")
-        for name, (_, done, _) in exported.items()
-    }
+    logits = run_without_package([result.folder for _, result, _ in exported.values()])
+    return dict(zip(exported, logits, strict=True))
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_plain_transformers_computes_the_same_logits(exported, reread, name):
+def test_export_aqlm_gives_the_same_logits_in_transformers(exported, aqlm_logits, name):
     _, _, logits = exported[name]
-    torch.testing.assert_close(reread[name], logits, rtol=0, atol=1e-4)
-    assert logits.std() > 1e-3  # else the line above would say little
+    torch.testing.assert_close(aqlm_logits[name], logits, rtol=0, atol=1e-4)
+    assert logits.std() > 1e-3  # otherwise the comparison above would be trivial
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_what_was_written_how_is_told(exported, name):
-    model, done, _ = exported[name]
+def test_export_aqlm_reports_what_it_wrote(exported, name):
+    model, result, _ = exported[name]
     case = CASES[name]
-    assert done.setting == case.setting
-    assert len(done.layers) == case.layers
+    assert result.setting == case.setting
+    assert len(result.layers) == case.layers
     packed = set(model.config.quantization_config.plan)
-    assert {*done.layers, *done.dense} == packed and not set(done.layers) & set(done.dense)
-    assert (case.dense is None) or any(case.dense in name for name in done.dense)
-    stored = load_file(done.folder / "model.safetensors")
-    for name in done.layers:
-        assert stored[f"{name}.codes"].dtype == (
-            torch.int8 if done.setting.nbits_per_codebook <= 8 else torch.int16
-        )
+    assert {*result.layers, *result.dense} == packed
+    assert not set(result.layers) & set(result.dense)
+    assert case.dense is None or any(case.dense in name for name in result.dense)
+    stored = load_file(result.folder / "model.safetensors")
+    dtype = torch.int8 if result.setting.nbits_per_codebook <= 8 else torch.int16
+    for name in result.layers:
+        assert stored[f"{name}.codes"].dtype == dtype
         assert f"{name}.weight" not in stored
-    assert done.disk_bytes == (done.folder / "model.safetensors").stat().st_size
-    written = json.loads((done.folder / "config.json").read_text())["quantization_config"]
-    assert written["quant_method"] == "aqlm" and "plan" not in written
+    assert result.disk_bytes == (result.folder / "model.safetensors").stat().st_size
+    config = json.loads((result.folder / "config.json").read_text())["quantization_config"]
+    assert config["quant_method"] == "aqlm" and "plan" not in config
 
 
-def test_the_tensors_decode_to_the_weight_by_aqlm_itself(exported):
+def test_export_aqlm_tensors_decode_to_the_weight_with_aqlm(exported):
     utils = pytest.importorskip("aqlm.utils", reason="needs the extra 'aqlm'")
-    for model, done, _ in exported.values():
-        stored = load_file(done.folder / "model.safetensors")
-        for name in done.layers:
+    for model, result, _ in exported.values():
+        stored = load_file(result.folder / "model.safetensors")
+        for name in result.layers:
             parts = [stored[f"{name}.{part}"] for part in ("codes", "codebooks", "scales")]
-            codes = utils.unpack_int_data(parts[0], done.setting.nbits_per_codebook)
+            codes = utils.unpack_int_data(parts[0], result.setting.nbits_per_codebook)
             weight = utils._dequantize_weight(codes, parts[1].float(), parts[2].float())
-            torch.testing.assert_close(
-                weight, model.get_submodule(name).weight.detach(), rtol=1e-6, atol=1e-6
-            )
+            expected = model.get_submodule(name).weight.detach()
+            torch.testing.assert_close(weight, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_the_model_is_left_as_it_was(exported):
+def test_export_aqlm_does_not_change_the_model(exported):
     for name, (model, _, logits) in exported.items():
         assert model.config.quantization_config.quant_method == "hf_quantnoise", name
         with torch.no_grad():
             assert torch.equal(model(**inputs_of(model)).logits, logits)
 
 
-def test_a_dense_name_that_ends_an_exported_one_takes_it_along_no_more():
+def test_dense_patterns_do_not_match_exported_layers_with_the_same_suffix():
     model = nn.ModuleDict({"dense": nn.Linear(2, 2), "a": nn.ModuleDict({"dense": nn.Identity()})})
-    assert not should_convert_module("a.dense", ["dense"])  # the trap
-    patterns = _patterns(model, ("a.dense",))
+    assert not should_convert_module("a.dense", ["dense"])  # the bare name would match both
+    patterns = _dense_patterns(model, ("a.dense",))
     assert should_convert_module("a.dense", patterns)
     assert not should_convert_module("dense", patterns)
 
 
 @pytest.mark.parametrize(
-    ("make", "config", "words"),
+    ("make", "config", "match"),
     [
-        (lambda: make_model("bert"), None, "BertForSequenceClassification has no packed layer"),
-        (
-            lambda: make_model("gpt2"),
-            IPQConfig(block_size=4, n_centroids=16),
-            "(?s)not Conv1D.*IPQConfig\\(block_size=8",
-        ),
-        (lambda: make_model("bert"), FixedPointConfig(bits=4), "AQLM has no int4"),
-        (tiny_t5, IPQConfig(block_size=4, n_centroids=16), "its model reads the weight itself"),
+        (lambda: make_model("bert"), None, "BertForSequenceClassification"),
+        (lambda: make_model("gpt2"), IPQ, r"Conv1D.*IPQConfig\(block_size=8"),
+        (lambda: make_model("bert"), FixedPointConfig(bits=4), "int4"),
+        (tiny_t5, IPQ, "reads the weight"),
+        (lambda: make_model("bert"), ROUNDED, "activation_bits=8.*activation_bits=None"),
     ],
+    ids=["dense", "Conv1D", "int4", "T5", "activations"],
 )
-def test_what_fits_nowhere_is_refused_with_what_would_fit(tmp_path, make, config, words):
+def test_export_aqlm_raises_if_nothing_fits(tmp_path, input_ids, make, config, match):
     model = make()
     if config is not None:
-        model = quantize_model(model, config, progress=False)
-    with pytest.raises(ValueError, match=words):
+        batches = [{"input_ids": input_ids}] if config.activation_bits else None
+        model = quantize_model(model, config, calibration_data=batches, progress=False)
+    with pytest.raises(ValueError, match=match):
         export_aqlm(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_rounded_inputs_are_refused(tmp_path, input_ids):
-    config = IPQConfig(block_size=4, n_centroids=16, activation_bits=8)
-    batches = [{"input_ids": input_ids}]
-    model = quantize_model(make_model("bert"), config, calibration_data=batches, progress=False)
-    with pytest.raises(ValueError, match="rounded to 8 bits.*activation_bits=None"):
-        export_aqlm(model, tmp_path / "out")
-
-
 @pytest.mark.slow
-def test_256_centroids_run_on_aqlm_s_kernel_for_cpus(tmp_path):
+def test_export_aqlm_with_256_centroids_runs_on_the_numba_kernel(tmp_path):
     pytest.importorskip("aqlm", reason="needs the extra 'aqlm'")
-    pytest.importorskip("numba", reason="aqlm's kernel for 256 centroids on a CPU needs numba")
+    pytest.importorskip("numba", reason="aqlm's CPU kernel for 256 centroids needs numba")
     config = IPQConfig(
         block_size=4, n_centroids=256, row_scale=True, stages=[".*layer.0.intermediate.*"]
     )
     model = quantize_model(make_model("bert"), config, progress=False)
-    done, logits = export(model, tmp_path / "case")
-    read_elsewhere([done.folder])
-    torch.testing.assert_close(
-        torch.load(tmp_path / "case" / "logits.pt"), logits, rtol=0, atol=1e-4
-    )
+    result, logits = export(model, tmp_path / "case")
+    (found,) = run_without_package([result.folder])
+    torch.testing.assert_close(found, logits, rtol=0, atol=1e-4)

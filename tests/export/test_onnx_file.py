@@ -1,4 +1,4 @@
-"""ONNX files: the packed model's logits from onnxruntime, and weights that are still codes."""
+"""ONNX export: onnxruntime computes the packed model's logits, and the file holds codes."""
 
 import json
 import math
@@ -11,7 +11,7 @@ from support.zoo import ZOO, ipq_config
 from hf_quantnoise import FixedPointConfig, IPQConfig, export_onnx, quantize_model, size_report
 
 LAYER = "bert.encoder.layer.{}.dense"
-# Every way of storing a weight in one model: an export takes seconds.
+# One model with every storage format, since an export takes seconds.
 CONFIG = IPQConfig(
     block_size=4,
     n_centroids=16,
@@ -31,7 +31,7 @@ CONFIG = IPQConfig(
 
 
 SHAPES = ((2, 8), (1, 1), (5, 33))  # rows, tokens
-OTHERS = (  # of the zoo
+ENCODERS = (  # of the zoo
     "RoBERTa", "DistilBERT", "ALBERT", "DeBERTa-v2", "ELECTRA", "MPNet", "ModernBERT", "ViT",
 )  # fmt: skip
 
@@ -45,48 +45,48 @@ def batch(rows, length, seed=0):
     return {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
 
 
-def need(*names):
+def require(*names):
     for name in names:
         pytest.importorskip(name, reason="needs the extra 'onnx'")
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """The packed model, what it answered before it was exported, and the export."""
-    need("onnx", "onnxscript")
+    """Return the packed model, its logits before the export, and the export."""
+    require("onnx", "onnxscript")
     model = make_model("bert")
     model = quantize_model(model, CONFIG, calibration_data=[batch(3, 11)], progress=False)
     classes = [type(module) for module in model.modules()]
     with torch.no_grad():
         logits = model(**batch(2, 8)).logits
-    done = export_onnx(model, tmp_path_factory.mktemp("onnx") / "out")
+    result = export_onnx(model, tmp_path_factory.mktemp("onnx") / "out")
     assert [type(module) for module in model.modules()] == classes
-    return model, logits, done
+    return model, logits, result
 
 
-def padded(model, done, shape):
-    """A batch with padding in the ids too, by which RoBERTa and MPNet count positions."""
+def padded(model, result, shape):
+    """Return a batch with padding ids, from which RoBERTa and MPNet derive positions."""
     inputs = batch(*shape)
     inputs["input_ids"][inputs["attention_mask"] == 0] = model.config.pad_token_id
-    return {name: inputs[name] for name in done.inputs}
+    return {name: inputs[name] for name in result.inputs}
 
 
-def batches(model, done):
-    """Some batches of what the graph takes."""
-    if done.inputs != ("pixel_values",):
-        return [padded(model, done, shape) for shape in SHAPES]
+def batches(model, result):
+    """Return batches of different sizes with the graph's inputs."""
+    if result.inputs != ("pixel_values",):
+        return [padded(model, result, shape) for shape in SHAPES]
     generator = torch.Generator().manual_seed(0)
     sizes = [(rows, 3, IMAGE_SIZE, IMAGE_SIZE) for rows, _ in SHAPES]
     return [{"pixel_values": torch.randn(size, generator=generator)} for size in sizes]
 
 
-def assert_same_logits(model, done, batches, **options):
-    """onnxruntime's, of the file, and the packed model's."""
-    need("onnxruntime")
+def assert_same_logits(model, result, batches, **options):
+    """Assert that onnxruntime computes the packed model's logits."""
+    require("onnxruntime")
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(str(done.file), **options)
-    assert tuple(value.name for value in session.get_inputs()) == done.inputs
+    session = onnxruntime.InferenceSession(str(result.file), **options)
+    assert tuple(value.name for value in session.get_inputs()) == result.inputs
     for inputs in batches:
         with torch.no_grad():
             logits = model(**inputs).logits
@@ -94,47 +94,47 @@ def assert_same_logits(model, done, batches, **options):
         torch.testing.assert_close(torch.from_numpy(found), logits, rtol=0, atol=1e-4)
 
 
-def assert_packed(model, done):
-    """Codes and codebooks are in the file, and no dense matrix beside what the model has."""
+def assert_packed(model, result):
+    """Assert that the file holds codes and codebooks, and no dense matrix in addition."""
     import onnx
 
-    assert done.disk_bytes == done.file.stat().st_size
-    graph = onnx.load(str(done.file)).graph
+    assert result.disk_bytes == result.file.stat().st_size
+    graph = onnx.load(str(result.file)).graph
     report = size_report(model)
     stored = report.total.disk_bytes - report.header_bytes
     stored += sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
-    # Less than one matrix of 32 x 32 more: none was folded into a dense one.
+    # The excess is less than one 32 x 32 matrix, so no weight was folded into a dense one.
     assert sum(len(tensor.raw_data) for tensor in graph.initializer) < stored + 4 * 32 * 32
     codes = [t for t in graph.initializer if t.data_type == onnx.TensorProto.UINT8]
-    held = {p.numel() for n, p in model.named_parameters() if n.endswith("weight_indices")}
-    assert held <= {math.prod(tensor.dims) for tensor in codes}
+    packed = {p.numel() for n, p in model.named_parameters() if n.endswith("weight_indices")}
+    assert packed <= {math.prod(tensor.dims) for tensor in codes}
 
 
 @pytest.mark.parametrize("off", [[], ["ConstantFolding"]], ids=["decoded once", "in each run"])
-def test_onnxruntime_computes_the_same_logits(exported, off):
-    model, _, done = exported
-    assert_same_logits(model, done, [batch(*shape) for shape in SHAPES], disabled_optimizers=off)
+def test_export_onnx_gives_the_same_logits_in_onnxruntime(exported, off):
+    model, _, result = exported
+    assert_same_logits(model, result, [batch(*shape) for shape in SHAPES], disabled_optimizers=off)
 
 
-def test_the_file_holds_codes_and_codebooks(exported):
-    model, _, done = exported
-    assert_packed(model, done)
+def test_export_onnx_stores_codes_and_codebooks(exported):
+    model, _, result = exported
+    assert_packed(model, result)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", OTHERS)
-def test_other_encoders(name, tmp_path):
-    need("onnx", "onnxscript")
+@pytest.mark.parametrize("name", ENCODERS)
+def test_export_onnx_of_zoo_encoders(name, tmp_path):
+    require("onnx", "onnxscript")
     model = ZOO[name].make()
     model = quantize_model(model, ipq_config(model), progress=False)
-    done = export_onnx(model, tmp_path)
-    assert_same_logits(model, done, batches(model, done))
-    assert_packed(model, done)
+    result = export_onnx(model, tmp_path)
+    assert_same_logits(model, result, batches(model, result))
+    assert_packed(model, result)
 
 
-def test_labels_and_sizes_travel_along_and_the_model_is_left_as_it_was(exported):
-    model, logits, done = exported
-    config = json.loads((done.folder / "config.json").read_text())
+def test_export_onnx_writes_the_config_and_does_not_change_the_model(exported):
+    model, logits, result = exported
+    config = json.loads((result.folder / "config.json").read_text())
     assert "quantization_config" not in config and config["model_type"] == "bert"
     assert model.config.quantization_config.plan
     with torch.no_grad():
@@ -142,25 +142,17 @@ def test_labels_and_sizes_travel_along_and_the_model_is_left_as_it_was(exported)
 
 
 @pytest.mark.parametrize(
-    ("make", "words"),
+    ("make", "config", "match"),
     [
-        (lambda: make_model("bert"), "BertForSequenceClassification has no packed layer"),
-        (
-            lambda: quantize_model(
-                make_model("gpt2"), IPQConfig(block_size=4, n_centroids=16), progress=False
-            ),
-            "generates token by token",
-        ),
-        (
-            lambda: quantize_model(
-                make_vision_model("resnet"), FixedPointConfig(bits=4), progress=False
-            ),
-            "takes pixel_values, of a shape .*inputs=",
-        ),
+        (lambda: make_model("bert"), None, "BertForSequenceClassification"),
+        (lambda: make_model("gpt2"), IPQConfig(block_size=4, n_centroids=16), "GPT2LMHeadModel"),
+        (lambda: make_vision_model("resnet"), FixedPointConfig(bits=4), "pixel_values.*inputs="),
     ],
+    ids=["dense", "decoder", "unknown shape"],
 )
-def test_what_cannot_be_exported_is_refused(tmp_path, make, words):
-    need("onnx", "onnxscript")
-    with pytest.raises(ValueError, match=words):
-        export_onnx(make(), tmp_path / "out")
+def test_export_onnx_raises_if_the_model_is_not_supported(tmp_path, make, config, match):
+    require("onnx", "onnxscript")
+    model = make() if config is None else quantize_model(make(), config, progress=False)
+    with pytest.raises(ValueError, match=match):
+        export_onnx(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()

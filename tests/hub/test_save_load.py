@@ -317,7 +317,7 @@ def test_what_cannot_be_carried_out_changes_nothing(config, words, input_ids):
 
 def test_quantizing_twice_is_refused():
     model = quantize_model(make_model("bert"), CONFIGS["ipq"], progress=False)
-    with pytest.raises(ValueError, match="quantized already.*dequantize"):
+    with pytest.raises(ValueError, match="already quantized.*dequantize"):
         quantize_model(model, CONFIGS["ipq"])
 
 

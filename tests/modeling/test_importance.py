@@ -25,8 +25,7 @@ from hf_quantnoise import (
     size_report,
 )
 from hf_quantnoise.blocks import weight_matrix
-from hf_quantnoise.hub import packer
-from hf_quantnoise.modeling import pack_layer, packed_layers
+from hf_quantnoise.modeling import pack_layer, packed_layers, packer
 from hf_quantnoise.modeling.importance import DAMPING, measure_importance
 from hf_quantnoise.quantizers import ProductQuantizer
 

@@ -1,4 +1,4 @@
-"""activation_bits of the noise: inputs are watched, then rounded, in training only."""
+"""activation_bits: inputs are observed, then rounded, in training only."""
 
 import pytest
 import torch
@@ -21,24 +21,24 @@ def noisy(p=0.5, calibration=2, bits=4):
 
 
 def seen_by(layer, model, inputs):
-    """What the original forward of a layer was given."""
-    got = []
+    """Return the input that the original forward of a layer gets."""
+    received = []
     original = nn.Linear.forward
 
-    def spy(self, given):
+    def spy(self, x):
         if self is layer:
-            got.append(given.detach().clone())
-        return original(self, given)
+            received.append(x.detach().clone())
+        return original(self, x)
 
     nn.Linear.forward = spy
     try:
         model(inputs)
     finally:
         nn.Linear.forward = original
-    return got[0]
+    return received[0]
 
 
-def test_inputs_are_watched_then_rounded_between_their_extremes():
+def test_inputs_are_observed_then_rounded_within_their_range():
     model = noisy()
     first, second = torch.randn(8, 16), 2 * torch.randn(8, 16)
     assert torch.equal(seen_by(model[0], model, first), first)
@@ -52,12 +52,12 @@ def test_inputs_are_watched_then_rounded_between_their_extremes():
         seen_by(model[0], model, third).double(), expected, rtol=1e-4, atol=1e-5
     )
     assert seen_by(model[2], model, third).unique().numel() <= 16
-    # Fixed from here on.
+    # The range is fixed after calibration.
     model(100 * third)
     assert seen_by(model[0], model, 100 * third).abs().max() < 2 * both.abs().max()
 
 
-def test_evaluation_and_p_0_are_clean():
+def test_activation_noise_is_off_in_eval_and_at_p_0():
     model = noisy(calibration=1)
     inputs = torch.randn(8, 16)
     model(inputs)
@@ -68,7 +68,7 @@ def test_evaluation_and_p_0_are_clean():
     assert torch.equal(seen_by(model[0], model, inputs), inputs)
 
 
-def test_the_range_travels_with_the_noise_s_state(input_ids):
+def test_state_dict_holds_the_ranges(input_ids):
     config = QuantNoiseConfig(activation_bits=8, activation_calibration=1)
     first = apply_quant_noise(make_model("bert"), config).train()
     other = apply_quant_noise(make_model("bert"), config).train()
@@ -88,7 +88,7 @@ def test_the_range_travels_with_the_noise_s_state(input_ids):
     assert torch.equal(one, other(input_ids).logits)
 
 
-def test_gradients_stop_outside_of_the_range():
+def test_gradients_are_zero_outside_the_range():
     model = noisy(calibration=1)
     model(torch.ones(1, 16) * torch.linspace(-1, 1, 16))
     inputs = torch.full((1, 16), 5.0, requires_grad=True)
@@ -97,12 +97,12 @@ def test_gradients_stop_outside_of_the_range():
 
 
 class Repeated(nn.Module):
-    """One layer, called three times in each forward, each time in a checkpoint of its own."""
+    """One layer, called three times per forward, each time in a separate checkpoint."""
 
     def __init__(self, reentrant):
         super().__init__()
         self.layer, self.reentrant = nn.Linear(8, 8), reentrant
-        self.calls = []  # (what entered the layer, whether in a backward pass)
+        self.calls = []  # (input of the layer, whether it is a recomputation)
 
     def forward(self, inputs):
         for _ in range(3):
@@ -112,7 +112,7 @@ class Repeated(nn.Module):
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("calibration", [1, 3, 4])
-def test_a_recomputed_forward_is_watched_or_rounded_as_it_was(calibration, reentrant, monkeypatch):
+def test_recomputed_forward_gets_the_same_input(calibration, reentrant, monkeypatch):
     model = Repeated(reentrant)
     config = QuantNoiseConfig(
         noise="int8", p=1, activation_bits=2, activation_calibration=calibration
@@ -120,25 +120,25 @@ def test_a_recomputed_forward_is_watched_or_rounded_as_it_was(calibration, reent
     apply_quant_noise(model, config).train()
     original = nn.Linear.forward
 
-    def spy(self, given):
-        model.calls.append((given.detach().clone(), in_backward()))
-        return original(self, given)
+    def spy(self, x):
+        model.calls.append((x.detach().clone(), in_backward()))
+        return original(self, x)
 
     monkeypatch.setattr(nn.Linear, "forward", spy)
     (noise,) = find_state(model).activations.values()
     for step in range(1, 4):
         model.calls = []
         model(torch.randn(4, 8, requires_grad=True)).sum().backward()
-        forwards = [given for given, again in model.calls if not again]
-        again = [given for given, again in model.calls if again]
-        assert len(forwards) == len(again) == 3
-        for one, other in zip(forwards, reversed(again), strict=True):
+        forwards = [x for x, recomputed in model.calls if not recomputed]
+        recomputations = [x for x, recomputed in model.calls if recomputed]
+        assert len(forwards) == len(recomputations) == 3
+        for one, other in zip(forwards, reversed(recomputations), strict=True):
             assert torch.equal(one, other)
-        assert noise.seen == min(calibration, 3 * step)  # recomputations are no further forwards
-        rounded = [given.unique().numel() <= 4 for given in forwards]
+        assert noise.seen == min(calibration, 3 * step)  # recomputations do not count
+        rounded = [x.unique().numel() <= 4 for x in forwards]
         assert rounded == [3 * (step - 1) + call >= calibration for call in range(3)]
 
 
-def test_bad_bits_are_refused():
-    with pytest.raises(ValueError, match="activation_bits=16.*1 to 8"):
+def test_invalid_activation_bits_raise():
+    with pytest.raises(ValueError, match="activation_bits.*16"):
         QuantNoiseConfig(activation_bits=16)

@@ -1,4 +1,4 @@
-"""Two gloo processes: whatever noise is fitted to is the same on every rank."""
+"""Two gloo processes: the state of the noise is the same on every rank."""
 
 import torch
 from support.processes import needs_gloo, on_two_ranks, torchrun
@@ -9,7 +9,7 @@ from torch import nn
 from hf_quantnoise import QuantNoiseConfig, apply_quant_noise
 from hf_quantnoise.noise import find_state
 
-torch.manual_seed(rank)  # other weights on each rank, as after a bad restart: the harder case
+torch.manual_seed(rank)  # the harder case: different weights on each rank
 model = nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 32))
 config = QuantNoiseConfig(
     noise=["pq", "mean", "int4"], p=0.2, block_size=4, n_centroids=16,
@@ -28,7 +28,7 @@ found["weights"] = model.state_dict()
 
 
 @needs_gloo
-def test_codebooks_scales_and_ranges_are_the_same_on_all_ranks(tmp_path):
+def test_state_is_the_same_on_all_ranks(tmp_path):
     first, second = on_two_ranks(FITTED, tmp_path)
     assert not torch.equal(first["weights"]["0.weight"], second["weights"]["0.weight"])
     for moment in ("fitted", "refreshed"):
@@ -36,7 +36,7 @@ def test_codebooks_scales_and_ranges_are_the_same_on_all_ranks(tmp_path):
         assert one.keys() == other.keys() and len(one) > 10
         for name in one:
             assert torch.equal(one[name], other[name]), (moment, name)
-    # The range of activations is that of both ranks' batches together.
+    # The range of activations covers the batches of both ranks.
     inputs = torch.cat([first["inputs"], second["inputs"]])
     assert float(one["0.input.seen"]) == 1
     assert (one["0.input.low"], one["0.input.high"]) == (inputs.min(), inputs.max())
@@ -93,9 +93,9 @@ torch.save(model.state_dict(), f"{folder}/model-{rank}")
 
 
 @needs_gloo
-def test_a_layer_that_one_rank_skips_keeps_no_other_waiting(tmp_path):
-    """Batches of other lengths draw other amounts of random numbers, so that LayerDrop skips other
-    layers on each rank; under any ``Trainer``, by the callback alone."""
+def test_ranks_may_skip_different_layers(tmp_path):
+    """Batches of different lengths use different amounts of random values, so LayerDrop skips
+    different layers on each rank; with the plain ``Trainer`` and the callback."""
     program = tmp_path / "uneven.py"
     program.write_text(UNEVEN)
     torchrun(program, str(tmp_path), seconds=400)

@@ -5,7 +5,7 @@ import torch
 
 from hf_quantnoise import QuantNoiseConfig
 from hf_quantnoise.configuration import NOISES
-from hf_quantnoise.noise.block_mask import BlockMask, draw
+from hf_quantnoise.noise.block_mask import BlockMask, sample_mask
 
 ROWS, COLUMNS = 48, 32
 KINDS = ["proxy", "mean", "pq", "int8", "int4", "int1"]
@@ -27,9 +27,9 @@ def fitted(name: str, **sizes):
     return function
 
 
-def selection(function, rows: int, p: float) -> BlockMask:
+def chosen_blocks(function, p: float) -> BlockMask:
     torch.manual_seed(5)
-    return draw(rows * COLUMNS // function.block_size, p, torch.device("cpu"))
+    return sample_mask(ROWS * COLUMNS // function.block_size, p, torch.device("cpu"))
 
 
 def nearest(function, blocks: torch.Tensor) -> torch.Tensor:
@@ -38,10 +38,10 @@ def nearest(function, blocks: torch.Tensor) -> torch.Tensor:
     return codebook[distances.argmin(1)]
 
 
-def rounded(function, numbers: torch.Tensor) -> torch.Tensor:
+def rounded(function, weights: torch.Tensor) -> torch.Tensor:
     scale, zero = function.state["scale"].double(), function.state["zero_point"].double()
     levels = 2**function.quantizer.bits - 1
-    return ((numbers.double() / scale + zero).round().clamp(0, levels) - zero) * scale
+    return ((weights.double() / scale + zero).round().clamp(0, levels) - zero) * scale
 
 
 EXPECTED = {
@@ -58,10 +58,10 @@ EXPECTED = {
 
 @pytest.mark.parametrize("p", [0.05, 0.25, 0.6, 1.0])
 @pytest.mark.parametrize("name", KINDS)
-def test_chosen_blocks_become_phi_and_the_rest_is_bit_equal(name, p):
+def test_distort_applies_phi_to_chosen_blocks_only(name, p):
     function = fitted(name)
     clean, noisy = matrix(), matrix()
-    chosen = selection(function, ROWS, p)
+    chosen = chosen_blocks(function, p)
     function.distort(noisy, chosen)
     mask = chosen.as_mask()
     before, after = (m.view(-1, function.block_size) for m in (clean, noisy))
@@ -73,7 +73,7 @@ def test_chosen_blocks_become_phi_and_the_rest_is_bit_equal(name, p):
 
 @pytest.mark.parametrize("name", ["pq", "int8", "int4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_p_1_is_the_quantizer_bit_for_bit(name, dtype):
+def test_distort_at_p_1_equals_quantize(name, dtype):
     function = make(name)
     weight = matrix(dtype=dtype)
     function.refresh(weight, seed=0)
@@ -83,13 +83,13 @@ def test_p_1_is_the_quantizer_bit_for_bit(name, dtype):
     assert torch.equal(noisy, function.quantizer.quantize(weight, function.state).to(dtype))
 
 
-def test_p_1_assigns_anew_where_less_keeps_the_codes_of_the_refresh():
+def test_pq_encodes_again_at_p_1_only():
     function = fitted("pq")
     moved = matrix(seed=1)
-    everything, half = moved.clone(), moved.clone()
-    function.distort(everything, BlockMask(moved.numel() // 8))
-    assert torch.equal(everything, function.quantizer.quantize(moved, function.state))
-    chosen = selection(function, ROWS, 0.5)
+    full, half = moved.clone(), moved.clone()
+    function.distort(full, BlockMask(moved.numel() // 8))
+    assert torch.equal(full, function.quantizer.quantize(moved, function.state))
+    chosen = chosen_blocks(function, 0.5)
     function.distort(half, chosen)
     kept = function.quantizer.quantize(matrix(), function.state).view(-1, 8)[chosen.as_mask()]
     assert torch.equal(half.view(-1, 8)[chosen.as_mask()], kept)
@@ -97,19 +97,19 @@ def test_p_1_assigns_anew_where_less_keeps_the_codes_of_the_refresh():
 
 @pytest.mark.parametrize("p", [0.1, 0.6, 1.0])
 @pytest.mark.parametrize("name", KINDS)
-def test_looked_up_rows_get_what_the_table_gets(name, p):
+def test_distort_of_rows_matches_the_table(name, p):
     function = fitted(name)
     rows = torch.tensor([7, 0, 47, 7, 13, 0])
-    chosen = selection(function, ROWS, p)
+    chosen = chosen_blocks(function, p)
     table = matrix()
     function.distort(table, chosen)
     some = matrix()[rows]
-    function.distort(some, chosen.of_rows(rows, COLUMNS // function.block_size), rows=rows)
+    function.distort(some, chosen.select_rows(rows, COLUMNS // function.block_size), rows=rows)
     assert torch.equal(some, table[rows])
 
 
 def test_int4_has_at_most_16_values_and_uses_them():
-    """fairseq's int4 takes its scale for 8 bits: it spans a sixteenth of the range."""
+    """With a scale for 8 bits, int4 would span a sixteenth of the range."""
     function = fitted("int4", block_size=8)
     noisy = matrix()
     function.distort(noisy, BlockMask(noisy.numel()))
@@ -117,13 +117,13 @@ def test_int4_has_at_most_16_values_and_uses_them():
     assert noisy.max() - noisy.min() > 0.9 * (matrix().max() - matrix().min())
 
 
-def test_fixed_point_noise_has_blocks_of_one_weight():
+def test_fixed_point_noise_ignores_block_size():
     function = make("int8", block_size=7)
     assert function.block_size == 1
     assert function.check(5, 9) is None
 
 
-def test_what_a_noise_cannot_take_it_says():
+def test_check_returns_the_reason():
     assert (
         make("proxy", block_size=7).check(10, 32) == "block_size=7 does not divide its 32 columns"
     )
@@ -132,7 +132,7 @@ def test_what_a_noise_cannot_take_it_says():
     assert make("pq").check(ROWS, COLUMNS) is None
 
 
-def test_a_refresh_follows_the_weights():
+def test_refresh_follows_the_weights():
     for name in ("mean", "pq", "int8"):
         function = fitted(name)
         before = {key: tensor.clone() for key, tensor in function.state.items()}
@@ -143,7 +143,7 @@ def test_a_refresh_follows_the_weights():
         assert all(torch.equal(again.state[key], function.state[key]) for key in before)
 
 
-def test_refreshing_on_the_same_weights_never_hurts():
+def test_refresh_on_the_same_weights_keeps_the_error():
     function = fitted("pq")
 
     def error() -> float:
@@ -154,25 +154,3 @@ def test_refreshing_on_the_same_weights_never_hurts():
     first = error()
     function.refresh(matrix(), seed=1)
     assert error() <= first * (1 + 1e-6)
-
-
-def test_state_round_trip():
-    for name in ("mean", "pq", "int8"):
-        function, other = fitted(name), make(name)
-        other.refresh(matrix(seed=9), seed=0)
-        other.load_state_dict(function.state_dict())
-        a, b = matrix(), matrix()
-        chosen = selection(function, ROWS, 0.5)
-        function.distort(a, chosen)
-        other.distort(b, chosen)
-        assert torch.equal(a, b)
-        assert all(other.state[key].dtype == function.state[key].dtype for key in function.state)
-
-
-def test_a_foreign_state_is_refused():
-    function = fitted("pq")
-    with pytest.raises(ValueError, match=r"the state of 'pq' noise is \['codebook', 'codes'\]"):
-        function.load_state_dict({"scale": torch.ones(())})
-    wrong = {**function.state_dict(), "codes": torch.zeros(3, 4, dtype=torch.uint8)}
-    with pytest.raises(ValueError, match=r"codes of 'pq' noise has shape \(48, 4\), not \(3, 4\)"):
-        function.load_state_dict(wrong)

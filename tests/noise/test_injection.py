@@ -1,4 +1,4 @@
-"""Noise into a model and out again: what changes, what does not, and what is refused."""
+"""apply_quant_noise and remove_quant_noise: effects, invariants and errors."""
 
 import copy
 import io
@@ -16,7 +16,7 @@ from hf_quantnoise.noise import find_state, is_noisy
 
 
 class Toy(nn.Module):
-    """A table, a side table, one layer of every type and a tied head; forward gives logits."""
+    """An embedding, a position table, one layer of every type and a tied head."""
 
     def __init__(self, **table) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ def noisy_toy(noise="proxy", p=0.3, **fields) -> Toy:
     return apply_quant_noise(Toy().train(), QuantNoiseConfig(noise=noise, p=p, **settings))
 
 
-def test_it_returns_the_same_model_with_the_same_parts():
+def test_apply_and_remove_keep_objects_and_keys():
     model = Toy().train()
     modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
     classes = {name: type(module) for name, module in modules.items()}
@@ -66,28 +66,28 @@ def test_it_returns_the_same_model_with_the_same_parts():
     assert find_state(model) is None
 
 
-def test_removing_from_a_clean_model_does_nothing():
+def test_remove_without_noise_does_nothing():
     model = Toy()
     assert remove_quant_noise(remove_quant_noise(model)) is model
 
 
-def test_the_state_says_what_is_noised_and_what_is_not():
+def test_state_lists_noised_and_skipped_layers():
     state = find_state(noisy_toy())
     assert list(state.layers) == ["words", "head", "up", "down"]
     assert list(state.left_clean) == ["positions"]
     assert "target_modules" in state.left_clean["positions"]
     assert state.p == (0.3,)
-    assert "4 layers, 1 left clean" in repr(state)
+    assert "4 layers, 1 skipped" in repr(state)
 
 
-def test_side_tables_can_be_asked_for():
+def test_target_modules_and_exclude_modules():
     assert "positions" in find_state(noisy_toy(target_modules=["positions"])).layers
     assert list(find_state(noisy_toy(target_modules="up|down")).layers) == ["up", "down"]
     assert "up" not in find_state(noisy_toy(exclude_modules=["up"])).layers
 
 
 @pytest.mark.parametrize("noise", ["proxy", "pq", "int8", ["pq", "int4"]])
-def test_training_is_noisy_and_eval_is_clean(noise):
+def test_noise_is_active_in_training_only(noise):
     model, clean = noisy_toy(noise), Toy()
     assert not torch.equal(model(IDS), clean(IDS))
     assert not torch.equal(model(IDS), model(IDS))
@@ -97,7 +97,7 @@ def test_training_is_noisy_and_eval_is_clean(noise):
     assert "weight" not in model.up.__dict__
 
 
-def test_the_rate_can_be_changed_while_it_runs():
+def test_p_can_be_set_and_is_checked():
     model = noisy_toy(["proxy", "int8"], [0.1, 0.2])
     state = find_state(model)
     state.p = 0.5
@@ -105,24 +105,24 @@ def test_the_rate_can_be_changed_while_it_runs():
     state.p = [0.0, 1.0]
     assert state.p == (0.0, 1.0)
     for wrong in (1.5, [0.1], [0.1, -1]):
-        with pytest.raises(ValueError, match=r"must be a rate from 0 to 1, or 2 of them"):
+        with pytest.raises(ValueError, match=r"invalid p.*0 to 1.*2 noises"):
             state.p = wrong
     assert state.p == (0.0, 1.0)
 
 
-def test_a_tied_pair_has_one_j():
+def test_tied_pair_has_one_mask():
     model = noisy_toy("proxy", 0.5)
     zero_rows = []
     model.words.register_forward_hook(lambda m, inputs, out: zero_rows.append(out))
     every_id = torch.arange(60)
-    for ids in (every_id[:8], every_id):  # looked-up rows; the whole table
+    for ids in (every_id[:8], every_id):  # some rows; the complete table
         looked_up = model.words(ids)
         head = model.head(torch.eye(32)).t()  # the matrix that the head used
         assert torch.equal(looked_up == 0, head[ids] == 0)
     assert 0.3 < float((looked_up == 0).float().mean()) < 0.7
 
 
-def test_the_padding_row_is_noised_like_the_others_and_gets_no_gradient():
+def test_padding_row_gets_noise_and_no_gradient():
     model = apply_quant_noise(Toy(padding_idx=1).train(), QuantNoiseConfig(p=1.0))
     model.words(IDS).sum().backward()
     assert (model.words(IDS) == 0).all()
@@ -130,7 +130,7 @@ def test_the_padding_row_is_noised_like_the_others_and_gets_no_gradient():
 
 
 @pytest.mark.parametrize("arguments", [{"scale_grad_by_freq": True}, {"sparse": True}])
-def test_arguments_of_the_table_are_passed_on(arguments):
+def test_embedding_arguments_still_apply(arguments):
     model, clean = Toy(**arguments).train(), Toy(**arguments)
     del model.head, clean.head
     apply_quant_noise(model, QuantNoiseConfig(p=0.4))
@@ -142,7 +142,7 @@ def test_arguments_of_the_table_are_passed_on(arguments):
     assert torch.equal(gradient.to_dense(), expected.to_dense())
 
 
-def test_max_norm_shrinks_the_parameter_as_ever():
+def test_max_norm_shrinks_the_parameter():
     model, clean = Toy(max_norm=1.0).train(), Toy(max_norm=1.0)
     apply_quant_noise(model, QuantNoiseConfig(p=0.4))
     ids = torch.arange(60).repeat(2)
@@ -151,7 +151,7 @@ def test_max_norm_shrinks_the_parameter_as_ever():
     assert float(clean.words.weight.detach().norm(dim=1).max()) < 1.001
 
 
-def test_a_table_with_a_forward_of_its_own_keeps_it():
+def test_embedding_subclass_keeps_its_forward():
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -168,7 +168,7 @@ def test_a_table_with_a_forward_of_its_own_keeps_it():
     assert torch.equal(noisy[kept], clean[kept]) and 0.2 < kept.float().mean() < 0.8
 
 
-def test_weights_survive_twenty_forwards_and_a_failing_one():
+def test_weights_are_unchanged_after_forwards_and_an_error():
     model = noisy_toy(["pq", "proxy", "int8"], 0.1)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for _ in range(20):
@@ -180,7 +180,7 @@ def test_weights_survive_twenty_forwards_and_a_failing_one():
 
 
 @pytest.mark.parametrize("copier", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-def test_a_copy_is_noisy_on_its_own(copier):
+def test_copy_has_independent_noise(copier):
     model = noisy_toy(["pq", "int8"], 0.5)
     twin = copier(model)
     assert type(twin.up) is type(model.up)
@@ -198,18 +198,18 @@ def test_a_copy_is_noisy_on_its_own(copier):
     assert torch.equal(words, twin.words.weight)
 
 
-def test_a_tied_pair_of_a_copy_has_one_j_of_its_own():
+def test_copy_of_a_tied_pair_has_one_mask():
     twin = copy.deepcopy(noisy_toy("proxy", 0.5))
     assert torch.equal(twin.words(torch.arange(60)) == 0, twin.head(torch.eye(32)).t() == 0)
 
 
-def test_a_copied_part_does_not_bring_the_model_along():
+def test_copied_layer_does_not_reference_the_model():
     model = noisy_toy("pq")
     size = len(pickle.dumps(copy.deepcopy(model.down)))
     assert size < 3 * model.down.weight.numel() * 4
 
 
-def test_the_whole_model_can_be_saved_and_its_state_found_through_wrappers():
+def test_find_state_through_wrappers_and_torch_save():
     class Wrapper(nn.Module):
         def __init__(self, module) -> None:
             super().__init__()
@@ -239,18 +239,18 @@ def test_state_round_trip_reproduces_the_noise(noise):
     assert torch.equal(other(IDS), expected)
 
 
-def test_the_state_of_another_noise_is_refused_whole():
+def test_load_state_dict_rejects_another_noise():
     state = find_state(noisy_toy("pq"))
     before = state.state_dict()
-    with pytest.raises(ValueError, match=r"another noise or model.*not in both: down\.0\.codebook"):
+    with pytest.raises(ValueError, match=r"another noise or model.*down\.0\.codebook"):
         state.load_state_dict(find_state(noisy_toy("int8")).state_dict())
     wrong = {**before, "down.0.codebook": torch.zeros(3, 8)}
-    with pytest.raises(ValueError, match=r"down.0: codebook of 'pq' noise has shape \(16, 8\)"):
+    with pytest.raises(ValueError, match=r"down.0.codebook: got \(3, 8\), expected \(16, 8\)"):
         state.load_state_dict({**wrong, "words.0.codebook": torch.zeros(16, 8)})
     assert all(torch.equal(tensor, before[key]) for key, tensor in state.state_dict().items())
 
 
-def test_refreshes_follow_the_weights_each_its_own_kind():
+def test_refresh_codebooks_and_refresh_scales_are_separate():
     model = noisy_toy(["pq", "int8"])
     state = find_state(model)
 
@@ -268,8 +268,8 @@ def test_refreshes_follow_the_weights_each_its_own_kind():
     assert "codebook" not in changed(state.refresh_scales)
 
 
-def test_a_moved_model_takes_its_codebooks_along():
-    """They are no buffers, so model.to(device) does not see them; "meta" stands for a GPU."""
+def test_codebooks_follow_the_model_to_a_device():
+    """model.to(device) does not move them, as they are not buffers; "meta" represents a GPU."""
     for weight in find_state(noisy_toy(["pq", "int8"])).weights:
         for _, function in weight.noise.functions:
             moved = function._state_on(torch.device("meta"))
@@ -278,7 +278,7 @@ def test_a_moved_model_takes_its_codebooks_along():
 
 
 @pytest.mark.parametrize("ids", [torch.empty(0, dtype=torch.long), IDS.int(), torch.tensor(3)])
-def test_ids_of_any_shape_and_integer_type(ids):
+def test_lookup_of_any_shape_and_integer_type(ids):
     model = noisy_toy("pq", 0.5)
     assert model.words(ids).shape == (*ids.shape, 32)
 
@@ -299,7 +299,7 @@ def test_untied_layers_compile_without_a_graph_break(noise, backend):
 
 
 def test_tied_layers_compile_too():
-    """With a graph break each; the noise must not be lost over it."""
+    """With a graph break each, which must not lose the noise."""
     model = noisy_toy("int4", 0.5)
     torch._dynamo.reset()
     words, head = (torch.compile(part, backend="eager") for part in (model.words, model.head))
@@ -308,46 +308,45 @@ def test_tied_layers_compile_too():
     assert torch.equal(looked_up, used)
 
 
-# ---- what is refused -----------------------------------------------------------------------------
+# ---- errors --------------------------------------------------------------------------------------
 
 
-def test_noise_twice_is_refused():
+def test_apply_twice_raises():
     model = noisy_toy()
     for part in (model, nn.Sequential(model), model.up):
         with pytest.raises(ValueError, match=r"call remove_quant_noise\(model\) first"):
             apply_quant_noise(part, QuantNoiseConfig())
-    with pytest.raises(TypeError, match="qn_config is a dict; give a QuantNoiseConfig"):
+    with pytest.raises(TypeError, match="qn_config.*dict.*QuantNoiseConfig"):
         apply_quant_noise(Toy(), {"p": 0.1})
 
 
 @pytest.mark.parametrize(
-    ("fields", "words"),
+    ("fields", "message"),
     [
         (
             {"block_size": 7},
-            "block_size=7 divides the columns of no layer (32, 48); use one of 2, 4, 8, 16",
+            r"block_size=7 .*\(32, 48\).* 2, 4, 8, 16",
         ),
         (
             {"block_size": {"attention": 8}},
-            "block_size={'attention': 8} has an entry for no layer; the model's groups are",
+            "block_size={'attention': 8} has no entry",
         ),
         (
             {"noise": "pq", "n_centroids": 4096},
-            "noise='pq' can work on none of the 4 layers (words: ",
+            r"noise='pq' .*4 layers \(words: ",
         ),
-        ({"target_modules": ["query"]}, "target_modules='query' matches no layer"),
-        ({"exclude_modules": "words|up|down"}, "noise would fall on no layer"),
+        ({"target_modules": ["query"]}, "target_modules='query'"),
+        ({"exclude_modules": "words|up|down"}, "target_modules=None"),
     ],
 )
-def test_what_cannot_be_done_is_refused_and_nothing_is_changed(fields, words):
+def test_no_layer_for_noise_raises_and_changes_nothing(fields, message):
     model = Toy()
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=message):
         apply_quant_noise(model, QuantNoiseConfig(**fields))
-    assert words in str(error.value)
     assert not any(map(is_noisy, model.modules())) and find_state(model) is None
 
 
-def test_a_quantized_model_is_refused():
+def test_quantized_model_raises():
     class Packed(nn.Module):
         is_quantized = True
 
@@ -355,11 +354,11 @@ def test_a_quantized_model_is_refused():
         apply_quant_noise(Packed(), QuantNoiseConfig())
 
 
-def test_layers_that_cannot_be_noised_are_named_once(caplog):
+def test_skipped_layers_are_logged_once(caplog):
     model = Toy()
-    model.odd = nn.Linear(9, 8)
-    model.whole = nn.Linear(32, 8)
-    model.whole.weight = nn.Parameter(torch.ones(8, 32, dtype=torch.int8), requires_grad=False)
+    model.narrow = nn.Linear(9, 8)
+    model.integer = nn.Linear(32, 8)
+    model.integer.weight = nn.Parameter(torch.ones(8, 32, dtype=torch.int8), requires_grad=False)
     model.hooked = nn.Linear(32, 8)
     model.hooked.forward = model.hooked.forward
     model.multi = nn.MultiheadAttention(32, 2)
@@ -367,18 +366,18 @@ def test_layers_that_cannot_be_noised_are_named_once(caplog):
         apply_quant_noise(model, QuantNoiseConfig(block_size=8))
     record, bare = caplog.records
     assert "multi.in_proj_weight" in bare.getMessage()
-    for word in (
-        "leaves out 4 layers",
-        "odd: block_size=8 does not divide its 9 columns",
-        "whole: its weight is stored as torch.int8",
+    for reason in (
+        "skips 4 layers",
+        "narrow: block_size=8 does not divide its 9 columns",
+        "integer: its weight is stored as torch.int8",
         "hooked: its forward was replaced",
         "multi.out_proj: nn.MultiheadAttention reads its weight",
     ):
-        assert word in record.getMessage()
-    assert {"odd", "whole", "hooked", "multi.out_proj"} <= find_state(model).left_clean.keys()
+        assert reason in record.getMessage()
+    assert {"narrow", "integer", "hooked", "multi.out_proj"} <= find_state(model).left_clean.keys()
 
 
-def test_a_layer_can_lack_one_noise_of_several():
+def test_layer_may_lack_one_of_several_noises():
     model = noisy_toy(["proxy", "int8"], 1.0, block_size=48)
     state = find_state(model)
     assert "proxy noise: block_size=48 does not divide its 32 columns" in state.left_clean["up"]

@@ -1,4 +1,4 @@
-"""LayerDrop: layers skipped while training, in stacks of any architecture (4.2, 7.9, table 11)."""
+"""LayerDrop on stacks of many architectures (sections 4.2 and 7.9, table 11)."""
 
 import copy
 import pickle
@@ -44,21 +44,21 @@ def quiet(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_skipping_all_is_the_model_without_them(name):
+def test_rate_1_matches_a_model_without_the_layers(name):
     model, shorter = make(name), make(name)
     drop = dropping(model, 1e-9)
-    quiet(drop)(**inputs_of(name))  # what the layers return is learned here
+    quiet(drop)(**inputs_of(name))  # sets the plan of each layer
     find_state(drop).layerdrop.rate = 1.0
     skippable = [
         name for name in (n for stack in find_stacks(model) for n in stack)
-        if not isinstance(model.get_submodule(name)._layer_drop_plan, str)
+        if not isinstance(model.get_submodule(name)._layer_drop.plan, str)
     ]  # fmt: skip
     total = len(layers_of(model))
-    # T5's first blocks make the position bias that all others read.
+    # T5's first blocks create the position bias that all others read.
     assert len(skippable) == (total - 2 if name == "t5" else total)
     for path in reversed(skippable):
         stack, _, number = path.rpartition(".")
-        if name == "deberta":  # it cannot do without any layer
+        if name == "deberta":  # fails without layers
             shorter.get_submodule(stack)[int(number)] = PassOn()
         else:
             del shorter.get_submodule(stack)[int(number)]
@@ -69,7 +69,7 @@ def test_skipping_all_is_the_model_without_them(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_evaluation_keys_classes_and_removal(name):
+def test_eval_keys_classes_and_removal(name):
     model, untouched = make(name), make(name)
     keys, classes = list(model.state_dict()), [type(module) for module in model.modules()]
     drop = dropping(model, 0.5)
@@ -85,7 +85,7 @@ def test_evaluation_keys_classes_and_removal(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_training_step_reaches_what_was_not_skipped(name):
+def test_gradients_are_finite(name):
     model = dropping(make(name), 0.5)
     torch.manual_seed(3)
     for _ in range(4):
@@ -112,7 +112,7 @@ def test_each_layer_is_skipped_at_the_rate():
         assert abs(count / rounds - 0.7) < 5 * (0.3 * 0.7 / rounds) ** 0.5
 
 
-def test_gradients_stop_at_a_skipped_layer_and_with_the_estimator_pass_through_it():
+def test_skipped_layer_gets_gradients_with_layerdrop_ste_only():
     grads = {}
     for straight in (False, True):
         model = dropping(make("gpt2"), 1e-9, layerdrop_ste=straight)
@@ -143,7 +143,7 @@ def test_recomputation_skips_the_same_layers():
             torch.testing.assert_close(one, other)
 
 
-def test_a_key_value_cache_in_training_and_generation_after_it(input_ids):
+def test_cache_in_training_and_generation_after_it(input_ids):
     model = dropping(make("gpt2"), 0.5).train()
     for _ in range(5):
         assert model(input_ids, use_cache=True).past_key_values is not None
@@ -160,19 +160,19 @@ def test_copies_and_pickles():
         assert torch.equal(other.train()(**inputs_of("bert")).logits, one)
 
 
-def test_models_without_a_stack_are_refused_unchanged():
+def test_models_without_a_stack_raise_unchanged():
     albert = AlbertForMaskedLM(AlbertConfig(**SIZES, embedding_size=16))
     for model in (make_vision_model("resnet"), albert):
         classes = [type(module) for module in model.modules()]
-        with pytest.raises(ValueError, match="layerdrop=0.2: .* has no stack of two or more"):
+        with pytest.raises(ValueError, match="layerdrop=0.2 needs a stack"):
             apply_quant_noise(model, QuantNoiseConfig(block_size=1, layerdrop=0.2))
         assert [type(module) for module in model.modules()] == classes
-    with pytest.raises(ValueError, match="layerdrop=1.5"):
+    with pytest.raises(ValueError, match="layerdrop.*1.5"):
         QuantNoiseConfig(layerdrop=1.5)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_layers_of_a_chunk_are_skipped_together(checkpointing):
+def test_layers_of_a_chunk_are_skipped_together(checkpointing):
     model = dropping(make("llama", layers=4), 0.5, share_layers=2)
     quiet(model)(**inputs_of("llama"))
     if checkpointing:
@@ -192,16 +192,16 @@ def test_the_layers_of_a_chunk_are_skipped_together(checkpointing):
         if loss.requires_grad:
             loss.backward()
         assert forward in ([], [0, 1], [2, 3], [0, 1, 2, 3])
-        assert sorted(ran) == (forward if checkpointing else [])  # the very same, again
+        assert sorted(ran) == (forward if checkpointing else [])  # recomputed
         seen.add(tuple(forward))
     assert len(seen) > 2
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_first_forward_skips_what_later_ones_do(name):
-    """Else a resumed run would differ from an undisturbed one in its first step."""
+def test_first_forward_skips_like_later_ones(name):
+    """Otherwise a resumed run would differ from an uninterrupted one in its first step."""
     if name in ("t5", "bloom"):
-        pytest.skip("its layers make what others may read: known only after a forward")
+        pytest.skip("its layers create tensors that others may read, known only after a forward")
     fresh, used = dropping(make(name), 0.5), dropping(make(name), 0.5)
     with torch.no_grad():
         quiet(used)(**inputs_of(name))

@@ -1,4 +1,4 @@
-"""What noise must obey, on tiny models of real architectures, tied heads among them."""
+"""Invariants of noise on tiny models of real architectures, some with tied heads."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def config(noise="proxy", p=0.1, **fields) -> QuantNoiseConfig:
 
 def logits(model, input_ids, seed: int = 0) -> torch.Tensor:
     set_seed(seed)
-    model.config.use_cache = False  # recomputation turns it off, and GPT-2 rounds otherwise then
+    model.config.use_cache = False  # as in recomputation: GPT-2 rounds differently with a cache
     return model(input_ids=input_ids).logits
 
 
@@ -34,7 +34,7 @@ def snapshot(model) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("noise", KINDS, ids=str)
-def test_weights_are_bit_equal_after_twenty_forwards(model, input_ids, noise):
+def test_weights_are_bit_equal_after_forwards(model, input_ids, noise):
     before = snapshot(model)
     apply_quant_noise(model.train(), config(noise))
     for seed in range(20):
@@ -45,10 +45,10 @@ def test_weights_are_bit_equal_after_twenty_forwards(model, input_ids, noise):
 
 
 @pytest.mark.parametrize("noise", KINDS, ids=str)
-def test_p_0_and_eval_are_clean_bit_for_bit(model, input_ids, noise):
+def test_p_0_and_eval_are_bit_equal_to_the_dense_model(model, input_ids, noise):
     expected = logits(model.train(), input_ids), logits(model.eval(), input_ids)
     apply_quant_noise(model, config(noise, 0.0))
-    assert torch.equal(logits(model.train(), input_ids), expected[0])  # dropout is the same too
+    assert torch.equal(logits(model.train(), input_ids), expected[0])  # same dropout
     find_state(model).p = 1.0
     assert torch.equal(logits(model.eval(), input_ids), expected[1])
 
@@ -90,7 +90,7 @@ def test_gradients_reach_every_weight(model, input_ids, noise):
             assert gradient.norm() > 0, name
 
 
-def test_a_seed_reproduces_and_another_does_not(model, input_ids):
+def test_seed_reproduces_the_noise(model, input_ids):
     apply_quant_noise(with_dropout(model.train(), 0.0), config("proxy", 0.3))
     assert torch.equal(logits(model, input_ids, 1), logits(model, input_ids, 1))
     assert not torch.equal(logits(model, input_ids, 1), logits(model, input_ids, 2))
@@ -109,7 +109,7 @@ def test_recomputation_sees_the_same_mask(model, input_ids, noise, use_reentrant
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_tied_layers_inside_recomputed_parts_see_their_own_j(use_reentrant):
+def test_recomputed_tied_layers_see_the_same_mask(use_reentrant):
     class Layer(nn.Linear):
         def forward(self, x):
             return super().forward(x).tanh()
@@ -142,20 +142,18 @@ def test_tied_layers_inside_recomputed_parts_see_their_own_j(use_reentrant):
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def test_every_layer_of_the_models_is_noised_but_side_tables(model):
+def test_all_layers_but_side_tables_get_noise(model):
     apply_quant_noise(model, config("proxy"))
     state = find_state(model)
     tables = [name for name, m in model.named_modules() if isinstance(m, nn.Embedding)]
-    side = [name for name in tables if model.get_submodule(name) is not state_table(model)]
+    side = [
+        name for name in tables if model.get_submodule(name) is not model.get_input_embeddings()
+    ]
     assert list(state.left_clean) == side
     assert all("all-zero vector" in reason for reason in state.left_clean.values())
 
 
-def state_table(model) -> nn.Module:
-    return model.get_input_embeddings()
-
-
-def test_checkpoints_of_the_noise_phase_load_in_plain_transformers(model, input_ids, tmp_path):
+def test_checkpoints_load_in_plain_transformers(model, input_ids, tmp_path):
     cls, expected = type(model), logits(model, input_ids)
     apply_quant_noise(model.train(), config(["pq", "int8"]))
     model.save_pretrained(tmp_path)
@@ -168,7 +166,7 @@ def test_checkpoints_of_the_noise_phase_load_in_plain_transformers(model, input_
         assert torch.equal(tensor, model.state_dict()[name])
 
 
-def test_removing_gives_the_pristine_model_back(model, input_ids):
+def test_remove_restores_the_model(model, input_ids):
     parameters = {name: (p, p.detach().clone()) for name, p in model.named_parameters()}
     classes = [type(module) for module in model.modules()]
     attributes = [set(module.__dict__) for module in model.modules()]
@@ -183,7 +181,7 @@ def test_removing_gives_the_pristine_model_back(model, input_ids):
     assert torch.equal(logits(model.eval(), input_ids), expected)
 
 
-def test_noise_survives_mixed_precision_training(model, input_ids):
+def test_autocast_gradients_are_finite_float32(model, input_ids):
     apply_quant_noise(model.train(), config("pq", 0.3))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = gradients(model, input_ids)

@@ -1,4 +1,4 @@
-"""psi: what the forward sees, what the gradient sees, and what stays untouched."""
+"""psi: noisy values forward, straight-through gradients, unchanged weights."""
 
 import pytest
 import torch
@@ -8,7 +8,8 @@ from transformers.pytorch_utils import Conv1D
 from hf_quantnoise import QuantNoiseConfig
 from hf_quantnoise.blocks import layout_of, weight_matrix
 from hf_quantnoise.configuration import NOISES
-from hf_quantnoise.noise.operator import StraightThrough, WeightNoise
+from hf_quantnoise.noise.operator import WeightNoise
+from hf_quantnoise.quantizers.base import StraightThrough
 
 LAYERS = {
     "linear": lambda: nn.Linear(32, 48),
@@ -28,11 +29,11 @@ def noise_for(layer, noise="proxy", p=0.5, members=1, **fields) -> WeightNoise:
     config = QuantNoiseConfig(noise=noise, p=p, n_centroids=16, **fields)
     rows, columns = weight_matrix(layer).shape
     functions = []
-    for number, (name, _) in enumerate(config.noises):
+    for index, (name, _) in enumerate(config.noises):
         function = NOISES[name](name, config, config.block_size, config.n_centroids)
         function.refresh(weight_matrix(layer), seed=0)
-        functions.append((number, function))
-    return WeightNoise(functions, [rate for _, rate in config.noises], rows, columns, members)
+        functions.append((index, function))
+    return WeightNoise(functions, tuple(rate for _, rate in config.noises), rows, columns, members)
 
 
 def psi(noise: WeightNoise, layer: nn.Module, member: int = 0) -> torch.Tensor:
@@ -40,7 +41,7 @@ def psi(noise: WeightNoise, layer: nn.Module, member: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_p_0_is_the_weight_itself_and_draws_nothing(layer):
+def test_p_0_returns_the_weight(layer):
     layer = make_layer(layer)
     noise = noise_for(layer, ["proxy", "int8"], 0.0)
     before = torch.get_rng_state()
@@ -51,7 +52,7 @@ def test_p_0_is_the_weight_itself_and_draws_nothing(layer):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("noise", ["pq", "int8", "int3"])
 @pytest.mark.parametrize("layer", LAYERS)
-def test_p_1_is_the_quantized_weight_bit_for_bit(layer, noise, dtype):
+def test_p_1_equals_the_quantized_weight(layer, noise, dtype):
     layer = make_layer(layer, dtype)
     operator = noise_for(layer, noise, 1.0)
     function = operator.functions[0][1]
@@ -63,7 +64,7 @@ def test_p_1_is_the_quantized_weight_bit_for_bit(layer, noise, dtype):
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
 @pytest.mark.parametrize("layer", LAYERS)
-def test_blocks_are_zeroed_whole_and_along_the_inputs(layer, p):
+def test_proxy_zeroes_complete_blocks_along_the_inputs(layer, p):
     layer = make_layer(layer)
     noisy = weight_matrix(layer, psi(noise_for(layer, p=p), layer))
     blocks = noisy.reshape(-1, 8)
@@ -73,7 +74,7 @@ def test_blocks_are_zeroed_whole_and_along_the_inputs(layer, p):
     assert torch.equal(blocks[~zero], weight_matrix(layer).reshape(-1, 8)[~zero])
 
 
-def test_noises_are_composed_in_order_on_one_copy():
+def test_noises_are_composed_in_order():
     layer = make_layer("linear")
     torch.manual_seed(3)
     both = psi(noise_for(layer, ["int4", "proxy"], [1.0, 0.5]), layer)
@@ -87,15 +88,15 @@ def test_noises_are_composed_in_order_on_one_copy():
     assert torch.equal(swapped, zero)
 
 
-def test_each_noise_of_a_composition_has_its_own_j():
+def test_each_noise_has_a_separate_mask():
     layer = make_layer("linear")
     noisy = psi(noise_for(layer, ["proxy", "proxy"], 0.5), layer)
     share = float((noisy == 0).float().mean())
     assert 0.6 < share < 0.9  # 1 - 0.5^2; one J for both would give 0.5
 
 
-def test_the_weight_is_never_written():
-    """fairseq's hook assigns to weight.data: 86% of the weights are zero after 20 forwards."""
+def test_weight_is_never_written():
+    """Noise written to weight.data accumulates: 86% would be zero after 20 forwards."""
     layer = make_layer("linear")
     before, version = layer.weight.detach().clone(), layer.weight._version
     noise = noise_for(layer, ["pq", "proxy", "int8"], 0.1)
@@ -106,12 +107,12 @@ def test_the_weight_is_never_written():
 
 @pytest.mark.parametrize("noise", ["proxy", "pq", "int4"])
 @pytest.mark.parametrize("p", [0.3, 1.0])
-def test_gradients_go_straight_through(noise, p):
+def test_gradients_are_straight_through(noise, p):
     layer, x = make_layer("linear"), torch.randn(7, 32)
     dy = torch.randn(7, 48)
     noisy = psi(noise_for(layer, noise, p), layer)
     torch.nn.functional.linear(x, noisy).backward(dy)
-    assert torch.equal(layer.weight.grad, dy.t() @ x)  # the noise is nowhere in it
+    assert torch.equal(layer.weight.grad, dy.t() @ x)  # without any noise
 
 
 def test_straight_through_saves_nothing_for_backward():
@@ -123,13 +124,13 @@ def test_straight_through_saves_nothing_for_backward():
     assert torch.equal(out, torch.ones(3)) and out.requires_grad
 
 
-def test_a_frozen_weight_stays_without_gradient():
+def test_frozen_weight_needs_no_gradient():
     layer = make_layer("linear").requires_grad_(False)
     noisy = psi(noise_for(layer), layer)
     assert not noisy.requires_grad and not torch.equal(noisy, layer.weight)
 
 
-def test_autocast_does_not_change_the_assignments():
+def test_autocast_does_not_change_the_codes():
     layer = make_layer("linear")
     noise = noise_for(layer, "pq", 1.0)
     expected = psi(noise, layer)
@@ -146,7 +147,7 @@ def lookup(noise: WeightNoise, layer: nn.Embedding, ids: torch.Tensor, member: i
 @pytest.mark.parametrize("noise", ["proxy", "pq", "int4", "mean"])
 @pytest.mark.parametrize("p", [0.2, 0.5])
 @pytest.mark.parametrize("members", [1, 2])
-def test_a_row_has_the_same_noise_wherever_it_is_looked_up(noise, p, members):
+def test_repeated_rows_have_the_same_noise(noise, p, members):
     layer = make_layer("embedding")
     ids = torch.tensor([[3, 9, 3, 3], [9, 0, 47, 3]])
     torch.manual_seed(1)
@@ -159,7 +160,7 @@ def test_a_row_has_the_same_noise_wherever_it_is_looked_up(noise, p, members):
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
-def test_the_share_of_noised_blocks_in_looked_up_rows_is_p(p):
+def test_lookup_noise_share_is_p(p):
     layer = make_layer("embedding")
     noise, ids = noise_for(layer, "proxy", p), torch.arange(48).repeat(3)
     blocks = torch.stack([lookup(noise, layer, ids)[:48].view(-1, 8) for _ in range(300)])
@@ -169,7 +170,7 @@ def test_the_share_of_noised_blocks_in_looked_up_rows_is_p(p):
 
 @pytest.mark.parametrize("noise", ["pq", "int8"])
 @pytest.mark.parametrize("members", [1, 2])
-def test_looked_up_rows_at_p_1_are_the_quantized_rows(noise, members):
+def test_lookup_at_p_1_equals_the_quantized_rows(noise, members):
     layer = make_layer("embedding")
     operator = noise_for(layer, noise, 1.0, members)
     function = operator.functions[0][1]
@@ -178,7 +179,7 @@ def test_looked_up_rows_at_p_1_are_the_quantized_rows(noise, members):
     assert torch.equal(lookup(operator, layer, ids), quantized[ids])
 
 
-def test_lookup_and_whole_table_share_j_where_they_are_tied():
+def test_tied_lookup_and_table_share_one_mask():
     layer = make_layer("embedding")
     noise = noise_for(layer, ["proxy", "int4"], 0.4, members=2)
     ids = torch.tensor([3, 3, 20, 7])
@@ -188,7 +189,7 @@ def test_lookup_and_whole_table_share_j_where_they_are_tied():
         assert torch.equal(rows, table[ids])
 
 
-def test_looked_up_rows_get_the_clean_gradient():
+def test_lookup_gradient_is_the_dense_one():
     layer, other = make_layer("embedding"), make_layer("embedding")
     ids, dy = torch.tensor([3, 9, 3, 0]), torch.randn(4, 32)
     lookup(noise_for(layer, "proxy", 0.5), layer, ids).backward(dy)
@@ -196,8 +197,8 @@ def test_looked_up_rows_get_the_clean_gradient():
     assert torch.equal(layer.weight.grad, other.weight.grad)
 
 
-def test_a_resized_weight_is_refused():
+def test_resized_weight_raises():
     layer = make_layer("linear")
     noise = noise_for(layer)
-    with pytest.raises(RuntimeError, match=r"48 x 32 weight matrix, which is 50 x 32 now"):
+    with pytest.raises(RuntimeError, match=r"\(50, 32\).*\(48, 32\)"):
         noise.noisy_weight(torch.zeros(50, 32), layout_of(layer))

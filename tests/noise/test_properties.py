@@ -1,4 +1,4 @@
-"""What section 4 says of every noise, on every kind of layer, with every observer."""
+"""Properties of section 4 for every noise, layer type and observer."""
 
 import math
 
@@ -10,9 +10,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_quantnoise import QuantNoiseConfig, apply_quant_noise, remove_quant_noise
-from hf_quantnoise.blocks import to_blocks, weight_matrix
+from hf_quantnoise.blocks import layout_of, to_blocks, weight_matrix
 from hf_quantnoise.noise import find_state
-from hf_quantnoise.noise.block_mask import draw
+from hf_quantnoise.noise.block_mask import sample_mask
 
 LAYERS = {
     "linear": lambda: nn.Linear(16, 24),
@@ -58,9 +58,9 @@ def functions_of(model: nn.Module) -> list:
 
 
 def weight_in_use(layer: nn.Module) -> torch.Tensor:
-    """The weight matrix that this forward works with, before any product with an input."""
-    noise, layout = layer._quant_noise_weight, layer._quant_noise_layout
-    return weight_matrix(layer, noise.noisy_weight(layer.weight, layout))
+    """Return the noisy weight matrix of one forward."""
+    noise = layer._layer_noise.weight
+    return weight_matrix(layer, noise.noisy_weight(layer.weight, layout_of(layer)))
 
 
 def inputs_for(layer: nn.Module) -> torch.Tensor:
@@ -72,7 +72,7 @@ def inputs_for(layer: nn.Module) -> torch.Tensor:
 
 @few
 @given(cases, some_noises)
-def test_p_0_is_the_clean_layer(case, noises):
+def test_p_0_equals_the_dense_layer(case, noises):
     layer = make_layer(case)
     inputs = inputs_for(layer)
     clean = layer(inputs)
@@ -84,7 +84,7 @@ def test_p_0_is_the_clean_layer(case, noises):
 
 @few
 @given(cases, st.sampled_from(NOISES))
-def test_p_1_is_phi_of_every_block(case, noise):
+def test_p_1_applies_phi_to_every_block(case, noise):
     layer = make_layer(case)
     clean = weight_matrix(layer).clone(memory_format=torch.contiguous_format)
     model = noisy(layer, noise, 1.0, case["observer"])
@@ -104,16 +104,16 @@ def test_p_1_is_phi_of_every_block(case, noise):
 
 @few
 @given(cases, st.sampled_from(NOISES), st.sampled_from([0.05, 0.2, 0.5, 0.9]))
-def test_the_share_of_noised_blocks_is_binomial(case, noise, p):
+def test_share_of_noised_blocks_is_binomial(case, noise, p):
     layer = make_layer({**case, "dtype": torch.float32})
     clean = weight_matrix(layer).clone(memory_format=torch.contiguous_format)
     model = noisy(layer, noise, p, case["observer"])
     (function,) = functions_of(model)
     size = function.block_size
-    # Blocks that phi changes at all: a weight on a level of its grid stays where it is.
-    everything = clean.clone()
-    function.distort(everything, draw(clean.numel() // size, 1.0, clean.device))
-    movable = (to_blocks(everything, size) != to_blocks(clean, size)).any(1)
+    # Blocks that phi changes at all: a weight exactly on a quantization level does not move.
+    full = clean.clone()
+    function.distort(full, sample_mask(clean.numel() // size, 1.0, clean.device))
+    movable = (to_blocks(full, size) != to_blocks(clean, size)).any(1)
     rounds, moved = 20, 0
     for _ in range(rounds):
         moved += int((to_blocks(weight_in_use(layer), size) != to_blocks(clean, size)).any(1).sum())
@@ -123,13 +123,13 @@ def test_the_share_of_noised_blocks_is_binomial(case, noise, p):
 
 @few
 @given(cases, some_noises, st.sampled_from([0.1, 0.5, 1.0]))
-def test_weights_are_never_written_and_gradients_are_those_of_the_clean_layer(case, noises, p):
-    """Eq. 7: straight through. The layers are linear in their weight, so that its gradient does not
-    depend on its value: it must be the clean one, bit for bit."""
+def test_weights_are_unchanged_and_gradients_straight_through(case, noises, p):
+    """Eq. 7. The layers are linear in their weight, so its gradient does not depend on its value
+    and must be bit-equal to that of the dense layer."""
     layer = make_layer(case)
     inputs, weight = inputs_for(layer), layer.weight
     before = weight.detach().clone()
-    layer(inputs).float().square().mul(0).sum().backward()  # a graph like the one below
+    layer(inputs).float().square().mul(0).sum().backward()  # warm-up of the same graph
     weight.grad = None
     output = layer(inputs)
     upstream = torch.randn_like(output)
@@ -148,8 +148,8 @@ def test_weights_are_never_written_and_gradients_are_those_of_the_clean_layer(ca
 
 @few
 @given(cases, st.lists(st.sampled_from(NOISES), min_size=2, max_size=3, unique=True))
-def test_a_composition_is_one_noise_after_the_other(case, noises):
-    """Eq. 8, each noise with a J of its own."""
+def test_composition_applies_noises_in_order(case, noises):
+    """Eq. 8, with a separate J for each noise."""
     layer = make_layer(case)
     model = noisy(layer, noises, [0.4, 0.7, 0.2][: len(noises)], case["observer"])
     functions = functions_of(model)
@@ -159,15 +159,15 @@ def test_a_composition_is_one_noise_after_the_other(case, noises):
     expected = weight_matrix(layer).clone(memory_format=torch.contiguous_format)
     counts = [expected.numel() // function.block_size for function in functions]
     rates = [0.4, 0.7, 0.2]
-    chosen = [draw(n, p, expected.device) for n, p in zip(counts, rates, strict=False)]
-    for function, selection in zip(functions, chosen, strict=True):
-        function.distort(expected, selection)
+    chosen = [sample_mask(n, p, expected.device) for n, p in zip(counts, rates, strict=False)]
+    for function, block_mask in zip(functions, chosen, strict=True):
+        function.distort(expected, block_mask)
     assert torch.equal(together, expected)
 
 
 @pytest.mark.parametrize("noise", NOISES)
 @pytest.mark.parametrize("kind", LAYERS)
-def test_evaluation_is_clean(kind, noise):
+def test_eval_equals_the_dense_layer(kind, noise):
     layer = make_layer({"kind": kind, "dtype": torch.float32, "seed": 0})
     inputs = inputs_for(layer)
     clean = layer(inputs)

@@ -1,4 +1,4 @@
-"""Layers that share weights while a model trains (7.9): one Parameter, checkpoints as ever."""
+"""share_layers (section 7.9): one Parameter in training, normal checkpoints."""
 
 import copy
 import pickle
@@ -37,7 +37,7 @@ def is_shared(pair) -> bool:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_pairs_hold_the_parameters_of_the_first_and_give_them_back(name):
+def test_chunks_share_parameters_until_removal(name):
     model = make_stacked(name, layers=4)
     own = dict(model.named_parameters(remove_duplicate=False))
     values = {key: parameter.detach().clone() for key, parameter in own.items()}
@@ -60,14 +60,14 @@ def test_pairs_hold_the_parameters_of_the_first_and_give_them_back(name):
         assert torch.equal(model(**inputs_of(name)).logits, expected)
     tensors = [p.data_ptr() for layer in chunks_of(model, 1)
                for p in model.get_submodule(layer[0]).parameters()]  # fmt: skip
-    assert len(set(tensors)) == len(tensors)  # nothing is shared any more
+    assert len(set(tensors)) == len(tensors)  # not shared any more
 
 
 def _name_of(parameters, wanted):
     return next(key for key, parameter in parameters.items() if parameter is wanted)
 
 
-def test_the_gradient_is_the_sum_over_the_layers_of_a_chunk():
+def test_gradient_is_the_sum_over_a_chunk():
     shared, apart = make_stacked("llama", layers=4), make_stacked("llama", layers=4)
     for first, second in layer_pairs(apart):
         second.load_state_dict(first.state_dict())
@@ -80,7 +80,7 @@ def test_the_gradient_is_the_sum_over_the_layers_of_a_chunk():
             torch.testing.assert_close(parameter.grad, total)
 
 
-def test_a_checkpoint_of_the_noise_phase_loads_without_the_package(tmp_path, run_python):
+def test_checkpoint_loads_without_the_package(tmp_path, run_python):
     model = apply_quant_noise(make_stacked("roberta-mlm", layers=4), QuantNoiseConfig(**NOISE))
     model.save_pretrained(tmp_path)
     with torch.no_grad():
@@ -108,7 +108,7 @@ def arguments(folder, **changes):
     return TrainingArguments(**{**settings, **changes})
 
 
-def test_training_resumes_bit_exactly_and_the_best_model_is_loaded(tmp_path, parity_data):
+def test_training_resumes_bit_exactly_and_loads_the_best_model(tmp_path, parity_data):
     def trainer(folder, **changes):
         return QuantNoiseTrainer(
             make_stacked("bert", layers=4),
@@ -129,11 +129,11 @@ def test_training_resumes_bit_exactly_and_the_best_model_is_loaded(tmp_path, par
     assert all(map(is_shared, layer_pairs(best.model)))
 
 
-def test_what_cannot_take_noise_is_left_with_its_own_weights():
+def test_error_keeps_the_separate_weights():
     model = make_stacked("bert", layers=4)
     own = dict(model.named_parameters())
     values = {name: parameter.detach().clone() for name, parameter in own.items()}
-    with pytest.raises(ValueError, match="block_size=7 divides the columns of no layer"):
+    with pytest.raises(ValueError, match="block_size=7"):
         apply_quant_noise(model, QuantNoiseConfig(block_size=7, share_layers=2))
     after = dict(model.named_parameters())
     assert after.keys() == own.keys()
@@ -143,7 +143,7 @@ def test_what_cannot_take_noise_is_left_with_its_own_weights():
     assert not any(module._state_dict_hooks for module in model.modules())
 
 
-def test_copies_and_pickles_are_apart_from_the_original():
+def test_copies_and_pickles_are_independent():
     model = apply_quant_noise(make_stacked("bert", layers=4), QuantNoiseConfig(**NOISE))
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         pairs = layer_pairs(other)
@@ -157,36 +157,36 @@ def test_copies_and_pickles_are_apart_from_the_original():
     assert find_state(model) is not None
 
 
-def test_chunks_by_name_for_models_without_stacks():
+def test_chunks_by_name_without_stacks():
     model = make_vision_model("mobilenet-v1")
-    with pytest.raises(ValueError, match="share_layers=2: .*no stack.*name the layers"):
+    with pytest.raises(ValueError, match="share_layers=2"):
         chunks_of(model, 2)
-    like = [f"mobilenet_v1.layer.{n}" for n in (14, 16, 18)]
-    config = QuantNoiseConfig(p=0.1, block_size=1, share_layers=[like], noise="int8")
+    chunk = [f"mobilenet_v1.layer.{n}" for n in (14, 16, 18)]
+    config = QuantNoiseConfig(p=0.1, block_size=1, share_layers=[chunk], noise="int8")
     buffers = {name: b.clone() for name, b in model.named_buffers()}
     apply_quant_noise(model, config)
-    weights = {id(model.get_submodule(name).convolution.weight) for name in like}
+    weights = {id(model.get_submodule(name).convolution.weight) for name in chunk}
     assert len(weights) == 1
-    for name, buffer in model.named_buffers():  # running means stay each layer's own
+    for name, buffer in model.named_buffers():  # running means are not shared
         assert torch.equal(buffer, buffers[name])
-    assert len({id(model.get_submodule(name).normalization.running_mean) for name in like}) == 3
+    assert len({id(model.get_submodule(name).normalization.running_mean) for name in chunk}) == 3
 
 
 @pytest.mark.parametrize(
-    ("names", "words"),
+    ("names", "message"),
     [
         (("layer.99", "layer.14"), "has no layer 'mobilenet_v1.layer.99'"),
         (("layer.1", "layer.14"), "cannot share the weights.*differ in"),
         (("layer.14", "conv_stem.convolution"), "differ in class"),
     ],
 )
-def test_chunks_of_unlike_layers_are_refused(names, words):
+def test_chunks_of_different_layers_raise(names, message):
     chunk = [f"mobilenet_v1.{name}" for name in names]
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=message):
         chunks_of(make_vision_model("mobilenet-v1"), [chunk])
 
 
-def test_stacks_are_cut_from_below_and_the_last_chunk_may_be_short():
+def test_chunks_are_cut_bottom_up_and_the_last_may_be_short():
     chunks = chunks_of(make_stacked("bart", layers=5), 2)
     encoder = [chunk for chunk in chunks if "encoder" in chunk[0]]
     assert [len(chunk) for chunk in encoder] == [2, 2, 1]
@@ -194,12 +194,12 @@ def test_stacks_are_cut_from_below_and_the_last_chunk_may_be_short():
     assert len(chunks) == 6
 
 
-def test_a_callback_that_comes_too_late_says_what_to_do(tmp_path, parity_data):
+def test_callback_must_be_prepared_before_the_trainer(tmp_path, parity_data):
     config = QuantNoiseConfig(**NOISE)
     model = make_stacked("bert", layers=4)
     trainer = Trainer(model, arguments(tmp_path), train_dataset=parity_data)
     trainer.add_callback(QuantNoiseCallback(config))
-    with pytest.raises(ValueError, match="share_layers=2.*QuantNoiseCallback.prepare"):
+    with pytest.raises(ValueError, match=r"share_layers=2.*\.prepare"):
         trainer.train()
     callback = QuantNoiseCallback(config)
     callback.prepare(model)
@@ -210,6 +210,6 @@ def test_a_callback_that_comes_too_late_says_what_to_do(tmp_path, parity_data):
     )
 
 
-def test_matching_noise_shares_what_the_target_shares():
+def test_matching_copies_share_layers():
     assert QuantNoiseConfig.matching(IPQConfig(share_layers=3)).share_layers == 3
     assert QuantNoiseConfig.matching(IPQConfig()).share_layers == 1

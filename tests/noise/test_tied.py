@@ -1,4 +1,4 @@
-"""One noise for all layers that hold one table, however many they are."""
+"""All layers that hold one table get one noise."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from hf_quantnoise.noise import find_state
 
 
 def zeros_used(layer: nn.Module, words: torch.Tensor) -> torch.Tensor:
-    """Which numbers (words, features) of the table are zero in this forward of one of its users."""
+    """Return which elements (words, features) of the table are zero in a forward of one user."""
     if isinstance(layer, nn.Embedding):
         return layer(words) == 0
     bias = 0 if layer.bias is None else layer.bias
@@ -19,17 +19,17 @@ def zeros_used(layer: nn.Module, words: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", TIED)
-def test_users_of_one_table_see_one_j_and_the_next_forward_another(name):
+def test_users_of_one_table_see_one_mask_per_forward(name):
     model = ZOO[name].make().train()
     users = users_of_table(model)
-    for module in model.modules():  # a bias that is added and taken away leaves rounding errors
+    for module in model.modules():  # adding and subtracting a bias leaves rounding errors
         if isinstance(getattr(module, "bias", None), nn.Parameter):
             module.bias.zero_()
     apply_quant_noise(model, QuantNoiseConfig(p=0.5, block_size=4))
     (weight,) = [w for w in find_state(model).weights if users[0] in w.names]
     assert sorted(weight.names) == sorted(users)
     rounds = []
-    for words in (torch.arange(40), torch.arange(weight.noise.rows)):  # a part, and all of them
+    for words in (torch.arange(40), torch.arange(weight.noise.rows)):  # some, and all
         masks = [zeros_used(model.get_submodule(user), words) for user in users]
         rounds.append(masks)
         assert all(torch.equal(mask, masks[0]) for mask in masks)

@@ -1,4 +1,4 @@
-"""The card: its text against a committed one, and what it must not say."""
+"""Model cards: text compared to a stored card, metadata, metrics of the current model only."""
 
 import re
 from pathlib import Path
@@ -38,16 +38,11 @@ FULL = QuantNoiseCard(
     training={"learning_rate": 5e-5, "num_train_epochs": 2.0, "seed": 42},
     compression={"stage_epochs": 1.0, "distill": True},
     history=[
-        {
-            "stage": "dense",
-            "layers": 0,
-            "relative_error": 0.0,
-            "mb": 438.0,
-            "metric": {"eval_accuracy": 0.925},
-        },
+        {"stage": "dense", "layers": 0, "relative_error": 0.0, "mb": 438.0,
+         "metric": {"eval_accuracy": 0.925}},
         {"stage": "ffn", "layers": 4, "relative_error": 0.25, "mb": 0.0512, "metric": {}},
     ],
-)
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -55,55 +50,54 @@ def packed():
     return AutoQuantizedModel.from_pretrained(GOLDEN / "shared")
 
 
-def masked(text):
-    """The text with versions left out."""
+def without_versions(text):
     return re.sub(r"^- (hf_quantnoise|transformers|torch): `.*`$", r"- \1: `...`", text, flags=re.M)
 
 
-def test_the_card_is_the_committed_one(packed):
-    """To change it: FIXTURE.write_text(masked(str(FULL.render(packed)))); read what changed."""
-    assert masked(str(FULL.render(packed))) == FIXTURE.read_text()
+def test_render_matches_the_stored_card(packed):
+    # To update: FIXTURE.write_text(without_versions(str(FULL.render(packed)))), review the diff.
+    assert without_versions(str(FULL.render(packed))) == FIXTURE.read_text()
 
 
-def test_the_metadata_are_read_back(packed, tmp_path):
+def test_render_metadata_can_be_loaded(packed, tmp_path):
     FULL.render(packed).save(tmp_path / "README.md")
     data = ModelCard.load(tmp_path / "README.md").data
     assert data.tags == ["quant-noise", "import-hf_quantnoise"]
     assert (data.base_model_relation, data.pipeline_tag) == ("quantized", "text-classification")
-    (result,) = data.eval_results  # the loss is no metric of the Hub's, and timings are none at all
+    (result,) = data.eval_results  # neither the loss nor timings
     assert (result.metric_type, result.metric_value) == ("accuracy", 0.915)
     assert (result.dataset_type, result.dataset_name) == ("nyu-mll/glue", "GLUE SST-2")
 
 
-def test_a_regex_with_a_bar_stays_in_its_cell():
+def test_table_escapes_bars_in_cells():
     row = table(("stage", "MB"), [(r".*(pooler|classifier)", 1)]).splitlines()[-1]
     assert re.split(r"(?<!\\)\|", row)[1:-1] == [r" .*(pooler\|classifier) ", " 1 "]
 
 
-def test_the_tables_add_up(packed):
-    """Bytes before and after, as rounded to four digits of MB, row by row and in all."""
-    section = FULL.render(packed).text.split("## How it is stored")[1].split("\n\n")[1]
+def test_storage_table_adds_up_to_the_size_report(packed):
+    section = FULL.render(packed).text.split("## Storage")[1].split("\n\n")[1]
     rows = [line.strip("| ").split(" | ") for line in section.splitlines()[2:]]
     total = size_report(packed).total
     file = (GOLDEN / "shared" / "model.safetensors").stat().st_size
-    assert total.disk_bytes == pytest.approx(file, rel=0.05)  # it has one sentinel, of three
+    assert total.disk_bytes == pytest.approx(file, rel=0.05)  # the file has one of three sentinels
     dense = sum(float(row[-2]) for row in rows if row[0] != "file header")
     assert dense == pytest.approx(total.dense_bytes / 1e6, abs=1e-4 * len(rows) / 2)
-    small = sum(float(row[-1]) for row in rows)
-    assert small == pytest.approx(total.disk_bytes / 1e6, abs=1e-4 * len(rows) / 2)
+    compressed = sum(float(row[-1]) for row in rows)
+    assert compressed == pytest.approx(total.disk_bytes / 1e6, abs=1e-4 * len(rows) / 2)
 
 
-def test_what_is_not_known_is_not_on_the_card(packed):
+def test_render_omits_unknown_facts(packed):
     card = QuantNoiseCard().render(packed)
     values = card.data.to_dict()
     for name in ("base_model", "base_model_relation", "model-index", "metrics", "datasets"):
         assert name not in values
-    for words in ("accuracy", "Stages", "Quantization noise", "Training", "None", "Measured"):
-        assert words not in re.sub(r"\*.*?\*", "", card.text), words
+    text = re.sub(r"\*.*?\*", "", card.text)  # without the paper's title
+    for words in ("accuracy", "stages", "Quantization noise", "Training", "None", "Measured"):
+        assert words not in text, words
     assert "import hf_quantnoise" in card.text and "times smaller" in card.text
 
 
-def test_a_card_in_the_folder_keeps_its_words(packed, tmp_path):
+def test_write_model_card_keeps_text_of_the_user(packed, tmp_path):
     path = tmp_path / "README.md"
     path.write_text("---\nlicense: mit\ntags:\n- mine\n---\n\nWords of mine.\n")
     assert write_model_card(packed, tmp_path, FULL) == str(path)
@@ -120,8 +114,8 @@ def test_a_card_in_the_folder_keeps_its_words(packed, tmp_path):
     assert path.read_text() == again
 
 
-def test_figures_of_another_model_do_not_stay(packed, tmp_path):
-    """Neither in a folder that is written again, nor on a model that is packed no longer."""
+def test_write_model_card_drops_metrics_of_another_model(packed, tmp_path):
+    """If a folder is written again, and if the model was dequantized."""
     path = tmp_path / "README.md"
     write_model_card(packed, tmp_path, FULL)
     write_model_card(packed, tmp_path)
@@ -134,7 +128,7 @@ def test_figures_of_another_model_do_not_stay(packed, tmp_path):
     assert "base_model_relation" not in card.data.to_dict()
 
 
-def test_a_dense_model_needs_no_import():
+def test_render_of_a_dense_model_does_not_mention_the_import():
     model = apply_quant_noise(make_model("bert"), QuantNoiseConfig())
     card = QuantNoiseCard(noise=QuantNoiseConfig(), base_model="a/b").render(model)
     assert "import hf_quantnoise" not in card.text and card.data.tags == ["quant-noise"]
@@ -142,9 +136,7 @@ def test_a_dense_model_needs_no_import():
     assert card.data.base_model == "a/b" and "base_model_relation" not in card.data.to_dict()
 
 
-def test_metrics_are_those_of_the_model_as_it_stands(parity_data, tmp_path):
-    """A packed model that is finetuned further is another model: its metrics are gone from the card
-    until it is evaluated."""
+def test_card_metrics_are_dropped_by_training_until_the_next_evaluation(parity_data, tmp_path):
     trainer = QuantNoiseTrainer(
         make_model("bert"),
         TrainingArguments(
@@ -163,15 +155,15 @@ def test_metrics_are_those_of_the_model_as_it_stands(parity_data, tmp_path):
     trainer.train()
     assert small.quantnoise_card.after == {}
     trainer.evaluate(parity_data.select([0]))
-    assert small.quantnoise_card.after == {}, "other data than the trainer's"
+    assert small.quantnoise_card.after == {}, "not evaluated on the trainer's dataset"
     metrics = trainer.evaluate()
     assert small.quantnoise_card.after["eval_score"] == metrics["eval_score"]
     trainer.save_model(tmp_path / "saved")
     assert "| score | 0.5000 | 0.5000 |" in (tmp_path / "saved" / "README.md").read_text()
 
 
-class Seen(TrainerCallback):
-    """What a training really ran with."""
+class RecordUsed(TrainerCallback):
+    """Records the settings that training actually used."""
 
     def __init__(self):
         self.used = {}
@@ -183,10 +175,10 @@ class Seen(TrainerCallback):
 
 
 @pytest.mark.parametrize("length", [{"max_steps": 2}, {"num_train_epochs": 2.0}], ids=str)
-def test_the_training_on_the_card_is_the_one_that_was_run(parity_data, tmp_path, length):
-    model, seen, rows = make_model("bert"), Seen(), set()
+def test_card_lists_the_settings_that_training_used(parity_data, tmp_path, length):
+    model, recorder, batch_sizes = make_model("bert"), RecordUsed(), set()
     model.register_forward_pre_hook(
-        lambda module, args, kwargs: rows.add(len(kwargs["input_ids"])), with_kwargs=True
+        lambda module, args, kwargs: batch_sizes.add(len(kwargs["input_ids"])), with_kwargs=True
     )
     settings = TrainingArguments(
         tmp_path, learning_rate=3e-4, lr_scheduler_type="constant", seed=7, **length,
@@ -194,33 +186,38 @@ def test_the_training_on_the_card_is_the_one_that_was_run(parity_data, tmp_path,
     )  # fmt: skip
     trainer = QuantNoiseTrainer(
         model, settings, QuantNoiseConfig(noise="int4", p=0.25),
-        train_dataset=parity_data.select(range(12)), callbacks=[seen],
+        train_dataset=parity_data.select(range(12)), callbacks=[recorder],
     )  # fmt: skip
     trainer.train()
-    (used_rows,) = rows
-    used, seed = seen.used, torch.initial_seed()
+    (batch_size,) = batch_sizes
+    used, seed = recorder.used, torch.initial_seed()
     trainer.compress(IPQConfig(n_centroids=16), CompressionArguments(stage_epochs=0, plots=False))
     trainer.save_model(tmp_path / "saved")
     text = (tmp_path / "saved" / "README.md").read_text()
     section = text.split("## Training\n")[1].split("\n## ")[0]
-    told = dict(re.findall(r"^- (\w+): `(.*)`$", section, flags=re.M))
-    assert float(told["learning_rate"]) == used["learning_rate"] == 3e-4
-    assert int(told["per_device_train_batch_size"]) == used_rows == 6
-    assert int(told["seed"]) == seed == 7
-    ran = {"max_steps": used["steps"], "num_train_epochs": used["epochs"]}
+    listed = dict(re.findall(r"^- (\w+): `(.*)`$", section, flags=re.M))
+    assert float(listed["learning_rate"]) == used["learning_rate"] == 3e-4
+    assert int(listed["per_device_train_batch_size"]) == batch_size == 6
+    assert int(listed["seed"]) == seed == 7
+    lengths = {"max_steps": used["steps"], "num_train_epochs": used["epochs"]}
     (name,) = length
-    assert float(told[name]) == ran[name] == 2
-    assert not (ran.keys() - {name}) & told.keys(), "the length that did not decide"
+    assert float(listed[name]) == lengths[name] == 2
+    assert not (lengths.keys() - {name}) & listed.keys(), "the length that was not set"
     assert "Finetuned with `int4` at rate 0.25." in text
     assert "- stage_epochs: `0`" in text
 
 
-def test_the_auto_class_is_the_one_that_makes_the_model():
-    assert auto_class_of(make_model("bert")) == "AutoModelForSequenceClassification"
-    assert auto_class_of(make_model("bert-mlm")) == "AutoModelForMaskedLM"
-    assert auto_class_of(make_model("gpt2")) == "AutoModelForCausalLM"
-    assert auto_class_of(make_stacked("t5")) == "AutoModelForSeq2SeqLM"
-    assert auto_class_of(make_vision_model("resnet")) == "AutoModelForImageClassification"
-    assert auto_class_of(make_model("bert").bert) == "AutoModel"
-    pooler = type("Own", (transformers.BertModel,), {})(make_model("bert").config)
-    assert auto_class_of(pooler) is None
+@pytest.mark.parametrize(
+    ("make", "auto_class"),
+    [
+        (lambda: make_model("bert"), "AutoModelForSequenceClassification"),
+        (lambda: make_model("bert-mlm"), "AutoModelForMaskedLM"),
+        (lambda: make_model("gpt2"), "AutoModelForCausalLM"),
+        (lambda: make_stacked("t5"), "AutoModelForSeq2SeqLM"),
+        (lambda: make_vision_model("resnet"), "AutoModelForImageClassification"),
+        (lambda: make_model("bert").bert, "AutoModel"),
+        (lambda: type("Custom", (transformers.BertModel,), {})(make_model("bert").config), None),
+    ],
+)
+def test_auto_class_of_returns_the_class_that_creates_the_model(make, auto_class):
+    assert auto_class_of(make()) == auto_class

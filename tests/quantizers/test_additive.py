@@ -1,4 +1,4 @@
-"""Two additive codebooks against float64 sums written out, and against one codebook."""
+"""Additive quantization against float64 references, and against one codebook."""
 
 import json
 
@@ -23,7 +23,7 @@ def normal(*shape, seed=0):
 
 
 def by_hand(quantizer, codes, state):
-    """c1[i] + c2[j] in float64, block by block."""
+    """Return c1[i] + c2[j] in float64."""
     first, second = quantizer.centroids(state).double().split(quantizer.n_centroids)
     pairs = codes.long().view(len(codes), -1, 2)
     return (first[pairs[..., 0]] + second[pairs[..., 1]]).flatten(1)
@@ -32,13 +32,13 @@ def by_hand(quantizer, codes, state):
 def error_of(quantizer, matrix, importance=None):
     state = quantizer.fit(matrix, importance=importance)
     codes = quantizer.encode(matrix, state, importance)
-    lost = (quantizer.decode(codes, state).double() - matrix.double()).square()
-    return float((lost if importance is None else importance * lost).sum())
+    squares = (quantizer.decode(codes, state).double() - matrix.double()).square()
+    return float((squares if importance is None else importance * squares).sum())
 
 
 @pytest.mark.parametrize("bits", [32, 16, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_block_is_the_sum_of_two_centroids(bits, dtype):
+def test_decode_sums_two_centroids(bits, dtype):
     matrix = normal(64, 32).to(dtype)
     quantizer = AdditiveQuantizer(block_size=8, n_centroids=20, codebook_bits=bits)
     state = quantizer.fit(matrix)
@@ -55,7 +55,7 @@ def test_a_block_is_the_sum_of_two_centroids(bits, dtype):
     assert quantizer_from_dict(json.loads(json.dumps(quantizer.to_dict()))) == quantizer
 
 
-def test_codes_are_those_of_the_beam_in_float64():
+def test_codes_match_a_float64_beam_search():
     matrix = normal(32, 32)
     quantizer = AdditiveQuantizer(block_size=8, n_centroids=20)
     state = quantizer.fit(matrix)
@@ -63,16 +63,16 @@ def test_codes_are_those_of_the_beam_in_float64():
     blocks = matrix.double().view(-1, 8)
     sums = (first[:, None] + second).view(-1, 8)
     all_pairs = torch.cdist(blocks, sums).square().view(-1, 20, 20)
-    few = torch.cdist(blocks, first).topk(BEAM, 1, largest=False).indices
-    best = all_pairs.gather(1, few[..., None].expand(-1, -1, 20)).flatten(1).min(1).values
-    own = (quantizer.quantize(matrix, state).double().view(-1, 8) - blocks).square().sum(1)
-    assert (own - best).max() <= 4e-4 * blocks.square().sum(1).max()
+    beam = torch.cdist(blocks, first).topk(BEAM, 1, largest=False).indices
+    best = all_pairs.gather(1, beam[..., None].expand(-1, -1, 20)).flatten(1).min(1).values
+    errors = (quantizer.quantize(matrix, state).double().view(-1, 8) - blocks).square().sum(1)
+    assert (errors - best).max() <= 4e-4 * blocks.square().sum(1).max()
     exact = all_pairs.flatten(1).min(1).values
-    assert own.sum() <= 1.02 * exact.sum()  # what the beam misses of all pairs
+    assert errors.sum() <= 1.02 * exact.sum()  # the beam against all pairs
 
 
 @pytest.mark.parametrize("spread", [0.0, 1.0], ids=["gaussian", "correlated"])
-def test_two_codebooks_are_nearer_than_one_at_equal_bytes(spread):
+def test_two_codebooks_beat_one_at_equal_bytes(spread):
     """Blocks of 8 beside blocks of 4; 8 bits per centroid pay for the larger codebooks."""
     matrix = normal(256, 256) + spread * normal(256, 64, seed=1).repeat_interleave(4, 1)
     one = ProductQuantizer(block_size=4, n_centroids=64)
@@ -81,26 +81,26 @@ def test_two_codebooks_are_nearer_than_one_at_equal_bytes(spread):
     assert error_of(two, matrix) < 0.93 * error_of(one, matrix)
 
 
-def test_a_larger_weight_is_fitted_on_a_sample(monkeypatch):
+def test_large_weight_is_fitted_on_a_sample(monkeypatch):
     matrix = normal(256, 128)
     quantizer = AdditiveQuantizer(block_size=8, n_centroids=32)
-    whole = error_of(quantizer, matrix)
+    full = error_of(quantizer, matrix)
     monkeypatch.setattr(additive, "SAMPLE_POINTS", 2048)
-    assert error_of(quantizer, matrix) < 1.03 * whole
+    assert error_of(quantizer, matrix) < 1.03 * full
 
 
-def test_importance_weighs_the_sum():
+def test_importance_lowers_the_weighted_error():
     matrix, importance = normal(128, 64), normal(1, 64, seed=2).mul(1.5).exp()
     quantizer = AdditiveQuantizer(block_size=8, n_centroids=32)
     state = quantizer.fit(matrix)
-    lost = (quantizer.quantize(matrix, state) - matrix).double().square()
-    plain = float((importance * lost).sum())
+    squares = (quantizer.quantize(matrix, state) - matrix).double().square()
+    plain = float((importance * squares).sum())
     assert error_of(quantizer, matrix, importance) < 0.8 * plain
     rows = normal(128, 1, seed=3).mul(1.5).exp()
-    assert error_of(quantizer, matrix, rows) < 0.8 * float((rows * lost).sum())
+    assert error_of(quantizer, matrix, rows) < 0.8 * float((rows * squares).sum())
 
 
-def test_both_codebooks_have_the_averaged_gradient_of_their_blocks():
+def test_gradient_of_a_centroid_is_the_mean_of_its_blocks():
     layer = nn.Linear(32, 48, bias=False)
     layer.weight.data = normal(48, 32)
     pack_layer(layer, AdditiveQuantizer(block_size=8, n_centroids=8))
@@ -116,7 +116,7 @@ def test_both_codebooks_have_the_averaged_gradient_of_their_blocks():
     ("name", "bits", "scaled"),
     [("bert", 32, False), ("bert-mlm", 8, True), ("gpt2", 16, False)],
 )
-def test_a_model_comes_back_bit_equal(name, bits, scaled, input_ids, tmp_path):
+def test_model_save_load_is_bit_equal(name, bits, scaled, input_ids, tmp_path):
     config = IPQConfig(
         block_size=8, n_centroids=16, n_codebooks=2, codebook_bits=bits, row_scale=scaled
     )
@@ -141,8 +141,8 @@ def test_a_model_comes_back_bit_equal(name, bits, scaled, input_ids, tmp_path):
         torch.testing.assert_close(again.dequantize()(input_ids).logits, expected)
 
 
-def test_what_cannot_be_stored_so_says_why():
+def test_check_and_config_errors():
     quantizer = AdditiveQuantizer(block_size=8, n_centroids=16)
     assert "only 32 blocks for 32 centroids" in quantizer.check(8, 32)
-    with pytest.raises(ValueError, match="n_codebooks=3"):
+    with pytest.raises(ValueError, match="n_codebooks.*3"):
         IPQConfig(n_codebooks=3)

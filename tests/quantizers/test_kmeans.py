@@ -1,4 +1,4 @@
-"""k-means against scikit-learn and a float64 search, and where it used to break elsewhere."""
+"""k-means against scikit-learn and a float64 search, and its edge cases."""
 
 import pytest
 import torch
@@ -16,21 +16,21 @@ def points_of(count, d, seed=0):
 
 
 def exact(points, centroids):
-    """Squared distance of each point to its nearest centroid, in float64."""
+    """Return the squared distance of each point to its nearest centroid, in float64."""
     return torch.cdist(points.double(), centroids.double()).square().min(1).values
 
 
-def test_the_objective_is_that_of_the_codes_and_of_a_float64_search():
+def test_objective_matches_a_float64_search():
     points = points_of(5000, 4)
     result = kmeans(points, 64)
-    own = (points.double() - result.centroids.double()[result.codes]).square().sum().item()
-    assert result.objective == pytest.approx(own, rel=1e-5)
-    assert own <= exact(points, result.centroids).sum().item() * (1 + 1e-3)
+    error = (points.double() - result.centroids.double()[result.codes]).square().sum().item()
+    assert result.objective == pytest.approx(error, rel=1e-5)
+    assert error <= exact(points, result.centroids).sum().item() * (1 + 1e-3)
 
 
 @pytest.mark.parametrize(("count", "d", "k"), [(4000, 4, 64), (6000, 8, 256), (12_000, 4, 300)])
-def test_it_is_as_good_as_scikit_learn(count, d, k):
-    """The mean over seeds: a single local minimum may lie 1% off either way."""
+def test_kmeans_is_as_good_as_scikit_learn(count, d, k):
+    """Averaged over seeds, because single local minima differ by 1%."""
     points = points_of(count, d)
     reference = sum(
         KMeans(k, n_init=1, max_iter=20, random_state=seed).fit(points.numpy()).inertia_
@@ -47,22 +47,22 @@ def test_it_is_as_good_as_scikit_learn(count, d, k):
     scale=st.sampled_from([1e-4, 1.0, 100.0]),
     seed=st.integers(0, 99),
 )
-def test_assignment_is_nearest_in_float64(k, d, offset, scale, seed):
-    """To the digits that a point's own distance keeps, and float32's of its squared length."""
+def test_assign_finds_the_nearest_centroid(k, d, offset, scale, seed):
+    """Within the rounding of the packed distance, and of the point's squared norm in float32."""
     points = points_of(500, d, seed) * scale + offset * scale
-    points[::50] += 1e3 * scale  # outliers, which take no digits from the rest
+    points[::50] += 1e3 * scale  # outliers must not cost the others precision
     centroids = points_of(k, d, seed + 1) * scale + offset * scale
     codes = assign(points, centroids)
-    own = (points.double() - centroids.double()[codes]).square().sum(1)
+    errors = (points.double() - centroids.double()[codes]).square().sum(1)
     best = exact(points, centroids)
     centred = points.double() - centroids.double().mean(0)
-    # The mean is subtracted in float32, an error that grows with what is common to all.
+    # The mean is subtracted in float32, with an error in proportion to the common offset.
     rounding = 2e-6 * centred.square().sum(1) + 4e-7 * scale * abs(offset) * centred.norm(dim=1)
-    assert (own - best <= 1.01 * 2**-13 * best + rounding).all()
+    assert (errors - best <= 1.01 * 2**-13 * best + rounding).all()
 
 
 def with_outliers(k, times, count=20_000):
-    """Blocks of 4 of which one in 1,000 is so many times as long, and k of them as centroids."""
+    """Return blocks of 4, every 1,000th scaled, and k of them as centroids."""
     points = points_of(count, 4)
     points[::1000] *= times
     order = torch.randperm(count, generator=torch.Generator().manual_seed(1))
@@ -71,7 +71,7 @@ def with_outliers(k, times, count=20_000):
 
 @pytest.mark.parametrize("times", [1, 30, 1000])
 @pytest.mark.parametrize("k", [256, 1024])
-def test_outliers_cost_the_others_nothing(k, times):
+def test_assign_is_exact_beside_outliers(k, times):
     points, centroids = with_outliers(k, times)
     lost = (points.double() - centroids.double()[assign(points, centroids)]).square().sum(1)
     ordinary = points.norm(dim=1) < 10
@@ -81,12 +81,12 @@ def test_outliers_cost_the_others_nothing(k, times):
 
 @pytest.mark.parametrize("k", [16, 256, 1024, 2048])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_a_code_depends_on_its_own_point_alone(k, weighted):
-    """Whole numbers, so that sums are exact in any order: in chunks of any size, in company of any
-    kind, the codes are the same."""
+def test_assign_treats_points_independently(k, weighted):
+    """With integer values sums are exact in any order, so codes must be equal for any chunk size
+    and any other points."""
     points = (points_of(3000, 4) * 4).round()
     centroids = (points_of(k, 4, 1) * 4).round()
-    centroids[-1] -= centroids.sum(0) - (centroids.sum(0) / k).round() * k  # a whole mean
+    centroids[-1] -= centroids.sum(0) - (centroids.sum(0) / k).round() * k  # a full mean
     weights = points_of(3000, 4, 2).abs().ceil() if weighted else None
     if weighted:
         weights[:, 3] = 8 - weights[:, :3].clamp_(max=2).sum(1)  # of mean 2
@@ -100,14 +100,14 @@ def test_a_code_depends_on_its_own_point_alone(k, weighted):
     assert torch.equal(assign(points[alone], centroids, weights=own), codes[alone])
 
 
-def test_planted_clusters_are_found():
+def test_kmeans_finds_planted_clusters():
     centres = points_of(40, 6, 1) * 50
     points = centres.repeat(50, 1) + points_of(2000, 6, 2) * 0.01
     found = kmeans(points, 40).centroids
     assert torch.cdist(centres, found).min(1).values.max() < 0.1
 
 
-def test_a_seed_reproduces_and_the_global_generator_is_untouched():
+def test_seed_reproduces_and_global_generator_is_unchanged():
     points = points_of(3000, 4)
     torch.manual_seed(7)
     before = torch.get_rng_state()
@@ -117,7 +117,7 @@ def test_a_seed_reproduces_and_the_global_generator_is_untouched():
     assert not torch.equal(first.centroids, other.centroids)
 
 
-def test_no_empty_cluster_even_with_nine_zero_blocks_in_ten():
+def test_no_empty_cluster_with_90_percent_zero_blocks():
     points = points_of(5000, 4)
     points[500:] = 0
     result = kmeans(points, 64)
@@ -135,19 +135,19 @@ def test_fewer_distinct_points_than_centroids():
     assert kmeans(torch.zeros(3, 2), 4).objective == 0
 
 
-def test_a_sample_first_is_as_good_as_all_points_throughout():
-    """256 points per centroid in the sample, as in real use; the mean over seeds, since a single
-    local minimum may lie 1% off either way."""
+def test_sampling_keeps_the_objective():
+    """With 256 points per centroid in the sample, as in real use; averaged over seeds, because
+    single local minima differ by 1%."""
     points = points_of(20_000, 4)
-    sampled, whole = (
+    sampled, full = (
         sum(kmeans(points, 16, seed=seed, sample_size=size).objective for seed in range(5))
         for size in (4096, 10**9)
     )
-    assert sampled <= whole * 1.01
+    assert sampled <= full * 1.01
     assert len(kmeans(points, 16, sample_size=4096).codes) == len(points)
 
 
-def test_a_warm_start_goes_on_from_where_it_was():
+def test_init_continues_from_centroids():
     points = points_of(4000, 4)
     cold = kmeans(points, 64, n_iter=30)
     warm = kmeans(points + 1e-4, 64, n_iter=2, init=cold.centroids)
@@ -155,21 +155,21 @@ def test_a_warm_start_goes_on_from_where_it_was():
     assert warm.n_iter <= 2
 
 
-def test_more_iterations_never_hurt():
+def test_more_iterations_lower_the_objective():
     points = points_of(4000, 4)
     objectives = [kmeans(points, 64, n_iter=n).objective for n in (1, 3, 10, 30)]
     assert objectives == sorted(objectives, reverse=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_input_is_clustered_in_float32(dtype):
+def test_half_precision_points_are_computed_in_float32(dtype):
     points = points_of(2000, 4).to(dtype)
     result = kmeans(points, 32)
     assert result.centroids.dtype == torch.float32
     assert result.objective == pytest.approx(kmeans(points.float(), 32).objective)
 
 
-def test_the_scratch_is_bounded():
+def test_chunk_rows_bounds_the_memory():
     for k in (2, 16, 256, 4096, 65536):
         rows = chunk_rows(k)
         assert rows >= 1 and rows * k * 4 <= max(MAX_BYTES, 4 * k)
@@ -178,8 +178,8 @@ def test_the_scratch_is_bounded():
 
 
 @pytest.mark.parametrize(("k", "count"), [(256, 800_000), (1024, 300_000)])
-def test_many_chunks_leave_no_holes_in_the_heap(k, count):
-    """A scratch that is freed and asked for anew with each chunk leaves them: up to a gigabyte."""
+def test_assign_does_not_fragment_the_heap(k, count):
+    """Scratch memory allocated per chunk would leave up to a gigabyte of them."""
     before = f"""
 import torch
 from hf_quantnoise.quantizers import assign
@@ -191,15 +191,15 @@ assign(points[:2000], centroids)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_entries_that_are_not_finite_are_counted(bad):
+def test_entries_that_are_not_finite_raise(bad):
     points = points_of(100, 4)
     points[3, 1] = bad
-    with pytest.raises(ValueError, match="1 entries of 400 that are NaN or infinite"):
+    with pytest.raises(ValueError, match="1 of 400 entries are NaN"):
         kmeans(points, 4)
 
 
-def test_bad_shapes_are_named():
-    with pytest.raises(ValueError, match=r"points of shape \(0, 4\)"):
+def test_invalid_shapes_raise():
+    with pytest.raises(ValueError, match=r"points.*\(0, 4\)"):
         kmeans(torch.zeros(0, 4), 4)
-    with pytest.raises(ValueError, match=r"init of shape \(3, 4\) does not fit 4 centroids of 4"):
+    with pytest.raises(ValueError, match=r"init.*\(3, 4\).*\(4, 4\)"):
         kmeans(points_of(10, 4), 4, init=torch.zeros(3, 4))

@@ -1,4 +1,4 @@
-"""Both quantizers against the paper's equations in float64."""
+"""Fixed-point and product quantizers against the paper's equations in float64."""
 
 import json
 import math
@@ -31,13 +31,13 @@ def matrix_of(rows=96, columns=32, seed=0):
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS, ids=str)
 class TestEveryQuantizer:
-    def test_quantizing_twice_is_quantizing_once(self, quantizer):
+    def test_quantize_is_idempotent(self, quantizer):
         matrix = matrix_of()
         state = quantizer.fit(matrix)
         once = quantizer.quantize(matrix, state)
         assert torch.equal(quantizer.quantize(once, state), once)
 
-    def test_codes_fit_their_bits_and_the_state_its_spec(self, quantizer):
+    def test_codes_and_state_match_the_spec(self, quantizer):
         matrix = matrix_of()
         state = quantizer.fit(matrix)
         codes = quantizer.encode(matrix, state)
@@ -48,10 +48,10 @@ class TestEveryQuantizer:
             k: s for k, (s, _) in spec.items()
         }
 
-    def test_it_survives_json(self, quantizer):
+    def test_json_round_trip(self, quantizer):
         assert quantizer_from_dict(json.loads(json.dumps(quantizer.to_dict()))) == quantizer
 
-    def test_it_is_deterministic(self, quantizer):
+    def test_fit_is_deterministic(self, quantizer):
         matrix = matrix_of()
         first, again = quantizer.fit(matrix, seed=3), quantizer.fit(matrix, seed=3)
         assert all(torch.equal(first[key], again[key]) for key in first)
@@ -62,7 +62,7 @@ class TestEveryQuantizer:
         result = quantizer.quantize(matrix, quantizer.fit(matrix))
         assert result.dtype == dtype and torch.isfinite(result).all()
 
-    def test_nan_is_refused(self, quantizer):
+    def test_nan_raises(self, quantizer):
         matrix = matrix_of()
         matrix[0, 0] = math.nan
         with pytest.raises(ValueError, match="NaN"):
@@ -79,7 +79,7 @@ class TestEveryQuantizer:
     scale=st.sampled_from([1e-3, 1.0, 50.0]),
     seed=st.integers(0, 999),
 )
-def test_intn_is_eq_2(bits, offset, scale, seed):
+def test_fixed_point_is_eq_2(bits, offset, scale, seed):
     matrix = matrix_of(8, 12, seed) * scale + offset * scale
     quantizer = FixedPointQuantizer(bits=bits)
     state = quantizer.fit(matrix)
@@ -87,16 +87,16 @@ def test_intn_is_eq_2(bits, offset, scale, seed):
     exact = matrix.double()
     s = (exact.max() - exact.min()) / (2**bits - 1)
     assert float(state["scale"]) == pytest.approx(float(s), rel=1e-5)
-    # Within half a step, and half a step more where rounding z moved the ends of the range.
+    # Half a step, and half a step more if rounding z moved the ends of the range.
     assert (result - exact).abs().max() <= s * (1 + 1e-4) + 1e-6 * exact.abs().max()
     assert result.unique().numel() <= 2**bits
     z = torch.round(exact.min() / s)
     reference = (torch.round(exact / s).clamp(z, z + 2**bits - 1)) * s
-    near_half = ((exact / s).frac().abs() - 0.5).abs() < 1e-3  # float32 may round these otherwise
+    near_half = ((exact / s).frac().abs() - 0.5).abs() < 1e-3  # float32 may round these differently
     torch.testing.assert_close(result[~near_half], reference[~near_half], rtol=1e-3, atol=1e-5)
 
 
-def test_int4_uses_sixteen_levels_and_not_the_scale_of_int8():
+def test_int4_uses_sixteen_levels():
     matrix = matrix_of(200, 32)
     quantizer = FixedPointQuantizer(bits=4)
     state = quantizer.fit(matrix)
@@ -114,7 +114,7 @@ def test_constant_matrices_are_reproduced(bits, value):
     assert torch.equal(quantizer.quantize(matrix, quantizer.fit(matrix)), matrix)
 
 
-def test_more_bits_never_hurt():
+def test_more_bits_lower_the_error():
     matrix = matrix_of()
     errors = []
     for bits in range(1, 9):
@@ -123,7 +123,7 @@ def test_more_bits_never_hurt():
     assert errors == sorted(errors, reverse=True)
 
 
-def test_outliers_after_the_fit_are_clamped():
+def test_values_outside_the_range_are_clamped():
     matrix = matrix_of()
     quantizer = FixedPointQuantizer(bits=8)
     state = quantizer.fit(matrix)
@@ -136,18 +136,18 @@ def test_outliers_after_the_fit_are_clamped():
 # ---- section 3.2 ---------------------------------------------------------------------------------
 
 
-def test_each_block_becomes_its_nearest_centroid():
+def test_quantize_uses_the_nearest_centroid():
     matrix = matrix_of()
     quantizer = ProductQuantizer(block_size=4, n_centroids=16)
     state = quantizer.fit(matrix)
     blocks = matrix.reshape(-1, 4).double()
     codebook = state["codebook"].double()
     distances = torch.cdist(blocks, codebook).square()
-    own = (quantizer.quantize(matrix, state).reshape(-1, 4).double() - blocks).square().sum(1)
-    assert (own - distances.min(1).values).max() <= 2e-4 * blocks.square().sum(1).max()
+    errors = (quantizer.quantize(matrix, state).reshape(-1, 4).double() - blocks).square().sum(1)
+    assert (errors - distances.min(1).values).max() <= 2e-4 * blocks.square().sum(1).max()
 
 
-def test_decode_is_differentiable_and_sums_over_blocks():
+def test_decode_gradient_sums_over_blocks():
     quantizer = ProductQuantizer(block_size=4, n_centroids=16)
     state = quantizer.fit(matrix_of())
     codes = quantizer.encode(matrix_of(), state)
@@ -160,7 +160,7 @@ def test_decode_is_differentiable_and_sums_over_blocks():
 
 
 @pytest.mark.parametrize("bits", [16, 8])
-def test_small_centroids_are_used_as_stored_and_pass_gradients(bits):
+def test_16_and_8_bit_centroids_are_used_as_stored(bits):
     quantizer = ProductQuantizer(block_size=4, n_centroids=16, codebook_bits=bits)
     huge = matrix_of() * 1e6  # beyond float16: clamped, not infinite
     assert torch.isfinite(quantizer.quantize(huge, quantizer.fit(huge))).all()
@@ -174,7 +174,7 @@ def test_small_centroids_are_used_as_stored_and_pass_gradients(bits):
     }
     read = quantizer.from_storage(written)
     assert torch.equal(quantizer.decode(codes, read), used)
-    # Written again, the file is the same.
+    # Saving again gives the same file.
     again = {key: quantizer.to_storage(key, value, read) for key, value in read.items()}
     assert all(torch.equal(again[key], written[key]) for key in written)
     state["codebook"].requires_grad_()
@@ -184,7 +184,7 @@ def test_small_centroids_are_used_as_stored_and_pass_gradients(bits):
     )
 
 
-def test_eight_bit_centroids_are_eq_2_on_the_codebook():
+def test_8_bit_centroids_are_eq_2_on_the_codebook():
     quantizer = ProductQuantizer(block_size=4, n_centroids=16, codebook_bits=8)
     state = quantizer.fit(matrix_of())
     codebook = state["codebook"].double()
@@ -195,7 +195,7 @@ def test_eight_bit_centroids_are_eq_2_on_the_codebook():
     assert quantizer.packed_bytes(96, 32) == 16 * 4 + 8 + 96 * 8 // 2
 
 
-def test_the_scale_of_eight_bit_centroids_follows_them_in_training_only():
+def test_scale_of_8_bit_centroids_is_updated_in_training_only():
     quantizer = ProductQuantizer(block_size=4, n_centroids=16, codebook_bits=8)
     state = quantizer.fit(matrix_of())
     before = float(state["codebook_scale"])
@@ -207,7 +207,7 @@ def test_the_scale_of_eight_bit_centroids_follows_them_in_training_only():
     assert float(state["codebook_scale"]) == pytest.approx(2 * before)
 
 
-def test_bytes_by_the_formula_of_section_3_3():
+def test_packed_bytes_match_section_3_3():
     assert ProductQuantizer(8, 256).packed_bytes(768, 3072) == (32 * 256 * 8 + 8 * 768 * 384) // 8
     assert ProductQuantizer(4, 16, 16).packed_bytes(10, 12) == (16 * 16 * 4 + 4 * 30) // 8
     assert ProductQuantizer(4, 31).code_bits == 5
@@ -215,14 +215,14 @@ def test_bytes_by_the_formula_of_section_3_3():
 
 
 @pytest.mark.parametrize(
-    ("shape", "words"),
+    ("shape", "reason"),
     [((8, 30), "block size 4 does not divide its 30 columns"), ((2, 32), "only 16 blocks for 16")],
 )
-def test_what_cannot_be_taken_says_why(shape, words):
-    assert words in ProductQuantizer(block_size=4, n_centroids=16).check(*shape)
+def test_check_returns_the_reason(shape, reason):
+    assert reason in ProductQuantizer(block_size=4, n_centroids=16).check(*shape)
 
 
-def test_unknown_plans_are_refused():
+def test_unknown_scheme_and_field_raise():
     with pytest.raises(ValueError, match="unknown quantizer 'lattice'"):
         quantizer_from_dict({"scheme": "lattice"})
     with pytest.raises(ValueError, match="rotation"):

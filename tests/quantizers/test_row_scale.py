@@ -1,4 +1,4 @@
-"""A scale per row beside the codebook: fitted, stored in float16, trained, worth its bytes."""
+"""row_scale: fit, float16 storage, gradients, and error at equal bytes."""
 
 import pytest
 import torch
@@ -16,31 +16,31 @@ def normal(*shape, seed=0):
 
 
 def error_of(quantizer, matrix, importance=None):
-    """Squared error in float64, of the decoded matrix written out by hand."""
+    """Return the squared error in float64, from the definition of decode."""
     state = quantizer.fit(matrix, importance=importance)
     codes = quantizer.encode(matrix, state, importance)
     codebook = quantizer.centroids(state).double()
     decoded = codebook[codes.long()].flatten(1)
     if quantizer.row_scale:
         decoded = decoded * state["row_scale"].half().double()
-    lost = (decoded - matrix.double()).square()
-    return float((lost if importance is None else importance * lost).sum())
+    squares = (decoded - matrix.double()).square()
+    return float((squares if importance is None else importance * squares).sum())
 
 
-def test_rows_of_very_different_norms_are_nearer_at_equal_bytes():
-    """Equal bytes: float16 centroids pay for the scales."""
+def test_row_scale_helps_rows_of_different_norms():
+    """Float16 centroids offset the bytes of the scales."""
     matrix = normal(96, 256) * normal(96, 1, seed=1).mul(1.5).exp()
     scaled = ProductQuantizer(block_size=4, n_centroids=32, codebook_bits=16, row_scale=True)
-    plain = ProductQuantizer(block_size=4, n_centroids=32)
+    unscaled = ProductQuantizer(block_size=4, n_centroids=32)
     codes = 96 * 64 * 5 // 8
     assert scaled.packed_bytes(96, 256) == codes + 32 * 4 * 2 + 96 * 2
-    assert scaled.packed_bytes(96, 256) <= plain.packed_bytes(96, 256) == codes + 32 * 4 * 4
-    assert error_of(scaled, matrix) < 0.8 * error_of(plain, matrix)
+    assert scaled.packed_bytes(96, 256) <= unscaled.packed_bytes(96, 256) == codes + 32 * 4 * 4
+    assert error_of(scaled, matrix) < 0.8 * error_of(unscaled, matrix)
 
 
 @pytest.mark.parametrize("bits", [32, 16, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_it_is_no_worse_on_rows_that_are_alike(bits, dtype):
+def test_row_scale_is_not_worse_on_similar_rows(bits, dtype):
     matrix = normal(96, 64).to(dtype)
     errors = [
         error_of(ProductQuantizer(4, 32, bits, row_scale=scaled), matrix)
@@ -49,30 +49,30 @@ def test_it_is_no_worse_on_rows_that_are_alike(bits, dtype):
     assert errors[1] < 1.01 * errors[0]
 
 
-def test_importance_weighs_the_scaled_error():
+def test_importance_lowers_the_weighted_error():
     matrix = normal(96, 64) * normal(96, 1, seed=1).exp()
     importance = normal(1, 64, seed=2).mul(1.5).exp()
     quantizer = ProductQuantizer(4, 32, row_scale=True)
-    plain = quantizer.fit(matrix)
-    lost = (quantizer.quantize(matrix, plain) - matrix).double().square()
-    assert error_of(quantizer, matrix, importance) < 0.8 * float((importance * lost).sum())
+    unscaled = quantizer.fit(matrix)
+    squares = (quantizer.quantize(matrix, unscaled) - matrix).double().square()
+    assert error_of(quantizer, matrix, importance) < 0.8 * float((importance * squares).sum())
 
 
-def test_the_scale_is_the_least_squares_one_for_its_codewords():
+def test_scale_is_the_least_squares_solution():
     matrix = normal(96, 64) * normal(96, 1, seed=1).exp()
     quantizer = ProductQuantizer(4, 32, row_scale=True, n_iter=100)
     state = quantizer.fit(matrix)
     codebook = state["codebook"].double()
     codes = quantizer.encode(matrix, state).long()
-    words, exact = codebook[codes].flatten(1), matrix.double()
-    expected = (words * exact).sum(1) / words.square().sum(1)
-    # Codes are chosen once more after the scale was set: a few blocks at the border may move.
+    decoded, exact = codebook[codes].flatten(1), matrix.double()
+    expected = (decoded * exact).sum(1) / decoded.square().sum(1)
+    # Encoding after the last scale update may change the codes of a few blocks.
     apart = (state["row_scale"][:, 0].double() / expected - 1).abs()
     assert apart.median() < 0.005 and apart.max() < 0.1
 
 
 @pytest.mark.parametrize("factor", [1e-12, 1e6])
-def test_zero_rows_and_rows_far_from_the_rest(factor):
+def test_zero_and_tiny_rows(factor):
     matrix = normal(96, 64)
     matrix[3] = 0
     matrix[7] *= 1e-25
@@ -80,15 +80,15 @@ def test_zero_rows_and_rows_far_from_the_rest(factor):
     quantizer = ProductQuantizer(4, 32, row_scale=True)
     decoded = quantizer.quantize(matrix, quantizer.fit(matrix))
     assert torch.isfinite(decoded).all() and not decoded[3].any()
-    lost = (decoded - matrix).double().square().sum()
-    assert lost < 0.6 * matrix.double().square().sum()
+    squares = (decoded - matrix).double().square().sum()
+    assert squares < 0.6 * matrix.double().square().sum()
     zeros = torch.zeros(96, 64)
     assert not quantizer.quantize(zeros, quantizer.fit(zeros)).any()
 
 
 @pytest.mark.parametrize("kind", ["linear", "embedding"])
-def test_gradients_reach_scales_and_centroids(kind):
-    """From the dense gradient in float64: ds_r = <g_r, codewords_r>, dc = mean of s_r g_b."""
+def test_gradients_of_scales_and_centroids(kind):
+    """From the dense gradient in float64: ds_r = <g_r, centroids_r>, dc = mean of s_r g_b."""
     layer = nn.Linear(32, 48, bias=False) if kind == "linear" else nn.Embedding(48, 32)
     layer.weight.data = normal(48, 32) * normal(48, 1, seed=1).exp()
     quantizer = ProductQuantizer(4, 8, row_scale=True)
@@ -100,8 +100,8 @@ def test_gradients_reach_scales_and_centroids(kind):
     (used * upstream).sum().backward()
     (layer(inputs) * upstream).sum().backward()
     codes = layer.codes().long()
-    words = layer.weight_codebook.detach().double()[codes].flatten(1)
-    expected = (dense.grad * words).sum(1, keepdim=True)
+    decoded = layer.weight_codebook.detach().double()[codes].flatten(1)
+    expected = (dense.grad * decoded).sum(1, keepdim=True)
     torch.testing.assert_close(layer.weight_row_scale.grad.double(), expected, rtol=1e-4, atol=1e-4)
     scale = layer.weight_row_scale.detach().half().double()
     blocks, flat = (dense.grad * scale).reshape(-1, 4), codes.flatten()
@@ -110,7 +110,7 @@ def test_gradients_reach_scales_and_centroids(kind):
 
 
 @pytest.mark.parametrize(("name", "bits"), [("bert", 32), ("bert-mlm", 8), ("gpt2", 16)])
-def test_a_model_comes_back_bit_equal_after_a_step(name, bits, input_ids, tmp_path):
+def test_model_save_load_is_bit_equal_after_a_step(name, bits, input_ids, tmp_path):
     config = IPQConfig(n_centroids=16, row_scale=True, codebook_bits=bits)
     model = quantize_model(make_model(name), config, progress=False)
     assert all("weight_row_scale" in dict(layer.named_parameters(recurse=False))
@@ -137,7 +137,7 @@ def test_a_model_comes_back_bit_equal_after_a_step(name, bits, input_ids, tmp_pa
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_half_precision_model_comes_back_bit_equal(dtype, input_ids, tmp_path):
+def test_half_precision_model_save_load_is_bit_equal(dtype, input_ids, tmp_path):
     config = IPQConfig(n_centroids=16, row_scale=True)
     model = quantize_model(make_model("bert").to(dtype), config, progress=False)
     model.save_pretrained(tmp_path)
@@ -159,7 +159,7 @@ def test_depthwise_convolutions_have_a_scale_per_channel():
     assert torch.isfinite(model(pixels).logits).all()
 
 
-def test_a_head_that_is_a_table_too_with_importance():
+def test_tied_head_with_importance():
     model = make_model("gpt2")
     table, head = model.transformer.wte, model.lm_head
     ids = [{"input_ids": torch.arange(20)[None]}]
@@ -168,6 +168,6 @@ def test_a_head_that_is_a_table_too_with_importance():
     assert table.weight_row_scale is head.weight_row_scale
 
 
-def test_a_flag_that_is_none_is_refused():
-    with pytest.raises(ValueError, match="row_scale='yes'"):
+def test_invalid_row_scale_raises():
+    with pytest.raises(ValueError, match="row_scale.*'yes'"):
         IPQConfig(row_scale="yes")

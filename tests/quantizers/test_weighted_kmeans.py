@@ -1,4 +1,4 @@
-"""k-means with a weight for each number, against float64 sums written out."""
+"""k-means with a weight per element, against float64 references."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ def normal(*shape, seed=0):
 
 
 def uneven(*shape, seed=9, spread=3.0):
-    """Weights over several orders of magnitude."""
+    """Return weights over several orders of magnitude."""
     return (normal(*shape, seed=seed) * spread).exp()
 
 
@@ -32,7 +32,7 @@ def distances(points, centroids, weights):
     spread=st.sampled_from([0.0, 1.0, 3.0]),
     seed=st.integers(0, 99),
 )
-def test_codes_are_nearest_by_the_weighted_distance(k, d, offset, spread, seed):
+def test_assign_minimizes_the_weighted_distance(k, d, offset, spread, seed):
     points, centroids = normal(300, d, seed=seed) + offset, normal(k, d, seed=seed + 1) + offset
     weights = uneven(300, d, seed=seed, spread=spread)
     reference = distances(points, centroids, weights)
@@ -44,7 +44,7 @@ def test_codes_are_nearest_by_the_weighted_distance(k, d, offset, spread, seed):
 
 
 @pytest.mark.parametrize("k", [256, 1024])
-def test_heavy_points_and_outliers_take_no_digits_from_the_rest(k):
+def test_assign_is_exact_beside_heavy_points_and_outliers(k):
     points, weights = normal(4000, 4), uneven(4000, 4, spread=1.0)
     weights[::1000] *= 1e9
     points[1::1000] *= 1000
@@ -57,13 +57,13 @@ def test_heavy_points_and_outliers_take_no_digits_from_the_rest(k):
 
 
 @pytest.mark.parametrize("power", [-110, 110])
-def test_the_unit_of_the_weights_of_a_point_changes_no_code(power):
+def test_assign_is_invariant_to_the_scale_of_weights(power):
     points, weights = normal(2000, 4), uneven(2000, 4, spread=1.0)
     codes = assign(points, points[:64], weights=weights)
     assert torch.equal(codes, assign(points, points[:64], weights=weights * 2.0**power))
 
 
-def test_centroids_are_weighted_means_coordinate_by_coordinate():
+def test_centroids_are_weighted_means():
     points, weights = normal(3000, 4), uneven(3000, 4, spread=1.0)
     result = kmeans(points, 16, weights=weights, n_iter=200)
     for k in range(16):
@@ -75,7 +75,7 @@ def test_centroids_are_weighted_means_coordinate_by_coordinate():
     assert result.objective == pytest.approx(float(own), rel=1e-4)
 
 
-def test_one_weight_per_point_is_as_good_as_scikit_learn():
+def test_weights_per_point_are_as_good_as_scikit_learn():
     points, weights = normal(4000, 4), uneven(4000, 1, spread=1.0)
     reference = sum(
         KMeans(32, n_init=1, max_iter=20, random_state=seed)
@@ -89,30 +89,30 @@ def test_one_weight_per_point_is_as_good_as_scikit_learn():
     assert own[0].objective <= float(exact) * (1 + 1e-3)
 
 
-def test_equal_weights_are_no_weights():
+def test_equal_weights_match_no_weights():
     points = normal(5000, 4)
-    plain = kmeans(points, 32, n_iter=5).objective
+    unweighted = kmeans(points, 32, n_iter=5).objective
     for weights in (torch.full((5000, 4), 0.3), torch.full((5000, 1), 0.3)):
         assert kmeans(points, 32, n_iter=5, weights=weights).objective == pytest.approx(
-            0.3 * plain, rel=0.02
+            0.3 * unweighted, rel=0.02
         )
 
 
-def test_a_sample_first_and_more_iterations_lower_the_weighted_objective():
+def test_sampling_and_iterations_with_weights():
     points, weights = normal(20_000, 4), uneven(20_000, 4, spread=1.0)
     objectives = [kmeans(points, 16, weights=weights, n_iter=n).objective for n in (1, 4, 20)]
     assert objectives == sorted(objectives, reverse=True)
-    sampled, whole = (
+    sampled, full = (
         sum(
             kmeans(points, 16, weights=weights, seed=seed, sample_size=size).objective
             for seed in range(4)
         )
         for size in (4096, 10**9)
     )
-    assert sampled <= whole * 1.02
+    assert sampled <= full * 1.02
 
 
-def test_empty_clusters_restart_where_weighted_errors_are():
+def test_empty_clusters_restart():
     points, weights = normal(4000, 4), uneven(4000, 4)
     start = torch.cat([points[:1], torch.full((31, 4), 1e4)])
     result = kmeans(points, 32, weights=weights, init=start)
@@ -121,8 +121,8 @@ def test_empty_clusters_restart_where_weighted_errors_are():
 
 @pytest.mark.parametrize("bits", [32, 16, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_the_weighted_error_of_a_matrix_falls(bits, dtype):
-    """||X (W - W_q)^T||^2 in float64, on inputs whose second moments differ by orders."""
+def test_importance_lowers_the_output_error(bits, dtype):
+    """||X (W - W_q)^T||^2 in float64, on inputs of very different second moments."""
     inputs = normal(500, 32, seed=3) * uneven(32, spread=1.5)
     matrix = normal(96, 32).to(dtype)
     importance = inputs.square().sum(0)[None]
@@ -131,12 +131,12 @@ def test_the_weighted_error_of_a_matrix_falls(bits, dtype):
     for weights in (None, importance / importance.mean()):
         state = quantizer.fit(matrix, importance=weights)
         codes = quantizer.encode(matrix, state, weights)
-        lost = quantizer.decode(codes, state).double() - matrix.double()
-        errors.append(float((inputs.double() @ lost.t()).square().sum()))
+        difference = quantizer.decode(codes, state).double() - matrix.double()
+        errors.append(float((inputs.double() @ difference.t()).square().sum()))
     assert errors[1] < 0.5 * errors[0]
 
 
-def test_weights_by_row_are_weights_of_whole_blocks():
+def test_importance_per_row_is_a_weight_per_block():
     matrix, rows = normal(96, 32), uneven(96, 1, spread=1.0)
     quantizer = ProductQuantizer(block_size=4, n_centroids=16)
     by_row = quantizer.fit(matrix, importance=rows)["codebook"]
@@ -149,11 +149,11 @@ def test_weights_by_row_are_weights_of_whole_blocks():
     assert errors[0] == pytest.approx(errors[1], rel=0.02) and errors[0] < 0.95 * errors[2]
 
 
-def test_bad_weights_are_named():
-    with pytest.raises(ValueError, match=r"weights of shape \(10, 3\) do not fit points of shape"):
+def test_invalid_weights_raise():
+    with pytest.raises(ValueError, match=r"weights.*\(10, 3\).*\(10, 4\)"):
         kmeans(normal(10, 4), 2, weights=torch.ones(10, 3))
     for bad in (0.0, -1.0, float("nan")):
         weights = torch.ones(10, 4)
         weights[2, 1] = bad
-        with pytest.raises(ValueError, match="weights must be finite and above 0"):
+        with pytest.raises(ValueError, match="weights.*above 0"):
             kmeans(normal(10, 4), 2, weights=weights)

@@ -106,3 +106,8 @@ def inputs_of(name: str) -> dict:
     ids = torch.randint(5, 320, (2, 9), generator=generator)
     more = {"decoder_input_ids": ids[:, :5]} if name in ("t5", "bart") else {}
     return {"input_ids": ids, **more}
+
+
+def logits(model: nn.Module, name: str = "bert") -> torch.Tensor:
+    """Return the logits of a model in eval mode for :func:`inputs_of` ``(name)``."""
+    return model.eval()(**inputs_of(name)).logits

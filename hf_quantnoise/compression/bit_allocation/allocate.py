@@ -17,8 +17,8 @@ from transformers import PreTrainedModel, Trainer
 
 from ...configuration import DENSE, IPQConfig, QuantizedModelConfig
 from ...distributed import broadcast_object, is_rank_0, on_any_rank
-from ...hub.packer import check_can_be_packed
-from ...modeling.restructure import restructured_copy
+from ...modeling.packer import check_can_be_packed
+from ...modeling.structural_changes import changed_copy
 from ...noise import find_state
 from .candidates import WeightChoices, choices_for
 from .knapsack import Option, allocate_bytes, smallest
@@ -127,7 +127,7 @@ def plan_bit_allocation(
     if find_state(model) is not None:
         raise ValueError("the model has quantization noise; call remove_quant_noise(model) first")
     target = check_target_can_be_met(model, config)
-    copy = restructured_copy(model, config).eval()
+    copy = changed_copy(model, config).eval()
     members = weights_to_store(copy, config)
     weights = [
         choices_for(own, config)

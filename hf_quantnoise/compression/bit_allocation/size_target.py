@@ -9,10 +9,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ...configuration import IPQConfig, QuantizedModelConfig
-from ...hub.packer import ModelPacker
-from ...modeling.copies import copy_of_shapes
+from ...modeling.model_copies import copy_on_meta
+from ...modeling.packer import ModelPacker
 from ...modeling.plan import stage_of, weights_of
-from ...modeling.restructure import restructured_copy
+from ...modeling.structural_changes import changed_copy
 from ...size import size_report
 from ...structure import LayerInfo, select_layers
 from .candidates import WeightChoices, choices_for
@@ -25,7 +25,7 @@ def file_bytes(model: PreTrainedModel, config: QuantizedModelConfig) -> int:
     Raises:
         ValueError: if the config cannot be carried out.
     """
-    shapes = copy_of_shapes(model)
+    shapes = copy_on_meta(model)
     ModelPacker(shapes, config).pack_skeletons()
     return size_report(shapes).total.disk_bytes
 
@@ -64,7 +64,7 @@ def check_within_target(model: PreTrainedModel, config: IPQConfig) -> None:
     Raises:
         ValueError: with both sizes, if it does not; or if it cannot be carried out.
     """
-    target, size = target_bytes(restructured_copy(model, config), config), file_bytes(model, config)
+    target, size = target_bytes(changed_copy(model, config), config), file_bytes(model, config)
     if size > target:
         raise ValueError(
             f"{config.target} allows {target:,} bytes and layer_quantizers makes a file of "
@@ -79,7 +79,7 @@ def check_target_can_be_met(model: PreTrainedModel, config: IPQConfig) -> int:
         ValueError: if the smallest allotment is larger, with its size and what would lower it; or
             if the model is as small as that already.
     """
-    shapes = restructured_copy(copy_of_shapes(model), config)
+    shapes = changed_copy(copy_on_meta(model), config)
     target, dense = target_bytes(shapes, config), size_report(shapes).total.disk_bytes
     if dense <= target:
         raise ValueError(

@@ -10,7 +10,7 @@ import torch
 from transformers import Trainer
 
 from ...hub.card import format_metrics
-from ...hub.packer import StageResult
+from ...modeling.packer import StageResult
 from ...size import size_report
 from .logs import codebook_use
 

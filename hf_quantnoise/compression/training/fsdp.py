@@ -1,12 +1,12 @@
-"""Training under FSDP2: a copy of the model is sharded and trained, and its numbers are put back.
+"""Training under FSDP2: a copy of the model is sharded and trained, its weights are copied back.
 
-``fully_shard`` changes modules for good: class, hooks, and a state that holds their parameters.
-Layers could not be packed there, nor models copied or saved layer by layer. So the trainer's own
-model stays as it is, whole, on each rank; what is trained is a copy that is taken anew each time.
+``fully_shard`` changes modules permanently: their class, hooks and the state that holds their
+parameters. Such layers cannot be packed, copied or saved one by one. So each rank keeps the
+trainer's own, unsharded model, and a new copy is sharded for each training.
 
-Not everything can be sharded. Packed layers are small and hold integers; scalars have no parts;
-a weight of several layers would belong to several groups of them. Such parameters stay whole on
-every rank ("replicated"), and their gradients are averaged as DDP would do it.
+Not everything can be sharded: packed layers are small and hold integers, scalars have no shards,
+and a weight of several layers would belong to several sharded units. Such parameters are replicated
+on every rank, and their gradients are averaged as DDP would do.
 """
 
 from __future__ import annotations
@@ -27,12 +27,11 @@ from ...distributed import (
     broadcast_object,
     full_tensor,
     on_any_rank,
-    split_like,
     sum_over_ranks,
 )
 from ...dynamic_subclass import DynamicSubclass
 from ...modeling import packed_layers
-from ...modeling.copies import copy_of_parameters
+from ...modeling.model_copies import copy_with_own_parameters
 from ...noise import find_state
 
 if TYPE_CHECKING:
@@ -40,55 +39,58 @@ if TYPE_CHECKING:
 
 
 def require_fsdp2(trainer: Trainer) -> None:
-    """Refuses what would be sharded otherwise than asked for, or not at all.
+    """Refuse settings that accelerate would ignore, or that change the noise.
 
     Raises:
-        ValueError: naming the field, and the way out.
+        ValueError: naming the field and an alternative.
     """
     if any(hasattr(parameter, "full_tensor") for parameter in trainer.model.parameters()):
         raise ValueError(
             "the model's parameters are sharded already (distributed_config, tp_plan or "
-            "fully_shard); load it without, and let the trainer shard it: TrainingArguments("
-            "fsdp=True, fsdp_config={'version': 2})"
+            "fully_shard); load it without, and set TrainingArguments(fsdp=True, "
+            "fsdp_config={'version': 2})"
         )
     if trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2:
         raise ValueError(
-            "fsdp_config={'version': 1}: FSDP1 flattens the weights of several layers into one, "
-            "and noise needs them one by one; set fsdp_config={'version': 2}"
+            "unsupported fsdp_config={'version': 1}: FSDP1 flattens the weights of several layers "
+            "into one tensor, but noise needs each of them; set fsdp_config={'version': 2}"
         )
     by_launcher = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
     if (trainer.args.fsdp or by_launcher) and not trainer.is_fsdp_enabled:
-        asked = f"fsdp={trainer.args.fsdp!r}" if trainer.args.fsdp else "FSDP by accelerate launch"
+        option = f"fsdp={trainer.args.fsdp!r}" if trainer.args.fsdp else "FSDP by accelerate launch"
         raise ValueError(
-            f"{asked}: accelerate shards on GPUs and other accelerators, and on "
-            f"{trainer.args.device} it would run DDP without a word; leave fsdp out there"
+            f"unsupported {option} on {trainer.args.device}: accelerate shards on accelerators "
+            "only, and would silently run DDP; remove fsdp"
         )
     if not trainer.is_fsdp_enabled:
         return
     if trainer.accelerator.state.fsdp_plugin.activation_checkpointing:
         raise ValueError(
-            "fsdp_config={'activation_checkpointing': True}: accelerate recomputes with other "
-            "random numbers than those of the forward, so with other noise and other dropout; set "
-            "gradient_checkpointing=True instead, which draws them again"
+            "unsupported fsdp_config={'activation_checkpointing': True}: accelerate recomputes "
+            "with other random numbers than in the forward, so with other noise and dropout; set "
+            "gradient_checkpointing=True instead"
         )
     if is_compiled(trainer):
         raise ValueError(
-            "torch_compile=True (or accelerate's dynamo_backend) does not go with fsdp yet; leave "
-            "one of the two out (with DDP it does)"
+            "unsupported torch_compile=True (or accelerate's dynamo_backend) with fsdp; remove one "
+            "of them, or use DDP"
         )
 
 
 def is_compiled(trainer: Trainer) -> bool:
-    """Whether a model is compiled to be trained: by ``torch_compile``, or by what ``accelerate
-    launch --dynamo_backend`` or ``accelerate config`` say."""
+    """Return whether models are compiled for training, by ``torch_compile`` or by the settings of
+    ``accelerate launch``."""
     plugin = trainer.accelerator.state.dynamo_plugin
     return trainer.args.torch_compile or plugin.backend != DynamoBackend.NO
 
 
 def share_what_rank_0_read(trainer: Trainer, *models: nn.Module) -> None:
-    """Gives all ranks the models that only rank 0 has read (``cpu_ram_efficient_loading``, which
-    ``accelerate config`` turns on): elsewhere ``from_pretrained`` leaves them without memory. What
-    is loaded from then on is read by each rank, as each has the whole model. On all ranks."""
+    """Broadcast models that only rank 0 has read from disk. Call on all ranks.
+
+    With ``cpu_ram_efficient_loading``, which ``accelerate config`` turns on, ``from_pretrained``
+    leaves them on the meta device on other ranks. It is turned off here for all later loading,
+    since each rank needs the complete model.
+    """
     if not trainer.is_fsdp_enabled:
         return
     for model in models:
@@ -101,26 +103,26 @@ def share_what_rank_0_read(trainer: Trainer, *models: nn.Module) -> None:
 
 @torch.no_grad()
 def take_from_rank_0(model: nn.Module) -> None:
-    """Parameters and persistent buffers of rank 0 on all ranks, where a model may have no memory.
-    What layers hold together they hold together afterwards."""
+    """Broadcast parameters and persistent buffers of rank 0; those of other ranks may be on the
+    meta device. Ties are kept."""
     taken: dict[int, Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        own = torch.empty_like(tensor, device="cpu") if tensor.is_meta else tensor
-        values = broadcast_from_rank_0(own.detach())
+        local = torch.empty_like(tensor, device="cpu") if tensor.is_meta else tensor
+        values = broadcast_from_rank_0(local.detach())
         if not tensor.is_meta:
             tensor.copy_(values)
             continue
         if isinstance(tensor, nn.Parameter):
             values = nn.Parameter(values, tensor.requires_grad)
-        holder, _, last = name.rpartition(".")
-        module = model.get_submodule(holder)
-        held = module._parameters if last in module._parameters else module._buffers
-        held[last] = taken.setdefault(id(tensor), values)
+        module_name, _, attribute = name.rpartition(".")
+        module = model.get_submodule(module_name)
+        tensors = module._parameters if attribute in module._parameters else module._buffers
+        tensors[attribute] = taken.setdefault(id(tensor), values)
 
 
 def replicated_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that are not sharded: those of packed layers, scalars, integers, and what
-    several modules hold. accelerate shards a head together with the table it is tied to."""
+    """Return the parameters that are not sharded: those of packed layers, scalars, integers, and
+    parameters of several modules, except a head tied to its table, which accelerate supports."""
     holders: dict[int, list[nn.Module]] = {}
     for module in model.modules():
         for parameter in module._parameters.values():
@@ -132,22 +134,22 @@ def replicated_parameters(model: nn.Module) -> list[nn.Parameter]:
     def is_replicated(parameter: nn.Parameter) -> bool:
         if id(parameter) in packed or parameter.dim() == 0 or not parameter.is_floating_point():
             return True
-        own = holders[id(parameter)]
-        return len(own) > 1 and not {id(module) for module in own} <= pair
+        modules = holders[id(parameter)]
+        return len(modules) > 1 and not {id(module) for module in modules} <= pair
 
     return [parameter for parameter in model.parameters() if is_replicated(parameter)]
 
 
 def units_to_shard(model: nn.Module, names: list[str] | None) -> list[str]:
-    """Names of the classes whose modules are sharded one by one.
+    """Return the names of the classes whose modules are sharded as units.
 
-    Layers that may be skipped have a class of their own (``shadow.py``). accelerate (1.15) takes
-    all of ``_no_split_modules`` where no names are given, and fails where one of them (BERT's
-    embeddings) holds the table that it shards by itself.
+    Layers that LayerDrop may skip have a dynamic subclass (``dynamic_subclass.py``). Without names,
+    accelerate (1.15) uses all of ``_no_split_modules``, and fails if one of them (BERT's
+    embeddings) contains the table that it shards separately.
 
     Args:
         model: the model.
-        names: what was asked for; None takes the model's ``_no_split_modules``.
+        names: requested by the user; None uses the model's ``_no_split_modules``.
     """
     by_default = names is None
     names = list(getattr(model, "_no_split_modules", None) or ()) if by_default else names
@@ -159,14 +161,14 @@ def units_to_shard(model: nn.Module, names: list[str] | None) -> list[str]:
         if original.__name__ in names and not holds_table:
             found[type(module).__name__] = original.__name__
     missing = set() if by_default else set(names) - set(found.values())
-    return [*found, *sorted(missing)]  # accelerate refuses a class that is not there
+    return [*found, *sorted(missing)]  # accelerate raises for missing classes
 
 
 class ShardedCopy:
-    """A copy of a trainer's model to shard and to train.
+    """A copy of a trainer's model that is sharded and trained.
 
     Args:
-        model: the model; it keeps its numbers until they are put back.
+        model: the model; its weights stay as they are until :meth:`put_back`.
         device: where the copy is trained.
 
     Attributes:
@@ -176,17 +178,18 @@ class ShardedCopy:
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self.original = model
-        self.model = copy_of_parameters(model)
+        self.model = copy_with_own_parameters(model)
         self._replicated = replicated_parameters(self.model)
         for tensor in self._replicated:
             tensor.data = tensor.data.to(device)
 
     @contextmanager
     def rules(self, accelerator: Accelerator) -> Iterator[None]:
-        """A context in which accelerate knows what to shard; all trainers share one plugin.
+        """Return a context in which accelerate shards the copy as described above.
 
-        Half precision is autocast, as under DDP. FSDP2's own would gather rounded weights, for
-        noise to look at, and would leave what is replicated in float32.
+        The plugin is restored afterwards, since all trainers share it. Half precision is done by
+        autocast, as under DDP: that of FSDP2 would show rounded weights to the noise and keep
+        replicated parameters in float32.
         """
         plugin = accelerator.state.fsdp_plugin
         changes = {
@@ -206,19 +209,21 @@ class ShardedCopy:
             vars(plugin).update(saved)
 
     def split_groups(self, groups: list[dict]) -> None:
-        """Gives replicated parameters groups of their own in an optimizer, in place: one call for
-        a whole group takes either kind."""
-        own = {id(parameter) for parameter in self._replicated}
+        """Move replicated parameters to separate groups of an optimizer, in place: fused updates of
+        a group need parameters of one kind."""
+        replicated = {id(parameter) for parameter in self._replicated}
         for group in list(groups):
-            kept = [p for p in group["params"] if id(p) in own]
-            if kept and len(kept) < len(group["params"]):
-                group["params"] = [p for p in group["params"] if id(p) not in own]
-                groups.append({**group, "params": kept})
+            moved = [p for p in group["params"] if id(p) in replicated]
+            if moved and len(moved) < len(group["params"]):
+                group["params"] = [p for p in group["params"] if id(p) not in replicated]
+                groups.append({**group, "params": moved})
 
     def average_gradients(self) -> None:
-        """The mean over the ranks of the gradients of replicated parameters; one that no rank has
-        used has none, and an optimizer neither moves nor decays it. After the last backward of an
-        optimizer step, on all ranks."""
+        """Average the gradients of replicated parameters over the ranks.
+
+        Parameters that no rank has used keep no gradient, so that the optimizer neither moves nor
+        decays them. Call after the last backward of an optimizer step, on all ranks.
+        """
         trained = [parameter for parameter in self._replicated if parameter.requires_grad]
         used = on_any_rank([parameter.grad is not None for parameter in trained])
         for parameter, is_used in zip(trained, used, strict=True):
@@ -229,27 +234,31 @@ class ShardedCopy:
             sum_over_ranks(parameter.grad).div_(torch.distributed.get_world_size())
 
     def spread_state(self, optimizer: torch.optim.Optimizer) -> None:
-        """Gives all ranks what rank 0 has of replicated parameters in an optimizer that was loaded:
-        torch (2.13) leaves it out on the others. On all ranks."""
+        """Broadcast the state of replicated parameters in an optimizer that was loaded, which torch
+        (2.13) restores on rank 0 only. Call on all ranks."""
         for parameter in self._replicated:
-            own = optimizer.state.get(parameter, {})
-            shared = broadcast_object({key: _on_cpu(value) for key, value in own.items()})
-            for key in shared.keys() - own.keys():
-                optimizer.state[parameter][key] = like_state_of(parameter, shared[key])
+            state = optimizer.state.get(parameter, {})
+            from_rank_0 = broadcast_object({key: _on_cpu(value) for key, value in state.items()})
+            for key in from_rank_0.keys() - state.keys():
+                value = from_rank_0[key]
+                # A scalar, such as the number of steps, stays on the CPU.
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    value = value.to(parameter.device)
+                optimizer.state[parameter][key] = value
 
     @torch.no_grad()
     def put_back(self) -> None:
-        """Gives the original the copy's numbers, on all ranks; buffers are those of rank 0."""
+        """Copy the weights back to the original, with the buffers of rank 0. Call on all ranks."""
         trained = dict(self.model.named_parameters())
         for name, parameter in self.original.named_parameters():
             parameter.copy_(full_tensor(trained[name]))
         buffers = dict(_persistent_buffers(self.model))
         for name, buffer in _persistent_buffers(self.original):
             buffer.copy_(broadcast_from_rank_0(buffers[name]))
-        noise, own = find_state(self.model), find_state(self.original)
-        if own is not None:
-            own.load_state_dict(noise.state_dict())
-            own.p = noise.p
+        trained_noise, noise = find_state(self.model), find_state(self.original)
+        if noise is not None:
+            noise.load_state_dict(trained_noise.state_dict())
+            noise.p = trained_noise.p
 
 
 def _autocast(accelerator: Accelerator, forward: Callable) -> Callable:
@@ -263,17 +272,6 @@ def _autocast(accelerator: Accelerator, forward: Callable) -> Callable:
 
 def _on_cpu(value: Any) -> Any:
     return value.cpu() if isinstance(value, Tensor) else value
-
-
-def like_state_of(parameter: Tensor, value: Any) -> Any:
-    """A copy of what an optimizer keeps of a parameter: where it is, in parts where it is."""
-    if not isinstance(value, Tensor):
-        return value
-    if value.shape != parameter.shape:
-        return value.clone()
-    if hasattr(parameter, "full_tensor"):
-        return split_like(parameter, value)
-    return value.to(parameter.device, copy=True)
 
 
 def _persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -1,5 +1,5 @@
-"""The noise of a run on the layers whose stage is yet to come: finetuning a stage makes the others
-ready for theirs, as the finetuning before the pass did (section 4 within section 3.2)."""
+"""Noise on layers whose stage is yet to come: while one stage is finetuned, it prepares the others
+for theirs (section 4 within section 3.2)."""
 
 from __future__ import annotations
 
@@ -15,42 +15,43 @@ from ...noise import noised_layers
 
 
 def noise_to_keep(trainer: Trainer, keep_noise: bool) -> QuantNoiseConfig | None:
-    """The noise of a trainer, if it is to be kept in the pass.
+    """Return the trainer's noise config; None if ``keep_noise`` is False.
 
     Raises:
-        ValueError: if it has none.
+        ValueError: if the noise is to be kept and the trainer has none.
     """
     if not keep_noise:
         return None
     config = getattr(trainer, "qn_config", None)
     if config is None:
         raise ValueError(
-            "keep_noise=True needs the noise of the run, and the trainer has none; give "
-            "QuantNoiseTrainer a QuantNoiseConfig as its third argument, or set keep_noise=False"
+            "keep_noise=True requires a trainer with noise; pass a QuantNoiseConfig to "
+            "QuantNoiseTrainer as third argument, or set keep_noise=False"
         )
     return config
 
 
 class PendingNoise:
-    """Which noise each stage is finetuned with.
+    """Selects the noise that a stage is finetuned with.
 
     Args:
-        model: as it is before its first stage.
-        config: the noise of the run; None keeps none.
+        model: the model before its first stage.
+        config: noise of the trainer; None keeps no noise.
     """
 
     def __init__(self, model: nn.Module, config: QuantNoiseConfig | None) -> None:
         self.config = config
-        self.names = [] if config is None else noised_layers(model, config)
+        self.layer_names = [] if config is None else noised_layers(model, config)
 
-    def on(self, waiting: Iterable[str]) -> QuantNoiseConfig | None:
-        """The noise on those layers that have it and wait; None where there is none.
+    def config_for(self, pending_layers: Iterable[str]) -> QuantNoiseConfig | None:
+        """Return the noise for the noised layers among ``pending_layers``; None without any.
 
-        Its rate is the full one: the schedule ran out in the finetuning before. Whole layers are
-        not skipped: a stage may have taken out what would be skipped.
+        The rate is the final one, since its schedule ended in the finetuning before the
+        compression. LayerDrop and layer sharing are off: layers may have been removed or shared
+        already.
         """
-        waiting = set(waiting)
-        names = [re.escape(name) for name in self.names if name in waiting]
+        pending = set(pending_layers)
+        names = [re.escape(name) for name in self.layer_names if name in pending]
         if not names:
             return None
         return replace(

@@ -1,4 +1,4 @@
-"""The trainer of one stage: finetunes a partly packed model, with labels, a teacher, or both."""
+"""The trainer that finetunes a partly packed model in one stage."""
 
 from __future__ import annotations
 
@@ -12,18 +12,22 @@ from ...configuration import QuantNoiseConfig
 from ...modeling.packed import PREFIX
 from ...noise import find_state
 from ..arguments import CompressionArguments
+from ..checkpoints import MemoryCheckpoint
 from ..distillation.teacher import Teacher
-from .resumable import ResumableTrainer
+from .packed_trainer import PackedModelTrainer
 
 
-class StageTrainer(ResumableTrainer):
-    """Finetunes a partly packed model, with labels, a teacher, or both.
+class StageTrainer(PackedModelTrainer):
+    """Finetunes a partly packed model with labels, a teacher, or both.
+
+    Its checkpoints also hold the model as it is in memory, so that it resumes bit for bit.
 
     Args:
-        compression_args: weights, temperature and learning rates.
-        teacher: what is learnt of the uncompressed model, or None to learn from labels alone.
-        noise: that of the layers which are still dense, or None.
-        kwargs: what :class:`ResumableTrainer` and ``Trainer`` take.
+        args: positional arguments of ``Trainer``.
+        compression_args: weights of the loss terms, temperature and learning rates.
+        teacher: the uncompressed model and what is distilled from it; None trains with labels only.
+        noise: noise on layers that are still dense, or None.
+        kwargs: keyword arguments of ``Trainer``, without ``callbacks``.
     """
 
     def __init__(
@@ -34,50 +38,49 @@ class StageTrainer(ResumableTrainer):
         noise: QuantNoiseConfig | None = None,
         **kwargs,
     ) -> None:
-        # First, so that the noise is in a checkpoint before its last file makes it count.
+        # The noise callback comes first: the last file of a checkpoint must be written after it.
         callbacks = [] if noise is None else [QuantNoiseCallback(noise)]
         super().__init__(*args, callbacks=callbacks, **kwargs)
+        self.add_callback(MemoryCheckpoint(self))
         self.compression_args = compression_args
         self.teacher = teacher
-        self._sums: dict[str, torch.Tensor] = {}
+        self._term_sums: dict[str, torch.Tensor] = {}
         self._batches = 0
         if teacher is not None:
-            # The loss below is a mean over the batch, whatever the head does with its count.
+            # The loss below is a mean over the batch, so Trainer divides it by the accumulation
+            # steps.
             self.model_accepts_loss_kwargs = False
             self.loss_is_scaled_for_ga = False
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The optimizer of the run, with a parameter group of their own for the centroids."""
+        """Create the optimizer, with a separate parameter group for the centroids if they have
+        their own learning rate."""
         rate = self.compression_args.codebook_learning_rate
         if self.optimizer is not None or rate is None:
             return super().create_optimizer(model)
         optimizer = super().create_optimizer(model)
-        names = {
-            id(parameter): name
-            for name, parameter in (self.model if model is None else model).named_parameters()
+        model = self.model if model is None else model
+        packed = {
+            id(parameter)
+            for name, parameter in model.named_parameters()
+            if name.rpartition(".")[2].startswith(PREFIX)
         }
         codebooks = []
         for group in optimizer.param_groups:
-            own = [
-                parameter
-                for parameter in group["params"]
-                if names[id(parameter)].rpartition(".")[2].startswith(PREFIX)
-            ]
-            kept = {id(parameter) for parameter in own}
-            group["params"] = [p for p in group["params"] if id(p) not in kept]
-            codebooks += own
+            codebooks += [p for p in group["params"] if id(p) in packed]
+            group["params"] = [p for p in group["params"] if id(p) not in packed]
         optimizer.add_param_group({"params": codebooks, "lr": rate, "weight_decay": 0.0})
         return optimizer
 
     def train(self, *args, **kwargs):
-        """As ``Trainer`` does, with attention maps where the teacher's are a target."""
+        """``Trainer.train``; computes attention maps if they are distilled."""
         maps = nullcontext() if self.teacher is None else self.teacher.attention_maps(self.model)
         with maps:
             return super().train(*args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """(1 - w) * loss of the labels + w * divergence of the logits + v * that of hidden states +
-        u * that of attention maps, with the weights w, v and u of the arguments; in eval mode the
+        """Compute (1 - w) * loss of the labels + w * divergence of the logits + v * that of hidden
+        states + u * that of attention maps, with w, v and u from the arguments; in eval mode the
         loss of the labels alone."""
         if self.teacher is None or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -87,23 +90,23 @@ class StageTrainer(ResumableTrainer):
             loss, outputs = super().compute_loss(model, {**inputs, **flags}, return_outputs=True)
         else:
             loss, outputs = 0.0, model(**self.teacher.inputs_of(inputs, self.label_names), **flags)
-        terms = self.teacher.divergences(self.plain_model, outputs, inputs, self.label_names)
+        terms = self.teacher.divergences(self.unsharded_model, outputs, inputs, self.label_names)
         loss = (1 - weight) * loss
-        for name, (share, value) in terms.items():
-            loss = loss + share * value
-            self._sums[name] = self._sums.get(name, 0.0) + value.detach()
+        for name, (term_weight, value) in terms.items():
+            loss = loss + term_weight * value
+            self._term_sums[name] = self._term_sums.get(name, 0.0) + value.detach()
         self._batches += 1
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the teacher's terms, each the mean since the last log, the use of its cache, the
-        rates of the noise that is kept."""
+        """``Trainer.log``; adds the mean of each distillation term since the last log and the rates
+        of the noise."""
         logs = dict(logs)
         if "loss" in logs and (state := find_state(self.model)) is not None:
             logs |= state.rates()
         if "loss" in logs and self._batches:
-            for name, total in self._sums.items():
+            for name, total in self._term_sums.items():
                 mean = self.accelerator.gather(total / self._batches).mean()
                 logs[f"teacher_{name}"] = mean.item()
-            self._sums, self._batches = {}, 0
+            self._term_sums, self._batches = {}, 0
         super().log(logs, start_time)

@@ -26,7 +26,7 @@ from hf_quantnoise.compression.bit_allocation.sensitivity import (
 from hf_quantnoise.compression.distillation.logits import logits_divergence
 from hf_quantnoise.compression.distillation.losses import softmax_divergence
 from hf_quantnoise.modeling import packed_layers
-from hf_quantnoise.modeling.copies import copy_of_shapes
+from hf_quantnoise.modeling.model_copies import copy_on_meta
 from hf_quantnoise.quantizers import ProductQuantizer
 
 SMALL = {"codebook_bits": 16, "kmeans_iter": 3}
@@ -239,7 +239,7 @@ def test_measuring_leaves_the_model_and_the_random_state_alone():
 
 def test_the_copy_of_shapes_has_no_memory_and_the_same_ties():
     model = make_stacked("gpt2", 2)
-    shapes = copy_of_shapes(model)
+    shapes = copy_on_meta(model)
     assert all(p.is_meta for p in shapes.parameters())
     assert shapes.lm_head.weight is shapes.transformer.wte.weight
     assert not any(p.is_meta for p in model.parameters())

@@ -66,7 +66,7 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(tmp_path):
         student.train()
         with stage.teacher.attention_maps(student):
             losses[weights] = stage.compute_loss(student, inputs).item()
-            terms = {name: value.item() for name, value in stage._sums.items()}
+            terms = {name: value.item() for name, value in stage._term_sums.items()}
     base = losses[0, 0]
     assert losses[0.5, 0] - base == pytest.approx(0.5 * terms["hidden"], rel=1e-3)
     assert losses[0, 0.25] - base == pytest.approx(0.25 * terms["attention"], rel=1e-3)

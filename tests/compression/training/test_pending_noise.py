@@ -1,9 +1,9 @@
-"""Noise on the layers whose stage is yet to come: on those alone, and gone with the pass."""
+"""Noise on layers whose stage is yet to come: only on those, and gone after the run."""
 
 import pytest
 import torch
 from support.stacked import make_stacked
-from support.stage_runs import Killed, compare, make_pass_trainer, spoilt
+from support.trainers import Killed, assert_same_result, make_trainer, with_other_weights
 from transformers import TrainerCallback
 
 from hf_quantnoise import CompressionArguments, IPQConfig, QuantNoiseConfig
@@ -11,19 +11,20 @@ from hf_quantnoise.compression.training.stage_trainer import StageTrainer
 from hf_quantnoise.noise import find_state, is_noisy, noised_layers
 
 TARGET = IPQConfig(block_size=4, n_centroids=16)
-KEPT = CompressionArguments(keep_noise=True)
+KEEP_NOISE = CompressionArguments(keep_noise=True)
 PQ_NOISE = QuantNoiseConfig("pq", p=0.3, block_size=4, n_centroids=8, codebook_update=2)
 
 
-def make_trainer(folder, data, noise=PQ_NOISE, model=None, **changes):
+def make_bert_trainer(folder, data, noise=PQ_NOISE, model=None, **changes):
     settings = {"save_strategy": "steps", "save_steps": 2, "logging_steps": 1, **changes}
     model = model or make_stacked("bert", 4)
-    return make_pass_trainer(folder, model, data, noise, **settings)
+    parts = {"eval_dataset": data}
+    return make_trainer(folder, model, data, noise, parts=parts, **settings)
 
 
 @pytest.fixture
-def seen(monkeypatch):
-    """The noised layers, and the rate, at each training step of the stages."""
+def noise_per_step(monkeypatch):
+    """A list with (noised layers, rates) of each training step of the stages, or None."""
     real, steps = StageTrainer.training_step, []
 
     def step(trainer, *args, **kwargs):
@@ -35,82 +36,80 @@ def seen(monkeypatch):
     return steps
 
 
-def test_noise_stays_on_waiting_layers_until_their_stage(tmp_path, parity_data, seen):
+def test_noise_stays_on_pending_layers_until_their_stage(tmp_path, parity_data, noise_per_step):
     noise = QuantNoiseConfig("pq", p=0.3, block_size=4, n_centroids=8, p_schedule=50, layerdrop=0.1)
-    trainer = make_trainer(tmp_path, parity_data, noise)
+    trainer = make_bert_trainer(tmp_path, parity_data, noise)
     noised = set(noised_layers(make_stacked("bert", 4), noise))
-    small = trainer.compress(TARGET, KEPT)
+    small = trainer.compress(TARGET, CompressionArguments(keep_noise=True, stage_steps=2))
     plan = small.config.quantization_config.plan
-    stages = {
-        group: {name for name in noised if (".intermediate" in name or ".output.dense" in name
-                and "attention" not in name) == (group == "ffn")}
-        for group in ("ffn", "rest")
-    }  # fmt: skip
-    each = len(seen) // 3
-    # The first stage packs the feed-forward layers: the others wait with noise, at the full rate.
-    waiting, rates = seen[0]
-    assert waiting == {name for name in stages["rest"] if name in plan}
+    ffn = {
+        name
+        for name in noised
+        if ".intermediate" in name or (".output.dense" in name and "attention" not in name)
+    }
+    first, second, third = noise_per_step[0], noise_per_step[2], noise_per_step[4]
+    # The first stage packs the feed-forward layers. The others have noise at the full rate.
+    pending, rates = first
+    assert pending == {name for name in noised - ffn if name in plan}
     assert rates == (0.3,)
-    assert "bert.embeddings.position_embeddings" not in waiting
-    # The second packs the tables: what is left is attention. In the third nothing waits.
-    assert seen[each][0] == {name for name in waiting if ".attention." in name}
-    assert seen[2 * each] is None
-    assert find_state(small) is None and not any(map(is_noisy, small.modules()))
+    assert "bert.embeddings.position_embeddings" not in pending
+    # The second stage packs the embeddings; only attention is left. Then nothing.
+    assert second[0] == {name for name in pending if ".attention." in name}
+    assert third is None
+    assert find_state(small) is None
+    assert not any(map(is_noisy, small.modules()))
 
 
-def test_without_it_the_stages_are_clean(tmp_path, parity_data, seen):
-    make_trainer(tmp_path, parity_data).compress(TARGET)
-    assert seen and not any(seen)
-
-
-def test_the_noise_reaches_the_weights_and_the_logs(tmp_path, parity_data):
-    results, logs = [], []
-
-    class Keep(TrainerCallback):
-        def on_log(self, args, state, control, logs=None, **kwargs):
-            kept.append(dict(logs))
-
+def test_noise_is_trained_with_and_logged_if_it_is_kept(tmp_path, parity_data):
+    weights = []
     for keep_noise in (True, False):
-        kept = []
-        trainer = make_trainer(tmp_path, parity_data, save_strategy="no")
+        logs = []
+
+        class Keep(TrainerCallback):
+            def on_log(self, args, state, control, logs=None, _kept=logs, **kwargs):
+                _kept.append(dict(logs))
+
+        trainer = make_bert_trainer(tmp_path, parity_data, save_strategy="no")
         trainer.add_callback(Keep())
-        small = trainer.compress(TARGET, CompressionArguments(keep_noise=keep_noise, plots=False))
-        results.append(small.classifier.weight.detach().clone())
-        logs.append([log for log in kept if "compression_loss" in log])
-    assert not torch.equal(*results)
-    rates = [log.get("compression_noise_p") for log in logs[0]]
-    assert rates == [0.3] * (2 * len(rates) // 3) + [None] * (len(rates) // 3)
-    assert not any("compression_noise_p" in log or "noised_share" in log for log in logs[1])
+        small = trainer.compress(
+            TARGET, CompressionArguments(keep_noise=keep_noise, stage_steps=3, plots=False)
+        )
+        weights.append(small.classifier.weight.detach().clone())
+        rates = [log.get("compression_noise_p") for log in logs if "compression_loss" in log]
+        assert rates == ([0.3] * 6 if keep_noise else [None] * 6) + [None] * 3
+        assert keep_noise or not any("noised_share" in log for log in logs)
+    assert not torch.equal(*weights)
 
 
-def test_killed_inside_a_stage_with_noise(tmp_path, parity_data, kill):
-    straight = make_trainer(tmp_path / "a", parity_data)
-    straight.compress(TARGET, KEPT)
+def test_a_stage_with_noise_resumes_exactly(tmp_path, parity_data, kill):
+    straight = make_bert_trainer(tmp_path / "a", parity_data)
+    straight.compress(TARGET, KEEP_NOISE)
     release = kill(StageTrainer, "training_step", 10)
     with pytest.raises(Killed):
-        make_trainer(tmp_path / "b", parity_data).compress(TARGET, KEPT)
+        make_bert_trainer(tmp_path / "b", parity_data).compress(TARGET, KEEP_NOISE)
     release()
     other = QuantNoiseConfig("pq", p=0.4, block_size=4, n_centroids=8, codebook_update=2)
-    with pytest.raises(ValueError, match=r"begun with p=0\.3, now it is 0\.4"):
-        make_trainer(tmp_path / "b", parity_data, other).compress(
-            TARGET, KEPT, resume_from_checkpoint=True
+    with pytest.raises(ValueError, match=r"p=0\.3 \(now 0\.4\)"):
+        make_bert_trainer(tmp_path / "b", parity_data, other).compress(
+            TARGET, KEEP_NOISE, resume_from_checkpoint=True
         )
-    model = spoilt(make_stacked("bert", 4))
-    again = make_trainer(tmp_path / "b", parity_data, model=model)
-    again.compress(TARGET, KEPT, resume_from_checkpoint=True)
-    compare(again, straight)
+    model = with_other_weights(make_stacked("bert", 4))
+    resumed = make_bert_trainer(tmp_path / "b", parity_data, model=model)
+    resumed.compress(TARGET, KEEP_NOISE, resume_from_checkpoint=True)
+    assert_same_result(resumed, straight)
 
 
-def test_layers_that_are_shared_or_gone(tmp_path, parity_data, seen):
+def test_removed_layers_have_no_noise(tmp_path, parity_data, noise_per_step):
     noise = QuantNoiseConfig("proxy", p=0.2, block_size=4, share_layers=2)
     target = IPQConfig(block_size=4, n_centroids=16, prune_layers="every_other")
-    trainer = make_trainer(tmp_path, parity_data, noise)
-    small = trainer.compress(target, KEPT)
+    trainer = make_bert_trainer(tmp_path, parity_data, noise)
+    small = trainer.compress(target, CompressionArguments(keep_noise=True, stage_steps=1))
     assert small.config.num_hidden_layers == 2
-    assert seen[0] is not None and not any(".layer.2" in name for name in seen[0][0])
+    assert noise_per_step[0] is not None
+    assert not any(".layer.2" in name for name in noise_per_step[0][0])
 
 
-def test_a_run_without_noise_has_none_to_keep(tmp_path, parity_data):
-    trainer = make_trainer(tmp_path, parity_data, None)
-    with pytest.raises(ValueError, match="keep_noise=True needs the noise.*QuantNoiseConfig"):
-        trainer.compress(TARGET, KEPT)
+def test_keep_noise_requires_noise(tmp_path, parity_data):
+    trainer = make_bert_trainer(tmp_path, parity_data, None)
+    with pytest.raises(ValueError, match="keep_noise=True.*QuantNoiseConfig"):
+        trainer.compress(TARGET, KEEP_NOISE)

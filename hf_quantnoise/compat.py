@@ -1,0 +1,220 @@
+"""Private names of torch, transformers and accelerate, all of them in one place.
+
+None of them is covered by a compatibility promise. ``tests/test_compat.py`` checks each against the
+installed versions, and checks that no other file uses a private name of another library.
+
+To support a new version, run those tests with it and fix what fails here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel, Trainer
+from transformers.cache_utils import CacheLayerMixin
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightTransform, revert_weight_conversion
+from transformers.integrations.accelerate import load_offloaded_parameter
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+__all__ = [
+    "CacheLayerMixin",
+    "GradientCheckpointingLayer",
+    "WeightTransform",
+    "get_model_conversion_mapping",
+    "load_offloaded_parameter",
+    "revert_weight_conversion",
+    "should_convert_module",
+]
+
+# The versions in which every name below was seen: the oldest and the newest that are tested.
+SEEN_IN = {
+    "torch": ("2.13.0", "2.13.0"),
+    "transformers": ("5.21.0", "5.23.0"),
+    "accelerate": ("1.12.0", "1.15.0"),
+}
+
+# Private methods that the package or its users override, which only a subclass can define:
+# class -> method -> parameters without self.
+OVERRIDDEN = {
+    "torch.nn.Module": {
+        "_save_to_state_dict": ["destination", "prefix", "keep_vars"],
+        "_load_from_state_dict": [
+            *("state_dict", "prefix", "local_metadata", "strict"),
+            *("missing_keys", "unexpected_keys", "error_msgs"),
+        ],
+    },
+    "transformers.Trainer": {
+        "_get_train_sampler": ["train_dataset"],
+        "_load_from_checkpoint": ["resume_from_checkpoint", "model"],
+        "_load_optimizer_and_scheduler": ["checkpoint"],
+        "_save": ["output_dir", "state_dict"],
+    },
+    "transformers.quantizers.HfQuantizer": {
+        "_dequantize": ["model", "dtype"],
+        "_process_model_after_weight_loading": ["model", "kwargs"],
+        "_process_model_before_weight_loading": ["model", "kwargs"],
+    },
+}
+
+
+# ---- torch ---------------------------------------------------------------------------------------
+
+# `__torch_function__` of a Tensor subclass that computes as a plain tensor.
+disabled_torch_function = torch._C._disabled_torch_function_impl
+# Context manager that skips all torch function modes (`torch.device` contexts, for example).
+DisableTorchFunction = torch._C.DisableTorchFunction
+
+
+def in_backward() -> bool:
+    """Return whether autograd is running a backward pass in this thread."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """Return the mutable dict of a module's own parameters, past properties of the same name."""
+    return module._parameters
+
+
+def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
+    """Return the mutable dict of a module's own buffers."""
+    return module._buffers
+
+
+def persistent_buffer_names(module: nn.Module) -> set[str]:
+    """Return the names of a module's own buffers that its state dict contains."""
+    return module._buffers.keys() - module._non_persistent_buffers_set
+
+
+def conv_padding(layer: nn.Module) -> list[int]:
+    """Return a convolution's padding in the form that `F.pad` takes."""
+    return layer._reversed_padding_repeated_twice
+
+
+def without_compile_wrapper(model: nn.Module) -> nn.Module:
+    """Return the model inside `torch.compile`'s wrapper, or the model itself."""
+    return getattr(model, "_orig_mod", model)
+
+
+# ---- accelerate ----------------------------------------------------------------------------------
+
+
+def offloaded_names(module: nn.Module) -> set[str]:
+    """Return the names of a module's own tensors that its hook loads before each forward."""
+    weights = module._hf_hook.weights_map  # iterating reads names only, membership the file
+    prefix = getattr(weights, "prefix", "")
+    return {name.removeprefix(prefix) for name in weights}
+
+
+def undo_accelerate_prepare(model: nn.Module) -> nn.Module:
+    """Remove, in place, autocast and the mark "prepared" that accelerate leaves on a model.
+
+    `unwrap_model(..., keep_fp32_wrapper=False)` would remove transformers' decorators as well.
+    """
+    attributes = vars(model)
+    attributes.pop("_is_accelerate_prepared", None)
+    original = attributes.pop("_original_forward", None)
+    if original is not None:
+        attributes.pop("forward", None)
+        if model.forward != original:  # it was set on the instance
+            model.forward = original
+    return model
+
+
+# ---- transformers: models ------------------------------------------------------------------------
+
+
+def ignored_if_missing(model: PreTrainedModel) -> set[str]:
+    """Return the mutable set of patterns that a checkpoint need not contain."""
+    return model._keys_to_ignore_on_load_missing
+
+
+def ignored_if_unexpected(model: PreTrainedModel) -> set[str]:
+    """Return the mutable set of patterns that a checkpoint may contain in addition."""
+    return model._keys_to_ignore_on_load_unexpected
+
+
+def ignored_on_save(model: nn.Module) -> set[str]:
+    """Return the names of tensors that `save_pretrained` omits."""
+    return set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+
+
+def weight_conversions(model: PreTrainedModel) -> list[WeightTransform]:
+    """Return the renamings and conversions applied while a model was loaded."""
+    return model._weight_conversions or []
+
+
+def dtype_plan(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Return the patterns of parameters that are loaded in another dtype."""
+    return model._get_dtype_plan(dtype)
+
+
+def from_config(model_class: type[PreTrainedModel], config: PreTrainedConfig, **kwargs: Any):
+    """Return a model with random weights."""
+    return model_class._from_config(config, **kwargs)
+
+
+def init_weights_function(model: PreTrainedModel) -> Any:
+    """Return the function that initializes a model's modules, for its source code."""
+    return type(model)._init_weights
+
+
+def models_of(auto_class: type) -> Mapping[type, type]:
+    """Return the mapping from config class to model class of an auto class."""
+    return auto_class._model_mapping
+
+
+def classes_kept_together(model: nn.Module) -> list[str]:
+    """Return the names of module classes that are not split over devices."""
+    return list(getattr(model, "_no_split_modules", None) or ())
+
+
+# Attribute that maps tied names to the name they share: on the class, or on one instance.
+TIED_WEIGHTS = "_tied_weights_keys"
+
+
+def is_initialized(loaded: Tensor | nn.Module) -> bool:
+    """Return whether loading has set a tensor or module, so that it is not initialized again."""
+    return getattr(loaded, "_is_hf_initialized", False)
+
+
+def mark_initialized(loaded: Tensor | nn.Module, initialized: bool = True) -> None:
+    """Mark a tensor or module as set, so that transformers does not initialize it."""
+    loaded._is_hf_initialized = initialized
+
+
+def has_adapter(model: PreTrainedModel) -> bool:
+    """Return whether PEFT adapters were added by `model.add_adapter` or `load_adapter`."""
+    return getattr(model, "_hf_peft_config_loaded", False)
+
+
+def mark_quantized(config: PreTrainedConfig, quantized: bool) -> None:
+    """Set whether transformers treats the model of a config as quantized."""
+    config._is_quantized = quantized
+
+
+def attention_implementation(config: PreTrainedConfig) -> str | None:
+    """Return the attention implementation of a config ("sdpa", "eager", ...)."""
+    return config._attn_implementation
+
+
+def set_attention_implementation(config: PreTrainedConfig, name: str | None) -> None:
+    """Set a config's attention implementation without the checks of `set_attn_implementation`."""
+    config._attn_implementation = name
+
+
+# ---- transformers: Trainer -----------------------------------------------------------------------
+
+
+def prepare_inputs(trainer: Trainer, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a batch on the trainer's device, as its training steps receive it."""
+    return trainer._prepare_inputs(batch)
+
+
+def finish_current_push(trainer: Trainer) -> None:
+    """Wait for an upload that is in progress."""
+    trainer._finish_current_push()

@@ -1,0 +1,147 @@
+"""Changes to the layers themselves, before any is packed: pruning and sharing (section 7.9)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ..configuration import QuantizedModelConfig
+from ..pruning import Pruning, layers_to_prune, plan_pruning
+from ..sharing import Chunk, chunks_of, share, sources_of, tensors_in_both
+from .convert import is_packed
+from .model_copies import copy_sharing_tensors
+from .packed import INPUT_NAMES
+
+
+@dataclass(frozen=True)
+class StructuralChanges:
+    """The layers that a config prunes and shares, determined before the model is changed.
+
+    It is false if there is nothing to change.
+
+    Attributes:
+        pruned_layers: name of each pruned layer -> its number of weights.
+        pruning: how they are removed, or None.
+        chunks: the chunks of layers that share their weights, by their names after pruning.
+    """
+
+    pruned_layers: dict[str, int]
+    pruning: Pruning | None
+    chunks: list[Chunk]
+
+    def __bool__(self) -> bool:
+        return self.pruning is not None or bool(sources_of(self.chunks))
+
+    def apply(self, model: PreTrainedModel, config: QuantizedModelConfig) -> None:
+        """Change the model in place, and set the config's ``shared_layers``, ``pruned_layers``."""
+        if self.pruning is not None:
+            self.pruning.carry_out(model)
+        share(model, self.chunks)
+        config.pruned_layers, config.shared_layers = self.pruned_layers, sources_of(self.chunks)
+
+
+def plan_structural_changes(
+    model: PreTrainedModel, config: QuantizedModelConfig
+) -> StructuralChanges:
+    """Return the layers of a dense model that a config prunes and shares.
+
+    Raises:
+        ValueError: if the model has no such layers, or no config can describe the pruned model.
+    """
+    chunks = chunks_of(model, 1 if config.share_layers is None else config.share_layers)
+    if config.prune_layers is None:
+        return StructuralChanges({}, None, chunks)
+    pruned = layers_to_prune(model, config.prune_layers, chunks)
+    pruning = plan_pruning(model, pruned)
+    weights = {
+        name: sum(parameter.numel() for parameter in model.get_submodule(name).parameters())
+        for name in pruned
+    }
+    kept = [[name for name in chunk if name not in pruned] for chunk in chunks]
+    renamed = [tuple(pruning.renamed.get(name, name) for name in chunk) for chunk in kept if chunk]
+    return StructuralChanges(weights, pruning, renamed)
+
+
+def changed_copy(
+    model: PreTrainedModel,
+    config: QuantizedModelConfig,
+    changes: StructuralChanges | None = None,
+) -> PreTrainedModel:
+    """Return a pruned and shared copy that holds the model's own tensors.
+
+    Args:
+        model: a dense model, which stays as it is.
+        config: its ``prune_layers`` and ``share_layers`` are applied.
+        changes: the result of :func:`plan_structural_changes`, if it is already known.
+
+    Raises:
+        ValueError: as in :func:`plan_structural_changes`.
+    """
+    copy = copy_sharing_tensors(model)
+    changes = changes or plan_structural_changes(copy, config)
+    changes.apply(copy, replace(config))
+    return copy
+
+
+def tied_after_loading(model: PreTrainedModel, shared_layers: dict[str, str]) -> list[str]:
+    """Return the tensors of shared layers that transformers must not tie while it loads.
+
+    These are the tensors of a dense ``Conv1D``, whose bias transformers would cut to the length of
+    its inputs (``_adjust_bias``).
+    """
+    names = [
+        f"{name}.{tensor}"
+        for name, source in shared_layers.items()
+        for tensor in _shared_tensors(model, name, source)
+    ]
+    owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in names}
+    return [
+        name for name in names if isinstance(owners[name], Conv1D) and not is_packed(owners[name])
+    ]
+
+
+def _shared_tensors(model: PreTrainedModel, name: str, source: str) -> list[str]:
+    tensors = tensors_in_both(model.get_submodule(name), model.get_submodule(source))
+    # Layers that share a weight still read different inputs.
+    return [tensor for tensor in tensors if tensor.rpartition(".")[2] not in INPUT_NAMES]
+
+
+def declare_shared(
+    model: PreTrainedModel, shared_layers: dict[str, str], without: Collection[str] = ()
+) -> None:
+    """Declare the tensors of shared layers as tied, so that transformers stores them once.
+
+    Args:
+        model: the model, packed or not.
+        shared_layers: layer -> the layer whose weights it holds.
+        without: full names of tensors that are not declared.
+    """
+    if not shared_layers:
+        return
+    for prefix, module in model.named_modules():
+        if not isinstance(module, PreTrainedModel):
+            continue
+        start = f"{prefix}." if prefix else ""
+        inside = {
+            name.removeprefix(start): source.removeprefix(start)
+            for name, source in shared_layers.items()
+            if name.startswith(start) and source.startswith(start)
+        }
+        if not inside:
+            continue
+        ties = {
+            f"{name}.{tensor}": f"{source}.{tensor}"
+            for name, source in inside.items()
+            for tensor in _shared_tensors(module, name, source)
+            if f"{start}{name}.{tensor}" not in without
+        }
+        for attribute in ("_tied_weights_keys", "all_tied_weights_keys"):
+            others = {
+                target: source
+                for target, source in (getattr(module, attribute, None) or {}).items()
+                if not any(target.startswith(f"{name}.") for name in inside)
+            }
+            setattr(module, attribute, {**others, **ties})

@@ -1,0 +1,67 @@
+"""Parameters that are never trained: they stay so whatever is done with the model."""
+
+import copy
+import io
+
+import pytest
+import torch
+from support.stacked import make_stacked
+from support.stored import PQ
+
+from hf_quantnoise import IPQConfig, quantize_model
+from hf_quantnoise.modeling.non_trainable import NonTrainableParameter
+
+FIXED = ("weight_indices", "weight_codebook_scale", "weight_codebook_zero_point", "input_scale",
+         "input_zero_point")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def packed():
+    config = IPQConfig(**PQ, codebook_bits=8, activation_bits=8)
+    data = [{"input_ids": torch.arange(5, 21).view(2, 8)}]
+    return quantize_model(make_stacked("gpt2", 1), config, calibration_data=data, progress=False)
+
+
+def pickled(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def assigned(model):
+    """As read with ``assign=True``."""
+    own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.load_state_dict(own, assign=True)
+    model.tie_weights()  # torch unties
+    return model
+
+
+COPIES = {
+    "itself": lambda model: model,
+    "deepcopy": copy.deepcopy,
+    "pickle": pickled,
+    "dtype": lambda model: copy.deepcopy(model).to(torch.bfloat16),
+    "assign": lambda model: assigned(copy.deepcopy(model)),
+}
+
+
+@pytest.mark.parametrize("way", COPIES)
+def test_gradients_are_switched_on_for_all_else(way, packed):
+    model = COPIES[way](packed)
+    seen = set()
+    for flag in (False, True):
+        for name, tensor in model.named_parameters():
+            tensor.requires_grad_(flag)  # one by one, as PEFT does
+            leaf = name.rpartition(".")[2]
+            assert isinstance(tensor, NonTrainableParameter) == (leaf in FIXED), name
+            assert tensor.requires_grad == (flag and leaf not in FIXED), name
+            seen.add(leaf)
+    assert seen >= set(FIXED)
+    assert model.lm_head.weight_indices is model.transformer.wte.weight_indices
+    assert all(type(tensor) is torch.Tensor for tensor in model.state_dict().values())
+
+
+def test_a_dense_model_has_none(packed):
+    dense = copy.deepcopy(packed).dequantize()
+    assert {type(tensor) for tensor in dense.parameters()} == {torch.nn.Parameter}

@@ -1,0 +1,181 @@
+"""Checks each private name of other libraries against the installed versions."""
+
+import inspect
+
+import pytest
+import torch
+from accelerate import Accelerator, cpu_offload
+from packaging.version import Version
+from support.tiny import make_model
+from test_dependencies import pins
+from torch import nn
+from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
+from transformers.quantizers import HfQuantizer
+
+from hf_quantnoise import compat
+
+CLASSES = {
+    "torch.nn.Module": nn.Module,
+    "transformers.Trainer": Trainer,
+    "transformers.quantizers.HfQuantizer": HfQuantizer,
+}
+
+
+@pytest.fixture(scope="module")
+def bert():
+    return make_model("bert")
+
+
+@pytest.mark.parametrize("name", compat.SEEN_IN)
+def test_seen_in_is_what_is_tested(name):
+    tested = (pins("constraints-oldest.txt")[name], pins("constraints.txt")[name])
+    assert tuple(map(Version, compat.SEEN_IN[name])) == tested
+
+
+@pytest.mark.parametrize(
+    ("owner", "method"),
+    [(owner, method) for owner, methods in compat.OVERRIDDEN.items() for method in methods],
+)
+def test_overridden_method_has_expected_parameters(owner, method):
+    assert hasattr(CLASSES[owner], method), f"{owner}.{method} is gone"
+    parameters = list(inspect.signature(getattr(CLASSES[owner], method)).parameters)
+    assert parameters == ["self", *compat.OVERRIDDEN[owner][method]]
+
+
+# ---- torch ---------------------------------------------------------------------------------------
+
+
+def test_disabled_torch_function_keeps_subclass_plain():
+    class Plain(torch.Tensor):
+        __torch_function__ = compat.disabled_torch_function
+
+    assert type(torch.ones(2).as_subclass(Plain) + 1) is torch.Tensor
+
+
+def test_disable_torch_function_skips_device_context():
+    with torch.device("meta"), compat.DisableTorchFunction():
+        assert torch.ones(1).device.type == "cpu"
+
+
+def test_in_backward():
+    seen = []
+    tensor = torch.ones(1, requires_grad=True)
+    tensor.register_hook(lambda grad: seen.append(compat.in_backward()))
+    tensor.sum().backward()
+    assert seen == [True] and not compat.in_backward()
+
+
+def test_own_parameters_and_buffers_are_the_modules():
+    module = nn.BatchNorm1d(2)
+    module.register_buffer("scratch", torch.ones(1), persistent=False)
+    compat.own_parameters(module)["weight"] = other = nn.Parameter(torch.zeros(2))
+    compat.own_buffers(module)["running_mean"] = mean = torch.full((2,), 3.0)
+    assert module.weight is other and module.running_mean is mean
+    assert compat.persistent_buffer_names(module) == {
+        "running_mean",
+        "running_var",
+        "num_batches_tracked",
+    }
+
+
+def test_conv_padding_is_in_the_order_of_pad():
+    assert list(compat.conv_padding(nn.Conv2d(1, 1, 3, padding=(1, 2)))) == [2, 2, 1, 1]
+
+
+def test_without_compile_wrapper():
+    layer = nn.Linear(2, 2)
+    assert compat.without_compile_wrapper(torch.compile(layer)) is layer
+    assert compat.without_compile_wrapper(layer) is layer
+
+
+# ---- accelerate ----------------------------------------------------------------------------------
+
+
+def test_undo_accelerate_prepare():
+    layer = nn.Linear(2, 2)
+    before = dict(vars(layer))
+    prepared = Accelerator(mixed_precision="bf16", cpu=True).prepare(layer)
+    assert vars(prepared).keys() - before.keys() >= {"_is_accelerate_prepared", "forward"}
+    compat.undo_accelerate_prepare(prepared)
+    assert vars(prepared).keys() == before.keys()
+    assert prepared(torch.ones(1, 2)).dtype == torch.float32
+
+
+def test_offloaded_names():
+    (layer,) = cpu_offload(nn.Sequential(nn.Linear(2, 2)), execution_device=torch.device("cpu"))
+    assert layer.weight.is_meta
+    assert compat.offloaded_names(layer) == {"weight", "bias"}
+
+
+# ---- transformers --------------------------------------------------------------------------------
+
+
+def test_ignored_keys_can_be_added_to(tmp_path, bert):
+    bert.save_pretrained(tmp_path)
+
+    class Lenient(type(bert)):
+        def __init__(self, config):
+            super().__init__(config)
+            self.extra = nn.Linear(1, 1)
+            compat.ignored_if_missing(self).add("extra")
+
+    _, info = Lenient.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    for ignored in (compat.ignored_if_missing, compat.ignored_if_unexpected):
+        assert isinstance(ignored(bert), set)
+
+
+def test_ignored_on_save(bert):
+    assert compat.ignored_on_save(bert) == set()
+    bert._keys_to_ignore_on_save = ["a"]
+    try:
+        assert compat.ignored_on_save(bert) == {"a"}
+    finally:
+        del bert._keys_to_ignore_on_save
+
+
+def test_loaded_model_has_conversions_and_initialized_tensors(tmp_path, bert):
+    bert.save_pretrained(tmp_path)
+    loaded = type(bert).from_pretrained(tmp_path)
+    assert isinstance(loaded._weight_conversions, list)
+    assert isinstance(compat.weight_conversions(loaded), list)
+    assert compat.dtype_plan(loaded, torch.float16) == {}
+
+
+def test_mark_initialized_keeps_values():
+    model = make_model("bert")
+    layer = model.get_submodule(next(n for n, m in model.named_modules() if type(m) is nn.Linear))
+    nn.init.constant_(layer.weight, 7.0)
+    compat.mark_initialized(layer)
+    compat.mark_initialized(layer.weight)
+    assert compat.is_initialized(layer) and compat.is_initialized(layer.weight)
+    model.init_weights()
+    assert bool((layer.weight == 7.0).all())
+
+
+def test_model_attributes(bert):
+    made = compat.from_config(type(bert), bert.config, dtype=torch.float16)
+    assert type(made) is type(bert) and made.dtype == torch.float16
+    assert "module" in inspect.getsource(compat.init_weights_function(bert))
+    assert "BertLayer" in compat.classes_kept_together(bert)
+    assert isinstance(getattr(type(bert), compat.TIED_WEIGHTS, {}), dict | None)
+    assert compat.has_adapter(bert) is False
+    assert compat.models_of(AutoModelForSequenceClassification)[type(bert.config)] is type(bert)
+
+
+def test_config_attributes(bert):
+    compat.mark_quantized(bert.config, True)
+    assert bert.config._is_quantized
+    compat.mark_quantized(bert.config, False)
+    name = compat.attention_implementation(bert.config)
+    bert.set_attn_implementation("eager")
+    assert compat.attention_implementation(bert.config) == "eager"
+    compat.set_attention_implementation(bert.config, name)
+    assert compat.attention_implementation(bert.config) == name
+
+
+def test_trainer_methods(tmp_path, bert):
+    trainer = Trainer(bert, TrainingArguments(tmp_path, report_to="none", use_cpu=True))
+    batch = {"input_ids": torch.ones(1, 2, dtype=torch.long)}
+    assert compat.prepare_inputs(trainer, batch).keys() == batch.keys()
+    compat.finish_current_push(trainer)
