@@ -48,7 +48,8 @@ Fixed-point scalar quantization of the weights (section 3.1, Eq. 2). Nothing is 
 Finetuning in the stages of `QuantNoiseTrainer.compress(config, compression_args, teacher)`, for
 `HfArgumentParser`. Batch size, optimizer, precision and seed are those of the trainer
 ([stages](concepts/compression_run.md)). With `teacher=None` the teacher is a frozen copy of the
-uncompressed model; any model with the same head can be used ([the teacher](concepts/distillation.md)).
+uncompressed model; any model with the same head can be used
+([distillation](concepts/distillation.md)).
 """,
 }
 
