@@ -151,6 +151,24 @@ class Arguments:
         self.quantization = self.flags.config(self.training.seed)
 
     @property
+    def finetunes_stages(self) -> bool:
+        """Whether the stages train, which needs training data even without ``--do_train``."""
+        return self.flags.compress and self.compression.trains(self.quantization.stage_groups())
+
+    @property
+    def needs_train_data(self) -> bool:
+        """Whether the run trains, before or in compression."""
+        return self.training.do_train or self.finetunes_stages
+
+    def require_train_data(self) -> None:
+        """Raise a ``ValueError`` if the stages need training data and there is none."""
+        if self.finetunes_stages and not self.training.do_train and not self.data.has_train_data:
+            raise ValueError(
+                f"--stage_epochs {self.compression.stage_epochs} finetunes in the stages, which "
+                "requires --train_file; pass it, or --stage_epochs 0 to quantize without finetuning"
+            )
+
+    @property
     def command(self) -> list[str]:
         """The words of the command line without secrets."""
         words = self.words

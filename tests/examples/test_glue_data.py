@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer, BertConfig, EvalPrediction
 
-from hf_quantnoise.runs.glue_data import DataArguments, load_glue_data, tokenize
+from hf_quantnoise.runs.glue import tokenize
+from hf_quantnoise.runs.glue_data import DataArguments, load_glue_data
 from hf_quantnoise.runs.glue_labels import METRICS, metrics_function
 
 NO_HEAD = BertConfig()
