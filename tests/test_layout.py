@@ -10,8 +10,8 @@ import pytest
 import hf_quantnoise
 
 ROOT = Path(hf_quantnoise.__file__).parent
-# Files and folders of the package, lowest layer first: each imports only from its own layer and those
-# before it.
+# Files and folders of the package, lowest layer first: each imports only from its own layer and
+# those before it.
 LAYERS = (
     "version",
     "compat",
