@@ -50,7 +50,6 @@ OVERRIDDEN = {
     },
     "transformers.Trainer": {
         "_get_train_sampler": ["train_dataset"],
-        "_load_from_checkpoint": ["resume_from_checkpoint", "model"],
         "_load_optimizer_and_scheduler": ["checkpoint"],
         "_save": ["output_dir", "state_dict"],
     },

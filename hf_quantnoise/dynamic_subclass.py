@@ -1,6 +1,7 @@
-"""Classes made at run time out of a module's own class: the module object stays, its class changes.
+"""Subclasses created at run time: a module object stays the same and its class is replaced.
 
-Subclasses of layers keep what they add, ``isinstance`` holds, and the way back is one assignment.
+Behaviour of layer subclasses is kept, ``isinstance`` holds, and assigning ``original_class`` to
+``__class__`` undoes it.
 """
 
 from __future__ import annotations
@@ -14,35 +15,35 @@ Maker = Callable[[type[nn.Module]], type[nn.Module]]
 
 
 class DynamicSubclass:
-    """Mixin of every class that :func:`make_dynamic_subclass` makes.
+    """Mixin of every class created by :func:`make_dynamic_subclass`.
 
     Attributes:
-        original_class: the original class.
+        original_class: the class it was made from.
     """
 
     original_class: ClassVar[type[nn.Module]]
     _maker: ClassVar[Maker]
 
     def __reduce_ex__(self, protocol):
-        # pickle cannot find a class made at run time by name: it is made again.
+        # pickle cannot find the class by name, so it calls the maker again.
         return _empty, (type(self)._maker, self.original_class), self.__getstate__()
 
 
 def make_dynamic_subclass(
     prefix: str, cls: type[nn.Module], bases: tuple[type, ...], maker: Maker, **attributes: Any
 ) -> type[nn.Module]:
-    """A class that stands in for another.
+    """Create a subclass of a module class.
 
     Args:
-        prefix: put before the name of the original.
+        prefix: put before the name of the original class.
         cls: the original class.
         bases: bases of the new class, a :class:`DynamicSubclass` first.
-        maker: cached function from the original class to this one, found by name in its module.
+        maker: cached function from the original class to this one, importable by name.
         attributes: further attributes of the class.
     """
+    original = {"__module__": cls.__module__, "__doc__": cls.__doc__}
     own = {"original_class": cls, "_maker": staticmethod(maker)}
-    known = {"__module__": cls.__module__, "__doc__": cls.__doc__}
-    return type(f"{prefix}{cls.__name__}", bases, {**known, **own, **attributes})
+    return type(f"{prefix}{cls.__name__}", bases, {**original, **own, **attributes})
 
 
 def _empty(maker: Maker, cls: type[nn.Module]) -> nn.Module:

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 
-from .hub.quantizer import storage_tensor
+from .compat import ignored_on_save, revert_weight_conversion
 from .hub.skeleton import sentinel_names
-from .modeling import packed_layers, packed_names
-from .structure import find_layers, unsaved_tensors
+from .layer_types import known_layer_type
+from .modeling import packed_layers, packed_names, stored_tensors
+from .structure import find_layers
 
 # Names of dtypes in a safetensors header, whose length the report counts, in the order in which
 # tensors of that dtype stand in the file.
@@ -186,9 +186,8 @@ def _packed_row(name: str, layer: nn.Module, group: str, disk: dict[str, Tensor]
 
 
 def _input_bytes(layer: nn.Module) -> int:
-    if isinstance(layer, nn.Embedding):
-        return 0
-    inputs = layer.in_channels if isinstance(layer, nn.Conv2d) else layer.columns
+    input_size = known_layer_type(layer).input_size
+    inputs = layer.columns if input_size is None else input_size(layer)
     return math.ceil((layer.activation_bits or 32) * inputs / 8)
 
 
@@ -246,7 +245,7 @@ def size_report(model: nn.Module) -> SizeReport:
     config = getattr(getattr(model, "config", None), "quantization_config", None)
     groups = _groups(model, config)
     shared = getattr(config, "shared_layers", None) or {}
-    unsaved = unsaved_tensors(model)
+    unsaved = ignored_on_save(model)
     disk: dict[str, Tensor] = {}
     rows: list[SizeRow] = []
     owners: dict[int, str] = {}
@@ -268,7 +267,7 @@ def size_report(model: nn.Module) -> SizeReport:
             shape = tuple(tensor.shape)
             rows.append(SizeRow(name, group, "computed", shape, 0, 0, _bytes(tensor), 0))
             continue
-        disk[name] = storage_tensor(layer, tensor_name, tensor) if is_code else tensor
+        disk[name] = stored_tensors(layer)[tensor_name] if is_code else tensor
         if not is_code:
             rows.append(_dense_row(name, tensor, group))
         elif tensor_name == names[-1]:  # all its tensors have been met

@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainingArguments
@@ -24,6 +23,9 @@ from .publishing.trainer_mixin import PublishingMixin
 from .size import size_report
 
 if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
     from torch.utils.data import Dataset, IterableDataset
     from transformers import (
         BaseImageProcessor,
@@ -33,6 +35,10 @@ if TYPE_CHECKING:
         PreTrainedTokenizerBase,
         ProcessorMixin,
         TrainerCallback,
+    )
+
+    ProcessingClass = (
+        PreTrainedTokenizerBase | BaseImageProcessor | FeatureExtractionMixin | ProcessorMixin
     )
 
 
@@ -72,19 +78,13 @@ class QuantNoiseTrainer(PublishingMixin, PackedModelTrainer):
         data_collator: DataCollator | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
-        processing_class: PreTrainedTokenizerBase
-        | BaseImageProcessor
-        | FeatureExtractionMixin
-        | ProcessorMixin
-        | None = None,
+        processing_class: ProcessingClass | None = None,
         model_init: Callable[..., PreTrainedModel] | None = None,
-        compute_loss_func: Callable[..., torch.Tensor] | None = None,
+        compute_loss_func: Callable[..., Tensor] | None = None,
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
         callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple[
-            torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None
-        ] = (None, None),
-        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        optimizers: tuple[Optimizer | None, LRScheduler | None] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[Optimizer], dict[str, Any]] | None = None,
         preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None,
     ) -> None:
         if qn_config is not None and not isinstance(qn_config, QuantNoiseConfig):
@@ -166,11 +166,6 @@ class QuantNoiseTrainer(PublishingMixin, PackedModelTrainer):
             TypeError: if ``config`` is something else.
             ValueError: before anything is changed, if the settings cannot be carried out.
         """
-        if not isinstance(config, QuantizedModelConfig):
-            raise TypeError(
-                f"invalid config: got a {type(config).__name__}, expected an IPQConfig or a "
-                "FixedPointConfig; call e.g. compress(IPQConfig(block_size=4))"
-            )
         compression_args = compression_args or CompressionArguments()
 
         def report_stage(record: StageRecord) -> None:
@@ -183,19 +178,22 @@ class QuantNoiseTrainer(PublishingMixin, PackedModelTrainer):
         self.compression_history = pipeline.history
         self._set_card_metrics({})
         model = pipeline.run(resume_from_checkpoint)
-        if self.noise_callback is not None:
-            self.remove_callback(self.noise_callback)  # a later train() finetunes the packed model
-            self.noise_callback = None
-        # The optimizer and the wrapper hold the parameters of the dense model.
-        self.model = self.model_wrapped = model
-        self.optimizer = self.lr_scheduler = None
-        self.accelerator.free_memory()
+        self._use_packed_model(model)
         self.compression_args = compression_args
         self._set_card_metrics(self.compression_history[-1]["metric"])
         if compression_args.plots and self.args.should_save:
             folder = os.path.join(self.args.output_dir, PLOTS)
             plot_compression(self.compression_history, size_report(model), folder)
         return model
+
+    def _use_packed_model(self, model: PreTrainedModel) -> None:
+        """Drop the optimizer, the wrapper and the noise, which belong to the dense model."""
+        if self.noise_callback is not None:
+            self.remove_callback(self.noise_callback)
+            self.noise_callback = None
+        self.model = self.model_wrapped = model
+        self.optimizer = self.lr_scheduler = None
+        self.accelerator.free_memory()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """``Trainer.log``; adds the rates of the noise and the average share of noised weights to

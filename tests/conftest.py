@@ -1,9 +1,9 @@
-"""Fixtures: the tiny models, and small data to train them on."""
+"""Fixtures: tiny models, and data to train them on."""
 
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# The workers of pytest-xdist, and what they start, share the cores; before torch is imported.
+# The workers of pytest-xdist and their subprocesses share the cores. Set before torch is imported.
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
@@ -18,19 +18,19 @@ from support.tiny import MAKERS, TIED, VOCABULARY, make_model
 
 @pytest.fixture(autouse=True)
 def _quick_disk(monkeypatch):
-    """Tests kill processes, not machines: nothing needs to reach the disk itself."""
+    """Skip fsync: tests kill processes, but never the machine."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 @pytest.fixture(params=list(MAKERS))
 def model(request):
-    """Each tiny model in turn."""
+    """Each of the tiny models."""
     return make_model(request.param)
 
 
 @pytest.fixture(params=TIED)
 def tied_model(request):
-    """Each tiny model whose head is tied to its table."""
+    """Each tiny model whose head is tied to its embeddings."""
     return make_model(request.param)
 
 
@@ -43,7 +43,7 @@ def input_ids():
 
 @pytest.fixture(scope="session")
 def parity_data():
-    """A small learnable task: does the first of the eight tokens stand in the upper half?"""
+    """A small learnable task: is the first token in the upper half of the vocabulary?"""
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(5, VOCABULARY, (96, 8), generator=generator)
     labels = (ids[:, 0] > VOCABULARY // 2).long()
@@ -53,7 +53,7 @@ def parity_data():
 
 @pytest.fixture
 def run_python():
-    """Runs a program in a process of its own, which must succeed."""
+    """Return a function that runs a program in a new process, which must succeed."""
 
     def run(program: str, *arguments: str) -> None:
         done = subprocess.run(

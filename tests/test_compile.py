@@ -1,17 +1,17 @@
-"""``torch_compile``: nothing that changes from step to step is baked into a graph."""
+"""``torch_compile``: values that change from step to step are not constants of a graph."""
 
 import pytest
 import torch
 from support.stacked import make_stacked
+from support.trainers import make_trainer
 from torch import nn
 from torch._dynamo.utils import counters
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 
 from hf_quantnoise import (
     CompressionArguments,
     IPQConfig,
     QuantNoiseConfig,
-    QuantNoiseTrainer,
     apply_quant_noise,
 )
 from hf_quantnoise.compression import stages
@@ -28,8 +28,8 @@ def _fresh_graphs():
     torch._dynamo.reset()
 
 
-def seen_weight(layer):
-    """The weight that a forward sees: what comes out for the unit vectors."""
+def effective_weight(layer):
+    """Return the weight that a forward uses: the outputs for the unit vectors."""
     return layer(torch.eye(64)).t()
 
 
@@ -43,7 +43,7 @@ def seen_weight(layer):
     ],
     ids=lambda settings: str(settings["noise"]),
 )
-def test_blocks_are_drawn_anew_at_the_rate_of_now_from_the_codebook_of_now(settings):
+def test_compiled_noise_uses_current_rates_and_codebooks(settings):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64, bias=False)).train()
     apply_quant_noise(model, QuantNoiseConfig(p=0.3, block_size=4, n_centroids=16, **settings))
@@ -52,11 +52,11 @@ def test_blocks_are_drawn_anew_at_the_rate_of_now_from_the_codebook_of_now(setti
     noises = len(state.p)
     for rate in (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9):
         state.p = rate
-        share = (seen_weight(compiled) != weight).float().mean().item()
-        if "activation_bits" not in settings:  # rounded unit vectors are no unit vectors
+        share = (effective_weight(compiled) != weight).float().mean().item()
+        if "activation_bits" not in settings:  # rounding changes the unit vectors
             assert share == pytest.approx(1 - (1 - rate) ** noises, abs=0.07)
-        assert not torch.equal(seen_weight(compiled), seen_weight(compiled))
-    # One graph for the first rate, one for all others; a few more while ranges are being set.
+        assert not torch.equal(effective_weight(compiled), effective_weight(compiled))
+    # One graph for the first rate, one for the others; a few more while ranges are observed.
     assert counters["stats"]["unique_graphs"] <= 4
     assert not counters["recompile_limit"] and not counters["graph_break"]
     with torch.no_grad():
@@ -64,15 +64,15 @@ def test_blocks_are_drawn_anew_at_the_rate_of_now_from_the_codebook_of_now(setti
     state.p = 1.0
     state.refresh_codebooks()
     state.refresh_scales()
-    torch.testing.assert_close(seen_weight(compiled), seen_weight(model))
+    torch.testing.assert_close(effective_weight(compiled), effective_weight(model))
     state.p = 0.0
     clean = nn.Sequential(nn.Linear(64, 64, bias=False))
     clean[0].weight = weight
     if "activation_bits" not in settings:
-        assert torch.equal(seen_weight(compiled), seen_weight(clean))
+        assert torch.equal(effective_weight(compiled), effective_weight(clean))
 
 
-def test_layers_are_skipped_anew_and_tied_weights_share_their_blocks(input_ids):
+def test_compiled_layerdrop_skips_different_layers(input_ids):
     model = make_stacked("gpt2", 2)
     noise = QuantNoiseConfig(noise="proxy", p=0.3, layerdrop=0.5, target_modules=["wte", "lm_head"])
     apply_quant_noise(model, noise).train()
@@ -85,7 +85,7 @@ def test_layers_are_skipped_anew_and_tied_weights_share_their_blocks(input_ids):
 
 
 class CountGraphs(TrainerCallback):
-    """What was compiled in each training."""
+    """Counts the graphs that each training compiles."""
 
     def __init__(self):
         self.graphs = []
@@ -99,7 +99,7 @@ class CountGraphs(TrainerCallback):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", [32, 8])
-def test_noise_and_pass_are_those_of_eager_mode(bits, tmp_path, parity_data, monkeypatch):
+def test_compiled_training_equals_eager_mode(bits, tmp_path, parity_data, monkeypatch):
     results = {}
     for name, more in (("eager", {}), ("compiled", COMPILED)):
         count = CountGraphs()
@@ -110,17 +110,13 @@ def test_noise_and_pass_are_those_of_eager_mode(bits, tmp_path, parity_data, mon
             self.add_callback(count)
 
         monkeypatch.setattr(stages.StageTrainer, "__init__", init)
-        args = TrainingArguments(
-            output_dir=str(tmp_path / name), per_device_train_batch_size=16, learning_rate=1e-3,
-            max_steps=4, report_to="none", save_strategy="no", disable_tqdm=True, use_cpu=True,
-            **more,
-        )  # fmt: skip
-        trainer = QuantNoiseTrainer(
-            make_stacked("bert", 1), args, QuantNoiseConfig(noise="int8", p=1.0),
-            train_dataset=parity_data, eval_dataset=parity_data,
+        trainer = make_trainer(
+            tmp_path / name, make_stacked("bert", 1), parity_data,
+            QuantNoiseConfig(noise="int8", p=1.0), parts={"eval_dataset": parity_data},
+            max_steps=4, **more,
         )  # fmt: skip
         trainer.add_callback(count)
-        trainer.evaluate()  # compiles the model in eval mode alone
+        trainer.evaluate()  # compiles the model in eval mode only
         trainer.train()
         config = IPQConfig(block_size=4, n_centroids=16, codebook_bits=bits,
                            stages=["ffn", "attention"])  # fmt: skip

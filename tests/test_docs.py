@@ -3,12 +3,15 @@
 import ast
 import dataclasses
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
 import hf_quantnoise
 from hf_quantnoise import CompressionArguments, FixedPointConfig, IPQConfig, QuantNoiseConfig
+from hf_quantnoise.cli import COMMANDS, build_parser
+from hf_quantnoise.cli.finetune import task_module
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
@@ -19,6 +22,9 @@ CONFIGS = {
 }
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+SCRIPTS = {"run_glue.py": "glue", "run_clm.py": "clm", "run_image_classification.py": "images"}
 
 
 def prose(page: Path) -> str:
@@ -59,6 +65,22 @@ def test_python_code_parses_and_uses_existing_names(page):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             names = {keyword.arg for keyword in node.keywords}
             assert names <= CONFIGS.get(node.func.id, names), node.func.id
+
+
+@every_page
+def test_commands_parse(page):
+    """Each hf-quantnoise and examples/run_*.py command of a page has valid flags and values."""
+    text = re.sub(r" *\\\n *", " ", prose(page))
+    for line in re.findall(r"^    (?:hf-quantnoise|python examples/)(.+)$", text, re.MULTILINE):
+        name, *words = shlex.split(line, comments=True)
+        task = SCRIPTS.get(name) or (name == "finetune" and words.pop(0))
+        if "--help" in words or not (task or name in COMMANDS):
+            continue
+        if task:
+            pytest.importorskip("datasets")
+            task_module(task).example.parse(words)
+        else:
+            build_parser().parse_args([name, *words])
 
 
 @pytest.mark.parametrize("page", DOCS, ids=lambda page: str(page.relative_to(ROOT / "docs")))

@@ -18,6 +18,7 @@ LAYERS = (
     "registry",
     "distributed",
     "dynamic_subclass",
+    "layer_types",
     "blocks",
     "structure",
     "sharing",
@@ -42,12 +43,10 @@ MAX_FILE_LINES = 300
 MAX_FUNCTION_LINES = 50
 # Exceptions, each with the reason. Shorten or split a file before adding one.
 LONG_FILES: dict[str, str] = {
-    "compression/stages.py": "not split yet",
     "quantizers/kmeans.py": "not split yet",
 }
 LONG_FUNCTIONS: dict[str, str] = {
     "export/onnx_file.py:export_onnx": "not split yet",
-    "trainer.py:compress": "not split yet",
 }
 
 FILES = {

@@ -1,4 +1,4 @@
-"""What ``distributed.py`` says of ranks: on two gloo processes, and on none."""
+"""Collectives of ``distributed.py``, on two gloo processes and on one."""
 
 import pytest
 import torch
@@ -12,21 +12,21 @@ from hf_quantnoise.distributed import (
     sum_over_ranks,
 )
 
-PIECE = """
+PROGRAM = """
 from hf_quantnoise.distributed import (
     broadcast_from, broadcast_from_rank_0, max_over_ranks, on_any_rank, raise_on_all_ranks,
     sum_over_ranks,
 )
 
-def together(*errors):
+def raise_together(*errors):
     with raise_on_all_ranks():
         if errors[rank] is not None:
             raise errors[rank]
 
-found["none"] = error_of(together, None, None)
-found["second"] = error_of(together, None, ValueError("field=2: too large"))
-found["both"] = error_of(together, ValueError("field=1"), ValueError("field=2"))
-found["other"] = error_of(together, KeyError("weight"), None)
+found["none"] = error_of(raise_together, None, None)
+found["second"] = error_of(raise_together, None, ValueError("field=2: too large"))
+found["both"] = error_of(raise_together, ValueError("field=1"), ValueError("field=2"))
+found["other"] = error_of(raise_together, KeyError("weight"), None)
 found["flags"] = on_any_rank([rank == 0, rank == 1, False, True])
 found["no flags"] = on_any_rank([])
 every_other = torch.arange(6.0)[::2] + rank  # not contiguous
@@ -38,8 +38,8 @@ found["of"].append(broadcast_from(torch.tensor(rank), 1).item())
 
 
 @needs_gloo
-def test_ranks_agree(tmp_path):
-    first, second = on_two_ranks(PIECE, tmp_path)
+def test_two_ranks_agree(tmp_path):
+    first, second = on_two_ranks(PROGRAM, tmp_path)
     assert first["none"] is None and second["none"] is None
     assert first["second"] == second["second"] == "ValueError: field=2: too large"
     assert (first["both"], second["both"]) == ("ValueError: field=1", "ValueError: field=2")
@@ -52,7 +52,7 @@ def test_ranks_agree(tmp_path):
         assert found["of"] == [0, 1]
 
 
-def test_one_process_is_left_alone():
+def test_one_process_is_unchanged():
     tensor = torch.tensor([1.0, 2.0])
     for action in (sum_over_ranks, max_over_ranks, broadcast_from_rank_0):
         assert action(tensor) is tensor

@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from hf_quantnoise import size_report
-from hf_quantnoise.blocks import from_blocks, layout_of, to_blocks, weight_matrix
+from hf_quantnoise.blocks import from_blocks, layer_type_of, to_blocks, weight_matrix
 from hf_quantnoise.structure import (
     block_size_of,
     find_layers,
@@ -44,13 +44,13 @@ def test_conv1d_blocks_are_those_of_the_equivalent_linear():
     linear.weight.data.copy_(conv.weight.t())
     assert torch.equal(to_blocks(weight_matrix(conv), 4), to_blocks(weight_matrix(linear), 4))
     assert (
-        layout_of(conv).from_matrix(weight_matrix(conv), conv.weight.shape).shape
+        layer_type_of(conv).from_matrix(weight_matrix(conv), conv.weight.shape).shape
         == conv.weight.shape
     )
 
 
 def test_unknown_layers_have_no_rule():
-    assert layout_of(nn.LayerNorm(4)) is None
+    assert layer_type_of(nn.LayerNorm(4)) is None
     with pytest.raises(TypeError, match="no blocking rule for LayerNorm"):
         weight_matrix(nn.LayerNorm(4))
 

@@ -1,4 +1,4 @@
-"""The iPQ pass of section 3.2: quantize a stage, finetune what is above it, go on."""
+"""Compression of a model in stages (iPQ, section 3.2), or in one shot."""
 
 from .arguments import CompressionArguments
 from .bit_allocation.allocate import BitAllocation, allocate_bits, plan_bit_allocation

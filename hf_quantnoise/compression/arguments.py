@@ -160,7 +160,7 @@ class CompressionArguments(Options):
                 "distill_weight=0 for no loss on the logits)"
             )
 
-    def of_stage(self, stage: str | None) -> StageSettings:
+    def settings_of(self, stage: str | None) -> StageSettings:
         """Return the settings of a stage; None is the only stage of a fixed-point config."""
         own = (self.stage_settings or {}).get("all" if stage is None else stage, {})
         epochs, steps = self.stage_epochs, self.stage_steps
@@ -175,7 +175,7 @@ class CompressionArguments(Options):
 
     def trains(self, stages: Iterable[str | None]) -> bool:
         """Whether any stage is finetuned."""
-        return any(self.of_stage(stage).trains for stage in stages)
+        return any(self.settings_of(stage).trains for stage in stages)
 
     def check_stages(self, stages: Iterable[str | None]) -> None:
         """Check that the stages of ``stage_settings`` are those of a config.

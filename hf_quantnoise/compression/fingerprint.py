@@ -4,6 +4,7 @@ cannot resume from them."""
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict
 from typing import Any
 
@@ -49,7 +50,7 @@ def settings_fingerprint(
         trainer: the user's; its arguments and what the stages take over from it.
         config: how the model is stored.
         args: how stages are finetuned.
-        noise: noise on layers whose stage is yet to come, or None.
+        noise: noise on the layers of later stages, or None.
         teacher: another model to distill from, or None.
     """
     arguments = {
@@ -57,9 +58,8 @@ def settings_fingerprint(
     }
     described = "a copy of the model"
     if teacher is not None:
-        # As earlier releases wrote it, whose runs can be resumed.
         n_parameters = sum(parameter.numel() for parameter in teacher.parameters())
-        described = f"a {type(teacher).__name__} of {n_parameters:,} numbers"
+        described = f"a {type(teacher).__name__} of {n_parameters:,} parameters"
     fingerprint = {
         "config": config.to_dict(),
         _ARGUMENTS: arguments,
@@ -93,9 +93,13 @@ def require_same_settings(stored: Fingerprint, current: Fingerprint, folder: str
                 f"{name}={value!r} (in {folder}) has no effect any more: {REMOVED_OPTIONS[name]}"
             )
     for part, settings in stored.items():
+        if part == "teacher":  # earlier releases described it with another last word
+            settings = {
+                name: re.sub(r"(?<=\d )\w+$", "parameters", text) for name, text in settings.items()
+            }
         changes = [
             f"{name}={settings.get(name)!r} (now {value!r})"
-            for name, value in current[part].items()
+            for name, value in current.get(part, {}).items()
             if settings.get(name) != value
         ]
         if changes:

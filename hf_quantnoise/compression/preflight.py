@@ -48,11 +48,16 @@ def check_compression(
     """Check the settings of a compression run; can be called before training, too.
 
     Raises:
-        TypeError: if the model is not a ``PreTrainedModel``.
+        TypeError: if the config is not one for storage, or the model not a ``PreTrainedModel``.
         ValueError: if a stage has no training data or an unknown length, the settings contradict
             each other, the config or the trainer, or the trainer has something that stages cannot
             use.
     """
+    if not isinstance(config, QuantizedModelConfig):
+        raise TypeError(
+            f"invalid config: got a {type(config).__name__}, expected an IPQConfig or a "
+            "FixedPointConfig; call e.g. compress(IPQConfig(block_size=4))"
+        )
     stages = config.stage_groups()
     args.check_stages(stages)
     trains = args.trains(stages)
@@ -76,7 +81,7 @@ def _require_known_lengths(
     trainer: Trainer, args: CompressionArguments, stages: Iterable[str | None]
 ) -> None:
     """Refuse epochs of data of unknown length. ``max_steps`` of the trainer is not for stages."""
-    settings = map(args.of_stage, stages)
+    settings = map(args.settings_of, stages)
     if not has_length(trainer.train_dataset) and any(
         s.trains and s.steps is None for s in settings
     ):

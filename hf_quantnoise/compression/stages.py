@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, Trainer, set_seed
 from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
 
+from ..compat import undo_accelerate_prepare
 from ..configuration import QuantizedModelConfig, QuantNoiseConfig
 from ..modeling.activations import calibrate
 from ..modeling.packer import ModelPacker, StageResult
@@ -34,7 +35,6 @@ from .preflight import check_compression
 from .reporting.logs import forward_logs, log_errors, log_record
 from .reporting.record import StageRecord, metric_when_packed, record_of
 from .training.fsdp import share_what_rank_0_read
-from .training.packed_trainer import undo_accelerate_prepare
 from .training.pending_noise import PendingNoise, noise_to_keep
 from .training.stage_arguments import stage_optimizer, stage_training_arguments
 from .training.stage_trainer import StageTrainer
@@ -191,7 +191,7 @@ class CompressionPipeline:
         stage_trainer = self._make_trainer(stage, number, noise)
         self._calibrate(stage_trainer, packed)
         finetuning = packed_metric = {}
-        if self.args.of_stage(stage).trains:
+        if self.args.settings_of(stage).trains:
             packed_metric = metric_when_packed(stage_trainer)
             checkpoint = self.files.checkpoint(number)
             if noise is not None:
@@ -259,7 +259,7 @@ class CompressionPipeline:
         self, stage: str | None, number: int, noise: QuantNoiseConfig | None = None
     ) -> StageTrainer:
         """Return the trainer of a stage; that of number 0 evaluates and reads data."""
-        trainer, settings = self.trainer, self.args.of_stage(stage)
+        trainer, settings = self.trainer, self.args.settings_of(stage)
         output_dir = None if self.files.folder is None else self.files.run_folder(number)
         stage_trainer = StageTrainer(
             self.model,

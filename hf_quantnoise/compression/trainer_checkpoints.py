@@ -32,9 +32,8 @@ _READ = re.compile(
     r"|(optimizer|scheduler|scaler)\.(pt|bin)|rng_state(_\d+)?\.pth"
 )
 _WEIGHTS = re.compile(r"(adapter_)?model.*\.safetensors|pytorch_model.*\.bin")
-# Files that Trainer writes together: beginning of the name -> usual name.
-_TRAINING_STATE = {"optimizer": "optimizer.pt", "scheduler": "scheduler.pt",
-                   "rng_state": "rng_state.pth"}  # fmt: skip
+# Written together, also by other names: optimizer.bin, rng_state_0.pth.
+_TRAINING_STATE = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
 
 
 def numbered_folders(folder: str, prefix: str) -> list[tuple[int, str]]:
@@ -83,11 +82,8 @@ def checkpoint_defect(folder: str, required: Sequence[str] = ()) -> str | None:
     if not any(map(_WEIGHTS.fullmatch, names)):
         in_subfolders = any(os.path.isdir(os.path.join(folder, name)) for name in names)
         return None if in_subfolders else "model.safetensors"
-    missing = [
-        usual_name
-        for start, usual_name in _TRAINING_STATE.items()
-        if not any(name.startswith(start) for name in names)
-    ]
+    stems = {name.partition(".")[0].rstrip("_0123456789") for name in names}
+    missing = [name for name in _TRAINING_STATE if name.partition(".")[0] not in stems]
     return missing[0] if missing and len(missing) < len(_TRAINING_STATE) else None
 
 
@@ -102,25 +98,23 @@ def newest_complete_checkpoint(
     Raises:
         ValueError: on all ranks, if one of them does not see the checkpoint.
     """
-    name, defects = broadcast_object(_newest(folder, find_defect) if is_rank_0() else None)
-    defects = {os.path.join(folder, each): defect for each, defect in defects.items()}
-    if name is None:
+    newest, defects = None, {}
+    if is_rank_0():
+        for _, path in reversed(numbered_folders(folder, f"{PREFIX_CHECKPOINT_DIR}-")):
+            name, defect = os.path.basename(path), find_defect(path)
+            if defect is None:
+                newest = name
+                break
+            defects[name] = defect
+    newest, defects = broadcast_object((newest, defects))
+    defects = {os.path.join(folder, name): defect for name, defect in defects.items()}
+    if newest is None:
         return None, defects
-    checkpoint = os.path.join(folder, name)
+    checkpoint = os.path.join(folder, newest)
     with raise_on_all_ranks():
         if not os.path.isdir(checkpoint) or find_defect(checkpoint) is not None:
             raise folder_not_shared(checkpoint)
     return checkpoint, defects
-
-
-def _newest(folder: str, find_defect: DefectFinder) -> tuple[str | None, dict[str, str]]:
-    defects: dict[str, str] = {}
-    for _, checkpoint in reversed(numbered_folders(folder, f"{PREFIX_CHECKPOINT_DIR}-")):
-        name, defect = os.path.basename(checkpoint), find_defect(checkpoint)
-        if defect is None:
-            return name, defects
-        defects[name] = defect
-    return None, defects
 
 
 def checkpoint_to_resume_from(output_dir: str, preferred: Sequence[str] = ()) -> str | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -111,9 +111,11 @@ def export_aqlm(model: PreTrainedModel, folder: str | os.PathLike) -> AqlmExport
     require_packed(model, "export_aqlm")
     layers_by_setting, dense = _group_by_setting(model)
     if not layers_by_setting:
+        reason = Counter(dense.values()).most_common(1)[0][0]
+        name = next(name for name in dense if dense[name] == reason)
         raise ValueError(
-            f"export_aqlm: no layer fits AQLM's layout ({_summary(dense)}); quantize Linear layers "
-            "with one setting for the model, e.g. IPQConfig(block_size=8, n_centroids=256)"
+            f"export_aqlm: no layer fits AQLM's layout, e.g. {name} ({reason}); quantize Linear "
+            "layers with one setting, e.g. IPQConfig(block_size=8, n_centroids=256)"
         )
     setting = max(
         layers_by_setting,
@@ -136,17 +138,6 @@ def export_aqlm(model: PreTrainedModel, folder: str | os.PathLike) -> AqlmExport
     folder = Path(folder)
     disk_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     return AqlmExport(folder, setting, names, dense, disk_bytes)
-
-
-def _summary(dense: dict[str, str]) -> str:
-    """Return each reason once, with the first of its layers and the number of the others."""
-    names = defaultdict(list)
-    for name, reason in dense.items():
-        names[reason].append(name)
-    return ", ".join(
-        f"{found[0]}{f' and {len(found) - 1} more' if found[1:] else ''}: {reason}"
-        for reason, found in names.items()
-    )
 
 
 def _group_by_setting(

@@ -179,8 +179,8 @@ def _with_stored_state(model: PreTrainedModel) -> PreTrainedModel:
         if key not in stored:
             state = {name: tensor.detach() for name, tensor in state.items()}
             stored[key] = {
-                PREFIX + name: nn.Parameter(quantizer.to_storage(name, tensor, state), False)
-                for name, tensor in state.items()
+                PREFIX + name: nn.Parameter(tensor, False)
+                for name, tensor in quantizer.to_storage(state).items()
             }
         layer._storage_quantizer, layer._dtype = quantizer, next(iter(state.values())).dtype
         if isinstance(quantizer, ProductQuantizer):

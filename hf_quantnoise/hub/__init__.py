@@ -1,4 +1,4 @@
-"""Where the package meets Transformers: loading, saving, publishing."""
+"""Integration with transformers: loading, saving and dequantizing quantized models."""
 
 from .auto import (
     AutoQuantizedModel,

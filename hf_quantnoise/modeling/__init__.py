@@ -1,13 +1,14 @@
 """Packed layers: a layer of its own class whose weight is held, and stored, as codes."""
 
 from .convert import (
+    decode_stored_states,
     is_packed,
     pack_layer,
     pack_skeleton,
     packed_layers,
     packed_names,
     packed_shapes,
-    read_states,
+    stored_tensors,
     unpack_model,
 )
 from .packed import PackedLayer
@@ -20,6 +21,7 @@ __all__ = [
     "packed_layers",
     "packed_names",
     "packed_shapes",
-    "read_states",
+    "decode_stored_states",
+    "stored_tensors",
     "unpack_model",
 ]

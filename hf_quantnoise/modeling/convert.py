@@ -1,4 +1,4 @@
-"""From a layer to its packed form and back, in place: the module object stays the same."""
+"""Conversion of a layer to its packed form and back, in place: the module object stays the same."""
 
 from __future__ import annotations
 
@@ -8,30 +8,35 @@ import torch
 from torch import Tensor, nn
 
 from ..blocks import matrix_shape, weight_matrix
+from ..compat import mark_initialized, own_buffers, own_parameters
 from ..quantizers import Quantizer
 from ..quantizers.packing import pack_codes
 from .activations import rounds_inputs
-from .packed import INDICES, INPUT_NAMES, PREFIX, PackedLayer, packed_class
-from .stored import COME
+from .packed import INDICES, INPUT_NAMES, PREFIX, LoadingState, PackedLayer, packed_class
+
+# What a packed layer has in its __dict__ besides the attributes of the original.
+_ATTRIBUTES = (
+    "quantizer", "rows", "columns", "weight_shape", "activation_bits", "_counts", "_loading",
+)  # fmt: skip
 
 
 def is_packed(module: nn.Module) -> bool:
-    """Whether a module is a packed layer."""
+    """Return whether a module is a packed layer."""
     return isinstance(module, PackedLayer)
 
 
 def packed_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(name, layer) of every packed layer of a model."""
+    """Return (name, layer) of every packed layer of a model."""
     return ((name, module) for name, module in model.named_modules() if is_packed(module))
 
 
 def packed_names(layer: nn.Module) -> list[str]:
-    """Names of the tensors that hold a packed layer's weight, without its bias."""
-    return [name for name in layer._parameters if name.startswith(PREFIX)]
+    """Return the names of the tensors that hold a packed layer's weight."""
+    return [name for name in own_parameters(layer) if name.startswith(PREFIX)]
 
 
 def _indices_shape(quantizer: Quantizer, rows: int, columns: int) -> tuple[int, ...]:
-    """(rows, bytes per row) where rows begin on a byte, else the flat number of bytes."""
+    """Return (rows, bytes per row) if each row begins on a byte, else (bytes,)."""
     codes_per_row = columns // quantizer.block_size * quantizer.codes_per_block
     bits_per_row = codes_per_row * quantizer.code_bits
     if bits_per_row % 8 == 0:
@@ -40,37 +45,51 @@ def _indices_shape(quantizer: Quantizer, rows: int, columns: int) -> tuple[int, 
 
 
 def packed_shapes(quantizer: Quantizer, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
-    """The shape of each tensor that holds a packed (rows, columns) weight, by name."""
+    """Return the shape of each tensor that holds a packed (rows, columns) weight, by name."""
     shapes = {INDICES: _indices_shape(quantizer, rows, columns)}
     for key, (shape, _) in quantizer.state_spec(rows, columns).items():
         shapes[PREFIX + key] = tuple(shape)
     return shapes
 
 
-def _parameters(quantizer: Quantizer, tensors: dict[str, Tensor]) -> dict[str, nn.Parameter]:
-    """Parameters of a packed layer; codes, and what its quantizer says is not trained, get no
-    gradient."""
-    frozen = {PREFIX + key for key in quantizer.not_trained}
-    return {
-        name: nn.Parameter(tensor, tensor.is_floating_point() and name not in frozen)
-        for name, tensor in tensors.items()
-    }
+def stored_tensors(
+    layer: PackedLayer, tensors: dict[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Return a packed layer's tensors as they are written to a file, by name.
+
+    Args:
+        layer: the layer.
+        tensors: its tensors, if they are not in the layer itself (offloaded).
+    """
+    tensors = dict(own_parameters(layer)) if tensors is None else tensors
+    state = {key: tensors[PREFIX + key] for key in layer.quantizer.state_spec(1, 1)}
+    stored = layer.quantizer.to_storage(state)
+    return {**tensors, **{PREFIX + key: tensor for key, tensor in stored.items()}}
 
 
 @torch.no_grad()
-def read_states(model: nn.Module) -> None:
-    """After a checkpoint was read: the float state of every packed layer gets its working form."""
-    read: dict[int, dict[str, nn.Parameter]] = {}
+def decode_stored_states(model: nn.Module) -> None:
+    """Decode the states of packed layers that transformers has filled with tensors of a file."""
+    decoded: dict[int, dict[str, nn.Parameter]] = {}
     for _, layer in packed_layers(model):
-        if not layer.quantizer.is_stored_otherwise:
+        if not layer.quantizer.encodes_state:
             continue
-        key = id(layer.weight_indices)  # tied layers go on sharing one set
-        if key not in read:
+        key = id(layer.weight_indices)  # tied layers share one set
+        if key not in decoded:
             state = layer.quantizer.from_storage(layer.state)
             tensors = {PREFIX + name: tensor.detach() for name, tensor in state.items()}
-            read[key] = _parameters(layer.quantizer, tensors)
-        for name, parameter in read[key].items():
+            decoded[key] = _parameters(layer.quantizer, tensors)
+        for name, parameter in decoded[key].items():
             layer.register_parameter(name, parameter)
+
+
+def _parameters(quantizer: Quantizer, tensors: dict[str, Tensor]) -> dict[str, nn.Parameter]:
+    """Return tensors as the parameters of a packed layer."""
+    fixed = {PREFIX + key for key in quantizer.not_trained}
+    return {
+        name: nn.Parameter(tensor, tensor.is_floating_point() and name not in fixed)
+        for name, tensor in tensors.items()
+    }
 
 
 def _become_packed(
@@ -79,16 +98,16 @@ def _become_packed(
     tensors: dict[str, Tensor],
     activation_bits: int | None,
 ) -> None:
-    """Turns layers that share one weight into packed layers that share one set of tensors."""
+    """Turn layers that share one weight into packed layers that share one set of tensors."""
     rows, columns = matrix_shape(layers[0])
     shape, dtype = layers[0].weight.shape, layers[0].weight.dtype
-    # Floats before codes: many programs ask a model's first parameter for the dtype to compute in.
+    # Floats before codes: callers take the dtype of a model from its first parameter.
     floats_first = {name: tensors[name] for name in sorted(tensors, key=INDICES.__eq__)}
     parameters = _parameters(quantizer, floats_first)
     for layer in layers:
-        del layer._parameters["weight"]
+        del own_parameters(layer)["weight"]
         layer.__class__ = packed_class(type(layer))
-        # No attribute of these is a tensor or a module, for which torch would look.
+        # Past nn.Module.__setattr__: none of these is a tensor or a module.
         vars(layer).update(quantizer=quantizer, rows=rows, columns=columns, weight_shape=shape)
         for name, parameter in parameters.items():
             layer.register_parameter(name, parameter)
@@ -97,9 +116,9 @@ def _become_packed(
             for name in INPUT_NAMES:  # tied layers read different inputs
                 scalar = layer.weight_indices.new_zeros((), dtype=dtype)
                 layer.register_parameter(name, nn.Parameter(scalar, requires_grad=False))
-        # Else transformers' _init_weights decodes the weight to initialise a temporary. It must
-        # have layers with buffers of their own (the scale of Gemma's table): no file holds those.
-        layer._is_hf_initialized = not layer._buffers
+        # Otherwise transformers' _init_weights decodes the weight to initialise a temporary.
+        # Buffers of the layer (the scale of Gemma's table) are in no file and need it.
+        mark_initialized(layer, not own_buffers(layer))
 
 
 @torch.no_grad()
@@ -111,22 +130,23 @@ def pack_layer(
     activation_bits: int | None = None,
     importance: Tensor | None = None,
 ) -> float:
-    """Quantizes the weight of a layer (or of several that are tied) and packs them in place.
+    """Quantize the weight of a layer (or of several that are tied) and pack them in place.
 
     Args:
-        layers: the layer, or all layers that hold the very same weight.
-        quantizer: how the weight is to be stored.
+        layers: the layer, or all layers that hold the same weight.
+        quantizer: how the weight is stored.
         seed: seed of the codebook.
-        activation_bits: bits of what enters the layer; ``activations.calibrate`` sets its scale.
-        importance: weight of each number's squared error (``importance.py``); None: all alike.
+        activation_bits: bits of the inputs; ``activations.calibrate`` sets their scale.
+        importance: weight of each value's squared error (``importance.py``); None weighs all alike.
 
     Returns:
         The relative error ||W - W_q||^2 / ||W||^2.
 
     Raises:
-        ValueError: if the quantizer cannot take the weight's shape.
+        TypeError: if the layer type cannot be packed.
+        ValueError: if the quantizer does not fit the shape of the weight.
     """
-    layers = [layers] if isinstance(layers, nn.Module) else list(layers)
+    layers = _packable(layers)
     weight = layers[0].weight
     matrix = weight_matrix(layers[0])
     rows, columns = matrix.shape
@@ -148,10 +168,16 @@ def pack_skeleton(
     layers: nn.Module | Sequence[nn.Module],
     quantizer: Quantizer,
     activation_bits: int | None = None,
+    loading: bool = False,
 ) -> None:
-    """Packs layers without quantizing anything: empty tensors of the right shape, on the weight's
-    device (``meta`` while a checkpoint is being loaded), to be filled from a file."""
-    layers = [layers] if isinstance(layers, nn.Module) else list(layers)
+    """Pack layers with empty tensors, on the device of the weight.
+
+    Args:
+        layers, quantizer, activation_bits: as in :func:`pack_layer`.
+        loading: whether transformers will load the tensors; until they are there, ``weight`` has a
+            shape only.
+    """
+    layers = _packable(layers)
     weight = layers[0].weight
     rows, columns = matrix_shape(layers[0])
     tensors = {
@@ -161,33 +187,35 @@ def pack_skeleton(
         for name, shape in packed_shapes(quantizer, rows, columns).items()
     }
     _become_packed(layers, quantizer, tensors, activation_bits)
+    if loading:
+        for layer in layers:
+            layer._loading = LoadingState(is_skeleton=True)
+
+
+def _packable(layers: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:
+    """Return the layers as a list, after a check that all of them can be packed."""
+    layers = [layers] if isinstance(layers, nn.Module) else list(layers)
+    for layer in layers:
+        packed_class(type(layer))
+    return layers
 
 
 @torch.no_grad()
 def unpack_model(model: nn.Module) -> nn.Module:
-    """Gives every packed layer its decoded weight and its own class back, ties kept. In place."""
+    """Give every packed layer its decoded weight and its original class, in place, ties kept."""
     weights: dict[int, nn.Parameter] = {}
     for _, layer in list(packed_layers(model)):
         key = id(layer.weight_indices)
         if key not in weights:
             weights[key] = nn.Parameter(layer.decode().contiguous())
         for name in [*packed_names(layer), *INPUT_NAMES]:
-            layer._parameters.pop(name, None)
-        for name in (
-            "activation_bits",
-            "quantizer",
-            "rows",
-            "columns",
-            "weight_shape",
-            "_counts",
-            "_shape_only",
-            "_is_read",
-            COME,
-        ):
+            own_parameters(layer).pop(name, None)
+        for name in _ATTRIBUTES:
             layer.__dict__.pop(name, None)
         layer.__class__ = type(layer).original_class
-        others = dict(layer._parameters)
-        layer._parameters.clear()  # the weight stands first again, as optimizers count parameters
+        # The weight comes first again: optimizers number the parameters.
+        others = dict(own_parameters(layer))
+        own_parameters(layer).clear()
         layer.register_parameter("weight", weights[key])
-        layer._parameters.update(others)
+        own_parameters(layer).update(others)
     return model

@@ -1,13 +1,13 @@
-"""What a layer's inputs say about its weights: k-means weighted by activations.
+"""Importance of weights, measured on a layer's inputs: k-means weighted by activations.
 
-The error that quantization leaves in a layer's output is, over the rows x of its inputs,
+The error that quantization causes in a layer's output is, over the rows x of its inputs X,
 
-    ||X (W - W_q)^T||^2 = sum over inputs j, k of (X^T X)_jk <W - W_q, W - W_q>_jk,
+    ||X (W - W_q)^T||^2 = sum over inputs j, k of (X^T X)_jk <W - W_q, W - W_q>_jk.
 
-of which only the diagonal is kept: h_j = sum of x_j^2 weighs the squared error of column j. For a
-convolution j is an input channel and a place of the kernel, so that X are its unfolded patches. A
-table's inputs are one-hot words: X^T X is exactly diagonal, and h is how often each row was
-looked up.
+Only the diagonal is used: h_j = sum of x_j^2 weighs the squared error of column j. For a
+convolution, X are the unfolded patches and j is an input channel and a position in the kernel. The
+inputs of a table are one-hot words: X^T X is exactly diagonal, and h counts the lookups of each
+row.
 """
 
 from __future__ import annotations
@@ -18,99 +18,55 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers.pytorch_utils import Conv1D
 
-from ..blocks import layout_of, weight_matrix
+from ..blocks import matrix_shape
 from ..distributed import broadcast_from_rank_0, on_any_rank, sum_over_ranks
+from ..layer_types import known_layer_type
 from .activations import evaluating, never_ran
 from .padding import PaddingMasks
 
-# Inputs that were silent on a few batches are not silent for ever: a share of the mean is added to
-# every column's h.
+# Features that are zero on the calibration batches may be non-zero later: this share of the mean is
+# added to every column's h.
 DAMPING = 0.01
 
 
-def _linear_moments(layer: nn.Module, inputs: Tensor) -> Tensor:
-    """(1, columns): sum of squares of each input."""
-    return inputs.float().reshape(-1, inputs.shape[-1]).square().sum(0)[None]
+class _InputStatistics(TorchFunctionMode):
+    """Sums the squares of what multiplies the weights of some layers, while a model runs.
 
-
-def _conv_moments(layer: nn.Conv2d, inputs: Tensor) -> Tensor:
-    """Sum of squares of what each number of a kernel is multiplied with: (1, columns), or (rows,
-    columns) for a grouped convolution. As ``F.unfold`` would give it, without its memory."""
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    squares = F.pad(inputs.float(), layer._reversed_padding_repeated_twice, mode=mode).square()
-    places = []
-    for row in range(layer.kernel_size[0]):
-        for column in range(layer.kernel_size[1]):
-            window = squares
-            for axis, place in ((2, row), (3, column)):
-                reach = layer.dilation[axis - 2] * (layer.kernel_size[axis - 2] - 1)
-                steps = (squares.shape[axis] - reach - 1) // layer.stride[axis - 2] + 1
-                start = place * layer.dilation[axis - 2]
-                kept = torch.arange(steps, device=squares.device) * layer.stride[axis - 2] + start
-                window = window.index_select(axis, kept)
-            places.append(window.sum((0, 2, 3)))
-    by_group = torch.stack(places, 1).reshape(layer.groups, -1)
-    if layer.groups == 1:
-        return by_group
-    return by_group.repeat_interleave(layer.out_channels // layer.groups, 0)
-
-
-# How a layer's inputs weigh its columns; tables are watched by _Watch itself.
-MOMENTS: dict[type[nn.Module], Callable[[nn.Module, Tensor], Tensor]] = {
-    nn.Linear: _linear_moments,
-    Conv1D: _linear_moments,
-    nn.Conv2d: _conv_moments,
-}
-
-
-def _moments_shape(layer: nn.Module) -> tuple[int, int]:
-    """What :data:`MOMENTS` give: a grouped convolution has inputs of its own for each row."""
-    rows, columns = weight_matrix(layer).shape
-    return (rows if getattr(layer, "groups", 1) > 1 else 1), columns
-
-
-def _zeros(layer: nn.Module, *shape: int) -> Tensor:
-    return torch.zeros(*shape, dtype=torch.float64, device=layer.weight.device)
-
-
-class _Watch(TorchFunctionMode):
-    """Sums up what multiplies the weights of some layers while a model runs.
-
-    Layers are watched by forward hooks. Lookups are watched where they happen, by the table that
-    they read: a subclass may be called with something else than row numbers (OPT's positions).
+    Layers are observed with forward hooks. Lookups are observed in ``F.embedding``, by the table
+    they read: a subclass may be called with something other than row numbers (OPT's positions).
 
     Attributes:
         columns: for each weight, by id, the sum of squares of its inputs; float64.
-        ran: ids of the weights whose ``columns`` have seen any.
-        rows: for each table, by id, how often each row was looked up; float64.
-        padding: of the running batch, which counts for nothing.
+        ran: ids of the weights whose ``columns`` have inputs.
+        rows: for each table, by id, the number of lookups of each row; float64.
+        padding: the masks of the running batch; padding does not count.
     """
 
     def __init__(self, layers: Sequence[nn.Module], padding: PaddingMasks) -> None:
         super().__init__()
         self.layers, self.padding = layers, padding
-        # All at once: every rank has the same tensors then, whatever its batches reach.
-        self.columns = {
-            id(layer.weight): _zeros(layer, *_moments_shape(layer))
-            for layer in layers
-            if layout_of(layer).base in MOMENTS
-        }
+        # Created in advance, so that all ranks have the same tensors whatever their batches reach.
+        self.columns: dict[int, Tensor] = {}
+        self.rows: dict[int, Tensor] = {}
         self.ran: set[int] = set()
-        self.rows = {
-            id(layer.weight): _zeros(layer, len(layer.weight))
-            for layer in layers
-            if isinstance(layer, nn.Embedding)
-        }
         self._hooks: list = []
+        for layer in layers:
+            layer_type, (rows, columns) = known_layer_type(layer), matrix_shape(layer)
+            sizes = {"dtype": torch.float64, "device": layer.weight.device}
+            if layer_type.input_energy is not None:
+                own_inputs = getattr(layer, "groups", 1) > 1  # each row reads different inputs
+                shape = (rows if own_inputs else 1, columns)
+                self.columns[id(layer.weight)] = torch.zeros(shape, **sizes)
+            if layer_type.is_table:
+                self.rows[id(layer.weight)] = torch.zeros(rows, **sizes)
 
     def __enter__(self):
-        for layer in self.layers:
-            moments = MOMENTS.get(layout_of(layer).base)
-            if moments is not None:
-                hook = self._hook(moments)
-                self._hooks.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+        self._hooks = [
+            layer.register_forward_pre_hook(self._observe, with_kwargs=True)
+            for layer in self.layers
+            if known_layer_type(layer).input_energy is not None
+        ]
         return super().__enter__()
 
     def __exit__(self, *error):
@@ -118,15 +74,14 @@ class _Watch(TorchFunctionMode):
             hook.remove()
         return super().__exit__(*error)
 
-    def _hook(self, moments: Callable[[nn.Module, Tensor], Tensor]):
-        def observe(layer: nn.Module, args: tuple, kwargs: dict) -> None:
-            inputs = args[0] if args else next(iter(kwargs.values()))
-            if inputs.dim() == 3:  # (batch, hidden) has no positions, whatever the mask's shape
-                inputs = self.padding.without_padding(inputs)
-            self.columns[id(layer.weight)] += moments(layer, inputs).double()
-            self.ran.add(id(layer.weight))
-
-        return observe
+    def _observe(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
+        layer_type, key = known_layer_type(layer), id(layer.weight)
+        inputs = args[0] if args else next(iter(kwargs.values()))
+        # (batch, features) has no positions, even if it has the shape of the mask.
+        if inputs.dim() == 3 and layer_type.features_last:
+            inputs = self.padding.without_padding(inputs)
+        self.columns[key] += layer_type.input_energy(layer, inputs).double()
+        self.ran.add(key)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is F.embedding and len(args) > 1 and id(args[1]) in self.rows:
@@ -136,11 +91,11 @@ class _Watch(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def sum_over_ranks(self) -> None:
-        """Takes what the other ranks have seen into account. On all ranks, with the same layers."""
+        """Add the statistics of all ranks. All ranks must call it, with the same layers."""
         for total in (*self.columns.values(), *self.rows.values()):
             sum_over_ranks(total)
         ran = on_any_rank([key in self.ran for key in self.columns])
-        self.ran = {key for key, used in zip(self.columns, ran, strict=True) if used}
+        self.ran = {key for key, has_run in zip(self.columns, ran, strict=True) if has_run}
 
 
 @torch.no_grad()
@@ -150,51 +105,53 @@ def measure_importance(
     batches: Sequence,
     forward: Callable[[object], object] | None = None,
 ) -> list[Tensor]:
-    """How much the squared error of each number of some weights counts for their layers' outputs.
+    """Return how much the squared error of each value of some weights counts for the outputs.
 
-    A column's h is damped by :data:`DAMPING` of the mean; each row of a table has one lookup more
-    than was seen (Laplace), so that the words of a few batches do not take the whole codebook.
-    A weight with several layers sums over them; where it is a table and a head as well, both
-    kinds are brought to mean 1 and added.
+    A column's h is damped by :data:`DAMPING` of the mean. Each row of a table counts one lookup
+    more than was seen (Laplace), so that the words of a few batches do not take the complete
+    codebook. For a weight with several layers the sums are added; for a table that is also a head,
+    both kinds are scaled to mean 1 and averaged.
 
     Args:
-        model: the model that holds the layers; put in eval mode meanwhile.
+        model: the model that holds the layers; it runs in eval mode.
         weights: for each weight, the layers that hold it.
-        batches: keyword arguments of the model's forward, a dict each; what their masks leave out
-            counts for nothing.
-        forward: runs one batch; None takes ``model(**batch)``.
+        batches: keyword arguments of the model's forward, one dict per batch. Padding by their
+            masks does not count.
+        forward: runs one batch; None is ``model(**batch)``.
 
     Returns:
         For each weight a float32 tensor of mean 1 that broadcasts to its matrix (rows, columns):
         (1, columns), (rows, 1) for a table, (rows, columns) for a grouped convolution and for a
-        table that is a head too. In a distributed run, where each rank has batches of its own,
-        over those of all ranks.
+        table that is also a head. In a distributed run, each rank has its own batches and the
+        result is over all of them.
 
     Raises:
-        ValueError: if a weight was never used on the batches (of any rank).
+        ValueError: if a weight was never used on the batches of any rank.
     """
     forward = forward or (lambda batch: model(**batch))
     padding = PaddingMasks(model)
-    watch = _Watch([layer for layers in weights for layer in layers], padding)
-    with evaluating(model), padding, watch:
+    statistics = _InputStatistics([layer for layers in weights for layer in layers], padding)
+    with evaluating(model), padding, statistics:
         for batch in batches:
             padding.begin(batch)
             forward(batch)
-    watch.sum_over_ranks()
-    return [_importance(model, layers, watch) for layers in weights]
+    statistics.sum_over_ranks()
+    return [_importance(model, layers, statistics) for layers in weights]
 
 
-def _importance(model: nn.Module, layers: Sequence[nn.Module], watch: _Watch) -> Tensor:
+def _importance(
+    model: nn.Module, layers: Sequence[nn.Module], statistics: _InputStatistics
+) -> Tensor:
     key, parts = id(layers[0].weight), []
-    if (rows := watch.rows.get(key)) is not None and rows.any():
+    if (rows := statistics.rows.get(key)) is not None and rows.any():
         parts.append(rows[:, None] + 1)
-    if key in watch.ran:
-        columns = watch.columns[key]
+    if key in statistics.ran:
+        columns = statistics.columns[key]
         mean = columns.mean()
-        # A layer whose inputs are all zero has no preference.
+        # If all inputs are zero, all weights count alike.
         parts.append(columns + DAMPING * mean if mean > 0 else torch.ones_like(columns))
     if not parts:
         raise never_ran("importance", model, layers[0])
     total = sum(part / part.mean() for part in parts)
-    # To the last bit: sums may be rounded otherwise elsewhere.
+    # Sums may be rounded differently on other ranks; k-means needs the same bits.
     return broadcast_from_rank_0((total / len(parts)).float())

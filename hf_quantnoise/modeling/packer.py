@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
+from ..compat import own_parameters
 from ..configuration import QuantizedModelConfig
 from ..distributed import broadcast_from, is_distributed, is_mine, owner_of, sum_over_ranks
 from .activations import require_batches, require_runs, rounds_inputs
@@ -203,7 +204,7 @@ class ModelPacker:
         for number, planned in enumerate(self.stages[stage]):
             layer = planned.layers[0].module
             for name in packed_names(layer):
-                tensor = layer._parameters[name]
+                tensor = own_parameters(layer)[name]
                 tensor.copy_(broadcast_from(tensor.detach(), owner_of(number)))
         device = layer.weight_indices.device
         found = torch.tensor(list(errors.values()), device=device, dtype=torch.float32)

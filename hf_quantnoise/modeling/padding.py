@@ -1,4 +1,4 @@
-"""Which positions of a running batch are padding, for who looks at what enters its layers."""
+"""Padding masks of a running batch, for statistics over the inputs of layers."""
 
 from __future__ import annotations
 
@@ -8,25 +8,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-IGNORED = -100  # the label of a position that is in no loss
+IGNORED = -100  # the label of a position without loss
 
 
 class PaddingMasks:
     """The masks of a batch while a model runs it.
 
-    Most models have one, ``attention_mask``. In an encoder-decoder model it is that of what goes
-    through the encoder and of what the encoder gives, which cross-attention reads as well; all else
-    has the mask of the decoder. Labels give that one where the batch does not, up to the last
-    that is not -100; where the batch has neither, decoder inputs are made of the encoder's.
+    Most models have one, ``attention_mask``. In an encoder-decoder model this is the mask of the
+    encoder and of its output, which cross-attention reads; the decoder has its own mask. If the
+    batch lacks the decoder's mask, it is derived from the labels (up to the last one that is not
+    -100). If it has neither, decoder inputs are made from those of the encoder and have the same
+    mask.
 
     Args:
-        model: watched in the context of this object.
+        model: observed inside the context of this object.
     """
 
     def __init__(self, model: nn.Module) -> None:
         config = getattr(model, "config", None)
-        decodes = getattr(config, "is_encoder_decoder", False)
-        self._encoder: nn.Module | None = model.get_encoder() if decodes else None
+        has_decoder = getattr(config, "is_encoder_decoder", False)
+        self._encoder: nn.Module | None = model.get_encoder() if has_decoder else None
         self._in_encoder = False
         self._encoded: Tensor | None = None
         self._source: Tensor | None = None
@@ -36,8 +37,8 @@ class PaddingMasks:
     def __enter__(self) -> PaddingMasks:
         if self._encoder is not None:
             self._hooks = [
-                self._encoder.register_forward_pre_hook(self._enters),
-                self._encoder.register_forward_hook(self._leaves),
+                self._encoder.register_forward_pre_hook(self._enter_encoder),
+                self._encoder.register_forward_hook(self._leave_encoder),
             ]
         return self
 
@@ -45,21 +46,23 @@ class PaddingMasks:
         for hook in self._hooks:
             hook.remove()
 
-    def _enters(self, *_) -> None:
+    def _enter_encoder(self, *_) -> None:
         self._in_encoder = True
 
-    def _leaves(self, encoder: nn.Module, args: tuple, output: Any) -> None:
+    def _leave_encoder(self, encoder: nn.Module, args: tuple, output: Any) -> None:
         self._in_encoder, self._encoded = False, output[0]
 
     def begin(self, batch: object) -> None:
-        """Before a batch is run; what is no mapping has no masks."""
+        """Read the masks of a batch before it is run; a batch that is not a mapping has none."""
         batch = batch if isinstance(batch, Mapping) else {}
         self._source, self._encoded = _matrix(batch.get("attention_mask")), None
         self._target = None if self._encoder is None else _decoder_mask(batch)
 
     def without_padding(self, inputs: Tensor) -> Tensor:
-        """The rows of (batch, positions, ...) that are no padding, one after the other; inputs of
-        another shape, or without a mask, as they are."""
+        """Return the rows of (batch, positions, ...) that are not padding, one after the other.
+
+        Inputs of another shape, or without a mask, are returned unchanged.
+        """
         mask = self._target
         if self._encoder is None or self._in_encoder or self._is_encoded(inputs):
             mask = self._source
@@ -87,5 +90,5 @@ def _decoder_mask(batch: Mapping[str, Any]) -> Tensor | None:
     if labels is not None and labels.dtype == torch.long:
         used = (labels != IGNORED).long()
         return used.flip(1).cummax(1).values.flip(1)
-    given = "decoder_input_ids" in batch or "decoder_inputs_embeds" in batch
-    return None if given else _matrix(batch.get("attention_mask"))
+    has_inputs = "decoder_input_ids" in batch or "decoder_inputs_embeds" in batch
+    return None if has_inputs else _matrix(batch.get("attention_mask"))

@@ -1,4 +1,4 @@
-"""The decoded weight that a packed layer shows: a tensor to read, not to be written to."""
+"""The ``weight`` of a packed layer: a tensor that can be read but not written to."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-# Every in-place method would do the same; these are the ones that weights are written with.
+from ..compat import disabled_torch_function
+
+# The in-place methods that weights are usually written with.
 _WRITES = (
     *("copy_", "fill_", "zero_", "normal_", "uniform_", "add_", "sub_", "mul_", "div_"),
     *("__iadd__", "__isub__", "__imul__", "__itruediv__", "__setitem__", "index_copy_", "set_"),
@@ -15,43 +17,43 @@ _WRITES = (
 
 
 class ReadOnlyWeight(Tensor):
-    """What ``weight`` of a packed layer is: decoded for whoever asks, and not what is stored.
+    """The decoded weight of a packed layer.
 
-    A write to it would be lost without a word: transformers writes to ``weight.data`` where it
-    resizes a table, PEFT where it merges an adapter or begins one that changes the weight.
+    A write to it would be lost silently: transformers writes to ``weight.data`` when it resizes a
+    table, PEFT when it merges an adapter.
     """
 
-    # As quick as a plain tensor, and what is computed from it is one.
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    # Operations are as fast as on a regular tensor, and return one.
+    __torch_function__ = disabled_torch_function
 
     @property
     def data(self) -> Tensor:
-        """The numbers, without their history, as little to be written to.
+        """The detached values, read-only as well.
 
         Raises:
-            ValueError: if it is set.
+            ValueError: if it is assigned.
         """
         return self.detach().as_subclass(ReadOnlyWeight)
 
     @data.setter
     def data(self, value: Tensor) -> None:
-        refuse()
+        raise_read_only()
 
 
-def refuse(*_: Any, **__: Any) -> NoReturn:
-    """Raises the ValueError that tells the way out."""
+def raise_read_only(*_: Any, **__: Any) -> NoReturn:
+    """Raise the ValueError of a write to a decoded weight."""
     raise ValueError(
-        "the weight of a quantized layer is decoded from its codes and cannot be written to: to "
-        "resize a table, merge an adapter or edit weights, call model.dequantize() first, and "
+        "the weight of a quantized layer is decoded from its codes and cannot be written to; to "
+        "resize a table, merge an adapter or edit weights, call model.dequantize() first and "
         "quantize_model(model, config) afterwards"
     )
 
 
 for _name in _WRITES:
-    setattr(ReadOnlyWeight, _name, refuse)
+    setattr(ReadOnlyWeight, _name, raise_read_only)
 
 
-def shown(weight: Tensor) -> Tensor:
-    """A decoded weight for those outside; differentiable as before. Compiled graphs, in which
-    nobody writes to weights, go on with the plain tensor."""
+def as_read_only(weight: Tensor) -> Tensor:
+    """Return a view that cannot be written to; in compiled graphs, which do not write to weights,
+    the tensor itself."""
     return weight if torch.compiler.is_compiling() else weight.as_subclass(ReadOnlyWeight)

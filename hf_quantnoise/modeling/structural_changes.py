@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..compat import TIED_WEIGHTS
 from ..configuration import QuantizedModelConfig
 from ..pruning import Pruning, layers_to_prune, plan_pruning
 from ..sharing import Chunk, chunks_of, share, sources_of, tensors_in_both
@@ -138,7 +139,7 @@ def declare_shared(
             for tensor in _shared_tensors(module, name, source)
             if f"{start}{name}.{tensor}" not in without
         }
-        for attribute in ("_tied_weights_keys", "all_tied_weights_keys"):
+        for attribute in (TIED_WEIGHTS, "all_tied_weights_keys"):
             others = {
                 target: source
                 for target, source in (getattr(module, attribute, None) or {}).items()

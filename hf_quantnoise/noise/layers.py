@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..blocks import LAYOUTS, WeightLayout, layout_of
 from ..dynamic_subclass import DynamicSubclass, make_dynamic_subclass
+from ..layer_types import LayerType, known_layer_type, layer_type_of
 from .activations import ActivationNoise
 from .operator import WeightNoise
 
@@ -37,7 +37,7 @@ class LayerNoise:
 class QuantNoiseLayer(DynamicSubclass):
     """Mixin of every noisy layer: noise while ``.training``, the original layer otherwise."""
 
-    _weight_layout: ClassVar[WeightLayout]
+    _layer_type: ClassVar[LayerType]
     _layer_noise: LayerNoise
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -48,7 +48,7 @@ class QuantNoiseLayer(DynamicSubclass):
         if noise.activations is not None:
             args = (noise.activations(args[0]), *args[1:])
         outer = self.__dict__.get("weight")  # replicas of nn.DataParallel keep their weight here
-        noisy = noise.weight.noisy_weight(self.weight, self._weight_layout, noise.member)
+        noisy = noise.weight.noisy_weight(self.weight, self._layer_type, noise.member)
         # Dynamo tracks self.__dict__ only if it is written out: do not use a local name for it.
         self.__dict__["weight"] = noisy
         try:
@@ -82,8 +82,8 @@ def noisy_class(cls: type[nn.Module]) -> type[nn.Module]:
     complete table.
     """
     mixin = QuantNoiseLookup if cls.forward is nn.Embedding.forward else QuantNoiseLayer
-    layout = next(layout for layout in LAYOUTS if issubclass(cls, layout.base))
-    return make_dynamic_subclass("QN", cls, (mixin, cls), noisy_class, _weight_layout=layout)
+    layer_type = known_layer_type(cls)
+    return make_dynamic_subclass("QN", cls, (mixin, cls), noisy_class, _layer_type=layer_type)
 
 
 def is_noisy(module: nn.Module) -> bool:
@@ -92,8 +92,8 @@ def is_noisy(module: nn.Module) -> bool:
 
 
 def make_noisy(module: nn.Module, noise: LayerNoise) -> None:
-    """Turn a layer that ``blocks.layout_of`` knows into a noisy one, in place."""
-    assert layout_of(module) is not None and not is_noisy(module)
+    """Turn a layer that ``layer_type_of`` knows into a noisy one, in place."""
+    assert layer_type_of(module) is not None and not is_noisy(module)
     module.__dict__["_layer_noise"] = noise
     module.__class__ = noisy_class(type(module))
 

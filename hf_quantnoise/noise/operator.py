@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from ..blocks import WeightLayout
+from ..layer_types import LayerType
 from ..quantizers.base import StraightThrough
 from .block_mask import BlockMask, SharedMaskSampler, sample_mask
 from .functions import NoiseFunction
@@ -62,12 +62,12 @@ class WeightNoise:
         """Return whether a forward of this layer has applied it yet."""
         return self.used if self.shared is None else member in self.shared.called
 
-    def noisy_weight(self, weight: Tensor, layout: WeightLayout, member: int = 0) -> Tensor:
+    def noisy_weight(self, weight: Tensor, layer_type: LayerType, member: int = 0) -> Tensor:
         """Return the weight with noise (Eq. 7), in its own layout and dtype.
 
         Args:
             weight: the weight.
-            layout: how it becomes a matrix.
+            layer_type: how it becomes a matrix.
             member: index of the layer among those that hold the weight.
 
         Raises:
@@ -77,7 +77,7 @@ class WeightNoise:
             return weight
         self.used = True
         with torch.no_grad(), _full_precision(weight.device):
-            matrix = layout.to_matrix(weight.detach())
+            matrix = layer_type.to_matrix(weight.detach())
             if matrix.shape != (self.rows, self.columns):
                 raise RuntimeError(
                     f"invalid weight matrix: got {tuple(matrix.shape)}, expected "
@@ -88,7 +88,7 @@ class WeightNoise:
             copy = matrix.clone(memory_format=torch.contiguous_format)
             for function, chosen in self._sample(self.rows, weight.device, member):
                 function.distort(copy, _as_blocks(function, chosen))
-            noisy = layout.from_matrix(copy, weight.shape)
+            noisy = layer_type.from_matrix(copy, weight.shape)
         return StraightThrough.apply(weight, noisy)
 
     def noisy_rows(self, values: Tensor, ids: Tensor, member: int = 0) -> Tensor:

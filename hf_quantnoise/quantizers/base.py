@@ -113,15 +113,18 @@ class Quantizer(ABC):
         """Keys of state tensors that get no gradient."""
         return set()
 
-    def to_storage(self, key: str, tensor: Tensor, state: dict[str, Tensor]) -> Tensor:
-        """Convert a state tensor to its form in a file: the spec's dtype, if that is smaller."""
-        _, dtype = self.state_spec(1, 1)[key]
-        smaller = torch.empty((), dtype=dtype).element_size() < tensor.element_size()
-        return tensor.to(dtype) if smaller else tensor
+    def to_storage(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Convert a state to its form in a file: the dtypes of the spec, if they are smaller."""
+        spec = self.state_spec(1, 1)
+        return {
+            key: tensor.to(dtype) if dtype.itemsize < tensor.element_size() else tensor
+            for key, tensor in state.items()
+            for _, dtype in [spec[key]]
+        }
 
     @property
-    def is_stored_otherwise(self) -> bool:
-        """Whether :meth:`from_storage` changes the state."""
+    def encodes_state(self) -> bool:
+        """Whether :meth:`from_storage` changes the state: files hold codes for its values."""
         return False
 
     def from_storage(self, state: dict[str, Tensor]) -> dict[str, Tensor]:

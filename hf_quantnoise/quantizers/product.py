@@ -197,16 +197,21 @@ class ProductQuantizer(Quantizer):
     def not_trained(self):
         return {_PREFIX + key for key in _KEYS}
 
-    def to_storage(self, key, tensor, state):
-        if key == "codebook" and self.codebook_bits == 8:
-            codes = self._eight_bits.encode(self._books(tensor), _codebook_state(state))
-            return codes.view_as(tensor)
-        _, dtype = self.state_spec(1, 1)[key]
-        within = _clamp_to_half(tensor) if dtype == torch.float16 else tensor
-        return super().to_storage(key, within, state)
+    def to_storage(self, state):
+        spec, codebook = self.state_spec(1, 1), state["codebook"]
+        stored = super().to_storage(
+            {
+                key: _clamp_to_half(tensor) if spec[key][1] == torch.float16 else tensor
+                for key, tensor in state.items()
+            }
+        )
+        if self.codebook_bits == 8:
+            codes = self._eight_bits.encode(self._books(codebook), _codebook_state(state))
+            stored["codebook"] = codes.view_as(codebook)
+        return stored
 
     @property
-    def is_stored_otherwise(self):
+    def encodes_state(self):
         return self.codebook_bits == 8
 
     def from_storage(self, state):

@@ -35,13 +35,35 @@ def run_lines(url, home, folder, *lines):
     )
 
 
-def test_report_reads_pushed_models(made, tmp_path):
-    lines = [*COMMANDS["push"].examples, "hf-quantnoise report me/small --json"]
+def outputs(text: str) -> list[dict]:
+    """Return the JSON documents in the output of several commands."""
+    decoder, found = json.JSONDecoder(), []
+    while (begin := text.find("{")) >= 0:
+        document, end = decoder.raw_decode(text, begin)
+        found.append(document)
+        text = text[end:]
+    return found
+
+
+@pytest.fixture(scope="module")
+def session(made, tmp_path_factory):
+    """Push a model, report it, an adapter and a repository without a model; in one process."""
+    home = tmp_path_factory.mktemp("home")
+    weights = (made / "out" / "dense" / "model.safetensors").read_bytes()
+    names = ("me/small", "me/adapter", "me/words")
+    reports = [f"hf-quantnoise report {name} --json" for name in names]
     with HubServer() as hub:
-        done = run_lines(hub.url, tmp_path, made, *lines)
-        assert done.returncode == 0, done.stderr[-3000:]
-    folder = made / "out" / "compressed"
-    sent = hub.repos["me/small"]
+        hub.repos["me/adapter"] = {"adapter_model.safetensors": weights}
+        hub.repos["me/words"] = {"README.md": b"not a model"}
+        done = run_lines(hub.url, home, made, *COMMANDS["push"].examples, *reports)
+    # Only the beginning of the weights was requested, and they are not cached.
+    assert not list(home.rglob("model.safetensors"))
+    return hub, done
+
+
+def test_push_uploads_the_files_and_names_the_repository(session, made):
+    hub, _ = session
+    folder, sent = made / "out" / "compressed", hub.repos["me/small"]
     for path in folder.iterdir():
         if path.name != CARD:
             assert sent[path.name] == path.read_bytes()
@@ -53,14 +75,21 @@ def test_report_reads_pushed_models(made, tmp_path):
     assert "/api/models/me/small/commit/main" in requested
     assert "/api/models/me/small/branch/ipq-8" in requested
     assert "/api/models/me/small/commit/ipq-8" in requested
-    _, _, out = done.stdout.partition("{")
-    shown = json.loads("{" + out)
-    report, _ = report_of(Checkpoint(str(folder)))
-    assert shown["note"] is None
-    assert shown["total"]["disk_bytes"] == report.total.disk_bytes
-    assert len(shown["rows"]) == len(report.rows)
-    # Only the beginning of the weights was requested, and they are not cached.
-    assert not list(tmp_path.rglob("model.safetensors"))
+
+
+def test_report_reads_repositories(session, made):
+    """A packed model, the file of an adapter, and a repository without a model."""
+    _, done = session
+    packed, adapter = outputs(done.stdout)
+    report, _ = report_of(Checkpoint(str(made / "out" / "compressed")))
+    assert packed["note"] is None
+    assert packed["total"]["disk_bytes"] == report.total.disk_bytes
+    assert len(packed["rows"]) == len(report.rows)
+    size = (made / "out" / "dense" / "model.safetensors").stat().st_size
+    assert adapter["total"]["disk_bytes"] == size
+    assert "'me/adapter' has no config.json" in adapter["note"]
+    assert done.returncode == 1
+    assert "'me/words' has no config.json and no *.safetensors" in done.stderr
 
 
 def test_folders_that_do_not_match_their_config_are_refused(work, run):
@@ -95,18 +124,3 @@ def test_refusing_hub_is_named(made, tmp_path):
         for words in ("error: 'me/small'", f"to {hub.url}:", "403", "hf auth login"):
             assert words in done.stderr
         assert not hub.repos
-
-
-def test_report_of_repositories_without_config(made, tmp_path):
-    """The file of an adapter, and a repository without a model."""
-    file = made / "out" / "dense" / "model.safetensors"
-    with HubServer() as hub:
-        hub.repos["me/adapter"] = {"adapter_model.safetensors": file.read_bytes()}
-        hub.repos["me/words"] = {"README.md": b"not a model"}
-        lines = [f"hf-quantnoise report {name} --json" for name in ("me/adapter", "me/words")]
-        done = run_lines(hub.url, tmp_path, made, *lines)
-    shown = json.loads(done.stdout)
-    assert shown["total"]["disk_bytes"] == file.stat().st_size
-    assert "'me/adapter' has no config.json" in shown["note"]
-    assert done.returncode == 1
-    assert "'me/words' has no config.json and no *.safetensors" in done.stderr

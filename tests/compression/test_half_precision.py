@@ -8,8 +8,8 @@ from support.stacked import make_stacked
 from support.trainers import Killed, assert_same_result, make_trainer, with_other_weights
 
 from hf_quantnoise import AutoQuantizedModel, CompressionArguments, IPQConfig
+from hf_quantnoise.compat import undo_accelerate_prepare
 from hf_quantnoise.compression.distillation.teacher import Teacher
-from hf_quantnoise.compression.training.packed_trainer import undo_accelerate_prepare
 from hf_quantnoise.compression.training.stage_trainer import StageTrainer
 
 CONFIG = IPQConfig(

@@ -1,4 +1,4 @@
-"""What was passed to a trainer is passed on to the stages, or refused before they start."""
+"""Arguments of the user's trainer are passed on to the stages, or refused before they start."""
 
 import pytest
 import torch

@@ -83,6 +83,6 @@ def test_settings_of_an_unknown_stage_are_refused(compress):
 def test_settings_are_read_from_the_command_line():
     flags = ["--stage_settings", '{"attention": {"epochs": 2}}', "--stage_steps", "7"]
     (args,) = HfArgumentParser(CompressionArguments).parse_args_into_dataclasses(flags)
-    assert args.of_stage("attention").epochs == 2
-    assert args.of_stage("attention").steps is None
-    assert args.of_stage("ffn").steps == 7
+    assert args.settings_of("attention").epochs == 2
+    assert args.settings_of("attention").steps is None
+    assert args.settings_of("ffn").steps == 7

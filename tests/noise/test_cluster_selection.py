@@ -6,7 +6,8 @@ from support.tiny import make_model
 from torch import nn
 
 from hf_quantnoise import QuantNoiseConfig, apply_quant_noise
-from hf_quantnoise.blocks import layout_of, weight_matrix
+from hf_quantnoise.blocks import weight_matrix
+from hf_quantnoise.layer_types import layer_type_of
 from hf_quantnoise.noise import find_state
 
 CLUSTERS = 16
@@ -29,7 +30,7 @@ def noisy_layer(layer: nn.Module, noise: str = "proxy", p: float = 0.4) -> tuple
 
 def noised_blocks(layer: nn.Module) -> torch.Tensor:
     noise = layer._layer_noise.weight
-    noisy = weight_matrix(layer, noise.noisy_weight(layer.weight, layout_of(layer)))
+    noisy = weight_matrix(layer, noise.noisy_weight(layer.weight, layer_type_of(layer)))
     return (noisy != weight_matrix(layer)).view(-1, 4).any(1)
 
 

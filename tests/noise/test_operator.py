@@ -6,8 +6,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_quantnoise import QuantNoiseConfig
-from hf_quantnoise.blocks import layout_of, weight_matrix
+from hf_quantnoise.blocks import weight_matrix
 from hf_quantnoise.configuration import NOISES
+from hf_quantnoise.layer_types import layer_type_of
 from hf_quantnoise.noise.operator import WeightNoise
 from hf_quantnoise.quantizers.base import StraightThrough
 
@@ -37,7 +38,7 @@ def noise_for(layer, noise="proxy", p=0.5, members=1, **fields) -> WeightNoise:
 
 
 def psi(noise: WeightNoise, layer: nn.Module, member: int = 0) -> torch.Tensor:
-    return noise.noisy_weight(layer.weight, layout_of(layer), member)
+    return noise.noisy_weight(layer.weight, layer_type_of(layer), member)
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -201,4 +202,4 @@ def test_resized_weight_raises():
     layer = make_layer("linear")
     noise = noise_for(layer)
     with pytest.raises(RuntimeError, match=r"\(50, 32\).*\(48, 32\)"):
-        noise.noisy_weight(torch.zeros(50, 32), layout_of(layer))
+        noise.noisy_weight(torch.zeros(50, 32), layer_type_of(layer))

@@ -10,7 +10,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_quantnoise import QuantNoiseConfig, apply_quant_noise, remove_quant_noise
-from hf_quantnoise.blocks import layout_of, to_blocks, weight_matrix
+from hf_quantnoise.blocks import to_blocks, weight_matrix
+from hf_quantnoise.layer_types import layer_type_of
 from hf_quantnoise.noise import find_state
 from hf_quantnoise.noise.block_mask import sample_mask
 
@@ -60,7 +61,7 @@ def functions_of(model: nn.Module) -> list:
 def weight_in_use(layer: nn.Module) -> torch.Tensor:
     """Return the noisy weight matrix of one forward."""
     noise = layer._layer_noise.weight
-    return weight_matrix(layer, noise.noisy_weight(layer.weight, layout_of(layer)))
+    return weight_matrix(layer, noise.noisy_weight(layer.weight, layer_type_of(layer)))
 
 
 def inputs_for(layer: nn.Module) -> torch.Tensor:

@@ -167,7 +167,7 @@ def test_16_and_8_bit_centroids_are_used_as_stored(bits):
     state = quantizer.fit(matrix_of())
     codes = quantizer.encode(matrix_of(), state)
     used = quantizer.decode(codes, state)
-    written = {key: quantizer.to_storage(key, value, state) for key, value in state.items()}
+    written = quantizer.to_storage(state)
     spec = quantizer.state_spec(*matrix_of().shape)
     assert {key: value.dtype for key, value in written.items()} == {
         k: d for k, (_, d) in spec.items()
@@ -175,7 +175,7 @@ def test_16_and_8_bit_centroids_are_used_as_stored(bits):
     read = quantizer.from_storage(written)
     assert torch.equal(quantizer.decode(codes, read), used)
     # Saving again gives the same file.
-    again = {key: quantizer.to_storage(key, value, read) for key, value in read.items()}
+    again = quantizer.to_storage(read)
     assert all(torch.equal(again[key], written[key]) for key in written)
     state["codebook"].requires_grad_()
     quantizer.decode(codes, state).sum().backward()

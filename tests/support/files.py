@@ -1,11 +1,11 @@
-"""What is in a folder that a model was saved to."""
+"""Contents of the folder of a saved model."""
 
 import hashlib
 from pathlib import Path
 
 
 def digest(folder: Path) -> dict[str, str]:
-    """Name of each file of a model -> the hash of its bytes."""
+    """Return {name of a model file: hash of its content}."""
     return {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()
         for path in folder.iterdir()

@@ -1,4 +1,4 @@
-"""A small server on the loopback that speaks the endpoints of the Hub for a push and a load."""
+"""A local server with the endpoints of the Hub that pushing and loading need."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MAIN = "main"
 
 
 def hub_environment(url: str, home: str) -> dict[str, str]:
-    """Environment of a process whose Hub is at an address; huggingface_hub reads it at import.
+    """Return the environment of a process with another Hub; huggingface_hub reads it at import.
 
     Args:
         url: the address.
@@ -34,19 +34,19 @@ def hub_environment(url: str, home: str) -> dict[str, str]:
 
 
 def commit_of(branch: str) -> str:
-    """A commit's hash: that of the branch's name, as a branch has one."""
+    """Return the hash of the only commit of a branch."""
     return hashlib.sha1(branch.encode()).hexdigest()
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Repositories are dicts from path to bytes: ``server.repos[name]`` on the main branch,
-    ``server.branches[name, branch]`` on others."""
+    """Handles requests to repositories, which are dicts {path: content}:
+    ``server.repos[name]`` for the main branch, ``server.branches[name, branch]`` for others."""
 
     protocol_version = "HTTP/1.1"
     commit = commit_of(MAIN)
 
     def find(self, repo: str, revision: str) -> dict[str, bytes] | None:
-        """Files of a branch, or of a commit; None where there is no such repository or branch."""
+        """Return the files of a branch or commit; None if there is no such repository or branch."""
         for (name, branch), files in [*self.server.branches.items()]:
             if name == repo and revision in (branch, commit_of(branch)):
                 self.commit = commit_of(branch)
@@ -59,7 +59,7 @@ class Handler(BaseHTTPRequestHandler):
         self.reply({}, 404, X_Error_Code=f"{missing}NotFound")
 
     def log_message(self, *args):
-        """Nothing on the console."""
+        """Print nothing."""
 
     def reply(self, body: bytes | dict | list = b"", status: int = 200, **headers: str) -> None:
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -143,10 +143,10 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class HubServer(ThreadingHTTPServer):
-    """``with HubServer() as hub:`` serves until the block ends; ``hub.url`` is its address.
+    """Serves inside ``with HubServer() as hub:``, at the address ``hub.url``.
 
     Args:
-        refuses: whether it lets nobody write.
+        refuses: whether it rejects all writes.
     """
 
     daemon_threads = True

@@ -1,5 +1,5 @@
-"""What something takes of memory: the bytes of tensors that live while it runs, files mapped into
-memory included, and what the process itself grows by, holes in its heap too."""
+"""Memory use: bytes of live tensors, including memory-mapped files, and growth of a process,
+including fragmentation of its heap."""
 
 import gc
 import subprocess
@@ -15,12 +15,12 @@ from torch.profiler import ProfilerActivity, profile
 
 @dataclass(frozen=True)
 class LiveBytes:
-    """What :func:`live_bytes` saw.
+    """Result of :func:`live_bytes`.
 
     Attributes:
-        result: what the function returned.
-        peak: most bytes that lived at one time, of those that came to life meanwhile.
-        left: those that still live.
+        result: returned by the function.
+        peak: maximum of the bytes allocated by the function and not freed yet.
+        left: bytes that are still allocated.
     """
 
     result: Any
@@ -29,7 +29,7 @@ class LiveBytes:
 
 
 def live_bytes(run: Callable[[], Any]) -> LiveBytes:
-    """Runs a function on this thread alone (others are not seen) and counts."""
+    """Run a function and count the bytes that it allocates on this thread."""
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = run()
@@ -48,18 +48,18 @@ def highest():
         return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) * 1024
 
 {before}
-begun = highest()
+start = highest()
 {counted}
-print(highest() - begun)
+print(highest() - start)
 """
 
 
 def growth_of_process(before: str, counted: str) -> int:
-    """By how many bytes the most that a new process ever held grows with a piece of a program.
+    """Return by how many bytes a piece of a program raises the peak memory of a new process.
 
     Args:
-        before: what is done first and does not count.
-        counted: what does.
+        before: code that runs first and is not counted.
+        counted: code that is counted.
     """
     if not Path("/proc/self/status").is_file():
         pytest.skip("no /proc/self/status to read the peak of a process from")

@@ -1,5 +1,4 @@
-"""Programs on several processes of one machine, started as users start them, by ``torchrun`` or
-``accelerate launch``; and pieces of programs on two of them."""
+"""Runs programs on several processes, by ``torchrun``, ``accelerate launch`` or directly."""
 
 import json
 import os
@@ -17,7 +16,7 @@ needs_gloo = pytest.mark.skipif(
 )
 
 
-_ON_A_RANK = """
+_BEFORE = """
 import datetime, sys
 import torch
 import torch.distributed as dist
@@ -38,26 +37,27 @@ def error_of(action, *args):
 
 
 """
-_AFTERWARDS = """
+_AFTER = """
 torch.save(found, f"{folder}/found-{rank}")
-dist.barrier()  # gloo calls it an error where the first is gone before the second
+dist.barrier()  # gloo raises if one process ends before the other
 dist.destroy_process_group()
 """
 
 
 def on_two_ranks(source: str, folder: Path, seconds: int = 300) -> list[dict]:
-    """Runs a piece of a program on two gloo processes.
+    """Run a piece of a program on two gloo processes.
 
     Args:
-        source: knows ``rank``, ``folder``, and ``error_of`` (an action and its arguments -> type
-            and words of what it raises, or None). What it puts into the dict ``found`` comes back.
-        folder: an empty one.
+        source: can use ``rank``, ``folder`` and ``error_of(function, *args)``, which returns type
+            and message of the error raised, or None. Puts its results into the dict ``found``.
+        folder: an empty folder.
+        seconds: timeout.
 
     Returns:
-        What each rank found.
+        ``found`` of each rank.
     """
     program = folder / "piece.py"
-    program.write_text(_ON_A_RANK + source + _AFTERWARDS)
+    program.write_text(_BEFORE + source + _AFTER)
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": path}
     ranks = [
@@ -68,16 +68,16 @@ def on_two_ranks(source: str, folder: Path, seconds: int = 300) -> list[dict]:
         for rank in (0, 1)
     ]  # fmt: skip
     try:
-        said = [process.communicate(timeout=seconds)[0] for process in ranks]
+        outputs = [process.communicate(timeout=seconds)[0] for process in ranks]
     finally:
         for process in ranks:
             process.kill()
-    assert [process.returncode for process in ranks] == [0, 0], "\n".join(said)[-6000:]
+    assert [process.returncode for process in ranks] == [0, 0], "\n".join(outputs)[-6000:]
     return [torch.load(folder / f"found-{rank}") for rank in (0, 1)]
 
 
-def torchrun(program: Path, *words: str, processes: int = 2, seconds: int = 600) -> str:
-    """Runs a program and gives what it wrote; one process is started without torchrun."""
+def torchrun(program: Path, *arguments: str, processes: int = 2, seconds: int = 600) -> str:
+    """Run a program and return its output; without torchrun if there is one process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -85,24 +85,25 @@ def torchrun(program: Path, *words: str, processes: int = 2, seconds: int = 600)
         "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--rdzv-backend=c10d",
         f"--rdzv-endpoint=127.0.0.1:{port}", "--local-addr=127.0.0.1",
     ]  # fmt: skip
-    return _run([*launcher, str(program), *words], seconds)
+    return _run([*launcher, str(program), *arguments], seconds)
 
 
 def accelerate_launch(
-    folder: Path, program: Path, *words: str, fsdp: dict | None = None, seconds: int = 600
+    folder: Path, program: Path, *arguments: str, fsdp: dict | None = None, seconds: int = 600
 ) -> str:
-    """Runs a program on two processes as ``accelerate launch`` does with a file that
-    ``accelerate config`` could have written, and gives what it wrote.
+    """Run a program on two processes with ``accelerate launch`` and return its output.
 
     Args:
-        folder: where that file goes.
-        program, words: what is run.
-        fsdp: its ``fsdp_config``; None is DDP.
+        folder: where the config file is written.
+        program: the program.
+        arguments: its arguments.
+        fsdp: ``fsdp_config`` of the config file; None uses DDP.
+        seconds: timeout.
     """
     config = {
         "compute_environment": "LOCAL_MACHINE", "num_machines": 1, "machine_rank": 0,
-        # By --cpu, and by MULTI_CPU, accelerate (1.15) starts one process and leaves the rest to
-        # mpirun. The program says that it is on CPUs.
+        # With --cpu or MULTI_CPU accelerate (1.15) starts one process and relies on mpirun for the
+        # others. The program itself selects the CPU.
         "distributed_type": "MULTI_GPU", "use_cpu": False, "num_processes": 2,
         "mixed_precision": "no", "main_process_port": 0,
     }  # fmt: skip
@@ -111,13 +112,13 @@ def accelerate_launch(
     path = folder / "accelerate.json"
     path.write_text(json.dumps(config))
     launcher = ["-m", "accelerate.commands.launch", "--config_file", str(path)]
-    return _run([*launcher, str(program), *words], seconds)
+    return _run([*launcher, str(program), *arguments], seconds)
 
 
-def _run(words: list[str], seconds: int) -> str:
+def _run(arguments: list[str], seconds: int) -> str:
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     done = subprocess.run(
-        [sys.executable, *words],
+        [sys.executable, *arguments],
         env={**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
         capture_output=True,
         text=True,
@@ -128,10 +129,10 @@ def _run(words: list[str], seconds: int) -> str:
 
 
 def take_cpus_for_gpus(args) -> None:
-    """Lets accelerate shard on CPUs, where it would run DDP: FSDP2 itself takes them as well.
+    """Make accelerate shard on CPUs, where it would run DDP although FSDP2 supports them.
 
     Args:
-        args: ``TrainingArguments``; before the first trainer is made.
+        args: ``TrainingArguments``, before the first trainer is created.
     """
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType

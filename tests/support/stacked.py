@@ -1,4 +1,4 @@
-"""Tiny random models with stacks of any number of layers, of many architectures."""
+"""Tiny random models of many architectures with any number of layers."""
 
 import torch
 from torch import nn
@@ -67,7 +67,7 @@ STACKED = {
     ),
 }  # fmt: skip
 
-# Layers that differ by their place: a list of kinds in the config, a first layer without a norm.
+# The layers differ by position: layer types in the config, a first layer without a norm.
 BY_PLACE = {
     "qwen2": lambda n: Qwen2ForCausalLM(
         Qwen2Config(**_small(n), **TOKENS, layer_types=_alternating(n), sliding_window=4,
@@ -85,13 +85,13 @@ def _alternating(layers: int) -> list[str]:
 
 
 def make_stacked(name: str, layers: int = 3) -> nn.Module:
-    """A model without dropout modules, in eval mode, the same every time."""
+    """Return a model in eval mode without dropout, always the same."""
     torch.manual_seed(0)
     return without_dropout({**STACKED, **BY_PLACE}[name](layers))
 
 
 def without_dropout(model: nn.Module) -> nn.Module:
-    """The model in eval mode, with dropout modules that do nothing in training."""
+    """Put a model in eval mode and set the rate of its dropout modules to 0."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -99,7 +99,7 @@ def without_dropout(model: nn.Module) -> nn.Module:
 
 
 def inputs_of(name: str) -> dict:
-    """Keyword arguments of a forward."""
+    """Return keyword arguments of a forward."""
     generator = torch.Generator().manual_seed(1)
     if name == "vit":
         return {"pixel_values": torch.randn(2, 3, 32, 32, generator=generator)}

@@ -1,4 +1,4 @@
-"""Ways of storing a weight that several tests take, by name."""
+"""Quantization configs that several tests use, by name."""
 
 from hf_quantnoise import FixedPointConfig, IPQConfig
 
@@ -13,5 +13,5 @@ STORED = {
 
 
 def stored(*names: str) -> dict:
-    """Some of them."""
+    """Return some of them."""
     return {name: STORED[name] for name in names}

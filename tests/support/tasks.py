@@ -1,4 +1,4 @@
-"""A tiny model and a few padded examples of every task, and what the divergence of each must be."""
+"""A tiny model, a few padded examples and the expected divergence of each task."""
 
 import torch
 from transformers import (
@@ -24,7 +24,7 @@ def _bert(kind, **fields):
 
 
 def _tokens() -> dict[str, torch.Tensor]:
-    """Ids of 4 to 8 tokens, padded on the right."""
+    """Return ids of 4 to 8 tokens, padded on the right."""
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(5, 320, (EXAMPLES, WIDTH), generator=generator)
     lengths = torch.randint(4, WIDTH + 1, (EXAMPLES, 1), generator=generator)
@@ -94,7 +94,7 @@ TASKS = {
 
 
 def _kl(student, teacher, temperature):
-    """KL of one row, in float64, term by term."""
+    """Return the KL divergence of one row, term by term in float64."""
     s, t = (x.double() / temperature for x in (student, teacher))
     s, t = s - torch.log(torch.exp(s).sum()), t - torch.log(torch.exp(t).sum())
     return float((torch.exp(t) * (t - s)).sum()) * temperature**2
@@ -107,7 +107,7 @@ def _bernoulli(student, teacher, temperature):
 
 
 def expected_divergence(task, student, teacher, batch, temperature):
-    """The divergence by definition: a loop over all rows that count."""
+    """Return the divergence by its definition: a loop over all rows that are not masked."""
     rows, values = range(EXAMPLES), []
     if task == "questions":
         for name in ("start_logits", "end_logits"):

@@ -46,7 +46,7 @@ TIED = ("bert-mlm", "roberta-mlm", "gpt2")
 
 
 def make_model(name: str, seed: int = 0):
-    """A tiny random model, in eval mode, the same for the same seed."""
+    """Return a tiny random model in eval mode, always the same for a seed."""
     torch.manual_seed(seed)
     return MAKERS[name]().eval()
 
@@ -63,7 +63,7 @@ VISION_MAKERS = {
     "efficientnet": lambda: EfficientNetForImageClassification(
         EfficientNetConfig(
             image_size=IMAGE_SIZE, width_coefficient=0.25, depth_coefficient=0.25, hidden_dim=320,
-            initializer_range=0.3, **CLASSES,  # at 0.02 what so few channels pass on vanishes
+            initializer_range=0.3, **CLASSES,  # 0.02 is too small for so few channels
         )
     ),
     "resnet": lambda: ResNetForImageClassification(
@@ -78,7 +78,7 @@ VISION_MAKERS = {
 
 
 def make_vision_model(name: str, seed: int = 0):
-    """A tiny random image classifier whose BatchNorm buffers are not those of a new one."""
+    """Return a tiny random image classifier whose BatchNorm buffers have been updated."""
     torch.manual_seed(seed)
     model = VISION_MAKERS[name]().train()
     with torch.no_grad():
@@ -87,14 +87,14 @@ def make_vision_model(name: str, seed: int = 0):
 
 
 def recompute(model, use_reentrant: bool) -> None:
-    """Switches on what releases before 5.23 call gradient checkpointing."""
+    """Turn on activation checkpointing, called gradient checkpointing before 5.23."""
     old = "gradient_checkpointing_enable"
     enable = getattr(model, "activation_checkpointing_enable", None) or getattr(model, old)
     enable({"use_reentrant": use_reentrant})
 
 
 def with_dropout(model, rate=0.2):
-    """The model, each dropout of which has this rate."""
+    """Set the rate of all dropout modules, in place."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = rate

@@ -72,7 +72,7 @@ def make_task_trainer(folder, task="classification", model=None, data=None, **ar
 
 
 class Killed(BaseException):
-    """Stands for a SIGKILL. Not an Exception, so that nothing catches it."""
+    """Raised in place of a SIGKILL. Not an Exception, so that nothing catches it."""
 
 
 def tensors(model):

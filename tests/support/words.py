@@ -1,4 +1,4 @@
-"""A tokenizer of one token per word, made by hand."""
+"""A tokenizer with one token per word."""
 
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -9,7 +9,7 @@ SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "mask_token": "[MASK]"}
 
 
 def words() -> PreTrainedTokenizerFast:
-    """w3 is the token 3."""
+    """Return a tokenizer that maps w3 to 3."""
     vocabulary = {word: number for number, word in enumerate(SPECIAL.values())}
     vocabulary |= {f"w{number}": number for number in range(len(SPECIAL), VOCABULARY)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))

@@ -1,4 +1,4 @@
-"""The zoo: one tiny random model of each architecture the package is tried on, with a batch."""
+"""One tiny random model, with a batch, of each architecture that the package is tested on."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from support.stacked import make_stacked
 from support.tiny import CLASSES, IMAGE_SIZE, SIZES, make_model, make_vision_model
 
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-# Grouped-query attention, heads of their own size.
+# Grouped-query attention, heads separate size.
 DECODER = {**SIZES, **TOKENS, "num_key_value_heads": 1, "head_dim": 16}
 ENCODER_DECODER = {
     "vocab_size": SIZES["vocab_size"],
@@ -95,8 +95,8 @@ class Architecture:
 
     Attributes:
         auto: the Auto class that loads it.
-        make: makes a model, the same each time, in eval mode.
-        batch: makes the keyword arguments of a forward that gives a loss.
+        make: returns a model in eval mode, always the same.
+        batch: returns keyword arguments of a forward with labels.
     """
 
     auto: type
@@ -188,19 +188,19 @@ TIED = {"BERT": 2, "RoBERTa": 2, "DistilBERT": 2, "ALBERT": 2, "ModernBERT": 2, 
 
 
 def users_of_table(model: nn.Module) -> list[str]:
-    """Names of the layers that hold the input table of a dense model."""
+    """Return the names of the layers that use the input embeddings of a dense model."""
     table = next(layer for layer in find_layers(model) if layer.input_table)
     return [table.name, *table.ties]
 
 
 def ipq_config(model: nn.Module) -> IPQConfig:
-    """Product quantization of all that a tiny model has but its head."""
+    """Return a config that quantizes everything but the head of a tiny model."""
     groups = {layer.group for layer in find_layers(model)} - {"head"}
     return IPQConfig(block_size=4, n_centroids=8, stages=sorted(groups))
 
 
 def without_dropout(model: nn.Module) -> nn.Module:
-    """The same model, whose training forwards draw nothing at random."""
+    """Set the rate of all dropout modules to 0, in place."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -208,7 +208,7 @@ def without_dropout(model: nn.Module) -> nn.Module:
 
 
 def tensors_of(output: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of every tensor in what a forward returned, however deep it lies."""
+    """Yield (name, tensor) of every tensor in a nested output of a forward."""
     if isinstance(output, Tensor):
         yield name, output
     items: Any = ()

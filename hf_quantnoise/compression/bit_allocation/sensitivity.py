@@ -92,7 +92,7 @@ class OutputDivergence:
             matrix: (rows, columns).
         """
         weight = members[0].module._parameters["weight"]
-        values = members[0].layout.from_matrix(matrix, weight.shape).to(weight.dtype)
+        values = members[0].layer_type.from_matrix(matrix, weight.shape).to(weight.dtype)
         trial = nn.Parameter(values, requires_grad=False)
         try:
             for layer in members:

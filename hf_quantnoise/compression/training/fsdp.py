@@ -6,7 +6,7 @@ trainer's own, unsharded model, and a new copy is sharded for each training.
 
 Not everything can be sharded: packed layers are small and hold integers, scalars have no shards,
 and a weight of several layers would belong to several sharded units. Such parameters are replicated
-on every rank, and their gradients are averaged as DDP would do.
+on every rank, and their gradients are averaged as in DDP.
 """
 
 from __future__ import annotations
@@ -22,6 +22,12 @@ from accelerate.utils import DynamoBackend, convert_outputs_to_fp32
 from torch import Tensor, nn
 from transformers import Trainer
 
+from ...compat import (
+    classes_kept_together,
+    own_buffers,
+    own_parameters,
+    persistent_buffer_names,
+)
 from ...distributed import (
     broadcast_from_rank_0,
     broadcast_object,
@@ -116,7 +122,8 @@ def take_from_rank_0(model: nn.Module) -> None:
             values = nn.Parameter(values, tensor.requires_grad)
         module_name, _, attribute = name.rpartition(".")
         module = model.get_submodule(module_name)
-        tensors = module._parameters if attribute in module._parameters else module._buffers
+        parameters = own_parameters(module)
+        tensors = parameters if attribute in parameters else own_buffers(module)
         tensors[attribute] = taken.setdefault(id(tensor), values)
 
 
@@ -125,7 +132,7 @@ def replicated_parameters(model: nn.Module) -> list[nn.Parameter]:
     parameters of several modules, except a head tied to its table, which accelerate supports."""
     holders: dict[int, list[nn.Module]] = {}
     for module in model.modules():
-        for parameter in module._parameters.values():
+        for parameter in own_parameters(module).values():
             holders.setdefault(id(parameter), []).append(module)
     ends = [getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
     pair = {id(module) for module in ends}
@@ -152,7 +159,7 @@ def units_to_shard(model: nn.Module, names: list[str] | None) -> list[str]:
         names: requested by the user; None uses the model's ``_no_split_modules``.
     """
     by_default = names is None
-    names = list(getattr(model, "_no_split_modules", None) or ()) if by_default else names
+    names = classes_kept_together(model) if by_default else names
     table = getattr(model, "get_input_embeddings", lambda: None)()
     found = {}
     for module in model.modules():
@@ -276,6 +283,6 @@ def _on_cpu(value: Any) -> Any:
 
 def _persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for prefix, module in model.named_modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None and name not in module._non_persistent_buffers_set:
+        for name in sorted(persistent_buffer_names(module)):  # in one order on all ranks
+            if (buffer := own_buffers(module)[name]) is not None:
                 yield f"{prefix}.{name}" if prefix else name, buffer

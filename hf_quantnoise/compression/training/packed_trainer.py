@@ -10,8 +10,10 @@ import re
 import torch
 from torch import nn
 from transformers import Trainer
+from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import CONFIG_NAME, logging
 
+from ...compat import undo_accelerate_prepare, without_compile_wrapper
 from ...modeling.packed import PREFIX
 from .fsdp import ShardedCopy, require_fsdp2, share_what_rank_0_read
 
@@ -24,23 +26,6 @@ def without_adapters(model: nn.Module) -> nn.Module:
     """Return the model inside a PEFT wrapper; any other model unchanged."""
     while hasattr(model, "get_base_model"):
         model = model.get_base_model()
-    return model
-
-
-def undo_accelerate_prepare(model: nn.Module) -> nn.Module:
-    """Undo in place what ``Accelerator.prepare_model`` leaves on a model: autocast around its
-    forward, and the mark that makes accelerate treat it as prepared.
-
-    accelerate's own way (``unwrap_model(..., keep_fp32_wrapper=False)``, 1.15) also removes the
-    decorators of transformers.
-    """
-    attributes = vars(model)
-    attributes.pop("_is_accelerate_prepared", None)
-    original_forward = attributes.pop("_original_forward", None)
-    if original_forward is not None:
-        attributes.pop("forward", None)
-        if model.forward != original_forward:  # it was set on the instance
-            model.forward = original_forward
     return model
 
 
@@ -124,10 +109,11 @@ class PackedModelTrainer(Trainer):
         Raises:
             ValueError: if the checkpoint has other packed layers than the model.
         """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
         if isinstance(resume_from_checkpoint, (str, os.PathLike)):
             _require_same_layers(self.model, resume_from_checkpoint)
-        wrapped = getattr(self.model_wrapped, "_orig_mod", self.model_wrapped)
-        if wrapped is self.model:  # without DDP or another wrapper
+        if without_compile_wrapper(self.model_wrapped) is self.model:  # and not inside DDP
             self.model = self.model_wrapped = undo_accelerate_prepare(
                 self.accelerator.unwrap_model(self.model)
             )

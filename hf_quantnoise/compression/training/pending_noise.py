@@ -1,5 +1,5 @@
-"""Noise on layers whose stage is yet to come: while one stage is finetuned, it prepares the others
-for theirs (section 4 within section 3.2)."""
+"""Noise on the layers of later stages: while one stage is finetuned, it prepares the others for
+their quantization (section 4 within section 3.2)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Noise on layers whose stage is yet to come: only on those, and gone after the run."""
+"""Noise on the layers of later stages: only on those, and removed at the end."""
 
 import pytest
 import torch

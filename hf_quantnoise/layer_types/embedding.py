@@ -1,0 +1,35 @@
+"""``nn.Embedding``: each row of the table is the vector of one word."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .record import LayerType, register_layer_type
+
+
+class PackedEmbeddingForward(nn.Embedding):
+    """Forward of a packed table: only the rows that are looked up are decoded."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The rows of ``nn.Embedding``."""
+        if self.max_norm is not None or not self.rows_are_aligned:
+            return super().forward(input)
+        rows = self.decode_rows(input.reshape(-1)).view(*input.shape, self.columns)
+        if self.padding_idx is None or not rows.requires_grad:
+            return rows
+        # As in nn.Embedding, the padding row gives no gradient.
+        return torch.where((input == self.padding_idx)[..., None], rows.detach(), rows)
+
+
+register_layer_type(
+    LayerType(
+        layer_class=nn.Embedding,
+        to_matrix=lambda weight: weight,
+        from_matrix=lambda matrix, shape: matrix,
+        packed_forward=PackedEmbeddingForward,
+        group="embeddings",
+        input_size=lambda layer: 0,
+        is_table=True,
+    )
+)

@@ -1,0 +1,63 @@
+"""The state of packed layers as files hold it, and conversion to and from the state in memory.
+
+``Quantizer.to_storage`` and ``from_storage`` convert one state. Files may hold it in smaller
+dtypes; 8-bit centroids are codes there, which are only meaningful with their scale and zero point.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+def decode_state_dict(
+    layer: nn.Module,
+    names: dict[str, str],
+    state_dict: dict[str, Tensor],
+    partial_state: dict[str, Tensor],
+    assign: bool,
+) -> list[str]:
+    """Replace stored centroids by working ones, before a state dict is copied into a layer.
+
+    ``Trainer`` loads the shards of a checkpoint one by one, so scale and zero point may be in
+    another shard than the codes. Codes are held back until all is there; torch reports them as
+    missing if they never are. Centroids that are floats (a state dict taken from memory) are left
+    as they are.
+
+    Args:
+        layer: a packed layer.
+        names: key of the quantizer's state -> its name in the state dict.
+        state_dict: changed in place.
+        partial_state: the tensors of earlier shards; changed in place.
+        assign: whether the layer will hold the tensors of the state dict, which keep their dtype.
+
+    Returns:
+        Error messages; the tensors they are about are removed from the state dict.
+    """
+    state = layer.state
+    found = {key: state_dict[name] for key, name in names.items() if name in state_dict}
+    if any(tensor.shape != state[key].shape for key, tensor in found.items()):
+        return []  # torch raises
+    codes = [key for key, tensor in found.items() if not tensor.is_floating_point()]
+    for key in codes:
+        del state_dict[names[key]]
+    if not layer.quantizer.encodes_state:
+        return [
+            f"invalid dtype of {names[key]}: got {found[key].dtype}, expected floats, as this "
+            f"model is stored as {layer.quantizer.short_name}; the file is from another model, "
+            "load that with from_pretrained"
+            for key in codes
+        ]
+    known = {**partial_state, **found}
+    partial_state.clear()
+    if "codebook" in known and known["codebook"].is_floating_point():
+        return []
+    if known.keys() < names.keys():
+        partial_state.update(known)
+        return []
+    if not assign:  # as transformers casts the tensors that it loads
+        known = {
+            key: tensor.to(state[key].dtype) if tensor.is_floating_point() else tensor
+            for key, tensor in known.items()
+        }
+    state_dict[names["codebook"]] = layer.quantizer.from_storage(known)["codebook"]
+    return []
