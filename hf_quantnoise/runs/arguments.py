@@ -14,10 +14,12 @@ from transformers import HfArgumentParser, TrainingArguments
 from ..compression import CompressionArguments
 from ..configuration import QuantizedModelConfig, QuantNoiseConfig
 from ..configuration.flags import (
+    HelpFormatter,
     OneLineErrors,
     QuantizationFlags,
+    config_from_flags,
+    errors_name_flags,
     flag_of,
-    read_flags,
     unknown_flags,
 )
 from ..configuration.options import drop_removed, option, options_of, warn_removed
@@ -82,7 +84,7 @@ def _noise_flags() -> list[tuple]:
 class CompressionFlags(
     make_dataclass("_CompressionFlags", _noise_flags(), bases=(QuantizationFlags,))
 ):
-    """Flags of the noise, and of the compressed model."""
+    """Flags of noise and compressed model, and of the run."""
 
     compress: bool = option(True, "Compress the finetuned model.")
     resume_compression: bool = option(False, "Resume a run that was interrupted in compression.")
@@ -99,7 +101,7 @@ class CompressionFlags(
         for name in FALLBACKS:
             if values[flags[name]] is None:
                 flags[name] = name
-        return QuantNoiseConfig(**read_flags(QuantNoiseConfig, flags, values), seed=seed)
+        return config_from_flags(QuantNoiseConfig, flags, values, seed)
 
 
 @dataclass
@@ -197,7 +199,7 @@ class _Parser(OneLineErrors, HfArgumentParser):
 
     def __init__(self, data_class: type, **kwargs: Any) -> None:
         flags = (ModelArguments, data_class, CompressionFlags, CompressionArguments)
-        super().__init__([*flags, RunTrainingArguments], **kwargs)
+        super().__init__([*flags, RunTrainingArguments], formatter_class=HelpFormatter, **kwargs)
         for name in CompressionArguments.removed:
             names = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
             self.add_argument(
@@ -206,7 +208,9 @@ class _Parser(OneLineErrors, HfArgumentParser):
 
     def from_words(self, words: list[str]) -> tuple:
         """Return the dataclasses of a command line."""
-        *parts, unknown = self.parse_args_into_dataclasses(words, return_remaining_strings=True)
+        names = {name: name for name in options_of(CompressionArguments)}
+        with errors_name_flags(names):
+            *parts, unknown = self.parse_args_into_dataclasses(words, return_remaining_strings=True)
         if unknown:
             raise ValueError(unknown_flags(unknown, self._option_string_actions))
         return tuple(parts)

@@ -49,7 +49,7 @@ def test_docs_show_the_examples():
         ("plan", "PATH_OR_REPO"),
         ("plan out/dense --blocksize 8", "--blocksize 8; did you mean '--block_size'?"),
         ("plan out/dense --block_size large", "invalid --block_size 'large'"),
-        ("plan out/dense --n_centroids 1", "n_centroids=1"),
+        ("plan out/dense --n_centroids 1", "--n_centroids 1"),
         ("plan out/dense --scheme fixed_point --target_size_mb 1", "--target_size_mb"),
         ("plan out/dense --bits 8", "--bits 8 requires --scheme fixed_point"),
         ("plan out/dense --observer channel", "--observer channel requires"),

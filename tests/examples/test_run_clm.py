@@ -64,7 +64,7 @@ def test_examples_are_the_stream_without_gaps(text_checkpoint):
         ({"--train_file": "nowhere.txt"}, "--train_file 'nowhere.txt'"),
         ({"--sequence_length": "1"}, "--sequence_length 1: .* at least 2"),
         ({"--sequence_length": "65"}, "--sequence_length 65: .*64 positions"),
-        ({"--max_eval_samples": "3", "--noise": "pqq"}, "unknown noise 'pqq'"),
+        ({"--max_eval_samples": "3", "--noise": "pqq"}, "--noise 'pqq'"),
         ({"--share_layers": "two"}, "--share_layers 'two'"),
         ({"--prune_layers": ".*9"}, "prune_layers='.\\*9'"),
     ],

@@ -259,10 +259,10 @@ def test_patterns_in_two_forms():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--noise_rate", "1.5"], r"p=1\.5"),
-        (["--noise", "prxy"], r"noise='prxy'.*did you mean 'proxy'"),
-        (["--noise", "prxy", "--do_train", "False"], r"noise='prxy'"),
-        (["--block_size", "0"], r"block_size=0"),
+        (["--noise_rate", "1.5"], r"--noise_rate 1\.5"),
+        (["--noise", "prxy"], r"--noise 'prxy'.*did you mean 'proxy'"),
+        (["--noise", "prxy", "--do_train", "False"], r"--noise 'prxy'"),
+        (["--block_size", "0"], r"--block_size 0"),
         (["--stages", "ffm", "--block_size", "4"], r"stages.*'ffm'"),
         (["--noise_block_size", "5"], r"block_size=5"),
         (["--block_size", "5", "--noise", "none"], r"block_size=5"),
@@ -277,8 +277,8 @@ def test_patterns_in_two_forms():
             r"--target_bits_per_weight 4.0 requires --scheme ipq",
         ),
         (["--layer_quantizers", "missing.json"], r"--layer_quantizers 'missing\.json'"),
-        (["--codebook_bits", "7"], r"codebook_bits=7"),
-        (["--stage_epochs", "-1"], r"stage_epochs=-1"),
+        (["--codebook_bits", "7"], r"--codebook_bits 7"),
+        (["--stage_epochs", "-1"], r"--stage_epochs -1"),
         (
             ["--do_train", "False", "--train_file", ""],
             r"--stage_epochs 1\.0.*--train_file",
