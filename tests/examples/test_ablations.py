@@ -8,7 +8,7 @@ from results_file import read_lines
 
 MORE = (
     "--sequence_length 16 --block_size 4 --n_centroids 8 --num_train_epochs 0.5 "
-    "--max_train_samples 16 --save_strategy no"
+    "--max_train_samples 16 --save_strategy no --plots False"
 )
 ROWS = ["plain", "noise before, clean teacher"]
 

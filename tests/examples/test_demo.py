@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+from functools import partial
 
 import demo
 import pytest
@@ -9,8 +10,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
+from hf_quantnoise import CompressionArguments
 from hf_quantnoise.runs.closing_table import Row, closing_table, weights_mb
 
+WITHOUT_PLOTS = partial(CompressionArguments, plots=False)
 SHORT = ["--epochs", "0.1", "--stage_epochs", "0.05"]  # a few steps of each
 
 
@@ -20,6 +23,7 @@ def run(tmp_path_factory):
     folder, seen = tmp_path_factory.mktemp("demo"), []
     logits = demo.logits
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
+        patch.setattr(demo, "CompressionArguments", WITHOUT_PLOTS)
         patch.setattr(demo, "logits", lambda *given: seen.append(logits(*given)) or seen[-1])
         rows = demo.main(["--output_dir", str(folder), *SHORT])
     return folder, rows, out.getvalue(), seen
@@ -59,6 +63,7 @@ def test_different_logits_after_loading_are_an_error(monkeypatch, tmp_path):
     sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     image = {"image_size": 8, "patch_size": 4, "num_channels": 1, "num_labels": 10}
     config = ViTConfig(**sizes, **image, intermediate_size=64)
+    monkeypatch.setattr(demo, "CompressionArguments", WITHOUT_PLOTS)
     monkeypatch.setattr(demo, "make_model", lambda: ViTForImageClassification(config))
     answers = iter([torch.zeros(1), torch.ones(1)])
     monkeypatch.setattr(demo, "logits", lambda *_: next(answers))

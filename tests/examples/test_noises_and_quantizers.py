@@ -4,7 +4,7 @@ import noises_and_quantizers as benchmark
 import pytest
 from results_file import read_lines
 
-MORE = "--sequence_length 16 --n_centroids 8 --num_train_epochs 0.5 --max_train_samples 16"
+MORE = "--sequence_length 16 --n_centroids 8 --num_train_epochs 0.5 --max_train_samples 16 --plots False"
 
 
 @pytest.fixture

@@ -8,6 +8,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from hf_quantnoise.runs.clm import main, split_into_examples
 
+TWO_STAGES = ["--stages", "ffn", "embeddings"]
+
 
 def flags(text_checkpoint, texts, tmp_path, *more):
     return [
@@ -15,7 +17,7 @@ def flags(text_checkpoint, texts, tmp_path, *more):
         *("--validation_file", str(texts["validation"]), "--output_dir", str(tmp_path / "out")),
         *("--sequence_length", "16", "--num_train_epochs", "1", "--save_strategy", "no"),
         *("--per_device_train_batch_size", "8", "--n_centroids", "8", "--stage_epochs", "0.5"),
-        *("--learning_rate", "1e-3", "--disable_tqdm", "True", *more),
+        *("--learning_rate", "1e-3", "--disable_tqdm", "True", "--plots", "False", *more),
     ]
 
 
@@ -23,10 +25,18 @@ def flags(text_checkpoint, texts, tmp_path, *more):
     "settings",
     [
         ["--noise", "proxy", "--noise_schedule", "3", "--layerdrop", "0.2"],
-        ["--noise", "pq", "int8", "--codebook_bits", "8", "--activation_bits", "8"],
+        ["--noise", "pq", "int8", "--codebook_bits", "8", "--activation_bits", "8", *TWO_STAGES],
         ["--noise", "int4", "--scheme", "fixed_point", "--bits", "4", "--observer", "channel"],
-        ["--noise", "mean", "--noise_block_selection", "cluster", "--codebook_bits", "16"],
-        ["--noise", "int8", "--noise_observer", "histogram", "--share_layers", "2"],
+        [
+            "--noise",
+            "mean",
+            "--noise_block_selection",
+            "cluster",
+            "--codebook_bits",
+            "16",
+            *TWO_STAGES,
+        ],
+        ["--noise", "int8", "--noise_observer", "histogram", "--share_layers", "2", *TWO_STAGES],
         ["--noise", "none", "--scheme", "fixed_point", "--prune_layers", "every_other"],
     ],
 )
@@ -92,7 +102,7 @@ def test_teacher_and_keep_noise_change_the_result(text_checkpoint, texts, tmp_pa
         ["--teacher_name_or_path", str(tmp_path / "other")],
         ["--noise", "pq", "--noise_rate", "0.5", "--keep_noise", "True"],
     ):
-        words = flags(text_checkpoint, texts, tmp_path, "--do_train", "False", *more)
+        words = flags(text_checkpoint, texts, tmp_path, "--do_train", "False", *TWO_STAGES, *more)
         values = main(words)
         assert "training" not in values["dense"]
         losses.append((values["dense"]["metrics"]["loss"], values["reloaded"]["metrics"]["loss"]))
