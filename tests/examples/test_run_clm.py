@@ -24,7 +24,16 @@ def flags(text_checkpoint, texts, tmp_path, *more):
 @pytest.mark.parametrize(
     "settings",
     [
-        ["--noise", "proxy", "--noise_schedule", "3", "--layerdrop", "0.2"],
+        [
+            "--noise",
+            "proxy",
+            "--noise_schedule",
+            "3",
+            "--layerdrop",
+            "0.2",
+            "--codebook_bits",
+            "16",
+        ],
         ["--noise", "pq", "int8", "--codebook_bits", "8", "--activation_bits", "8", *TWO_STAGES],
         ["--noise", "int4", "--scheme", "fixed_point", "--bits", "4", "--observer", "channel"],
         [
