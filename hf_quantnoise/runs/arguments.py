@@ -48,8 +48,8 @@ class ModelArguments:
         return {"cache_dir": self.cache_dir, "revision": self.model_revision, "token": self.token}
 
 
-# Option of QuantNoiseConfig -> its flag. The others are read from the flags of the compressed
-# model, as are those of FALLBACKS where their flag is not given.
+# Option of QuantNoiseConfig -> its flag. SHARED options are those of the compressed model, as are
+# FALLBACKS if their flag is not passed.
 NOISE_FLAGS = {
     "noise": "noise",
     "p": "noise_rate",

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from hf_quantnoise.runs.clm import main, split_into_examples
 
 TWO_STAGES = ["--stages", "ffn", "embeddings"]
+BITS_16 = ["--codebook_bits", "16"]
 
 
 def flags(text_checkpoint, texts, tmp_path, *more):
@@ -24,27 +25,10 @@ def flags(text_checkpoint, texts, tmp_path, *more):
 @pytest.mark.parametrize(
     "settings",
     [
-        [
-            "--noise",
-            "proxy",
-            "--noise_schedule",
-            "3",
-            "--layerdrop",
-            "0.2",
-            "--codebook_bits",
-            "16",
-        ],
+        ["--noise", "proxy", "--noise_schedule", "3", "--layerdrop", "0.2"],
         ["--noise", "pq", "int8", "--codebook_bits", "8", "--activation_bits", "8", *TWO_STAGES],
         ["--noise", "int4", "--scheme", "fixed_point", "--bits", "4", "--observer", "channel"],
-        [
-            "--noise",
-            "mean",
-            "--noise_block_selection",
-            "cluster",
-            "--codebook_bits",
-            "16",
-            *TWO_STAGES,
-        ],
+        ["--noise", "mean", "--noise_block_selection", "cluster", *TWO_STAGES, *BITS_16],
         ["--noise", "int8", "--noise_observer", "histogram", "--share_layers", "2", *TWO_STAGES],
         ["--noise", "none", "--scheme", "fixed_point", "--prune_layers", "every_other"],
     ],
