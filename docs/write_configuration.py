@@ -8,11 +8,13 @@ A test compares the page with the code.
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from hf_quantnoise import CompressionArguments, FixedPointConfig, IPQConfig, QuantNoiseConfig
 from hf_quantnoise.configuration import QuantizedModelConfig
-from hf_quantnoise.configuration.options import as_code, options_of
+from hf_quantnoise.configuration.options import options_of
 
 HEAD = """# Configuration reference
 
@@ -52,6 +54,14 @@ uncompressed model; any model with the same head can be used
 ([distillation](concepts/distillation.md)).
 """,
 }
+
+
+def as_code(text: str, names: Iterable[str]) -> str:
+    """Return a help text as Markdown: quoted values and names of options become code."""
+    known = "|".join(sorted(map(re.escape, names), key=len, reverse=True))
+    # JSON, a quoted value, or a name.
+    pattern = rf"(\{{[^{{}}]*(?:\{{[^{{}}]*\}}[^{{}}]*)*\}})|(?<!\w)('[^']+')(?!\w)|\b({known})\b"
+    return re.sub(pattern, lambda match: f"`{match[0]}`".replace("'", '"'), text)
 
 
 def _default(value: object) -> str:
