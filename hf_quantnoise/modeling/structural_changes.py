@@ -73,7 +73,6 @@ def changed_copy(
 ) -> PreTrainedModel:
     """Return a pruned and shared copy of a dense model that holds the model's own tensors.
 
-
     ``changes`` is the result of :func:`plan_structural_changes`, if it is already known.
     """
     copy = copy_sharing_tensors(model)
