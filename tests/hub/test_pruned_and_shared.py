@@ -123,7 +123,7 @@ def test_pruned_model_matches_model_without_layers(name, tmp_path):
     for path in reversed(gone):
         stack, _, number = path.rpartition(".")
         del shorter.get_submodule(stack)[int(number)]
-    plan_pruning(model, gone).carry_out(model)
+    plan_pruning(model, gone).apply(model)
     assert torch.equal(logits(model, name), logits(shorter, name))
     model.save_pretrained(tmp_path)
     again, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
