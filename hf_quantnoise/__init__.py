@@ -7,6 +7,7 @@ compressed models.
 
 from .callback import QuantNoiseCallback
 from .compression import CompressionArguments, allocate_bits, quantize_model
+from .compression.bit_allocation.allocate import allot as allot
 from .configuration import FixedPointConfig, IPQConfig, QuantNoiseConfig
 from .export import export_aqlm, export_onnx
 from .hub import (

@@ -1,7 +1,7 @@
-"""Adjacent layers that share their weights in chunks (section 7.9).
+"""Weight sharing between chunks of adjacent layers (section 7.9).
 
-Sharing is of Parameters, not of modules: each layer keeps its own place in a cache, its own buffers
-and its own names in the ``state_dict``.
+Layers share Parameters, not modules: each layer keeps its index in a cache, its buffers and its
+names in the ``state_dict``.
 """
 
 from __future__ import annotations
@@ -19,144 +19,151 @@ Chunk: TypeAlias = tuple[str, ...]
 
 
 def chunks_of(model: nn.Module, share_layers: ShareLayers) -> list[Chunk]:
-    """The chunks of layers that share their weights.
+    """Return the chunks of layers that share their weights.
 
     Args:
         model: any model.
-        share_layers: n cuts every stack into chunks of n layers (the last may be shorter); a list
-            names the layers of each chunk, for models without stacks (EfficientNet, section 7.6).
+        share_layers: the number of layers in a chunk (the last chunk of a stack may be shorter); or
+            the layer names of each chunk, for models without stacks (EfficientNet, section 7.6).
 
     Returns:
-        The layer names of each chunk, bottom-up; chunks of one layer too where n was given.
+        The layer names of each chunk, from the bottom; including chunks of one layer.
 
     Raises:
-        ValueError: if the model has no stack, a name is none of its modules, or the layers of a
-            chunk are of other classes or shapes than its first.
+        ValueError: if the model has no stack or no layer of a name, or the layers of a chunk
+            differ in class or shapes.
     """
     if isinstance(share_layers, int):
         stacks = find_stacks(model)
         if not stacks and share_layers > 1:
             raise ValueError(
-                f"share_layers={share_layers!r}: {type(model).__name__} has no stack of two or "
-                "more like layers; name the layers of each chunk: [['blocks.1', 'blocks.2'], ...]"
+                f"invalid share_layers={share_layers!r}: {type(model).__name__} has no stack of "
+                "two or more similar layers; name the layers of each chunk, e.g. "
+                "[['blocks.1', 'blocks.2']]"
             )
-        cut = [
+        chunks = [
             tuple(stack[start : start + share_layers])
             for stack in stacks
             for start in range(0, len(stack), share_layers)
         ]
     else:
-        cut = [tuple(chunk) for chunk in share_layers]
+        chunks = [tuple(chunk) for chunk in share_layers]
     modules = dict(model.named_modules())
-    for name in (name for chunk in cut for name in chunk):
+    for name in (name for chunk in chunks for name in chunk):
         if name not in modules:
-            raise ValueError(f"share_layers: {type(model).__name__} has no layer {name!r}")
-    for chunk in cut:
-        _require_alike(chunk, modules)
-    return cut
+            raise ValueError(f"invalid share_layers: {type(model).__name__} has no layer {name!r}")
+    for chunk in chunks:
+        _require_same_shapes(chunk, modules)
+    return chunks
 
 
-def _require_alike(chunk: Chunk, modules: dict[str, nn.Module]) -> None:
+def _require_same_shapes(chunk: Chunk, modules: dict[str, nn.Module]) -> None:
     first = modules[chunk[0]]
     for name in chunk[1:]:
-        odd = [
-            f"{key} ({tuple(theirs.shape)} and {tuple(own.shape)})"
-            for key, _, _, own, theirs in _in_both(modules[name], first)
-            if (own.shape, own.dtype) != (theirs.shape, theirs.dtype)
+        different = [
+            f"{key} ({tuple(shared.shape)} and {tuple(parameter.shape)})"
+            for key, _, _, parameter, shared in _common_parameters(modules[name], first)
+            if (parameter.shape, parameter.dtype) != (shared.shape, shared.dtype)
         ]
         if type(modules[name]) is not type(first):
-            odd = [f"class ({type(first).__name__} and {type(modules[name]).__name__})"]
-        if odd:
+            different = [f"class ({type(first).__name__} and {type(modules[name]).__name__})"]
+        if different:
             raise ValueError(
-                f"share_layers: {name} cannot share the weights of {chunk[0]}, they differ in "
-                f"{', '.join(odd[:3])}; name chunks of like layers: [['blocks.1', 'blocks.2'], ...]"
+                f"invalid share_layers: {name} cannot share the weights of {chunk[0]}, they differ "
+                f"in {', '.join(different[:3])}; name chunks of similar layers: "
+                "[['blocks.1', 'blocks.2'], ...]"
             )
 
 
-def _in_both(
+def _common_parameters(
     layer: nn.Module, source: nn.Module
 ) -> list[tuple[str, nn.Module, str, nn.Parameter, nn.Parameter]]:
-    """(name, owner, name in the owner, parameter, the source's) of every parameter of a layer that
-    its source has too. A first layer may have more (T5's position bias) or less (a norm)."""
-    theirs = dict(source.named_parameters(remove_duplicate=False))
-    found = []
-    for name, own in layer.named_parameters(remove_duplicate=False):
+    """Return (name, owner, name in the owner, parameter, the source's) of common parameters.
+
+    A first layer may have additional parameters (T5's position bias) or fewer (a norm).
+    """
+    shared = dict(source.named_parameters(remove_duplicate=False))
+    common = []
+    for name, parameter in layer.named_parameters(remove_duplicate=False):
         owner, _, leaf = name.rpartition(".")
-        if name in theirs:
-            found.append((name, layer.get_submodule(owner), leaf, own, theirs[name]))
-    return found
+        if name in shared:
+            common.append((name, layer.get_submodule(owner), leaf, parameter, shared[name]))
+    return common
 
 
 def tensors_in_both(layer: nn.Module, source: nn.Module) -> list[str]:
-    """Names, in the layer, of the parameters that it can share with its source."""
-    return [name for name, *_ in _in_both(layer, source)]
+    """Return the names of the parameters that a layer can share with its source."""
+    return [name for name, *_ in _common_parameters(layer, source)]
 
 
 def sources_of(chunks: Sequence[Chunk]) -> dict[str, str]:
-    """Layer -> the layer whose weights it holds, for all but the first of each chunk."""
+    """Return layer -> the layer whose weights it shares, except for the first of each chunk."""
     return {name: chunk[0] for chunk in chunks for name in chunk[1:]}
 
 
 def share(model: nn.Module, chunks: Sequence[Chunk]) -> None:
-    """Gives the layers of each chunk the Parameters of its first, in place."""
+    """Share the Parameters of the first layer of each chunk with its other layers, in place."""
     for name, source in sources_of(chunks).items():
-        for _, owner, leaf, _, theirs in _in_both(_at(model, name), _at(model, source)):
-            owner.register_parameter(leaf, theirs)
+        for _, owner, leaf, _, shared in _shared_parameters(model, name, source):
+            owner.register_parameter(leaf, shared)
 
 
 @torch.no_grad()
 def unshare(model: nn.Module, shared_layers: Mapping[str, str]) -> None:
-    """Gives layers copies of their own of the Parameters they share, in place.
+    """Replace shared Parameters with copies, in place.
 
     Args:
         model: the model.
-        shared_layers: layer -> the layer whose weights it holds.
+        shared_layers: layer -> the layer whose weights it shares.
     """
     for name, source in shared_layers.items():
-        for _, owner, leaf, own, _ in _in_both(_at(model, name), _at(model, source)):
-            owner.register_parameter(leaf, nn.Parameter(own.detach().clone(), own.requires_grad))
+        for _, owner, leaf, parameter, _ in _shared_parameters(model, name, source):
+            copy = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+            owner.register_parameter(leaf, copy)
 
 
-def _at(model: nn.Module, name: str) -> nn.Module:
-    return model.get_submodule(name)
+def _shared_parameters(model: nn.Module, name: str, source: str) -> list:
+    return _common_parameters(model.get_submodule(name), model.get_submodule(source))
 
 
 class LayerSharing:
-    """Sharing while a model is trained, which can be taken back.
+    """Weight sharing during training, which can be undone.
 
-    The ``state_dict`` gives each layer tensors of its own, so that checkpoints are those of a model
-    without sharing and load as such.
+    The ``state_dict`` has separate tensors for each layer, so that checkpoints have the format of
+    the model without sharing.
 
     Args:
-        model: the model, shared in place.
+        model: the model, changed in place.
         chunks: from :func:`chunks_of`.
     """
 
     def __init__(self, model: nn.Module, chunks: Sequence[Chunk]) -> None:
         self.chunks = list(chunks)
-        self._own: list[tuple[nn.Module, str, nn.Parameter]] = []
+        self._replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
         self._released = False
         layers = []
         for name, source in sources_of(self.chunks).items():
-            layers.append(_at(model, name))
-            both = _in_both(layers[-1], _at(model, source))
-            self._own += [(owner, leaf, own) for _, owner, leaf, own, _ in both]
+            layers.append(model.get_submodule(name))
+            common = _shared_parameters(model, name, source)
+            self._replaced += [(owner, leaf, parameter) for _, owner, leaf, parameter, _ in common]
         share(model, self.chunks)
-        self._hooks = [layer.register_state_dict_post_hook(_own_tensors) for layer in layers]
+        self._hooks = [layer.register_state_dict_post_hook(_copy_tensors) for layer in layers]
 
     def release(self) -> None:
-        """Forgets the values that the layers had before they shared."""
+        """Drop the values that the layers had before sharing."""
         self._released = True
-        for _, _, parameter in self._own:
+        for _, _, parameter in self._replaced:
             parameter.data = parameter.data.new_empty(0)
 
     @torch.no_grad()
     def undo(self) -> None:
-        """Gives every layer its own Parameters back: with the shared values once these are the
-        model's (after :meth:`release`), as they were before that."""
+        """Restore the separate Parameters of each layer.
+
+        After :meth:`release` they have the shared values, otherwise those from before sharing.
+        """
         for hook in self._hooks:
             hook.remove()
-        for owner, leaf, parameter in self._own:
+        for owner, leaf, parameter in self._replaced:
             shared = owner._parameters[leaf]
             if self._released:
                 parameter.data = shared.detach().clone()
@@ -165,9 +172,9 @@ class LayerSharing:
             owner.register_parameter(leaf, parameter)
 
 
-def _own_tensors(module: nn.Module, state_dict: dict, prefix: str, local_metadata: dict) -> None:
+def _copy_tensors(module: nn.Module, state_dict: dict, prefix: str, local_metadata: dict) -> None:
     for name, tensor in state_dict.items():
-        # With keep_vars a caller asks for the very Parameters.
+        # keep_vars requests the Parameters themselves, which are not copied.
         is_value = isinstance(tensor, Tensor) and not isinstance(tensor, nn.Parameter)
         if is_value and name.startswith(prefix):
             state_dict[name] = tensor.clone()

@@ -1,11 +1,11 @@
-"""How large a model is, per layer and in all: by formula, on disk, in memory and dense."""
+"""The size of a model, per tensor and in total: by formula, on disk, in memory and dense."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -17,34 +17,32 @@ from .layer_types import known_layer_type
 from .modeling import packed_layers, packed_names, stored_tensors
 from .structure import find_layers
 
-# Names of dtypes in a safetensors header, whose length the report counts, in the order in which
-# tensors of that dtype stand in the file.
+# Names of dtypes in a safetensors header, in the order in which the file stores tensors.
 _DTYPES = {
     torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.int32: "I32",
     torch.bfloat16: "BF16", torch.float16: "F16", torch.int16: "I16", torch.int8: "I8",
     torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
-_ORDER = {dtype: place for place, dtype in enumerate(_DTYPES)}
+_ORDER = {dtype: index for index, dtype in enumerate(_DTYPES)}
 
 
 @dataclass(frozen=True)
 class SizeRow:
-    """One weight (or any other stored tensor) of a model. All sizes in bytes.
+    """One weight, or any other tensor, of a model. All sizes are in bytes.
 
     Attributes:
         name: name of the parameter or buffer.
         group: structure group, or ``"other"`` (biases, norms, buffers).
         stored: how it is stored, e.g. ``"pq 256x4"``, ``"int8"``, ``"float32"``, ``"tied to ..."``,
-            or ``"computed"`` where no file holds it.
-        shape: shape of the tensor as the layer sees it.
+            or ``"computed"`` if it is not saved.
+        shape: shape of the tensor as used by the layer.
         formula_bytes: size by section 3.3: codebook and log2(K) bits per block.
-        disk_bytes: its tensors in the safetensors file.
-        memory_bytes: its tensors in memory.
-        dense_bytes: the tensor in float32, in the model as it was before layers were taken out or
-            shared; 0 for a tied weight that was one from the beginning, None where it is not known
-            (codes of another package).
-        activation_bytes: what enters a packed layer for one position (batch size 1): the term 8 n
-            of section 3.3's M, or 32 n where activations are floating point. 0 for the rest.
+        disk_bytes: size of its tensors in the safetensors file.
+        memory_bytes: size of its tensors in memory.
+        dense_bytes: size in float32, in the model before layers were pruned or shared; 0 for
+            weights that were tied already, None if unknown (codes of another package).
+        activation_bytes: size of the input of a packed layer for one position (batch size 1): the
+            term 8 n of M in section 3.3, or 32 n for floating-point activations; otherwise 0.
     """
 
     name: str
@@ -60,7 +58,7 @@ class SizeRow:
 
 @dataclass(frozen=True)
 class SizeTotal:
-    """Sums over the rows, in bytes; ``disk_bytes`` with the file's header."""
+    """Sums over rows, in bytes; ``disk_bytes`` includes the header of the file."""
 
     formula_bytes: int
     disk_bytes: int
@@ -70,13 +68,13 @@ class SizeTotal:
 
     @property
     def times_smaller(self) -> float | None:
-        """Dense float32 size over size on disk; None where the dense size is not known."""
+        """Dense float32 size over size on disk; None if the dense size is unknown."""
         return None if self.dense_bytes is None else self.dense_bytes / self.disk_bytes
 
 
 @dataclass(frozen=True)
 class SizeReport:
-    """Rows per tensor, and their total. ``str()`` gives a table by group and kind of storage."""
+    """A row per tensor, and their total. ``str()`` gives a table by group and kind of storage."""
 
     rows: list[SizeRow]
     header_bytes: int
@@ -84,7 +82,7 @@ class SizeReport:
 
     @property
     def total(self) -> SizeTotal:
-        """The sums."""
+        """Sums over all rows, with the header."""
         return total_of(self.rows, self.header_bytes)
 
     def __str__(self) -> str:
@@ -97,27 +95,27 @@ class SizeReport:
              "inputs kB")
         ]  # fmt: skip
         lines += [
-            (group, kind, str(len(rows)), *_cells(total_of(rows)))
+            (group, kind, str(len(rows)), *kilobytes(*astuple(total_of(rows))))
             for (group, kind), rows in sorted(groups.items())
         ]
         lines.append(("file header", "", "", "", *kilobytes(self.header_bytes), "", "", ""))
-        lines.append(("total", "", str(len(self.rows)), *_cells(self.total)))
+        lines.append(("total", "", str(len(self.rows)), *kilobytes(*astuple(self.total))))
         return aligned(lines) + "\n" + self.closing_lines()
 
     def closing_lines(self) -> str:
-        """What stands below a table: how much smaller, what stays in floating point, and why."""
-        times = self.total.times_smaller
-        text = "how large it would be in float32 is not known"
-        if times is not None:
-            text = f"{times:.1f} times smaller than float32"
+        """Return the text below a table: the compression ratio and the layers that stay dense."""
+        ratio = self.total.times_smaller
+        text = "size in float32 unknown"
+        if ratio is not None:
+            text = f"{ratio:.1f} times smaller than float32"
         if self.left_dense:
-            text += "\nleft in floating point:"
-            text += "".join(f"\n  {name}: {why}" for name, why in self.left_dense.items())
+            text += "\nkept in floating point:"
+            text += "".join(f"\n  {name}: {reason}" for name, reason in self.left_dense.items())
         return text
 
 
 def total_of(rows: Iterable[SizeRow], header_bytes: int = 0) -> SizeTotal:
-    """The sums over some rows; the dense size is known where it is of each."""
+    """Return the sums over rows; the dense size is None if it is for any row."""
     rows = list(rows)
     dense = [row.dense_bytes for row in rows]
     return SizeTotal(
@@ -130,19 +128,12 @@ def total_of(rows: Iterable[SizeRow], header_bytes: int = 0) -> SizeTotal:
 
 
 def kilobytes(*sizes: int | None) -> tuple[str, ...]:
-    """Bytes as kB, for a table; None is ``?``."""
+    """Format bytes as kB for a table; None as ``?``."""
     return tuple("?" if size is None else f"{size / 1e3:,.1f}" for size in sizes)
 
 
-def _cells(total: SizeTotal) -> tuple[str, ...]:
-    return kilobytes(
-        total.formula_bytes, total.disk_bytes, total.memory_bytes, total.dense_bytes,
-        total.activation_bytes,
-    )  # fmt: skip
-
-
 def aligned(lines: list[tuple[str, ...]], left: int = 2) -> str:
-    """A table, its first ``left`` columns of words, the others of numbers."""
+    """Format a table whose first ``left`` columns are aligned left, the others right."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join(
         "  ".join(
@@ -192,8 +183,10 @@ def _input_bytes(layer: nn.Module) -> int:
 
 
 def _as_named_in_file(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors under the names ``save_pretrained`` writes, which for some models are older and
-    longer than those of the modules; without memory."""
+    """Return the tensors, on the meta device, under the names that ``save_pretrained`` writes.
+
+    For some models they differ from the names of the modules.
+    """
     tensors = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
     return (
         revert_weight_conversion(model, tensors) if isinstance(model, PreTrainedModel) else tensors
@@ -201,9 +194,9 @@ def _as_named_in_file(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str,
 
 
 def _header_bytes(tensors: dict[str, Tensor]) -> int:
-    """Length of the safetensors header: 8 bytes, then JSON padded to a multiple of 8.
+    """Return the length of the safetensors header: 8 bytes, then JSON padded to a multiple of 8.
 
-    To the byte, as long as every dtype is known: offsets have as many digits as in the file.
+    It is exact if all dtypes are known, since the offsets have as many digits as in the file.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -220,26 +213,25 @@ def _header_bytes(tensors: dict[str, Tensor]) -> int:
 
 
 def _groups(model: nn.Module, config) -> dict[str, str]:
-    """Name of each weight, dense or packed -> structure group."""
+    """Return the structure group of each weight, dense or packed."""
     groups = {f"{layer.name}.weight": layer.group for layer in find_layers(model)}
     for name, entry in (getattr(config, "plan", None) or {}).items():
         groups[f"{name}.weight"] = entry["group"]
     return groups
 
 
-def _lies_in(name: str, layers: Iterable[str]) -> bool:
+def _is_inside(name: str, layers: Iterable[str]) -> bool:
     return any(name.startswith(f"{layer}.") for layer in layers)
 
 
 def size_report(model: nn.Module) -> SizeReport:
-    """Counts the bytes of a model, quantized or dense.
+    """Return the size of each tensor of a model, quantized or dense.
+
+    ``report.total.disk_bytes`` is the size of the ``model.safetensors`` that ``save_pretrained``
+    writes, header included.
 
     Args:
         model: any module; a model packed by this package is reported by layer.
-
-    Returns:
-        The report. ``report.total.disk_bytes`` is the size of ``model.safetensors`` as
-        ``save_pretrained`` writes it, header included.
     """
     packed = dict(packed_layers(model))
     config = getattr(getattr(model, "config", None), "quantization_config", None)
@@ -253,25 +245,23 @@ def size_report(model: nn.Module) -> SizeReport:
         layer_name, _, tensor_name = name.rpartition(".")
         layer = packed.get(layer_name)
         names = [] if layer is None else packed_names(layer)
-        is_code = tensor_name in names
-        label = f"{layer_name}.weight" if is_code else name
+        is_packed = tensor_name in names
+        label = f"{layer_name}.weight" if is_packed else name
         group = groups.get(label, "other")
+        shape = (layer.rows, layer.columns) if is_packed else tuple(tensor.shape)
         owner = owners.setdefault(id(tensor), label)
         if owner != label:
-            if not is_code or tensor_name == names[-1]:
-                shape = (layer.rows, layer.columns) if is_code else tuple(tensor.shape)
-                own = 4 * math.prod(shape) if _lies_in(label, shared) else 0
-                rows.append(SizeRow(label, group, f"tied to {owner}", shape, 0, 0, 0, own))
-            continue
-        if name in unsaved:
-            shape = tuple(tensor.shape)
+            if not is_packed or tensor_name == names[-1]:
+                dense = 4 * math.prod(shape) if _is_inside(label, shared) else 0
+                rows.append(SizeRow(label, group, f"tied to {owner}", shape, 0, 0, 0, dense))
+        elif name in unsaved:
             rows.append(SizeRow(name, group, "computed", shape, 0, 0, _bytes(tensor), 0))
-            continue
-        disk[name] = stored_tensors(layer)[tensor_name] if is_code else tensor
-        if not is_code:
-            rows.append(_dense_row(name, tensor, group))
-        elif tensor_name == names[-1]:  # all its tensors have been met
-            rows.append(_packed_row(layer_name, layer, group, disk))
+        else:
+            disk[name] = stored_tensors(layer)[tensor_name] if is_packed else tensor
+            if not is_packed:
+                rows.append(_dense_row(name, tensor, group))
+            elif tensor_name == names[-1]:  # one row after all tensors of the layer
+                rows.append(_packed_row(layer_name, layer, group, disk))
     for name, weights in (getattr(config, "pruned_layers", None) or {}).items():
         rows.append(SizeRow(name, "other", "pruned", (weights,), 0, 0, 0, 4 * weights))
     for name in sentinel_names(config, model) if packed else ():

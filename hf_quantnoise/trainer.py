@@ -14,7 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from .callback import QuantNoiseCallback
 from .compression import CompressionArguments, CompressionPipeline, PackedModelTrainer
 from .compression.checkpoints import FOLDER
-from .compression.reporting.logs import PLOTS, plot_compression
+from .compression.reporting.plots import PLOTS, plot_compression
 from .compression.reporting.record import StageRecord
 from .compression.trainer_checkpoints import checkpoint_to_resume_from
 from .configuration import QuantizedModelConfig, QuantNoiseConfig

@@ -1,4 +1,4 @@
-"""The report against an independent count of section 3.3's formula and of the bytes in memory."""
+"""size_report against the formula of section 3.3 and the bytes in memory."""
 
 import math
 
@@ -14,28 +14,28 @@ def row_of(report, name):
 
 
 @pytest.mark.parametrize("bits", [32, 16, 8])
-def test_formula_of_section_3_3(bits):
+def test_formula_bytes_follow_section_3_3(bits):
     config = IPQConfig(block_size=8, n_centroids=16, codebook_bits=bits)
     report = size_report(quantize_model(make_model("bert"), config, progress=False))
     row = row_of(report, "bert.encoder.layer.0.intermediate.dense.weight")
     k, d, blocks = 16, 8, 64 * 32 // 8
     scales = 64 if bits == 8 else 0  # one scale and one zero point in float32
     assert row.formula_bytes == (bits * k * d + scales + math.log2(k) * blocks) / 8
-    assert row.disk_bytes == row.formula_bytes  # half a byte per block, nothing lost to padding
+    assert row.disk_bytes == row.formula_bytes  # half a byte per block, without padding
     assert row.dense_bytes == 4 * 64 * 32
     assert row.shape == (64, 32)
     assert "16" in row.stored and "8" in row.stored
     assert row.group == "ffn"
 
 
-def test_memory_is_what_the_parameters_hold():
+def test_memory_bytes_count_parameters_and_buffers():
     model = quantize_model(make_model("gpt2"), IPQConfig(n_centroids=16), progress=False)
-    held = {id(t): t for t in model.state_dict(keep_vars=True).values()}
-    expected = sum(tensor.numel() * tensor.element_size() for tensor in held.values())
+    tensors = {id(t): t for t in model.state_dict(keep_vars=True).values()}
+    expected = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     assert size_report(model).total.memory_bytes == expected
 
 
-def test_tied_weights_count_once(tied_model):
+def test_tied_weights_are_counted_once(tied_model):
     dense = size_report(tied_model).total
     unique = {id(p): p for p in tied_model.parameters()}
     buffers = dict(tied_model.named_buffers())
@@ -47,22 +47,22 @@ def test_tied_weights_count_once(tied_model):
     assert sum(row.stored.startswith("tied to") for row in report.rows) >= 1
 
 
-def test_int4_is_two_to_a_byte():
+def test_int4_stores_two_codes_per_byte():
     model = quantize_model(make_model("bert"), FixedPointConfig(bits=4), progress=False)
     row = row_of(size_report(model), "bert.pooler.dense.weight")
     assert row.stored == "int4"
     assert row.disk_bytes == 32 * 32 // 2 + 8  # codes, then scale and zero point in float32
 
 
-def test_half_precision_models_are_compared_with_float32():
+def test_dense_bytes_of_half_precision_are_float32():
     model = make_model("bert").to(torch.bfloat16)
     total = size_report(model).total
     assert total.dense_bytes == pytest.approx(2 * total.memory_bytes, rel=0.01)
 
 
-def test_the_table_shows_groups_totals_and_what_stays_dense():
+def test_table_shows_groups_totals_and_dense_layers():
     model = quantize_model(make_model("bert"), IPQConfig(n_centroids=16), progress=False)
     text = str(size_report(model))
     for word in ("ffn", "embeddings", "attention", "total", "file header", "times smaller"):
         assert word in text
-    assert "classifier: its group 'head' is in no stage" in text
+    assert "classifier: " in text and "'head'" in text

@@ -19,7 +19,7 @@ from ..configuration.checks import (
 )
 from ..configuration.options import Options, documented, option
 from ..registry import suggestion
-from .distillation.losses import read_layers
+from .distillation.features import parse_layers
 
 # Options that earlier releases had -> why they were removed. A file or a flag that still names one
 # is read with a warning that the option has no effect.
@@ -72,7 +72,7 @@ def _device(name: str, value: Any) -> None:
 
 def _layers(name: str, value: Any) -> None:
     if value not in ("all", "last"):
-        read_layers(value)
+        parse_layers(value)
 
 
 @documented

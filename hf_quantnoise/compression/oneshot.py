@@ -1,4 +1,4 @@
-"""Quantization in one shot: no training, and no data but for calibration."""
+"""One-shot quantization: no training, and no data except for calibration."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ..modeling import packed_layers
 from ..modeling.activations import calibrate, require_batches
 from ..modeling.packer import ModelPacker
 from ..noise import find_state, remove_quant_noise
-from .bit_allocation.allocate import within_target
+from .bit_allocation.allocate import resolve_target
 
 
-def without_noise(model: nn.Module, config: QuantizedModelConfig) -> QuantizedModelConfig:
-    """Takes the noise out of a model, in place.
+def remove_noise(model: nn.Module, config: QuantizedModelConfig) -> QuantizedModelConfig:
+    """Remove the noise of a model in place, and keep the layer sharing it was trained with.
 
     Returns:
-        The config; where it leaves ``share_layers`` open, with what the noise shared.
+        The config; if its ``share_layers`` is None, with that of the noise.
     """
     state = find_state(model)
     remove_quant_noise(model)
@@ -35,31 +35,31 @@ def quantize_model(
     progress: bool = True,
     calibration_data: Iterable[dict] | None = None,
 ) -> PreTrainedModel:
-    """Quantizes a model in one shot (the traditional PQ of section 3.2, or intN of section 3.1).
+    """Quantize a model without training (the PQ baseline of section 3.2, or intN of section 3.1).
 
     Args:
-        model: a dense model, converted in place; noise is removed first.
+        model: a dense model, converted in place; its noise is removed first.
         config: :class:`IPQConfig` or :class:`FixedPointConfig`.
-        progress: show progress bars, and how a target was allotted.
-        calibration_data: a few batches, each the keyword arguments of a forward; needed where
-            ``config.activation_bits`` is set (7.7) or ``config.importance`` is
-            ``"activations"``, of use where a target is (``budget.py``), and not read otherwise.
+        progress: show progress bars, and the bit allocation for a target size.
+        calibration_data: a few batches, each the keyword arguments of a forward. Required if
+            ``config.activation_bits`` is set (section 7.7) or ``config.importance`` is
+            ``"activations"``, and used to measure sensitivities for a target size.
 
     Returns:
-        The same object, packed: ``save_pretrained``, ``push_to_hub`` and ``Trainer`` take it.
+        The same object, packed. ``save_pretrained``, ``push_to_hub`` and ``Trainer`` work as usual.
 
     Raises:
-        TypeError: if the model is no ``PreTrainedModel``.
-        ValueError: if it is quantized already, the config cannot be carried out, its target cannot
-            be met, or it needs calibration data and there is none, or none that a layer runs on;
-            the model is dense then as before.
+        TypeError: if the model is not a ``PreTrainedModel``.
+        ValueError: if it is quantized already, the config does not fit it, the target cannot be
+            met, or calibration data is required and missing, or does not reach a layer. The model
+            is not changed then.
     """
     batches: list[dict] = []
     if config.reads_data or config.target is not None:
         batches = list(calibration_data or [])
     if config.reads_data:
         require_batches(batches, config.reads_data)
-    config = within_target(model, without_noise(model, config), batches, progress)
+    config = resolve_target(model, remove_noise(model, config), batches, progress)
     packer = ModelPacker(model, config)
     if config.reads_data:
         packer.require_runs(batches)

@@ -26,14 +26,15 @@ from ..modeling.activations import calibrate
 from ..modeling.packer import ModelPacker, StageResult
 from ..noise import apply_quant_noise, remove_quant_noise
 from .arguments import CompressionArguments
-from .bit_allocation.allocate import first_batches, within_target
+from .bit_allocation.allocate import resolve_target
 from .checkpoints import FOLDER, SavedStage, StageCheckpoints, load_in_memory_tensors
 from .distillation.teacher import Teacher
 from .fingerprint import Fingerprint, require_same_settings, settings_fingerprint
-from .oneshot import without_noise
+from .oneshot import remove_noise
 from .preflight import check_compression
 from .reporting.logs import forward_logs, log_errors, log_record
-from .reporting.record import StageRecord, metric_when_packed, record_of
+from .reporting.record import StageRecord, evaluate_packed, measure_stage
+from .training.data import first_batches
 from .training.fsdp import share_what_rank_0_read
 from .training.pending_noise import PendingNoise, noise_to_keep
 from .training.stage_arguments import stage_optimizer, stage_training_arguments
@@ -112,8 +113,8 @@ class CompressionPipeline:
     def _start(self) -> int:
         """Evaluate and save the dense model, and prepare the first stage."""
         batches = first_batches(self.trainer, self.args.budget_batches)
-        config = without_noise(self.model, self.config)
-        config = within_target(self.model, config, batches, self._progress, table=True)
+        config = remove_noise(self.model, self.config)
+        config = resolve_target(self.model, config, batches, self._progress, table=True)
         self.packer = ModelPacker(self.model, config, on_all_ranks=True)
         start = time.perf_counter()
         self.evaluator = self._make_trainer(None, 0)
@@ -192,7 +193,7 @@ class CompressionPipeline:
         self._calibrate(stage_trainer, packed)
         finetuning = packed_metric = {}
         if self.args.settings_of(stage).trains:
-            packed_metric = metric_when_packed(stage_trainer)
+            packed_metric = evaluate_packed(stage_trainer)
             checkpoint = self.files.checkpoint(number)
             if noise is not None:
                 apply_quant_noise(self.model, noise)
@@ -219,8 +220,8 @@ class CompressionPipeline:
     # ---- records and files ----------------------------------------------------------------------
 
     def _evaluate(self, name: str, trainer: StageTrainer, start: float, *results: Any) -> None:
-        """Evaluate the model and record the results of a stage; see :func:`record_of`."""
-        record = record_of(name, trainer, start, *results)
+        """Evaluate the model and record the results of a stage; see :func:`measure_stage`."""
+        record = measure_stage(name, trainer, start, *results)
         # The evaluation has prepared the model, which must not last.
         undo_accelerate_prepare(self.model)
         trainer.accelerator.free_memory()

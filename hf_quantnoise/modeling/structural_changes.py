@@ -39,7 +39,7 @@ class StructuralChanges:
     def apply(self, model: PreTrainedModel, config: QuantizedModelConfig) -> None:
         """Change the model in place, and set the config's ``shared_layers``, ``pruned_layers``."""
         if self.pruning is not None:
-            self.pruning.carry_out(model)
+            self.pruning.apply(model)
         share(model, self.chunks)
         config.pruned_layers, config.shared_layers = self.pruned_layers, sources_of(self.chunks)
 

@@ -1,8 +1,8 @@
-"""The ways one weight could be stored: bytes and quantization error of each, found cheaply.
+"""Ways to store one weight, with the size and an estimate of the quantization error of each.
 
-Errors are those of fits to a sample of rows. k-means runs for a few numbers of centroids only:
-between and beyond them ln(error) is taken as a straight line in ln K, as it is for a source whose
-error falls by a fixed factor per bit of a code.
+Errors are measured on a sample of rows. k-means runs for a few codebook sizes only. For other sizes
+ln(error) is interpolated linearly in ln K, which is exact for a source whose error falls by a fixed
+factor per bit of a code.
 """
 
 from __future__ import annotations
@@ -23,16 +23,18 @@ from ...structure import LayerInfo
 BLOCK_SIZES = range(2, 17)
 CENTROIDS = tuple(2**bits for bits in range(4, 13))
 BITS = range(2, 9)
-# The search for a narrower range costs a small weight as much as a large one, and pays where there
-# are few levels.
-SEARCHED_BITS, SEARCHED_NUMBERS = 4, 2**14
+# The histogram observer's search for a narrower range takes as long for a small weight as for a
+# large one, and helps at low bit widths only.
+SEARCH_MAX_BITS, SEARCH_MIN_WEIGHTS = 4, 2**14
 
-# What is fitted, on so many numbers of a weight.
+# Codebook sizes that are fitted, on a sample of this many weights, with this many iterations.
 FITTED_CENTROIDS = (16, 64, 256)
-SAMPLE_NUMBERS = 2**16
-TRIAL_ITERATIONS = 6
-# Bytes of a tensor's entry in the file's header, beside its name.
+SAMPLE_SIZE = 2**16
+SAMPLE_ITERATIONS = 6
+# Bytes of a tensor's entry in the header of the file, without its name.
 HEADER_ENTRY = 72
+
+Curve = list[tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,8 @@ class Candidate:
     """One way to store a weight.
 
     Attributes:
-        settings: of the quantizer, as in a plan; ``{"scheme": "dense"}`` leaves the weight.
-        bytes: its tensors in the file, and about what they take in its header.
+        settings: of the quantizer, as in a plan; ``{"scheme": "dense"}`` for none.
+        bytes: size of its tensors in the file, with an estimate of their header entries.
         error: expected ||W - W_q||^2 / ||W||^2.
         short_name: for tables.
     """
@@ -53,127 +55,129 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Trial:
-    """A candidate that was fitted: it can be put in the model's place.
+class FittedCandidate:
+    """A candidate with a fitted quantizer, which can replace the weight in the model.
 
     Attributes:
-        candidate: what was fitted.
-        quantizer: with few iterations.
-        state: fitted to a sample; None where it must be fitted to the whole weight.
+        candidate: the candidate.
+        quantizer: its quantizer, with few iterations.
+        state: fitted to a sample; None if it has to be fitted to the full weight.
     """
 
     candidate: Candidate
     quantizer: Quantizer
     state: dict[str, Tensor] | None
 
-    def quantized(self, matrix: Tensor) -> Tensor:
-        """The whole weight (rows, columns) as this candidate would store it."""
+    def quantize(self, matrix: Tensor) -> Tensor:
+        """Return the weight, of shape (rows, columns), after quantization."""
         state = self.quantizer.fit(matrix) if self.state is None else self.state
         return self.quantizer.quantize(matrix, state)
 
 
 @dataclass(frozen=True)
-class WeightChoices:
-    """All candidates of one weight.
+class WeightCandidates:
+    """All candidates for one weight.
 
     Attributes:
-        members: the layers that hold it.
-        candidates: ways to store it, the dense one among them.
-        trials: the fitted ones.
+        layers: the layers that hold the weight.
+        candidates: ways to store it; the first one is dense.
+        fitted: the candidates that were fitted.
     """
 
-    members: tuple[LayerInfo, ...]
+    layers: tuple[LayerInfo, ...]
     candidates: list[Candidate]
-    trials: list[Trial] = field(default_factory=list)
+    fitted: list[FittedCandidate] = field(default_factory=list)
 
     @property
     def name(self) -> str:
         """Name of the first layer."""
-        return self.members[0].name
+        return self.layers[0].name
 
     @property
     def numel(self) -> int:
-        """Number of weights."""
-        return self.members[0].numel
+        """Number of elements of the weight."""
+        return self.layers[0].numel
+
+    def add(
+        self,
+        settings: dict[str, Any],
+        quantizer: Quantizer,
+        error: float,
+        fitted: tuple[Quantizer, dict[str, Tensor] | None] | None,
+    ) -> None:
+        """Add a candidate, unless it is as large as the dense weight and would be kept dense."""
+        layer = self.layers[0]
+        size = quantizer.packed_bytes(layer.rows, layer.columns)
+        if size >= _dense_bytes(layer):
+            return
+        size += _header_bytes(layer, 1 + len(quantizer.state_spec(layer.rows, layer.columns)))
+        self.candidates.append(Candidate(settings, size, error, quantizer.short_name))
+        if fitted is not None:
+            self.fitted.append(FittedCandidate(self.candidates[-1], *fitted))
+
+
+def _dense_bytes(layer: LayerInfo) -> int:
+    return layer.module.weight.numel() * layer.module.weight.element_size()
+
+
+def _header_bytes(layer: LayerInfo, tensors: int) -> int:
+    return tensors * (len(layer.name) + HEADER_ENTRY)
 
 
 @torch.no_grad()
-def choices_for(
-    members: tuple[LayerInfo, ...], config: IPQConfig, with_errors: bool = True
-) -> WeightChoices:
-    """The candidates of one weight: block sizes that divide its columns (for a convolution the
-    kernel's area, section 7.8) with 16 to 4,096 centroids, int2 to int8, and floating point.
+def candidates_for(
+    layers: tuple[LayerInfo, ...], config: IPQConfig, with_errors: bool = True
+) -> WeightCandidates:
+    """Return the candidates for one weight.
+
+    They are product quantization with 16 to 4,096 centroids and every block size that divides the
+    columns (for a convolution the kernel area, section 7.8), int2 to int8, and floating point.
 
     Args:
-        members: the layers that hold it.
-        config: gives precision of centroids, k-means iterations and seed.
-        with_errors: False counts bytes alone, of shapes without memory too.
+        layers: the layers that hold the weight.
+        config: sets the precision of centroids, the k-means iterations and the seed.
+        with_errors: pass False to compute sizes only; this also works on the meta device.
 
     Raises:
-        ValueError: if the weight has entries that are not finite.
+        ValueError: if the weight has non-finite values.
     """
-    layer = members[0]
-    weight = layer.module.weight
-    dense = Candidate({"scheme": DENSE}, weight.numel() * weight.element_size(), 0.0, DENSE)
-    found = WeightChoices(members, [_with_header(dense, layer, 1)])
-    sampled = _Sample(weight_matrix(layer.module), config.seed) if with_errors else None
-    plain = replace(config, block_size=4, n_centroids=256, layer_quantizers={})
-    base = plain.quantizer_settings(layer)
+    layer = layers[0]
+    dense = _dense_bytes(layer) + _header_bytes(layer, 1)
+    found = WeightCandidates(layers, [Candidate({"scheme": DENSE}, dense, 0.0, DENSE)])
+    sample = _WeightSample(weight_matrix(layer.module), config.seed) if with_errors else None
+    default = replace(config, block_size=4, n_centroids=256, layer_quantizers={})
+    base = default.quantizer_settings(layer)
     area = kernel_area(layer.module)
     for size in [area] if area > 1 else BLOCK_SIZES:
-        curve: list[tuple[float, float]] = []
+        curve: Curve = []
         for centroids in CENTROIDS:
             settings = {**base, "block_size": size, "n_centroids": centroids}
             quantizer = quantizer_from_dict(settings)
             if quantizer.check(layer.rows, layer.columns) is not None:
                 continue
-            trial = None
-            if sampled is not None and (centroids in FITTED_CENTROIDS or not curve):
-                trial = sampled.fit_codebook(quantizer, curve)
-            error = sampled.error_of(curve, quantizer) if sampled is not None else 0.0
-            _add(found, settings, quantizer, dense.bytes, error, trial)
+            fitted = None
+            if sample is not None and (centroids in FITTED_CENTROIDS or not curve):
+                fitted = sample.fit_codebook(quantizer, curve)
+            error = sample.codebook_error(curve, quantizer) if sample is not None else 0.0
+            found.add(settings, quantizer, error, fitted)
     for bits in BITS:
-        searched = bits <= SEARCHED_BITS and found.numel >= SEARCHED_NUMBERS
-        for observer in ("histogram" if searched else "minmax", "channel"):
+        search = bits <= SEARCH_MAX_BITS and found.numel >= SEARCH_MIN_WEIGHTS
+        for observer in ("histogram" if search else "minmax", "channel"):
             settings = {"scheme": "int", "bits": bits, "observer": observer}
             quantizer = quantizer_from_dict(settings)
-            error = sampled.error_of_range(quantizer) if sampled is not None else 0.0
-            _add(found, settings, quantizer, dense.bytes, error, (quantizer, None))
+            error = sample.fixed_point_error(quantizer) if sample is not None else 0.0
+            found.add(settings, quantizer, error, (quantizer, None))
     return found
 
 
-def _add(
-    found: WeightChoices,
-    settings: dict[str, Any],
-    quantizer: Quantizer,
-    dense_bytes: int,
-    error: float,
-    trial: tuple[Quantizer, dict[str, Tensor] | None] | None,
-) -> None:
-    layer = found.members[0]
-    size = quantizer.packed_bytes(layer.rows, layer.columns)
-    if size >= dense_bytes:
-        return  # the plan would leave it dense
-    candidate = Candidate(settings, size, error, quantizer.short_name)
-    tensors = 1 + len(quantizer.state_spec(layer.rows, layer.columns))
-    found.candidates.append(_with_header(candidate, layer, tensors))
-    if trial is not None:
-        found.trials.append(Trial(found.candidates[-1], *trial))
-
-
-def _with_header(candidate: Candidate, layer: LayerInfo, tensors: int) -> Candidate:
-    header = tensors * (len(layer.name) + HEADER_ENTRY)
-    return replace(candidate, bytes=candidate.bytes + header)
-
-
-class _Sample:
-    """Some rows of a weight, and the errors of fits to them."""
+class _WeightSample:
+    """A sample of the rows of a weight, and the errors of quantizers fitted to it."""
 
     def __init__(self, matrix: Tensor, seed: int) -> None:
         rows, columns = matrix.shape
         self.seed, self.numel = seed, matrix.numel()
         self.range = extremes(matrix.float())
-        count = max(1, SAMPLE_NUMBERS // columns)
+        count = max(1, SAMPLE_SIZE // columns)
         if rows > count:
             generator = torch.Generator().manual_seed(seed)
             matrix = matrix[torch.randperm(rows, generator=generator)[:count].to(matrix.device)]
@@ -185,42 +189,43 @@ class _Sample:
         return float(difference) / self.energy if self.energy else 0.0
 
     def fit_codebook(
-        self, quantizer: Quantizer, curve: list[tuple[float, float]]
+        self, quantizer: Quantizer, curve: Curve
     ) -> tuple[Quantizer, dict[str, Tensor]] | None:
-        """Fits centroids and adds (ln K, ln error) to a curve, the error being that of unseen
-        blocks; None where the sample has too few blocks for K.
+        """Fit centroids and append (ln K, ln error on unseen blocks) to the curve.
 
-        The mean of m points is nearer to them than their expectation is, by a factor of 1 - 1/m.
+        Returns:
+            The quantizer and its state; None if the sample has too few blocks for K centroids.
         """
         size, count = quantizer.block_size, quantizer.n_centroids
         blocks = self.rows.reshape(-1, size)
         if len(blocks) <= count:
             return None
-        trial = replace(quantizer, n_iter=min(quantizer.n_iter, TRIAL_ITERATIONS))
+        fast = replace(quantizer, n_iter=min(quantizer.n_iter, SAMPLE_ITERATIONS))
         generator = torch.Generator().manual_seed(self.seed)
         start = torch.randperm(len(blocks), generator=generator)[:count].to(blocks.device)
-        state = trial.fit(self.rows, seed=self.seed, init={"codebook": blocks[start]})
-        error = self._error(trial, state) / (1 - count / len(blocks))
+        state = fast.fit(self.rows, seed=self.seed, init={"codebook": blocks[start]})
+        # A mean of m points is closer to them than to unseen points, by a factor of 1 - 1/m.
+        error = self._error(fast, state) / (1 - count / len(blocks))
         curve.append((math.log(count), math.log(max(error, 1e-12))))
-        return trial, state
+        return fast, state
 
-    def error_of(self, curve: list[tuple[float, float]], quantizer: Quantizer) -> float:
-        """The error expected with a quantizer's number of centroids, fitted to all blocks."""
+    def codebook_error(self, curve: Curve, quantizer: Quantizer) -> float:
+        """Return the expected error of a codebook that is fitted to all blocks."""
         if not curve:
             return 1.0
         blocks = self.numel / quantizer.block_size
-        place = math.log(quantizer.n_centroids)
+        x = math.log(quantizer.n_centroids)
         if len(curve) == 1:
             (start, error), slope = curve[0], -2 / quantizer.block_size
         else:
             pairs = list(zip(curve, curve[1:], strict=False))
-            left, right = next((p for p in pairs if place <= p[1][0]), pairs[-1])
+            left, right = next((pair for pair in pairs if x <= pair[1][0]), pairs[-1])
             (start, error), slope = right, (right[1] - left[1]) / (right[0] - left[0])
-        unseen = math.exp(error + min(slope, 0.0) * (place - start))
+        unseen = math.exp(error + min(slope, 0.0) * (x - start))
         return min(1.0, unseen * (1 - quantizer.n_centroids / blocks))
 
-    def error_of_range(self, quantizer: Quantizer) -> float:
-        """The error of intN, whose range is that of the whole weight."""
+    def fixed_point_error(self, quantizer: Quantizer) -> float:
+        """Return the error of intN on the sample, with the range of the full weight."""
         observer = OBSERVERS[quantizer.observer]
         if observer.per_channel or observer.running:
             state, _ = quantizer.fit_running(self.rows, self.range)

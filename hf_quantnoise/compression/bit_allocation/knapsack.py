@@ -1,4 +1,4 @@
-"""One choice for each weight, of least cost within a number of bytes (a knapsack of choices)."""
+"""Multiple-choice knapsack: one option per weight, at the least cost within a byte budget."""
 
 from __future__ import annotations
 
@@ -7,81 +7,82 @@ from typing import NamedTuple
 
 
 class Option(NamedTuple):
-    """One choice: bytes, and what it costs in accuracy (any unit that adds up)."""
+    """One way to store a weight: its bytes, and its cost in accuracy (in any additive unit)."""
 
     bytes: int
     cost: float
 
 
 def smallest(options: Sequence[Option]) -> int:
-    """Place of the option with the fewest bytes (of those, the cheapest)."""
-    return min(range(len(options)), key=lambda place: options[place])
+    """Return the index of the option with the fewest bytes (the cheapest of them)."""
+    return min(range(len(options)), key=lambda index: options[index])
 
 
-def _hull(options: Sequence[Option]) -> list[int]:
-    """Places of the lower convex hull of cost over bytes, from the smallest to the cheapest."""
+def _lower_hull(options: Sequence[Option]) -> list[int]:
+    """Return the lower convex hull of cost over bytes, as indices by increasing bytes."""
     hull: list[int] = []
-    for place in sorted(range(len(options)), key=lambda place: options[place]):
-        size, cost = options[place]
+    for index in sorted(range(len(options)), key=lambda index: options[index]):
+        size, cost = options[index]
         if hull and cost >= options[hull[-1]].cost:
             continue
         while len(hull) > 1:
             first, middle = options[hull[-2]], options[hull[-1]]
-            # The middle one lies above the line from the first to this one.
+            # Keep the middle option if it is below the line from the first to the new one.
             if (first.cost - middle.cost) * (size - first.bytes) > (first.cost - cost) * (
                 middle.bytes - first.bytes
             ):
                 break
             hull.pop()
-        hull.append(place)
+        hull.append(index)
     return hull
 
 
 def allocate_bytes(options: Sequence[Sequence[Option]], budget: int) -> list[int]:
-    """One option of each weight.
+    """Choose one option for each weight.
 
-    Steps along each weight's convex hull are taken in the order of cost saved per byte, which for a
-    budget that is used up just so is the least cost there is (one Lagrange multiplier for all);
-    then single weights move to any better option that what is left over pays for.
+    Steps along the convex hull of each weight are made in the order of cost saved per byte. If they
+    use up the budget exactly, the result is optimal (one Lagrange multiplier for all weights).
+    Otherwise the remaining bytes are spent on single weights.
 
     Args:
-        options: of each weight.
-        budget: bytes in all.
+        options: the options of each weight.
+        budget: total number of bytes.
 
     Returns:
-        Place of the option of each weight; the smallest of all where the budget is below them.
+        The index of the chosen option of each weight; the smallest options if the budget is below
+        their sum.
     """
-    hulls = [_hull(own) for own in options]
+    hulls = [_lower_hull(choices) for choices in options]
     chosen = [hull[0] for hull in hulls]
-    left = budget - sum(own[place].bytes for own, place in zip(options, chosen, strict=True))
+    left = budget - sum(choices[i].bytes for choices, i in zip(options, chosen, strict=True))
     steps = []
-    for number, (own, hull) in enumerate(zip(options, hulls, strict=True)):
+    for weight, (choices, hull) in enumerate(zip(options, hulls, strict=True)):
         for before, after in zip(hull, hull[1:], strict=False):
-            price = own[after].bytes - own[before].bytes
-            gain = own[before].cost - own[after].cost
-            steps.append((-gain / max(price, 1), number, price, after))
+            price = choices[after].bytes - choices[before].bytes
+            gain = choices[before].cost - choices[after].cost
+            steps.append((-gain / max(price, 1), weight, price, after))
     stopped: set[int] = set()
-    for _, number, price, after in sorted(steps):
-        if number in stopped or price > left:
-            stopped.add(number)  # later steps of this weight begin where this one ends
+    for _, weight, price, after in sorted(steps):
+        if weight in stopped or price > left:
+            stopped.add(weight)  # its later steps start where this one ends
             continue
-        chosen[number] = after
+        chosen[weight] = after
         left -= price
     _spend(options, chosen, left)
     return chosen
 
 
 def _spend(options: Sequence[Sequence[Option]], chosen: list[int], left: int) -> None:
-    """Moves weights to the option that saves most within what is left, until none does."""
+    """Repeat the single change that saves the most cost within the remaining bytes, in place."""
     while True:
         best = (0.0, 0, 0, 0)
-        for number, own in enumerate(options):
-            now = own[chosen[number]]
-            for place, option in enumerate(own):
-                price = option.bytes - now.bytes
-                if price <= left and now.cost - option.cost > best[0]:
-                    best = (now.cost - option.cost, number, place, price)
+        for weight, choices in enumerate(options):
+            current = choices[chosen[weight]]
+            for index, option in enumerate(choices):
+                price = option.bytes - current.bytes
+                if price <= left and current.cost - option.cost > best[0]:
+                    best = (current.cost - option.cost, weight, index, price)
         if not best[0]:
             return
-        _, number, chosen[number], price = best
+        _, weight, chosen[weight], price = best
         left -= price

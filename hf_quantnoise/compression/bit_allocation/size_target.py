@@ -1,4 +1,4 @@
-"""A size on disk: what a config allows, what its file takes, and whether any allotment will do."""
+"""Target sizes: how many bytes a config allows, how large its file is, and whether they agree."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from ...modeling.plan import stage_of, weights_of
 from ...modeling.structural_changes import changed_copy
 from ...size import size_report
 from ...structure import LayerInfo, select_layers
-from .candidates import WeightChoices, choices_for
+from .candidates import WeightCandidates, candidates_for
 
 
 def file_bytes(model: PreTrainedModel, config: QuantizedModelConfig) -> int:
-    """Size of the ``model.safetensors`` that a config makes of a dense model, in bytes. Nothing is
-    quantized, and the model is left as it is.
+    """Return the size in bytes of the ``model.safetensors`` that a config results in.
+
+    Nothing is quantized and the model is not changed.
 
     Raises:
-        ValueError: if the config cannot be carried out.
+        ValueError: if the config does not fit the model.
     """
     shapes = copy_on_meta(model)
     ModelPacker(shapes, config).pack_skeletons()
@@ -31,8 +32,9 @@ def file_bytes(model: PreTrainedModel, config: QuantizedModelConfig) -> int:
 
 
 def target_bytes(model: PreTrainedModel, config: IPQConfig) -> int:
-    """The bytes a config allows. ``target_bits_per_weight`` counts each parameter of what is left
-    after pruning and sharing once.
+    """Return the number of bytes that a config allows.
+
+    ``target_bits_per_weight`` counts each parameter that remains after pruning and sharing once.
 
     Args:
         model: the model as it will be packed.
@@ -44,91 +46,94 @@ def target_bytes(model: PreTrainedModel, config: IPQConfig) -> int:
 
 
 def check_plan(model: PreTrainedModel, config: QuantizedModelConfig) -> None:
-    """Whether a config can be carried out on a dense model, which is left as it is; its target too,
-    as far as that can be told without measuring.
+    """Check that a config fits a dense model, without changing the model or measuring anything.
 
     Raises:
-        ValueError: as ``quantize_model`` would.
+        ValueError: under the conditions of :func:`hf_quantnoise.quantize_model`.
     """
     if config.target is None:
         ModelPacker(model, config)
     elif config.settings_by_name():
         check_within_target(model, config)
     else:
-        check_target_can_be_met(model, config)
+        check_target_reachable(model, config)
 
 
 def check_within_target(model: PreTrainedModel, config: IPQConfig) -> None:
-    """Whether ``layer_quantizers`` makes a file within the target.
+    """Check that the file that ``layer_quantizers`` results in is within the target.
 
     Raises:
-        ValueError: with both sizes, if it does not; or if it cannot be carried out.
+        ValueError: if it is larger, with both sizes; or if the config does not fit the model.
     """
     target, size = target_bytes(changed_copy(model, config), config), file_bytes(model, config)
     if size > target:
         raise ValueError(
-            f"{config.target} allows {target:,} bytes and layer_quantizers makes a file of "
-            f"{size:,}; give some layers fewer bits, or empty layer_quantizers to allocate again"
+            f"{config.target} allows {target:,} bytes, but layer_quantizers results in a file of "
+            f"{size:,} bytes; reduce the bits of some layers, or empty layer_quantizers to "
+            "allocate them again"
         )
 
 
-def check_target_can_be_met(model: PreTrainedModel, config: IPQConfig) -> int:
-    """The bytes a target allows, after a look at whether any allotment fits; nothing is measured.
+def check_target_reachable(model: PreTrainedModel, config: IPQConfig) -> int:
+    """Return the number of bytes a target allows, if some bit allocation fits; without measuring.
 
     Raises:
-        ValueError: if the smallest allotment is larger, with its size and what would lower it; or
-            if the model is as small as that already.
+        ValueError: if the smallest bit allocation is larger, with its size and ways to reduce it;
+            or if the dense model is within the target.
     """
     shapes = changed_copy(copy_on_meta(model), config)
     target, dense = target_bytes(shapes, config), size_report(shapes).total.disk_bytes
     if dense <= target:
         raise ValueError(
-            f"{config.target} allows {target:,} bytes, and without quantization the file has "
-            f"{dense:,}; give a smaller target, or quantize without one"
+            f"{config.target} allows {target:,} bytes, and the file is {dense:,} bytes without "
+            "quantization; set a smaller target, or quantize without a target"
         )
     weights = [
-        choices_for(own, config, with_errors=False) for own in weights_to_store(shapes, config)
+        candidates_for(layers, config, with_errors=False)
+        for layers in weights_to_store(shapes, config)
     ]
-    sizes = [own.candidates for own in weights]
-    least = [min(range(len(own)), key=lambda n, own=own: own[n].bytes) for own in sizes]
-    size = file_bytes(model, with_choices(config, weights, least))
+    smallest = [
+        min(range(len(weight.candidates)), key=lambda n, weight=weight: weight.candidates[n].bytes)
+        for weight in weights
+    ]
+    size = file_bytes(model, with_choices(config, weights, smallest))
     if size > target:
-        of_weights = sum(p.numel() for p in shapes.parameters())
+        n_weights = sum(p.numel() for p in shapes.parameters())
         raise ValueError(
-            f"{config.target} allows {target:,} bytes, and the smallest allotment takes {size:,} "
-            f"({size / 1e6:.3f} MB, {8 * size / of_weights:.3f} bits per weight). "
-            + _what_would_lower_it(shapes, config)
+            f"{config.target} allows {target:,} bytes, but the smallest bit allocation takes "
+            f"{size:,} ({size / 1e6:.3f} MB, {8 * size / n_weights:.3f} bits per weight). "
+            + _ways_to_reduce(shapes, config)
         )
     return target
 
 
-def _what_would_lower_it(shapes: nn.Module, config: IPQConfig) -> str:
-    chosen = {id(own[0].module.weight) for own in weights_to_store(shapes, config)}
-    rest = sum(p.numel() * p.element_size() for p in shapes.parameters() if id(p) not in chosen)
+def _ways_to_reduce(shapes: nn.Module, config: IPQConfig) -> str:
+    stored = {id(layers[0].module.weight) for layers in weights_to_store(shapes, config)}
+    rest = sum(p.numel() * p.element_size() for p in shapes.parameters() if id(p) not in stored)
     groups = {layer.group for layer in select_layers(shapes)}
     missing = sorted(group for group in groups if group not in config.stage_groups())
-    ways = [f"{rest / 1e6:.3f} MB of it are weights that no stage quantizes"]
+    ways = [f"{rest / 1e6:.3f} MB of it are in no stage"]
     if missing:
-        ways.append(f"stages may also have {', '.join(missing)}")
+        ways.append(f"add {', '.join(missing)} to stages")
     if config.codebook_bits == 32:
-        ways.append("codebook_bits=16 or 8 halves or quarters the codebooks")
-    ways.append("share_layers and prune_layers leave fewer weights")
+        ways.append("set codebook_bits=16 or 8 for smaller codebooks")
+    ways.append("set share_layers or prune_layers for fewer weights")
     return "; ".join(ways)
 
 
 def weights_to_store(model: nn.Module, config: IPQConfig) -> list[tuple[LayerInfo, ...]]:
-    """The weights that a stage takes, each as the layers that hold it."""
+    """Return the layers that hold each weight of a stage."""
     layers = select_layers(model, config.target_modules, config.exclude_modules)
     stages = config.stage_groups()
-    return [own for own in weights_of(layers) if stage_of(own[0], stages) is not False]
+    return [group for group in weights_of(layers) if stage_of(group[0], stages) is not False]
 
 
 def with_choices(
-    config: IPQConfig, weights: Sequence[WeightChoices], chosen: Sequence[int]
+    config: IPQConfig, weights: Sequence[WeightCandidates], chosen: Sequence[int]
 ) -> IPQConfig:
-    """The config with one candidate of each weight, by its place among them."""
+    """Return the config with one candidate, given by its index, for each weight."""
     settings = {
-        choices.name: choices.candidates[place].settings
-        for choices, place in zip(weights, chosen, strict=True)
+        weight.name: weight.candidates[index].settings
+        for weight, index in zip(weights, chosen, strict=True)
     }
     return replace(config, layer_quantizers=settings)

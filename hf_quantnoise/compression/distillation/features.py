@@ -1,4 +1,4 @@
-"""Targets inside the models: hidden states and attention maps, layer by layer."""
+"""Distillation of features: hidden states and attention maps, layer by layer."""
 
 from __future__ import annotations
 
@@ -13,149 +13,233 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ...modeling.padding import IGNORED
-from .losses import attention_divergence, hidden_state_error, matched_layers
+from .losses import attention_divergence, hidden_state_error
 
 logger = logging.get_logger(__name__)
 
-# Output -> whose positions it has ("" encoder or only stack, "decoder"): rows, and keys.
-_HIDDEN_STATES = {"hidden_states": "", "encoder_hidden_states": "", "decoder_hidden_states": "d"}
+Layers = str | Sequence[int]
+# (student's outputs, teacher's outputs, inputs) -> loss.
+FeatureLoss = Callable[[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]], Tensor]
+
+# Output -> the stack whose positions are its rows (and, for attention maps, its keys).
+_HIDDEN_STATES = {
+    "hidden_states": "encoder",
+    "encoder_hidden_states": "encoder",
+    "decoder_hidden_states": "decoder",
+}
 _ATTENTIONS = {
-    "attentions": ("", ""),
-    "encoder_attentions": ("", ""),
-    "decoder_attentions": ("d", "d"),
-    "cross_attentions": ("d", ""),
+    "attentions": ("encoder", "encoder"),
+    "encoder_attentions": ("encoder", "encoder"),
+    "decoder_attentions": ("decoder", "decoder"),
+    "cross_attentions": ("decoder", "encoder"),
 }
 
 
-def hidden_state_term(
+def feature_losses(
+    distill_hidden: float, distill_attention: float, layers: Layers
+) -> tuple[dict[str, tuple[float, FeatureLoss]], dict[str, bool]]:
+    """Return the losses with a weight above 0.
+
+    Returns:
+        Name of each loss -> its weight and function; keyword arguments that the forwards need.
+    """
+    known = {
+        "hidden": (distill_hidden, hidden_state_loss, "output_hidden_states"),
+        "attention": (distill_attention, attention_loss, "output_attentions"),
+    }
+    used = {name: entry for name, entry in known.items() if entry[0] > 0}
+    losses = {name: (weight, partial(loss, layers=layers))
+              for name, (weight, loss, _) in used.items()}  # fmt: skip
+    return losses, {argument: True for _, _, argument in used.values()}
+
+
+def hidden_state_loss(
     student: Mapping[str, Any],
     teacher: Mapping[str, Any],
     inputs: Mapping[str, Any],
-    layers: str | Sequence[int],
+    layers: Layers,
 ) -> Tensor:
-    """The mean over matched layers of :func:`~.distillation.hidden_state_error`.
+    """Mean of :func:`~.losses.hidden_state_error` over matched layers.
 
-    What enters the first layer is left out: it is the output of no layer. Of encoder-decoder
-    models both stacks count, as two halves.
+    The input of the first layer is skipped. Encoder and decoder contribute one half each.
 
     Args:
-        student, teacher: outputs of both, with ``output_hidden_states=True``.
+        student, teacher: outputs with ``output_hidden_states=True``.
         inputs: the batch, for its masks.
-        layers: see :func:`~.distillation.matched_layers`.
+        layers: see :func:`match_layers`.
 
     Raises:
-        ValueError: if there are none, or their widths differ.
+        ValueError: if there are no hidden states, or their widths differ.
     """
-    rows = _masks(inputs)
-    terms = []
+    masks = _padding_masks(inputs)
+    means = []
     for name, stack in _HIDDEN_STATES.items():
-        pairs = _pairs(name, student, teacher, layers, first=1)
-        errors = [hidden_state_error(s, t, _of_positions(rows[stack], s.shape)) for s, t in pairs]
-        terms += [torch.stack(errors).mean()] if errors else []
-    return _mean_of(terms, "distill_hidden", "hidden states", student, teacher)
+        pairs = _layer_pairs(name, student, teacher, layers, first=1)
+        errors = [hidden_state_error(s, t, _flat_mask(masks[stack], s.shape)) for s, t in pairs]
+        means += [torch.stack(errors).mean()] if errors else []
+    return _mean(means, "distill_hidden", "hidden states", student, teacher)
 
 
-def attention_term(
+def attention_loss(
     student: Mapping[str, Any],
     teacher: Mapping[str, Any],
     inputs: Mapping[str, Any],
-    layers: str | Sequence[int],
+    layers: Layers,
 ) -> Tensor:
-    """The mean over matched layers of :func:`~.distillation.attention_divergence`.
+    """Mean of :func:`~.losses.attention_divergence` over matched layers.
 
-    Arguments as of :func:`hidden_state_term`, with ``output_attentions=True``; of encoder-decoder
-    models encoder, decoder and cross attention count, as three thirds.
+    The arguments are those of :func:`hidden_state_loss`, with ``output_attentions=True``. Encoder,
+    decoder and cross attention contribute one third each.
 
     Raises:
-        ValueError: if there are no maps, they carry no gradients, or numbers of heads differ.
+        ValueError: if there are no maps, they carry no gradients, or their shapes differ.
     """
-    rows, keys = _masks(inputs), _masks(inputs, by_labels=False)
-    terms = []
-    for name, (stack, source) in _ATTENTIONS.items():
-        pairs = _pairs(name, student, teacher, layers)
+    masks, key_masks = _padding_masks(inputs), _padding_masks(inputs, use_labels=False)
+    means = []
+    for name, (stack, key_stack) in _ATTENTIONS.items():
+        pairs = _layer_pairs(name, student, teacher, layers)
         errors = [
             attention_divergence(
                 s,
                 t,
-                _of_positions(rows[stack], (s.shape[0], s.shape[2])),
-                _of_positions(keys[source], (s.shape[0], s.shape[3])),
+                _flat_mask(masks[stack], (s.shape[0], s.shape[2])),
+                _flat_mask(key_masks[key_stack], (s.shape[0], s.shape[3])),
             )
             for s, t in pairs
         ]
-        terms += [torch.stack(errors).mean()] if errors else []
-    term = _mean_of(terms, "distill_attention", "attention maps", student, teacher)
-    if torch.is_grad_enabled() and not term.requires_grad:
+        means += [torch.stack(errors).mean()] if errors else []
+    loss = _mean(means, "distill_attention", "attention maps", student, teacher)
+    if torch.is_grad_enabled() and not loss.requires_grad:
         raise ValueError(
-            "distill_attention: the student's attention maps carry no gradients; re-entrant "
-            "gradient checkpointing hides them: set "
+            "distill_attention: the student's attention maps have no gradients, because re-entrant "
+            "gradient checkpointing drops them; set "
             "gradient_checkpointing_kwargs={'use_reentrant': False}"
         )
-    return term
+    return loss
 
 
-def _masks(inputs: Mapping[str, Any], by_labels: bool = True) -> dict[str, Tensor | None]:
-    """Boolean masks of what is no padding, of both stacks. A decoder without a mask of its own has
-    its labels: those of padding are -100; its causal rows never read it as keys."""
+def _padding_masks(inputs: Mapping[str, Any], use_labels: bool = True) -> dict[str, Tensor | None]:
+    """Return the mask of each stack, False for padding.
+
+    A decoder without a mask is masked by its labels, which are -100 for padding. Its keys need no
+    mask: attention is causal.
+    """
     decoder, labels = inputs.get("decoder_attention_mask"), inputs.get("labels")
-    if decoder is None and by_labels and labels is not None and labels.dim() == 2:
+    if decoder is None and use_labels and labels is not None and labels.dim() == 2:
         decoder = labels != IGNORED
-    encoder = inputs.get("attention_mask")
-    return {name: None if m is None else m.bool() for name, m in (("", encoder), ("d", decoder))}
+    masks = {"encoder": inputs.get("attention_mask"), "decoder": decoder}
+    return {name: None if mask is None else mask.bool() for name, mask in masks.items()}
 
 
-def _of_positions(mask: Tensor | None, shape: Sequence[int]) -> Tensor | None:
-    """A mask in the shape (batch, positions) of what it masks; several choices of an example are
-    examples of their own there. None for images, and where nothing is masked."""
+def _flat_mask(mask: Tensor | None, shape: Sequence[int]) -> Tensor | None:
+    """Return a mask of shape (batch, positions); None for images, or if nothing is masked.
+
+    For multiple choice, where the mask has shape (batch, choices, positions), each choice is an
+    example.
+    """
     if mask is None or len(shape) > 3:
         return None
     flat = mask.reshape(-1, mask.shape[-1])
     if flat.shape != tuple(shape[:2]):
         raise ValueError(
-            f"distill_hidden and distill_attention read masks of shape (batch, positions); this "
-            f"one is {tuple(mask.shape)} and the positions are {tuple(shape[:2])}; set both to 0"
+            f"distill_hidden and distill_attention: invalid mask of shape {tuple(mask.shape)}, "
+            f"expected (batch, positions) = {tuple(shape[:2])}; set both to 0"
         )
     return flat
 
 
-def _pairs(
+def _layer_pairs(
     name: str,
     student: Mapping[str, Any],
     teacher: Mapping[str, Any],
-    layers: str | Sequence[int],
+    layers: Layers,
     first: int = 0,
 ) -> list[tuple[Tensor, Tensor]]:
-    """Outputs of matched layers; none where either model has none of that name."""
-    own, other = ([x for x in outputs.get(name) or () if x is not None][first:]
-                  for outputs in (student, teacher))  # fmt: skip
-    if not own or not other:
+    """Return the outputs of matched layers; an empty list if a model does not have the output."""
+    students, teachers = ([x for x in outputs.get(name) or () if x is not None][first:]
+                          for outputs in (student, teacher))  # fmt: skip
+    if not students or not teachers:
         return []
-    return [(own[s], other[t]) for s, t in matched_layers(len(own), len(other), layers)]
+    return [
+        (students[s], teachers[t]) for s, t in match_layers(len(students), len(teachers), layers)
+    ]
 
 
-def _mean_of(
-    terms: list[Tensor],
+def _mean(
+    means: list[Tensor],
     field: str,
     what: str,
     student: Mapping[str, Any],
     teacher: Mapping[str, Any],
 ) -> Tensor:
-    if not terms:
+    if not means:
         raise ValueError(
-            f"{field}: student and teacher have no {what} in common; the student gives "
-            f"{', '.join(student)}, the teacher {', '.join(teacher)}; set {field}=0"
+            f"{field}: student and teacher have no {what} in common (the student returns "
+            f"{', '.join(student)}, the teacher {', '.join(teacher)}); set {field}=0"
         )
-    return torch.stack(terms).mean()
+    return torch.stack(means).mean()
 
 
-# ---- what attention maps need of a model ---------------------------------------------------------
+# ---- layers --------------------------------------------------------------------------------------
+
+
+def match_layers(student: int, teacher: int, layers: Layers) -> list[tuple[int, int]]:
+    """Match layers of the student with layers of the teacher.
+
+    Layers are matched evenly (TinyBERT): the n-th of S layers with the floor(n T / S)-th of T, so
+    the last with the last.
+
+    Args:
+        student, teacher: number of layers, S and T.
+        layers: the student's layers to use: ``"all"``, ``"last"``, or indices (negative ones from
+            the end), as a list or a comma-separated string.
+
+    Returns:
+        Pairs of indices (student, teacher).
+
+    Raises:
+        ValueError: if the student has no such layer.
+    """
+    indices = {"all": list(range(student)), "last": [student - 1]}.get(str(layers))
+    if indices is None:
+        indices = parse_layers(layers)
+    if wrong := [index for index in indices if not -student <= index < student]:
+        raise ValueError(
+            f"invalid distill_layers={layers!r}: the student has {student} layers, so there is no "
+            f"layer {wrong[0]}; use 0 to {student - 1}, 'all' or 'last'"
+        )
+    indices = [index % student for index in indices]
+    return [(index, max(1, (index + 1) * teacher // student) - 1) for index in indices]
+
+
+def parse_layers(layers: Layers) -> list[int]:
+    """Return layer indices from a list or a comma-separated string.
+
+    Raises:
+        ValueError: if they are not integers.
+    """
+    parts = layers.split(",") if isinstance(layers, str) else layers
+    try:
+        indices = [int(part) for part in parts]
+    except (TypeError, ValueError):
+        indices = []
+    if not indices or (not isinstance(layers, str) and indices != list(layers)):
+        raise ValueError(
+            f"invalid distill_layers={layers!r}: expected 'all', 'last', or layer indices from 0, "
+            "e.g. '0,3,5' or [0, 3, 5]"
+        )
+    return indices
+
+
+# ---- attention maps ------------------------------------------------------------------------------
 
 
 @contextmanager
 def eager_attention(*models: nn.Module) -> Iterator[None]:
-    """Lets models compute their attention maps, and puts them back as they were afterwards.
+    """Compute attention with ``"eager"`` in this context, so that models return attention maps.
 
-    Other implementations (``"sdpa"``) never hold the maps: transformers then returns none, with no
-    more than a warning.
+    Other implementations (``"sdpa"``) do not materialize the maps; transformers then returns none,
+    with only a warning.
     """
     saved = [
         (module.config, module.config._attn_implementation)
@@ -166,7 +250,7 @@ def eager_attention(*models: nn.Module) -> Iterator[None]:
     others = sorted({str(name) for _, name in saved} - {"eager"})
     if others:
         logger.warning_once(
-            f"distill_attention needs attention maps: attention is computed by 'eager' instead of "
+            f"distill_attention needs attention maps: attention uses 'eager' instead of "
             f"{', '.join(map(repr, others))} while a stage is finetuned."
         )
     try:
@@ -179,31 +263,12 @@ def eager_attention(*models: nn.Module) -> Iterator[None]:
             config._attn_implementation = name
 
 
-def without_attention_dropout(model: nn.Module) -> None:
-    """Puts attention modules in eval mode, until the next ``model.train()``: in training the maps
-    that a model returns have gone through dropout, and a dropped probability of 0 would count as
-    one that is wrong by any factor."""
+def disable_attention_dropout(model: nn.Module) -> None:
+    """Put attention modules in eval mode, until the next ``model.train()``.
+
+    In training, models return maps after dropout. A probability that was dropped to 0 would have an
+    unbounded divergence.
+    """
     for module in model.modules():
         if "attention" in type(module).__name__.lower():
             module.eval()
-
-
-Term = Callable[[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]], Tensor]
-
-
-def inner_terms(
-    distill_hidden: float, distill_attention: float, layers: str | Sequence[int]
-) -> tuple[dict[str, tuple[float, Term]], dict[str, bool]]:
-    """The terms of a weight above 0, and what a forward must be asked for to give them.
-
-    Returns:
-        Name of each term -> its weight and function; keyword arguments of the forward.
-    """
-    known = {
-        "hidden": (distill_hidden, hidden_state_term, "output_hidden_states"),
-        "attention": (distill_attention, attention_term, "output_attentions"),
-    }
-    asked = {name: each for name, each in known.items() if each[0] > 0}
-    terms = {name: (weight, partial(term, layers=layers))
-             for name, (weight, term, _) in asked.items()}  # fmt: skip
-    return terms, {flag: True for _, _, flag in asked.values()}

@@ -1,7 +1,7 @@
-"""Which outputs of a head are compared with the teacher's, how, and where they count.
+"""Distillation of logits: which outputs of a head are compared, how, and at which positions.
 
-A head is found by the class of the model; one that is not known here joins with
-``@HEADS.register("NameOfTheClass")``.
+The head is found by the class of the model. Register a function for any other class with
+``@HEADS.register("ClassName")``.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from .losses import sigmoid_divergence, softmax_divergence, squared_error
 Head = Callable[[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any], float], Tensor]
 HEADS: Registry[Head] = Registry("head")
 
-SPANS = ("start_logits", "end_logits")
-_HIDDEN_SCORE = -1e9
+_SPAN_LOGITS = ("start_logits", "end_logits")
+_MASKED_SCORE = -1e9
 _KINDS = {
     "causal language model": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     "question answering": MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
@@ -35,20 +35,20 @@ _KINDS = {
 }
 
 
-def head_of(model: nn.Module, inputs: Mapping[str, Any]) -> str:
-    """The name under which :data:`HEADS` has the head of a model.
+def head_name(model: nn.Module, inputs: Mapping[str, Any]) -> str:
+    """Return the name of a model's head in :data:`HEADS`.
 
     Args:
         model: the student.
-        inputs: of a forward; labels that are fractions say that classes do not exclude each other,
-            where the config does not.
+        inputs: a batch; float labels of shape (batch, labels) select multi-label classification if
+            the config has no ``problem_type``.
     """
     model = without_adapters(model)
     name = type(model).__name__
     if name in HEADS:
         return name
     for kind, classes in _KINDS.items():
-        if name in _flat(classes.values()):
+        if name in _class_names(classes.values()):
             return kind
     problem = getattr(getattr(model, "config", None), "problem_type", None)
     labels = inputs.get("labels")
@@ -57,9 +57,9 @@ def head_of(model: nn.Module, inputs: Mapping[str, Any]) -> str:
     return problem if problem in HEADS else "classification"
 
 
-def _flat(classes: Iterable[str | tuple[str, ...] | None]) -> set[str]:
-    together = ((each,) if isinstance(each, str) else each or () for each in classes)
-    return set(chain.from_iterable(together))
+def _class_names(entries: Iterable[str | tuple[str, ...] | None]) -> set[str]:
+    tuples = ((entry,) if isinstance(entry, str) else entry or () for entry in entries)
+    return set(chain.from_iterable(tuples))
 
 
 def logits_divergence(
@@ -69,39 +69,40 @@ def logits_divergence(
     inputs: Mapping[str, Any],
     temperature: float = 1.0,
 ) -> Tensor:
-    """How far the student's predictions are from the teacher's.
+    """Return the divergence of the student's predictions from the teacher's.
 
     Args:
-        model: the student, which says what its head is.
-        student, teacher: outputs of both.
-        inputs: the batch: labels or masks say which positions count.
+        model: the student; its class selects the head.
+        student, teacher: outputs of both models.
+        inputs: the batch; its labels and masks select the positions that count.
         temperature: T of the divergence.
 
     Raises:
-        ValueError: if an output that the head is compared by is missing, or the shapes differ.
+        ValueError: if an output that the head needs is missing, or the shapes differ.
     """
-    name = head_of(model, inputs)
+    name = head_name(model, inputs)
     try:
         return HEADS[name](student, teacher, inputs, temperature)
     except KeyError as missing:
         raise ValueError(
-            f"the outputs have no {missing}, which a head for {name} is compared by; the student "
-            f"({type(without_adapters(model)).__name__}) gives {', '.join(student)}, the teacher "
-            f"{', '.join(teacher)}. Register a function for the head "
-            "(hf_quantnoise.compression.distillation.logits.HEADS), or set distill=False"
+            f"cannot compare a {name} head: the outputs have no {missing} (the student, a "
+            f"{type(without_adapters(model)).__name__}, returns {', '.join(student)}, the teacher "
+            f"{', '.join(teacher)}); register a function for the head in "
+            "hf_quantnoise.compression.distillation.logits.HEADS, or set distill=False"
         ) from None
 
 
-def counted_positions(inputs: Mapping[str, Any], logits: Tensor) -> Tensor | None:
-    """The positions of a sequence that count: those with a label (not -100); without labels those
-    that are no padding.
+def label_mask(inputs: Mapping[str, Any], logits: Tensor) -> Tensor | None:
+    """Return the positions that count: those with a label other than -100.
+
+    Without labels, all positions except padding count.
 
     Args:
         inputs: the batch.
         logits: shape (batch, positions, classes).
 
     Returns:
-        Boolean, shape (batch, positions); None where all count.
+        Boolean, of shape (batch, positions); None if all positions count.
     """
     if logits.dim() != 3:
         return None
@@ -114,50 +115,50 @@ def counted_positions(inputs: Mapping[str, Any], logits: Tensor) -> Tensor | Non
 
 
 @HEADS.register("classification", "single_label_classification")
-def of_classes(student, teacher, inputs, temperature):
-    """One set of classes: of an example, or of each token (masked LM, token classification,
-    encoder-decoder). With a single one it is a number."""
+def classification_divergence(student, teacher, inputs, temperature):
+    """Compare the classes of each example, or of each token (masked LM, token classification,
+    encoder-decoder). A single class is regression."""
     logits = student["logits"]
     divergence = squared_error if logits.shape[-1] == 1 else softmax_divergence
-    return divergence(logits, teacher["logits"], temperature, counted_positions(inputs, logits))
+    return divergence(logits, teacher["logits"], temperature, label_mask(inputs, logits))
 
 
 @HEADS.register("regression")
-def of_numbers(student, teacher, inputs, temperature):
-    """One or more numbers."""
+def regression_divergence(student, teacher, inputs, temperature):
+    """Compare one or more regression outputs."""
     return squared_error(student["logits"], teacher["logits"])
 
 
 @HEADS.register("multi_label_classification")
-def of_labels(student, teacher, inputs, temperature):
-    """Labels of which several may hold."""
+def multi_label_divergence(student, teacher, inputs, temperature):
+    """Compare independent labels."""
     return sigmoid_divergence(student["logits"], teacher["logits"], temperature)
 
 
 @HEADS.register("causal language model")
-def of_next_tokens(student, teacher, inputs, temperature):
-    """Position t predicts token t + 1: it counts if that one does, and the last never counts."""
+def next_token_divergence(student, teacher, inputs, temperature):
+    """Compare next tokens: position t counts if token t + 1 does, the last position never."""
     logits = student["logits"]
-    counted = counted_positions(inputs, logits)
-    counted = None if counted is None else counted[:, 1:]
-    return softmax_divergence(logits[:, :-1], teacher["logits"][:, :-1], temperature, counted)
+    mask = label_mask(inputs, logits)
+    mask = None if mask is None else mask[:, 1:]
+    return softmax_divergence(logits[:, :-1], teacher["logits"][:, :-1], temperature, mask)
 
 
 @HEADS.register("question answering")
-def of_spans(student, teacher, inputs, temperature):
-    """Start and end, each over the positions that are no padding; the mean of both."""
+def span_divergence(student, teacher, inputs, temperature):
+    """Compare start and end of a span over all positions except padding; the mean of both."""
     mask = inputs.get("attention_mask")
     total = 0.0
-    for name in SPANS:
+    for name in _SPAN_LOGITS:
         scores = student[name], teacher[name]
         if mask is not None:
-            scores = [one.float().masked_fill(mask == 0, _HIDDEN_SCORE) for one in scores]
+            scores = [score.float().masked_fill(mask == 0, _MASKED_SCORE) for score in scores]
         total = total + softmax_divergence(*scores, temperature)
-    return total / len(SPANS)
+    return total / len(_SPAN_LOGITS)
 
 
 @HEADS.register("semantic segmentation")
-def of_pixels(student, teacher, inputs, temperature):
-    """Logits of shape (batch, classes, height, width)."""
-    maps = student["logits"].movedim(1, -1), teacher["logits"].movedim(1, -1)
-    return softmax_divergence(*maps, temperature)
+def segmentation_divergence(student, teacher, inputs, temperature):
+    """Compare the classes of each pixel; logits have shape (batch, classes, height, width)."""
+    logits = student["logits"].movedim(1, -1), teacher["logits"].movedim(1, -1)
+    return softmax_divergence(*logits, temperature)

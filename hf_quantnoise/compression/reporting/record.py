@@ -1,4 +1,4 @@
-"""What is noted of each stage of a pass."""
+"""Measurements of each stage of a compression run."""
 
 from __future__ import annotations
 
@@ -7,34 +7,36 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import Trainer
 
 from ...hub.card import format_metrics
+from ...modeling import packed_layers
 from ...modeling.packer import StageResult
+from ...quantizers import ProductQuantizer
 from ...size import size_report
-from .logs import codebook_use
 
 _PACKED = "packed"
 
 
 @dataclass
 class StageRecord:
-    """What one stage did.
+    """Measurements of one stage.
 
     Attributes:
-        stage: structure group or regex; ``"dense"`` for the model before the pass,
-            ``"restructured"`` after layers were taken out or shared.
-        layers: number of layers packed in it.
+        stage: structure group or regex; ``"dense"`` for the model before compression,
+            ``"restructured"`` after layers were pruned or shared.
+        layers: number of layers packed in the stage.
         relative_error: ||W - W_q||^2 / ||W||^2 over those layers, before finetuning.
-        metric: what ``evaluate`` gave after the stage's finetuning; empty without an eval set.
-        packed_metric: what it gave before, with the stage's layers just packed; empty where nothing
-            was finetuned.
-        mb: size on disk so far, in 10^6 bytes.
+        metric: result of ``evaluate`` after finetuning; empty without an eval set.
+        packed_metric: result of ``evaluate`` after packing, before finetuning; empty if the stage
+            is not finetuned.
+        mb: size on disk after the stage, in 10^6 bytes.
         seconds: wall time of the stage.
-        finetuning: what the stage's ``train`` returned; empty without finetuning.
-        layer_errors: ||W - W_q||^2 / ||W||^2 of each weight packed in it, before finetuning.
-        codebook_use: share of all centroids so far that some block is assigned to.
-        step: optimizer steps of the run and of the pass up to here, as the logs count them.
+        finetuning: metrics of the stage's ``train``; empty without finetuning.
+        layer_errors: ||W - W_q||^2 / ||W||^2 of each weight packed in the stage, before finetuning.
+        codebook_use: fraction of all centroids so far that some block is assigned to.
+        step: optimizer steps of the training run and the compression run so far, as logged.
     """
 
     stage: str
@@ -50,11 +52,11 @@ class StageRecord:
     step: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-able dict."""
+        """Return a dict that can be serialized to JSON."""
         return asdict(self)
 
     def line(self) -> str:
-        """One line for people."""
+        """Return a one-line summary."""
         return (
             f"{self.stage:<12} {self.layers:>4} layers  relative error {self.relative_error:.4f}  "
             f"{self.mb:8.3f} MB  {self.seconds:7.1f} s  "
@@ -62,7 +64,7 @@ class StageRecord:
         )
 
 
-def record_of(
+def measure_stage(
     stage: str,
     stage_trainer: Trainer,
     start: float,
@@ -70,14 +72,14 @@ def record_of(
     finetuning: dict[str, float] | None = None,
     packed_metric: dict[str, float] | None = None,
 ) -> StageRecord:
-    """Evaluates, and puts a stage's figures together.
+    """Evaluate the model and return the record of a stage.
 
     Args:
-        stage: its name.
-        stage_trainer: has the model as the stage left it.
-        start: ``time.perf_counter()`` at its beginning.
-        packed: what packing it did.
-        finetuning, packed_metric: as in :class:`StageRecord`.
+        stage: name of the stage.
+        stage_trainer: holds the model at the end of the stage.
+        start: ``time.perf_counter()`` at the beginning of the stage.
+        packed: the result of packing the stage.
+        finetuning, packed_metric: see :class:`StageRecord`.
     """
     metric = {} if stage_trainer.eval_dataset is None else stage_trainer.evaluate()
     return StageRecord(
@@ -94,11 +96,27 @@ def record_of(
     )
 
 
-def metric_when_packed(stage_trainer: Trainer) -> dict[str, float]:
-    """What ``evaluate`` gives before a stage is finetuned, in the logs as ``packed_...``. Random
-    numbers go on as if it had not run."""
+def evaluate_packed(stage_trainer: Trainer) -> dict[str, float]:
+    """Evaluate a stage before its finetuning, logged with the prefix ``packed_``.
+
+    The state of the random number generator does not change.
+    """
     if stage_trainer.eval_dataset is None:
         return {}
-    with torch.random.fork_rng(devices=[]):  # evaluation draws the seed of its loader
-        found = stage_trainer.evaluate(metric_key_prefix=_PACKED)
-    return {name.replace(_PACKED, "eval", 1): value for name, value in found.items()}
+    with torch.random.fork_rng(devices=[]):  # the evaluation loader draws a seed
+        metrics = stage_trainer.evaluate(metric_key_prefix=_PACKED)
+    return {name.replace(_PACKED, "eval", 1): value for name, value in metrics.items()}
+
+
+def codebook_use(model: nn.Module) -> float | None:
+    """Return the fraction of centroids that some block is assigned to; None without codebooks."""
+    used = total = 0
+    seen: set[int] = set()
+    for _, layer in packed_layers(model):
+        is_new = id(layer.weight_indices) not in seen
+        if isinstance(layer.quantizer, ProductQuantizer) and is_new:
+            seen.add(id(layer.weight_indices))
+            counts = layer.block_counts()
+            used += int((counts > 0).sum())
+            total += len(counts)
+    return used / total if total else None

@@ -1,4 +1,4 @@
-"""A size on disk: never exceeded, used up, shared out by sensitivity, edited and used again."""
+"""Target sizes: met by the saved file, and allocated by the sensitivity of each weight."""
 
 import copy
 from dataclasses import replace
@@ -11,17 +11,12 @@ from support.stacked import inputs_of, make_stacked
 from support.tiny import make_vision_model
 from transformers import RobertaConfig, RobertaForSequenceClassification
 
-from hf_quantnoise import (
-    IPQConfig,
-    allocate_bits,
-    quantize_model,
-    size_report,
-)
+from hf_quantnoise import IPQConfig, allocate_bits, quantize_model, size_report
 from hf_quantnoise.compression import file_bytes, plan_bit_allocation
 from hf_quantnoise.compression.bit_allocation.sensitivity import (
-    OutputDivergence,
-    _interpolated,
-    divergence,
+    SensitivityMeter,
+    interpolate,
+    output_divergence,
 )
 from hf_quantnoise.compression.distillation.logits import logits_divergence
 from hf_quantnoise.compression.distillation.losses import softmax_divergence
@@ -59,24 +54,23 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "share", "fields"), CASES, ids=[f"{n}-{s}" for n, s, _ in CASES])
-def test_the_file_is_within_the_target_and_uses_it(name, share, fields, saved_bytes):
+def test_quantize_model_meets_target_size(name, share, fields, saved_bytes):
     model = make_stacked(name, 4 if "share_layers" in fields else 2)
     dense = size_report(model).total.disk_bytes
     left = dense
     if "share_layers" in fields or "prune_layers" in fields:
-        left *= 0.6  # what is left when layers are gone
+        left *= 0.6  # after pruning or sharing
     target = share * left / 1e6
     config = IPQConfig(target_size_mb=target, stages=stages_of(name), **{**SMALL, **fields})
     batches = [inputs_of(name)] if fields.get("activation_bits") else None
     small = quantize_model(model, config, progress=False, calibration_data=batches)
     size = saved_bytes(small)
-    used = 0.96 if share < 0.5 else 0.9  # between int8 and floating point there is nothing
+    used = 0.96 if share < 0.5 else 0.9  # there is nothing between int8 and floating point
     assert used * target * 1e6 <= size <= target * 1e6
     assert size == size_report(small).total.disk_bytes
 
 
-def test_the_header_is_counted_to_the_byte(saved_bytes):
-    """What a config will take is known before anything is packed."""
+def test_file_bytes_counts_the_header_to_the_byte(saved_bytes):
     model = make_stacked("t5", 2)
     for config in (
         IPQConfig(n_centroids=16, codebook_bits=8, share_layers=2),
@@ -91,7 +85,7 @@ def test_the_header_is_counted_to_the_byte(saved_bytes):
         assert saved_bytes(packed) == expected
 
 
-def test_convolutions_have_their_kernels_as_blocks(saved_bytes):
+def test_convolution_blocks_are_kernels(saved_bytes):
     model = make_vision_model("resnet")
     target = 0.4 * size_report(model).total.disk_bytes / 1e6
     config = IPQConfig(target_size_mb=target, stages=["conv"], **SMALL)
@@ -105,7 +99,7 @@ def test_convolutions_have_their_kernels_as_blocks(saved_bytes):
     assert sizes <= {9}
 
 
-def test_bits_per_weight_count_every_parameter_and_the_whole_file(saved_bytes):
+def test_target_bits_per_weight_counts_every_parameter_and_the_full_file(saved_bytes):
     model = make_stacked("gpt2", 4)
     config = IPQConfig(target_bits_per_weight=9, share_layers=2, **SMALL)
     small = quantize_model(model, config, progress=False)
@@ -120,7 +114,7 @@ def test_bits_per_weight_count_every_parameter_and_the_whole_file(saved_bytes):
 
 
 def uneven_model():
-    """GPT-2 with blocks that add much to the residual stream, and blocks that add nothing much."""
+    """GPT-2 in which every other block contributes little to the residual stream."""
     model = make_stacked("gpt2", 4)
     with torch.no_grad():
         for number, factor in enumerate((0.02, 8.0, 0.02, 8.0)):
@@ -134,7 +128,7 @@ def true_divergence(model, reference, ids):
     return float(softmax_divergence(model(ids).logits, reference(ids).logits))
 
 
-def test_it_beats_a_uniform_plan_of_the_same_size(saved_bytes):
+def test_allocation_beats_uniform_settings_of_the_same_size(saved_bytes):
     generator = torch.Generator().manual_seed(3)
     calibration, held_out = torch.randint(5, 320, (2, 8, 24), generator=generator)
     reference = uneven_model()
@@ -151,7 +145,7 @@ def test_it_beats_a_uniform_plan_of_the_same_size(saved_bytes):
     worst, middle, best = (true_divergence(model, reference, held_out) for model in models)
     assert best < 0.35 * worst
     assert best < 0.7 * middle
-    # The costs of single weights say what they do together, on data they were not measured on.
+    # The costs of single weights add up to the total divergence, on held-out data too.
     assert 0.5 < sum(weight.cost for weight in by_output.weights) / best < 2
     sizes = {weight.name: weight.bytes for weight in by_output.weights}
     for weak, strong in ((0, 1), (2, 3)):
@@ -160,7 +154,7 @@ def test_it_beats_a_uniform_plan_of_the_same_size(saved_bytes):
             assert sizes[name.format(weak)] < sizes[name.format(strong)]
 
 
-def test_a_weight_that_the_batches_do_not_reach_still_costs_something():
+def test_weight_without_influence_on_the_batches_has_a_cost():
     model = make_stacked("gpt2", 2)
     with torch.no_grad():
         model.transformer.h[0].mlp.c_proj.weight.zero_()
@@ -172,18 +166,17 @@ def test_a_weight_that_the_batches_do_not_reach_still_costs_something():
     assert idle.bytes < busy.bytes
 
 
-@pytest.mark.parametrize("moved", [float("nan"), float("inf")])
-def test_a_trial_whose_output_is_no_number_is_named_and_not_harmless(moved, monkeypatch):
-    found = OutputDivergence.of
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_non_finite_sensitivity_is_refused(value, monkeypatch):
+    original = SensitivityMeter.measure
 
-    def of(self, members, matrix):
-        own = found(self, members, matrix)
-        return moved if members[0].name.endswith("1.mlp.c_fc") else own
+    def measure(self, layers, matrix):
+        divergence = original(self, layers, matrix)
+        return value if layers[0].name.endswith("1.mlp.c_fc") else divergence
 
-    monkeypatch.setattr(OutputDivergence, "of", of)
+    monkeypatch.setattr(SensitivityMeter, "measure", measure)
     config = IPQConfig(target_size_mb=0.022, **SMALL)
-    words = rf"h\.1\.mlp\.c_fc: with .* in place of .* moves by {moved}, .*float32"
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=rf"h\.1\.mlp\.c_fc.* {value} .*float32"):
         plan_bit_allocation(make_stacked("gpt2", 2), config, [inputs_of("gpt2")], progress=False)
 
 
@@ -192,30 +185,36 @@ def test_a_trial_whose_output_is_no_number_is_named_and_not_harmless(moved, monk
     st.lists(st.tuples(st.floats(1e-6, 1), st.floats(0, 10)), min_size=1, max_size=2),
     st.lists(st.floats(0, 1), min_size=2, max_size=6),
 )
-def test_divergence_is_carried_over_through_the_measured_points_and_rises(points, errors):
-    curve = [_interpolated(points, error) for error in sorted(errors)]
+def test_interpolate_passes_through_the_points_and_increases(points, errors):
+    curve = [interpolate(points, error) for error in sorted(errors)]
     assert all(a <= b * (1 + 1e-9) + 1e-12 for a, b in zip(curve, curve[1:], strict=False))
     error, first = min(points)
-    assert _interpolated(points, error) == pytest.approx(first)
-    assert _interpolated(points, error / 10) == pytest.approx(first / 10)
+    assert interpolate(points, error) == pytest.approx(first)
+    assert interpolate(points, error / 10) == pytest.approx(first / 10)
 
 
-def test_the_divergence_is_the_teacher_s_and_padding_does_not_count():
+def test_output_divergence_of_logits_ignores_padding():
     generator = torch.Generator().manual_seed(0)
-    own, other = torch.randn(2, 2, 5, 7, generator=generator)
+    output, target = torch.randn(2, 2, 5, 7, generator=generator)
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
     model, batch = make_stacked("gpt2", 1), {"attention_mask": mask}
-    found = divergence(model, {"logits": own}, {"logits": other}, batch)
-    assert found == float(logits_divergence(model, {"logits": own}, {"logits": other}, batch)) > 0
-    padded = own + 5 * (1 - mask)[..., None] * torch.randn(2, 5, 7, generator=generator)
-    assert divergence(model, {"logits": padded}, {"logits": other}, batch) == found
-    # Hidden states have no softmax.
-    relative = float((own - other).square().sum() / other.square().sum())
-    found = divergence(model, {"last_hidden_state": own}, {"last_hidden_state": other}, batch)
-    assert found == pytest.approx(relative, rel=1e-5)
+    outputs, reference = {"logits": output}, {"logits": target}
+    divergence = output_divergence(model, outputs, reference, batch)
+    assert divergence == float(logits_divergence(model, outputs, reference, batch)) > 0
+    padded = output + 5 * (1 - mask)[..., None] * torch.randn(2, 5, 7, generator=generator)
+    assert output_divergence(model, {"logits": padded}, reference, batch) == divergence
 
 
-def test_a_model_without_a_head_is_measured_by_its_hidden_states():
+def test_output_divergence_of_hidden_states_is_the_relative_error():
+    generator = torch.Generator().manual_seed(0)
+    output, target = torch.randn(2, 2, 5, 7, generator=generator)
+    relative = float((output - target).square().sum() / target.square().sum())
+    hidden = {"last_hidden_state": output}, {"last_hidden_state": target}
+    divergence = output_divergence(make_stacked("gpt2", 1), *hidden, {})
+    assert divergence == pytest.approx(relative, rel=1e-5)
+
+
+def test_model_without_head_is_allocated_by_hidden_states():
     model = make_stacked("bert", 2).bert
     config = IPQConfig(target_size_mb=0.04, **SMALL)
     found = plan_bit_allocation(model, config, [inputs_of("bert")], progress=False)
@@ -223,7 +222,7 @@ def test_a_model_without_a_head_is_measured_by_its_hidden_states():
     assert any(weight.cost > 0 for weight in found.weights)
 
 
-def test_measuring_leaves_the_model_and_the_random_state_alone():
+def test_plan_bit_allocation_changes_neither_model_nor_rng_state():
     model = make_stacked("gpt2", 2).train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     parameters = list(map(id, model.parameters()))
@@ -237,7 +236,7 @@ def test_measuring_leaves_the_model_and_the_random_state_alone():
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
-def test_the_copy_of_shapes_has_no_memory_and_the_same_ties():
+def test_copy_of_shapes_is_on_meta_and_keeps_ties():
     model = make_stacked("gpt2", 2)
     shapes = copy_on_meta(model)
     assert all(p.is_meta for p in shapes.parameters())
@@ -252,7 +251,7 @@ def test_the_copy_of_shapes_has_no_memory_and_the_same_ties():
 @pytest.mark.parametrize(
     ("megabytes", "fields"), [(38, {}), (14, {"share_layers": 2, "prune_layers": "every_other"})]
 )
-def test_roberta_base_at_the_sizes_of_table_7(megabytes, fields, tmp_path):
+def test_roberta_base_meets_the_sizes_of_table_7(megabytes, fields, tmp_path):
     torch.manual_seed(0)
     model = RobertaForSequenceClassification(RobertaConfig()).eval()
     config = IPQConfig(target_size_mb=megabytes, codebook_bits=16, kmeans_iter=1, **fields)

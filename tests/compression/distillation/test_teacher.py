@@ -1,13 +1,13 @@
-"""The teacher in the pass: every task learns of it, inner targets, its device."""
+"""Distillation in a compression run: all tasks, features, other teachers, devices, errors."""
 
 import copy
 
 import pytest
 import torch
 from support.stacked import make_stacked
-from support.stage_runs import ATTENTION, CONV, ONE_STAGE, Rows, Watch, make_trainer, sharp
 from support.tasks import TASKS
 from support.tiny import make_model, recompute
+from support.trainers import ATTENTION, CONV, ONE_STAGE, Rows, StageLogs, make_task_trainer, sharp
 from transformers import TrainerCallback, TrainingArguments
 
 from hf_quantnoise import CompressionArguments, IPQConfig, quantize_model
@@ -22,7 +22,7 @@ from hf_quantnoise.modeling import packed_layers
 def test_finetuning_a_stage_lowers_the_divergence(task, tmp_path):
     rate = {"resnet": 5e-3, "t5": 5e-3}.get(task, 5e-4)
     model = sharp(TASKS[task][0]())
-    trainer = make_trainer(tmp_path, task, model=model, learning_rate=rate)
+    trainer = make_task_trainer(tmp_path, task, model=model, learning_rate=rate)
     teacher, batch = copy.deepcopy(trainer.model).eval(), TASKS[task][1]()
     config = CONV if task == "resnet" else ONE_STAGE
     one_shot = quantize_model(copy.deepcopy(trainer.model), config, progress=False)
@@ -38,19 +38,19 @@ def test_finetuning_a_stage_lowers_the_divergence(task, tmp_path):
 
 @pytest.mark.parametrize("task", ["classification", "causal LM", "bart"])
 @pytest.mark.parametrize("name", ["hidden", "attention"])
-def test_an_inner_target_is_learnt(task, name, tmp_path, monkeypatch):
-    watch = Watch(monkeypatch)
+def test_feature_distillation_lowers_the_loss(task, name, tmp_path, monkeypatch):
+    logs = StageLogs(monkeypatch)
     arguments = CompressionArguments(stage_epochs=12, **{f"distill_{name}": 1.0})
     model = sharp(TASKS[task][0]())
-    trainer = make_trainer(tmp_path, task, model=model, learning_rate=5e-3)
+    trainer = make_task_trainer(tmp_path, task, model=model, learning_rate=5e-3)
     trainer.compress(ATTENTION, arguments)
-    values = watch.of(f"teacher_{name}")
+    values = logs.of(f"teacher_{name}")
     assert len(values) == 24 and values[0] > 0
     assert sum(values[-2:]) < 0.8 * sum(values[:2])
 
 
-def test_the_loss_is_the_weighted_sum_of_its_terms(tmp_path):
-    trainer = make_trainer(tmp_path)
+def test_compute_loss_is_the_weighted_sum_of_its_terms(tmp_path):
+    trainer = make_task_trainer(tmp_path)
     student, inputs = copy.deepcopy(make_stacked("bert")), TASKS["classification"][1]()
     teacher_model = make_stacked("bert", 6)
     losses = {}
@@ -79,16 +79,16 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(tmp_path):
 
 
 @pytest.mark.parametrize("task", ["classification", "masked LM"])
-def test_gradient_accumulation_does_not_multiply_any_term(task, tmp_path):
+def test_gradient_accumulation_does_not_scale_the_loss(task, tmp_path):
     losses = {}
     batch = TASKS[task][1]()
     batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
     batch["input_ids"] = batch["input_ids"].clamp_min(5)
-    if task == "masked LM":  # as many tokens in each half, so that the means can be compared
+    if task == "masked LM":  # the same number of tokens in each micro-batch
         batch["labels"] = torch.full_like(batch["input_ids"], -100)
         batch["labels"][:, 2:4] = 7
     for steps in (1, 2, 4):
-        trainer = make_trainer(
+        trainer = make_task_trainer(
             tmp_path, task, data=Rows(batch), learning_rate=1e-9,
             gradient_accumulation_steps=steps, per_device_train_batch_size=16 // steps,
         )  # fmt: skip
@@ -104,8 +104,8 @@ def test_gradient_accumulation_does_not_multiply_any_term(task, tmp_path):
     assert losses[4] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_the_head_is_known_behind_a_wrapper(tmp_path):
-    """As under DDP or torch.compile: the class of what is called says nothing."""
+def test_head_of_a_wrapped_model_is_found(tmp_path):
+    """DDP and torch.compile wrap the model in another class."""
 
     class Wrapped(torch.nn.Module):
         def __init__(self, module):
@@ -129,11 +129,10 @@ def test_the_head_is_known_behind_a_wrapper(tmp_path):
 # ---- attention maps ------------------------------------------------------------------------------
 
 
-def test_attention_is_eager_in_the_pass_and_as_before_after_it(tmp_path, monkeypatch):
-    teacher, trainer = make_model("bert", seed=5), make_trainer(tmp_path)
-    said = []
-    monkeypatch.setattr(features.logger, "warning_once", said.append)
-    seen = []
+def test_attention_is_eager_during_finetuning_only(tmp_path, monkeypatch):
+    teacher, trainer = make_model("bert", seed=5), make_task_trainer(tmp_path)
+    warnings, seen = [], []
+    monkeypatch.setattr(features.logger, "warning_once", warnings.append)
 
     class Look(TrainerCallback):
         def on_step_end(self, args, state, control, model=None, **kwargs):
@@ -148,18 +147,18 @@ def test_attention_is_eager_in_the_pass_and_as_before_after_it(tmp_path, monkeyp
     assert trainer.model.config._attn_implementation == "sdpa"
     assert trainer.model.bert.config._attn_implementation == "sdpa"
     assert teacher.config._attn_implementation == "sdpa"
-    assert "'eager' instead of 'sdpa'" in said[0]
+    assert "'eager' instead of 'sdpa'" in warnings[0]
 
 
-def test_attention_is_put_back_after_an_error():
+def test_eager_attention_is_reset_after_an_error():
     model = make_model("bert")
     with pytest.raises(RuntimeError), features.eager_attention(model):
         raise RuntimeError
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_dropout_of_attention_does_not_reach_the_maps():
-    """A map after dropout holds zeros: the divergence of a model from itself would be large."""
+def test_attention_maps_have_no_dropout():
+    """Maps after dropout contain zeros, so the divergence of a model from itself would be large."""
     model = make_model("bert")
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -171,14 +170,14 @@ def test_dropout_of_attention_does_not_reach_the_maps():
     model.train()
     with teacher.attention_maps(model):
         teacher.prepare(model)
-        outputs = model(**teacher.inputs_of(inputs, ["labels"]), **teacher.flags)
-        terms = teacher.divergences(model, outputs, inputs, ["labels"])
+        outputs = model(**teacher.model_inputs(inputs, ["labels"]), **teacher.forward_kwargs)
+        terms = teacher.loss_terms(model, outputs, inputs, ["labels"])
     assert terms["attention"][1].item() == pytest.approx(0, abs=1e-6)
     assert model.training and model.classifier.training
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_keeps_the_gradients_or_says_so(reentrant, tmp_path):
+def test_gradient_checkpointing_keeps_gradients_or_is_refused(reentrant, tmp_path):
     args = CompressionArguments(distill_weight=0.0, distill_attention=1.0, distill_hidden=1.0)
     gradients = []
     for checkpointing in (False, True):
@@ -205,15 +204,15 @@ def test_gradient_checkpointing_keeps_the_gradients_or_says_so(reentrant, tmp_pa
 # ---- another teacher -----------------------------------------------------------------------------
 
 
-def test_a_pruned_student_learns_of_the_whole_model(tmp_path, monkeypatch):
-    watch = Watch(monkeypatch)
-    trainer = make_trainer(tmp_path, model=make_stacked("bert", 4))
+def test_pruned_student_is_distilled_from_the_full_model(tmp_path, monkeypatch):
+    logs = StageLogs(monkeypatch)
+    trainer = make_task_trainer(tmp_path, model=make_stacked("bert", 4))
     config = IPQConfig(block_size=4, n_centroids=8, stages=["ffn"], prune_layers="every_other")
     arguments = CompressionArguments(stage_epochs=8, distill_hidden=1.0, distill_attention=1.0)
     small = trainer.compress(config, arguments)
     assert small.config.num_hidden_layers == 2
     for name in ("teacher_hidden", "teacher_attention"):
-        values = watch.of(name)
+        values = logs.of(name)
         assert sum(values[-2:]) < sum(values[:2])
 
 
@@ -227,20 +226,20 @@ def wider(heads):
 @pytest.mark.parametrize(
     ("teacher", "fields", "message"),
     [
-        (lambda: wider(2), {"distill_hidden": 1.0}, "same width"),
-        (lambda: wider(3), {"distill_attention": 1.0}, "as many heads"),
+        (lambda: wider(2), {"distill_hidden": 1.0}, r"distill_hidden.*48.*32"),
+        (lambda: wider(3), {"distill_attention": 1.0}, r"distill_attention.*3.*2"),
         (
             lambda: make_stacked("bert"),
             {"distill_hidden": 1.0, "distill_layers": "2"},
-            "no layer 2",
+            "distill_layers='2'",
         ),
-        (lambda: make_model("bert-mlm"), {}, "teacher's logits are"),
+        (lambda: make_model("bert-mlm"), {}, r"logits .*320"),
     ],
 )
-def test_a_teacher_that_does_not_fit_is_refused_before_anything_is_changed(
+def test_incompatible_teacher_is_refused_without_changing_the_model(
     teacher, fields, message, tmp_path
 ):
-    trainer = make_trainer(tmp_path)
+    trainer = make_task_trainer(tmp_path)
     before = copy.deepcopy(trainer.model.state_dict())
     with pytest.raises(ValueError, match=message):
         trainer.compress(ONE_STAGE, CompressionArguments(**fields), teacher())
@@ -248,34 +247,34 @@ def test_a_teacher_that_does_not_fit_is_refused_before_anything_is_changed(
     assert all(torch.equal(value, before[n]) for n, value in trainer.model.state_dict().items())
 
 
-def test_a_wider_teacher_gives_logits_and_as_many_heads_give_maps(tmp_path):
-    small = make_trainer(tmp_path).compress(
+def test_wider_teacher_with_the_same_heads_is_accepted(tmp_path):
+    small = make_task_trainer(tmp_path).compress(
         ONE_STAGE, CompressionArguments(distill_attention=1.0), wider(2)
     )
     assert any(packed_layers(small))
 
 
-def test_a_model_without_attention_and_one_that_teaches_itself_are_refused(tmp_path):
-    trainer = make_trainer(tmp_path, "resnet")
-    with pytest.raises(ValueError, match="distill_attention: .*no attention maps in common"):
+def test_missing_attention_maps_and_student_as_teacher_are_refused(tmp_path):
+    trainer = make_task_trainer(tmp_path, "resnet")
+    with pytest.raises(ValueError, match="distill_attention.*attention maps"):
         trainer.compress(CONV, CompressionArguments(distill_attention=1.0))
-    with pytest.raises(ValueError, match="cannot teach itself"):
+    with pytest.raises(ValueError, match="invalid teacher"):
         trainer.compress(CONV, teacher=trainer.model)
 
 
-def test_a_convolutional_model_learns_hidden_states(tmp_path, monkeypatch):
-    watch = Watch(monkeypatch)
+def test_hidden_states_of_a_convolutional_model_are_distilled(tmp_path, monkeypatch):
+    logs = StageLogs(monkeypatch)
     arguments = CompressionArguments(stage_epochs=8, distill_hidden=1.0)
-    make_trainer(tmp_path, "resnet").compress(CONV, arguments)
-    values = watch.of("teacher_hidden")
+    make_task_trainer(tmp_path, "resnet").compress(CONV, arguments)
+    values = logs.of("teacher_hidden")
     assert sum(values[-2:]) < 0.8 * sum(values[:2])
 
 
-# ---- its device ----------------------------------------------------------------------------------
+# ---- device --------------------------------------------------------------------------------------
 
 
-def test_inputs_go_to_the_teacher_s_device_and_outputs_come_back(monkeypatch):
-    """There is one device here, so the moves are watched."""
+def test_outputs_moves_the_batch_to_the_teacher_and_back(monkeypatch):
+    """With a mocked transfer, since there may be one device only."""
     model, inputs = make_model("bert"), TASKS["classification"][1]()
     teacher = Teacher(model, None, CompressionArguments(teacher_device="cpu", distill_hidden=1.0))
     moves = []
@@ -293,7 +292,7 @@ def test_inputs_go_to_the_teacher_s_device_and_outputs_come_back(monkeypatch):
     ]
 
 
-def test_a_device_of_its_own_takes_the_teacher_only():
+def test_teacher_device_does_not_move_the_student():
     model = make_model("bert")
     teacher = Teacher(model, None, CompressionArguments(teacher_device="meta"))
     assert {p.device.type for p in teacher.model.parameters()} == {"meta"}
@@ -301,7 +300,7 @@ def test_a_device_of_its_own_takes_the_teacher_only():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_teacher_on_the_cpu_teaches_a_student_on_a_gpu():
+def test_teacher_on_cpu_with_student_on_gpu():
     model = make_model("bert").cuda()
     inputs = {name: value.cuda() for name, value in TASKS["classification"][1]().items()}
     teacher = Teacher(model, None, CompressionArguments(teacher_device="cpu"))
@@ -311,7 +310,7 @@ def test_a_teacher_on_the_cpu_teaches_a_student_on_a_gpu():
     torch.testing.assert_close(outputs["logits"], expected, rtol=1e-3, atol=1e-3)
 
 
-# ---- its arguments -------------------------------------------------------------------------------
+# ---- arguments -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -323,31 +322,30 @@ def test_a_teacher_on_the_cpu_teaches_a_student_on_a_gpu():
         ({"distill_layers": [0.5]}, "distill_layers="),
         ({"distill_layers": []}, "distill_layers="),
         ({"teacher_device": "gpu7"}, "teacher_device='gpu7'"),
-        ({"distill": False, "distill_attention": 1.0}, "need a teacher"),
+        ({"distill": False, "distill_attention": 1.0}, "distill=False"),
     ],
 )
-def test_bad_arguments_are_named(fields, message):
+def test_invalid_arguments_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         CompressionArguments(**fields)
 
 
-def test_all_terms_under_autocast(tmp_path, monkeypatch):
-    """The models in bfloat16, the divergences in float32: finite, and near those of float32."""
+def test_feature_losses_in_bfloat16_match_float32(tmp_path, monkeypatch):
     first = {}
     for bf16 in (False, True):
-        watch = Watch(monkeypatch)
+        logs = StageLogs(monkeypatch)
         model = sharp(make_model("bert"))
-        trainer = make_trainer(tmp_path, model=model, bf16=bf16, learning_rate=1e-9)
+        trainer = make_task_trainer(tmp_path, model=model, bf16=bf16, learning_rate=1e-9)
         arguments = CompressionArguments(distill_hidden=1.0, distill_attention=1.0)
         trainer.compress(ATTENTION, arguments)
-        first[bf16] = {n: watch.of(f"teacher_{n}")[0] for n in ("hidden", "attention")}
+        first[bf16] = {n: logs.of(f"teacher_{n}")[0] for n in ("hidden", "attention")}
         monkeypatch.undo()
     for name, value in first[False].items():
         assert first[True][name] == pytest.approx(value, rel=0.1)
 
 
-def test_a_model_without_a_head_is_told_before_anything_is_packed(tmp_path):
-    trainer = make_trainer(tmp_path, model=make_stacked("bert").bert)
+def test_model_without_head_is_refused_before_packing(tmp_path):
+    trainer = make_task_trainer(tmp_path, model=make_stacked("bert").bert)
     trainer.compute_loss_func = lambda outputs, labels, **kwargs: outputs.pooler_output.sum()
     with pytest.raises(ValueError, match="logits.*distill=False"):
         trainer.compress(ONE_STAGE)

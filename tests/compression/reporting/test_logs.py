@@ -1,4 +1,4 @@
-"""What a pass shows: figures in the run's logs, and plots that can be opened."""
+"""Logs, progress bars and plots of a compression run."""
 
 import copy
 import re
@@ -8,8 +8,8 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
+from support import trainers
 from support.stacked import make_stacked
-from support.stage_runs import make_pass_trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainerCallback
 
@@ -21,7 +21,8 @@ from hf_quantnoise import (
     quantize_model,
     size_report,
 )
-from hf_quantnoise.compression.reporting.logs import codebook_use, plot_compression
+from hf_quantnoise.compression.reporting.plots import plot_compression
+from hf_quantnoise.compression.reporting.record import codebook_use
 from hf_quantnoise.modeling import packed_layers
 
 CONFIG = IPQConfig(block_size=4, n_centroids=16)
@@ -29,7 +30,7 @@ FFN = {"block_size": 4, "n_centroids": 16, "stages": ["ffn"]}
 
 
 class Listener(TrainerCallback):
-    """Stands for TensorBoard, trackio and the rest: notes each log with its step."""
+    """Records each log with its step, as TensorBoard or trackio would."""
 
     def __init__(self):
         self.lines = []
@@ -40,18 +41,17 @@ class Listener(TrainerCallback):
 
 @pytest.fixture
 def make_trainer(tmp_path, parity_data):
-    def make(noise=None, **changes):
+    def make(noise=None, folder=tmp_path, **changes):
         listener, settings = Listener(), {"logging_steps": 2, **changes}
-        trainer = make_pass_trainer(
-            tmp_path, make_stacked("bert", 2), parity_data, noise, {"callbacks": [listener]},
-            **settings,
-        )  # fmt: skip
+        parts = {"callbacks": [listener], "eval_dataset": parity_data}
+        model = make_stacked("bert", 2)
+        trainer = trainers.make_trainer(folder, model, parity_data, noise, parts=parts, **settings)
         return trainer, listener
 
     return make
 
 
-def test_every_figure_of_the_pass_is_in_the_logs(make_trainer):
+def test_compress_logs_every_metric(make_trainer):
     trainer, listener = make_trainer()
     trainer.train()
     before = len(listener.lines)
@@ -63,18 +63,18 @@ def test_every_figure_of_the_pass_is_in_the_logs(make_trainer):
     assert {f"compression_{name}" for name in wanted} <= names
     plan = trainer.model.config.quantization_config.plan
     assert {f"compression_error/{name}" for name in plan} <= names and len(plan) == 14
-    # TensorBoard leaves out, and others refuse, what is no plain number.
+    # TensorBoard skips everything else, other loggers raise.
     values = {type(value) for _, logs in lines for value in logs.values()}
     assert values <= {int, float}
     steps = [step for step, _ in lines]
-    assert steps == sorted(steps) and steps[0] == 6  # they go on where the training ended
+    assert steps == sorted(steps) and steps[0] == 6  # after those of the training
     assert steps[-1] == 6 + 3 * 6
     sizes = [logs["compression_mb"] for _, logs in lines if "compression_mb" in logs]
     assert sizes == [record["mb"] for record in trainer.compression_history]
     assert trainer.state.log_history[-1]["compression_stage"] == 3
 
 
-def test_tensorboard_shows_training_and_pass_as_one_run(make_trainer, tmp_path):
+def test_tensorboard_shows_training_and_compression_as_one_run(make_trainer, tmp_path):
     trainer, listener = make_trainer(report_to=["tensorboard"])
     trainer.train()
     trainer.compress(IPQConfig(**FFN))
@@ -97,15 +97,13 @@ def test_tensorboard_shows_training_and_pass_as_one_run(make_trainer, tmp_path):
         assert list(values) == pytest.approx(list(expected[1]), rel=1e-6)
 
 
-def of(lines, name):
+def values_of(lines, name):
     return [logs[name] for _, logs in lines if name in logs]
 
 
-def test_a_metric_is_that_of_the_clean_model_of_the_packed_and_of_the_finetuned(
-    make_trainer, parity_data
-):
+def test_metrics_of_dense_packed_and_finetuned_model_are_logged(make_trainer, parity_data):
     trainer, listener = make_trainer()
-    clean = trainer.evaluate()["eval_loss"]
+    dense = trainer.evaluate()["eval_loss"]
     packed = quantize_model(copy.deepcopy(trainer.model), IPQConfig(**FFN), progress=False)
     inputs = {name: torch.tensor(parity_data[name]) for name in ("input_ids", "labels")}
     with torch.no_grad():
@@ -113,26 +111,26 @@ def test_a_metric_is_that_of_the_clean_model_of_the_packed_and_of_the_finetuned(
     before = len(listener.lines)
     trainer.compress(IPQConfig(**FFN))
     lines = listener.lines[before:]
-    assert of(lines, "compression_clean_loss") == [clean] * 2
-    assert of(lines, "compression_packed_loss") == [pytest.approx(expected, rel=1e-5)]
+    assert values_of(lines, "compression_clean_loss") == [dense] * 2
+    assert values_of(lines, "compression_packed_loss") == [pytest.approx(expected, rel=1e-5)]
     record = trainer.compression_history[-1]
-    assert of(lines, "compression_eval_loss") == [clean, record["metric"]["eval_loss"]]
-    assert record["packed_metric"]["eval_loss"] == of(lines, "compression_packed_loss")[0]
+    assert values_of(lines, "compression_eval_loss") == [dense, record["metric"]["eval_loss"]]
+    assert record["packed_metric"]["eval_loss"] == values_of(lines, "compression_packed_loss")[0]
     assert record["metric"]["eval_loss"] != record["packed_metric"]["eval_loss"]
 
 
-def test_the_evaluation_of_what_was_packed_changes_nothing(make_trainer):
+def test_evaluation_after_packing_does_not_change_the_result(make_trainer):
     models = []
     for evaluated in (True, False):
         trainer, _ = make_trainer()
-        trainer.model.dropout.p = 0.3  # random numbers of the training show
+        trainer.model.dropout.p = 0.3  # so that the state of the generator matters
         if not evaluated:
             trainer.eval_dataset = None
         models.append(trainer.compress(IPQConfig(**FFN)).state_dict())
     assert all(torch.equal(tensor, models[1][name]) for name, tensor in models[0].items())
 
 
-def test_an_error_is_logged_when_its_layer_is_packed(make_trainer):
+def test_layer_errors_are_logged_before_finetuning(make_trainer):
     trainer, listener = make_trainer()
     trainer.compress(IPQConfig(**FFN))
     name = "compression_error/bert.encoder.layer.1.output.dense"
@@ -146,25 +144,25 @@ def test_an_error_is_logged_when_its_layer_is_packed(make_trainer):
 
 
 def bars(text, name):
-    """What the bars of a name showed: done, of how many, time left."""
+    """Return (done, total, time left) as shown by the bars with a name."""
     shown = re.findall(rf"{name}: .*? (\d+)/(\d+) \[\d+:\d+<([\d:?]+)", text)
     return [(int(done), int(total), left) for done, total, left in shown]
 
 
-def test_bars_show_stages_layers_and_steps_with_the_time_left(make_trainer, capsys):
+def test_progress_bars_show_stages_layers_and_steps(make_trainer, capsys):
     trainer, _ = make_trainer(disable_tqdm=False)
     trainer.compress(CONFIG, CompressionArguments(stage_steps=2))
     text = capsys.readouterr().err
     stages = bars(text, "stages")
     assert {(done, total) for done, total, _ in stages} == {(0, 3), (1, 3), (2, 3), (3, 3)}
     assert stages[0][2] == "?" and all(left != "?" for done, _, left in stages if done)
-    assert re.search(r"stages: .*1/3 \[.*embeddings", text)  # the stage that is being done
+    assert re.search(r"stages: .*1/3 \[.*embeddings", text)  # the current stage
     for stage, layers in (("ffn", 4), ("embeddings", 2), ("attention", 8)):
         assert bars(text, f"quantize {stage}")[0][:2] == (0, layers)
     assert text.count("2/2 [") >= 3  # the optimizer steps of each stage, by Trainer
 
 
-def test_disable_tqdm_holds_for_the_pass_and_other_ranks_show_none(
+def test_progress_bars_are_off_with_disable_tqdm_and_on_other_ranks(
     make_trainer, capsys, monkeypatch
 ):
     target = IPQConfig(target_size_mb=0.05, codebook_bits=16, kmeans_iter=2)
@@ -172,7 +170,7 @@ def test_disable_tqdm_holds_for_the_pass_and_other_ranks_show_none(
     trainer.compress(target, CompressionArguments(stage_steps=1))
     shown = capsys.readouterr()
     assert "it/s" not in shown.err and "[00:" not in shown.err
-    assert "the whole file:" in shown.out  # the allotment is no bar
+    assert "total file size" in shown.out  # the table is not a progress bar
     trainer, _ = make_trainer(disable_tqdm=False)
     monkeypatch.setattr(type(trainer), "is_world_process_zero", lambda self: False)
     trainer.compress(CONFIG, CompressionArguments(stage_epochs=0))
@@ -180,14 +178,14 @@ def test_disable_tqdm_holds_for_the_pass_and_other_ranks_show_none(
     assert not bars(err, "stages") and "quantize" not in err
 
 
-def test_a_log_is_printed_once(make_trainer, capsys):
+def test_logs_are_printed_once(make_trainer, capsys):
     trainer, _ = make_trainer()
     trainer.compress(CONFIG, CompressionArguments(plots=False))
     printed = [line for line in capsys.readouterr().out.splitlines() if "_loss'" in line]
     assert len(printed) == len(set(printed)) > 3
 
 
-def test_the_noise_is_in_the_logs_of_the_training(make_trainer):
+def test_noise_rates_are_logged_in_training(make_trainer):
     noise = QuantNoiseConfig(noise=["pq", "int8"], p=[0.1, 0.4], block_size=4, n_centroids=16)
     trainer, listener = make_trainer(noise)
     clean = ("position_embeddings", "token_type", "classifier")
@@ -196,7 +194,7 @@ def test_the_noise_is_in_the_logs_of_the_training(make_trainer):
         for name, parameter in trainer.model.named_parameters()
         if parameter.dim() == 2 and not any(word in name for word in clean)
     ]
-    # The classifier has too few blocks for a codebook, and int8 noise alone.
+    # The classifier has too few blocks for a codebook, so it gets int8 noise only.
     noised = (1 - 0.9 * 0.6) * sum(layers) + 0.4 * trainer.model.classifier.weight.numel()
     trainer.train()
     logs = next(logs for _, logs in listener.lines if "loss" in logs)
@@ -219,20 +217,18 @@ def test_codebook_use_counts_each_codebook_once():
     assert codebook_use(intn) is None
 
 
-def test_plots_are_drawn_at_the_end(make_trainer, tmp_path):
+def test_compress_writes_plots(make_trainer, tmp_path):
     trainer, _ = make_trainer()
     trainer.compress(CONFIG)
     for name in ("stages.png", "layers.png"):
         with Image.open(tmp_path / "plots" / name) as image:
             assert image.width > 300 and len(image.convert("RGB").getcolors(10**6)) > 10
-    trainer, _ = make_trainer(output_dir=str(tmp_path / "other"))
+    trainer, _ = make_trainer(folder=tmp_path / "other")
     trainer.compress(CONFIG, CompressionArguments(plots=False))
     assert not (tmp_path / "other" / "plots").exists()
 
 
-def test_what_is_drawn_is_the_history_and_the_bytes_of_the_file(
-    make_trainer, tmp_path, monkeypatch
-):
+def test_plots_show_the_history_and_the_size_on_disk(make_trainer, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: drawn.append(self))
     trainer, _ = make_trainer()
@@ -256,7 +252,7 @@ def test_what_is_drawn_is_the_history_and_the_bytes_of_the_file(
         assert held <= 1e3 * size <= held + 1  # a sentinel takes a byte
 
 
-def test_a_pass_without_metrics_is_drawn_too(tmp_path):
+def test_plot_compression_without_metrics(tmp_path):
     model = quantize_model(make_stacked("bert", 2), CONFIG, progress=False)
     record = {"stage": "ffn", "mb": 1.0, "metric": {}, "packed_metric": {}, "relative_error": 0.3,
               "layer_errors": {}}  # fmt: skip
@@ -264,11 +260,11 @@ def test_a_pass_without_metrics_is_drawn_too(tmp_path):
     assert len(paths) == 2
 
 
-def test_without_matplotlib_it_says_so(tmp_path, monkeypatch, caplog):
+def test_plot_compression_without_matplotlib_warns(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     report = size_report(torch.nn.Linear(2, 2))
-    monkeypatch.setattr("hf_quantnoise.compression.reporting.logs.logger.propagate", True)
-    logger = "hf_quantnoise.compression.reporting.logs"
+    monkeypatch.setattr("hf_quantnoise.compression.reporting.plots.logger.propagate", True)
+    logger = "hf_quantnoise.compression.reporting.plots"
     with caplog.at_level("WARNING", logger=logger):
         assert plot_compression([], report, str(tmp_path / "plots")) == []
     assert not (tmp_path / "plots").exists()
