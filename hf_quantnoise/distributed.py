@@ -145,7 +145,7 @@ def copy_into(tensor: Tensor, values: Tensor) -> None:
     tensor.copy_(values)
 
 
-def split_like(tensor: Tensor, values: Tensor) -> Tensor:
+def split_like(tensor: Any, values: Tensor) -> Tensor:
     """Shard full values like an FSDP2 tensor of the same shape. Must be called on all ranks."""
     from torch.distributed.tensor import distribute_tensor
 

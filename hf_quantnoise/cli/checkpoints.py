@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from huggingface_hub import constants, hf_hub_download, snapshot_download
@@ -123,9 +124,10 @@ class Checkpoint:
 
     def load(self) -> PreTrainedModel:
         """Load the model, in the dtype of its file."""
-        model, found = self.model_class.from_pretrained(
+        loaded: Any = self.model_class.from_pretrained(
             self.path, revision=self.revision, output_loading_info=True
         )
+        model, found = loaded
         if missing := sorted(found["missing_keys"]):
             raise ValueError(
                 f"{self.path!r} lacks {len(missing)} weights of {type(model).__name__} "

@@ -27,7 +27,7 @@ def convolution_type(layer_class: type[nn.Module]) -> LayerType:
         input_energy=_input_energy,
         group="conv",
         kernel_area=_kernel_area,
-        input_size=lambda layer: layer.in_channels,
+        input_size=lambda layer: int(layer.in_channels),
         features_last=False,
     )
 

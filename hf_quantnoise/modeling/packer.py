@@ -164,7 +164,7 @@ class ModelPacker:
         # The class that hub/ registers with transformers under the config's quant_method.
         AutoHfQuantizer.from_config(self.config, pre_quantized=True).attach(self.model)
 
-    def _importance(self, stage, batches, forward) -> list[Tensor | None]:
+    def _importance(self, stage, batches, forward) -> Sequence[Tensor | None]:
         weights = [[layer.module for layer in planned.layers] for planned in self.stages[stage]]
         if not self.config.weighs_errors:
             return [None] * len(weights)

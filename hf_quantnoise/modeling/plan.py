@@ -108,7 +108,8 @@ def make_plan(
 def weights_of(layers: Sequence[LayerInfo]) -> list[tuple[LayerInfo, ...]]:
     """Return the weights of some layers, each as the tuple of the layers that hold it."""
     by_name = {layer.name: layer for layer in layers}
-    weights, seen = [], set()
+    weights: list[tuple[LayerInfo, ...]] = []
+    seen: set[str] = set()
     for layer in layers:
         if layer.name not in seen:
             weights.append((layer, *(by_name[name] for name in layer.ties)))

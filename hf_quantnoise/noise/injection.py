@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
@@ -166,7 +167,7 @@ def _is_side_table(layer: LayerInfo) -> bool:
 
 def _cannot_be_noised(layer: LayerInfo) -> str | None:
     """Return why noise would have no effect on a layer, or None."""
-    module = layer.module
+    module: Any = layer.module
     if not module.weight.is_floating_point():
         return f"its weight is stored as {module.weight.dtype}"
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
@@ -183,7 +184,7 @@ def _functions_for(
     functions, reasons = [], []
     for index, (name, _) in enumerate(config.noises):
         cls = NOISES[name]
-        sizes = {"block_size": 1, "n_centroids": 1}
+        sizes: dict[str, int | None] = {"block_size": 1, "n_centroids": 1}
         if cls.reads_block_size:
             sizes["block_size"] = block_size_of(config.block_size, layer)
             sizes["n_centroids"] = entry_for(config.n_centroids, layer)
@@ -211,7 +212,7 @@ def _no_layer_message(
         )
     columns = sorted({layer.columns for layer in layers})
     sizes = {layer.name: block_size_of(config.block_size, layer) for layer in layers}
-    if all(sizes.values()) and all(layer.columns % sizes[layer.name] for layer in layers):
+    if all(sizes.values()) and all(layer.columns % (sizes[layer.name] or 1) for layer in layers):
         common = math.gcd(*columns)
         valid = [size for size in range(2, min(common, 64) + 1) if common % size == 0] or [1]
         return (

@@ -49,8 +49,9 @@ def feature_losses(
         "attention": (distill_attention, attention_loss, "output_attentions"),
     }
     used = {name: entry for name, entry in known.items() if entry[0] > 0}
-    losses = {name: (weight, partial(loss, layers=layers))
-              for name, (weight, loss, _) in used.items()}  # fmt: skip
+    losses: dict[str, tuple[float, FeatureLoss]] = {
+        name: (weight, partial(loss, layers=layers)) for name, (weight, loss, _) in used.items()
+    }
     return losses, {argument: True for _, _, argument in used.values()}
 
 

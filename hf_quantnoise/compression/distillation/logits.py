@@ -54,7 +54,7 @@ def head_name(model: nn.Module, inputs: Mapping[str, Any]) -> str:
     labels = inputs.get("labels")
     if problem is None and labels is not None and labels.dim() == 2 and labels.is_floating_point():
         problem = "multi_label_classification"
-    return problem if problem in HEADS else "classification"
+    return str(problem) if problem in HEADS else "classification"
 
 
 def _class_names(entries: Iterable[str | tuple[str, ...] | None]) -> set[str]:

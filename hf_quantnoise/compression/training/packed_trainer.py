@@ -9,7 +9,7 @@ import re
 
 import torch
 from torch import nn
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import CONFIG_NAME, logging
 
@@ -82,6 +82,8 @@ class PackedModelTrainer(Trainer):
     Raises:
         ValueError: if the arguments ask for sharding that is not supported.
     """
+
+    model: PreTrainedModel
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)

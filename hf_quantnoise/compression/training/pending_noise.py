@@ -52,7 +52,7 @@ class PendingNoise:
         """
         pending = set(pending_layers)
         names = [re.escape(name) for name in self.layer_names if name in pending]
-        if not names:
+        if self.config is None or not names:
             return None
         return replace(
             self.config,
