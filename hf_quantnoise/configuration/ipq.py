@@ -77,8 +77,8 @@ class IPQConfig(QuantizedModelConfig):
     )
     target_bits_per_weight: Annotated[float | None, positive] = option(
         None,
-        "The same in bits per parameter that remains after sharing and pruning; set one of the "
-        "two.",
+        "Like target_size_mb, in bits per parameter (counted after sharing and pruning). Set only "
+        "one of the two.",
     )
     layer_quantizers: dict[str, dict[str, Any]] = option(
         {},
