@@ -1,4 +1,4 @@
-"""The benchmark of options: a start is made once, rows run once, and are summed up rightly."""
+"""The ablation benchmark: starts and rows run once, and the table shows the results."""
 
 import ablations as benchmark
 import pytest
@@ -44,7 +44,7 @@ def test_every_start_and_row_runs_once(flags, tmp_path, capsys):
 
 def test_a_start_of_other_settings_is_never_taken(flags):
     benchmark.main([*flags[:-2], ROWS[0]])
-    with pytest.raises(ValueError, match="--work_dir.*was made with.*take another folder"):
+    with pytest.raises(ValueError, match="--work_dir"):
         benchmark.main([*(word.replace("epochs 0.5", "epochs 1") for word in flags)])
 
 
@@ -74,7 +74,7 @@ def test_table_of_known_figures(tmp_path):
             "machine": "some processor", "stages": [{}, {"finetuning": {"train_loss": accuracy}}],
         }  # fmt: skip
 
-    args = benchmark.BenchmarkArguments(task="sentences", table="codewords", print=True)
+    args = benchmark.BenchmarkArguments(task="sentences", table="codebooks", print=True)
     lines = [line("float32", 1, 0.8), line("float32", 3, 0.9), line("plain", 1, 0.6)]
     lines += [line("plain", 3, 0.64), line("row scale", 3, 0.7)]
     rows = benchmark.table(args, lines).splitlines()
@@ -83,14 +83,14 @@ def test_table_of_known_figures(tmp_path):
         == "| plain | 85.0 ± 7.1 | 62.0 ± 2.8 | 60.0 / 64.0 | 0.620 ± 0.028 | 2.000 | 10.0 |"
     )
     assert rows[3] == "| row scale | 90.0 | 70.0 | - / 70.0 | 0.700 | 2.000 | 10.0 |"
-    with pytest.raises(ValueError, match="no finished row of --table codewords"):
+    with pytest.raises(ValueError, match="--table codebooks"):
         benchmark.table(args, lines[:2])
 
 
 def test_mistakes_are_named():
-    with pytest.raises(ValueError, match="--table 'size' has no rows for --task text; known"):
+    with pytest.raises(ValueError, match="--table 'size' for --task text"):
         benchmark.main(["--task", "text", "--table", "size"])
-    with pytest.raises(ValueError, match="--rows 'plane' is unknown; known: plain"):
+    with pytest.raises(ValueError, match="--rows 'plane'.*plain"):
         benchmark.main(["--task", "text", "--table", "noise", "--rows", "plane"])
-    with pytest.raises(ValueError, match="give --model_dir and --data_dir, or --print"):
+    with pytest.raises(ValueError, match="--model_dir or --data_dir.*--print"):
         benchmark.main(["--task", "text", "--table", "noise"])

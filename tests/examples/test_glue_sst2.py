@@ -110,9 +110,9 @@ def test_settings_are_never_mixed_up(flags):
 
 
 def test_mistakes_are_named(flags):
-    with pytest.raises(ValueError, match=r"--methods 'magic' is unknown; known: one shot"):
+    with pytest.raises(ValueError, match=r"--methods 'magic'.*one shot"):
         glue_sst2.main([*flags, "--methods", "magic"])
     with pytest.raises(ValueError, match=r"--block_sizes 'x' is no size"):
         glue_sst2.main([*flags, "--block_sizes", "x"])
-    with pytest.raises(ValueError, match=r"--results holds no finished run"):
+    with pytest.raises(ValueError, match=r"no finished run.*--results"):
         glue_sst2.main([*flags, "--table"])
