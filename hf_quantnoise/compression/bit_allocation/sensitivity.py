@@ -10,7 +10,7 @@ quantization error.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -143,13 +143,13 @@ def costs_by_output(
             is not finite with a quantized weight.
     """
     meter = SensitivityMeter(model, batches)
-    curves: list[Callable[[float], float]] = []
-    sensitivities = []
-    for weight in tqdm(weights, desc="sensitivity", unit="weight", disable=not progress):
-        points = _measure(weight, meter, bits)
-        curves.append(lambda error, points=points: interpolate(points, error) if points else 0.0)
-        if points:
-            sensitivities.append(curves[-1](points[0][0]) / (points[0][0] * weight.numel))
+    progress_bar = tqdm(weights, desc="sensitivity", unit="weight", disable=not progress)
+    measured = [_measure(weight, meter, bits) for weight in progress_bar]
+    sensitivities = [
+        interpolate(points, points[0][0]) / (points[0][0] * weight.numel)
+        for weight, points in zip(weights, measured, strict=True)
+        if points
+    ]
     typical = median(sensitivities) if sensitivities else 0.0
     if not typical > 0:
         typical = max(sensitivities, default=0.0)
@@ -159,12 +159,14 @@ def costs_by_output(
             "the calibration batches, so they do not reach the model's layers; pass other batches, "
             "or none"
         )
+
+    def cost(points: list[tuple[float, float]], error: float, numel: int) -> float:
+        divergence = interpolate(points, error) if points else 0.0
+        return max(divergence, MIN_SENSITIVITY * typical * error * numel)
+
     return [
-        [
-            max(curve(each.error), MIN_SENSITIVITY * typical * each.error * weight.numel)
-            for each in weight.candidates
-        ]
-        for weight, curve in zip(weights, curves, strict=True)
+        [cost(points, each.error, weight.numel) for each in weight.candidates]
+        for weight, points in zip(weights, measured, strict=True)
     ]
 
 
