@@ -8,8 +8,8 @@
 The columns are ``sentence1``, ``sentence2`` and ``score`` from 0 to 1. The noise is a callback of
 ``SentenceTransformerTrainer``. The encoder of the finetuned model is quantized in one shot and
 finetuned again, including its centroids. The metric is Spearman's correlation between the cosine
-similarities and the scores. All flags of ``SentenceTransformerTrainingArguments`` are accepted. Requires
-``pip install hf-quantnoise[examples,sentence-transformers]``.
+similarities and the scores. All flags of ``SentenceTransformerTrainingArguments`` are accepted.
+Requires ``pip install hf-quantnoise[examples,sentence-transformers]``.
 """
 
 from __future__ import annotations

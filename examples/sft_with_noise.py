@@ -5,10 +5,10 @@
     python examples/sft_with_noise.py --model_name_or_path gpt2 --train_file train.jsonl \\
       --validation_file valid.jsonl --max_length 256 --output_dir out
 
-The noise is a callback. ``compress`` is a method of ``QuantNoiseTrainer``, so the finetuned model is
-quantized in one shot, and a second ``SFTTrainer`` finetunes its centroids and dense layers. Files
-have the columns of SFTTrainer: ``text``, or ``messages``, or ``prompt`` and ``completion``. All
-flags of ``SFTConfig`` are accepted. Requires ``pip install hf-quantnoise[examples,trl]``.
+The noise is a callback. ``compress`` is a method of ``QuantNoiseTrainer``, so the finetuned model
+is quantized in one shot, and a second ``SFTTrainer`` finetunes its centroids and dense layers.
+Files have the columns of SFTTrainer: ``text``, or ``messages``, or ``prompt`` and ``completion``.
+All flags of ``SFTConfig`` are accepted. Requires ``pip install hf-quantnoise[examples,trl]``.
 """
 
 from __future__ import annotations

@@ -100,24 +100,16 @@ def raise_on_all_ranks() -> Iterator[None]:
         yield
     except Exception as error:
         own = error
-    summary = None if own is None else (type(own).__name__, str(own))
-    failures = [(rank, *found) for rank, found in enumerate(_gather_objects(summary)) if found]
+    errors: list[tuple[str, str] | None] = []
+    if is_distributed():
+        errors = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, None if own is None else (type(own).__name__, str(own)))
     if own is not None:
         raise own
-    if failures:
-        rank, name, message = failures[0]
+    for rank, (name, message) in ((rank, error) for rank, error in enumerate(errors) if error):
         if name == ValueError.__name__:
             raise ValueError(message)
         raise RuntimeError(f"rank {rank} stopped with {name}: {message}")
-
-
-def _gather_objects(value: Any) -> list[Any]:
-    """Return the picklable objects of all ranks, in their order."""
-    if not is_distributed():
-        return [value]
-    objects = [None] * dist.get_world_size()
-    dist.all_gather_object(objects, value)
-    return objects
 
 
 def broadcast_from(tensor: Tensor, rank: int) -> Tensor:
@@ -161,11 +153,11 @@ def split_like(tensor: Tensor, values: Tensor) -> Tensor:
     return distribute_tensor(values, tensor.device_mesh, tensor.placements)
 
 
-def owner_of(index: int) -> int:
+def rank_of_task(index: int) -> int:
     """Return the rank that does the given one of several tasks, which are assigned round-robin."""
     return index % dist.get_world_size() if is_distributed() else 0
 
 
-def is_mine(index: int) -> bool:
+def is_own_task(index: int) -> bool:
     """Return whether this rank does the given one of several tasks."""
-    return not is_distributed() or dist.get_rank() == owner_of(index)
+    return not is_distributed() or dist.get_rank() == rank_of_task(index)

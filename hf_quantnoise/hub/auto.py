@@ -1,6 +1,6 @@
-"""``AutoQuantizedModel``: loads a compressed model as the class it was saved from, or refuses it.
+"""``AutoQuantizedModel`` and its siblings load compressed models with any head.
 
-Dispatchers, like PEFT's AutoPeftModel: what they return is the real transformers class.
+Like PEFT's AutoPeftModel they are dispatchers: they return a model of the real transformers class.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _CONFIG_KWARGS = (
 
 
 class AutoQuantizedModel:
-    """Loads a model compressed by this package, whatever its head.
+    """Loads a model compressed by this package, with any head.
 
     ``AutoQuantizedModel.from_pretrained(repo_or_folder)`` reads the class from the checkpoint;
-    ``AutoQuantizedModelForSequenceClassification`` and its siblings name the head instead.
+    ``AutoQuantizedModelForSequenceClassification`` and its siblings load a given head instead.
     """
 
     auto_class: type | None = None
@@ -40,43 +40,43 @@ class AutoQuantizedModel:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any):
-        """Loads the model.
+        """Load the model.
 
         Args:
             pretrained_model_name_or_path: a folder, or a repository of the Hub.
-            kwargs: all that ``PreTrainedModel.from_pretrained`` takes.
+            kwargs: arguments of ``PreTrainedModel.from_pretrained``.
 
         Returns:
             The model, in eval mode.
 
         Raises:
-            ValueError: if the checkpoint is not one of this package's, or a file of it is torn.
+            ValueError: if the checkpoint is not from this package, or a file is corrupted.
             OSError: if a file is missing.
         """
         path = os.fspath(pretrained_model_name_or_path)
         config_kwargs = {key: kwargs[key] for key in _CONFIG_KWARGS if key in kwargs}
-        given, place = kwargs.get("config"), path
-        if isinstance(given, str | os.PathLike):
-            place = os.fspath(given)
-            given = kwargs["config"] = AutoConfig.from_pretrained(place, **config_kwargs)
-        config = given or AutoConfig.from_pretrained(path, **config_kwargs)
-        _check_method(place, getattr(config, "quantization_config", None))
+        config, config_path = kwargs.get("config"), path
+        if isinstance(config, str | os.PathLike):
+            config_path = os.fspath(config)
+            config = kwargs["config"] = AutoConfig.from_pretrained(config_path, **config_kwargs)
+        config = config or AutoConfig.from_pretrained(path, **config_kwargs)
+        _check_method(config_path, getattr(config, "quantization_config", None))
         loader = cls.auto_class or _class_named(path, config.architectures)
         try:
             return loader.from_pretrained(path, **kwargs)
         except SafetensorError as error:
             raise ValueError(
-                f"a safetensors file of {path!r} cannot be read ({error}): it is cut short or "
-                "damaged. Download or save the model again"
+                f"cannot read a safetensors file of {path!r}, which is truncated or corrupted "
+                f"({error}); download or save the model again"
             ) from error
 
 
 def _check_method(path: str, quantization: Any) -> None:
     if quantization is None:
         raise ValueError(
-            f"{path!r} is not quantized (its config.json has no quantization_config); load it with "
-            "transformers' AutoModel, which quantizes it with quantization_config=IPQConfig(), or "
-            "compress it with quantize_model(model, IPQConfig())"
+            f"{path!r} is not quantized (no quantization_config in config.json); load it with "
+            "transformers' AutoModel, optionally with quantization_config=IPQConfig(), or compress "
+            "it with quantize_model(model, IPQConfig())"
         )
     method = (
         quantization.get("quant_method")
@@ -85,13 +85,13 @@ def _check_method(path: str, quantization: Any) -> None:
     )
     if method != QUANT_METHOD:
         raise ValueError(
-            f"{path!r} has quant_method={method!r}, not {QUANT_METHOD!r}; load it with "
+            f"invalid quant_method={method!r} in {path!r}, expected {QUANT_METHOD!r}; load it with "
             "transformers' AutoModel and the package of that method"
         )
 
 
 def class_of(architectures: list[str] | None) -> type[PreTrainedModel] | None:
-    """The class of transformers that a config's ``architectures`` name, or None."""
+    """Return the transformers class named by a config's ``architectures``, or None."""
     return getattr(transformers, architectures[0], None) if architectures else None
 
 
@@ -99,8 +99,9 @@ def _class_named(path: str, architectures: list[str] | None) -> type[PreTrainedM
     name, found = (architectures or [None])[0], class_of(architectures)
     if found is None:
         raise ValueError(
-            f"{path!r}: transformers has no class {name!r} (architectures={architectures!r} in its "
-            "config.json); name the head: AutoQuantizedModelForSequenceClassification, ..."
+            f"invalid architectures={architectures!r} in config.json of {path!r}: transformers has "
+            f"no class {name!r}; load it with a class for its head, such as "
+            "AutoQuantizedModelForSequenceClassification"
         )
     return found
 

@@ -150,7 +150,7 @@ def _view(memory: mmap.mmap, start: int, entry: dict) -> Tensor:
 
 
 def _renaming_test(conversions: Iterable[WeightTransform]) -> Callable[[str], bool]:
-    """Return a function that says whether transformers renames a tensor of the files."""
+    """Return a function that tests whether transformers renames a tensor of the files."""
     tests = [
         conversion.compiled_sources.search
         if conversion.scope_prefix is None

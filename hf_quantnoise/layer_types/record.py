@@ -30,8 +30,8 @@ class LayerType:
             (section 7.8); 1 if any block size will do.
         input_size: layer -> number of values that enter it per position; None for the columns.
         features_last: whether inputs of three dimensions are (batch, positions, features), so that
-            padding can be left out of statistics.
-        is_table: whether inputs are row numbers of a lookup table.
+            padding can be excluded from statistics.
+        is_table: whether inputs are row indices of a lookup table.
     """
 
     layer_class: type[nn.Module]

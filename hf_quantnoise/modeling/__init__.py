@@ -1,4 +1,4 @@
-"""Packed layers: a layer of its own class whose weight is held, and stored, as codes."""
+"""Packed layers, whose weights are codes in memory and in files, and the packing of models."""
 
 from .convert import (
     decode_stored_states,

@@ -62,7 +62,7 @@ def require_batches(batches: Sequence, needed_by: str = "activation_bits") -> No
 
 
 def rounds_inputs(layer: nn.Module, bits: int | None) -> bool:
-    """Return whether the inputs of a layer are rounded; row numbers of a table are not."""
+    """Return whether the inputs of a layer are rounded; row indices of a table are not."""
     return bits is not None and not known_layer_type(layer).is_table
 
 

@@ -34,7 +34,7 @@ class _InputStatistics(TorchFunctionMode):
     """Sums the squares of what multiplies the weights of some layers, while a model runs.
 
     Layers are observed with forward hooks. Lookups are observed in ``F.embedding``, by the table
-    they read: a subclass may be called with something other than row numbers (OPT's positions).
+    they read: a subclass may be called with something other than row indices (OPT's positions).
 
     Attributes:
         columns: for each weight, by id, the sum of squares of its inputs; float64.

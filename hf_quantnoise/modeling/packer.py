@@ -15,7 +15,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from ..compat import own_parameters
 from ..configuration import QuantizedModelConfig
-from ..distributed import broadcast_from, is_distributed, is_mine, owner_of, sum_over_ranks
+from ..distributed import broadcast_from, is_distributed, is_own_task, rank_of_task, sum_over_ranks
 from .activations import require_batches, require_runs, rounds_inputs
 from .convert import pack_layer, pack_skeleton, packed_layers, packed_names
 from .importance import measure_importance
@@ -91,7 +91,7 @@ class ModelPacker:
         require_runs(self.planned, groups, batches, self.config.reads_data)
 
     def change_structure(self) -> None:
-        """Prune and share layers as the config says (section 7.9). Call before the first stage."""
+        """Prune and share layers by the config (section 7.9). Call before the first stage."""
         if self.structural_changes:
             self.structural_changes.apply(self.model, self.config)
             self.planned = self.model
@@ -179,7 +179,7 @@ class ModelPacker:
     def _pack(self, planned: PlannedWeight, number: int, importance: Tensor | None) -> float:
         """Pack one weight and return its relative error. A weight that another rank clusters stays
         empty, with an error of 0, until :meth:`_exchange`."""
-        if self.on_all_ranks and not is_mine(number):
+        if self.on_all_ranks and not is_own_task(number):
             self._pack_empty(planned)
             return 0.0
         self.config.plan.update(planned.entries())
@@ -205,7 +205,7 @@ class ModelPacker:
             layer = planned.layers[0].module
             for name in packed_names(layer):
                 tensor = own_parameters(layer)[name]
-                tensor.copy_(broadcast_from(tensor.detach(), owner_of(number)))
+                tensor.copy_(broadcast_from(tensor.detach(), rank_of_task(number)))
         device = layer.weight_indices.device
         found = torch.tensor(list(errors.values()), device=device, dtype=torch.float32)
         errors.update(zip(errors, sum_over_ranks(found).tolist(), strict=True))

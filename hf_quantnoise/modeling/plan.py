@@ -94,7 +94,7 @@ def make_plan(
         stage = stage_of(layer, list(plan))
         settings = config.quantizer_settings(layer) if stage is not False else None
         if stage is False:
-            reason = f"no stage has its group {layer.group!r}"
+            reason = f"its group {layer.group!r} is in no stage"
         elif settings is None:
             reason = f"block_size or n_centroids has no entry for it (group {layer.group!r})"
         elif settings["scheme"] == DENSE:

@@ -20,8 +20,7 @@ def decode_state_dict(
 
     ``Trainer`` loads the shards of a checkpoint one by one, so scale and zero point may be in
     another shard than the codes. Codes are held back until all is there; torch reports them as
-    missing if they never are. Centroids that are floats (a state dict taken from memory) are left
-    as they are.
+    missing if they never are. Centroids that are floats (a state dict taken from memory) are kept.
 
     Args:
         layer: a packed layer.
@@ -33,18 +32,17 @@ def decode_state_dict(
     Returns:
         Error messages; the tensors they are about are removed from the state dict.
     """
-    state = layer.state
+    state, quantizer = layer.state, layer.quantizer
     found = {key: state_dict[name] for key, name in names.items() if name in state_dict}
     if any(tensor.shape != state[key].shape for key, tensor in found.items()):
         return []  # torch raises
     codes = [key for key, tensor in found.items() if not tensor.is_floating_point()]
     for key in codes:
         del state_dict[names[key]]
-    if not layer.quantizer.encodes_state:
+    if not quantizer.encodes_state:
         return [
-            f"invalid dtype of {names[key]}: got {found[key].dtype}, expected floats, as this "
-            f"model is stored as {layer.quantizer.short_name}; the file is from another model, "
-            "load that with from_pretrained"
+            f"invalid {names[key]}: got {found[key].dtype}, expected floats ({quantizer.short_name}"
+            "); load the model that the file belongs to with from_pretrained"
             for key in codes
         ]
     known = {**partial_state, **found}
@@ -55,9 +53,7 @@ def decode_state_dict(
         partial_state.update(known)
         return []
     if not assign:  # as transformers casts the tensors that it loads
-        known = {
-            key: tensor.to(state[key].dtype) if tensor.is_floating_point() else tensor
-            for key, tensor in known.items()
-        }
-    state_dict[names["codebook"]] = layer.quantizer.from_storage(known)["codebook"]
+        for key, tensor in known.items():
+            known[key] = tensor.to(state[key].dtype) if tensor.is_floating_point() else tensor
+    state_dict[names["codebook"]] = quantizer.from_storage(known)["codebook"]
     return []

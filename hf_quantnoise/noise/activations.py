@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..compat import in_backward
 from ..distributed import is_distributed, max_over_ranks, widest_over_ranks
 from ..quantizers import FixedPointQuantizer
 from ..quantizers.fixed_point import round_activations
 from ..quantizers.observers import extremes
-from .block_mask import in_backward
 
 
 class ActivationNoise:
@@ -73,7 +73,7 @@ class ActivationNoise:
 
     def _range_on(self, device: torch.device) -> tuple[Tensor, Tensor] | None:
         if self.range is not None and self.range[0].device != device:
-            self.range = tuple(value.to(device) for value in self.range)
+            self.range = (self.range[0].to(device), self.range[1].to(device))
         return self.range
 
     @property

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..compat import in_backward
+
 # Above this rate a mask is cheaper than a list of indices.
 MAX_INDEX_RATE = 0.3
 # With fewer expected blocks, rounding the number of indices would bias the share noticeably.
@@ -128,11 +130,6 @@ def _random_mask(
     words.random_(-(2**63), None, generator=generator)
     threshold = min(round(p * 65536) - 32768, 32767)
     return words.view(torch.int16)[:count] < threshold
-
-
-def in_backward() -> bool:
-    """Return whether a backward runs, in which a forward can only be a recomputation."""
-    return torch._C._current_graph_task_id() != -1
 
 
 class SharedMaskSampler:

@@ -56,7 +56,7 @@ class NoiseFunction(ABC):
 
     def n_choices(self, n_blocks: int) -> int:
         """Return the size of the set J is sampled from: blocks, or clusters of blocks."""
-        return self.quantizer.n_centroids if self.by_cluster else n_blocks
+        return n_blocks
 
     @abstractmethod
     def distort(self, matrix: Tensor, chosen: BlockMask, rows: Tensor | None = None) -> None:
@@ -84,9 +84,7 @@ class BlockNoise(NoiseFunction):
 
     needs_codes: ClassVar[bool] = False
 
-    def __init__(
-        self, name: str, config: QuantNoiseConfig, block_size: int, n_centroids: int
-    ) -> None:
+    def __init__(self, name, config, block_size, n_centroids):
         super().__init__(name, config, block_size, n_centroids)
         self.quantizer = ProductQuantizer(block_size=block_size, n_centroids=n_centroids)
         self.by_cluster = config.block_selection == "cluster"
@@ -94,11 +92,14 @@ class BlockNoise(NoiseFunction):
         if self.has_codes:
             self.refreshed = "codebooks"
 
-    def check(self, rows: int, columns: int) -> str | None:
+    def n_choices(self, n_blocks):
+        return self.quantizer.n_centroids if self.by_cluster else n_blocks
+
+    def check(self, rows, columns):
         reason = super().check(rows, columns)
         return reason or (self.quantizer.check(rows, columns) if self.has_codes else None)
 
-    def refresh(self, matrix: Tensor, seed: int) -> None:
+    def refresh(self, matrix, seed):
         if self.has_codes:
             init = {"codebook": self.state["codebook"]} if self.state else None
             fitted = self.quantizer.fit(matrix, seed=seed, init=init)
@@ -109,7 +110,7 @@ class BlockNoise(NoiseFunction):
 class ProxyNoise(BlockNoise):
     """phi_proxy(v) = 0: cheap, and close to the noise of product quantization (section 4.2)."""
 
-    def distort(self, matrix: Tensor, chosen: BlockMask, rows: Tensor | None = None) -> None:
+    def distort(self, matrix, chosen, rows=None):
         chosen.zero(to_blocks(matrix, self.block_size))
 
 
@@ -119,11 +120,11 @@ class MeanNoise(BlockNoise):
 
     refreshed = "codebooks"
 
-    def refresh(self, matrix: Tensor, seed: int) -> None:
+    def refresh(self, matrix, seed):
         super().refresh(matrix, seed)
         self.state["mean"] = to_blocks(matrix, self.block_size).float().mean(dim=0)
 
-    def distort(self, matrix: Tensor, chosen: BlockMask, rows: Tensor | None = None) -> None:
+    def distort(self, matrix, chosen, rows=None):
         blocks = to_blocks(matrix, self.block_size)
         mean = self._state_on(matrix.device)["mean"]
 
@@ -144,7 +145,7 @@ class ProductNoise(BlockNoise):
 
     needs_codes = True
 
-    def distort(self, matrix: Tensor, chosen: BlockMask, rows: Tensor | None = None) -> None:
+    def distort(self, matrix, chosen, rows=None):
         state = self._state_on(matrix.device)
         if chosen.is_full:
             matrix.copy_(self.quantizer.quantize(matrix, state))
@@ -166,22 +167,20 @@ class FixedPointNoise(NoiseFunction):
     reads_block_size = False
     refreshed = "scales"
 
-    def __init__(
-        self, name: str, config: QuantNoiseConfig, block_size: int, n_centroids: int
-    ) -> None:
+    def __init__(self, name, config, block_size, n_centroids):
         super().__init__(name, config, block_size, n_centroids)
         bits = int(name.removeprefix("int"))
         self.quantizer = FixedPointQuantizer(bits=bits, observer=config.observer)
 
-    def check(self, rows: int, columns: int) -> str | None:
+    def check(self, rows, columns):
         return self.quantizer.check(rows, columns)
 
-    def refresh(self, matrix: Tensor, seed: int) -> None:
+    def refresh(self, matrix, seed):
         running = (self.state["low"], self.state["high"]) if self.state else None
         fitted, (low, high) = self.quantizer.fit_running(matrix, running)
         self.state = {**fitted, "low": low, "high": high}
 
-    def distort(self, matrix: Tensor, chosen: BlockMask, rows: Tensor | None = None) -> None:
+    def distort(self, matrix, chosen, rows=None):
         quantizer, all_tensors = self.quantizer, self._state_on(matrix.device)
         state = {key: all_tensors[key] for key in quantizer.state_spec(*matrix.shape)}
         weights = to_blocks(matrix, 1)

@@ -20,7 +20,7 @@ from ..structure import (
 )
 from .functions import NoiseFunction
 from .layerdrop import LayerDrop, droppable_chunks, make_droppable, make_undroppable
-from .layers import LayerNoise, is_noisy, make_clean, make_noisy
+from .layers import LayerNoise, is_noisy, make_noisy, remove_noise
 from .operator import WeightNoise
 from .state import NoisedWeight, QuantNoiseState, attach, detach, find_state
 
@@ -125,7 +125,7 @@ def remove_quant_noise(model: nn.Module) -> nn.Module:
         state.sharing.undo()
     for module in model.modules():
         if is_noisy(module):
-            make_clean(module)
+            remove_noise(module)
     make_undroppable(model)
     detach(model)
     return model
@@ -189,7 +189,7 @@ def _functions_for(
             sizes["n_centroids"] = entry_for(config.n_centroids, layer)
         if missing := [key for key, size in sizes.items() if size is None]:
             fields = " and ".join(missing)
-            reasons.append(f"{fields} has no entry for it (group {layer.group!r})")
+            reasons.append(f"{fields} has no entry for its group {layer.group!r}")
             continue
         function = cls(name, config, **sizes)
         if reason := function.check(layer.rows, layer.columns):
@@ -211,13 +211,7 @@ def _no_layer_message(
         )
     columns = sorted({layer.columns for layer in layers})
     sizes = {layer.name: block_size_of(config.block_size, layer) for layer in layers}
-    if all(size is None for size in sizes.values()):
-        groups = sorted({layer.group for layer in layers})
-        return (
-            f"block_size={config.block_size!r} has no entry for any layer; the model's groups are "
-            f"{', '.join(groups)}"
-        )
-    if all(layer.columns % (sizes[layer.name] or layer.columns + 1) for layer in layers):
+    if all(sizes.values()) and all(layer.columns % sizes[layer.name] for layer in layers):
         common = math.gcd(*columns)
         valid = [size for size in range(2, min(common, 64) + 1) if common % size == 0] or [1]
         return (

@@ -12,16 +12,16 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin
 from transformers.utils import logging
 
+from ..compat import CacheLayerMixin
 from ..distributed import is_distributed
 from ..dynamic_subclass import DynamicSubclass, make_dynamic_subclass
 from ..quantizers.base import StraightThrough
@@ -34,6 +34,7 @@ logger = logging.get_logger(__name__)
 HIDDEN = "hidden_states"
 
 
+@dataclass
 class LayerDrop:
     """Settings of LayerDrop, shared by all droppable layers of a model.
 
@@ -45,13 +46,10 @@ class LayerDrop:
         created: the tensors that layers created, besides hidden states, and those layers.
     """
 
-    def __init__(
-        self, rate: float, straight_through: bool = False, chunks: Sequence[Chunk] = ()
-    ) -> None:
-        self.rate = rate
-        self.straight_through = straight_through
-        self.chunks = list(chunks)
-        self.created: list[tuple[weakref.ref, DroppableLayer]] = []
+    rate: float
+    straight_through: bool
+    chunks: list[Chunk]
+    created: list[tuple[weakref.ref, DroppableLayer]] = field(default_factory=list)
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "created": []}
@@ -63,8 +61,7 @@ class SkipPlan:
 
     Attributes:
         in_tuple: whether the hidden states are the first element of a tuple.
-        passed_through: for each further element, the argument (position or name) it equals, or
-            None.
+        passed_through: the argument (position or name) that each further element equals, or None.
         creates: whether the layer created one of them itself.
     """
 
@@ -157,17 +154,18 @@ class DroppableLayer(DynamicSubclass):
     def _record_forward(self, args: tuple, kwargs: dict, outputs: Any) -> None:
         """Set the plan from one forward, and mark layers whose created tensors it reads."""
         created = self._layer_drop.drop.created
-        input_ids = {id(value) for value in _inputs(args, kwargs).values() if value is not None}
+        ids_read = {id(value) for value in _inputs(args, kwargs).values() if value is not None}
         for tensor, creator in created:
-            if id(tensor()) in input_ids:
+            if id(tensor()) in ids_read:
                 creator._never_skip("another layer reads a tensor it creates")
         plan = _plan_of(args, kwargs, outputs)
         if isinstance(plan, str):
             return self._never_skip(plan)
         self._layer_drop.plan = plan
-        for out, key in zip(outputs[1:], plan.passed_through, strict=True) if plan.in_tuple else ():
-            if key is None and isinstance(out, Tensor):
-                created.append((weakref.ref(out), self))
+        if plan.in_tuple:
+            for out, key in zip(outputs[1:], plan.passed_through, strict=True):
+                if key is None and isinstance(out, Tensor):
+                    created.append((weakref.ref(out), self))
 
     def _never_skip(self, reason: str) -> None:
         if not isinstance(self._layer_drop.plan, str):

@@ -98,7 +98,7 @@ def make_noisy(module: nn.Module, noise: LayerNoise) -> None:
     module.__class__ = noisy_class(type(module))
 
 
-def make_clean(module: nn.Module) -> None:
+def remove_noise(module: nn.Module) -> None:
     """Undo :func:`make_noisy`: the same object with its original class."""
     module.__class__ = type(module).original_class
     del module.__dict__["_layer_noise"]

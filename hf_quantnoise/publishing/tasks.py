@@ -5,6 +5,8 @@ from __future__ import annotations
 import transformers
 from transformers import PreTrainedModel
 
+from ..compat import models_of
+
 # Auto class -> the Hub's task. The first match is used. Encoder-decoders have no task, since they
 # may translate or summarize.
 TASKS = {
@@ -33,7 +35,7 @@ def auto_class_of(model: PreTrainedModel) -> str | None:
     """Return the name of the Auto class that creates exactly this class from the model's config, or
     None."""
     for name in TASKS:
-        mapping = getattr(transformers, name)._model_mapping
+        mapping = models_of(getattr(transformers, name))
         if type(model.config) in mapping:
             classes = mapping[type(model.config)]
             if type(model) in (classes if isinstance(classes, tuple) else (classes,)):

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedModel, Trainer
 
+from ..compat import finish_current_push
 from ..configuration import QuantNoiseConfig
 from ..hub.card import CARD_ATTRIBUTE
 from ..repository import CARD, read_card, upload_folder
@@ -130,7 +131,7 @@ class PublishingMixin:
             return None
         kwargs.setdefault("model_name", (self.hub_model_id or "").split("/")[-1] or None)
         self.create_model_card(**kwargs)
-        self._finish_current_push()
+        finish_current_push(self)
         return upload_folder(
             self.args.output_dir,
             self.hub_model_id,

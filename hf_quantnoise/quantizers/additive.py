@@ -130,7 +130,3 @@ class AdditiveQuantizer(ProductQuantizer):
             pair = (firsts.gather(1, best), seconds.view(-1, width).gather(1, best))
             torch.cat(pair, 1, out=codes[start : start + step])
         return codes
-
-    def decode(self, codes, state):
-        blocks = self._look_up(codes, state).unflatten(-2, (-1, 2)).sum(-2)
-        return self._scaled(blocks.flatten(-2), state)

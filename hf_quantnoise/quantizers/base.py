@@ -115,11 +115,10 @@ class Quantizer(ABC):
 
     def to_storage(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Convert a state to its form in a file: the dtypes of the spec, if they are smaller."""
-        spec = self.state_spec(1, 1)
+        dtypes = {key: dtype for key, (_, dtype) in self.state_spec(1, 1).items()}
         return {
-            key: tensor.to(dtype) if dtype.itemsize < tensor.element_size() else tensor
+            key: tensor.to(dtypes[key]) if dtypes[key].itemsize < tensor.element_size() else tensor
             for key, tensor in state.items()
-            for _, dtype in [spec[key]]
         }
 
     @property
@@ -139,11 +138,8 @@ class Quantizer(ABC):
         """Return the bytes on disk of the packed codes and the state."""
         n_codes = rows * columns // self.block_size * self.codes_per_block
         codes = -(-n_codes * self.code_bits // 8)
-        state = sum(
-            math.prod(shape) * torch.empty((), dtype=dtype).element_size()
-            for shape, dtype in self.state_spec(rows, columns).values()
-        )
-        return codes + state
+        spec = self.state_spec(rows, columns).values()
+        return codes + sum(math.prod(shape) * dtype.itemsize for shape, dtype in spec)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form; :func:`quantizer_from_dict` is the inverse."""

@@ -69,17 +69,12 @@ class FixedPointQuantizer(Quantizer):
         for low, high in observer.candidates(values, self.bits, full_range):
             state = self.state_of_range(low, high)
             states.append({key: value.to(matrix.dtype) for key, value in state.items()})
-        state = states[0]
-        if len(states) > 1:
-            errors = [self._errors(values, state) for state in states]
-            best = torch.stack(errors).argmin(0)
-            state = {
-                key: torch.stack([state[key] for state in states]).gather(
-                    0, best.expand_as(state[key])[None]
-                )[0]
-                for key in state
-            }
-        return state, full_range
+        if len(states) == 1:
+            return states[0], full_range
+        best = torch.stack([self._errors(values, state) for state in states]).argmin(0)
+        stacked = {key: torch.stack([state[key] for state in states]) for key in states[0]}
+        index = best.expand_as(states[0]["scale"])[None]
+        return {key: value.gather(0, index)[0] for key, value in stacked.items()}, full_range
 
     def _errors(self, matrix: Tensor, state: dict[str, Tensor]) -> Tensor:
         """Return the squared error of each row, (rows, 1), or in total if the state is scalar."""

@@ -231,9 +231,7 @@ def _check(points: Tensor, weights: Tensor | None, n_centroids: int, init: Tenso
     if weights is None:
         return
     if tuple(weights.shape) not in ((n_points, d), (n_points, 1)):
-        raise ValueError(
-            f"invalid weights: got {tuple(weights.shape)}, expected {(n_points, d)} or (N, 1)"
-        )
+        raise ValueError(f"invalid weights: got {tuple(weights.shape)}, expected {n_points, d}")
     if not (torch.isfinite(weights).all() and (weights > 0).all()):
         raise ValueError("invalid weights: expected finite values above 0")
 
@@ -290,9 +288,8 @@ def kmeans(
         sample, sample_weights = points[chosen], None if weights is None else weights[chosen]
         if centroids is None:
             centroids = _seed_centroids(sample, sample_weights, n_centroids, generator)
-        centroids, _, sample_iterations = _iterate(
-            sample, sample_weights, centroids, n_iter, generator
-        )
+        fit = _iterate(sample, sample_weights, centroids, n_iter, generator)
+        centroids, _, sample_iterations = fit
         n_iter = min(n_iter, FULL_ITERATIONS)
     elif centroids is None:
         centroids = _seed_centroids(points, weights, n_centroids, generator)

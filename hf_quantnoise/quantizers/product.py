@@ -111,9 +111,8 @@ class ProductQuantizer(Quantizer):
         start = None if init is None else init["codebook"]
         if self.row_scale:
             require_finite(matrix)
-            start, scale = fit_row_scale(
-                matrix.float(), importance, start, self.n_iter, partial(self._cluster, seed)
-            )
+            cluster = partial(self._cluster, seed)
+            start, scale = fit_row_scale(matrix.float(), importance, start, self.n_iter, cluster)
             state = {"codebook": start.to(matrix.dtype), "row_scale": scale.to(matrix.dtype)}
         else:
             codebook, _ = self._cluster(seed, matrix, importance, start, self.n_iter)
@@ -123,22 +122,12 @@ class ProductQuantizer(Quantizer):
             state |= {_PREFIX + key: value for key, value in fitted.items()}
         return state
 
-    def _cluster(
-        self,
-        seed: int,
-        matrix: Tensor,
-        importance: Tensor | None,
-        start: Tensor | None,
-        n_iter: int,
-    ) -> tuple[Tensor, Tensor]:
+    def _cluster(self, seed, matrix, importance, start, n_iter) -> tuple[Tensor, Tensor]:
         """Fit a codebook to a matrix; return it and the decoded matrix, both float32."""
+        blocks = to_blocks(matrix, self.block_size)
+        weights = self._block_weights(matrix, importance)
         result = kmeans(
-            to_blocks(matrix, self.block_size),
-            self.n_centroids,
-            n_iter=n_iter,
-            seed=seed,
-            init=start,
-            weights=self._block_weights(matrix, importance),
+            blocks, self.n_centroids, n_iter=n_iter, seed=seed, init=start, weights=weights
         )
         return result.centroids, result.centroids[result.codes].view_as(matrix)
 
@@ -154,11 +143,9 @@ class ProductQuantizer(Quantizer):
     def encode(self, matrix, state, importance=None):
         if self.row_scale:
             matrix = matrix.float() / as_divisor(self.scales(state).float())
-        codes = self._assign(
-            to_blocks(matrix, self.block_size),
-            self.centroids(state),
-            self._block_weights(matrix, importance),
-        )
+        blocks = to_blocks(matrix, self.block_size)
+        weights = self._block_weights(matrix, importance)
+        codes = self._assign(blocks, self.centroids(state), weights)
         return codes.to(code_dtype(self.code_bits)).view(matrix.shape[0], -1)
 
     def _assign(self, blocks: Tensor, codebook: Tensor, weights: Tensor | None) -> Tensor:
@@ -170,14 +157,11 @@ class ProductQuantizer(Quantizer):
         return codes
 
     def decode(self, codes, state):
-        return self._scaled(self._look_up(codes, state).flatten(-2), state)
-
-    def _look_up(self, codes: Tensor, state: dict[str, Tensor]) -> Tensor:
-        """Return the centroid of each code, (..., block_size)."""
-        return _Lookup.apply(self.centroids(state), self.codebook_rows(codes))
-
-    def _scaled(self, decoded: Tensor, state: dict[str, Tensor]) -> Tensor:
-        return decoded * self.scales(state) if self.row_scale else decoded
+        blocks = _Lookup.apply(self.centroids(state), self.codebook_rows(codes))
+        if self.codes_per_block > 1:
+            blocks = blocks.unflatten(-2, (-1, self.codes_per_block)).sum(-2)
+        matrix = blocks.flatten(-2)
+        return matrix * self.scales(state) if self.row_scale else matrix
 
     def state_spec(self, rows, columns):
         shape = (self.codes_per_block * self.n_centroids, self.block_size)
@@ -199,12 +183,10 @@ class ProductQuantizer(Quantizer):
 
     def to_storage(self, state):
         spec, codebook = self.state_spec(1, 1), state["codebook"]
-        stored = super().to_storage(
-            {
-                key: _clamp_to_half(tensor) if spec[key][1] == torch.float16 else tensor
-                for key, tensor in state.items()
-            }
-        )
+        for key, tensor in state.items():
+            if spec[key][1] == torch.float16:
+                state = {**state, key: _clamp_to_half(tensor)}
+        stored = super().to_storage(state)
         if self.codebook_bits == 8:
             codes = self._eight_bits.encode(self._books(codebook), _codebook_state(state))
             stored["codebook"] = codes.view_as(codebook)

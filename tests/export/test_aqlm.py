@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from support.tiny import VOCABULARY, make_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
-from transformers.quantizers.quantizers_utils import should_convert_module
 
 from hf_quantnoise import FixedPointConfig, IPQConfig, export_aqlm, quantize_model
+from hf_quantnoise.compat import should_convert_module
 from hf_quantnoise.export.aqlm import AqlmSetting, _dense_patterns
 
 LOAD_AND_RUN = """

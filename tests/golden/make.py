@@ -1,9 +1,9 @@
-"""Makes the golden checkpoints: tiny random models, one for each way to store, and their logits.
+"""Create the golden checkpoints: tiny random models, one per kind of storage, and their logits.
 
     python tests/golden/make.py [name ...]
 
-They stand for files that users have, so one that is there is never written again: a change of the
-layout on disk is a new name in ``CASES`` (``ipq_2``), and the old folders go on loading.
+They represent files that users have, so existing ones are never overwritten. A change of the format
+needs a new name in ``CASES`` (``ipq_2``); the old folders must still load.
 """
 
 import sys
@@ -45,7 +45,7 @@ def gpt2():
 
 
 def resnet():
-    """Its BatchNorms have seen something: buffers are other than those of a new model."""
+    """Return a model whose BatchNorm buffers differ from those of a new one."""
     config = ResNetConfig(
         embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic", num_labels=3
     )
@@ -63,7 +63,7 @@ def images():
     return torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
-# name -> model, how it is stored
+# name -> model, config
 CASES = {
     "ipq": (bert, IPQConfig(n_centroids=8)),
     "ipq_int8": (
@@ -87,10 +87,10 @@ CASES = {
 
 
 def make(name):
-    """Writes a case's folder: the checkpoint, and what it answers to which input."""
+    """Write the folder of a case: the checkpoint, inputs and their logits."""
     folder = HERE / name
     if folder.exists():
-        print(f"{name} is there already and stays as it is")
+        print(f"{name} exists and is not overwritten")
         return
     torch.manual_seed(0)
     make_model, config = CASES[name]

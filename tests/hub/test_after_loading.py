@@ -1,4 +1,4 @@
-"""What is done with a loaded model: training, generation, compilation, new tokens, another head."""
+"""Use of a loaded model: training, generation, compilation, new tokens, another head."""
 
 import copy
 import os
@@ -37,7 +37,7 @@ def reloaded(model, folder):
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_trainer_moves_centroids_keeps_codes_and_goes_on_where_it_was(kind, parity_data, tmp_path):
+def test_trainer_moves_centroids_keeps_codes_and_resumes(kind, parity_data, tmp_path):
     def trainer(model, name, **more):
         arguments = TrainingArguments(
             output_dir=str(tmp_path / name), max_steps=4, save_steps=2, learning_rate=1e-2,
@@ -47,9 +47,9 @@ def test_trainer_moves_centroids_keeps_codes_and_goes_on_where_it_was(kind, pari
 
     model = load(tmp_path / "model", "bert", CONFIGS[kind])
     before = {name: tensor.clone() for name, tensor in model.named_parameters()}
-    whole = trainer(model, "whole")
-    whole.train()
-    assert whole.evaluate()["eval_loss"] > 0
+    first = trainer(model, "run")
+    first.train()
+    assert first.evaluate()["eval_loss"] > 0
     layers = dict(packed_layers(model))
     for name, tensor in model.named_parameters():
         layer, _, leaf = name.rpartition(".")
@@ -58,16 +58,16 @@ def test_trainer_moves_centroids_keeps_codes_and_goes_on_where_it_was(kind, pari
         if layer in layers and leaf == "weight_scale":
             assert not torch.equal(tensor, before[name]), name
     assert torch.equal(
-        output(AutoQuantizedModel.from_pretrained(tmp_path / "whole" / "checkpoint-4"), "bert"),
+        output(AutoQuantizedModel.from_pretrained(tmp_path / "run" / "checkpoint-4"), "bert"),
         output(reloaded(model, tmp_path / "trained"), "bert"),
     )
-    if kind == "ipq":  # as they are kept: with 8 bits a checkpoint rounds the centroids
+    if kind == "ipq":  # with 8 bits a checkpoint rounds the centroids
         second = load(tmp_path / "model", "bert", CONFIGS[kind])
-        trainer(second, "whole").train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-2"))
+        trainer(second, "run").train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-2"))
         assert torch.equal(output(second, "bert"), output(model, "bert"))
 
 
-def test_trainer_in_bfloat16_recomputes_what_it_does_not_keep(parity_data, tmp_path):
+def test_trainer_in_bfloat16_with_gradient_checkpointing(parity_data, tmp_path):
     data = parity_data.select(range(16))
 
     def trained(**more):
@@ -103,9 +103,7 @@ SEARCHES = {
 
 @pytest.mark.parametrize("search", SEARCHES)
 @pytest.mark.parametrize("name", ["gpt2", "t5", "bart"])
-def test_generation_with_and_without_cache_as_the_dense_model_of_these_weights(
-    name, search, tmp_path
-):
+def test_generation_matches_dequantized_model(name, search, tmp_path):
     model = load(tmp_path, name)
     dense = copy.deepcopy(model).dequantize()
     ids = inputs_of(name)["input_ids"]
@@ -128,7 +126,7 @@ def test_generation_with_and_without_cache_as_the_dense_model_of_these_weights(
     ("kind", "backend"),
     [("ipq", "eager"), ("ipq", "aot_eager"), ("int8", "aot_eager")],
 )
-def test_forward_and_backward_compile_without_a_graph_break(kind, backend, tmp_path):
+def test_training_compiles_without_graph_break(kind, backend, tmp_path):
     model = load(tmp_path, "bert", CONFIGS[kind])  # in eval mode: without dropout
     inputs = {**inputs_of("bert"), "labels": torch.tensor([0, 1])}
 
@@ -144,7 +142,7 @@ def test_forward_and_backward_compile_without_a_graph_break(kind, backend, tmp_p
         torch.testing.assert_close(found[name], gradient, msg=lambda text, n=name: f"{n}: {text}")
 
 
-def test_a_loaded_decoder_compiles_in_inference(tmp_path):
+def test_decoder_compiles_in_inference(tmp_path):
     model = load(tmp_path, "llama")
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(output(compiled, "llama"), output(model, "llama"))
@@ -155,7 +153,7 @@ def test_a_loaded_decoder_compiles_in_inference(tmp_path):
     not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))),
     reason="inductor needs a C++ compiler",
 )
-def test_the_default_backend_computes_the_same(tmp_path):
+def test_inductor_matches_eager(tmp_path):
     model = load(tmp_path, "bert", layers=1)
     inputs = {**inputs_of("bert"), "labels": torch.tensor([0, 1])}
     compiled = torch.compile(model, fullgraph=True)
@@ -181,7 +179,7 @@ def test_the_default_backend_computes_the_same(tmp_path):
 @pytest.mark.parametrize(
     ("name", "kind", "size"), [("gpt2", "ipq", 330), ("gpt2", "int8", 300), ("bart", "ipq", 330)]
 )
-def test_a_packed_table_is_not_resized_and_nothing_is_changed(name, kind, size):
+def test_resizing_packed_table_raises_and_changes_nothing(name, kind, size):
     model = quantize_model(make_stacked(name, 1), CONFIGS[kind], progress=False)
     expected = output(model, name)
     for grad in (True, False):
@@ -189,14 +187,14 @@ def test_a_packed_table_is_not_resized_and_nothing_is_changed(name, kind, size):
             model.resize_token_embeddings(size)
     assert model.config.vocab_size == 320 and model.get_input_embeddings().num_embeddings == 320
     assert torch.equal(output(model, name), expected)
-    # As scripts do without need: what can be trained still is, and nothing else.
+    # Scripts also call it with the same size: the same parameters stay trainable.
     trained = {name for name, tensor in model.named_parameters() if tensor.requires_grad}
     assert model.resize_token_embeddings(320) is model.get_input_embeddings()
     assert {name for name, tensor in model.named_parameters() if tensor.requires_grad} == trained
     assert torch.equal(output(model, name), expected)
 
 
-def test_the_way_it_names_leads_there(tmp_path):
+def test_dequantize_resize_and_quantize_again(tmp_path):
     model = load(tmp_path / "a", "gpt2").dequantize()
     expected = output(model, "gpt2")
     model.resize_token_embeddings(330)
@@ -208,8 +206,7 @@ def test_the_way_it_names_leads_there(tmp_path):
 
 
 @pytest.mark.parametrize("size", [330, 300])
-def test_a_table_in_floating_point_is_resized(size, tmp_path):
-    """Its head is tied, and in floating point too."""
+def test_dense_table_with_tied_head_can_be_resized(size, tmp_path):
     model = load(tmp_path / "a", "gpt2", IPQConfig(**PQ, stages=["ffn", "attention"]))
     expected = output(model, "gpt2", 300)
     model.resize_token_embeddings(size)
@@ -221,7 +218,7 @@ def test_a_table_in_floating_point_is_resized(size, tmp_path):
     torch.testing.assert_close(found[..., :320], expected[..., :size])
 
 
-def test_a_packed_head_over_a_dense_table_becomes_dense_and_the_plan_follows(tmp_path):
+def test_resizing_replaces_packed_head_and_updates_plan(tmp_path):
     model = load(tmp_path / "a", "llama", IPQConfig(**PQ, stages=["ffn", "head"]))
     assert "lm_head" in model.config.quantization_config.plan
     expected = output(model, "llama")
@@ -233,7 +230,7 @@ def test_a_packed_head_over_a_dense_table_becomes_dense_and_the_plan_follows(tmp
     assert "lm_head" not in config.plan and "replaced" in config.left_dense["lm_head"]
 
 
-def test_another_head_is_saved_as_it_is(tmp_path):
+def test_new_head_is_saved_dense(tmp_path):
     model = load(tmp_path / "a", "bert", CONFIGS["int8"])
     assert "classifier" in model.config.quantization_config.plan
     torch.manual_seed(1)
@@ -244,15 +241,15 @@ def test_another_head_is_saved_as_it_is(tmp_path):
     assert output(again, "bert").shape[-1] == 5
 
 
-def test_a_wrapped_layer_is_not_saved_as_something_else(tmp_path):
+def test_saving_wrapped_layer_raises(tmp_path):
     model = load(tmp_path / "a", "bert")
     layer = model.bert.encoder.layer[0]
     layer.output.dense = nn.Sequential(layer.output.dense)
-    with pytest.raises(ValueError, match="layer.0.output.dense, which is a Sequential.*unload"):
+    with pytest.raises(ValueError, match="layer.0.output.dense.* is a Sequential.*unload"):
         model.save_pretrained(tmp_path / "b")
 
 
-def test_a_write_to_a_decoded_weight_is_refused():
+def test_writing_to_decoded_weight_raises():
     model = quantize_model(make_stacked("bert", 1), CONFIGS["ipq"], progress=False)
     layer = model.bert.encoder.layer[0].output.dense
     expected = layer.weight.clone()
@@ -268,6 +265,6 @@ def test_a_write_to_a_decoded_weight_is_refused():
                 write(layer.weight)
     with pytest.raises(ValueError, match="cannot be written to"):
         layer.weight = expected + 1
-    layer.weight = layer.weight  # as PEFT does where it takes an adapter off
+    layer.weight = layer.weight  # as PEFT does when it removes an adapter
     assert torch.equal(layer.weight, expected)
     assert type(layer.weight + 0) is torch.Tensor and type(layer.weight.detach()) is torch.Tensor

@@ -1,4 +1,4 @@
-"""Checkpoints written by earlier versions of the package go on loading, and answer as they did."""
+"""Checkpoints of earlier versions of the package still load, with the same logits."""
 
 import json
 import shutil
@@ -12,10 +12,10 @@ from hf_quantnoise import AutoQuantizedModel
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_an_old_checkpoint_answers_as_it_did(name, tmp_path):
-    """Decoding is a look-up, but matrix products sum in another order on other processors and in
-    other versions of torch: hence 1e-6 for logits of about one. What is stored is kept bit by bit.
-    """
+def test_golden_checkpoint_loads_with_same_logits(name, tmp_path):
+    """Matrix products are summed in another order on other processors and in other versions of
+    torch: hence a tolerance of 1e-6 for logits of about one. Stored tensors are compared
+    exactly."""
     batch = load_file(HERE / name / EXPECTED)
     expected = batch.pop("logits")
     model, info = AutoQuantizedModel.from_pretrained(HERE / name, output_loading_info=True)
@@ -31,11 +31,11 @@ def test_an_old_checkpoint_answers_as_it_did(name, tmp_path):
     )
     for key, tensor in old.items():
         if tensor.numel() == 1 and key.endswith(".weight"):
-            continue  # the sentinel, of which there is one for each part by now
+            continue  # the sentinel; newer files have one for each part
         assert new[key].dtype == tensor.dtype and torch.equal(new[key], tensor), key
 
 
-def test_the_cases_cover_what_can_be_stored():
+def test_golden_cases_cover_all_kinds_of_storage():
     configs = [json.loads((HERE / name / "config.json").read_text()) for name in CASES]
     stored = [config["quantization_config"] for config in configs]
     entries = [entry for each in stored for entry in each["plan"].values()]
@@ -51,8 +51,7 @@ def test_the_cases_cover_what_can_be_stored():
     assert sum(file.stat().st_size for file in files) < 100_000
 
 
-def test_another_config_is_seen_in_the_answer(tmp_path):
-    """The comparison above can fail."""
+def test_golden_comparison_detects_changed_config(tmp_path):
     shutil.copytree(HERE / "ipq", tmp_path / "ipq")
     path = tmp_path / "ipq" / "config.json"
     config = json.loads(path.read_text())

@@ -1,4 +1,4 @@
-"""Loading by every way of Transformers: heads, shards, dtypes, devices, revisions, folders."""
+"""Loading with all options of transformers: heads, shards, dtypes, devices, revisions, folders."""
 
 import re
 import shutil
@@ -50,7 +50,7 @@ def output(model, inputs):
 
 @pytest.fixture
 def saved(tmp_path):
-    """Saves a tiny BERT (or another) by a config; gives its folder, its logits and their inputs."""
+    """Save a tiny BERT (or another model); return its folder, its logits and their inputs."""
 
     def save(config=STORED["ipq"], name="bert"):
         model = quantize_model(make_model(name), config, progress=False)
@@ -62,14 +62,14 @@ def saved(tmp_path):
 
 
 def require_loaded(loaded):
-    """The model of (model, loading info), once nothing was missing and nothing left over."""
+    """Return the model of (model, loading info) after a check that no key was missing or unused."""
     model, info = loaded
     assert not any(info[fault] for fault in FAULTS), info
     return model
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_every_head_by_its_own_loader_and_by_the_one_that_reads_the_class(head, tmp_path):
+def test_every_head_loads_with_every_loader(head, tmp_path):
     name, make = HEADS[head]
     config = IPQConfig(**PQ, stages=["ffn", "attention"]) if name == "vit" else STORED["ipq"]
     model = quantize_model(make(), config, progress=False)
@@ -86,7 +86,7 @@ def test_every_head_by_its_own_loader_and_by_the_one_that_reads_the_class(head, 
         assert torch.equal(output(again, inputs_of(name)), output(model, inputs_of(name)))
 
 
-def test_shards_load_whole_and_are_written_again_alike(tmp_path, saved):
+def test_shards_reload_and_save_identically(tmp_path, saved):
     folder, expected, inputs = saved(name="gpt2")
     AutoModelForCausalLM.from_pretrained(folder).save_pretrained(
         tmp_path / "a", max_shard_size="4KB"
@@ -105,7 +105,7 @@ def test_shards_load_whole_and_are_written_again_alike(tmp_path, saved):
 
 @pytest.mark.parametrize("kind", STORED)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, "float16"])
-def test_dtype_casts_what_is_floating_point_and_no_code(kind, dtype, saved):
+def test_dtype_casts_floats_and_keeps_codes(kind, dtype, saved):
     folder, expected, inputs = saved(STORED[kind])
     model = require_loaded(
         AutoModelForSequenceClassification.from_pretrained(
@@ -124,7 +124,7 @@ def test_dtype_casts_what_is_floating_point_and_no_code(kind, dtype, saved):
     torch.testing.assert_close(logits.float(), expected, rtol=0.05, atol=0.02)
 
 
-def test_dtype_auto_is_that_of_the_checkpoint(saved, tmp_path):
+def test_dtype_auto_uses_checkpoint_dtype(saved, tmp_path):
     folder, expected, inputs = saved()
     auto = AutoModelForSequenceClassification.from_pretrained(folder, dtype="auto")
     assert auto.dtype == torch.float32 and torch.equal(output(auto, inputs), expected)
@@ -135,8 +135,8 @@ def test_dtype_auto_is_that_of_the_checkpoint(saved, tmp_path):
     assert torch.equal(output(again, inputs), output(half, inputs))
 
 
-def test_what_transformers_keeps_in_float32_it_keeps_so_packed(tmp_path):
-    """T5's wo layers in float16, as those of the dense model."""
+def test_modules_kept_in_float32_stay_float32(tmp_path):
+    """T5 keeps its wo layers in float32 when it is loaded in float16."""
     dense = make_stacked("t5", 2)
     dense.save_pretrained(tmp_path / "dense")
     half = {"dtype": torch.float16}
@@ -177,7 +177,7 @@ def parts_on(**places):
 
 
 @pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}])
-def test_a_device_map_with_room_for_all(device_map, saved):
+def test_device_map_on_one_device(device_map, saved):
     folder, expected, inputs = saved()
     model = require_loaded(
         AutoQuantizedModel.from_pretrained(folder, device_map=device_map, output_loading_info=True)
@@ -186,8 +186,8 @@ def test_a_device_map_with_room_for_all(device_map, saved):
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
-def test_auto_divides_a_model_that_is_too_large(name, saved, tmp_path):
-    """By what packed layers take; what runs as one stays so. Some room is kept for what is read."""
+def test_device_map_auto_offloads_to_disk(name, saved, tmp_path):
+    """The sizes of packed layers count, and blocks stay on one device."""
     folder, expected, inputs = saved(name=name)
     size = sum(tensor.nbytes for tensor in AutoQuantizedModel.from_pretrained(folder).parameters())
     room = size * 4 // 5
@@ -210,7 +210,7 @@ def test_auto_divides_a_model_that_is_too_large(name, saved, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["ipq", "16 bits", "rows", "int8"])
-def test_layers_on_disk_are_read_when_they_run_and_saved_again_alike(kind, saved, tmp_path):
+def test_layers_offloaded_to_disk_run_and_save_identically(kind, saved, tmp_path):
     folder, expected, inputs = saved(STORED[kind])
     model = require_loaded(
         AutoQuantizedModel.from_pretrained(
@@ -226,8 +226,8 @@ def test_layers_on_disk_are_read_when_they_run_and_saved_again_alike(kind, saved
         assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
 
-def test_layers_in_main_memory_are_fetched_when_they_run(saved, monkeypatch):
-    """As with an accelerator that is too small for the model."""
+def test_layers_offloaded_to_cpu_run(saved, monkeypatch):
+    """As on an accelerator that is too small for the model."""
 
     def dispatch(model, *_):
         accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
@@ -243,18 +243,18 @@ def test_layers_in_main_memory_are_fetched_when_they_run(saved, monkeypatch):
         AutoQuantizedModel.from_pretrained(folder, device_map=two_places)
 
 
-def test_what_cannot_be_offloaded_says_so(saved, tmp_path):
+def test_offloading_8_bit_centroids_raises(saved, tmp_path):
     folder, _, _ = saved(STORED["8 bits"])
-    with pytest.raises(ValueError, match="device_map: bert.encoder.layer.1.* in 8 bits.*'disk'"):
+    with pytest.raises(ValueError, match="device_map: bert.encoder.layer.1.* 8 bits.*'disk'"):
         AutoQuantizedModel.from_pretrained(folder, device_map=parts_on(**{"1": "disk"}))
-    # Eight bits elsewhere are no reason.
+    # Layers with 8-bit centroids that stay in memory do not matter.
     config = IPQConfig(**PQ, codebook_bits=8, exclude_modules=r".*layer\.1\..*")
     folder, expected, inputs = saved(config)
     model = AutoQuantizedModel.from_pretrained(folder, device_map=parts_on(**{"1": "disk"}))
     torch.testing.assert_close(output(model, inputs), expected)
 
 
-def test_shared_dense_conv1d_cannot_be_offloaded(tmp_path):
+def test_offloading_shared_dense_conv1d_raises(tmp_path):
     config = IPQConfig(**PQ, share_layers=2, stages=["ffn"])
     quantize_model(make_stacked("gpt2", 2), config, progress=False).save_pretrained(tmp_path)
     places = {"transformer.wte": "cpu", "transformer.wpe": "cpu", "transformer.h": "disk",
@@ -263,7 +263,7 @@ def test_shared_dense_conv1d_cannot_be_offloaded(tmp_path):
         AutoQuantizedModel.from_pretrained(tmp_path, device_map=places)
 
 
-def test_a_tensor_missing_from_disk_is_named(saved):
+def test_missing_offloaded_tensor_is_named(saved):
     folder, _, _ = saved()
     tensors = load_file(folder / "model.safetensors")
     del tensors["bert.encoder.layer.1.output.dense.weight_indices"]
@@ -276,14 +276,14 @@ def test_a_tensor_missing_from_disk_is_named(saved):
 
 
 @pytest.mark.parametrize("kind", ["ipq", "int8"])  # with a dense head, and with a packed one
-def test_a_head_of_another_shape_is_not_taken(kind, saved):
+def test_head_of_another_shape_raises(kind, saved):
     folder, _, _ = saved(STORED[kind])
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         AutoModelForSequenceClassification.from_pretrained(folder, num_labels=5)
 
 
-@pytest.mark.skipif(not SHAPES_ARE_CHECKED, reason="only Transformers from 5.23 on starts it anew")
-def test_a_packed_head_for_other_labels_starts_anew_and_the_config_says_so(saved, tmp_path):
+@pytest.mark.skipif(not SHAPES_ARE_CHECKED, reason="initialised by transformers 5.23 and newer")
+def test_mismatched_packed_head_is_initialised_dense(saved, tmp_path):
     folder, _, inputs = saved(STORED["int8"])
     model = AutoModelForSequenceClassification.from_pretrained(
         folder, num_labels=5, ignore_mismatched_sizes=True
@@ -297,8 +297,7 @@ def test_a_packed_head_for_other_labels_starts_anew_and_the_config_says_so(saved
     assert torch.equal(output(again, inputs), output(model, inputs))
 
 
-def test_a_config_from_elsewhere(saved, tmp_path):
-    """As a config or, as Transformers has it, the place of one."""
+def test_config_from_another_folder(saved, tmp_path):
     folder, expected, inputs = saved()
     shutil.copytree(folder, tmp_path / "other")
     for file in (tmp_path / "other").glob("*.safetensors"):
@@ -310,10 +309,10 @@ def test_a_config_from_elsewhere(saved, tmp_path):
         AutoQuantizedModel.from_pretrained(folder, config=tmp_path / "dense")
 
 
-# ---- where it lies -------------------------------------------------------------------------------
+# ---- where files are -----------------------------------------------------------------------------
 
 
-def test_a_subfolder(saved, tmp_path):
+def test_subfolder(saved, tmp_path):
     folder, expected, inputs = saved()
     shutil.move(folder, tmp_path / "repository" / "small")
     for loader in (AutoQuantizedModel, AutoModelForSequenceClassification):
@@ -323,8 +322,8 @@ def test_a_subfolder(saved, tmp_path):
         AutoQuantizedModel.from_pretrained(tmp_path / "repository")
 
 
-def test_a_revision_of_what_was_downloaded_before(saved, tmp_path):
-    """A cache as the Hub's client leaves it: the newest revision is of other weights."""
+def test_cached_revision(saved, tmp_path):
+    """In a cache of huggingface_hub whose newest revision has other weights."""
     folder, expected, inputs = saved()
     repository = tmp_path / "cache" / "models--me--small"
     for branch, commit in (("main", "a" * 40), ("v1", "b" * 40)):
@@ -346,7 +345,7 @@ def test_a_revision_of_what_was_downloaded_before(saved, tmp_path):
         AutoQuantizedModel.from_pretrained("me/other", **where)
 
 
-def test_a_subfolder_of_a_revision(saved, tmp_path):
+def test_cached_revision_with_subfolder(saved, tmp_path):
     folder, expected, inputs = saved()
     repository = tmp_path / "cache" / "models--me--models"
     for branch, commit, where in (("main", "a" * 40, "other"), ("v1", "b" * 40, "in/small")):
@@ -361,22 +360,21 @@ def test_a_subfolder_of_a_revision(saved, tmp_path):
             loader.from_pretrained("me/models", **place)
 
 
-# ---- what it costs -------------------------------------------------------------------------------
+# ---- cost ----------------------------------------------------------------------------------------
 
 
-def test_loading_takes_the_memory_of_the_packed_model(saved, monkeypatch):
-    """The file, mapped by Transformers and by the package, what is made of it, and at no time a
-    dense weight; the dense model's loading is counted in the same way. One thread, as others are
-    not seen."""
+def test_loading_peak_memory(saved, monkeypatch):
+    """The peak is the file, mapped by transformers and by the package, and the model, but never a
+    dense weight. Loading uses one thread, as others are not measured."""
     monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")
     folder, _, _ = saved()
     make_model("bert").save_pretrained(folder.parent / "dense")
     load = AutoModelForSequenceClassification.from_pretrained
-    load(folder)  # what is made once for each process
+    load(folder)  # caches of the process
     dense = live_bytes(lambda: load(folder.parent / "dense"))
     packed = live_bytes(lambda: load(folder))
     dense_layers = (packed.result.bert.pooler.dense, packed.result.classifier)
-    own = sum(layer.weight.nbytes for layer in dense_layers)  # copied to where a line begins
+    own = sum(layer.weight.nbytes for layer in dense_layers)  # copied for alignment
     buffers = sum(tensor.nbytes for tensor in packed.result.buffers())
     file = (folder / "model.safetensors").stat().st_size
     assert packed.left <= packed.peak <= 2 * file + own + buffers + 1024

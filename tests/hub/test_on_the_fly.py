@@ -1,4 +1,4 @@
-"""``from_pretrained("dense", quantization_config=...)``, and the way back to a plain model."""
+"""``from_pretrained("dense", quantization_config=...)``, and dequantization."""
 
 import subprocess
 import sys
@@ -43,14 +43,14 @@ def dense(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_it_is_what_quantize_model_makes(kind, dense, tmp_path):
+def test_on_the_fly_matches_quantize_model(kind, dense, tmp_path):
     config = CONFIGS[kind]
     before = config.to_dict()
     model, info = AutoModelForCausalLM.from_pretrained(
         dense, quantization_config=config, output_loading_info=True
     )
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert config.to_dict() == before, "the user's config is not written to"
+    assert config.to_dict() == before, "the user's config is unchanged"
     expected = quantize_model(make_stacked("gpt2", 4), config, progress=False)
     assert torch.equal(output(model), output(expected))
     model.save_pretrained(tmp_path / "a")
@@ -67,7 +67,7 @@ SOME_OF_THE_ZOO = ["RoBERTa", "ALBERT", "ModernBERT", "Gemma", "Mixtral", "Mamba
 
 
 @pytest.mark.parametrize("name", SOME_OF_THE_ZOO)
-def test_it_is_so_for_every_kind_of_model(name, tmp_path):
+def test_on_the_fly_matches_quantize_model_in_zoo(name, tmp_path):
     kind = ZOO[name]
     expected = kind.make()
     expected.save_pretrained(tmp_path / "dense")
@@ -86,7 +86,7 @@ def test_it_is_so_for_every_kind_of_model(name, tmp_path):
             assert torch.equal(found[key], tensor), key
 
 
-def test_a_dense_checkpoint_in_shards(tmp_path):
+def test_on_the_fly_from_shards(tmp_path):
     make_stacked("gpt2", 4).save_pretrained(tmp_path, max_shard_size="40KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
     model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=CONFIGS["ipq"])
@@ -94,7 +94,7 @@ def test_a_dense_checkpoint_in_shards(tmp_path):
     assert torch.equal(output(model), output(expected))
 
 
-def test_a_dtype_is_taken_on_first(dense):
+def test_dtype_is_applied_before_quantization(dense):
     config = CONFIGS["ipq"]
     model = AutoModelForCausalLM.from_pretrained(
         dense, quantization_config=config, dtype=torch.bfloat16
@@ -104,7 +104,7 @@ def test_a_dtype_is_taken_on_first(dense):
     assert torch.equal(output(model), output(expected))
 
 
-def test_a_dict_will_do_and_one_place_as_device_map(dense):
+def test_config_dict_and_device_map_auto(dense):
     config = {"quant_method": "hf_quantnoise", "scheme": "ipq", **PQ}
     model = AutoModelForCausalLM.from_pretrained(
         dense, quantization_config=config, device_map="auto"
@@ -119,7 +119,7 @@ def bert(layers):
     return BertForSequenceClassification(BertConfig(**sizes)).eval()
 
 
-# Of the dense file: what is in memory beside it, before a layer is packed.
+# Config, arguments, and the share of the dense file that is copied before a layer is packed.
 HELD = {
     "int8": (FixedPointConfig(bits=8), {}, 0.0),
     "ipq": (IPQConfig(block_size=8, n_centroids=16), {}, 0.0),
@@ -128,11 +128,10 @@ HELD = {
 
 
 @pytest.mark.parametrize("kind", HELD)
-def test_the_dense_model_is_held_once_and_let_go(kind, tmp_path, monkeypatch):
-    """Beyond the dense file (and its copy in another dtype) and the packed model there is the
-    scratch of one layer: as much of it for six layers as for two. A copy goes as it is packed, so
-    the packed model takes its place. Afterwards the file is gone from memory too."""
-    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # other threads are not seen
+def test_on_the_fly_peak_memory(kind, tmp_path, monkeypatch):
+    """Besides the dense file (and its copy in another dtype) and the packed model, memory holds the
+    scratch of one layer: the same for six layers as for two. Afterwards the file is released."""
+    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # other threads are not measured
     config, settings, copied = HELD[kind]
     scratch = {}
     for layers in (2, 6):
@@ -155,18 +154,18 @@ def test_the_dense_model_is_held_once_and_let_go(kind, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (IPQConfig(importance="activations"), "importance.*no data.*calibration_data"),
-        (FixedPointConfig(activation_bits=8), "activation_bits.*no data.*calibration_data"),
+        (IPQConfig(importance="activations"), "importance.*calibration_data"),
+        (FixedPointConfig(activation_bits=8), "activation_bits.*calibration_data"),
         (IPQConfig(target_size_mb=1.0), r"target_size_mb=1\.0.*quantize_model\(model, config\)"),
         (IPQConfig(block_size=5), "block_size=5"),
     ],
 )
-def test_what_cannot_be_done_without_data_says_how(config, words, dense):
+def test_on_the_fly_without_data_raises(config, words, dense):
     with pytest.raises(ValueError, match=words):
         AutoModelForCausalLM.from_pretrained(dense, quantization_config=config)
 
 
-def test_offloaded_weights_are_not_quantized(dense):
+def test_quantizing_offloaded_weights_raises(dense):
     places = {"transformer.wte": "cpu", "transformer.wpe": "cpu", "transformer.h": "disk",
               "transformer.ln_f": "cpu", "lm_head": "cpu"}  # fmt: skip
     with pytest.raises(ValueError, match="device_map: transformer.h.0.* is offloaded"):
@@ -175,12 +174,12 @@ def test_offloaded_weights_are_not_quantized(dense):
         )
 
 
-def test_the_loader_of_packed_models_points_to_it(dense):
+def test_auto_quantized_model_refuses_dense_checkpoint(dense):
     with pytest.raises(ValueError, match="not quantized.*quantization_config=IPQConfig"):
         AutoQuantizedModel.from_pretrained(dense, quantization_config=CONFIGS["ipq"])
 
 
-# ---- the way back --------------------------------------------------------------------------------
+# ---- dequantization ------------------------------------------------------------------------------
 
 STOCK = """
 import sys, torch, transformers
@@ -195,9 +194,9 @@ assert not any(name.startswith("hf_quantnoise") for name in sys.modules)
 """
 
 
-def test_dequantized_models_need_nothing_but_transformers(tmp_path):
-    """Loaded, dequantized and saved: stock classes, stock keys, and equal logits in a process that
-    never imports the package."""
+def test_dequantized_model_loads_without_package(tmp_path):
+    """A loaded, dequantized and saved model has the stock classes and keys, and equal logits in a
+    process that never imports the package."""
     folders = []
     for name, config in (
         ("gpt2", CONFIGS["shared"]),
@@ -223,7 +222,7 @@ def test_dequantized_models_need_nothing_but_transformers(tmp_path):
 
 
 @pytest.mark.parametrize("cast", ["while loading", "afterwards", "by dequantize"])
-def test_a_dequantized_model_is_of_one_dtype(cast, dense):
+def test_dequantized_model_has_one_dtype(cast, dense):
     first = torch.bfloat16 if cast == "while loading" else torch.float32
     model = AutoModelForCausalLM.from_pretrained(
         dense, quantization_config=CONFIGS["ipq"], dtype=first
@@ -236,7 +235,7 @@ def test_a_dequantized_model_is_of_one_dtype(cast, dense):
     torch.testing.assert_close(output(model).float(), expected, rtol=0.05, atol=0.05)
 
 
-def test_a_dequantized_model_can_be_quantized_again(dense):
+def test_dequantized_model_can_be_quantized_again(dense):
     model = AutoModelForCausalLM.from_pretrained(dense, quantization_config=CONFIGS["ipq"])
     expected = output(model)
     again = quantize_model(model.dequantize(), FixedPointConfig(bits=8), progress=False)

@@ -1,4 +1,4 @@
-"""Adapters of PEFT on top of packed layers; merging is refused, as there is no weight to add to."""
+"""PEFT adapters on packed layers. Merging raises, as there is no weight to add to."""
 
 import pytest
 import torch
@@ -35,13 +35,13 @@ def output(model, name):
 
 @pytest.fixture(params=CASES)
 def case(request, tmp_path):
-    """Name of the model, a function that loads it, and an adapter's config."""
+    """Return the name of the model, a function that loads it, and an adapter config."""
     name, config, adapter = CASES[request.param]
     quantize_model(make_stacked(name, 2), config, progress=False).save_pretrained(tmp_path / "base")
     return name, lambda: AutoQuantizedModel.from_pretrained(tmp_path / "base"), adapter()
 
 
-def test_an_adapter_is_trained_saved_and_put_on_again(case, tmp_path):
+def test_adapter_trains_saves_and_reloads(case, tmp_path):
     name, load, adapter = case
     plain = output(load(), name)
     model = peft.get_peft_model(load(), adapter)
@@ -64,7 +64,7 @@ def test_an_adapter_is_trained_saved_and_put_on_again(case, tmp_path):
     with again.disable_adapter():
         assert torch.equal(output(again, name), plain)
     if getattr(adapter, "use_dora", False):
-        return  # transformers 5.23 does not find its magnitudes, whatever the layer
+        return  # transformers 5.23 does not find its magnitudes for any layer
     by_transformers = load()
     by_transformers.load_adapter(str(tmp_path / "adapter"))
     assert torch.equal(output(by_transformers, name), expected)
@@ -75,7 +75,7 @@ def test_an_adapter_is_trained_saved_and_put_on_again(case, tmp_path):
     assert torch.equal(output(once_more, name), expected)
 
 
-def test_merging_is_refused_and_right_once_the_model_is_dense(case):
+def test_merging_raises_until_dequantized(case):
     name, load, adapter = case
     model = peft.get_peft_model(load(), adapter)
     expected = output(model, name)
@@ -95,7 +95,7 @@ def test_merging_is_refused_and_right_once_the_model_is_dense(case):
 
 
 @pytest.mark.parametrize("kind", ["linear", "ia3"])
-def test_an_adapter_can_be_taken_off_and_the_model_saved(kind, tmp_path):
+def test_model_saves_after_unload(kind, tmp_path):
     name, config, adapter = CASES[kind]
     base = quantize_model(make_stacked(name, 2), config, progress=False)
     expected = output(base, name)
@@ -106,14 +106,15 @@ def test_an_adapter_can_be_taken_off_and_the_model_saved(kind, tmp_path):
     assert torch.equal(output(AutoQuantizedModel.from_pretrained(tmp_path), name), expected)
 
 
-def test_beginnings_that_change_the_weight_are_refused():
+def test_initialisation_that_changes_weight_raises():
     base = quantize_model(make_stacked("bert", 1), PQ, progress=False)
     adapter = peft.LoraConfig(target_modules=["query"], r=4, init_lora_weights="pissa")
     with pytest.raises(ValueError, match="cannot be written to"):
         peft.get_peft_model(base, adapter)
 
 
-# ---- the usual way: task_type, which trains and saves the head beside the adapter ----------------
+# ---- task_type, which trains and saves the head with the adapter
+# ----------------------------------
 
 HEADS = {
     "dense": ("bert", FixedPointConfig(bits=8, exclude_modules=["classifier"])),
@@ -125,7 +126,7 @@ HEADS = {
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_a_task_trains_its_head_in_trainer_dense_or_packed(head, tmp_path, parity_data):
+def test_task_adapter_trains_dense_or_packed_head(head, tmp_path, parity_data):
     name, config = HEADS[head]
     base = quantize_model(make_model(name), config, progress=False)
     base.save_pretrained(tmp_path / "base")
@@ -145,7 +146,7 @@ def test_a_task_trains_its_head_in_trainer_dense_or_packed(head, tmp_path, parit
     trainer = Trainer(model, arguments, train_dataset=parity_data.select(range(16)))
     trainer.train()
     moved = {n for n, p in model.named_parameters() if n in trained and not p.equal(before[n])}
-    # Of two classes' logits the zero point of a whole matrix moves both alike, and no loss.
+    # The zero point of the matrix shifts the logits of both classes alike, so it has no gradient.
     assert all(n.endswith("weight_zero_point") for n in trained - moved)
     assert any("modules_to_save" in n and not n.endswith("bias") for n in moved)
     expected = output(model, "bert")
@@ -166,7 +167,7 @@ def test_a_task_trains_its_head_in_trainer_dense_or_packed(head, tmp_path, parit
             assert torch.equal(tensor, codes[inner]), key
 
 
-def test_a_packed_table_is_trained_beside_the_adapter(tmp_path):
+def test_packed_table_in_modules_to_save_trains(tmp_path):
     base = quantize_model(make_stacked("gpt2", 2), PQ, progress=False)
     base.save_pretrained(tmp_path / "base")
     load = AutoQuantizedModel.from_pretrained
@@ -186,7 +187,7 @@ def test_a_packed_table_is_trained_beside_the_adapter(tmp_path):
     assert torch.equal(output(again, "gpt2"), expected)
 
 
-def test_all_linear_layers_are_found():
+def test_all_linear_finds_packed_layers():
     base = quantize_model(make_stacked("bert", 2), INT8, progress=False)
     linear = {
         name for name, layer in base.named_modules()

@@ -1,4 +1,4 @@
-"""``pipeline`` on the folder of a quantized model: the answers of the dequantized one."""
+"""``pipeline`` with the folder of a quantized model gives the results of the dequantized one."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +25,7 @@ from hf_quantnoise.modeling import packed_layers
 
 
 def pixels():
-    """An image processor that needs PIL alone."""
+    """Return an image processor that only needs PIL."""
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     return ViTImageProcessorPil(size=size)
 
@@ -47,8 +47,8 @@ def entailment():
 
 
 def picture(seed):
-    numbers = np.random.default_rng(seed).integers(0, 256, (40, 48, 3), dtype=np.uint8)
-    return Image.fromarray(numbers)
+    values = np.random.default_rng(seed).integers(0, 256, (40, 48, 3), dtype=np.uint8)
+    return Image.fromarray(values)
 
 
 def sound(seed):
@@ -61,7 +61,7 @@ PICTURES = [picture(0), picture(1)]
 
 @dataclass(frozen=True)
 class Kind:
-    """A task: its model, what reads its inputs, two of them, and the arguments of a call."""
+    """A task: its model, its processors, two inputs, and the arguments of a call."""
 
     make: Any
     readers: tuple
@@ -89,7 +89,7 @@ KINDS = {
 
 
 def assert_alike(found, expected):
-    """The same numbers, but for their last bits, at the same places."""
+    """Assert that two nested results are equal up to rounding."""
     assert type(found) is type(expected)
     if isinstance(expected, dict):
         assert found.keys() == expected.keys()
@@ -107,7 +107,7 @@ def assert_alike(found, expected):
 
 
 @pytest.mark.parametrize("task", KINDS)
-def test_a_folder_answers_as_the_dequantized_model(task, tmp_path):
+def test_pipeline_matches_dequantized_model(task, tmp_path):
     kind = KINDS[task]
     model = kind.make()
     quantize_model(model, ipq_config(model), progress=False).save_pretrained(tmp_path)
@@ -127,7 +127,7 @@ def test_a_folder_answers_as_the_dequantized_model(task, tmp_path):
     assert str(found[0]) != str(found[1])
 
 
-def test_scores_are_those_of_the_model_that_was_saved(tmp_path):
+def test_pipeline_scores_match_saved_model(tmp_path):
     model = quantize_model(make_model("bert"), STORED["ipq"], progress=False)
     model.save_pretrained(tmp_path)
     words().save_pretrained(tmp_path)

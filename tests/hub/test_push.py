@@ -1,6 +1,6 @@
-"""Publishing to, and loading back from, a local server that speaks the Hub's endpoints.
+"""Pushing to and loading from a local server with the endpoints of the Hub.
 
-What pushes runs in processes of its own: huggingface_hub reads HF_ENDPOINT once, at import.
+Scripts run in separate processes: huggingface_hub reads HF_ENDPOINT once, at import.
 """
 
 import json
@@ -163,7 +163,7 @@ def run(hub, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pushed(run, tmp_path_factory):
-    """The folder of the model that was pushed."""
+    """Return the folder of the pushed model."""
     folder = tmp_path_factory.mktemp("pushed")
     run(PUSH, folder)
     return folder
@@ -171,7 +171,7 @@ def pushed(run, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def loaded(run, pushed):
-    """The same folder, with what a process with an empty cache got from the server."""
+    """Return the same folder, with the results of a process that loaded with an empty cache."""
     run(LOAD, pushed)
     return pushed
 
@@ -181,7 +181,7 @@ def card(hub, repo, branch=None):
     return ModelCard(files["README.md"].decode())
 
 
-def test_the_files_are_those_of_save_pretrained(hub, pushed):
+def test_push_uploads_files_of_save_pretrained(hub, pushed):
     files = hub.repos["me/small"]
     assert files["model.safetensors"] == (pushed / "model.safetensors").read_bytes()
     sharded = hub.branches["me/small", "sharded"]
@@ -189,16 +189,16 @@ def test_the_files_are_those_of_save_pretrained(hub, pushed):
 
 
 @pytest.mark.parametrize("name", ["auto", "transformers", "revision", "subfolder", "cached"])
-def test_what_is_loaded_by_name_answers_as_what_was_pushed(loaded, name):
+def test_loading_from_hub_gives_pushed_logits(loaded, name):
     assert torch.equal(torch.load(loaded / name), torch.load(loaded / "expected"))
 
 
-def test_a_pipeline_by_name_answers_as_what_was_pushed(loaded):
+def test_pipeline_from_hub_gives_pushed_scores(loaded):
     scores = torch.load(loaded / "scores")
     assert scores.std() > 0 and torch.equal(torch.load(loaded / "answer"), scores)
 
 
-def test_the_card_says_how_to_load_and_what_was_measured(hub, pushed):
+def test_card_has_loading_code_and_results(hub, pushed):
     small = card(hub, "me/small")
     assert 'AutoModelForSequenceClassification.from_pretrained("me/small")' in small.text
     assert small.text.index("import hf_quantnoise") < small.text.index("## Results")
@@ -212,18 +212,18 @@ def test_the_card_says_how_to_load_and_what_was_measured(hub, pushed):
     assert (result.metric_type, result.metric_value) == ("accuracy", 0.75)
 
 
-def test_a_plain_push_keeps_the_card_that_is_there(hub, pushed):
+def test_push_by_transformers_keeps_existing_card(hub, pushed):
     small = card(hub, "me/small")
     assert {"quant-noise", "import-hf_quantnoise", "later"} <= set(small.data.tags)
     assert small.text.count("## Results") == 1
-    assert "quant_noise_config.json" in hub.repos["me/small"]  # and so does that of a config
-    # To a repository without one transformers pushes its own: the tags are all that is ours.
+    assert "quant_noise_config.json" in hub.repos["me/small"]  # also after the push of a config
+    # Without a card transformers writes its own, with our tags.
     plain = card(hub, "me/plain")
     assert {"quant-noise", "import-hf_quantnoise"} <= set(plain.data.tags)
     assert "<!-- hf_quantnoise -->" not in plain.text
 
 
-def test_a_card_of_ones_own_keeps_its_words_and_metadata(hub, pushed):
+def test_push_keeps_text_and_metadata_of_user_card(hub, pushed):
     written = card(hub, "me/written")
     assert written.text.rstrip().endswith("Words of mine.") and written.data.license == "mit"
     assert written.text.index("import hf_quantnoise") < written.text.index("Words of mine.")
@@ -231,7 +231,7 @@ def test_a_card_of_ones_own_keeps_its_words_and_metadata(hub, pushed):
     assert "base_model" not in written.data.to_dict()
 
 
-def test_configs_go_to_the_hub_and_back(hub, loaded):
+def test_configs_round_trip_through_hub(hub, loaded):
     found = json.loads((loaded / "found.json").read_text())
     assert (found["noise"], found["half"], found["settings"]) == (0.25, 0.5, 16)
     assert "quant_noise_config.json is missing" in found["me/settings"]
@@ -242,10 +242,10 @@ def test_configs_go_to_the_hub_and_back(hub, loaded):
     assert "transformers model" not in text
 
 
-def test_the_trainer_pushes_model_and_card_and_nothing_of_the_pass(hub, run, tmp_path):
+def test_trainer_pushes_model_and_card_only(hub, run, tmp_path):
     run(TRAINER_PUSH, tmp_path)
     files = hub.repos["me/trained"]
-    assert (tmp_path / "run" / "compression").is_dir(), "the pass keeps the dense model there"
+    assert (tmp_path / "run" / "compression").is_dir(), "the run stores the dense model there"
     assert not any(name.startswith(("compression/", "checkpoint-")) for name in files)
     trained, by_hand = card(hub, "me/trained"), card(hub, "me/by-hand")
     assert 'from_pretrained("me/trained")' in trained.text
@@ -261,8 +261,8 @@ def test_the_trainer_pushes_model_and_card_and_nothing_of_the_pass(hub, run, tmp
     AutoQuantizedModel.from_pretrained(saved)
 
 
-def test_a_plain_trainer_pushes_the_packed_model_with_its_own_card(hub, run, pushed, tmp_path):
-    """What transformers writes: the settings and our tags. Put over it, ours stands first."""
+def test_stock_trainer_pushes_packed_model(hub, run, pushed, tmp_path):
+    """transformers writes its card with our tags; our push puts our text before it."""
     run(PLAIN_TRAINER, tmp_path)
     assert torch.equal(torch.load(tmp_path / "found"), torch.load(tmp_path / "expected"))
     assert not torch.equal(torch.load(tmp_path / "found"), torch.load(pushed / "expected"))

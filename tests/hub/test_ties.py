@@ -1,4 +1,4 @@
-"""Tied and shared weights of the zoo: stored once, one Parameter after loading, and so again."""
+"""Tied weights of the zoo are stored once and stay one Parameter after loading."""
 
 import pytest
 import torch
@@ -19,14 +19,14 @@ CONFIGS = {
 
 
 def is_one(model, users: list[str]) -> bool:
-    """Whether all users hold the same Parameters in place of the weight."""
+    """Return whether all users hold the same Parameters."""
     layers = [model.get_submodule(name) for name in users]
     names = packed_names(layers[0]) or ["weight"]
     return all(getattr(layer, n) is getattr(layers[0], n) for layer in layers for n in names)
 
 
 def stored_users(folder, users: list[str]) -> set[str]:
-    """The users whose weight is in the file, leaving out the sentinel of one byte."""
+    """Return the users whose weight is in the file; the one-byte sentinel does not count."""
     with safe_open(folder / "model.safetensors", "pt") as file:
         keys = [key.rpartition(".") for key in file.keys()]  # noqa: SIM118
         return {
@@ -40,7 +40,7 @@ def stored_users(folder, users: list[str]) -> set[str]:
 
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("name", TIED)
-def test_tied_weights_are_one_in_memory_and_on_disk(name, config, tmp_path):
+def test_tied_weights_are_stored_once_and_stay_tied(name, config, tmp_path):
     kind = ZOO[name]
     model = kind.make()
     users = users_of_table(model)
@@ -62,7 +62,7 @@ def test_tied_weights_are_one_in_memory_and_on_disk(name, config, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["RoBERTa", "ALBERT", "GPT-2", "T5"])
-def test_training_a_loaded_model_keeps_its_ties(name, tmp_path):
+def test_training_keeps_ties(name, tmp_path):
     kind = ZOO[name]
     model = kind.make()
     users = users_of_table(model)
@@ -79,7 +79,7 @@ def test_training_a_loaded_model_keeps_its_ties(name, tmp_path):
     assert torch.equal(again.get_submodule(users[-1]).weight_codebook, codebook)
 
 
-def test_layers_that_albert_runs_many_times_are_stored_once(tmp_path):
+def test_albert_layers_are_stored_once(tmp_path):
     kind, sizes = ZOO["ALBERT"], []
     for layers in (2, 5):
         config = kind.make().config

@@ -1,5 +1,4 @@
-"""What a user meets who has not installed, or not imported, the package: errors, never random
-weights; and what one meets whose package is too old."""
+"""Loading without the package, or with an old one, raises; it never gives random weights."""
 
 import json
 import subprocess
@@ -14,15 +13,14 @@ from hf_quantnoise.configuration import QuantizedModelConfig
 
 IPQ = IPQConfig(n_centroids=16)
 INT4 = FixedPointConfig(bits=4)
-# Every class lacks parts that another has, and with them a sentinel that stood there alone: the
-# head, which comes first by name in GPT-2 and in a classifier stored as int4, or the decoder.
+# Each class lacks a part that another has (the head, the decoder), and the sentinel of that part.
 CASES = {
     "bert": (INT4, "AutoModel AutoModelForSequenceClassification AutoModelForMaskedLM"),
     "roberta": (INT4, "AutoModel AutoModelForSequenceClassification AutoModelForMaskedLM"),
     "gpt2": (IPQ, "AutoModel AutoModelForCausalLM"),
     "t5": (IPQ, "AutoModel AutoModelForSeq2SeqLM T5EncoderModel"),
 }
-SHARDED = {"bert", "t5"}  # and these in several files too
+SHARDED = {"bert", "t5"}  # saved in several files too
 STOCK_LOAD = """
 import json, sys, transformers
 for folder, classes in json.loads(sys.argv[1]).items():
@@ -35,8 +33,7 @@ assert "hf_quantnoise" not in sys.modules
 """
 
 
-def test_transformers_alone_refuses_by_whatever_class(tmp_path):
-    """In a process that never imports the package."""
+def test_load_without_package_raises_for_every_class(tmp_path):
     loads = {}
     for name, (config, classes) in CASES.items():
         model = make_stacked("t5") if name == "t5" else make_model(name)
@@ -50,7 +47,7 @@ def test_transformers_alone_refuses_by_whatever_class(tmp_path):
             assert len(list(shards.glob("model-*.safetensors"))) > 2
             loads[str(shards)] = classes
         info = AutoQuantizedModel.from_pretrained(folder, output_loading_info=True)[1]
-        assert not info["unexpected_keys"], "with the package, sentinels are nothing to tell of"
+        assert not info["unexpected_keys"], "sentinels are not reported"
     run = subprocess.run(
         [sys.executable, "-c", STOCK_LOAD, json.dumps(loads)], capture_output=True, text=True
     )
@@ -61,7 +58,7 @@ def test_transformers_alone_refuses_by_whatever_class(tmp_path):
     assert "got hf_quantnoise" in run.stderr  # the warning above the error names the package
 
 
-def test_the_config_says_how_to_mend_it(tmp_path):
+def test_config_names_required_package(tmp_path):
     quantize_model(make_model("bert"), IPQ, progress=False).save_pretrained(tmp_path)
     stored = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     assert stored["how_to_load"] == (
@@ -70,7 +67,7 @@ def test_the_config_says_how_to_mend_it(tmp_path):
     assert stored["requires"] == "hf-quantnoise>=0.1.0"
 
 
-def test_a_newer_format_is_refused_with_the_version_to_install(tmp_path):
+def test_newer_format_version_raises(tmp_path):
     quantize_model(make_model("bert"), IPQ, progress=False).save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())

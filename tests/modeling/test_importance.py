@@ -1,4 +1,4 @@
-"""What inputs say about weights, against unfolded inputs and counts; and what it is good for."""
+"""Importance of weights against references, and its effect on the output error."""
 
 import copy
 
@@ -44,7 +44,7 @@ def batches(count=3, length=9):
 
 
 def damped(moments):
-    """As the module does it, in float64."""
+    """Return moments with the damping of the module, in float64."""
     moments = moments.double()
     moments = moments + DAMPING * moments.mean()
     return moments / moments.mean()
@@ -56,7 +56,7 @@ def measured(layer, inputs):
 
 
 @pytest.mark.parametrize("layer", [nn.Linear(12, 5), Conv1D(5, 12)], ids=["linear", "conv1d"])
-def test_columns_weigh_the_diagonal_of_xtx(layer):
+def test_importance_of_columns_is_diagonal_of_xtx(layer):
     inputs = [normal(3, 4, 12, seed=s) * torch.arange(1, 13) for s in range(2)]
     rows = torch.cat(inputs).reshape(-1, 12).double()
     torch.testing.assert_close(measured(layer, inputs), damped((rows.t() @ rows).diag()[None]))
@@ -74,9 +74,8 @@ CONVOLUTIONS = {
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_convolutions_weigh_their_unfolded_patches(name):
-    """The second moments of a column are read off the convolution itself: of squared inputs with a
-    kernel that is one at that column."""
+def test_importance_of_convolution_uses_unfolded_patches(name):
+    """The reference convolves squared inputs with a kernel that is one at a single column."""
     layer = CONVOLUTIONS[name]
     inputs = normal(2, 6, 11, 10) * torch.arange(1.0, 7.0)[:, None, None]
     rows, columns = weight_matrix(layer).shape
@@ -96,14 +95,14 @@ def test_convolutions_weigh_their_unfolded_patches(name):
     torch.testing.assert_close(found.expand(rows, columns), damped(expected))
 
 
-def test_tables_weigh_how_often_a_row_is_looked_up():
+def test_importance_of_table_counts_lookups():
     table = nn.Embedding(10, 4)
     ids = [torch.tensor([[1, 1, 2], [9, 1, 1]]), torch.tensor([[2]])]
     counts = torch.bincount(torch.cat([i.flatten() for i in ids]), minlength=10).double() + 1
     torch.testing.assert_close(measured(table, ids), (counts / counts.mean())[:, None])
 
 
-def test_positions_with_an_offset_are_counted_where_they_are_read():
+def test_lookups_with_offset_are_counted_by_row():
     config = OPTConfig(
         hidden_size=32, num_hidden_layers=1, ffn_dim=64, num_attention_heads=2, vocab_size=320,
         max_position_embeddings=40, word_embed_proj_dim=32,
@@ -115,7 +114,7 @@ def test_positions_with_an_offset_are_counted_where_they_are_read():
     assert seen == list(range(2, 2 + 9))  # OPT's rows begin at 2
 
 
-def test_padding_counts_for_nothing():
+def test_padding_is_ignored():
     model = make_model("bert")
     padded, plain = batches(1)[0], batches(1)[0]
     padded["attention_mask"] = torch.ones(4, 9, dtype=torch.long)
@@ -132,21 +131,21 @@ ENCODER_DECODER = {
     "t5": {
         "encoder": "encoder.block.1.layer.0.SelfAttention.q",
         "decoder": "decoder.block.1.layer.0.SelfAttention.q",
-        "what the decoder reads of the encoder": "decoder.block.1.layer.1.EncDecAttention.k",
-        "table of both": "shared",
+        "cross-attention": "decoder.block.1.layer.1.EncDecAttention.k",
+        "shared table": "shared",
     },
     "bart": {
         "encoder": "model.encoder.layers.1.fc1",
         "decoder": "model.decoder.layers.1.fc1",
-        "what the decoder reads of the encoder": "model.decoder.layers.1.encoder_attn.v_proj",
-        "table of both": "model.shared",
+        "cross-attention": "model.decoder.layers.1.encoder_attn.v_proj",
+        "shared table": "model.shared",
     },
 }
 
 
 def padded_pair():
-    """A batch, and the same examples one by one without their padding. Sources and targets are as
-    wide as each other, and padded elsewhere."""
+    """Return a batch, and the same examples one by one without padding. Sources and targets have
+    the same width but different padding."""
     generator = torch.Generator().manual_seed(7)
     ids, targets = torch.randint(5, 320, (2, 3, 8), generator=generator)
     widths = [(8, 5), (4, 8), (6, 6)]
@@ -164,7 +163,7 @@ def padded_pair():
 
 @pytest.mark.parametrize("given", ["labels", "ids and labels", "ids and a mask"])
 @pytest.mark.parametrize("name", ENCODER_DECODER)
-def test_padding_of_encoder_and_decoder_counts_for_nothing(name, given):
+def test_padding_of_encoder_and_decoder_is_ignored(name, given):
     model = make_stacked(name, 2)
     batch, alone = padded_pair()
     if given != "labels":
@@ -175,10 +174,10 @@ def test_padding_of_encoder_and_decoder_counts_for_nothing(name, given):
         weights = [[model.get_submodule(layer)]]
         found, expected = (measure_importance(model, weights, b)[0] for b in ([batch], alone))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, msg=which)
-        assert found.std() > 1e-3  # it says something
+        assert found.std() > 1e-3  # not constant
 
 
-def test_a_classifier_s_decoder_has_the_inputs_of_its_encoder():
+def test_decoder_of_classifier_has_mask_of_encoder():
     torch.manual_seed(0)
     model = BartForSequenceClassification(make_stacked("bart", 2).config).eval()
     ids = torch.randint(5, 320, (1, 8))
@@ -190,9 +189,8 @@ def test_a_classifier_s_decoder_has_the_inputs_of_its_encoder():
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_what_has_no_positions_is_not_masked():
-    """The pooled output (batch, hidden) of sequences as long as the model is wide has the shape of
-    their mask."""
+def test_inputs_without_positions_are_not_masked():
+    """The pooled output (batch, hidden) can have the shape of the mask."""
     model = make_model("bert")
     batch = batches(1, length=32)[0]
     batch["attention_mask"] = torch.ones(4, 32, dtype=torch.long)
@@ -203,7 +201,7 @@ def test_what_has_no_positions_is_not_masked():
     torch.testing.assert_close(found.double(), damped(pooled.double().square().sum(0)[None]))
 
 
-def test_a_head_that_is_a_table_too_weighs_both():
+def test_importance_of_tied_table_and_head():
     model = make_model("gpt2")
     table, head = model.transformer.wte, model.lm_head
     ids = batches()
@@ -217,7 +215,7 @@ def test_a_head_that_is_a_table_too_weighs_both():
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_layers_that_share_a_weight_add_up():
+def test_importance_of_shared_weight_is_summed():
     first, second = nn.Linear(8, 4, bias=False), nn.Linear(8, 8, bias=False)
     second.weight = first.weight
     model = nn.ModuleList([first, second])
@@ -228,7 +226,7 @@ def test_layers_that_share_a_weight_add_up():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_output_of_every_layer_is_nearer(dtype):
+def test_importance_lowers_output_error_of_layers(dtype):
     """||X (W - W_q)^T||^2 in float64 on inputs of unequal moments, layer by layer."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 64), nn.Conv2d(64, 64, 1), nn.Conv2d(64, 64, 3, groups=4))
@@ -258,7 +256,7 @@ def output_error(layer, inputs, importance):
 
 
 @pytest.mark.parametrize(("name", "bits"), [("bert", 8), ("bert-mlm", 32), ("gpt2", 16)])
-def test_a_model_comes_back_and_its_size_is_that_of_plain_pq(name, bits, input_ids, tmp_path):
+def test_importance_does_not_change_size(name, bits, input_ids, tmp_path):
     config = IPQConfig(n_centroids=16, importance="activations", codebook_bits=bits)
     model = quantize_model(make_model(name), config, progress=False, calibration_data=batches())
     plain = IPQConfig(n_centroids=16, codebook_bits=bits)
@@ -275,7 +273,7 @@ def test_a_model_comes_back_and_its_size_is_that_of_plain_pq(name, bits, input_i
         assert torch.equal(again(input_ids).logits, model(input_ids).logits)
 
 
-def test_image_models_and_activations_together():
+def test_importance_with_activation_bits_in_image_model():
     model = make_vision_model("mobilenet-v2")
     data = [{"pixel_values": normal(2, 3, 32, 32)}]
     config = IPQConfig(n_centroids=16, stages=["conv"], importance="activations", activation_bits=8)
@@ -285,7 +283,7 @@ def test_image_models_and_activations_together():
     assert all(float(layer.input_scale) > 0 for layer in layers)
 
 
-def test_nothing_of_the_watch_is_left_behind():
+def test_measure_importance_leaves_model_unchanged():
     model = make_model("bert").train()
     before = {name: p.clone() for name, p in model.named_parameters()}
     layer = model.bert.encoder.layer[0].output.dense
@@ -295,7 +293,7 @@ def test_nothing_of_the_watch_is_left_behind():
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_without_data_it_is_refused_before_anything_is_changed(input_ids, tmp_path):
+def test_missing_calibration_data_raises(input_ids, tmp_path):
     model = make_model("bert")
     before = model(input_ids).logits
     with pytest.raises(ValueError, match="importance needs calibration data"):
@@ -304,20 +302,17 @@ def test_without_data_it_is_refused_before_anything_is_changed(input_ids, tmp_pa
     with pytest.raises(ValueError, match="importance needs calibration data"):
         QuantNoiseTrainer(model, args).compress(WEIGHTED, CompressionArguments(stage_epochs=0))
     assert torch.equal(model(input_ids).logits, before)
-    model.save_pretrained(tmp_path / "dense")
-    with pytest.raises(ValueError, match="importance: from_pretrained has no data"):
-        type(model).from_pretrained(tmp_path / "dense", quantization_config=WEIGHTED)
-    with pytest.raises(ValueError, match="importance='gradients' must be one of"):
+    with pytest.raises(ValueError, match="importance.*'gradients'"):
         IPQConfig(importance="gradients")
 
 
-def test_a_layer_that_never_runs_is_named():
+def test_layer_that_never_runs_is_named():
     model = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 6)])
     with pytest.raises(ValueError, match=r": 1 never ran.*exclude_modules=\['1'\]"):
         measure_importance(model, [[model[1]]], [normal(2, 4)], model[0])
 
 
-def test_the_staged_pass_weighs_each_stage_by_what_it_meets(tmp_path, parity_data, monkeypatch):
+def test_compress_measures_importance_before_each_stage(tmp_path, parity_data, monkeypatch):
     calls = []
 
     def watched(model, weights, batches, forward):
@@ -337,8 +332,8 @@ def test_the_staged_pass_weighs_each_stage_by_what_it_meets(tmp_path, parity_dat
     assert sum(number for _, number, _ in calls) == packed
 
 
-def test_a_language_model_is_less_changed(tmp_path):
-    """The promise end to end: a GPT-2 with a few loud channels, of which k-means knows nothing."""
+def test_importance_lowers_error_of_language_model(tmp_path):
+    """A GPT-2 with a few channels of large activations, which plain k-means does not know."""
     model = make_model("gpt2")
     for block in model.transformer.h:
         for norm in (block.ln_1, block.ln_2):

@@ -1,4 +1,4 @@
-"""Parameters that are never trained: they stay so whatever is done with the model."""
+"""Parameters that are never trained stay so in copies of a model and after loading."""
 
 import copy
 import io
@@ -30,7 +30,7 @@ def pickled(model):
 
 
 def assigned(model):
-    """As read with ``assign=True``."""
+    """Return the model after a load with ``assign=True``."""
     own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.load_state_dict(own, assign=True)
     model.tie_weights()  # torch unties
@@ -47,7 +47,7 @@ COPIES = {
 
 
 @pytest.mark.parametrize("way", COPIES)
-def test_gradients_are_switched_on_for_all_else(way, packed):
+def test_requires_grad_leaves_non_trainable_parameters(way, packed):
     model = COPIES[way](packed)
     seen = set()
     for flag in (False, True):
@@ -62,6 +62,6 @@ def test_gradients_are_switched_on_for_all_else(way, packed):
     assert all(type(tensor) is torch.Tensor for tensor in model.state_dict().values())
 
 
-def test_a_dense_model_has_none(packed):
+def test_dequantized_model_has_no_non_trainable_parameters(packed):
     dense = copy.deepcopy(packed).dequantize()
     assert {type(tensor) for tensor in dense.parameters()} == {torch.nn.Parameter}

@@ -57,7 +57,7 @@ def inputs_for(layer: nn.Module) -> torch.Tensor:
 @pytest.mark.parametrize("quantizer", QUANTIZERS.values(), ids=QUANTIZERS)
 @pytest.mark.parametrize("kind", LAYERS)
 class TestEveryLayerAndQuantizer:
-    def test_forward_is_the_dense_layer_with_the_quantized_weight(self, kind, quantizer):
+    def test_forward_matches_dense_layer_with_quantized_weight(self, kind, quantizer):
         layer, dense = LAYERS[kind](), LAYERS[kind]()
         matrix = weight_matrix(layer)
         state = quantizer.fit(matrix, seed=3)
@@ -70,7 +70,7 @@ class TestEveryLayerAndQuantizer:
         with torch.no_grad():
             torch.testing.assert_close(layer(inputs), dense(inputs))
 
-    def test_it_keeps_its_class_and_bias_and_loses_its_weight(self, kind, quantizer):
+    def test_packed_layer_keeps_class_and_bias(self, kind, quantizer):
         layer = LAYERS[kind]()
         original = type(layer)
         has_bias = getattr(layer, "bias", None) is not None
@@ -81,14 +81,14 @@ class TestEveryLayerAndQuantizer:
         assert not layer.weight_indices.requires_grad
         assert layer.weight_indices.dtype == torch.uint8
 
-    def test_the_bytes_are_those_of_the_formula(self, kind, quantizer):
+    def test_number_of_bytes(self, kind, quantizer):
         layer = LAYERS[kind]()
         pack_layer(layer, quantizer)
         codes = layer.rows * layer.columns // quantizer.block_size
         codes *= 2 if isinstance(quantizer, AdditiveQuantizer) else 1
         assert layer.weight_indices.numel() == -(-codes * quantizer.code_bits // 8)
 
-    def test_copies_pickles_and_unpacking(self, kind, quantizer):
+    def test_deepcopy_pickle_and_unpacking(self, kind, quantizer):
         layer = LAYERS[kind]()
         original = type(layer)
         pack_layer(layer, quantizer)
@@ -106,7 +106,7 @@ class TestEveryLayerAndQuantizer:
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv1d", "embedding"])
-def test_a_codeword_has_the_averaged_gradient_of_its_blocks(kind):
+def test_centroid_gradient_is_average_over_blocks(kind):
     """Section 3.2: 1 / |J_c| * sum of dL/db over the blocks of c; from the dense gradient."""
     quantizer = ProductQuantizer(block_size=4, n_centroids=8)
     layer, dense = LAYERS[kind](), LAYERS[kind]()
@@ -123,7 +123,7 @@ def test_a_codeword_has_the_averaged_gradient_of_its_blocks(kind):
     torch.testing.assert_close(layer.weight_codebook.grad.double(), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_the_padding_row_gives_no_gradient():
+def test_padding_row_gives_no_gradient():
     layer = LAYERS["padded"]()
     pack_layer(layer, ProductQuantizer(block_size=4, n_centroids=8))
     assert layer.padding_idx == 1
@@ -133,7 +133,7 @@ def test_the_padding_row_gives_no_gradient():
     assert layer.weight_codebook.grad.abs().sum() > 0
 
 
-def test_half_centroids_are_used_as_they_are_stored():
+def test_16_bit_centroids_are_used_as_stored():
     layer = LAYERS["linear"]()
     pack_layer(layer, QUANTIZERS["pq-half"])
     with torch.no_grad():
@@ -141,12 +141,12 @@ def test_half_centroids_are_used_as_they_are_stored():
     assert torch.equal(layer.weight, layer.weight.half().float())
 
 
-def test_large_matrices_are_decoded_in_slices(monkeypatch):
-    """The scratch of a forward without gradients stays within its bound, and changes nothing."""
+def test_large_matrix_is_decoded_in_slices(monkeypatch):
+    """A forward without gradients keeps its scratch within the bound."""
     layer = fill(nn.Linear(32, 1000))
     pack_layer(layer, ProductQuantizer(block_size=4, n_centroids=16))
     inputs = inputs_for(layer)
-    whole = F.linear(inputs, layer.weight, layer.bias)
+    expected = F.linear(inputs, layer.weight, layer.bias)
     monkeypatch.setattr(packed_module, "SCRATCH_BYTES", 64 * 32 * 4)
     decoded = []
     original = PackedLayer.decode_rows
@@ -156,12 +156,12 @@ def test_large_matrices_are_decoded_in_slices(monkeypatch):
         lambda self, rows=None: decoded.append(rows) or original(self, rows),
     )
     with torch.no_grad():
-        torch.testing.assert_close(layer(inputs), whole)
+        torch.testing.assert_close(layer(inputs), expected)
     assert len(decoded) == 16
     assert all(rows.stop - rows.start <= 64 for rows in decoded)
 
 
-def test_a_table_decodes_only_the_looked_up_rows(monkeypatch):
+def test_table_decodes_only_looked_up_rows(monkeypatch):
     layer = LAYERS["embedding"]()
     pack_layer(layer, ProductQuantizer(block_size=4, n_centroids=16))
     seen = []
@@ -176,7 +176,7 @@ def test_a_table_decodes_only_the_looked_up_rows(monkeypatch):
 
 
 @pytest.mark.parametrize("row", [-1, 60])
-def test_a_table_refuses_a_row_that_it_does_not_have(row):
+def test_row_out_of_range_raises(row):
     layer = LAYERS["embedding"]()
     pack_layer(layer, ProductQuantizer(block_size=4, n_centroids=16))
     assert layer.rows_are_aligned
@@ -185,14 +185,14 @@ def test_a_table_refuses_a_row_that_it_does_not_have(row):
             layer(torch.tensor([[4, row]]))
 
 
-def test_a_subclass_keeps_what_it_adds():
+def test_subclass_keeps_its_behaviour():
     layer = fill(OPTLearnedPositionalEmbedding(62, 32))  # adds 2 to every position
     pack_layer(layer, ProductQuantizer(block_size=4, n_centroids=16))
     mask = torch.ones(1, 5, dtype=torch.long)
     torch.testing.assert_close(layer(mask)[0], layer.weight[2:7])
 
 
-def test_tied_layers_share_their_tensors():
+def test_tied_layers_share_tensors():
     table, head = nn.Embedding(60, 32), nn.Linear(32, 60, bias=False)
     head.weight = table.weight
     pack_layer([table, head], ProductQuantizer(block_size=4, n_centroids=16))
@@ -202,7 +202,7 @@ def test_tied_layers_share_their_tensors():
     assert table.weight is head.weight
 
 
-def test_new_codes_bring_new_counts():
+def test_new_codes_reset_block_counts():
     layer = LAYERS["linear"]()
     pack_layer(layer, ProductQuantizer(block_size=4, n_centroids=16))
     before = layer.block_counts()
@@ -211,12 +211,12 @@ def test_new_codes_bring_new_counts():
     assert layer.block_counts()[0] == layer.rows * layer.codes_per_row
 
 
-def test_a_weight_that_cannot_be_taken_is_refused():
+def test_pack_layer_with_unsuitable_quantizer_raises():
     with pytest.raises(ValueError, match="cannot be stored"):
         pack_layer(nn.Linear(30, 64), ProductQuantizer(block_size=4, n_centroids=16))
 
 
-def test_relative_error_is_that_of_a_float64_reference():
+def test_relative_error_matches_float64_reference():
     layer = LAYERS["linear"]()
     original = layer.weight.detach().double().clone()
     error = pack_layer(layer, ProductQuantizer(block_size=4, n_centroids=16))

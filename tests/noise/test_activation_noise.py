@@ -7,8 +7,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hf_quantnoise import QuantNoiseConfig, apply_quant_noise, remove_quant_noise
+from hf_quantnoise.compat import in_backward
 from hf_quantnoise.noise import find_state
-from hf_quantnoise.noise.block_mask import in_backward
 
 
 def noisy(p=0.5, calibration=2, bits=4):

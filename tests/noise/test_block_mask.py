@@ -136,9 +136,9 @@ def test_shared_sampler_copies_are_independent():
     assert other._cached is None
     assert torch.equal(masks(sampler, 1), masks(other, 1))
     torch.manual_seed(3)
-    mine = masks(sampler, 0)
+    original_mask = masks(sampler, 0)
     torch.manual_seed(4)
-    assert not torch.equal(masks(other, 0), mine)
+    assert not torch.equal(masks(other, 0), original_mask)
 
 
 def test_shared_sampler_recomputes_in_any_order():
@@ -152,7 +152,7 @@ def test_shared_sampler_recomputes_in_any_order():
             states[forward, member] = torch.get_rng_state()
             seen[forward, member] = masks(sampler, member)
             torch.rand(5)  # dropout of the layer
-    again = {}
+    recomputed = {}
 
     class Recompute(torch.autograd.Function):
         @staticmethod
@@ -163,14 +163,14 @@ def test_shared_sampler_recomputes_in_any_order():
         def backward(ctx, gradient):
             for key in [(0, 1), (1, 1), (1, 0), (0, 0)]:
                 torch.set_rng_state(states[key])
-                again[key] = masks(sampler, key[1])
+                recomputed[key] = masks(sampler, key[1])
             return gradient
 
     after = torch.get_rng_state()
     Recompute.apply(torch.zeros(1, requires_grad=True)).backward()
     torch.set_rng_state(after)
     for key, mask in seen.items():
-        assert torch.equal(again[key], mask), key
+        assert torch.equal(recomputed[key], mask), key
     fresh = masks(sampler, 0)
     assert not any(torch.equal(fresh, mask) for mask in seen.values())
     assert torch.equal(masks(sampler, 1), fresh)

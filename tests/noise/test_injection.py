@@ -88,12 +88,12 @@ def test_target_modules_and_exclude_modules():
 
 @pytest.mark.parametrize("noise", ["proxy", "pq", "int8", ["pq", "int4"]])
 def test_noise_is_active_in_training_only(noise):
-    model, clean = noisy_toy(noise), Toy()
-    assert not torch.equal(model(IDS), clean(IDS))
+    model, dense = noisy_toy(noise), Toy()
+    assert not torch.equal(model(IDS), dense(IDS))
     assert not torch.equal(model(IDS), model(IDS))
-    assert torch.equal(model.eval()(IDS), clean(IDS))
+    assert torch.equal(model.eval()(IDS), dense(IDS))
     find_state(model.train()).p = 0
-    assert torch.equal(model(IDS), clean(IDS))
+    assert torch.equal(model(IDS), dense(IDS))
     assert "weight" not in model.up.__dict__
 
 
@@ -131,24 +131,24 @@ def test_padding_row_gets_noise_and_no_gradient():
 
 @pytest.mark.parametrize("arguments", [{"scale_grad_by_freq": True}, {"sparse": True}])
 def test_embedding_arguments_still_apply(arguments):
-    model, clean = Toy(**arguments).train(), Toy(**arguments)
-    del model.head, clean.head
+    model, dense = Toy(**arguments).train(), Toy(**arguments)
+    del model.head, dense.head
     apply_quant_noise(model, QuantNoiseConfig(p=0.4))
     dy = torch.randn(2, 4, 32)
     model.words(IDS).backward(dy)
-    clean.words(IDS).backward(dy)
-    gradient, expected = model.words.weight.grad, clean.words.weight.grad
+    dense.words(IDS).backward(dy)
+    gradient, expected = model.words.weight.grad, dense.words.weight.grad
     assert gradient.is_sparse == expected.is_sparse
     assert torch.equal(gradient.to_dense(), expected.to_dense())
 
 
 def test_max_norm_shrinks_the_parameter():
-    model, clean = Toy(max_norm=1.0).train(), Toy(max_norm=1.0)
+    model, dense = Toy(max_norm=1.0).train(), Toy(max_norm=1.0)
     apply_quant_noise(model, QuantNoiseConfig(p=0.4))
     ids = torch.arange(60).repeat(2)
-    model.words(ids), clean.words(ids)
-    assert torch.equal(model.words.weight, clean.words.weight)
-    assert float(clean.words.weight.detach().norm(dim=1).max()) < 1.001
+    model.words(ids), dense.words(ids)
+    assert torch.equal(model.words.weight, dense.words.weight)
+    assert float(dense.words.weight.detach().norm(dim=1).max()) < 1.001
 
 
 def test_embedding_subclass_keeps_its_forward():
@@ -160,12 +160,12 @@ def test_embedding_subclass_keeps_its_forward():
     model = Model().train()
     table = model.positions.weight.detach().clone()
     mask = torch.ones(2, 5, dtype=torch.long)
-    clean = model.positions(mask, 0)
+    dense = model.positions(mask, 0)
     apply_quant_noise(model, QuantNoiseConfig(p=0.5, target_modules=["positions"]))
     noisy = model.positions(mask, 0)
-    assert torch.equal(clean[0], table[2:7])  # the offset of 2
+    assert torch.equal(dense[0], table[2:7])  # the offset of 2
     kept = noisy != 0
-    assert torch.equal(noisy[kept], clean[kept]) and 0.2 < kept.float().mean() < 0.8
+    assert torch.equal(noisy[kept], dense[kept]) and 0.2 < kept.float().mean() < 0.8
 
 
 def test_weights_are_unchanged_after_forwards_and_an_error():
@@ -196,11 +196,6 @@ def test_copy_has_independent_noise(copier):
     assert is_noisy(model.up) and not is_noisy(twin.up)
     words = twin.words(torch.arange(60))
     assert torch.equal(words, twin.words.weight)
-
-
-def test_copy_of_a_tied_pair_has_one_mask():
-    twin = copy.deepcopy(noisy_toy("proxy", 0.5))
-    assert torch.equal(twin.words(torch.arange(60)) == 0, twin.head(torch.eye(32)).t() == 0)
 
 
 def test_copied_layer_does_not_reference_the_model():
@@ -329,7 +324,7 @@ def test_apply_twice_raises():
         ),
         (
             {"block_size": {"attention": 8}},
-            "block_size={'attention': 8} has no entry",
+            "block_size has no entry for its group 'embeddings'",
         ),
         (
             {"noise": "pq", "n_centroids": 4096},

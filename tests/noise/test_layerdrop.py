@@ -147,8 +147,9 @@ def test_cache_in_training_and_generation_after_it(input_ids):
     model = dropping(make("gpt2"), 0.5).train()
     for _ in range(5):
         assert model(input_ids, use_cache=True).past_key_values is not None
-    plain = make("gpt2").generate(input_ids, max_new_tokens=4, do_sample=False)
-    assert torch.equal(model.eval().generate(input_ids, max_new_tokens=4, do_sample=False), plain)
+    options = {"max_new_tokens": 4, "do_sample": False}
+    expected = make("gpt2").generate(input_ids, **options)
+    assert torch.equal(model.eval().generate(input_ids, **options), expected)
 
 
 def test_copies_and_pickles():

@@ -80,13 +80,13 @@ def test_half_precision_models_train_with_noise(model, input_ids, noise, dtype):
 
 @pytest.mark.parametrize("noise", ["proxy", "pq", "int4"])
 def test_gradients_reach_every_weight(model, input_ids, noise):
-    clean = gradients(with_dropout(model.train(), 0.0), input_ids)
+    dense = gradients(with_dropout(model.train(), 0.0), input_ids)
     apply_quant_noise(model, config(noise, 0.3))
     noisy = gradients(model, input_ids)
-    assert noisy.keys() == clean.keys()
+    assert noisy.keys() == dense.keys()
     for name, gradient in noisy.items():
         assert gradient.isfinite().all()
-        if clean[name].norm() > 0:
+        if dense[name].norm() > 0:
             assert gradient.norm() > 0, name
 
 
@@ -133,11 +133,11 @@ def test_recomputed_tied_layers_see_the_same_mask(use_reentrant):
     model = apply_quant_noise(Model().train(), config("proxy", 0.4, block_size=4))
     x = torch.randn(4, 16, requires_grad=True)
     found = []
-    for again in (False, True):
+    for recompute_layers in (False, True):
         model.zero_grad()
         set_seed(3)
         # Two forwards before the backward.
-        (model(x, again).sum() + model(2 * x, again).sum()).backward()
+        (model(x, recompute_layers).sum() + model(2 * x, recompute_layers).sum()).backward()
         found.append([p.grad.clone() for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
@@ -158,11 +158,11 @@ def test_checkpoints_load_in_plain_transformers(model, input_ids, tmp_path):
     apply_quant_noise(model.train(), config(["pq", "int8"]))
     model.save_pretrained(tmp_path)
     assert AutoConfig.from_pretrained(tmp_path).architectures == [cls.__name__]
-    plain, report = cls.from_pretrained(tmp_path, output_loading_info=True)
+    loaded, report = cls.from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
-    assert find_state(plain) is None
-    assert torch.equal(logits(plain, input_ids), expected)
-    for name, tensor in plain.state_dict().items():
+    assert find_state(loaded) is None
+    assert torch.equal(logits(loaded, input_ids), expected)
+    for name, tensor in loaded.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name])
 
 

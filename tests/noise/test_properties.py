@@ -76,10 +76,10 @@ def inputs_for(layer: nn.Module) -> torch.Tensor:
 def test_p_0_equals_the_dense_layer(case, noises):
     layer = make_layer(case)
     inputs = inputs_for(layer)
-    clean = layer(inputs)
+    dense = layer(inputs)
     model = noisy(layer, noises, 0.0, case["observer"])
     state = torch.get_rng_state()
-    assert torch.equal(model(inputs), clean)
+    assert torch.equal(model(inputs), dense)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -87,37 +87,37 @@ def test_p_0_equals_the_dense_layer(case, noises):
 @given(cases, st.sampled_from(NOISES))
 def test_p_1_applies_phi_to_every_block(case, noise):
     layer = make_layer(case)
-    clean = weight_matrix(layer).clone(memory_format=torch.contiguous_format)
+    dense = weight_matrix(layer).clone(memory_format=torch.contiguous_format)
     model = noisy(layer, noise, 1.0, case["observer"])
     (function,) = functions_of(model)
     if noise == "proxy":
-        expected = torch.zeros_like(clean)
+        expected = torch.zeros_like(dense)
     elif noise == "mean":
-        blocks = to_blocks(clean, function.block_size)
+        blocks = to_blocks(dense, function.block_size)
         mean = blocks.double().mean(0).to(torch.float32)
-        expected = mean.expand_as(blocks).reshape(clean.shape)
+        expected = mean.expand_as(blocks).reshape(dense.shape)
     else:
-        expected = function.quantizer.quantize(clean, function.state)
+        expected = function.quantizer.quantize(dense, function.state)
     result = weight_in_use(layer)
     tolerance = {"rtol": 1e-5, "atol": 1e-6} if noise == "mean" else {"rtol": 0, "atol": 0}
-    torch.testing.assert_close(result, expected.to(clean.dtype), **tolerance)
+    torch.testing.assert_close(result, expected.to(dense.dtype), **tolerance)
 
 
 @few
 @given(cases, st.sampled_from(NOISES), st.sampled_from([0.05, 0.2, 0.5, 0.9]))
 def test_share_of_noised_blocks_is_binomial(case, noise, p):
     layer = make_layer({**case, "dtype": torch.float32})
-    clean = weight_matrix(layer).clone(memory_format=torch.contiguous_format)
+    dense = weight_matrix(layer).clone(memory_format=torch.contiguous_format)
     model = noisy(layer, noise, p, case["observer"])
     (function,) = functions_of(model)
     size = function.block_size
     # Blocks that phi changes at all: a weight exactly on a quantization level does not move.
-    full = clean.clone()
-    function.distort(full, sample_mask(clean.numel() // size, 1.0, clean.device))
-    movable = (to_blocks(full, size) != to_blocks(clean, size)).any(1)
+    full = dense.clone()
+    function.distort(full, sample_mask(dense.numel() // size, 1.0, dense.device))
+    movable = (to_blocks(full, size) != to_blocks(dense, size)).any(1)
     rounds, moved = 20, 0
     for _ in range(rounds):
-        moved += int((to_blocks(weight_in_use(layer), size) != to_blocks(clean, size)).any(1).sum())
+        moved += int((to_blocks(weight_in_use(layer), size) != to_blocks(dense, size)).any(1).sum())
     expected, count = p * int(movable.sum()) * rounds, int(movable.sum()) * rounds
     assert abs(moved - expected) <= 6 * math.sqrt(count * p * (1 - p)) + 1
 
@@ -129,19 +129,19 @@ def test_weights_are_unchanged_and_gradients_straight_through(case, noises, p):
     and must be bit-equal to that of the dense layer."""
     layer = make_layer(case)
     inputs, weight = inputs_for(layer), layer.weight
-    before = weight.detach().clone()
+    before, version = weight.detach().clone(), weight._version
     layer(inputs).float().square().mul(0).sum().backward()  # warm-up of the same graph
     weight.grad = None
     output = layer(inputs)
     upstream = torch.randn_like(output)
     output.backward(upstream)
-    clean, weight.grad = weight.grad.clone(), None
+    dense, weight.grad = weight.grad.clone(), None
     model = noisy(layer, noises, p, case["observer"])
     for _ in range(3):
         weight.grad = None
         model(inputs).backward(upstream)
-        assert torch.equal(weight.grad, clean)
-    assert torch.equal(weight, before)
+        assert torch.equal(weight.grad, dense)
+    assert torch.equal(weight, before) and weight._version == version
     remove_quant_noise(model)
     assert type(layer) is type(LAYERS[case["kind"]]())
     assert torch.equal(layer(inputs), output)
@@ -171,5 +171,5 @@ def test_composition_applies_noises_in_order(case, noises):
 def test_eval_equals_the_dense_layer(kind, noise):
     layer = make_layer({"kind": kind, "dtype": torch.float32, "seed": 0})
     inputs = inputs_for(layer)
-    clean = layer(inputs)
-    assert torch.equal(noisy(layer, noise, 1.0, "minmax").eval()(inputs), clean)
+    dense = layer(inputs)
+    assert torch.equal(noisy(layer, noise, 1.0, "minmax").eval()(inputs), dense)

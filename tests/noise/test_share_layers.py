@@ -39,8 +39,8 @@ def is_shared(pair) -> bool:
 @pytest.mark.parametrize("name", NAMES)
 def test_chunks_share_parameters_until_removal(name):
     model = make_stacked(name, layers=4)
-    own = dict(model.named_parameters(remove_duplicate=False))
-    values = {key: parameter.detach().clone() for key, parameter in own.items()}
+    original = dict(model.named_parameters(remove_duplicate=False))
+    values = {key: parameter.detach().clone() for key, parameter in original.items()}
     keys = list(model.state_dict())
     apply_quant_noise(model, QuantNoiseConfig(**NOISE))
     for first, second in layer_pairs(model):
@@ -48,14 +48,14 @@ def test_chunks_share_parameters_until_removal(name):
         assert ours.keys() & theirs.keys()
         for key in ours.keys() & theirs.keys():
             assert theirs[key] is ours[key]
-            assert torch.equal(ours[key], values[_name_of(own, ours[key])])
+            assert torch.equal(ours[key], values[_name_of(original, ours[key])])
     assert list(model.state_dict()) == keys
     with torch.no_grad():
         expected = model(**inputs_of(name)).logits
     remove_quant_noise(model)
     after = dict(model.named_parameters(remove_duplicate=False))
-    assert after.keys() == own.keys()
-    assert all(after[key] is own[key] for key in own)
+    assert after.keys() == original.keys()
+    assert all(after[key] is original[key] for key in original)
     with torch.no_grad():
         assert torch.equal(model(**inputs_of(name)).logits, expected)
     tensors = [p.data_ptr() for layer in chunks_of(model, 1)
@@ -131,14 +131,14 @@ def test_training_resumes_bit_exactly_and_loads_the_best_model(tmp_path, parity_
 
 def test_error_keeps_the_separate_weights():
     model = make_stacked("bert", layers=4)
-    own = dict(model.named_parameters())
-    values = {name: parameter.detach().clone() for name, parameter in own.items()}
+    original = dict(model.named_parameters())
+    values = {name: parameter.detach().clone() for name, parameter in original.items()}
     with pytest.raises(ValueError, match="block_size=7"):
         apply_quant_noise(model, QuantNoiseConfig(block_size=7, share_layers=2))
     after = dict(model.named_parameters())
-    assert after.keys() == own.keys()
+    assert after.keys() == original.keys()
     for name, parameter in after.items():
-        assert parameter is own[name]
+        assert parameter is original[name]
         assert torch.equal(parameter, values[name])
     assert not any(module._state_dict_hooks for module in model.modules())
 

@@ -73,10 +73,10 @@ def with_outliers(k, times, count=20_000):
 @pytest.mark.parametrize("k", [256, 1024])
 def test_assign_is_exact_beside_outliers(k, times):
     points, centroids = with_outliers(k, times)
-    lost = (points.double() - centroids.double()[assign(points, centroids)]).square().sum(1)
+    errors = (points.double() - centroids.double()[assign(points, centroids)]).square().sum(1)
     ordinary = points.norm(dim=1) < 10
     for chosen in (ordinary, ~ordinary):
-        assert lost[chosen].sum() <= exact(points[chosen], centroids).sum() * (1 + 1e-5)
+        assert errors[chosen].sum() <= exact(points[chosen], centroids).sum() * (1 + 1e-5)
 
 
 @pytest.mark.parametrize("k", [16, 256, 1024, 2048])
@@ -95,9 +95,9 @@ def test_assign_treats_points_independently(k, weighted):
     assert torch.equal(codes, small)
     alone = slice(1, 2000, 3)
     points[::3] *= 1024
-    own = None if weights is None else weights[alone]
+    weights_alone = None if weights is None else weights[alone]
     assert torch.equal(assign(points, centroids, weights=weights)[alone], codes[alone])
-    assert torch.equal(assign(points[alone], centroids, weights=own), codes[alone])
+    assert torch.equal(assign(points[alone], centroids, weights=weights_alone), codes[alone])
 
 
 def test_kmeans_finds_planted_clusters():

@@ -16,9 +16,9 @@ def test_round_trip_and_byte_count(bits, count, seed):
     packed = pack_codes(codes, bits)
     assert packed.dtype == torch.uint8
     assert packed.numel() == -(-count * bits // 8)
-    again = unpack_codes(packed, bits, count)
-    assert again.dtype == (torch.uint8 if bits <= 8 else torch.int32)
-    assert again.tolist() == codes.tolist()
+    unpacked = unpack_codes(packed, bits, count)
+    assert unpacked.dtype == (torch.uint8 if bits <= 8 else torch.int32)
+    assert unpacked.tolist() == codes.tolist()
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 8, 12])

@@ -53,8 +53,8 @@ class TestEveryQuantizer:
 
     def test_fit_is_deterministic(self, quantizer):
         matrix = matrix_of()
-        first, again = quantizer.fit(matrix, seed=3), quantizer.fit(matrix, seed=3)
-        assert all(torch.equal(first[key], again[key]) for key in first)
+        first, second = quantizer.fit(matrix, seed=3), quantizer.fit(matrix, seed=3)
+        assert all(torch.equal(first[key], second[key]) for key in first)
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     def test_half_precision(self, quantizer, dtype):
@@ -175,8 +175,8 @@ def test_16_and_8_bit_centroids_are_used_as_stored(bits):
     read = quantizer.from_storage(written)
     assert torch.equal(quantizer.decode(codes, read), used)
     # Saving again gives the same file.
-    again = quantizer.to_storage(read)
-    assert all(torch.equal(again[key], written[key]) for key in written)
+    rewritten = quantizer.to_storage(read)
+    assert all(torch.equal(rewritten[key], written[key]) for key in written)
     state["codebook"].requires_grad_()
     quantizer.decode(codes, state).sum().backward()
     assert torch.equal(

@@ -37,10 +37,10 @@ def test_assign_minimizes_the_weighted_distance(k, d, offset, spread, seed):
     weights = uneven(300, d, seed=seed, spread=spread)
     reference = distances(points, centroids, weights)
     codes = assign(points, centroids, weights=weights)
-    own = reference.gather(1, codes[:, None])[:, 0]
+    found = reference.gather(1, codes[:, None])[:, 0]
     best = reference.min(1).values
     lengths = (weights * (points - centroids.mean(0)).square()).sum(1)
-    assert (own - best <= 1.01 * 2**-13 * best + 4e-6 * lengths).all()
+    assert (found - best <= 1.01 * 2**-13 * best + 4e-6 * lengths).all()
 
 
 @pytest.mark.parametrize("k", [256, 1024])
@@ -50,10 +50,10 @@ def test_assign_is_exact_beside_heavy_points_and_outliers(k):
     points[1::1000] *= 1000
     centroids = points[torch.randperm(4000, generator=torch.Generator().manual_seed(1))[:k]]
     reference = distances(points, centroids, weights)
-    own = reference.gather(1, assign(points, centroids, weights=weights)[:, None])[:, 0]
+    found = reference.gather(1, assign(points, centroids, weights=weights)[:, None])[:, 0]
     best = reference.min(1).values
     light = torch.arange(4000) % 1000 > 1
-    assert own[light].sum() <= best[light].sum() * (1 + 1e-5)
+    assert found[light].sum() <= best[light].sum() * (1 + 1e-5)
 
 
 @pytest.mark.parametrize("power", [-110, 110])
@@ -67,12 +67,12 @@ def test_centroids_are_weighted_means():
     points, weights = normal(3000, 4), uneven(3000, 4, spread=1.0)
     result = kmeans(points, 16, weights=weights, n_iter=200)
     for k in range(16):
-        own, h = points[result.codes == k].double(), weights[result.codes == k].double()
-        expected = (h * own).sum(0) / h.sum(0)
+        x, h = points[result.codes == k].double(), weights[result.codes == k].double()
+        expected = (h * x).sum(0) / h.sum(0)
         torch.testing.assert_close(result.centroids[k].double(), expected, rtol=1e-4, atol=1e-4)
     reference = distances(points, result.centroids, weights)
-    own = reference.gather(1, result.codes[:, None]).sum()
-    assert result.objective == pytest.approx(float(own), rel=1e-4)
+    objective = reference.gather(1, result.codes[:, None]).sum()
+    assert result.objective == pytest.approx(float(objective), rel=1e-4)
 
 
 def test_weights_per_point_are_as_good_as_scikit_learn():
@@ -83,10 +83,10 @@ def test_weights_per_point_are_as_good_as_scikit_learn():
         .inertia_
         for seed in range(4)
     )
-    own = [kmeans(points, 32, weights=weights, seed=seed) for seed in range(4)]
-    assert sum(result.objective for result in own) <= reference * 1.02
-    exact = distances(points, own[0].centroids, weights.expand(-1, 4)).min(1).values.sum()
-    assert own[0].objective <= float(exact) * (1 + 1e-3)
+    results = [kmeans(points, 32, weights=weights, seed=seed) for seed in range(4)]
+    assert sum(result.objective for result in results) <= reference * 1.02
+    exact = distances(points, results[0].centroids, weights.expand(-1, 4)).min(1).values.sum()
+    assert results[0].objective <= float(exact) * (1 + 1e-3)
 
 
 def test_equal_weights_match_no_weights():

@@ -11,6 +11,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import Trainer
 
+from ...compat import prepare_inputs
 from ...distributed import raise_on_all_ranks
 from ...modeling.activations import evaluating
 from ..arguments import CompressionArguments
@@ -105,7 +106,7 @@ class Teacher:
         Raises:
             ValueError: naming the field and the way out; if one rank raises, all do.
         """
-        inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+        inputs = prepare_inputs(trainer, next(iter(trainer.get_train_dataloader())))
         student, label_names = trainer.model, trainer.label_names
         batch = self.model_inputs(inputs, label_names)
         # The shapes of examples may differ between ranks.

@@ -8,6 +8,8 @@ from typing import Any
 
 from transformers import Trainer
 
+from ...compat import prepare_inputs
+
 
 def first_batches(trainer: Trainer, count: int) -> Iterator[Mapping[str, Any]]:
     """Yield the first training batches of a trainer; none without training data.
@@ -16,4 +18,4 @@ def first_batches(trainer: Trainer, count: int) -> Iterator[Mapping[str, Any]]:
     """
     if trainer.train_dataset is not None:
         for batch in islice(trainer.get_train_dataloader(), count):
-            yield trainer._prepare_inputs(batch)
+            yield prepare_inputs(trainer, batch)

@@ -85,14 +85,12 @@ class StageTrainer(PackedModelTrainer):
         if self.teacher is None or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self.teacher.prepare(self.model)
-        weight, flags = self.compression_args.distill_weight, self.teacher.forward_kwargs
+        weight, kwargs = self.compression_args.distill_weight, self.teacher.forward_kwargs
         if weight < 1:
-            loss, outputs = super().compute_loss(model, {**inputs, **flags}, return_outputs=True)
+            loss, outputs = super().compute_loss(model, {**inputs, **kwargs}, return_outputs=True)
         else:
-            loss, outputs = (
-                0.0,
-                model(**self.teacher.model_inputs(inputs, self.label_names), **flags),
-            )
+            without_labels = self.teacher.model_inputs(inputs, self.label_names)
+            loss, outputs = 0.0, model(**without_labels, **kwargs)
         terms = self.teacher.loss_terms(self.unsharded_model, outputs, inputs, self.label_names)
         loss = (1 - weight) * loss
         for name, (term_weight, value) in terms.items():

@@ -7,8 +7,7 @@ import torch
 from support.stacked import make_stacked
 from support.tasks import TASKS
 from support.tiny import make_model, recompute
-from support.trainers import ATTENTION, CONV, ONE_STAGE, Rows, StageLogs, sharp
-from support.trainers import make_task_trainer as make_trainer
+from support.trainers import ATTENTION, CONV, ONE_STAGE, Rows, StageLogs, make_task_trainer, sharp
 from transformers import TrainerCallback, TrainingArguments
 
 from hf_quantnoise import CompressionArguments, IPQConfig, quantize_model
@@ -23,7 +22,7 @@ from hf_quantnoise.modeling import packed_layers
 def test_finetuning_a_stage_lowers_the_divergence(task, tmp_path):
     rate = {"resnet": 5e-3, "t5": 5e-3}.get(task, 5e-4)
     model = sharp(TASKS[task][0]())
-    trainer = make_trainer(tmp_path, task, model=model, learning_rate=rate)
+    trainer = make_task_trainer(tmp_path, task, model=model, learning_rate=rate)
     teacher, batch = copy.deepcopy(trainer.model).eval(), TASKS[task][1]()
     config = CONV if task == "resnet" else ONE_STAGE
     one_shot = quantize_model(copy.deepcopy(trainer.model), config, progress=False)
@@ -42,7 +41,7 @@ def test_feature_distillation_lowers_both_losses(task, tmp_path, monkeypatch):
     logs = StageLogs(monkeypatch)
     arguments = CompressionArguments(stage_epochs=12, distill_hidden=1.0, distill_attention=1.0)
     model = sharp(TASKS[task][0]())
-    trainer = make_trainer(tmp_path, task, model=model, learning_rate=5e-3)
+    trainer = make_task_trainer(tmp_path, task, model=model, learning_rate=5e-3)
     trainer.compress(ATTENTION, arguments)
     for name in ("hidden", "attention"):
         values = logs.of(f"teacher_{name}")
@@ -51,7 +50,7 @@ def test_feature_distillation_lowers_both_losses(task, tmp_path, monkeypatch):
 
 
 def test_compute_loss_is_the_weighted_sum_of_its_terms(tmp_path):
-    trainer = make_trainer(tmp_path)
+    trainer = make_task_trainer(tmp_path)
     student, inputs = copy.deepcopy(make_stacked("bert")), TASKS["classification"][1]()
     teacher_model = make_stacked("bert", 6)
     losses = {}
@@ -89,7 +88,7 @@ def test_gradient_accumulation_does_not_scale_the_loss(task, tmp_path):
         batch["labels"] = torch.full_like(batch["input_ids"], -100)
         batch["labels"][:, 2:4] = 7
     for steps in (1, 4):
-        trainer = make_trainer(
+        trainer = make_task_trainer(
             tmp_path, task, data=Rows(batch), learning_rate=1e-9,
             gradient_accumulation_steps=steps, per_device_train_batch_size=16 // steps,
         )  # fmt: skip
@@ -130,7 +129,7 @@ def test_head_of_a_wrapped_model_is_found(tmp_path):
 
 
 def test_attention_is_eager_during_finetuning_only(tmp_path, monkeypatch):
-    teacher, trainer = make_model("bert", seed=5), make_trainer(tmp_path)
+    teacher, trainer = make_model("bert", seed=5), make_task_trainer(tmp_path)
     warnings, seen = [], []
     monkeypatch.setattr(features.logger, "warning_once", warnings.append)
 
@@ -206,7 +205,7 @@ def test_gradient_checkpointing_keeps_gradients_or_is_refused(reentrant, tmp_pat
 
 def test_pruned_student_is_distilled_from_the_full_model(tmp_path, monkeypatch):
     logs = StageLogs(monkeypatch)
-    trainer = make_trainer(tmp_path, model=make_stacked("bert", 4))
+    trainer = make_task_trainer(tmp_path, model=make_stacked("bert", 4))
     config = IPQConfig(block_size=4, n_centroids=8, stages=["ffn"], prune_layers="every_other")
     arguments = CompressionArguments(stage_epochs=8, distill_hidden=1.0, distill_attention=1.0)
     small = trainer.compress(config, arguments)
@@ -239,7 +238,7 @@ def wider(heads):
 def test_incompatible_teacher_is_refused_without_changing_the_model(
     teacher, fields, message, tmp_path
 ):
-    trainer = make_trainer(tmp_path)
+    trainer = make_task_trainer(tmp_path)
     before = copy.deepcopy(trainer.model.state_dict())
     with pytest.raises(ValueError, match=message):
         trainer.compress(ONE_STAGE, CompressionArguments(**fields), teacher())
@@ -248,14 +247,14 @@ def test_incompatible_teacher_is_refused_without_changing_the_model(
 
 
 def test_wider_teacher_with_the_same_heads_is_accepted(tmp_path):
-    small = make_trainer(tmp_path).compress(
+    small = make_task_trainer(tmp_path).compress(
         ONE_STAGE, CompressionArguments(distill_attention=1.0), wider(2)
     )
     assert any(packed_layers(small))
 
 
 def test_missing_attention_maps_and_student_as_teacher_are_refused(tmp_path):
-    trainer = make_trainer(tmp_path, "resnet")
+    trainer = make_task_trainer(tmp_path, "resnet")
     with pytest.raises(ValueError, match="distill_attention.*attentions"):
         trainer.compress(CONV, CompressionArguments(distill_attention=1.0))
     with pytest.raises(ValueError, match="invalid teacher"):
@@ -265,7 +264,7 @@ def test_missing_attention_maps_and_student_as_teacher_are_refused(tmp_path):
 def test_hidden_states_of_a_convolutional_model_are_distilled(tmp_path, monkeypatch):
     logs = StageLogs(monkeypatch)
     arguments = CompressionArguments(stage_epochs=8, distill_hidden=1.0)
-    make_trainer(tmp_path, "resnet").compress(CONV, arguments)
+    make_task_trainer(tmp_path, "resnet").compress(CONV, arguments)
     values = logs.of("teacher_hidden")
     assert sum(values[-2:]) < 0.8 * sum(values[:2])
 
@@ -335,7 +334,7 @@ def test_feature_losses_in_bfloat16_match_float32(tmp_path, monkeypatch):
     for bf16 in (False, True):
         logs = StageLogs(monkeypatch)
         model = sharp(make_model("bert"))
-        trainer = make_trainer(tmp_path, model=model, bf16=bf16, learning_rate=1e-9)
+        trainer = make_task_trainer(tmp_path, model=model, bf16=bf16, learning_rate=1e-9)
         arguments = CompressionArguments(distill_hidden=1.0, distill_attention=1.0)
         trainer.compress(ATTENTION, arguments)
         first[bf16] = {n: logs.of(f"teacher_{n}")[0] for n in ("hidden", "attention")}
@@ -345,7 +344,7 @@ def test_feature_losses_in_bfloat16_match_float32(tmp_path, monkeypatch):
 
 
 def test_model_without_head_is_refused_before_packing(tmp_path):
-    trainer = make_trainer(tmp_path, model=make_stacked("bert").bert)
+    trainer = make_task_trainer(tmp_path, model=make_stacked("bert").bert)
     trainer.compute_loss_func = lambda outputs, labels, **kwargs: outputs.pooler_output.sum()
     with pytest.raises(ValueError, match="logits.*distill=False"):
         trainer.compress(ONE_STAGE)

@@ -1,4 +1,4 @@
-"""Layers shared and taken out (7.9): stored once, gone, bit-equal after loading."""
+"""Pruned and shared layers (section 7.9): stored once, and bit-equal after loading."""
 
 import json
 
@@ -47,11 +47,9 @@ def fields(request):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_reloaded_bit_equal_written_again_identical_and_as_large_as_reported(
-    name, fields, tmp_path
-):
+def test_reload_is_bit_equal_and_size_is_reported(name, fields, tmp_path):
     if name == "qwen2" and fields == CONFIGS["pruned"]:
-        pytest.skip("every other of its layers is of the other kind: see the test by pattern")
+        pytest.skip("its layer types alternate; see test_pruning_keeps_layer_types_of_config")
     model = small(name, **fields)
     model.save_pretrained(tmp_path / "a")
     again, info = AutoQuantizedModel.from_pretrained(tmp_path / "a", output_loading_info=True)
@@ -71,7 +69,7 @@ def test_reloaded_bit_equal_written_again_identical_and_as_large_as_reported(
         assert all(second[key] is first[key] for key in first.keys() & second.keys())
 
 
-def test_shared_layers_are_stored_once_norms_and_biases_too(tmp_path):
+def test_shared_layers_are_stored_once(tmp_path):
     model = small("bert", 4, share_layers=2)
     model.save_pretrained(tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
@@ -88,8 +86,8 @@ def test_shared_layers_are_stored_once_norms_and_biases_too(tmp_path):
     assert once < 0.75 * size_report(small("bert", 4)).total.disk_bytes
 
 
-def test_it_computes_what_a_dense_model_with_these_weights_computes():
-    """An independent computation: each layer's decoded weights, copied into a plain model."""
+def test_shared_model_matches_dense_reference():
+    """The reference is a dense model with the decoded weights of each layer."""
     model = small("gpt2", 4, share_layers=2)
     plain = make_stacked("gpt2", 4)
     decoded = {name: m.weight.detach() for name, m in model.named_modules() if hasattr(m, "weight")}
@@ -105,8 +103,8 @@ def test_it_computes_what_a_dense_model_with_these_weights_computes():
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
-def test_layers_may_be_shared_and_dense_in_part(name, tmp_path):
-    """GPT-2's Conv1D would have their biases cut where transformers ties them."""
+def test_shared_layers_may_be_partly_dense(name, tmp_path):
+    """transformers would cut the biases of GPT-2's Conv1D if it tied them."""
     model = small(name, 4, share_layers=2, stages=["ffn"])
     model.save_pretrained(tmp_path / "a")
     again, info = AutoQuantizedModel.from_pretrained(tmp_path / "a", output_loading_info=True)
@@ -118,7 +116,7 @@ def test_layers_may_be_shared_and_dense_in_part(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", STACKED)
-def test_a_pruned_model_is_the_model_without_those_layers(name, tmp_path):
+def test_pruned_model_matches_model_without_layers(name, tmp_path):
     model, shorter = make_stacked(name, 6), make_stacked(name, 6)
     gone = layers_to_prune(model, "every_other", chunks_of(model, 2))
     assert [layer.rpartition(".")[2] for layer in gone[:2]] == ["2", "3"]
@@ -135,7 +133,7 @@ def test_a_pruned_model_is_the_model_without_those_layers(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "bloom", "bart", "t5", "qwen2"])
-def test_generation_with_a_cache_after_layers_are_gone(name, tmp_path):
+def test_pruned_model_generates_with_and_without_cache(name, tmp_path):
     model = small(name, 6, share_layers=2, prune_layers="every_other")
     model.save_pretrained(tmp_path)
     again = AutoQuantizedModel.from_pretrained(tmp_path)
@@ -149,7 +147,7 @@ def test_generation_with_a_cache_after_layers_are_gone(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", BY_PLACE)
-def test_layers_that_differ_by_their_place_keep_their_kind(name, tmp_path):
+def test_pruning_keeps_layer_types_of_config(name, tmp_path):
     model = make_stacked(name, 6)
     prefix = "model.layers"
     kinds = list(model.config.layer_types)
@@ -189,7 +187,7 @@ def unchanged(model, attempt, words):
         ("resnet", {"share_layers": 2}, "share_layers=2.*name the layers"),
     ],
 )
-def test_what_cannot_be_done_is_refused_and_nothing_changed(model, fields, words):
+def test_impossible_pruning_or_sharing_changes_nothing(model, fields, words):
     made = make_vision_model(model) if model == "resnet" else make_stacked(model, 4)
     config = IPQConfig(block_size=1, n_centroids=16, stages=[".*"], **fields)
     unchanged(made, lambda m: quantize_model(m, config, progress=False), words)
@@ -203,15 +201,15 @@ def test_what_cannot_be_done_is_refused_and_nothing_changed(model, fields, words
         ({"share_layers": [["a", "b"], ["b", "c"]]}, "names 'b' twice"),
         ({"share_layers": []}, "share_layers=\\[\\] must be"),
         ({"prune_layers": 2}, "prune_layers=2 must be"),
-        ({"prune_layers": "("}, "prune_layers: '\\(' is no regular expression"),
+        ({"prune_layers": "("}, "prune_layers.*'\\('"),
     ],
 )
-def test_bad_fields_are_refused(fields, words):
+def test_invalid_fields_raise(fields, words):
     with pytest.raises(ValueError, match=words):
         IPQConfig(**fields)
 
 
-def test_another_head_and_the_base_model_load_what_they_have(tmp_path):
+def test_base_model_and_other_head_load_shared_layers(tmp_path):
     model = small("roberta-mlm", 4, share_layers=2, prune_layers=["layer.3"])
     model.save_pretrained(tmp_path)
     base = AutoModel.from_pretrained(tmp_path)
@@ -228,7 +226,7 @@ def test_another_head_and_the_base_model_load_what_they_have(tmp_path):
     assert weight is classifier.roberta.encoder.layer[0].output.dense.weight_indices
 
 
-def test_dequantized_it_is_a_plain_model_again(tmp_path):
+def test_dequantized_model_saves_and_reloads(tmp_path):
     model = small("llama", 6, share_layers=2, prune_layers="every_other")
     expected = logits(model, "llama")
     plain = model.dequantize()
@@ -240,7 +238,7 @@ def test_dequantized_it_is_a_plain_model_again(tmp_path):
     assert size_report(again).total.memory_bytes == size_report(plain).total.memory_bytes
 
 
-def test_noise_that_shared_is_compressed_shared_unless_told_otherwise(tmp_path):
+def test_compression_keeps_sharing_of_noise_by_default(tmp_path):
     noise = QuantNoiseConfig(p=0.1, block_size=4, share_layers=2)
     for fields, numbers in (({}, {"1", "3"}), ({"share_layers": 1}, set())):
         model = apply_quant_noise(make_stacked("bert", 4), noise)
@@ -249,28 +247,7 @@ def test_noise_that_shared_is_compressed_shared_unless_told_otherwise(tmp_path):
         assert {layer.rpartition(".")[2] for layer in shared} == numbers
 
 
-def test_a_dense_checkpoint_is_shared_and_pruned_while_it_loads(tmp_path):
-    dense = make_stacked("bert", 4)
-    dense.save_pretrained(tmp_path / "dense")
-    config = IPQConfig(**PQ, share_layers=2, prune_layers="every_other")
-    model = type(dense).from_pretrained(tmp_path / "dense", quantization_config=config)
-    expected = small("bert", 4, share_layers=2, prune_layers="every_other")
-    assert torch.equal(logits(model, "bert"), logits(expected, "bert"))
-    model.save_pretrained(tmp_path / "small")
-    again = AutoQuantizedModel.from_pretrained(tmp_path / "small")
-    assert torch.equal(logits(again, "bert"), logits(model, "bert"))
-
-
-def test_what_needs_data_is_refused_while_a_dense_checkpoint_loads(tmp_path):
-    dense = make_stacked("bert", 2)
-    dense.save_pretrained(tmp_path)
-    for fields, word in (({"activation_bits": 8}, "activation_bits"),
-                         ({"importance": "activations"}, "importance")):  # fmt: skip
-        with pytest.raises(ValueError, match=f"{word}: from_pretrained has no data.*calibration"):
-            type(dense).from_pretrained(tmp_path, quantization_config=IPQConfig(**PQ, **fields))
-
-
-def test_each_layer_of_a_chunk_keeps_the_scale_of_what_enters_it(tmp_path):
+def test_shared_layers_keep_separate_input_scales(tmp_path):
     config = FixedPointConfig(bits=8, activation_bits=8, share_layers=2)
     data = [inputs_of("bert")]
     model = quantize_model(make_stacked("bert", 4), config, False, calibration_data=data)
@@ -287,7 +264,7 @@ def test_each_layer_of_a_chunk_keeps_the_scale_of_what_enters_it(tmp_path):
     assert torch.equal(logits(again, "bert"), logits(model, "bert"))
 
 
-def test_chunks_by_name_in_an_image_model(tmp_path):
+def test_share_layers_by_name_in_image_model(tmp_path):
     chunk = [f"mobilenet_v1.layer.{number}" for number in (14, 16, 18)]
     config = IPQConfig(block_size=4, n_centroids=16, stages=["conv"], share_layers=[chunk])
     model = quantize_model(make_vision_model("mobilenet-v1"), config, progress=False)
@@ -300,7 +277,7 @@ def test_chunks_by_name_in_an_image_model(tmp_path):
     assert len({id(layer.weight_indices) for layer in convolutions}) == 1
 
 
-def test_shared_layers_stay_shared_when_the_loaded_model_trains(tmp_path):
+def test_shared_layers_stay_shared_in_training(tmp_path):
     small("bert", 4, share_layers=2).save_pretrained(tmp_path / "a")
     model = AutoQuantizedModel.from_pretrained(tmp_path / "a")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -316,7 +293,7 @@ def test_shared_layers_stay_shared_when_the_loaded_model_trains(tmp_path):
     assert not torch.equal(before[key], after[key])
 
 
-def test_the_report_names_what_is_gone_and_counts_it_as_it_was():
+def test_size_report_lists_pruned_layers():
     report = size_report(small("bert", 4, prune_layers="every_other"))
     gone = {row.name: row for row in report.rows if row.stored == "pruned"}
     assert gone.keys() == {"bert.encoder.layer.1", "bert.encoder.layer.3"}

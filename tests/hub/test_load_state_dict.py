@@ -1,6 +1,6 @@
-"""A packed model that reads a state dict back: of its own file, a checkpoint, another's memory.
+"""``load_state_dict`` of a packed model: from its file, a checkpoint, or another model in memory.
 
-Files hold 8-bit centroids as codes; in memory they are numbers.
+Files hold 8-bit centroids as codes; in memory they are floats.
 """
 
 import copy
@@ -40,7 +40,7 @@ def output(model, name="bert"):
 
 @pytest.fixture
 def saved(tmp_path):
-    """Saves a tiny model by a config, and gives its folder."""
+    """Save a tiny model and return its folder."""
 
     def save(way, name="bert"):
         data = [inputs_of(name)] if WAYS[way].activation_bits else None
@@ -54,21 +54,21 @@ def saved(tmp_path):
 
 @torch.no_grad()
 def disturbed(model):
-    """The model with other numbers wherever they are floating point; its codes are kept."""
+    """Change all floats of a model; its codes stay."""
     for tensor in model.parameters():
         if tensor.is_floating_point():
             tensor.add_(torch.rand_like(tensor))
     return model
 
 
-# torch's assign keeps the dtype of a file, which is float16 for what is stored so.
+# torch's assign keeps the dtype of the file, so configs with float16 tensors are omitted.
 ASSIGNED = ["ipq", "8 bits", "two books", "int4", "inputs"]
 
 
 @pytest.mark.parametrize(
     ("way", "assign"), [(way, False) for way in WAYS] + [(way, True) for way in ASSIGNED]
 )
-def test_its_own_file_gives_the_model_back(way, assign, saved):
+def test_load_state_dict_of_own_file_restores_model(way, assign, saved):
     folder = saved(way)
     expected = AutoQuantizedModel.from_pretrained(folder)
     model = disturbed(AutoQuantizedModel.from_pretrained(folder))
@@ -85,7 +85,7 @@ def test_its_own_file_gives_the_model_back(way, assign, saved):
 
 
 @pytest.mark.parametrize("way", ["8 bits", "two books, rows, 8 bits"])
-def test_a_model_in_another_dtype_reads_what_loading_in_it_reads(way, saved):
+def test_load_state_dict_in_bfloat16_matches_from_pretrained(way, saved):
     folder = saved(way)
     expected = AutoQuantizedModel.from_pretrained(folder, dtype=torch.bfloat16)
     model = disturbed(AutoQuantizedModel.from_pretrained(folder, dtype=torch.bfloat16))
@@ -94,7 +94,7 @@ def test_a_model_in_another_dtype_reads_what_loading_in_it_reads(way, saved):
         assert torch.equal(model.get_parameter(name), tensor), name
 
 
-def test_tied_layers_read_one_file(saved):
+def test_load_state_dict_keeps_ties(saved):
     folder = saved("8 bits", "gpt2")
     expected = AutoQuantizedModel.from_pretrained(folder)
     model = disturbed(AutoQuantizedModel.from_pretrained(folder))
@@ -104,8 +104,8 @@ def test_tied_layers_read_one_file(saved):
 
 
 @pytest.mark.parametrize("centroids_first", [True, False])
-def test_shards_come_one_by_one_in_any_order(centroids_first, saved):
-    """As ``Trainer`` reads them: centroids in one, their scale and zero point in the other."""
+def test_load_state_dict_shard_by_shard(centroids_first, saved):
+    """As ``Trainer`` does, with centroids in one and their scale and zero point in the other."""
     folder = saved("8 bits")
     tensors = load_file(folder / "model.safetensors")
     centroids = {name: tensors.pop(name) for name in list(tensors) if name.endswith("_codebook")}
@@ -118,8 +118,8 @@ def test_shards_come_one_by_one_in_any_order(centroids_first, saved):
 
 
 @pytest.mark.parametrize("way", EIGHT_BITS)
-def test_numbers_are_taken_as_they_are(way, saved):
-    """A state dict of the memory, as that of a running pass: finer than what is stored."""
+def test_load_state_dict_from_memory_is_exact(way, saved):
+    """As in a running compression, centroids in memory are finer than stored ones."""
     folder = saved(way)
     model = disturbed(AutoQuantizedModel.from_pretrained(folder))
     memory = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -129,11 +129,11 @@ def test_numbers_are_taken_as_they_are(way, saved):
         assert torch.equal(tensor, memory[name]), name
 
 
-def test_codes_are_no_centroids_of_another_precision(saved):
+def test_load_state_dict_refuses_codes_for_float_centroids(saved):
     codes = load_file(saved("8 bits") / "model.safetensors")
     model = AutoQuantizedModel.from_pretrained(saved("ipq"))
     before = {name: layer.weight_codebook.clone() for name, layer in packed_layers(model)}
-    with pytest.raises(RuntimeError, match=r"weight_codebook is.*uint8.*pq 16x4.*from_pretrained"):
+    with pytest.raises(RuntimeError, match=r"weight_codebook.*uint8.*pq 16x4"):
         model.load_state_dict(codes, strict=False)
     for name, layer in packed_layers(model):
         assert torch.equal(layer.weight_codebook, before[name]), name
@@ -157,7 +157,7 @@ def arguments(folder, steps=4, **more):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_trainer_goes_on_from_what_is_stored_and_takes_the_best_back(way, saved, data):
+def test_trainer_resumes_and_loads_best_model(way, saved, data):
     folder = saved(way)
     best = arguments(folder / "run", load_best_model_at_end=True)
     model = AutoQuantizedModel.from_pretrained(folder)
@@ -179,7 +179,7 @@ def test_trainer_goes_on_from_what_is_stored_and_takes_the_best_back(way, saved,
             torch.testing.assert_close(other.std(), one.std(), rtol=0.05, atol=0)
 
 
-def test_the_pass_and_a_training_after_it_read_eight_bits(tmp_path, data):
+def test_compress_train_and_resume_with_8_bits(tmp_path, data):
     config = IPQConfig(**PQ, codebook_bits=8, stages=["ffn"])
     trainer = QuantNoiseTrainer(make_stacked("bert", 2), arguments(tmp_path / "run"), **data)
     packed = trainer.compress(config, CompressionArguments(stage_epochs=0, plots=False))

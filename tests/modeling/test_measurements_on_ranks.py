@@ -1,4 +1,4 @@
-"""Two gloo processes: what is measured on the batches of all ranks, and refused by all of them."""
+"""Two gloo processes: measurements on the batches of all ranks, and errors on all of them."""
 
 import pytest
 import torch
@@ -55,7 +55,7 @@ found["runs not"] = error_of(require_runs, plain, [[plain.up], [plain.idle]], ba
 found["batches"] = error_of(require_batches, [1] * rank)
 found["no batches"] = error_of(require_batches, [])
 
-# The first rank's batches never reach the layers, the second's do; then neither's.
+# Only the second rank's batches reach the layers; then no rank's do.
 config = FixedPointConfig(bits=8, activation_bits=8)
 generator = torch.Generator().manual_seed(rank)
 batches = [{"input_ids": torch.randint(5, 320, (4, 9), generator=generator)}]
@@ -75,7 +75,7 @@ def ranks(tmp_path_factory):
 
 
 def as_one(program: str) -> dict:
-    """What one process finds, with all batches."""
+    """Return the results of one process with all batches."""
     scope = {"torch": torch, "rank": 0, "found": {}}
     head, _, _ = PIECE.partition("plain, tied =")
     exec(head + program, scope)
@@ -83,7 +83,7 @@ def as_one(program: str) -> dict:
 
 
 @needs_gloo
-def test_importance_is_that_of_all_ranks_batches(ranks):
+def test_importance_uses_batches_of_all_ranks(ranks):
     single = as_one("""
 plain, tied = Branching(), Tied()
 found["own"] = importance(plain, [[plain.up], [plain.down]], *both)
@@ -97,7 +97,7 @@ found["tied"] = importance(tied, [[tied.table, tied.head]], *words)
 
 
 @needs_gloo
-def test_what_no_rank_reaches_is_refused_by_all(ranks):
+def test_layer_that_no_rank_reaches_raises_on_all_ranks(ranks):
     for name, words in {
         "refused": "ValueError: importance: idle never ran",
         "runs not": "ValueError: importance: idle never ran",
@@ -110,7 +110,7 @@ def test_what_no_rank_reaches_is_refused_by_all(ranks):
 
 
 @needs_gloo
-def test_scales_of_inputs_are_those_of_all_ranks_batches(ranks):
+def test_input_scales_use_batches_of_all_ranks(ranks):
     from support.tiny import make_model
 
     from hf_quantnoise import FixedPointConfig, quantize_model

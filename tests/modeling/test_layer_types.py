@@ -1,0 +1,186 @@
+"""Layer types: ``nn.Conv1d``, registered in one file, and types that cannot be packed."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.zoo import ZOO, ipq_config
+from torch import nn
+
+from hf_quantnoise import (
+    FixedPointConfig,
+    QuantNoiseConfig,
+    apply_quant_noise,
+    quantize_model,
+    size_report,
+)
+from hf_quantnoise.blocks import kernel_area, to_blocks, weight_matrix
+from hf_quantnoise.layer_types import LAYER_TYPES, LayerType, register_layer_type
+from hf_quantnoise.modeling import is_packed, pack_layer, packed_layers
+from hf_quantnoise.modeling.importance import measure_importance
+from hf_quantnoise.modeling.plan import make_plan
+from hf_quantnoise.noise import find_state
+from hf_quantnoise.quantizers import FixedPointQuantizer, ProductQuantizer
+
+CONVOLUTIONS = {
+    "Whisper": ["model.encoder.conv1", "model.encoder.conv2"],
+    "Wav2Vec2": [f"wav2vec2.feature_extractor.conv_layers.{index}.conv" for index in range(2)],
+    "Mamba": [f"backbone.layers.{index}.mixer.conv1d" for index in range(2)],
+}
+LAYERS = {
+    "1x1": (lambda: nn.Conv1d(8, 16, 1), 1),
+    "strided": (lambda: nn.Conv1d(8, 16, 3, stride=2, padding=1), 3),
+    "dilated": (lambda: nn.Conv1d(8, 16, 3, dilation=2, padding="same"), 3),
+    "patches": (lambda: nn.Conv1d(8, 16, 4, stride=4), 1),
+    "grouped": (lambda: nn.Conv1d(8, 16, 3, groups=2, bias=False), 3),
+    "depthwise": (lambda: nn.Conv1d(32, 32, 4, groups=32, padding=3), 4),
+    "circular": (lambda: nn.Conv1d(8, 16, 3, padding=1, padding_mode="circular"), 3),
+}
+
+
+@pytest.fixture(params=LAYERS)
+def layer(request):
+    torch.manual_seed(0)
+    return LAYERS[request.param][0]()
+
+
+def inputs_of(layer):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(3, layer.in_channels, 20, generator=generator)
+
+
+# ---- nn.Conv1d in models -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolutions_of_model_are_packed_and_reported(name, tmp_path):
+    kind = ZOO[name]
+    model = kind.make()
+    dense = copy.deepcopy(model)
+    quantize_model(model, ipq_config(model), progress=False)
+    stored = model.config.quantization_config
+    rows = {row.name: row for row in size_report(model).rows}
+    for layer_name in CONVOLUTIONS[name]:
+        layer, original = model.get_submodule(layer_name), dense.get_submodule(layer_name)
+        assert type(original) is nn.Conv1d and is_packed(layer)
+        assert stored.plan[layer_name]["group"] == "conv"
+        assert stored.plan[layer_name]["block_size"] == kernel_area(original)
+        row = rows[f"{layer_name}.weight"]
+        assert row.dense_bytes == original.weight.nbytes > row.disk_bytes
+        assert row.activation_bytes == 4 * original.in_channels
+    unpacked = [key for key in stored.left_dense if "conv" in key]
+    assert all("parametrization" in stored.left_dense[key] for key in unpacked)
+    assert bool(unpacked) == (name == "Wav2Vec2"), "its positional convolution has weight_norm"
+
+    model.save_pretrained(tmp_path)
+    again = kind.auto.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again(**kind.batch()).loss, model.eval()(**kind.batch()).loss)
+    for layer_name in CONVOLUTIONS[name]:
+        weight = again.get_submodule(layer_name).weight
+        assert torch.equal(weight, model.get_submodule(layer_name).weight)
+
+
+@pytest.mark.parametrize("name", ["Whisper", "Wav2Vec2"])  # Mamba never calls its convolution
+def test_convolutions_of_model_get_noise(name):
+    kind = ZOO[name]
+    config = QuantNoiseConfig(noise="pq", p=0.5, block_size=4, n_centroids=4,
+                              target_modules=CONVOLUTIONS[name])  # fmt: skip
+    model = apply_quant_noise(kind.make(), config)
+    state = find_state(model)
+    assert set(state.layers) == set(CONVOLUTIONS[name])
+    model.train()(**kind.batch()).loss.backward()
+    assert not state.note_unreached()
+    for layer in state.layers.values():
+        assert layer.weight.grad.isfinite().all() and layer.weight.grad.norm() > 0
+
+
+# ---- nn.Conv1d by itself -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_conv1d_kernel_area(name):
+    make, area = LAYERS[name]
+    assert kernel_area(make()) == area
+    blocks = to_blocks(weight_matrix(make()), make().kernel_size[0])
+    assert blocks.shape == (make().weight.shape[0] * make().weight.shape[1], make().kernel_size[0])
+
+
+def test_conv1d_packed_forward_matches_dense(layer):
+    dense, inputs = copy.deepcopy(layer), inputs_of(layer)
+    pack_layer(layer, ProductQuantizer(kernel_area(layer), 8))
+    dense.weight.data.copy_(layer.weight.detach())
+    assert torch.equal(layer(inputs), dense(inputs))
+    layer(inputs).square().sum().backward()
+    assert layer.weight_codebook.grad.norm() > 0
+
+
+def test_conv1d_importance_uses_unfolded_patches(layer):
+    inputs = inputs_of(layer) * torch.arange(1.0, layer.in_channels + 1)[:, None]
+    rows, columns = weight_matrix(layer).shape
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    padded = F.pad(inputs, layer._reversed_padding_repeated_twice, mode=mode).square()
+    expected = torch.empty(rows, columns)
+    for column in range(columns):
+        kernel = torch.zeros(rows, columns)
+        kernel[:, column] = 1
+        expected[:, column] = F.conv1d(
+            padded, kernel.view_as(layer.weight), None, layer.stride, 0, layer.dilation,
+            layer.groups,
+        ).sum((0, 2))  # fmt: skip
+    expected += 0.01 * expected.mean()
+    (found,) = measure_importance(layer, [[layer]], [inputs], layer)
+    assert found.shape == ((1 if layer.groups == 1 else rows), columns)
+    torch.testing.assert_close(found.expand(rows, columns), expected / expected.mean())
+
+
+# ---- types without a packed forward --------------------------------------------------------------
+
+
+class Scale(nn.Module):
+    """A layer of a type that is unknown to the package."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(16, 64))
+
+    def forward(self, inputs):
+        return inputs * self.weight
+
+
+@pytest.fixture
+def scale_type(monkeypatch):
+    """Register a layer type for `Scale` that has noise but no packed forward."""
+    monkeypatch.setattr("hf_quantnoise.layer_types.record.LAYER_TYPES", types := [*LAYER_TYPES])
+    layer_type = LayerType(
+        layer_class=Scale,
+        to_matrix=lambda weight: weight,
+        from_matrix=lambda matrix, shape: matrix,
+    )
+    register_layer_type(layer_type)
+    assert types[-1] is layer_type
+
+
+def test_pack_layer_without_packed_forward_raises_and_keeps_weight(scale_type):
+    layer = Scale()
+    weight = layer.weight
+    for layers in (layer, [nn.Linear(64, 16), layer]):
+        with pytest.raises(TypeError, match="Scale.*packed_forward"):
+            pack_layer(layers, FixedPointQuantizer(bits=8))
+    assert layer.weight is weight and type(layer) is Scale
+
+
+def test_plan_skips_layer_without_packed_forward(scale_type):
+    model = nn.ModuleDict({"linear": nn.Linear(64, 16), "scale": Scale()})
+    plan, skipped = make_plan(model, FixedPointConfig(bits=8))
+    assert [weight.layers[0].name for weight in plan[None]] == ["linear"]
+    assert "Scale" in skipped["scale"]
+
+
+def test_layer_type_without_packed_forward_gets_noise(scale_type):
+    model = nn.ModuleDict({"linear": nn.Linear(64, 16), "scale": Scale()}).train()
+    apply_quant_noise(model, QuantNoiseConfig(noise="proxy", p=1.0, block_size=8))
+    assert set(find_state(model).layers) == {"linear", "scale"}
+    assert not model.scale(torch.ones(16, 64)).any()
+    assert not any(packed_layers(model))
