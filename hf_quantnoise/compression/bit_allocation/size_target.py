@@ -34,11 +34,7 @@ def file_bytes(model: PreTrainedModel, config: QuantizedModelConfig) -> int:
 def target_bytes(model: PreTrainedModel, config: IPQConfig) -> int:
     """Return the number of bytes that a config allows.
 
-    ``target_bits_per_weight`` counts each parameter that remains after pruning and sharing once.
-
-    Args:
-        model: the model as it will be packed.
-        config: with a target.
+    ``target_bits_per_weight`` counts each parameter of the model once, after pruning and sharing.
     """
     if config.target_size_mb is not None:
         return int(config.target_size_mb * 1e6)
