@@ -51,7 +51,10 @@ def chunks_of(model: nn.Module, share_layers: ShareLayers) -> list[Chunk]:
     modules = dict(model.named_modules())
     for name in (name for chunk in chunks for name in chunk):
         if name not in modules:
-            raise ValueError(f"invalid share_layers: {type(model).__name__} has no layer {name!r}")
+            raise ValueError(
+                f"invalid share_layers: {type(model).__name__} has no layer {name!r}; use names "
+                "from model.named_modules()"
+            )
     for chunk in chunks:
         _require_same_shapes(chunk, modules)
     return chunks

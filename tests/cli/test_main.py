@@ -86,7 +86,7 @@ def test_usage_errors_are_one_line_and_code_2(line, said, made, monkeypatch, cap
         ("plan out/dense --block_size fnn=8", "'fnn' is no structure group"),
         ("plan out/dense --n_centroids ffn=9,embeddings=9,attention=9,haed=9", "mean 'head'"),
         ("plan out/dense --block_size .*query=8", "block_size={'.*query': 8}: the stage 'ffn'"),
-        ("plan out/dense --target_size_mb 0.001", "the smallest allotment takes"),
+        ("plan out/dense --target_size_mb 0.001", "target_size_mb=0.001"),
         ("compress out/dense out/compressed", "--overwrite"),
         ("compress out/dense out/dense --overwrite", "is the model itself"),
         ("compress out/dense out --overwrite", "holds no saved model"),

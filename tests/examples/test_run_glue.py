@@ -274,7 +274,7 @@ def test_patterns_are_a_regex_or_a_list():
         (["--noise_block_size", "5"], r"block_size=5"),
         (["--block_size", "5", "--noise", "none"], r"block_size=5.*choose a block_size"),
         (["--noise_target_modules", "nothing"], r"target_modules='nothing' matches no layer"),
-        (["--target_size_mb", "0.001"], r"0\.001 allows 1,000 bytes.*smallest allotment"),
+        (["--target_size_mb", "0.001"], r"target_size_mb=0\.001.*1,000 bytes"),
         (["--target_size_mb", "1", "--target_bits_per_weight", "1"], r"both say how large"),
         (
             ["--target_bits_per_weight", "4", "--scheme", "fixed_point"],
