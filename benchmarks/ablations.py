@@ -65,7 +65,7 @@ class BenchmarkArguments:
             if name not in names:
                 raise ValueError(f"invalid --rows {name!r}: expected some of {', '.join(names)}")
         if not self.print and not (self.model_dir and self.data_dir):
-            raise ValueError("missing --model_dir or --data_dir; pass both, or --print")
+            raise ValueError("--model_dir and --data_dir are required; pass both, or --print")
 
 
 def _start_folder(args: BenchmarkArguments, start: str, seed: int) -> str:

@@ -183,7 +183,7 @@ def table(lines: list[dict]) -> str:
         ValueError: if there are none.
     """
     if not lines:
-        raise ValueError("no finished row in --results; run the benchmark without --table first")
+        raise ValueError("--results has no finished row; run the benchmark without --table first")
     text = [
         "| option | block size | seed | divergence | accuracy | MB | times smaller | seconds |",
         "|---|---|---|---|---|---|---|---|",

@@ -289,7 +289,7 @@ def table(lines: list[dict]) -> str:
         ValueError: if there are no runs.
     """
     if not lines:
-        raise ValueError("no finished run in --results; run the benchmark without --table first")
+        raise ValueError("--results has no finished run; run the benchmark without --table first")
     seeds = sorted({line["key"]["seed"] for line in lines})
     groups: dict[str, list[dict]] = {}
     for line in lines:

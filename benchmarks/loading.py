@@ -137,7 +137,7 @@ def table(lines: list[dict]) -> str:
         ValueError: if there are none.
     """
     if not lines:
-        raise ValueError("no finished model in --results; run the benchmark without --table first")
+        raise ValueError("--results has no finished model; run the benchmark without --table first")
     text = ["| model | what | dense | packed | packed / dense |", "|---|---|---|---|---|"]
     for line in lines:
         dense, packed = (line[kind] for kind in KINDS)

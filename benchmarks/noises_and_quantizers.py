@@ -91,7 +91,7 @@ class BenchmarkArguments:
     def __post_init__(self) -> None:
         self.results = self.results or f"benchmarks/results/noises_{self.task}.jsonl"
         if not self.table and not (self.model_dir and self.data_dir):
-            raise ValueError("missing --model_dir or --data_dir; pass both, or --table")
+            raise ValueError("--model_dir and --data_dir are required; pass both, or --table")
 
 
 def _settings(task: str, row: tuple[str, str, str, str]) -> list[str]:
@@ -132,7 +132,7 @@ def table(lines: list[dict], task: RealTask) -> str:
         ValueError: if there are no runs.
     """
     if not lines:
-        raise ValueError("no finished run in the results; run the benchmark without --table first")
+        raise ValueError("--results has no finished run; run the benchmark without --table first")
     groups: dict[tuple, list[dict]] = {}
     for line in lines:
         key = line["key"]

@@ -36,7 +36,6 @@ from hf_quantnoise import (
 NOT_YET = {
     "target_modules without match",
     "stage twice",
-    "no calibration data",
     "NaN in a weight",
     "exclude_modules without match",
     "auto class instantiated",
