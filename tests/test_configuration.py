@@ -116,7 +116,7 @@ def test_options_have_help_and_valid_defaults(config):
 
 def test_configuration_page_is_up_to_date():
     made = runpy.run_path(str(DOCS / "write_configuration.py"))["page"]()
-    page = (DOCS / "configuration.md").read_text(encoding="utf-8")
+    page = (DOCS / "reference" / "configuration.md").read_text(encoding="utf-8")
     assert made.splitlines() == page.splitlines(), "run python docs/write_configuration.py"
 
 
