@@ -76,11 +76,11 @@ test-oldest: $(OLDEST_STAMP)  ## run the tests that depend on versions at the ol
 coverage: $(STAMP)  ## run the tests except the slow ones and print the coverage of each file
 	$(BIN)/python $(PYTEST) -m "not slow" --cov --cov-report=term-missing:skip-covered $(ARGS)
 
-lint: $(STAMP)  ## check errors and format with ruff, without changing files
+lint: $(STAMP) types  ## check errors, format and types, without changing files
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(STAMP)  ## check types with mypy
+types: $(STAMP)
 	$(BIN)/mypy
 
 language: $(STAMP)  ## check texts for phrases that the style guide replaces
