@@ -159,8 +159,7 @@ class QuantNoiseCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Exchange observed ranges between ranks, before a checkpoint is written; after
-        :data:`REACH_STEPS` steps, warn about layers without noise."""
+        """Exchange observed ranges between ranks, and warn once about layers without noise."""
         noise = find_state(kwargs["model"])
         if noise is None:
             return

@@ -198,8 +198,7 @@ class QuantNoiseTrainer(PublishingMixin, PackedModelTrainer):
         self.accelerator.free_memory()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """``Trainer.log``; adds the rates of the noise and the average share of noised weights to
-        each training loss."""
+        """Log, with the noise rates and the average share of noised weights for a training loss."""
         state = find_state(self.model) if self.noise_callback is not None else None
         if state is not None and "loss" in logs:
             logs = {**logs, **state.figures(self.model)}

@@ -13,8 +13,7 @@ from ..repository import CARD, TAG, create_repository, existing_card, find_file,
 
 
 class HubConfigMixin:
-    """``save_pretrained``, ``from_pretrained`` and ``push_to_hub``, for a config with
-    ``to_json_string`` and ``from_dict``."""
+    """Mixin with ``save_pretrained``, ``from_pretrained`` and ``push_to_hub`` for a config."""
 
     file_name: ClassVar[str]
 

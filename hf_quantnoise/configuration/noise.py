@@ -170,8 +170,11 @@ class QuantNoiseConfig(HubConfigMixin, Options):
     def matching(
         cls, quantization_config: QuantizedModelConfig, **overrides: Any
     ) -> QuantNoiseConfig:
-        """Return noise with the blocks of a target: ``"proxy"`` for an :class:`IPQConfig`,
-        ``"intN"`` for a :class:`FixedPointConfig`. ``overrides`` are fields of this class."""
+        """Return noise with the blocks of a target.
+
+        The noise is ``"proxy"`` for an :class:`IPQConfig`, ``"intN"`` for a
+        :class:`FixedPointConfig`. ``overrides`` are fields of this class.
+        """
         return cls(**{**quantization_config.noise_settings(), **overrides})
 
     def to_dict(self) -> dict[str, Any]:

@@ -192,8 +192,10 @@ class PackedLayer(DynamicSubclass):
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Register a parameter; the ones that are never trained become, in place (tied layers hold
-        the same object), a :class:`NonTrainableParameter`."""
+        """Register a parameter; one that is never trained becomes a :class:`NonTrainableParameter`.
+
+        Its class is replaced in place, as tied layers hold the same object.
+        """
         if name == INDICES:
             self._counts = None
         if type(param) is nn.Parameter and (

@@ -147,8 +147,7 @@ def _quantizer_for(
 def _require_known(
     config: QuantizedModelConfig, model: nn.Module, layers: Sequence[LayerInfo]
 ) -> None:
-    """Raise if settings are for unknown or excluded layers, or contradict each other for tied
-    ones."""
+    """Raise if settings are for unknown or excluded layers, or differ between tied layers."""
     by_name, chosen = config.settings_by_name(), {layer.name: layer for layer in layers}
     for name, settings in by_name.items():
         field = f"invalid layer_quantizers[{name!r}]"
@@ -207,8 +206,9 @@ def _without_empty_stages(
     skipped: dict[str, str],
     layers: Sequence[LayerInfo],
 ) -> dict[str | None, list[PlannedWeight]]:
-    """Return the stages that pack something. A stage may only be empty because ``layer_quantizers``
-    skips all of its layers.
+    """Return the stages that pack something.
+
+    A stage may only be empty because ``layer_quantizers`` skips all of its layers.
 
     Raises:
         ValueError: if a stage is empty for another reason.

@@ -113,8 +113,7 @@ def label_mask(inputs: Mapping[str, Any], logits: Tensor) -> Tensor | None:
 
 @HEADS.register("classification", "single_label_classification")
 def classification_divergence(student, teacher, inputs, temperature):
-    """Compare the classes of each example, or of each token (masked LM, token classification,
-    encoder-decoder). A single class is regression."""
+    """Compare the classes of each example or token; a single class is regression."""
     logits = student["logits"]
     divergence = squared_error if logits.shape[-1] == 1 else softmax_divergence
     return divergence(logits, teacher["logits"], temperature, label_mask(inputs, logits))

@@ -147,16 +147,17 @@ class PackedModelTrainer(Trainer):
             self._sharded.spread_state(self.optimizer)
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:
-        """``Trainer.training_step``; after the last micro-batch of a step it averages the gradients
-        of replicated parameters."""
+        """Run a micro-batch; after the last of a step average gradients of replicated weights."""
         loss = super().training_step(*args, **kwargs)
         if self._sharded is not None and self.accelerator.sync_gradients:
             self._sharded.average_gradients()
         return loss
 
     def evaluation_loop(self, *args, **kwargs):
-        """``Trainer.evaluation_loop``; outside training, FSDP2 ranks evaluate their share of the
-        data with the complete model, which ``Trainer`` (5.23) refuses."""
+        """Evaluate; outside training, FSDP2 ranks evaluate the complete model on their data.
+
+        ``Trainer`` (5.23) refuses this.
+        """
         if not self.is_fsdp_enabled or self.is_in_train:
             return super().evaluation_loop(*args, **kwargs)
         self.model.to(self.args.device)

@@ -1,5 +1,4 @@
-"""Noise on the layers of later stages: while one stage is finetuned, it prepares the others for
-their quantization (section 4 within section 3.2)."""
+"""Noise on the layers of later stages while one stage is finetuned (sections 3.2 and 4)."""
 
 from __future__ import annotations
 
