@@ -5,13 +5,12 @@ from __future__ import annotations
 import copy
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from datasets import Dataset, load_dataset
 from transformers import TrainingArguments
 
 from hf_quantnoise.configuration.options import option
-from hf_quantnoise.runs.glue_data import READERS
+from hf_quantnoise.runs.example_data import read_table
 
 
 @dataclass
@@ -32,22 +31,13 @@ class RowFlags:
                 f"--train_file {self.train_file!r} and --validation_file {self.validation_file!r} "
                 "must be used together; pass both, or none to use --dataset_name"
             )
-        for flag in ("train_file", "validation_file"):
-            name = getattr(self, flag)
-            if name is None:
-                continue
-            if not Path(name).is_file():
-                raise ValueError(f"invalid --{flag} {name!r}: not a file")
-            if Path(name).suffix not in READERS:
-                raise ValueError(f"invalid --{flag} {name!r}: expected one of {', '.join(READERS)}")
 
     def read(self, name: str) -> Dataset:
         """Return the data of ``"train"`` or ``"validation"``."""
-        file_name = getattr(self, f"{name}_file")
-        if file_name is None:
+        path = getattr(self, f"{name}_file")
+        if path is None:
             return load_dataset(self.dataset_name, split=getattr(self, f"{name}_split"))
-        reader = READERS[Path(file_name).suffix]
-        return load_dataset(reader, data_files=file_name, split="train")
+        return read_table(f"{name}_file", path)
 
     def for_centroids(self, training: TrainingArguments) -> TrainingArguments:
         """Return the arguments for finetuning the quantized model."""

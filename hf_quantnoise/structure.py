@@ -8,7 +8,7 @@ the feed-forward part; all others are the head.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -54,31 +54,17 @@ class LayerInfo:
         return self.rows * self.columns
 
 
-def _paths_with_classes(model: nn.Module, name: str) -> Iterable[str]:
-    """Yield the attribute names and class names on the path from the root (excluded) to a layer."""
-    module = model
-    for part in name.split("."):
-        module = getattr(module, part)
-        yield part
-        yield type(module).__name__
-
-
-def _inside_repeated_layer(model: nn.Module, name: str) -> bool:
-    module: nn.Module = model
-    for part in name.split(".")[:-1]:
-        module = getattr(module, part)
-        if isinstance(module, nn.ModuleList):
-            return True
-    return False
-
-
 def group_of(model: nn.Module, name: str, layer: nn.Module) -> str:
     """Return the structure group of the layer called ``name`` in ``model``."""
-    if any(_ATTENTION.search(part) for part in _paths_with_classes(model, name)):
-        return "attention"
+    path: list[nn.Module] = []
+    for part in name.split("."):
+        path.append(getattr(path[-1] if path else model, part))
+        if _ATTENTION.search(part) or _ATTENTION.search(type(path[-1]).__name__):
+            return "attention"
     if group := known_layer_type(layer).group:
         return group
-    return "ffn" if _inside_repeated_layer(model, name) else "head"
+    is_repeated = any(isinstance(module, nn.ModuleList) for module in path[:-1])
+    return "ffn" if is_repeated else "head"
 
 
 def _input_tables(model: nn.Module) -> set[int]:

@@ -1,28 +1,39 @@
-"""Configs: JSON round trips, strict validation, errors that name field, value and way out."""
+"""Configs: JSON round trips, strict checks, and errors that name field and value."""
 
 import json
+import logging
+import runpy
+from dataclasses import fields
+from inspect import signature
+from pathlib import Path
 
 import pytest
+from transformers import HfArgumentParser
 
-from hf_quantnoise import FixedPointConfig, IPQConfig, QuantNoiseConfig
+from hf_quantnoise import CompressionArguments, FixedPointConfig, IPQConfig, QuantNoiseConfig
 from hf_quantnoise.configuration import FORMAT_VERSION, QuantizedModelConfig
+from hf_quantnoise.configuration.flags import FORMS, QuantizationFlags, default_of
+from hf_quantnoise.configuration.options import option, options_of, values_of_file
+
+DOCS = Path(__file__).parents[1] / "docs"
+CONFIGS = [QuantNoiseConfig, IPQConfig, FixedPointConfig, CompressionArguments]
 
 
 @pytest.mark.parametrize(
-    ("fields", "words"),
+    ("values", "words"),
     [
         ({"p": 1.5}, ["p=1.5", "0 to 1"]),
-        ({"p": -0.1}, ["p=-0.1", "0 to 1"]),
-        ({"p": float("nan")}, ["p=nan", "0 to 1"]),
-        ({"p": "half"}, ["p='half'", "0 to 1"]),
+        ({"p": -0.1}, ["p=-0.1"]),
+        ({"p": float("nan")}, ["p=nan"]),
+        ({"p": "half"}, ["p='half'"]),
         ({"p": True}, ["p=True"]),
-        ({"noise": "proxi"}, ["noise", "'proxi'", "Did you mean 'proxy'"]),
+        ({"noise": "proxi"}, ["noise", "'proxi'", "did you mean 'proxy'"]),
         ({"noise": "int9"}, ["'int9'", "int8"]),
         ({"noise": []}, ["noise=[]"]),
         ({"noise": ["pq", "int8"], "p": [0.1]}, ["p=[0.1]", "1 rates for 2 noises"]),
         ({"block_size": 0}, ["block_size=0", "an integer from 1"]),
         ({"block_size": {}}, ["block_size={}", "empty"]),
-        ({"block_size": {"ffn": 8, "attention": -4}}, ["-4", "'attention'"]),
+        ({"block_size": {"ffn": 8, "attention": -4}}, ["block_size['attention']=-4"]),
         ({"block_size": {"ff(": 8}}, ["'ff('", "regular expression"]),
         ({"n_centroids": 1}, ["n_centroids=1", "2 to 65536"]),
         ({"codebook_update": "day"}, ["codebook_update='day'", "'epoch'"]),
@@ -31,26 +42,28 @@ from hf_quantnoise.configuration import FORMAT_VERSION, QuantizedModelConfig
         ({"p_schedule": 0}, ["p_schedule=0"]),
         ({"scale_update_steps": 0}, ["scale_update_steps=0"]),
         ({"target_modules": 3}, ["target_modules=3", "regex"]),
-        ({"exclude_modules": "["}, ["exclude_modules", "regular expression"]),
+        ({"exclude_modules": "["}, ["exclude_modules='['", "regular expression"]),
         ({"seed": -1}, ["seed=-1"]),
+        ({"layerdrop_ste": 1}, ["layerdrop_ste=1", "True or False"]),
     ],
 )
-def test_bad_noise_configs_are_refused(fields, words):
+def test_noise_config_checks(values, words):
     with pytest.raises(ValueError) as error:
-        QuantNoiseConfig(**fields)
+        QuantNoiseConfig(**values)
     for word in words:
         assert word in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("fields", "words"),
+    ("values", "words"),
     [
         ({"block_size": 2.5}, ["block_size=2.5"]),
         ({"n_centroids": 100_000}, ["n_centroids=100000", "65536"]),
         ({"codebook_bits": 4}, ["codebook_bits=4", "32, 16, 8"]),
         ({"stages": "ffn"}, ["stages='ffn'", "list"]),
         ({"stages": []}, ["stages=[]"]),
-        ({"stages": ["ffn", "ffn"]}, ["twice"]),
+        ({"stages": 3}, ["stages=3"]),
+        ({"stages": ["ffn", "ffn"]}, ["stages=['ffn', 'ffn']", "twice"]),
         ({"block_size": {"ffn": 8}}, ["block_size", "'embeddings'", "stages"]),
         ({"format_version": FORMAT_VERSION + 1}, ["newer", "pip install -U"]),
         ({"format_version": 0}, ["format_version=0"]),
@@ -59,7 +72,11 @@ def test_bad_noise_configs_are_refused(fields, words):
         ({"target_size_mb": float("inf")}, ["target_size_mb=inf"]),
         ({"target_bits_per_weight": -1.5}, ["target_bits_per_weight=-1.5"]),
         ({"target_bits_per_weight": True}, ["target_bits_per_weight=True"]),
-        ({"target_size_mb": 14, "target_bits_per_weight": 2}, ["both", "one of them"]),
+        (
+            {"target_size_mb": 14, "target_bits_per_weight": 2},
+            ["target_size_mb=14", "target_bits_per_weight=2"],
+        ),
+        ({"target_size_mb": 14, "n_codebooks": 2}, ["n_codebooks=2", "target_size_mb=14"]),
         ({"layer_quantizers": [1]}, ["layer_quantizers=[1]", "dict from layer name"]),
         ({"layer_quantizers": {"a": "int4"}}, ["layer_quantizers['a']='int4'", "scheme"]),
         ({"layer_quantizers": {"a": {"bits": 4}}}, ["layer_quantizers['a']", '"scheme"']),
@@ -70,17 +87,114 @@ def test_bad_noise_configs_are_refused(fields, words):
         ({"layer_quantizers": {"a": {"scheme": "pq", "n_iter": 0}}}, ["n_iter=0"]),
     ],
 )
-def test_bad_ipq_configs_are_refused(fields, words):
+def test_ipq_config_checks(values, words):
     with pytest.raises(ValueError) as error:
-        IPQConfig(**fields)
+        IPQConfig(**values)
     for word in words:
         assert word in str(error.value)
 
 
 @pytest.mark.parametrize("bits", [0, 9, "4", 3.0])
-def test_fixed_point_takes_1_to_8_bits(bits):
-    with pytest.raises(ValueError, match="bits="):
+def test_fixed_point_config_checks(bits):
+    with pytest.raises(ValueError, match=f"bits={bits!r}"):
         FixedPointConfig(bits=bits)
+
+
+# ---- one declaration per option ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_options_have_help_and_valid_defaults(config):
+    made = config()
+    for name, declared in options_of(config).items():
+        assert declared.help.endswith("."), name
+        assert getattr(made, name) == declared.default
+        assert f"{name}: {declared.help}" in config.__doc__
+    assert list(signature(config).parameters) == list(options_of(config))
+
+
+def test_configuration_page_is_up_to_date():
+    made = runpy.run_path(str(DOCS / "write_configuration.py"))["page"]()
+    page = (DOCS / "configuration.md").read_text(encoding="utf-8")
+    assert made.splitlines() == page.splitlines(), "run python docs/write_configuration.py"
+
+
+def test_flags_have_the_defaults_of_the_configs():
+    flags = {f.name: default_of(f) for f in fields(QuantizationFlags)}
+    for config in (IPQConfig, FixedPointConfig):
+        for name, declared in options_of(config).items():
+            if name in flags and name not in ("bits", "layer_quantizers"):
+                assert flags[name] == declared.default
+        values = QuantizationFlags(scheme=config.scheme).config(seed=0)
+        assert values == config()
+
+
+def test_every_option_can_be_written_on_a_command_line():
+    """A new type of option needs an entry in FORMS."""
+    simple = {int, float, bool, str, int | None, float | None, str | None}
+    for config in (QuantNoiseConfig, IPQConfig, FixedPointConfig):
+        for name, declared in options_of(config).items():
+            if not name.endswith("_layers") and name not in ("plan", "left_dense", "importance"):
+                assert declared.type in simple or declared.type in FORMS, name
+
+
+def test_an_option_of_a_subclass_becomes_a_keyword_and_a_flag():
+    from dataclasses import dataclass
+    from typing import Annotated
+
+    from hf_quantnoise.configuration.checks import integer
+
+    @dataclass
+    class More(CompressionArguments):
+        patience: Annotated[int, integer(1, 3)] = option(2, "Stages without improvement.")
+
+    (parsed,) = HfArgumentParser(More).parse_args_into_dataclasses(["--patience", "3"])
+    assert parsed.patience == 3
+    with pytest.raises(ValueError, match="patience=4"):
+        More(patience=4)
+
+
+# ---- names ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "meant"),
+    [
+        (QuantNoiseConfig, "blok_size", "block_size"),
+        (IPQConfig, "codebok_bits", "codebook_bits"),
+        (FixedPointConfig, "bit", "bits"),
+        (CompressionArguments, "stage_epoch", "stage_epochs"),
+    ],
+)
+def test_unknown_names_are_errors_with_a_suggestion(config, name, meant, tmp_path):
+    with pytest.raises(TypeError, match=f"{config.__name__}.*{name!r}; did you mean {meant!r}"):
+        config(**{name: 4})
+    words = f"unknown field {name!r} of {config.__name__}.*did you mean {meant!r}"
+    with pytest.raises(ValueError, match=words):
+        values_of_file(config, {name: 4})
+    if config is not CompressionArguments:
+        scheme = {} if config is QuantNoiseConfig else {"scheme": config.scheme}
+        (tmp_path / config.file_name).write_text(json.dumps({name: 4, **scheme}))
+        with pytest.raises(ValueError, match=words):
+            config.from_pretrained(tmp_path)
+
+
+def test_names_unlike_any_option_get_the_list():
+    with pytest.raises(ValueError, match="'hologram'.*known: noise, p,"):
+        QuantNoiseConfig.from_dict({"hologram": 0.1})
+
+
+@pytest.mark.parametrize("name", CompressionArguments.removed)
+def test_removed_options_in_files_are_dropped_with_a_warning(name, caplog):
+    with caplog.at_level(logging.WARNING):
+        values = values_of_file(CompressionArguments, {name: 3, "stage_epochs": 2})
+    assert values == {"stage_epochs": 2}
+    assert f"{name} was removed and has no effect" in caplog.text
+    with pytest.raises(TypeError, match=f"{name!r} .removed: "):
+        CompressionArguments(**{name: 3})
+
+
+# ---- files ---------------------------------------------------------------------------------------
 
 
 def test_noise_config_round_trip(tmp_path):
@@ -97,11 +211,9 @@ def test_noise_config_round_trip(tmp_path):
     assert config.noises == [("pq", 0.1), ("int4", 0.5)]
 
 
-def test_noise_config_says_what_is_missing_or_unknown(tmp_path):
+def test_noise_config_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match="quant_noise_config.json is missing"):
         QuantNoiseConfig.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="no field 'rate'; fields: noise, p,"):
-        QuantNoiseConfig.from_dict({"rate": 0.1})
 
 
 @pytest.mark.parametrize(
@@ -130,17 +242,17 @@ def test_storage_configs_round_trip_through_json(config):
     assert again.to_dict() == config.to_dict()
 
 
-def test_a_future_format_with_new_fields_is_called_newer_not_odd():
+def test_newer_formats_are_reported_before_unknown_fields():
     values = {**IPQConfig().to_dict(), "format_version": 99, "hologram": True}
     with pytest.raises(ValueError, match="format_version=99.*newer.*pip install -U"):
         QuantizedModelConfig.from_dict(values)
-    with pytest.raises(ValueError, match="no field 'hologram'"):
+    with pytest.raises(ValueError, match="unknown field 'hologram'"):
         QuantizedModelConfig.from_dict({**values, "format_version": 1})
     with pytest.raises(ValueError, match="unknown scheme 'pqq'"):
         QuantizedModelConfig.from_dict({"scheme": "pqq"})
 
 
-def test_matching_noise_has_the_blocks_of_its_target():
+def test_matching_noise_has_the_blocks_of_the_target():
     blocks = {"ffn": 8, "embeddings": 8, "attention": 4}
     noise = QuantNoiseConfig.matching(IPQConfig(block_size=blocks, n_centroids=64), p=0.2)
     assert (noise.noise, noise.p) == ("proxy", 0.2)
@@ -163,7 +275,7 @@ def test_matching_noise_has_the_blocks_of_single_layers():
         QuantNoiseConfig.matching(IPQConfig(layer_quantizers=layers, prune_layers="every_other"))
 
 
-def test_what_a_plan_says_of_the_layer_is_no_setting_of_its_quantizer():
+def test_layer_quantizers_drop_the_description_of_a_plan():
     entry = {"scheme": "int", "bits": 4, "observer": "minmax"}
     described = {**entry, "group": "ffn", "rows": 4, "columns": 4, "tied_to": "b"}
     assert IPQConfig(layer_quantizers={"a": described}).layer_quantizers == {"a": entry}

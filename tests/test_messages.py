@@ -38,7 +38,6 @@ NOT_YET = {
     "share_layers without layer",
     "stage twice",
     "quantize with a noise config",
-    "no calibration data",
     "NaN in a weight",
     "exclude_modules without match",
     "target size too small",

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import sys
 import traceback
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from inspect import getdoc
 
-from ..configuration.flags import OneLineErrors, unknown_flags
+from ..configuration.flags import HelpFormatter, OneLineErrors, unknown_flags
 from . import compress, convert, exports, finetune, plan, push, report  # noqa: F401, I001
 from .command import COMMANDS, Command, UsageError
 
@@ -20,8 +20,8 @@ __all__ = ["COMMANDS", "Command", "UsageError", "build_parser", "main"]
 NAME = "hf-quantnoise"
 
 
-class _Formatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    """Shows the default of each flag, and examples as they are written."""
+class _Formatter(HelpFormatter, RawDescriptionHelpFormatter):
+    """Shows defaults, and the examples as they are written."""
 
 
 class _Parser(OneLineErrors, ArgumentParser):

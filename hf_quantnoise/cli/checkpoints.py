@@ -38,11 +38,7 @@ class Checkpoint:
 
     @cached_property
     def config(self) -> PretrainedConfig:
-        """The content of ``config.json``.
-
-        Raises:
-            FileNotFoundError: if it is missing.
-        """
+        """The content of ``config.json``."""
         if not self.has_config:
             raise FileNotFoundError(f"{self.path!r} has no {CONFIG_NAME}")
         with self._error_context():
@@ -87,11 +83,7 @@ class Checkpoint:
 
     @property
     def model_class(self) -> type[PreTrainedModel]:
-        """The model class in ``architectures``.
-
-        Raises:
-            ValueError: if transformers has no such class.
-        """
+        """The model class in ``architectures``."""
         if (found := class_of(self.config.architectures)) is None:
             raise ValueError(
                 f"{self.path!r}: invalid architectures={self.config.architectures!r} in "
@@ -101,11 +93,7 @@ class Checkpoint:
 
     @cached_property
     def headers(self) -> Headers | None:
-        """Headers of the safetensors files, or None if there are none.
-
-        Raises:
-            ValueError: if one of them is truncated.
-        """
+        """Headers of the safetensors files, or None if there are none."""
         if os.path.isdir(self.path):
             return local_headers(self.path)
         with self._error_context():
@@ -133,11 +121,7 @@ class Checkpoint:
             )
 
     def load(self) -> PreTrainedModel:
-        """Load the model, in the dtype of its file.
-
-        Raises:
-            ValueError: if weights are missing.
-        """
+        """Load the model, in the dtype of its file."""
         model, found = self.model_class.from_pretrained(
             self.path, revision=self.revision, output_loading_info=True
         )
@@ -150,12 +134,7 @@ class Checkpoint:
         return model
 
     def skeleton(self) -> PreTrainedModel:
-        """Return the model on the meta device, with packed layers if it is quantized.
-
-        Raises:
-            ValueError: if it has an unknown class, another package's quantization, or an invalid
-                quantization config.
-        """
+        """Return the model on the meta device, with packed layers if it is quantized."""
         if self.foreign_method is not None:
             raise ValueError(f"quantized by {self.foreign_method!r}")
         config = deepcopy(self.config)
@@ -170,11 +149,7 @@ class Checkpoint:
 
 
 def checkpoint_of(args: Namespace) -> Checkpoint:
-    """Return the model that the flags of ``add_model_argument`` name.
-
-    Raises:
-        UsageError: for a revision of a folder.
-    """
+    """Return the model that the flags of ``add_model_argument`` name."""
     if args.revision is not None and os.path.isdir(args.model):
         raise UsageError(
             f"--revision {args.revision!r} requires a repository, {args.model!r} is a folder; "

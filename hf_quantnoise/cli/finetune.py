@@ -51,11 +51,7 @@ class Finetune(Command):
 
 
 def task_module(task: str) -> ModuleType:
-    """Return the module of a task.
-
-    Raises:
-        ImportError: naming the extra, if a required package is missing.
-    """
+    """Return the module of a task."""
     try:
         return import_module(f"..runs.{task}", __package__)
     except ModuleNotFoundError as error:

@@ -59,9 +59,6 @@ def local_headers(folder: str) -> Headers | None:
     """Return the headers of the model in a folder, or None if it has no safetensors files.
 
     If no file has the name of a model file, all safetensors files are used (those of an adapter).
-
-    Raises:
-        ValueError: naming a truncated file.
     """
     try:
         files = get_local_safetensors_metadata(folder).files_metadata
@@ -77,11 +74,7 @@ def local_headers(folder: str) -> Headers | None:
 
 
 def hub_headers(repo: str, revision: str | None) -> Headers | None:
-    """Return the headers of a repository's model; only the beginning of each file is read.
-
-    Raises:
-        ValueError: naming a truncated file.
-    """
+    """Return the headers of a repository's model; only the beginning of each file is read."""
     api = HfApi()
     try:
         files = api.get_safetensors_metadata(repo, revision=revision).files_metadata

@@ -29,12 +29,7 @@ def quantization_parser() -> ArgumentParser:
 
 
 def quantization_config(args: Namespace) -> QuantizedModelConfig:
-    """Return the config that the flags describe.
-
-    Raises:
-        UsageError: if a value is invalid, a flag belongs to another scheme, or ``--config`` is
-            combined with other settings.
-    """
+    """Return the config that the flags describe."""
     flags = QuantizationFlags(**{f.name: getattr(args, f.name) for f in fields(QuantizationFlags)})
     given = flags.given() + (["seed"] if args.seed else [])
     try:
@@ -54,11 +49,7 @@ def quantization_config(args: Namespace) -> QuantizedModelConfig:
 def with_allocated_bits(
     model: PreTrainedModel, config: QuantizedModelConfig
 ) -> QuantizedModelConfig:
-    """Return the config with ``layer_quantizers`` filled in, if it has a target size.
-
-    Raises:
-        ValueError: if the target cannot be met.
-    """
+    """Return the config with ``layer_quantizers`` filled in, if it has a target size."""
     if config.target is None or config.settings_by_name():
         return config
     allocation = plan_bit_allocation(model, config, progress=sys.stderr.isatty())

@@ -25,9 +25,6 @@ def report_of(checkpoint: Checkpoint) -> tuple[SizeReport, str | None]:
 
     Returns:
         The report, and a note if it could not be made layer by layer (else None).
-
-    Raises:
-        ValueError: if there is no model, or a file is truncated.
     """
     headers = checkpoint.headers
     if headers is None:
@@ -116,11 +113,7 @@ def to_dict(report: SizeReport) -> dict[str, Any]:
 
 
 def draw(report: SizeReport, per: str, title: str, file_name: str) -> None:
-    """Plot bytes on disk as one bar per layer (or group), coloured by how it is stored.
-
-    Raises:
-        ImportError: naming the extra, if matplotlib is not installed.
-    """
+    """Plot bytes on disk as one bar per layer (or group), coloured by how it is stored."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

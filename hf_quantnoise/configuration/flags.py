@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from argparse import ArgumentParser
-from collections.abc import Callable, Iterable, Mapping
+import re
+from argparse import Action, ArgumentDefaultsHelpFormatter, ArgumentParser
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import MISSING, Field, dataclass, fields, make_dataclass
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, TypeVar
 
 from ..registry import suggestion
 from .fixed_point import FixedPointConfig
@@ -14,6 +16,8 @@ from .ipq import IPQConfig
 from .noise import QuantNoiseConfig
 from .options import Option, option, options_of
 from .storage import QUANT_METHOD, RECORDS, SCHEMES, QuantizedModelConfig
+
+Config = TypeVar("Config")
 
 
 def invalid_flag(flag: str, value: Any, expected: str) -> ValueError:
@@ -216,28 +220,57 @@ class QuantizationFlags(make_dataclass("_QuantizationFlags", _model_flags())):
         """
         self.check_scheme(with_noise=True)
         flags = {f.name: f.name for f in fields(QuantizationFlags)}
-        config = SCHEMES[self.scheme]
-        return config(**read_flags(config, flags, vars(self)), seed=seed)
+        return config_from_flags(SCHEMES[self.scheme], flags, vars(self), seed)
 
 
-def read_flags(config: type, flags: Mapping[str, str], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keyword arguments of a config that flags set.
+def config_from_flags(
+    config: Callable[..., Config], flags: Mapping[str, str], values: Mapping[str, Any], seed: int
+) -> Config:
+    """Return a config with the values of flags.
 
     Args:
+        config: class of the config.
         flags: option -> flag; options of other configs are skipped.
         values: flag -> argument; None takes the default of the config.
+        seed: seed of the config.
+
+    Raises:
+        ValueError: naming the flag of an invalid value.
     """
     options = options_of(config)
-    return {
+    arguments = {
         name: form_of(options[name]).read(flag, values[flag])
         for name, flag in flags.items()
         if name in options and values[flag] is not None
     }
+    with errors_name_flags(flags):
+        return config(**arguments, seed=seed)
+
+
+@contextmanager
+def errors_name_flags(flags: Mapping[str, str]) -> Iterator[None]:
+    """Replace the name of an option by that of its flag in the error of an invalid value."""
+    try:
+        yield
+    except ValueError as error:
+        match = re.match(r"invalid (\w+)(=?)(.*)", str(error), re.DOTALL)
+        if match is None or match[1] not in flags:
+            raise
+        raise ValueError(f"invalid --{flags[match[1]]}{' ' * len(match[2])}{match[3]}") from error
 
 
 def default_of(f: Field) -> Any:
     """Return the default of a dataclass field."""
     return f.default if f.default_factory is MISSING else f.default_factory()
+
+
+class HelpFormatter(ArgumentDefaultsHelpFormatter):
+    """Shows the default of each flag, except of optional values and switches."""
+
+    def _get_help_string(self, action: Action) -> str | None:
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
 
 
 class OneLineErrors:

@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import copy
 import logging
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
 from inspect import getdoc
@@ -136,11 +135,3 @@ def documented(config: Class) -> Class:
     lines = [f"    {name}: {declared.help}" for name, declared in options_of(config).items()]
     config.__doc__ = "\n".join([getdoc(config) or "", "", "Args:", *lines])
     return config
-
-
-def as_code(text: str, names: Iterable[str]) -> str:
-    """Return a help text as Markdown: quoted values and names of options become code."""
-    known = "|".join(sorted(map(re.escape, names), key=len, reverse=True))
-    # JSON, a quoted value, or a name.
-    pattern = rf"(\{{[^{{}}]*(?:\{{[^{{}}]*\}}[^{{}}]*)*\}})|(?<!\w)('[^']+')(?!\w)|\b({known})\b"
-    return re.sub(pattern, lambda match: f"`{match[0]}`".replace("'", '"'), text)

@@ -81,13 +81,8 @@ def read_packed(
 
 
 def require_no_renaming(model: PreTrainedModel, read: Iterable[str]) -> None:
-    """Raise if the ``key_mapping`` of ``from_pretrained`` renames a tensor that was already read.
-
-    The mapping is only known after loading.
-
-    Raises:
-        ValueError: naming the tensor.
-    """
+    """Raise ValueError if the ``key_mapping`` of ``from_pretrained``, which is only known after
+    loading, renames a tensor that was read."""
     is_renamed = _renaming_test(weight_conversions(model))
     if (key := next(filter(is_renamed, read), None)) is not None:
         raise ValueError(
@@ -112,11 +107,10 @@ def _can_read(model: PreTrainedModel, files: Sequence[str] | None, device_map: o
 
 
 def views_of_file(file: str) -> dict[str, Callable[[], Tensor]]:
-    """Return, for each tensor of a safetensors file, a function that makes it as a view of the
-    file.
+    """Return, by name, functions that make the tensors of a safetensors file as views of the file.
 
-    Views are private: writes do not reach the file. A damaged file gives no views; transformers
-    reports it. (``safetensors`` itself copies the header for each tensor.)
+    Views are private: writes do not reach the file. A damaged file gives none; transformers reports
+    it. (``safetensors`` itself copies the header for each tensor.)
     """
     size = os.path.getsize(file)
     with open(file, "rb") as opened:
@@ -192,10 +186,8 @@ def _fill(layer: PackedLayer, tensors: dict[str, Tensor]) -> bool:
 
 
 def pattern_of(names: Iterable[str]) -> str:
-    """Return a regex that matches exactly these names.
-
-    Names with the same ending share it: the time to compile a regex grows with its length.
-    """
+    """Return a regex that matches exactly these names; common endings are shared, as the time to
+    compile a regex grows with its length."""
     return f"^{_tree([name.split('.') for name in names])}$"
 
 

@@ -113,11 +113,7 @@ def dense_shapes(model: PreTrainedModel) -> dict[str, torch.Size]:
 
 
 def require_shapes(model: PreTrainedModel, shapes: dict[str, torch.Size]) -> None:
-    """Raise if a parameter was loaded with another shape.
-
-    Raises:
-        RuntimeError: naming it, the type that newer releases of transformers raise.
-    """
+    """Raise RuntimeError (as newer transformers) if a parameter was loaded with another shape."""
     for name, shape in shapes.items():
         found = model.get_parameter(name).shape
         if found != shape:

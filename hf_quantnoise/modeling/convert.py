@@ -57,9 +57,7 @@ def stored_tensors(
 ) -> dict[str, Tensor]:
     """Return a packed layer's tensors as they are written to a file, by name.
 
-    Args:
-        layer: the layer.
-        tensors: its tensors, if they are not in the layer itself (offloaded).
+    ``tensors`` are those in memory, if the layer itself does not hold them (offloaded).
     """
     tensors = dict(own_parameters(layer)) if tensors is None else tensors
     state = {key: tensors[PREFIX + key] for key in layer.quantizer.state_spec(1, 1)}
@@ -170,12 +168,9 @@ def pack_skeleton(
     activation_bits: int | None = None,
     loading: bool = False,
 ) -> None:
-    """Pack layers with empty tensors, on the device of the weight.
+    """Pack layers as :func:`pack_layer`, with empty tensors on the device of the weight.
 
-    Args:
-        layers, quantizer, activation_bits: as in :func:`pack_layer`.
-        loading: whether transformers will load the tensors; until they are there, ``weight`` has a
-            shape only.
+    With ``loading`` they are to be loaded; until then ``weight`` only has a shape.
     """
     layers = _packable(layers)
     weight = layers[0].weight

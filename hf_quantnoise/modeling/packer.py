@@ -109,11 +109,8 @@ class ModelPacker:
     ) -> StageResult:
         """Pack the layers of one stage, bottom-up.
 
-        Args:
-            stage: a key of :attr:`stages`.
-            progress: show a progress bar over the weights.
-            batches, forward: calibration data, used if the config has ``importance``
-                (``modeling/importance.py``). Inputs are measured with the earlier stages packed.
+        With ``importance`` in the config, ``batches`` and ``forward`` are the calibration data of
+        :func:`measure_importance`; the earlier stages are packed when it is measured.
 
         Raises:
             ValueError: if the config needs calibration data and there is none.
@@ -125,7 +122,8 @@ class ModelPacker:
                    disable=not progress, leave=False)  # fmt: skip
         with self._transformers_updated(stage):
             for number, planned in enumerate(bar):
-                norms.append(self._norm(planned))
+                weight = planned.layers[0].module.weight
+                norms.append(float(weight.detach().float().square().sum()))
                 errors[planned.layers[0].name] = self._pack(planned, number, importance[number])
             self._exchange(stage, errors)
         energy = sum(norms)
@@ -172,9 +170,6 @@ class ModelPacker:
             return [None] * len(weights)
         require_batches(batches, "importance")
         return measure_importance(self.model, weights, batches, forward)
-
-    def _norm(self, planned: PlannedWeight) -> float:
-        return float(planned.layers[0].module.weight.detach().float().square().sum())
 
     def _pack(self, planned: PlannedWeight, number: int, importance: Tensor | None) -> float:
         """Pack one weight and return its relative error. A weight that another rank clusters stays

@@ -36,12 +36,8 @@ class PlannedWeight:
         first = self.layers[0].name
         entries = {}
         for layer in self.layers:
-            entries[layer.name] = {
-                "group": layer.group,
-                "rows": layer.rows,
-                "columns": layer.columns,
-                **self.quantizer.to_dict(),
-            }
+            sizes = {"group": layer.group, "rows": layer.rows, "columns": layer.columns}
+            entries[layer.name] = {**sizes, **self.quantizer.to_dict()}
             if self.activation_bits is not None:
                 entries[layer.name]["activation_bits"] = self.activation_bits
             if layer.name != first:

@@ -28,11 +28,7 @@ class ReadOnlyWeight(Tensor):
 
     @property
     def data(self) -> Tensor:
-        """The detached values, read-only as well.
-
-        Raises:
-            ValueError: if it is assigned.
-        """
+        """The detached values, read-only as well."""
         return self.detach().as_subclass(ReadOnlyWeight)
 
     @data.setter

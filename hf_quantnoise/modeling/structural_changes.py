@@ -71,15 +71,9 @@ def changed_copy(
     config: QuantizedModelConfig,
     changes: StructuralChanges | None = None,
 ) -> PreTrainedModel:
-    """Return a pruned and shared copy that holds the model's own tensors.
+    """Return a pruned and shared copy of a dense model that holds the model's own tensors.
 
-    Args:
-        model: a dense model, which stays as it is.
-        config: its ``prune_layers`` and ``share_layers`` are applied.
-        changes: the result of :func:`plan_structural_changes`, if it is already known.
-
-    Raises:
-        ValueError: as in :func:`plan_structural_changes`.
+    ``changes`` is the result of :func:`plan_structural_changes`, if it is already known.
     """
     copy = copy_sharing_tensors(model)
     changes = changes or plan_structural_changes(copy, config)
@@ -115,10 +109,8 @@ def declare_shared(
 ) -> None:
     """Declare the tensors of shared layers as tied, so that transformers stores them once.
 
-    Args:
-        model: the model, packed or not.
-        shared_layers: layer -> the layer whose weights it holds.
-        without: full names of tensors that are not declared.
+    ``shared_layers`` maps layer -> the layer whose weights it holds; ``without`` has full names of
+    tensors that are not declared.
     """
     if not shared_layers:
         return

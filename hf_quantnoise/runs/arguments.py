@@ -14,10 +14,12 @@ from transformers import HfArgumentParser, TrainingArguments
 from ..compression import CompressionArguments
 from ..configuration import QuantizedModelConfig, QuantNoiseConfig
 from ..configuration.flags import (
+    HelpFormatter,
     OneLineErrors,
     QuantizationFlags,
+    config_from_flags,
+    errors_name_flags,
     flag_of,
-    read_flags,
     unknown_flags,
 )
 from ..configuration.options import drop_removed, option, options_of, warn_removed
@@ -46,8 +48,8 @@ class ModelArguments:
         return {"cache_dir": self.cache_dir, "revision": self.model_revision, "token": self.token}
 
 
-# Option of QuantNoiseConfig -> its flag. The others are read from the flags of the compressed
-# model, as are those of FALLBACKS where their flag is not given.
+# Option of QuantNoiseConfig -> its flag. SHARED options are those of the compressed model, as are
+# FALLBACKS if their flag is not passed.
 NOISE_FLAGS = {
     "noise": "noise",
     "p": "noise_rate",
@@ -82,7 +84,7 @@ def _noise_flags() -> list[tuple]:
 class CompressionFlags(
     make_dataclass("_CompressionFlags", _noise_flags(), bases=(QuantizationFlags,))
 ):
-    """Flags of the noise, and of the compressed model."""
+    """Flags of noise and compressed model, and of the run."""
 
     compress: bool = option(True, "Compress the finetuned model.")
     resume_compression: bool = option(False, "Resume a run that was interrupted in compression.")
@@ -99,7 +101,7 @@ class CompressionFlags(
         for name in FALLBACKS:
             if values[flags[name]] is None:
                 flags[name] = name
-        return QuantNoiseConfig(**read_flags(QuantNoiseConfig, flags, values), seed=seed)
+        return config_from_flags(QuantNoiseConfig, flags, values, seed)
 
 
 @dataclass
@@ -151,6 +153,24 @@ class Arguments:
         self.quantization = self.flags.config(self.training.seed)
 
     @property
+    def finetunes_stages(self) -> bool:
+        """Whether the stages train, which needs training data even without ``--do_train``."""
+        return self.flags.compress and self.compression.trains(self.quantization.stage_groups())
+
+    @property
+    def needs_train_data(self) -> bool:
+        """Whether the run trains, before or in compression."""
+        return self.training.do_train or self.finetunes_stages
+
+    def require_train_data(self) -> None:
+        """Raise a ``ValueError`` if the stages need training data and there is none."""
+        if self.finetunes_stages and not self.training.do_train and not self.data.has_train_data:
+            raise ValueError(
+                f"--stage_epochs {self.compression.stage_epochs} finetunes in the stages, which "
+                "requires --train_file; pass it, or --stage_epochs 0 to quantize without finetuning"
+            )
+
+    @property
     def command(self) -> list[str]:
         """The words of the command line without secrets."""
         words = self.words
@@ -179,7 +199,7 @@ class _Parser(OneLineErrors, HfArgumentParser):
 
     def __init__(self, data_class: type, **kwargs: Any) -> None:
         flags = (ModelArguments, data_class, CompressionFlags, CompressionArguments)
-        super().__init__([*flags, RunTrainingArguments], **kwargs)
+        super().__init__([*flags, RunTrainingArguments], formatter_class=HelpFormatter, **kwargs)
         for name in CompressionArguments.removed:
             names = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
             self.add_argument(
@@ -188,15 +208,21 @@ class _Parser(OneLineErrors, HfArgumentParser):
 
     def from_words(self, words: list[str]) -> tuple:
         """Return the dataclasses of a command line."""
-        *parts, unknown = self.parse_args_into_dataclasses(words, return_remaining_strings=True)
+        names = {name: name for name in options_of(CompressionArguments)}
+        with errors_name_flags(names):
+            *parts, unknown = self.parse_args_into_dataclasses(words, return_remaining_strings=True)
         if unknown:
             raise ValueError(unknown_flags(unknown, self._option_string_actions))
         return tuple(parts)
 
     def from_file(self, file_name: str) -> tuple:
         """Return the dataclasses of a JSON file."""
-        with open(file_name, encoding="utf-8") as file:
-            values = drop_removed(CompressionArguments.removed, json.load(file))
+        try:
+            with open(file_name, encoding="utf-8") as file:
+                values = json.load(file)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"invalid file of flags {file_name!r}: {error}") from None
+        values = drop_removed(CompressionArguments.removed, values)
         known = {f.name for kind in self.dataclass_types for f in dataclasses.fields(kind)}
         for name in values:
             if name not in known:

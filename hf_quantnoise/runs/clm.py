@@ -20,15 +20,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, default_data_colla
 
 from ..configuration.options import option
 from .arguments import Arguments
-from .compression_run import Example, Job, finetunes_stages, require_train_data
-from .example_data import Split, SplitArguments, check_minimum
+from .compression_run import Example, Job
+from .example_data import SplitArguments, check_minimum
 
 
 @dataclass
 class TextArguments(SplitArguments):
     """Data to train and evaluate on."""
 
-    content: ClassVar[str] = "text"
     file_kind: ClassVar[str] = "a UTF-8 text file"
 
     dataset_config_name: str | None = option(None, "Configuration of the dataset on the Hub.")
@@ -55,15 +54,15 @@ class TokenizedText:
     words: float
 
 
-def read_text(args: TextArguments, split: Split, cache_dir: str | None) -> list[str]:
+def read_text(args: TextArguments, split: str, cache_dir: str | None) -> list[str]:
     """Return the lines of a split, from a file or from the Hub.
 
     Raises:
         ValueError: naming the flag, if a column is missing or a file is empty or not text.
     """
-    if split.file is None:
+    if (path := args.file(split)) is None:
         rows = load_dataset(
-            args.dataset_name, args.dataset_config_name, split=split.name, cache_dir=cache_dir
+            args.dataset_name, args.dataset_config_name, split=split, cache_dir=cache_dir
         )
         if args.text_column not in rows.column_names:
             raise ValueError(
@@ -72,14 +71,14 @@ def read_text(args: TextArguments, split: Split, cache_dir: str | None) -> list[
             )
         return [line if line.endswith("\n") else f"{line}\n" for line in rows[args.text_column]]
     try:
-        with open(split.file, encoding="utf-8") as file:
+        with open(path, encoding="utf-8") as file:
             lines = file.readlines()
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"invalid {split.flag} {split.file!r}: expected a UTF-8 text file ({error})"
+            f"invalid --{split}_file {path!r}: expected a UTF-8 text file ({error})"
         ) from error
     if not any(line.strip() for line in lines):
-        raise ValueError(f"invalid {split.flag} {split.file!r}: the file has no text")
+        raise ValueError(f"invalid --{split}_file {path!r}: the file has no text")
     return lines
 
 
@@ -133,7 +132,6 @@ def _exp(value: float) -> float:
 def prepare(args: Arguments) -> Job:
     """Load text, tokenizer and model."""
     data, model_args = args.data, args.model
-    require_train_data(args, data.has_train_data)
     tokenizer = AutoTokenizer.from_pretrained(
         model_args.tokenizer_name or model_args.model_name_or_path, **model_args.hub()
     )
@@ -147,13 +145,13 @@ def prepare(args: Arguments) -> Job:
             f"{limit} positions"
         )
 
-    def read(name: str) -> TokenizedText:
-        split = data.split(name)
+    def read(split: str) -> TokenizedText:
         lines = read_text(data, split, model_args.cache_dir)
-        return split_into_examples(lines, tokenizer, data.sequence_length, split.limit, split.flag)
+        length, limit = data.sequence_length, data.limit(split)
+        return split_into_examples(lines, tokenizer, length, limit, f"--{split}_file")
 
     train = validation = None
-    if args.training.do_train or finetunes_stages(args):
+    if args.needs_train_data:
         train = read("train")
     if args.training.do_eval:
         validation = read("validation")

@@ -6,10 +6,8 @@ has all results. With ``--do_train False`` the checkpoint is compressed as it is
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -20,14 +18,13 @@ import torch
 import transformers
 from transformers import AutoConfig, PreTrainedModel, Trainer, set_seed
 
-import hf_quantnoise
-
 from ..compression import check_compression, check_plan
-from ..repository import create_repository, upload_folder
+from ..repository import CARD, create_repository, upload_folder
 from ..size import size_report
 from ..trainer import QuantNoiseTrainer
 from .arguments import Arguments, parse_arguments
 from .closing_table import Row, closing_table, weights_mb
+from .results import ResultsFile, versions
 
 DENSE, COMPRESSED = "dense", "compressed"
 
@@ -54,54 +51,11 @@ class Job:
     dataset: str | None = None
     add_scores: Callable[[dict[str, float]], dict[str, float]] = field(default=dict)
 
-
-class ResultsFile:
-    """``results.json``, written again with each result, so that an interrupted run has some."""
-
-    def __init__(self, path: str, enabled: bool = True) -> None:
-        self.path, self.enabled, self.values = path, enabled, {}
-
-    def add(self, **values) -> None:
-        """Add results and write the file."""
-        self.values.update(values)
-        if not self.enabled:
-            return
-        os.makedirs(os.path.dirname(self.path), exist_ok=True)
-        with open(f"{self.path}.part", "w", encoding="utf-8") as file:
-            json.dump(self.values, file, indent=2, default=str)
-            file.write("\n")
-        os.replace(f"{self.path}.part", self.path)
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of the packages that results depend on."""
-    return {
-        "hf_quantnoise": hf_quantnoise.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "datasets": datasets.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def finetunes_stages(args: Arguments) -> bool:
-    """Whether the stages train, so that training data is needed even without ``--do_train``."""
-    return args.flags.compress and args.compression.trains(args.quantization.stage_groups())
-
-
-def require_train_data(args: Arguments, given: bool) -> None:
-    """Raise a ``ValueError`` if the stages need training data and there is none."""
-    if finetunes_stages(args) and not args.training.do_train and not given:
-        raise ValueError(
-            f"--stage_epochs {args.compression.stage_epochs} finetunes in the stages, which "
-            "requires --train_file; pass it, or --stage_epochs 0 to quantize without finetuning"
-        )
-
-
-def scores(metrics: dict[str, float], job: Job) -> dict[str, float]:
-    """Return the metrics of ``evaluate`` without prefix, and those that the example adds."""
-    plain = {name.removeprefix("eval_"): value for name, value in metrics.items()}
-    return {**plain, **job.add_scores(plain)}
+    def scores(self, trainer: Trainer) -> dict[str, float]:
+        """Evaluate; return the metrics without prefix, and those that the example adds."""
+        metrics = trainer.evaluate().items()
+        plain = {name.removeprefix("eval_"): value for name, value in metrics}
+        return {**plain, **self.add_scores(plain)}
 
 
 @torch.no_grad()
@@ -126,52 +80,14 @@ def set_up_logging(training) -> None:
     transformers.utils.logging.set_verbosity(level)
 
 
-def _finetune(trainer: QuantNoiseTrainer, args: Arguments, job: Job, folder: str) -> dict:
-    """Train, evaluate and save the dense model; return its results."""
-    figures: dict = {"dtype": str(trainer.model.dtype).removeprefix("torch.")}
-    start = time.perf_counter()
-    if args.training.do_train:
-        output = trainer.train(resume_from_checkpoint=args.training.resume_from_checkpoint)
-        figures["training"] = output.metrics
-    figures["seconds"] = time.perf_counter() - start
-    if args.training.do_eval:
-        figures["metrics"] = scores(trainer.evaluate(), job)
-    trainer.save_model(folder)
-    args.training.distributed_state.wait_for_everyone()  # rank 0 writes what all ranks read
-    figures["bytes"] = round(1e6 * weights_mb(folder))
-    return figures
-
-
-def _earlier_figures(output_dir: str) -> dict:
-    """Return the results of the dense model of an interrupted run.
-
-    Raises:
-        ValueError: if there are none.
-    """
-    path = os.path.join(output_dir, "results.json")
-    if not os.path.isfile(path):
-        raise ValueError(
-            f"--resume_compression: {path} is missing, so there is no run to resume; pass the "
-            "--output_dir of the interrupted run, or remove the flag"
-        )
-    with open(path, encoding="utf-8") as file:
-        values = json.load(file)
-    if "dense" not in values:
-        raise ValueError(
-            f"--resume_compression: the run in {output_dir!r} was interrupted before compression; "
-            "pass --resume_from_checkpoint to resume its finetuning"
-        )
-    return values["dense"]
-
-
 def _check_checkpoints(args: Arguments) -> None:
     """Raise a ``ValueError`` that names the flag if model or teacher cannot be loaded."""
-    where, model = args.model.hub(), args.model.model_name_or_path
-    teacher = {name: value for name, value in where.items() if name != "revision"}
+    source, model = args.model.hub(), args.model.model_name_or_path
+    teacher_source = {name: value for name, value in source.items() if name != "revision"}
     for flag, name, more in (
-        ("config_name", args.model.config_name, where),
-        ("model_name_or_path", None if args.model.config_name else model, where),
-        ("teacher_name_or_path", args.flags.teacher_name_or_path, teacher),
+        ("config_name", args.model.config_name, source),
+        ("model_name_or_path", None if args.model.config_name else model, source),
+        ("teacher_name_or_path", args.flags.teacher_name_or_path, teacher_source),
     ):
         try:
             if name is not None:
@@ -180,163 +96,163 @@ def _check_checkpoints(args: Arguments) -> None:
             raise ValueError(f"invalid --{flag} {name!r}: cannot be loaded ({error})") from None
 
 
-def _given_teacher(args: Arguments, job: Job) -> PreTrainedModel | None:
-    name = args.flags.teacher_name_or_path
-    if name is None:
-        return None
-    return job.auto_class.from_pretrained(
-        name, dtype=args.model.dtype, cache_dir=args.model.cache_dir, token=args.model.token
-    )
-
-
-def _compress(
-    trainer: QuantNoiseTrainer, args: Arguments, job: Job, small_config, results: ResultsFile
-) -> dict:
-    """Compress in stages and save; return the results of the compressed model."""
-    folder = os.path.join(args.training.output_dir, COMPRESSED)
-    start = time.perf_counter()
-    small = trainer.compress(
-        small_config,
-        args.compression,
-        teacher=_given_teacher(args, job),
-        report=lambda _: results.add(stages_so_far=trainer.compression_history),
-        resume_from_checkpoint=args.flags.resume_compression,
-    )
-    del results.values["stages_so_far"]  # now part of the results below
-    figures = {"seconds": time.perf_counter() - start, "stages": trainer.compression_history}
-    if args.training.should_save:
-        small.save_pretrained(folder)
-        trainer.processing_class.save_pretrained(folder)
-    _write_card(trainer, args, job, folder)
-    args.training.distributed_state.wait_for_everyone()
-    report = size_report(small)
-    if args.training.process_index == 0:
-        print(f"\n{report}", flush=True)
-    figures["bytes"] = round(1e6 * weights_mb(folder))
-    figures["reported_bytes"] = report.total.disk_bytes
-    return figures
-
-
-def _reload(trainer: QuantNoiseTrainer, args: Arguments, job: Job, folder: str) -> dict:
-    """Load the compressed model and evaluate it.
-
-    Raises:
-        RuntimeError: if its logits are not bit-equal to those of the model in memory.
-    """
-    fresh, parts = job.auto_class.from_pretrained(folder), job.parts
-    examples = parts["eval_dataset"] or parts["train_dataset"]
-    figures: dict = {}
-    if examples is not None:
-        rows = examples.select(range(min(32, len(examples))))
-        device = args.training.device
-        equal = logits_equal(trainer.model, fresh, parts["data_collator"], rows, device)
-        figures["logits_bit_equal"] = equal
-        if not equal:
-            raise RuntimeError(
-                f"the model loaded from {folder!r} has other logits than the model in memory"
-            )
-    if args.training.do_eval:
-        figures["metrics"] = scores(Trainer(fresh, args.training, **parts).evaluate(), job)
-    return figures
-
-
-def _push(trainer: QuantNoiseTrainer, args: Arguments, job: Job, folder: str) -> None:
-    """Upload the files that were checked, with a model card that names the repository."""
-    training = args.training
-    name = training.hub_model_id or os.path.basename(os.path.abspath(training.output_dir))
-    token = training.hub_token
-    trainer.hub_model_id = create_repository(name, private=training.hub_private_repo, token=token)
-    _write_card(trainer, args, job, folder)
-    upload_folder(folder, trainer.hub_model_id, token=token)
-
-
-def _write_card(trainer: QuantNoiseTrainer, args: Arguments, job: Job, folder: str) -> None:
-    trainer.create_model_card(tasks=job.task, dataset=job.dataset)
-    if args.training.should_save:
-        os.replace(
-            os.path.join(args.training.output_dir, "README.md"), os.path.join(folder, "README.md")
-        )
-
-
-def _closing_table(results: ResultsFile, args: Arguments) -> str:
-    """Return the table of dense and compressed model: MB on disk, ratio and metric."""
-    values, metric = results.values, results.values["metric"]
-    dense, small = values["dense"], values.get("compressed")
-    kind = "finetuned" if "training" in dense else "given"
-    score = dense.get("metrics", {}).get(metric)
-    rows = [Row(f"{kind}, {dense['dtype']}", dense["bytes"] / 1e6, score)]
-    if small is not None:
-        score = values["reloaded"].get("metrics", {}).get(metric)
-        rows.append(Row("compressed, reloaded", small["bytes"] / 1e6, score))
-    return closing_table(rows, metric)
-
-
-def _settings(args: Arguments, job: Job) -> dict:
-    """Return everything that determines the results of a run."""
-    counts = {"train": job.parts["train_dataset"], "validation": job.parts["eval_dataset"]}
-    return {
-        "seed": args.training.seed,
-        "command": args.command,
-        "versions": versions(),
-        "arguments": args.to_dict(),
-        "examples": {name: len(rows) if rows else 0 for name, rows in counts.items()},
-        "metric": job.metric,
-    }
-
-
-def run(args: Arguments, prepare: Callable[[Arguments], Job]) -> dict:
-    """Run an example.
+class _Run:
+    """A run: its trainer, and the results so far.
 
     Args:
         args: the command line.
         prepare: loads data and model.
-
-    Returns:
-        The content of ``results.json``.
     """
-    training = args.training
-    _check_checkpoints(args)
-    noise_config = args.noise
-    small_config = args.quantization if args.flags.compress else None
-    if not (training.do_train or args.compression.keep_noise):
-        noise_config = None
-    earlier = {}
-    if args.flags.resume_compression:
-        earlier = {"dense": _earlier_figures(training.output_dir)}
-        training.do_train = False
-        noise_config = noise_config if args.compression.keep_noise else None
-    # Only the final model is pushed, not each checkpoint of the float one.
-    push, training.push_to_hub = training.push_to_hub, False
-    folders = [os.path.join(training.output_dir, name) for name in (DENSE, COMPRESSED)]
-    results = ResultsFile(os.path.join(training.output_dir, "results.json"), training.should_save)
 
-    set_seed(training.seed)
-    job = prepare(args)
-    if args.flags.resume_compression:
-        # Finetuned: compression may have been interrupted before it saved the model itself.
-        job.model = job.auto_class.from_pretrained(folders[0], dtype=args.model.dtype)
-    if small_config is not None:
-        check_plan(job.model, small_config)  # before training
-    results.add(**_settings(args, job), **earlier)
-    results.add(
-        noise=noise_config.to_dict() if noise_config else None,
-        quantization=small_config.to_dict() if small_config else None,
-    )
-    if not training.do_eval:
-        job.parts["eval_dataset"] = None
-    trainer = QuantNoiseTrainer(job.model, training, noise_config, **job.parts)
-    if small_config is not None:
-        check_compression(trainer, small_config, args.compression)
-    if not args.flags.resume_compression:
-        results.add(dense=_finetune(trainer, args, job, folders[0]))
-    if small_config is not None:
-        results.add(compressed=_compress(trainer, args, job, small_config, results))
-        results.add(reloaded=_reload(trainer, args, job, folders[1]))
-    if push and training.should_save:
-        _push(trainer, args, job, folders[small_config is not None])
-    if training.process_index == 0:
-        print(f"\n{_closing_table(results, args)}", flush=True)
-    return results.values
+    def __init__(self, args: Arguments, prepare: Callable[[Arguments], Job]) -> None:
+        self.args, self.training = args, args.training
+        training, self.resume = args.training, args.flags.resume_compression
+        self.quantization = args.quantization if args.flags.compress else None
+        self.results = ResultsFile(training.output_dir, training.should_save)
+        _check_checkpoints(args)
+        args.require_train_data()
+        if self.resume:
+            self.results.read_dense()
+            training.do_train = False
+        noise = args.noise if training.do_train or args.compression.keep_noise else None
+        # Only the final model is pushed, not each checkpoint of the dense one.
+        self.push_at_end, training.push_to_hub = training.push_to_hub, False
+
+        set_seed(training.seed)
+        self.job = job = prepare(args)
+        if self.resume:
+            # Finetuned: compression may have been interrupted before it saved the model itself.
+            job.model = job.auto_class.from_pretrained(self.folder(DENSE), dtype=args.model.dtype)
+        if self.quantization is not None:
+            check_plan(job.model, self.quantization)
+        counts = {"train": job.parts["train_dataset"], "validation": job.parts["eval_dataset"]}
+        self.results.add(
+            seed=training.seed,
+            command=args.command,
+            versions=versions(),
+            arguments=args.to_dict(),
+            examples={name: len(rows) if rows else 0 for name, rows in counts.items()},
+            metric=job.metric,
+            noise=noise and noise.to_dict(),
+            quantization=self.quantization and self.quantization.to_dict(),
+        )
+        if not training.do_eval:
+            job.parts["eval_dataset"] = None
+        self.trainer = QuantNoiseTrainer(job.model, training, noise, **job.parts)
+        if self.quantization is not None:
+            check_compression(self.trainer, self.quantization, args.compression)
+
+    def folder(self, name: str) -> str:
+        """Return the folder of a model."""
+        return os.path.join(self.training.output_dir, name)
+
+    def carry_out(self) -> dict:
+        """Finetune, compress, reload and push; return the content of ``results.json``."""
+        if not self.resume:
+            self.results.add(dense=self.finetune())
+        if self.quantization is not None:
+            self.results.add(compressed=self.compress())
+            self.results.add(reloaded=self.reload())
+        if self.push_at_end and self.training.should_save:
+            self.push(self.folder(DENSE if self.quantization is None else COMPRESSED))
+        if self.training.process_index == 0:
+            print(f"\n{self.closing_table()}", flush=True)
+        return self.results.values
+
+    def finetune(self) -> dict:
+        """Train, evaluate and save the dense model; return its results."""
+        training, trainer = self.training, self.trainer
+        results: dict = {"dtype": str(trainer.model.dtype).removeprefix("torch.")}
+        start = time.perf_counter()
+        if training.do_train:
+            output = trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+            results["training"] = output.metrics
+        results["seconds"] = time.perf_counter() - start
+        if training.do_eval:
+            results["metrics"] = self.job.scores(trainer)
+        trainer.save_model(self.folder(DENSE))
+        training.distributed_state.wait_for_everyone()  # rank 0 writes what all ranks read
+        results["bytes"] = round(1e6 * weights_mb(self.folder(DENSE)))
+        return results
+
+    def compress(self) -> dict:
+        """Compress in stages and save; return the results of the compressed model."""
+        args, trainer, folder = self.args, self.trainer, self.folder(COMPRESSED)
+        teacher, hub = args.flags.teacher_name_or_path, args.model.hub()
+        if teacher is not None:
+            del hub["revision"]
+            teacher = self.job.auto_class.from_pretrained(teacher, dtype=args.model.dtype, **hub)
+        start = time.perf_counter()
+        model = trainer.compress(
+            self.quantization,
+            args.compression,
+            teacher=teacher,
+            report=lambda _: self.results.add(stages_so_far=trainer.compression_history),
+            resume_from_checkpoint=self.resume,
+        )
+        del self.results.values["stages_so_far"]  # now part of the results below
+        results = {"seconds": time.perf_counter() - start, "stages": trainer.compression_history}
+        if self.training.should_save:
+            model.save_pretrained(folder)
+            trainer.processing_class.save_pretrained(folder)
+        self.write_card(folder)
+        self.training.distributed_state.wait_for_everyone()
+        report = size_report(model)
+        if self.training.process_index == 0:
+            print(f"\n{report}", flush=True)
+        results["bytes"] = round(1e6 * weights_mb(folder))
+        results["reported_bytes"] = report.total.disk_bytes
+        return results
+
+    def reload(self) -> dict:
+        """Load the compressed model and evaluate it.
+
+        Raises:
+            RuntimeError: if its logits are not bit-equal to those of the model in memory.
+        """
+        folder, parts, results = self.folder(COMPRESSED), self.job.parts, {}
+        loaded = self.job.auto_class.from_pretrained(folder)
+        examples = parts["eval_dataset"] or parts["train_dataset"]
+        if examples is not None:
+            rows = examples.select(range(min(32, len(examples))))
+            device, collator = self.training.device, parts["data_collator"]
+            results["logits_bit_equal"] = logits_equal(
+                self.trainer.model, loaded, collator, rows, device
+            )
+            if not results["logits_bit_equal"]:
+                raise RuntimeError(
+                    f"the model loaded from {folder!r} has other logits than the model in memory"
+                )
+        if self.training.do_eval:
+            results["metrics"] = self.job.scores(Trainer(loaded, self.training, **parts))
+        return results
+
+    def push(self, folder: str) -> None:
+        """Upload the files that were checked, with a model card that names the repository."""
+        training = self.training
+        name = training.hub_model_id or os.path.basename(os.path.abspath(training.output_dir))
+        repo = create_repository(name, private=training.hub_private_repo, token=training.hub_token)
+        self.trainer.hub_model_id = repo
+        self.write_card(folder)
+        upload_folder(folder, repo, token=training.hub_token)
+
+    def write_card(self, folder: str) -> None:
+        """Write the model card into a folder."""
+        self.trainer.create_model_card(tasks=self.job.task, dataset=self.job.dataset)
+        if self.training.should_save:
+            os.replace(self.folder(CARD), os.path.join(folder, CARD))
+
+    def closing_table(self) -> str:
+        """Return the table of dense and compressed model: MB on disk, ratio and metric."""
+        values, metric = self.results.values, self.job.metric
+        dense, compressed = values["dense"], values.get("compressed")
+        kind = "finetuned" if "training" in dense else "given"
+        score = dense.get("metrics", {}).get(metric)
+        rows = [Row(f"{kind}, {dense['dtype']}", dense["bytes"] / 1e6, score)]
+        if compressed is not None:
+            score = values["reloaded"].get("metrics", {}).get(metric)
+            rows.append(Row("compressed, reloaded", compressed["bytes"] / 1e6, score))
+        return closing_table(rows, metric)
 
 
 @dataclass(frozen=True)
@@ -353,7 +269,7 @@ class Example:
 
     def run(self, args: Arguments) -> dict:
         """Run a command line; return the content of ``results.json``."""
-        return run(args, self.prepare)
+        return _Run(args, self.prepare).carry_out()
 
     def start(self, args: Arguments) -> dict:
         """Run a command line with logs on the console."""

@@ -1,4 +1,4 @@
-"""Data flags that examples share: training and validation split, from files or from the Hub."""
+"""Data that examples share: training and validation split, from files or from the Hub."""
 
 from __future__ import annotations
 
@@ -6,7 +6,14 @@ import os
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetGenerationError
+
 from ..configuration.options import option
+
+READERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
+# Only empty cells are missing values: by default the csv reader drops the sentence "null".
+READER_OPTIONS = {"csv": {"keep_default_na": False, "na_values": [""]}}
 
 
 def check_minimum(flags: Any, minimum: int, *names: str) -> None:
@@ -17,64 +24,97 @@ def check_minimum(flags: Any, minimum: int, *names: str) -> None:
             raise ValueError(f"invalid --{name} {value}: expected at least {minimum}")
 
 
-@dataclass(frozen=True)
-class Split:
-    """Source of a split.
+def check_file(flag: str, path: str, kind: str) -> None:
+    """Raise a ``FileNotFoundError`` that names the flag if there is no file."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"invalid --{flag} {path!r}: expected {kind}")
 
-    Attributes:
-        name: ``"train"`` or ``"validation"``.
-        flag: the flag of its file.
-        file: its file; None uses the dataset on the Hub.
-        limit: maximum number of examples, or None.
+
+def read_table(flag: str, path: str, cache_dir: str | None = None, **options: Any) -> Dataset:
+    """Return the rows of a parquet, csv, json or jsonl file.
+
+    Args:
+        flag: flag of the file, for errors.
+        path: the file.
+        cache_dir: folder for prepared data.
+        options: further arguments of ``load_dataset``.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the flag, the file and what was expected.
     """
+    kinds = f"a {', '.join(READERS)} file"
+    check_file(flag, path, kinds)
+    extension = os.path.splitext(path)[1].lower()
+    if extension not in READERS:
+        raise ValueError(
+            f"invalid --{flag} {path!r}: unknown extension {extension!r}, expected {kinds}"
+        )
+    reader = READERS[extension]
+    options = {"cache_dir": cache_dir, **READER_OPTIONS.get(reader, {}), **options}
+    try:
+        return load_dataset(reader, data_files={"train": path}, split="train", **options)
+    except (DatasetGenerationError, ValueError) as error:  # ArrowInvalid is a ValueError
+        raise ValueError(
+            f"invalid --{flag} {path!r}: expected a {reader} file with at least one row "
+            f"({error.__cause__ or error})"
+        ) from error
 
-    name: str
-    flag: str
-    file: str | None
-    limit: int | None
+
+def truncate(rows: Dataset | None, count: int | None) -> Dataset | None:
+    """Return the first rows; all of them with ``count=None``."""
+    return rows if rows is None or count is None else rows.select(range(min(count, len(rows))))
 
 
 @dataclass
-class SplitArguments:
-    """Data to train and evaluate on.
+class FileArguments:
+    """Training and validation data in files."""
 
-    Attributes:
-        content: kind of data, for errors.
-        file_kind: kind of files, for errors.
-    """
-
-    content: ClassVar[str] = "data"
-    file_kind: ClassVar[str] = "file"
-
-    dataset_name: str | None = option(None, "Dataset on the Hub.")
     train_file: str | None = option(None, "File of training data.")
     validation_file: str | None = option(None, "File of validation data.")
     max_train_samples: int | None = option(None, "Truncate the training data to N examples.")
     max_eval_samples: int | None = option(None, "Truncate the validation data to N examples.")
 
     def __post_init__(self) -> None:
-        if self.dataset_name is None and not (self.train_file or self.validation_file):
-            raise ValueError(
-                f"no {self.content}: pass --train_file and --validation_file, or --dataset_name"
-            )
         check_minimum(self, 1, "max_train_samples", "max_eval_samples")
+
+    def limit(self, split: str) -> int | None:
+        """Return the maximum number of examples of a split."""
+        return self.max_train_samples if split == "train" else self.max_eval_samples
+
+
+@dataclass
+class SplitArguments(FileArguments):
+    """Data to train and evaluate on.
+
+    Attributes:
+        file_kind: kind of files, for errors.
+    """
+
+    file_kind: ClassVar[str] = "a file"
+
+    dataset_name: str | None = option(None, "Dataset on the Hub, if there are no files.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dataset_name is None and not (self.train_file or self.validation_file):
+            raise ValueError("no data: pass --train_file and --validation_file, or --dataset_name")
 
     @property
     def has_train_data(self) -> bool:
         """Whether there is training data."""
         return bool(self.train_file or self.dataset_name)
 
-    def split(self, name: str) -> Split:
-        """Return the ``"train"`` or ``"validation"`` split.
+    def file(self, split: str) -> str | None:
+        """Return the file of the ``"train"`` or ``"validation"`` split, or None for the Hub.
 
         Raises:
-            ValueError: naming the flag, if its file is missing.
+            ValueError: naming the flag, if it is needed and missing.
+            FileNotFoundError: if there is no file.
         """
-        flag, file, limit = f"--{name}_file", self.train_file, self.max_train_samples
-        if name == "validation":
-            file, limit = self.validation_file, self.max_eval_samples
-        if file is None and self.dataset_name is None:
-            raise ValueError(f"missing {flag}: the {name} split needs {self.file_kind}")
-        if file is not None and not os.path.isfile(file):
-            raise ValueError(f"invalid {flag} {file!r}: expected {self.file_kind}")
-        return Split(name, flag, file, limit)
+        flag = f"{split}_file"
+        path = getattr(self, flag)
+        if path is None and self.dataset_name is None:
+            raise ValueError(f"missing --{flag}: expected {self.file_kind}")
+        if path is not None:
+            check_file(flag, path, self.file_kind)
+        return path

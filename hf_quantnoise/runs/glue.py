@@ -9,6 +9,10 @@ can also be passed as one JSON file.
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
+
+from datasets import Dataset
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -19,9 +23,11 @@ from transformers import (
 )
 
 from .arguments import Arguments, ModelArguments
-from .compression_run import Example, Job, finetunes_stages, require_train_data
-from .glue_data import DataArguments, GlueData, load_glue_data, tokenize
+from .compression_run import Example, Job
+from .glue_data import DataArguments, GlueData, load_glue_data
 from .glue_labels import metrics_function
+
+logger = logging.getLogger(__name__)
 
 
 def load_config_and_tokenizer(args: ModelArguments):
@@ -53,15 +59,56 @@ def load_model(args: ModelArguments, config: PretrainedConfig, data: GlueData) -
     )
 
 
+def tokenize(data: GlueData, tokenizer, args: DataArguments, model_limit: int | None) -> GlueData:
+    """Return the data with tokenized datasets (``input_ids``, ..., ``label``).
+
+    Args:
+        model_limit: maximum length of the model, or None if its config has none.
+    """
+    limits = [args.max_seq_length, tokenizer.model_max_length, model_limit or args.max_seq_length]
+    length = min(limits)
+    if length < args.max_seq_length:
+        logger.warning("--max_seq_length %d reduced to %d.", args.max_seq_length, length)
+
+    raw_label = f"raw {data.label_column}"
+
+    def encode(examples):
+        texts = [examples[key] for key in data.keys if key]
+        encoded = tokenizer(
+            *texts,
+            padding="max_length" if args.pad_to_max_length else False,
+            max_length=length,
+            truncation=True,
+        )
+        labels = examples[raw_label]
+        encoded["label"] = [
+            float(label) if data.is_regression else data.label_values[label] for label in labels
+        ]
+        return encoded
+
+    def apply(dataset: Dataset | None) -> Dataset | None:
+        if dataset is None:
+            return None
+        # Under the old name, map would cast the ids to the type of the labels in the file.
+        dataset = dataset.rename_column(data.label_column, raw_label)
+        return dataset.map(
+            encode,
+            batched=True,
+            remove_columns=dataset.column_names,
+            load_from_cache_file=not args.overwrite_cache,
+            desc="Tokenizing",
+        )
+
+    return replace(data, train=apply(data.train), validation=apply(data.validation))
+
+
 def prepare(args: Arguments) -> Job:
     """Load and tokenize the data, load the model."""
-    from_hub = args.data.task_name and not args.data.from_files
-    require_train_data(args, given=bool(args.data.train_file or from_hub))
     config, tokenizer = load_config_and_tokenizer(args.model)
     data = load_glue_data(
         args.data,
         config,
-        train=args.training.do_train or finetunes_stages(args),
+        train=args.needs_train_data,
         validation=args.training.do_eval,
         ignore_mismatched_sizes=args.model.ignore_mismatched_sizes,
         cache_dir=args.model.cache_dir,

@@ -5,24 +5,16 @@ Errors about files name the flag, its value and what was expected.
 
 from __future__ import annotations
 
-import logging
-import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from datasets import Dataset, load_dataset
-from datasets.exceptions import DatasetGenerationError
 from transformers import PretrainedConfig
 
 from ..configuration.options import option
-from .example_data import check_minimum
+from .example_data import FileArguments, check_minimum, read_table, truncate
 from .glue_labels import find_labels
 
-logger = logging.getLogger(__name__)
-
 HUB_DATASET = "nyu-mll/glue"
-READERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
-# Only empty cells are missing values: by default the csv reader drops the sentence "null".
-READER_OPTIONS = {"csv": {"keep_default_na": False, "na_values": [""]}}
 
 
 @dataclass(frozen=True)
@@ -50,17 +42,13 @@ KNOWN_KEYS += (("sentence", None), ("text", None))
 
 
 @dataclass
-class DataArguments:
+class DataArguments(FileArguments):
     """Data to train and evaluate on."""
 
     task_name: str | None = option(
         None,
         f"GLUE task: {', '.join(TASKS)}. Loaded from {HUB_DATASET} on the Hub, unless files are "
         "passed: then only its columns and metrics are used.",
-    )
-    train_file: str | None = option(None, "Training data: a parquet, csv, json or jsonl file.")
-    validation_file: str | None = option(
-        None, "Validation data, with the same columns as --train_file."
     )
     sentence1_key: str | None = option(
         None, "Column of the (first) sentence; default: found by name."
@@ -75,8 +63,6 @@ class DataArguments:
     pad_to_max_length: bool = option(
         False, "Pad to --max_seq_length instead of the longest example of the batch."
     )
-    max_train_samples: int | None = option(None, "Truncate the training data to N examples.")
-    max_eval_samples: int | None = option(None, "Truncate the validation data to N examples.")
     shuffle_train_dataset: bool = option(
         False, "Shuffle the training data before --max_train_samples truncates it."
     )
@@ -91,7 +77,8 @@ class DataArguments:
                     f"invalid --task_name {self.task_name!r}: expected one of {', '.join(TASKS)}; "
                     "without it, pass --train_file and --validation_file"
                 )
-        check_minimum(self, 1, "max_seq_length", "max_train_samples", "max_eval_samples")
+        super().__post_init__()
+        check_minimum(self, 1, "max_seq_length")
         if self.sentence2_key and not self.sentence1_key:
             raise ValueError(
                 f"--sentence2_key {self.sentence2_key!r} requires --sentence1_key; pass both"
@@ -106,6 +93,11 @@ class DataArguments:
     def from_files(self) -> bool:
         """Whether the data comes from local files."""
         return bool(self.train_file or self.validation_file)
+
+    @property
+    def has_train_data(self) -> bool:
+        """Whether there is training data."""
+        return bool(self.train_file or (self.task_name and not self.validation_file))
 
 
 @dataclass
@@ -132,34 +124,6 @@ class GlueData:
 
 
 # ---- reading -------------------------------------------------------------------------------------
-
-
-def _read_file(flag: str, path: str, args: DataArguments, cache_dir: str | None) -> Dataset:
-    if not os.path.isfile(path):
-        raise FileNotFoundError(
-            f"invalid --{flag} {path!r}: expected the path of a {', '.join(READERS)} file"
-        )
-    extension = os.path.splitext(path)[1].lower()
-    if extension not in READERS:
-        raise ValueError(
-            f"invalid --{flag} {path!r}: unknown extension {extension!r}, expected a "
-            f"{', '.join(READERS)} file"
-        )
-    reader = READERS[extension]
-    try:
-        return load_dataset(
-            reader,
-            data_files={"train": path},
-            split="train",
-            cache_dir=cache_dir,
-            download_mode="force_redownload" if args.overwrite_cache else None,
-            **READER_OPTIONS.get(reader, {}),
-        )
-    except (DatasetGenerationError, ValueError) as error:  # ArrowInvalid is a ValueError
-        raise ValueError(
-            f"invalid --{flag} {path!r}: expected a {reader} file with at least one row "
-            f"({error.__cause__ or error})"
-        ) from error
 
 
 def _read_hub(args: DataArguments, split: str, cache_dir: str | None, token) -> Dataset:
@@ -193,7 +157,8 @@ def _read_sets(
             split = "train" if flag == "train_file" else args.task.validation_split
             sets[flag] = _read_hub(args, split, cache_dir, token)
         elif path is not None:
-            sets[flag] = _read_file(flag, path, args, cache_dir)
+            options = {"download_mode": "force_redownload"} if args.overwrite_cache else {}
+            sets[flag] = read_table(flag, path, cache_dir, **options)
         elif wanted:
             switch = "--do_train" if flag == "train_file" else "--do_eval"
             raise ValueError(f"missing --{flag}: {why} needs it; pass it, or {switch} False")
@@ -297,58 +262,11 @@ def load_glue_data(
     if train_set is not None and args.shuffle_train_dataset:
         train_set = train_set.shuffle(seed=args.shuffle_seed)
     return GlueData(
-        train=_first(train_set, args.max_train_samples),
-        validation=_first(validation_set, args.max_eval_samples),
+        train=truncate(train_set, args.max_train_samples),
+        validation=truncate(validation_set, args.max_eval_samples),
         keys=keys,
         label_column=args.label_column,
         label_values=values,
         label_names=names,
         metrics=metrics,
     )
-
-
-def _first(data: Dataset | None, count: int | None) -> Dataset | None:
-    return data if data is None or count is None else data.select(range(min(count, len(data))))
-
-
-def tokenize(data: GlueData, tokenizer, args: DataArguments, model_limit: int | None) -> GlueData:
-    """Return the data with tokenized datasets (``input_ids``, ..., ``label``).
-
-    Args:
-        model_limit: maximum length of the model, or None if its config has none.
-    """
-    limits = [args.max_seq_length, tokenizer.model_max_length, model_limit or args.max_seq_length]
-    length = min(limits)
-    if length < args.max_seq_length:
-        logger.warning("--max_seq_length %d reduced to %d.", args.max_seq_length, length)
-
-    raw_label = f"raw {data.label_column}"
-
-    def encode(examples):
-        texts = [examples[key] for key in data.keys if key]
-        encoded = tokenizer(
-            *texts,
-            padding="max_length" if args.pad_to_max_length else False,
-            max_length=length,
-            truncation=True,
-        )
-        labels = examples[raw_label]
-        encoded["label"] = [
-            float(label) if data.is_regression else data.label_values[label] for label in labels
-        ]
-        return encoded
-
-    def apply(dataset: Dataset | None) -> Dataset | None:
-        if dataset is None:
-            return None
-        # Under the old name, map would cast the ids to the type of the labels in the file.
-        dataset = dataset.rename_column(data.label_column, raw_label)
-        return dataset.map(
-            encode,
-            batched=True,
-            remove_columns=dataset.column_names,
-            load_from_cache_file=not args.overwrite_cache,
-            desc="Tokenizing",
-        )
-
-    return replace(data, train=apply(data.train), validation=apply(data.validation))

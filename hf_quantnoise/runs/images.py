@@ -14,14 +14,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from datasets import ClassLabel, Dataset, load_dataset
-from datasets.exceptions import DatasetGenerationError
 from PIL import Image, UnidentifiedImageError
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
 from ..configuration.options import option
 from .arguments import Arguments
-from .compression_run import Example, Job, finetunes_stages, require_train_data
-from .example_data import Split, SplitArguments, check_minimum
+from .compression_run import Example, Job
+from .example_data import SplitArguments, check_minimum, read_table, truncate
 from .glue_labels import metrics_function
 
 
@@ -29,7 +28,6 @@ from .glue_labels import metrics_function
 class ImageArguments(SplitArguments):
     """Data to train and evaluate on."""
 
-    content: ClassVar[str] = "images"
     file_kind: ClassVar[str] = "a parquet file of images"
 
     validation_split: str = option("test", "Validation split of the dataset on the Hub.")
@@ -42,35 +40,24 @@ class ImageArguments(SplitArguments):
         check_minimum(self, 1, "image_size")
 
 
-def _read_file(split: Split, cache_dir: str | None) -> Dataset:
-    try:
-        return load_dataset("parquet", data_files=split.file, split="train", cache_dir=cache_dir)
-    except (DatasetGenerationError, ValueError) as error:  # ArrowInvalid is a ValueError
-        raise ValueError(
-            f"invalid {split.flag} {split.file!r}: expected {ImageArguments.file_kind} "
-            f"({error.__cause__ or error})"
-        ) from error
-
-
-def load_images(args: ImageArguments, split: Split, cache_dir: str | None) -> Dataset:
+def load_images(args: ImageArguments, split: str, cache_dir: str | None) -> Dataset:
     """Return the images and labels of a split, from a file or from the Hub.
 
     Raises:
         ValueError: naming the flag, if a column is missing or a file cannot be read.
     """
-    if split.file is None:
-        name = "train" if split.name == "train" else args.validation_split
+    if (path := args.file(split)) is None:
+        name = "train" if split == "train" else args.validation_split
         rows = load_dataset(args.dataset_name, split=name, cache_dir=cache_dir)
     else:
-        rows = _read_file(split, cache_dir)
+        rows = read_table(f"{split}_file", path, cache_dir)
     for name, column in (("image", args.image_column), ("label", args.label_column)):
         if column not in rows.column_names:
             raise ValueError(
                 f"invalid --{name}_column {column!r}: expected one of the columns of "
-                f"{split.file or args.dataset_name}: {', '.join(rows.column_names)}"
+                f"{path or args.dataset_name}: {', '.join(rows.column_names)}"
             )
-    rows = rows.select_columns([args.image_column, args.label_column])
-    return rows.select(range(min(split.limit, len(rows)))) if split.limit else rows
+    return truncate(rows.select_columns([args.image_column, args.label_column]), args.limit(split))
 
 
 def label_names(rows: Dataset, column: str) -> list[str]:
@@ -138,12 +125,11 @@ def load_processor(args: Arguments):
 def prepare(args: Arguments) -> Job:
     """Load images, image processor and model."""
     data, model_args = args.data, args.model
-    require_train_data(args, data.has_train_data)
     train = validation = None
-    if args.training.do_train or finetunes_stages(args):
-        train = load_images(data, data.split("train"), model_args.cache_dir)
+    if args.needs_train_data:
+        train = load_images(data, "train", model_args.cache_dir)
     if args.training.do_eval:
-        validation = load_images(data, data.split("validation"), model_args.cache_dir)
+        validation = load_images(data, "validation", model_args.cache_dir)
     if train is None and validation is None:
         raise ValueError("nothing to do: pass --do_train, --do_eval or --stage_epochs above 0")
     names = label_names(train if train is not None else validation, data.label_column)

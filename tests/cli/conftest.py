@@ -1,4 +1,4 @@
-"""A folder like one that an example leaves: ``out/dense`` and ``out/compressed``."""
+"""A folder as written by an example: ``out/dense`` and ``out/compressed``."""
 
 import shlex
 import shutil
@@ -17,16 +17,16 @@ CARD = "---\nlicense: mit\n---\n# A model\n"
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory):
-    """The folder itself, which no test may change."""
+    """The folder; tests must not change it."""
     folder = tmp_path_factory.mktemp("cli")
     torch.manual_seed(0)
     model = BertForSequenceClassification(BertConfig(**WIDE))
     model.save_pretrained(folder / "out" / "dense")
     (folder / "out" / "dense" / "tokenizer_config.json").write_text('{"made": "by hand"}')
     (folder / "out" / "dense" / "README.md").write_text(CARD)
-    (folder / "out" / "dense" / "optimizer.pt").write_text("no part of a model")
-    out = [str(folder / "out" / name) for name in ("dense", "compressed")]
-    assert main(["compress", *out, "--kmeans_iter", "2"]) == 0
+    (folder / "out" / "dense" / "optimizer.pt").write_text("not part of a model")
+    folders = [str(folder / "out" / name) for name in ("dense", "compressed")]
+    assert main(["compress", *folders, "--kmeans_iter", "2"]) == 0
     return folder
 
 
@@ -40,7 +40,7 @@ def work(made, tmp_path, monkeypatch):
 
 @pytest.fixture
 def run(capsys):
-    """Runs the words of a command line; returns exit code, stdout and stderr."""
+    """Run a command line; return exit code, stdout and stderr."""
 
     def run(line: str) -> tuple[int, str, str]:
         words = shlex.split(line)
@@ -52,3 +52,13 @@ def run(capsys):
         return code, *capsys.readouterr()
 
     return run
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Make loading of weights an error."""
+
+    def fail(*args, **kwargs):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", fail)

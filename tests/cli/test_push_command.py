@@ -1,5 +1,7 @@
-"""``push`` to, and ``report`` of, a local server that speaks the Hub's endpoints; in one process of
-their own, as huggingface_hub reads HF_ENDPOINT at import."""
+"""``push`` and ``report`` with a local server that has the endpoints of the Hub.
+
+They run in a subprocess, as huggingface_hub reads HF_ENDPOINT when it is imported.
+"""
 
 import json
 import socket
@@ -33,52 +35,81 @@ def run_lines(url, home, folder, *lines):
     )
 
 
-def test_the_examples_push_what_report_then_reads(made, tmp_path):
-    lines = [*COMMANDS["push"].examples, "hf-quantnoise report me/small --json"]
+def outputs(text: str) -> list[dict]:
+    """Return the JSON documents in the output of several commands."""
+    decoder, found = json.JSONDecoder(), []
+    while (begin := text.find("{")) >= 0:
+        document, end = decoder.raw_decode(text, begin)
+        found.append(document)
+        text = text[end:]
+    return found
+
+
+@pytest.fixture(scope="module")
+def session(made, tmp_path_factory):
+    """Push a model, report it, an adapter and a repository without a model; in one process."""
+    home = tmp_path_factory.mktemp("home")
+    weights = (made / "out" / "dense" / "model.safetensors").read_bytes()
+    names = ("me/small", "me/adapter", "me/words")
+    reports = [f"hf-quantnoise report {name} --json" for name in names]
     with HubServer() as hub:
-        done = run_lines(hub.url, tmp_path, made, *lines)
-        assert done.returncode == 0, done.stderr[-3000:]
-    folder = made / "out" / "compressed"
-    sent = hub.repos["me/small"]
+        hub.repos["me/adapter"] = {"adapter_model.safetensors": weights}
+        hub.repos["me/words"] = {"README.md": b"not a model"}
+        done = run_lines(hub.url, home, made, *COMMANDS["push"].examples, *reports)
+    # Only the beginning of the weights was requested, and they are not cached.
+    assert not list(home.rglob("model.safetensors"))
+    return hub, done
+
+
+def test_push_uploads_the_files_and_names_the_repository(session, made):
+    hub, _ = session
+    folder, sent = made / "out" / "compressed", hub.repos["me/small"]
     for path in folder.iterdir():
         if path.name != CARD:
             assert sent[path.name] == path.read_bytes()
-    # Saved before it had a repository: the card that went out names it, the one here is as it was.
-    here, there = (folder / CARD).read_text(), sent[CARD].decode()
-    assert 'from_pretrained("this/repository")' in here and "this/repository" not in there
-    assert there == here.replace("this/repository", "me/small")
-    asked = [path for method, path in hub.requests if method == "POST"]
-    assert "/api/models/me/small/commit/main" in asked
-    assert "/api/models/me/small/branch/ipq-8" in asked
-    assert "/api/models/me/small/commit/ipq-8" in asked
-    _, _, out = done.stdout.partition("{")
-    told = json.loads("{" + out)
-    report, _ = report_of(Checkpoint(str(folder)))
-    assert told["note"] is None
-    assert told["total"]["disk_bytes"] == report.total.disk_bytes
-    assert len(told["rows"]) == len(report.rows)
-    # Only the beginning of the weights was asked for, and they are in no cache.
-    assert not list(tmp_path.rglob("model.safetensors"))
+    # The uploaded card names the repository, the local one is unchanged.
+    local, uploaded = (folder / CARD).read_text(), sent[CARD].decode()
+    assert 'from_pretrained("this/repository")' in local and "this/repository" not in uploaded
+    assert uploaded == local.replace("this/repository", "me/small")
+    requested = [path for method, path in hub.requests if method == "POST"]
+    assert "/api/models/me/small/commit/main" in requested
+    assert "/api/models/me/small/branch/ipq-8" in requested
+    assert "/api/models/me/small/commit/ipq-8" in requested
 
 
-def test_a_folder_whose_files_are_others_is_refused(work, run):
+def test_report_reads_repositories(session, made):
+    """A packed model, the file of an adapter, and a repository without a model."""
+    _, done = session
+    packed, adapter = outputs(done.stdout)
+    report, _ = report_of(Checkpoint(str(made / "out" / "compressed")))
+    assert packed["note"] is None
+    assert packed["total"]["disk_bytes"] == report.total.disk_bytes
+    assert len(packed["rows"]) == len(report.rows)
+    size = (made / "out" / "dense" / "model.safetensors").stat().st_size
+    assert adapter["total"]["disk_bytes"] == size
+    assert "'me/adapter' has no config.json" in adapter["note"]
+    assert done.returncode == 1
+    assert "'me/words' has no config.json and no *.safetensors" in done.stderr
+
+
+def test_folders_that_do_not_match_their_config_are_refused(work, run):
     config = work / "out" / "compressed" / "config.json"
     values = json.loads(config.read_text())
     values["quantization_config"]["plan"].popitem()
     config.write_text(json.dumps(values))
     code, _, err = run("push out/compressed me/small")
-    assert code == 1 and "the files are not those of its config.json" in err
+    assert code == 1 and "the files do not match config.json" in err
 
 
 @pytest.fixture
 def closed():
-    """An address on the loopback at which nobody listens: a port taken, and not listened at."""
+    """A local address without a server: a port that is bound, without listening."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         yield f"http://127.0.0.1:{taken.getsockname()[1]}"
 
 
-def test_a_hub_that_is_not_there_is_named(closed, made, tmp_path):
+def test_unreachable_hub_is_named(closed, made, tmp_path):
     done = run_lines(closed, tmp_path, made, "hf-quantnoise push out/compressed me/small")
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.count("\n") == 1, done.stderr
@@ -86,25 +117,10 @@ def test_a_hub_that_is_not_there_is_named(closed, made, tmp_path):
         assert words in done.stderr
 
 
-def test_a_hub_that_refuses_is_named(made, tmp_path):
+def test_refusing_hub_is_named(made, tmp_path):
     with HubServer(refuses=True) as hub:
         done = run_lines(hub.url, tmp_path, made, "hf-quantnoise push out/compressed me/small")
         assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
         for words in ("error: 'me/small'", f"to {hub.url}:", "403", "hf auth login"):
             assert words in done.stderr
         assert not hub.repos
-
-
-def test_what_a_repository_holds_is_reported_without_a_config(made, tmp_path):
-    """An adapter's one file; and a repository with nothing to count."""
-    file = made / "out" / "dense" / "model.safetensors"
-    with HubServer() as hub:
-        hub.repos["me/adapter"] = {"adapter_model.safetensors": file.read_bytes()}
-        hub.repos["me/words"] = {"README.md": b"no model"}
-        lines = [f"hf-quantnoise report {name} --json" for name in ("me/adapter", "me/words")]
-        done = run_lines(hub.url, tmp_path, made, *lines)
-    told = json.loads(done.stdout)
-    assert told["total"]["disk_bytes"] == file.stat().st_size
-    assert "'me/adapter' holds no config.json" in told["note"]
-    assert done.returncode == 1
-    assert "'me/words' holds no config.json and no *.safetensors" in done.stderr

@@ -1,8 +1,9 @@
-"""A tiny BERT on disk, tiny data sets, and the benchmarks on the path."""
+"""A tiny BERT on disk, tiny datasets, and the benchmarks on the path."""
 
 import os
 import random
 import sys
+from functools import partial
 from pathlib import Path
 
 import pandas
@@ -48,7 +49,7 @@ def tiny_model(tmp_path_factory) -> str:
 
 
 def random_sentences(count: int, seed: int) -> tuple[list[str], list[int]]:
-    """Random sentences, 1 where a good word stands in it and 0 where a bad one does."""
+    """Return random sentences, with label 1 for a good word in it and 0 for a bad one."""
     draw = random.Random(seed)
     texts, labels = [], []
     for _ in range(count):
@@ -76,7 +77,7 @@ WRITERS = {
 
 @pytest.fixture
 def write(tmp_path):
-    """Writes columns to a file of the test's folder, by its extension; returns its path."""
+    """Write columns to a file in the folder of the test; return its path."""
 
     def write_file(name: str, columns: dict[str, list]) -> str:
         path = tmp_path / name
@@ -86,26 +87,40 @@ def write(tmp_path):
     return write_file
 
 
+def write_glue_files(folder: Path, extension: str = "csv", names=(0, 1), pair: bool = False):
+    """Write 64 training and 24 validation sentences; return the flags of the files.
+
+    Args:
+        names: the two labels.
+        pair: whether an example is a pair of sentences.
+    """
+    flags = []
+    for flag, count, seed in (("train", 64, 0), ("validation", 24, 1)):
+        texts, labels = random_sentences(count, seed)
+        columns = {"sentence": texts, "label": [names[label] for label in labels]}
+        if pair:
+            columns = {"sentence1": texts, "sentence2": texts[::-1], "label": columns["label"]}
+        path = folder / f"{flag}.{extension}"
+        WRITERS[extension](pandas.DataFrame(columns), path)
+        flags += [f"--{flag}_file", str(path)]
+    return flags
+
+
+@pytest.fixture(scope="session")
+def glue_files():
+    """:func:`write_glue_files`."""
+    return write_glue_files
+
+
 @pytest.fixture
-def write_sets(write):
-    """Writes 64 training and 24 validation sentences; ``names`` are the labels 0 and 1."""
-
-    def write_both(extension: str = "csv", names=(0, 1), pair: bool = False) -> list[str]:
-        flags = []
-        for flag, count, seed in (("train", 64, 0), ("validation", 24, 1)):
-            texts, labels = random_sentences(count, seed)
-            columns = {"sentence": texts, "label": [names[label] for label in labels]}
-            if pair:
-                columns = {"sentence1": texts, "sentence2": texts[::-1], "label": columns["label"]}
-            flags += [f"--{flag}_file", write(f"{flag}.{extension}", columns)]
-        return flags
-
-    return write_both
+def write_sets(tmp_path):
+    """:func:`write_glue_files` in the folder of the test."""
+    return partial(write_glue_files, tmp_path)
 
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of real data and weights, which is not part of the project."""
+    """Folder of real data and weights, which is not part of the project."""
     folder = Path(os.environ.get("HF_QUANTNOISE_SHARED", ROOT.parent / "shared"))
     if not (folder / "models" / "minilm").is_dir() or not (folder / "data" / "sst2").is_dir():
         pytest.skip(f"no models/minilm and data/sst2 in {folder}; set HF_QUANTNOISE_SHARED")
@@ -114,7 +129,7 @@ def shared() -> Path:
 
 @pytest.fixture
 def changed():
-    """Makes words of a command line with some flags' values replaced, or added at the end."""
+    """Return a command line with the values of some flags replaced or added."""
 
     def change(words: list[str], values: dict[str, str]) -> list[str]:
         words = list(words)
@@ -130,14 +145,14 @@ def changed():
 
 # ---- a language model and its text ---------------------------------------------------------------
 
-NUMBERED = [f"w{number}" for number in range(40)]
+NUMBERED = [f"w{index}" for index in range(40)]
 
 
 @pytest.fixture
 def text_checkpoint(tmp_path):
     """A tiny Llama with a tokenizer of one token per word."""
     vocabulary = {"<unk>": 0, "</s>": 1, "<nl>": 2}
-    vocabulary |= {word: number + 3 for number, word in enumerate(NUMBERED)}
+    vocabulary |= {word: index + 3 for index, word in enumerate(NUMBERED)}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>")

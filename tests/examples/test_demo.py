@@ -1,7 +1,8 @@
-"""The demo runs, cut short, and prints what it promises."""
+"""A shortened run of the demo, and its output."""
 
 import contextlib
 import io
+from functools import partial
 
 import demo
 import pytest
@@ -9,23 +10,26 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
+from hf_quantnoise import CompressionArguments
 from hf_quantnoise.runs.closing_table import Row, closing_table, weights_mb
 
+WITHOUT_PLOTS = partial(CompressionArguments, plots=False)
 SHORT = ["--epochs", "0.1", "--stage_epochs", "0.05"]  # a few steps of each
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A shortened demo: its folder, the rows it returned, what it printed, the logits it saw."""
+    """A shortened demo: its folder, returned rows, printed text and compared logits."""
     folder, seen = tmp_path_factory.mktemp("demo"), []
     logits = demo.logits
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
+        patch.setattr(demo, "CompressionArguments", WITHOUT_PLOTS)
         patch.setattr(demo, "logits", lambda *given: seen.append(logits(*given)) or seen[-1])
         rows = demo.main(["--output_dir", str(folder), *SHORT])
     return folder, rows, out.getvalue(), seen
 
 
-def test_the_table_closes_the_run_and_tells_the_sizes_of_the_files(run):
+def test_closing_table_has_the_sizes_of_the_files(run):
     folder, rows, printed, _ = run
     assert printed.endswith(f"\n\n{closing_table(rows)}\n")
     assert [row.megabytes for row in rows] == [
@@ -34,9 +38,9 @@ def test_the_table_closes_the_run_and_tells_the_sizes_of_the_files(run):
     assert rows[0].megabytes > 10 * rows[1].megabytes
 
 
-def test_the_saved_model_gives_the_logits_of_the_compressed_one(run):
+def test_saved_model_has_the_logits_of_the_compressed_one(run):
     folder, _, printed, seen = run
-    assert "bit for bit" in printed
+    assert "bit-equal" in printed
     _, test = demo.load_data()
     fresh = AutoModelForImageClassification.from_pretrained(folder / "compressed")
     compressed, reloaded = seen
@@ -45,7 +49,7 @@ def test_the_saved_model_gives_the_logits_of_the_compressed_one(run):
     assert torch.equal(compressed, demo.logits(fresh, test))
 
 
-def test_the_saved_models_score_what_the_table_says(run):
+def test_closing_table_has_the_accuracy_of_the_saved_models(run):
     folder, rows, *_ = run
     _, test = demo.load_data()
     truth = torch.tensor([example["labels"] for example in test])
@@ -55,10 +59,11 @@ def test_the_saved_models_score_what_the_table_says(run):
         assert row.score == pytest.approx(right / len(test))
 
 
-def test_other_logits_after_loading_are_an_error(monkeypatch, tmp_path):
+def test_different_logits_after_loading_are_an_error(monkeypatch, tmp_path):
     sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     image = {"image_size": 8, "patch_size": 4, "num_channels": 1, "num_labels": 10}
     config = ViTConfig(**sizes, **image, intermediate_size=64)
+    monkeypatch.setattr(demo, "CompressionArguments", WITHOUT_PLOTS)
     monkeypatch.setattr(demo, "make_model", lambda: ViTForImageClassification(config))
     answers = iter([torch.zeros(1), torch.ones(1)])
     monkeypatch.setattr(demo, "logits", lambda *_: next(answers))
@@ -66,7 +71,7 @@ def test_other_logits_after_loading_are_an_error(monkeypatch, tmp_path):
         demo.main(["--output_dir", str(tmp_path), "--epochs", "0.05", "--stage_epochs", "0"])
 
 
-def test_training_and_test_digits_do_not_overlap_and_are_all_there():
+def test_training_and_test_digits_are_a_partition():
     train, test = demo.load_data()
     assert (len(train), len(test)) == (1437, 360)
     everything = torch.stack([example["pixel_values"] for example in train + test])
@@ -76,7 +81,7 @@ def test_training_and_test_digits_do_not_overlap_and_are_all_there():
     assert sorted(everything.flatten(1).tolist()) == sorted(digits.flatten(1).tolist())
 
 
-def test_a_table_counts_times_smaller_from_its_first_row():
+def test_times_smaller_is_relative_to_the_first_row():
     text = closing_table([Row("a", 12.0, 0.5), Row("longer name", 0.5, None)], metric="f1")
     head, rule, first, second = text.splitlines()
     assert head.split() == ["model", "MB", "on", "disk", "times", "smaller", "f1"]
@@ -85,7 +90,7 @@ def test_a_table_counts_times_smaller_from_its_first_row():
     assert {len(line) for line in (head, rule, first, second)} == {len(head)}
 
 
-def test_megabytes_are_those_of_the_safetensors_files(tmp_path):
+def test_weights_mb_counts_safetensors_files(tmp_path):
     names = ("model-1.safetensors", "model-2.safetensors", "2_Dense/model.safetensors")
     (tmp_path / "2_Dense").mkdir()  # a module of a SentenceTransformer
     for name, count in zip(names, (500, 250, 125), strict=True):
@@ -96,6 +101,6 @@ def test_megabytes_are_those_of_the_safetensors_files(tmp_path):
     assert weights_mb(str(tmp_path)) > 3500 / 1e6
 
 
-def test_a_folder_without_weights_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="holds no"):
+def test_folders_without_weights_are_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="safetensors"):
         weights_mb(tmp_path)

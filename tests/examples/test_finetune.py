@@ -1,15 +1,16 @@
-"""``hf-quantnoise finetune``: the runs of the examples by another name."""
+"""``hf-quantnoise finetune``: the runs of the examples."""
 
 import json
 import shutil
 
 import pytest
 
-from hf_quantnoise import AutoQuantizedModel
+from hf_quantnoise import AutoQuantizedModel, CompressionArguments
 from hf_quantnoise.cli import COMMANDS, main
+from hf_quantnoise.runs.glue import parse
 
 
-def test_the_examples_run(tiny_model, sentences, write, tmp_path, monkeypatch, capsys):
+def test_examples_run(tiny_model, sentences, write, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny_model, tmp_path / "out" / "dense")
     for name, seed in (("train", 1), ("dev", 2)):
@@ -30,27 +31,65 @@ def test_the_examples_run(tiny_model, sentences, write, tmp_path, monkeypatch, c
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "words"),
     [
-        (["--bitts", "4"], "--bitts"),
+        (["--bitts", "4"], "--bitts 4; did you mean '--bits'?"),
         (["--scheme", "pq"], "--scheme"),
         (["--bits", "four"], "--bits"),
         ([], "--model_name_or_path"),
+        (["--noise_rate", "1.5"], "--noise_rate 1.5"),
+        (["--block_size", "x"], "invalid --block_size 'x'"),
+        (["--layer_quantizers", "missing.json"], "invalid --layer_quantizers 'missing.json'"),
+        (["--stage_epochs", "-1"], "--stage_epochs -1"),
+        (["--bits", "4"], "--bits 4 requires --scheme fixed_point"),
+        (["--sentence2_key", "b"], "--sentence2_key 'b' requires --sentence1_key"),
     ],
 )
-def test_flags_that_are_none_are_usage_errors(flags, said, tmp_path, capsys):
+def test_invalid_flags_are_usage_errors(flags, words, tmp_path, capsys):
     given = ["--model_name_or_path", "x", "--output_dir", str(tmp_path)] if flags else []
     with pytest.raises(SystemExit) as stop:
         main(["finetune", "glue", *given, *flags])
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.count("\n") == 1, err
-    assert said in err and "hf-quantnoise finetune glue --help" in err
+    assert words in err and "hf-quantnoise finetune glue --help" in err
 
 
-def test_a_missing_package_is_named_with_the_extra(monkeypatch, capsys):
+def test_missing_packages_are_named_with_the_extra(monkeypatch, capsys):
     def without_datasets(*args):
         raise ModuleNotFoundError("No module named 'datasets'", name="datasets")
 
     monkeypatch.setattr("hf_quantnoise.cli.finetune.import_module", without_datasets)
     assert main(["finetune", "glue", "--help"]) == 1
-    assert "needs datasets: pip install 'hf-quantnoise[examples]'" in capsys.readouterr().err
+    assert "requires datasets; run pip install 'hf-quantnoise[examples]'" in capsys.readouterr().err
+
+
+def test_removed_flags_have_no_effect(tmp_path, caplog):
+    words = ["--model_name_or_path", "m", "--output_dir", str(tmp_path)]
+    removed = ["--reassign_steps", "4", "--stage-schedule=continue", "--distill_cache"]
+    args = parse([*words, *removed, "--stage_epochs", "2"])
+    assert args.compression == CompressionArguments(stage_epochs=2)
+    for name in ("--reassign_steps", "--stage-schedule", "--distill_cache"):
+        assert f"{name} was removed and has no effect" in caplog.text
+
+
+def test_flags_in_a_json_file(tmp_path, caplog):
+    path = tmp_path / "flags.json"
+    flags = {
+        "model_name_or_path": "m",
+        "output_dir": str(tmp_path),
+        "noise": ["int8"],
+        "seed": 3,
+        "block_size": {"ffn": 8, "embeddings": 8, "attention": 4},
+        "distill_cache_mb": 64,
+    }
+    path.write_text(json.dumps(flags))
+    args = parse([str(path)])
+    assert args.noise.noise == "int8" and args.noise.seed == args.quantization.seed == 3
+    assert args.quantization.block_size == flags["block_size"]
+    assert "distill_cache_mb was removed and has no effect" in caplog.text
+    path.write_text(json.dumps({**flags, "blok_size": 4}))
+    with pytest.raises(ValueError, match="unknown field 'blok_size'.*did you mean 'block_size'"):
+        parse([str(path)])
+    path.write_text("{")
+    with pytest.raises(ValueError, match="flags.json"):
+        parse([str(path)])

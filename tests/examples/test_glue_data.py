@@ -1,17 +1,18 @@
-"""Data of the GLUE example: what is found in files, and what is said of files that will not do."""
+"""Data of the GLUE example: columns and labels found in files, and errors about files."""
 
 import numpy as np
 import pytest
 from transformers import AutoTokenizer, BertConfig, EvalPrediction
 
-from hf_quantnoise.runs.glue_data import DataArguments, load_glue_data, tokenize
+from hf_quantnoise.runs.glue import tokenize
+from hf_quantnoise.runs.glue_data import DataArguments, load_glue_data
 from hf_quantnoise.runs.glue_labels import METRICS, metrics_function
 
 NO_HEAD = BertConfig()
 
 
 def checkpoint_for(*names: str) -> BertConfig:
-    """The config of a checkpoint that has a head for these labels."""
+    """Return the config of a checkpoint with a head for these labels."""
     config = BertConfig(id2label=dict(enumerate(names)))
     config.label2id = {name: i for i, name in enumerate(names)}
     config.architectures = ["BertForSequenceClassification"]
@@ -20,7 +21,7 @@ def checkpoint_for(*names: str) -> BertConfig:
 
 @pytest.fixture
 def load(tmp_path):
-    """Reads data by flags (``train_file=...``), cached in the test's own folder."""
+    """Load data by flags (``train_file=...``), with a cache in the folder of the test."""
 
     def load_data(config=NO_HEAD, *, train=True, validation=True, new_head=False, **flags):
         return load_glue_data(
@@ -40,7 +41,7 @@ def as_flags(words: list[str]) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("extension", ["csv", "json", "jsonl", "parquet"])
-def test_formats_hold_the_same(extension, write_sets, load, tiny_model):
+def test_all_formats_give_the_same_data(extension, write_sets, load, tiny_model):
     args = as_flags(write_sets(extension, names=("dull", "great")))
     data = load(**args)
     assert data.keys == ("sentence", None)
@@ -56,7 +57,7 @@ def test_formats_hold_the_same(extension, write_sets, load, tiny_model):
         assert row["label"] == ("dull", "great").index(label)
 
 
-def test_words_that_look_like_missing_values_are_words(write, load):
+def test_words_that_look_like_missing_values_are_kept(write, load):
     texts = ["null", "n/a", "NA", "None", "nan"]
     path = write("train.csv", {"sentence": texts, "label": [0, 1, 0, 1, 0]})
     assert load(train_file=path, validation=False).train["sentence"][:] == texts
@@ -73,7 +74,7 @@ def test_pairs_are_found_and_truncated_together(write_sets, load, tiny_model):
     assert all(ids.count(tokenizer.sep_token_id) == 2 for ids in rows["input_ids"])
 
 
-def test_no_longer_than_the_model_takes(write_sets, load, tiny_model):
+def test_truncation_to_the_limit_of_the_model(write_sets, load, tiny_model):
     args = as_flags(write_sets("csv"))
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     rows = tokenize(load(**args), tokenizer, DataArguments(**args), model_limit=5).train
@@ -94,29 +95,29 @@ def test_sentence_columns_by_name_or_type(columns, keys, write, load):
     assert found == (keys or ("premise", "hypothesis"))
 
 
-def test_first_samples_of_one_shuffle(write_sets, load):
+def test_truncation_after_shuffling(write_sets, load):
     args = as_flags(write_sets("parquet"))
-    whole = load(**args).train["sentence"][:]
+    sentences = load(**args).train["sentence"][:]
     first = load(**args, max_train_samples=10, max_eval_samples=7)
-    assert (first.train["sentence"][:], len(first.validation)) == (whole[:10], 7)
+    assert (first.train["sentence"][:], len(first.validation)) == (sentences[:10], 7)
     shuffled = [
         load(**args, max_train_samples=count, shuffle_train_dataset=True).train["sentence"][:]
         for count in (10, 20)
     ]
-    assert shuffled[0] == shuffled[1][:10] != whole[:10]
-    assert set(shuffled[1]) <= set(whole)
+    assert shuffled[0] == shuffled[1][:10] != sentences[:10]
+    assert set(shuffled[1]) <= set(sentences)
 
 
 # ---- labels --------------------------------------------------------------------------------------
 
 
-def test_a_checkpoints_own_label_ids_hold(write_sets, load):
+def test_label_ids_of_the_checkpoint_are_used(write_sets, load):
     data = load(checkpoint_for("Great", "dull"), **as_flags(write_sets(names=("dull", "great"))))
     assert data.label_names == ["Great", "dull"]
     assert data.label_values == {"dull": 1, "great": 0}
 
 
-def test_integers_are_a_checkpoints_ids(write_sets, load):
+def test_integer_labels_are_ids_of_the_checkpoint(write_sets, load):
     data = load(checkpoint_for("negative", "positive"), **as_flags(write_sets()))
     assert data.label_names == ["negative", "positive"]
     assert data.label_values == {0: 0, 1: 1}
@@ -132,13 +133,16 @@ def test_other_labels_need_a_new_head(write_sets, load):
     args = as_flags(write_sets(names=("dull", "great")))
     with pytest.raises(ValueError, match=r"3 labels \['x', 'y', 'z'\].*--ignore_mismatched_sizes"):
         load(checkpoint_for("x", "y", "z"), **args)
-    assert load(checkpoint_for("x", "y", "z"), new_head=True, **args).num_labels == 2
+    assert load(checkpoint_for("x", "y", "z"), new_head=True, **args).label_names == [
+        "dull",
+        "great",
+    ]
 
 
 def test_floats_are_regression(write_sets, load):
     args = as_flags(write_sets("parquet", names=(0.5, 4.0)))
     data = load(**args)
-    assert data.is_regression and data.num_labels == 1
+    assert data.is_regression
     assert data.metrics == ("pearson", "spearmanr")
     with pytest.raises(ValueError, match=r"head for 3 labels.*regression.*--ignore_mismatched"):
         load(checkpoint_for("x", "y", "z"), **args)
@@ -146,7 +150,7 @@ def test_floats_are_regression(write_sets, load):
         load(**args, task_name="sst2")
 
 
-def test_stsb_takes_integers_as_numbers(write_sets, load, tiny_model):
+def test_stsb_with_integers_is_regression(write_sets, load, tiny_model):
     args = as_flags(write_sets("parquet", names=(1, 5), pair=True)) | {"task_name": "stsb"}
     data = load(**args)
     assert data.is_regression
@@ -174,54 +178,54 @@ def test_metrics_against_their_definitions():
     assert METRICS["spearmanr"](x, y) == pytest.approx(np.corrcoef(*ranks)[0, 1])
 
 
-def test_predictions_are_read_off_the_logits():
+def test_predictions_are_computed_from_logits():
     logits = np.array([[0.0, 1.0], [2.0, 1.0], [0.0, 3.0], [0.0, 1.0]])
     labels = np.array([1, 0, 0, 1])
     compute = metrics_function(("accuracy", "f1"), is_regression=False)
     assert compute(EvalPrediction((logits, "hidden"), labels)) == {"accuracy": 0.75, "f1": 0.8}
     compute = metrics_function(("pearson",), is_regression=True)
-    numbers = EvalPrediction(np.array([[1.0], [2.0], [3.0]]), np.array([2.0, 4.0, 6.0]))
-    assert compute(numbers)["pearson"] == pytest.approx(1.0)
+    predictions = EvalPrediction(np.array([[1.0], [2.0], [3.0]]), np.array([2.0, 4.0, 6.0]))
+    assert compute(predictions)["pearson"] == pytest.approx(1.0)
 
 
-# ---- mistakes ------------------------------------------------------------------------------------
+# ---- errors --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"task_name": "sst"}, r"--task_name 'sst' is unknown; choose one of cola, mnli"),
-        ({"max_seq_length": 0}, r"--max_seq_length 0 must be at least 1"),
-        ({"max_train_samples": -5}, r"--max_train_samples -5 must be at least 1"),
-        ({"sentence2_key": "b"}, r"--sentence2_key 'b' needs --sentence1_key"),
+        ({"task_name": "sst"}, r"--task_name 'sst'.*cola, mnli"),
+        ({"max_seq_length": 0}, r"--max_seq_length 0: .*at least 1"),
+        ({"max_train_samples": -5}, r"--max_train_samples -5"),
+        ({"sentence2_key": "b"}, r"--sentence2_key 'b'.*--sentence1_key"),
     ],
 )
-def test_flags_that_will_not_do(flags, message):
+def test_invalid_flags_are_named(flags, message):
     with pytest.raises(ValueError, match=message):
         DataArguments(**flags)
 
 
-def test_files_that_will_not_do(write, write_sets, load, tmp_path):
+def test_invalid_files_are_named(write, write_sets, load, tmp_path):
     args = as_flags(write_sets())
-    with pytest.raises(ValueError, match=r"no data: give --train_file.*--task_name"):
+    with pytest.raises(ValueError, match=r"no data.*--train_file.*--task_name"):
         load()
-    with pytest.raises(FileNotFoundError, match=r"--train_file '.*absent\.csv' is no file"):
+    with pytest.raises(FileNotFoundError, match=r"--train_file '.*absent\.csv'"):
         load(train_file=str(tmp_path / "absent.csv"))
-    with pytest.raises(ValueError, match=r"--validation_file is missing.*--do_eval False"):
+    with pytest.raises(ValueError, match=r"missing --validation_file.*--do_eval False"):
         load(train_file=args["train_file"])
-    with pytest.raises(ValueError, match=r"--train_file is missing.*--do_train False"):
+    with pytest.raises(ValueError, match=r"missing --train_file.*--do_train False"):
         load(validation_file=args["validation_file"])
-    strange = tmp_path / "train.tsv"
-    strange.write_text("sentence\tlabel\na\t0\n")
-    with pytest.raises(ValueError, match=r"--train_file .*'\.tsv' is unknown; give a \.parquet"):
-        load(train_file=str(strange))
+    unknown = tmp_path / "train.tsv"
+    unknown.write_text("sentence\tlabel\na\t0\n")
+    with pytest.raises(ValueError, match=r"--train_file .*'\.tsv'.*\.parquet"):
+        load(train_file=str(unknown))
     broken = tmp_path / "broken.parquet"
     broken.write_bytes(b"PAR1 and then nothing")
-    with pytest.raises(ValueError, match=r"--train_file .*broken\.parquet' cannot be read as parq"):
+    with pytest.raises(ValueError, match=r"--train_file .*broken\.parquet"):
         load(train_file=str(broken))
     empty = write("empty.csv", {"sentence": [], "label": []})
     with pytest.raises(
-        ValueError, match=r"--train_file .*empty\.csv' cannot be read as csv, or holds no rows"
+        ValueError, match=r"--train_file .*empty\.csv.*csv file with at least one row"
     ):
         load(train_file=empty)
 
@@ -231,50 +235,48 @@ def test_files_that_will_not_do(write, write_sets, load, tmp_path):
     [
         (
             {"sentence": ["a"], "class": [0]},
-            r"no label column 'label'; its columns are \['sentence', 'class'\].*--label_column",
+            r"--label_column 'label'.*\['sentence', 'class'\]",
         ),
         (
             {"a": ["x"], "b": ["y"], "c": ["z"], "label": [0]},
             r"columns \['a', 'b', 'c', 'label'\].*--sentence1_key",
         ),
-        ({"sentence": [1.5], "label": [0]}, r"--sentence1_key: column 'sentence' .* not text"),
+        ({"sentence": [1.5], "label": [0]}, r"--sentence1_key 'sentence'.* expected text"),
         (
             {"sentence": ["a", None], "label": [0, 1]},
-            r"1 of 2 rows with nothing in column 'sentence'",
+            r"1 of 2 rows .*'sentence'",
         ),
         (
             {"sentence": ["a", "b"], "label": ["x", None]},
-            r"1 of 2 rows with nothing in column 'label'",
+            r"1 of 2 rows .*'label'",
         ),
-        ({"sentence": ["a"], "label": [-1]}, r"holds -1, GLUE's mark for a hidden label"),
+        ({"sentence": ["a"], "label": [-1]}, r"column 'label' has the label -1"),
     ],
 )
-def test_columns_that_will_not_do(columns, message, write, load):
+def test_invalid_columns_are_named(columns, message, write, load):
     with pytest.raises(ValueError, match=message):
         load(train_file=write("train.json", columns), validation=False)
 
 
-def test_sets_must_agree(write, load):
+def test_files_must_have_the_same_columns_and_labels(write, load):
     train = write("train.csv", {"sentence": ["a", "b"], "label": ["x", "y"]})
     other = write("other.csv", {"text": ["a"], "label": ["x"]})
     with pytest.raises(
         ValueError, match=r"--validation_file '.*' has no column 'sentence'.*\['text', 'label'\]"
     ):
         load(train_file=train, validation_file=other)
-    strange = write("strange.csv", {"sentence": ["a"], "label": ["z"]})
-    with pytest.raises(
-        ValueError, match=r"--validation_file.*labels \['z'\], unknown.*\['x', 'y'\]"
-    ):
-        load(train_file=train, validation_file=strange)
+    unknown = write("unknown.csv", {"sentence": ["a"], "label": ["z"]})
+    with pytest.raises(ValueError, match=r"--validation_file.*labels \['z'\].*\['x', 'y'\]"):
+        load(train_file=train, validation_file=unknown)
 
 
 def test_f1_needs_two_labels(write, load):
     columns = {"sentence1": ["a"] * 3, "sentence2": ["b"] * 3, "label": [0, 1, 2]}
-    with pytest.raises(ValueError, match=r"--task_name 'mrpc' is scored by F1, which needs 2"):
+    with pytest.raises(ValueError, match=r"--task_name 'mrpc'.*F1 needs 2"):
         load(train_file=write("train.csv", columns), validation=False, task_name="mrpc")
 
 
-def test_the_hub_out_of_reach(load, monkeypatch):
+def test_unreachable_hub_is_named(load, monkeypatch):
     def unreachable(*args, **kwargs):
         raise ConnectionError("offline")
 

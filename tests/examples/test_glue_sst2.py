@@ -1,4 +1,4 @@
-"""The benchmark behind the README's table: it goes on where it stopped, and sums up rightly."""
+"""The benchmark of the README's table: it can be resumed, and its table is correct."""
 
 import json
 import statistics
@@ -64,7 +64,7 @@ def test_runs_are_recorded_once_and_resumed(flags, tmp_path, capsys, monkeypatch
     assert capsys.readouterr().out.count("| proxy p=0.1 | stages, teacher | 4 |") == 2
 
 
-def test_table_of_known_figures():
+def test_table_of_known_results():
     def line(seed, method, accuracy, size):
         return {
             "key": {
@@ -94,7 +94,7 @@ def test_table_of_known_figures():
     assert rows[6] == "Command: `python benchmarks/glue_sst2.py`"
 
 
-def test_settings_are_never_mixed_up(flags):
+def test_settings_determine_folders_and_keys(flags):
     def folder(*more):
         (args,) = glue_sst2.HfArgumentParser(
             glue_sst2.BenchmarkArguments
@@ -106,13 +106,13 @@ def test_settings_are_never_mixed_up(flags):
     assert folder()[0] != folder("--learning_rate", "1e-3")[0]
     assert folder()[1] != folder("--stage_learning_rate", "1e-3")[1]
     one_shot = [keys[0] for keys in (folder()[1], folder("--stage_epochs", "2")[1])]
-    assert one_shot[0] == one_shot[1], "one shot knows no stage settings"
+    assert one_shot[0] == one_shot[1], "one shot has no stage settings"
 
 
-def test_mistakes_are_named(flags):
-    with pytest.raises(ValueError, match=r"--methods 'magic' is unknown; known: one shot"):
+def test_invalid_flags_are_named(flags):
+    with pytest.raises(ValueError, match=r"--methods 'magic'.*one shot"):
         glue_sst2.main([*flags, "--methods", "magic"])
-    with pytest.raises(ValueError, match=r"--block_sizes 'x' is no size"):
+    with pytest.raises(ValueError, match=r"--block_sizes 'x'"):
         glue_sst2.main([*flags, "--block_sizes", "x"])
-    with pytest.raises(ValueError, match=r"--results holds no finished run"):
+    with pytest.raises(ValueError, match=r"--results .*finished run"):
         glue_sst2.main([*flags, "--table"])

@@ -1,4 +1,4 @@
-"""The benchmark of loading: a process for each load, a line for each model, a table of ratios."""
+"""The benchmark of loading: one process per load, one line per model, a table of ratios."""
 
 import loading as benchmark
 import pytest
@@ -6,7 +6,7 @@ from results_file import read_lines
 
 
 @pytest.mark.slow
-def test_dense_and_packed_are_measured_once_and_set_side_by_side(tmp_path, capsys, monkeypatch):
+def test_dense_and_packed_models_are_measured_once(tmp_path, capsys, monkeypatch):
     flags = [
         *("--model", "tiny", "--block_size", "4", "--repetitions", "1", "--forwards", "2"),
         *("--shapes", "1x8", "2x8", "--threads", "1", "--results", str(tmp_path / "r.jsonl")),
@@ -29,7 +29,7 @@ def test_dense_and_packed_are_measured_once_and_set_side_by_side(tmp_path, capsy
     assert "| tiny | forward, 2x8 tokens | " in printed and "Machine: " in printed
 
 
-def test_medians_are_taken_in_turn(monkeypatch):
+def test_measurements_alternate_and_give_medians(monkeypatch):
     order = []
 
     def once(folder, warm_up, args, cold):
@@ -46,9 +46,9 @@ def test_medians_are_taken_in_turn(monkeypatch):
     assert figures["packed"]["cold_output"] == 8
 
 
-def test_a_process_that_fails_and_an_empty_table_are_told(tmp_path):
+def test_failing_processes_and_empty_tables_are_errors(tmp_path):
     args = benchmark.parse(["--threads", "1"])
     with pytest.raises(RuntimeError, match="nowhere"):
         benchmark.load_once(str(tmp_path / "nowhere"), str(tmp_path / "nowhere"), args)
-    with pytest.raises(ValueError, match="no finished model"):
+    with pytest.raises(ValueError, match="finished model"):
         benchmark.table([])

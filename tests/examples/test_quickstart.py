@@ -1,4 +1,4 @@
-"""docs/how_to/common_errors.md: each mistake it shows is made, and says what stands there."""
+"""docs/how_to/common_errors.md: each error it shows is raised with the same text."""
 
 import json
 import re
@@ -12,15 +12,13 @@ pytest.importorskip("hf_quantnoise")
 
 import hf_quantnoise
 
-TEXT = (Path(__file__).resolve().parents[2] / "docs" / "how_to" / "common_errors.md").read_text(
-    encoding="utf-8"
-)
-MISTAKES = re.findall(r"```python\n([^`]*)```\n```text\n([^`]*)```", TEXT)
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "how_to" / "common_errors.md"
+ERRORS = re.findall(r"```python\n([^`]*)```\n```text\n([^`]*)```", PAGE.read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="session")
 def names(tmp_path_factory):
-    """The names that the mistakes use, and the folder in which they are made."""
+    """The names in the code of the page, and the folder to run it in."""
     from transformers import (
         BertConfig,
         BertForSequenceClassification,
@@ -51,15 +49,15 @@ def names(tmp_path_factory):
     return folder, {**vars(hf_quantnoise), **own}
 
 
-def test_there_are_mistakes():
-    assert len(MISTAKES) >= 8
+def test_page_has_errors():
+    assert len(ERRORS) >= 8
 
 
-@pytest.mark.parametrize(("code", "said"), MISTAKES, ids=[code.strip() for code, _ in MISTAKES])
-def test_mistakes_say_what_is_shown(code, said, names, monkeypatch):
-    folder, own = names
+@pytest.mark.parametrize(("code", "shown"), ERRORS, ids=[code.strip() for code, _ in ERRORS])
+def test_errors_are_as_shown(code, shown, names, monkeypatch):
+    folder, values = names
     monkeypatch.chdir(folder)
     with pytest.raises(Exception) as caught:  # noqa: B017, PT011 (which one is what is compared)
-        exec(code, dict(own))
+        exec(code, dict(values))
     message = f"{type(caught.value).__name__}: {caught.value}"
-    assert " ".join(message.split()) == " ".join(said.split()), textwrap.fill(message, 98)
+    assert " ".join(message.split()) == " ".join(shown.split()), textwrap.fill(message, 98)

@@ -1,4 +1,4 @@
-"""run_clm.py the whole way on a tiny model, and what it says to mistakes."""
+"""run_clm.py on a tiny model, from the command line to the closing table, and its errors."""
 
 import json
 import math
@@ -6,7 +6,10 @@ import math
 import pytest
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from hf_quantnoise.runs.clm import cut, main
+from hf_quantnoise.runs.clm import main, split_into_examples
+
+TWO_STAGES = ["--stages", "ffn", "embeddings"]
+BITS_16 = ["--codebook_bits", "16"]
 
 
 def flags(text_checkpoint, texts, tmp_path, *more):
@@ -15,7 +18,7 @@ def flags(text_checkpoint, texts, tmp_path, *more):
         *("--validation_file", str(texts["validation"]), "--output_dir", str(tmp_path / "out")),
         *("--sequence_length", "16", "--num_train_epochs", "1", "--save_strategy", "no"),
         *("--per_device_train_batch_size", "8", "--n_centroids", "8", "--stage_epochs", "0.5"),
-        *("--learning_rate", "1e-3", "--disable_tqdm", "True", *more),
+        *("--learning_rate", "1e-3", "--disable_tqdm", "True", "--plots", "False", *more),
     ]
 
 
@@ -23,21 +26,23 @@ def flags(text_checkpoint, texts, tmp_path, *more):
     "settings",
     [
         ["--noise", "proxy", "--noise_schedule", "3", "--layerdrop", "0.2"],
-        ["--noise", "pq", "int8", "--codebook_bits", "8", "--activation_bits", "8"],
+        ["--noise", "pq", "int8", "--codebook_bits", "8", "--activation_bits", "8", *TWO_STAGES],
         ["--noise", "int4", "--scheme", "fixed_point", "--bits", "4", "--observer", "channel"],
-        ["--noise", "mean", "--noise_block_selection", "cluster", "--codebook_bits", "16"],
-        ["--noise", "int8", "--noise_observer", "histogram", "--share_layers", "2"],
+        ["--noise", "mean", "--noise_block_selection", "cluster", *TWO_STAGES, *BITS_16],
+        ["--noise", "int8", "--noise_observer", "histogram", "--share_layers", "2", *TWO_STAGES],
         ["--noise", "none", "--scheme", "fixed_point", "--prune_layers", "every_other"],
     ],
 )
-def test_the_whole_way(text_checkpoint, texts, tmp_path, settings, capsys):
+def test_run_clm_finetunes_compresses_and_reloads(
+    text_checkpoint, texts, tmp_path, settings, capsys
+):
     values = main(flags(text_checkpoint, texts, tmp_path, *settings))
     stored = json.loads((tmp_path / "out" / "results.json").read_text())
     assert stored["reloaded"]["logits_bit_equal"] is True
     for part in ("dense", "reloaded"):
         metrics = stored[part]["metrics"]
         assert metrics["perplexity"] == pytest.approx(math.exp(metrics["loss"]))
-        # One token per word, and an end of line per twelve of them.
+        # One token per word, and an end of line after each twelve.
         ratio = math.log(metrics["word_perplexity"]) / metrics["loss"]
         assert ratio == pytest.approx(12 / 13, rel=1e-3)
     assert stored["compressed"]["bytes"] < stored["dense"]["bytes"]
@@ -47,39 +52,39 @@ def test_the_whole_way(text_checkpoint, texts, tmp_path, settings, capsys):
     assert small.is_quantized
 
 
-def test_pieces_are_the_stream_without_gaps(text_checkpoint):
+def test_examples_are_the_stream_without_gaps(text_checkpoint):
     tokenizer = PreTrainedTokenizerFast.from_pretrained(text_checkpoint)
-    lines = [" ".join(f"w{number}" for number in range(i, i + 5)) + "\n" for i in range(0, 20, 5)]
-    pieces = cut(lines, tokenizer, 6, None, "--train_file")
-    assert [row for rows in pieces.rows["input_ids"] for row in rows] == list(range(3, 21))
-    assert pieces.tokens == 3 * 5
-    assert pieces.words == pytest.approx(24 * 15 / 20)
+    lines = [" ".join(f"w{word}" for word in range(i, i + 5)) + "\n" for i in range(0, 20, 5)]
+    text = split_into_examples(lines, tokenizer, 6, None, "--train_file")
+    assert [row for rows in text.rows["input_ids"] for row in rows] == list(range(3, 21))
+    assert text.tokens == 3 * 5
+    assert text.words == pytest.approx(24 * 15 / 20)
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"--train_file": "nowhere.txt"}, "--train_file 'nowhere.txt' is no file"),
-        ({"--sequence_length": "1"}, "--sequence_length 1 must be 2 or more"),
-        ({"--sequence_length": "65"}, "--sequence_length 65 is more than the model's 64 positions"),
-        ({"--max_eval_samples": "3", "--noise": "pqq"}, "unknown noise 'pqq'"),
-        ({"--share_layers": "two"}, "--share_layers 'two' is no number of layers"),
-        ({"--prune_layers": ".*9"}, "prune_layers='.\\*9' matches no layer of the model"),
+        ({"--train_file": "nowhere.txt"}, "--train_file 'nowhere.txt'"),
+        ({"--sequence_length": "1"}, "--sequence_length 1: .* at least 2"),
+        ({"--sequence_length": "65"}, "--sequence_length 65: .*64 positions"),
+        ({"--max_eval_samples": "3", "--noise": "pqq"}, "--noise 'pqq'"),
+        ({"--share_layers": "two"}, "--share_layers 'two'"),
+        ({"--prune_layers": ".*9"}, "prune_layers='.\\*9'"),
     ],
 )
-def test_mistakes_are_named(text_checkpoint, texts, tmp_path, changed, change, words):
+def test_invalid_flags_are_named(text_checkpoint, texts, tmp_path, changed, change, words):
     given = flags(text_checkpoint, texts, tmp_path)
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((ValueError, FileNotFoundError), match=words):
         main(changed(given, change))
 
 
-def test_text_shorter_than_an_example_is_refused(text_checkpoint, texts, tmp_path):
+def test_text_shorter_than_an_example_is_an_error(text_checkpoint, texts, tmp_path):
     texts["train"].write_text("w1 w2 w3\n")
-    with pytest.raises(ValueError, match="--train_file has 3 tokens, less than --sequence_length"):
+    with pytest.raises(ValueError, match="--train_file: 3 tokens .*--sequence_length 16"):
         main(flags(text_checkpoint, texts, tmp_path))
 
 
-def test_another_teacher_and_noise_kept_in_the_stages(text_checkpoint, texts, tmp_path):
+def test_teacher_and_keep_noise_change_the_result(text_checkpoint, texts, tmp_path):
     other = AutoModelForCausalLM.from_pretrained(text_checkpoint)
     for parameter in other.parameters():
         parameter.data.mul_(1.5)
@@ -90,7 +95,7 @@ def test_another_teacher_and_noise_kept_in_the_stages(text_checkpoint, texts, tm
         ["--teacher_name_or_path", str(tmp_path / "other")],
         ["--noise", "pq", "--noise_rate", "0.5", "--keep_noise", "True"],
     ):
-        words = flags(text_checkpoint, texts, tmp_path, "--do_train", "False", *more)
+        words = flags(text_checkpoint, texts, tmp_path, "--do_train", "False", *TWO_STAGES, *more)
         values = main(words)
         assert "training" not in values["dense"]
         losses.append((values["dense"]["metrics"]["loss"], values["reloaded"]["metrics"]["loss"]))
@@ -98,8 +103,8 @@ def test_another_teacher_and_noise_kept_in_the_stages(text_checkpoint, texts, tm
     assert len(set(dense)) == 1 and len(set(small)) == 3
 
 
-def test_a_file_that_is_no_text_is_named(text_checkpoint, texts, tmp_path, changed):
+def test_files_that_are_not_text_are_named(text_checkpoint, texts, tmp_path, changed):
     (tmp_path / "text").write_bytes(b"\xff\xfe\x00")
     given = flags(text_checkpoint, texts, tmp_path)
-    with pytest.raises(ValueError, match="--train_file .*text.* is no text in UTF-8"):
+    with pytest.raises(ValueError, match="--train_file .*text.*UTF-8"):
         main(changed(given, {"--train_file": str(tmp_path / "text")}))

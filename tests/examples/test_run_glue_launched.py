@@ -1,4 +1,4 @@
-"""The GLUE example on two processes makes the model of a single one, however they are started."""
+"""run_glue.py on two processes gives the same model as on one, with each launcher."""
 
 import json
 from functools import partial
@@ -15,7 +15,7 @@ PROGRAM = Path(__file__).parents[2] / "examples" / "run_glue.py"
 
 @pytest.fixture
 def words(tiny_model, tmp_path, write_sets):
-    """Its command line: 4 steps of 16 examples. Neither dropout nor noise draws anything."""
+    """Its command line: 4 steps of 16 examples, without dropout or random noise."""
     config = BertConfig.from_pretrained(tiny_model)
     config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
     config.save_pretrained(tmp_path / "config")
@@ -36,7 +36,7 @@ def words(tiny_model, tmp_path, write_sets):
 
 @pytest.mark.slow
 @needs_gloo
-def test_two_processes_make_the_model_of_one(words, tmp_path):
+def test_two_processes_give_the_model_of_one(words, tmp_path):
     torchrun(PROGRAM, *words("one", 1), processes=1)
     single = json.loads((tmp_path / "one" / "results.json").read_text())
     model = load_file(tmp_path / "one" / "compressed" / "model.safetensors")
@@ -46,7 +46,7 @@ def test_two_processes_make_the_model_of_one(words, tmp_path):
         results = json.loads((tmp_path / name / "results.json").read_text())
         stages = results["compressed"]["stages"]
         assert [stage["stage"] for stage in stages] == ["dense", "ffn"]
-        # There were two processes: 64 examples are four steps of a batch of eight for each.
+        # 64 examples are four steps with a batch of eight on each of two processes.
         assert [stage["step"] for stage in stages] == [4, 8]
         assert results["arguments"]["training"]["per_device_train_batch_size"] == 8
         assert results["reloaded"]["logits_bit_equal"] is True
@@ -56,5 +56,5 @@ def test_two_processes_make_the_model_of_one(words, tmp_path):
         for key, tensor in model.items():
             if tensor.is_floating_point():
                 torch.testing.assert_close(other[key], tensor, rtol=5e-3, atol=2e-4)
-        # Told once, by the first process.
+        # Printed once, by the first process.
         assert printed.count("compressed, reloaded") == 1

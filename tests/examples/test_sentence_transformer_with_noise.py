@@ -1,4 +1,4 @@
-"""sentence_transformer_with_noise.py the whole way on a tiny BERT."""
+"""sentence_transformer_with_noise.py on a tiny BERT."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def pair_files(sentences, write):
     return flags
 
 
-def test_the_whole_way(tiny_model, pair_files, tmp_path, capsys):
+def test_example_finetunes_compresses_and_reloads(tiny_model, pair_files, tmp_path, capsys):
     out = tmp_path / "out"
     rows = main([
         *("--model_name_or_path", tiny_model, *pair_files, "--output_dir", str(out)),
@@ -49,7 +49,7 @@ def test_the_whole_way(tiny_model, pair_files, tmp_path, capsys):
     assert SentenceTransformer(str(out / "compressed"))[0].auto_model.is_quantized
 
 
-def test_a_resumed_run_ends_as_the_undisturbed_one(tiny_model, pair_files, tmp_path):
+def test_resumed_runs_are_bit_equal(tiny_model, pair_files, tmp_path):
     noise = QuantNoiseConfig(noise="pq", p=0.3, n_centroids=8)
     rows = load_dataset("csv", data_files=pair_files[1], split="train")
 

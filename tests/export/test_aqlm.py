@@ -9,9 +9,9 @@ from typing import NamedTuple
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.stacked import make_stacked
 from support.tiny import VOCABULARY, make_model
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from hf_quantnoise import FixedPointConfig, IPQConfig, export_aqlm, quantize_model
 from hf_quantnoise.compat import should_convert_module
@@ -36,22 +36,8 @@ assert "hf_quantnoise" not in sys.modules
 """
 
 
-def tiny_llama():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=4,
-        num_attention_heads=2, max_position_embeddings=64,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
-
-
-def tiny_t5():
-    torch.manual_seed(0)
-    config = T5Config(
-        vocab_size=VOCABULARY, d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2,
-        decoder_start_token_id=0,
-    )  # fmt: skip
-    return T5ForConditionalGeneration(config).eval()
+def make_llama():
+    return make_stacked("llama", 4)
 
 
 IPQ = IPQConfig(block_size=4, n_centroids=16)
@@ -75,7 +61,7 @@ CASES = {
         "word_embeddings",
     ),
     "two codebooks, row scales, head": Case(
-        tiny_llama,
+        make_llama,
         IPQConfig(
             block_size=8, n_centroids=13, n_codebooks=2, row_scale=True,
             stages=["ffn", "attention", "head"],
@@ -84,7 +70,7 @@ CASES = {
         4 * 7 + 1,
     ),
     "two settings, shared layers": Case(
-        tiny_llama,
+        make_llama,
         IPQConfig(
             block_size={"ffn": 8, "attention": 4, "embeddings": 4}, n_centroids=16, codebook_bits=8,
             share_layers=2,
@@ -217,7 +203,7 @@ def test_dense_patterns_do_not_match_exported_layers_with_the_same_suffix():
         (lambda: make_model("bert"), None, "BertForSequenceClassification"),
         (lambda: make_model("gpt2"), IPQ, r"Conv1D.*IPQConfig\(block_size=8"),
         (lambda: make_model("bert"), FixedPointConfig(bits=4), "int4"),
-        (tiny_t5, IPQ, "reads the weight"),
+        (lambda: make_stacked("t5", 1), IPQ, "reads the weight"),
         (lambda: make_model("bert"), ROUNDED, "activation_bits=8.*activation_bits=None"),
     ],
     ids=["dense", "Conv1D", "int4", "T5", "activations"],

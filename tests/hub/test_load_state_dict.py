@@ -22,25 +22,25 @@ from hf_quantnoise import (
 )
 from hf_quantnoise.modeling import packed_layers
 
-WAYS = {
+CONFIGS = {
     **STORED,
     "rows, 8 bits": IPQConfig(**PQ, row_scale=True, codebook_bits=8),
-    "two books": IPQConfig(**PQ, n_codebooks=2),
-    "two books, rows, 8 bits": IPQConfig(**PQ, n_codebooks=2, row_scale=True, codebook_bits=8),
+    "two codebooks": IPQConfig(**PQ, n_codebooks=2),
+    "two codebooks, rows, 8 bits": IPQConfig(**PQ, n_codebooks=2, row_scale=True, codebook_bits=8),
     "int4": FixedPointConfig(bits=4, observer="channel"),
     "inputs": IPQConfig(**PQ, codebook_bits=8, activation_bits=8),
 }
-EIGHT_BITS = [name for name in WAYS if getattr(WAYS[name], "codebook_bits", 0) == 8]
+EIGHT_BITS = [name for name in CONFIGS if getattr(CONFIGS[name], "codebook_bits", 0) == 8]
 
 
 @pytest.fixture
 def saved(tmp_path):
     """Save a tiny model and return its folder."""
 
-    def save(way, name="bert"):
-        data = [inputs_of(name)] if WAYS[way].activation_bits else None
+    def save(kind, name="bert"):
+        data = [inputs_of(name)] if CONFIGS[kind].activation_bits else None
         quantize_model(
-            make_stacked(name, 2), WAYS[way], calibration_data=data, progress=False
+            make_stacked(name, 2), CONFIGS[kind], calibration_data=data, progress=False
         ).save_pretrained(tmp_path / "model")
         return tmp_path / "model"
 
@@ -48,7 +48,7 @@ def saved(tmp_path):
 
 
 @torch.no_grad()
-def disturbed(model):
+def perturbed(model):
     """Change all floats of a model; its codes stay."""
     for tensor in model.parameters():
         if tensor.is_floating_point():
@@ -57,16 +57,16 @@ def disturbed(model):
 
 
 # torch's assign keeps the dtype of the file, so configs with float16 tensors are omitted.
-ASSIGNED = ["ipq", "8 bits", "two books", "int4", "inputs"]
+ASSIGNED = ["ipq", "8 bits", "two codebooks", "int4", "inputs"]
 
 
 @pytest.mark.parametrize(
-    ("way", "assign"), [(way, False) for way in WAYS] + [(way, True) for way in ASSIGNED]
+    ("kind", "assign"), [(kind, False) for kind in CONFIGS] + [(kind, True) for kind in ASSIGNED]
 )
-def test_load_state_dict_of_own_file_restores_model(way, assign, saved):
-    folder = saved(way)
+def test_load_state_dict_of_own_file_restores_model(kind, assign, saved):
+    folder = saved(kind)
     expected = AutoQuantizedModel.from_pretrained(folder)
-    model = disturbed(AutoQuantizedModel.from_pretrained(folder))
+    model = perturbed(AutoQuantizedModel.from_pretrained(folder))
     assert not torch.equal(logits(model), logits(expected))
     found = model.load_state_dict(
         load_file(folder / "model.safetensors"), strict=False, assign=assign
@@ -79,11 +79,11 @@ def test_load_state_dict_of_own_file_restores_model(way, assign, saved):
     assert torch.equal(logits(model), logits(expected))
 
 
-@pytest.mark.parametrize("way", ["8 bits", "two books, rows, 8 bits"])
-def test_load_state_dict_in_bfloat16_matches_from_pretrained(way, saved):
-    folder = saved(way)
+@pytest.mark.parametrize("kind", ["8 bits", "two codebooks, rows, 8 bits"])
+def test_load_state_dict_in_bfloat16_matches_from_pretrained(kind, saved):
+    folder = saved(kind)
     expected = AutoQuantizedModel.from_pretrained(folder, dtype=torch.bfloat16)
-    model = disturbed(AutoQuantizedModel.from_pretrained(folder, dtype=torch.bfloat16))
+    model = perturbed(AutoQuantizedModel.from_pretrained(folder, dtype=torch.bfloat16))
     model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
     for name, tensor in expected.named_parameters():
         assert torch.equal(model.get_parameter(name), tensor), name
@@ -92,7 +92,7 @@ def test_load_state_dict_in_bfloat16_matches_from_pretrained(way, saved):
 def test_load_state_dict_keeps_ties(saved):
     folder = saved("8 bits", "gpt2")
     expected = AutoQuantizedModel.from_pretrained(folder)
-    model = disturbed(AutoQuantizedModel.from_pretrained(folder))
+    model = perturbed(AutoQuantizedModel.from_pretrained(folder))
     model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
     assert model.lm_head.weight_codebook is model.transformer.wte.weight_codebook
     assert torch.equal(logits(model, "gpt2"), logits(expected, "gpt2"))
@@ -104,7 +104,7 @@ def test_load_state_dict_shard_by_shard(centroids_first, saved):
     folder = saved("8 bits")
     tensors = load_file(folder / "model.safetensors")
     centroids = {name: tensors.pop(name) for name in list(tensors) if name.endswith("_codebook")}
-    model = disturbed(AutoQuantizedModel.from_pretrained(folder))
+    model = perturbed(AutoQuantizedModel.from_pretrained(folder))
     shards = [centroids, tensors] if centroids_first else [tensors, centroids]
     found = model.load_state_dict(shards[0], strict=False)
     assert set(found.missing_keys) >= centroids.keys() or not centroids_first
@@ -112,11 +112,11 @@ def test_load_state_dict_shard_by_shard(centroids_first, saved):
     assert torch.equal(logits(model), logits(AutoQuantizedModel.from_pretrained(folder)))
 
 
-@pytest.mark.parametrize("way", EIGHT_BITS)
-def test_load_state_dict_from_memory_is_exact(way, saved):
+@pytest.mark.parametrize("kind", EIGHT_BITS)
+def test_load_state_dict_from_memory_is_exact(kind, saved):
     """As in a running compression, centroids in memory are finer than stored ones."""
-    folder = saved(way)
-    model = disturbed(AutoQuantizedModel.from_pretrained(folder))
+    folder = saved(kind)
+    model = perturbed(AutoQuantizedModel.from_pretrained(folder))
     memory = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     again = AutoQuantizedModel.from_pretrained(folder)
     again.load_state_dict(memory)  # strictly
@@ -151,22 +151,26 @@ def arguments(folder, steps=4, **more):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_trainer_resumes_and_loads_best_model(way, saved, data):
-    folder = saved(way)
+@pytest.mark.parametrize(
+    "kind", ["ipq", "8 bits", "rows", "two codebooks, rows, 8 bits", "int4", "inputs"]
+)
+def test_trainer_resumes_and_loads_best_model(kind, saved, data):
+    folder = saved(kind)
     best = arguments(folder / "run", load_best_model_at_end=True)
     model = AutoQuantizedModel.from_pretrained(folder)
-    undisturbed = Trainer(model, best, **data)
-    undisturbed.train()
-    assert undisturbed.evaluate()["eval_loss"] == undisturbed.state.best_metric
-    checkpoint = undisturbed.state.best_model_checkpoint
+    first = Trainer(model, best, **data)
+    first.train()
+    assert first.evaluate()["eval_loss"] == first.state.best_metric
+    checkpoint = first.state.best_model_checkpoint
     assert torch.equal(logits(model), logits(AutoQuantizedModel.from_pretrained(checkpoint)))
 
     last = AutoQuantizedModel.from_pretrained(folder / "run" / "checkpoint-4")
     resumed = AutoQuantizedModel.from_pretrained(folder)
     trainer = Trainer(resumed, arguments(folder / "run"), **data)
     trainer.train(resume_from_checkpoint=str(folder / "run" / "checkpoint-2"))
-    rounded = getattr(WAYS[way], "codebook_bits", 32) < 32 or getattr(WAYS[way], "row_scale", False)
+    rounded = getattr(CONFIGS[kind], "codebook_bits", 32) < 32 or getattr(
+        CONFIGS[kind], "row_scale", False
+    )
     tolerance = 0.02 if rounded else 0.0
     torch.testing.assert_close(logits(resumed), logits(last), rtol=0, atol=tolerance)
     for (name, one), other in zip(last.named_parameters(), resumed.parameters(), strict=True):

@@ -191,12 +191,12 @@ def test_impossible_pruning_or_sharing_changes_nothing(model, fields, words):
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"share_layers": 0}, "share_layers=0 must be the number of layers"),
-        ({"share_layers": True}, "share_layers=True must be"),
-        ({"share_layers": [["a", "b"], ["b", "c"]]}, "names 'b' twice"),
-        ({"share_layers": []}, "share_layers=\\[\\] must be"),
-        ({"prune_layers": 2}, "prune_layers=2 must be"),
-        ({"prune_layers": "("}, "prune_layers.*'\\('"),
+        ({"share_layers": 0}, "share_layers=0"),
+        ({"share_layers": True}, "share_layers=True"),
+        ({"share_layers": [["a", "b"], ["b", "c"]]}, "share_layers=.*'b'"),
+        ({"share_layers": []}, "share_layers=\\[\\]"),
+        ({"prune_layers": 2}, "prune_layers=2"),
+        ({"prune_layers": "("}, "prune_layers='\\('"),
     ],
 )
 def test_invalid_fields_raise(fields, words):

@@ -10,7 +10,8 @@ from golden.make import HERE as GOLDEN
 from huggingface_hub import ModelCard
 from support.stacked import make_stacked
 from support.tiny import make_model, make_vision_model
-from transformers import TrainerCallback, TrainingArguments
+from support.trainers import make_trainer
+from transformers import TrainerCallback
 
 from hf_quantnoise import (
     AutoQuantizedModel,
@@ -18,7 +19,6 @@ from hf_quantnoise import (
     IPQConfig,
     QuantNoiseCard,
     QuantNoiseConfig,
-    QuantNoiseTrainer,
     apply_quant_noise,
     size_report,
     write_model_card,
@@ -137,15 +137,8 @@ def test_render_of_a_dense_model_does_not_mention_the_import():
 
 
 def test_card_metrics_are_dropped_by_training_until_the_next_evaluation(parity_data, tmp_path):
-    trainer = QuantNoiseTrainer(
-        make_model("bert"),
-        TrainingArguments(
-            tmp_path, max_steps=1, use_cpu=True, report_to="none", save_strategy="no"
-        ),
-        train_dataset=parity_data,
-        eval_dataset=parity_data,
-        compute_metrics=lambda prediction: {"score": 0.5},
-    )
+    parts = {"eval_dataset": parity_data, "compute_metrics": lambda prediction: {"score": 0.5}}
+    trainer = make_trainer(tmp_path, make_model("bert"), parity_data, parts=parts, max_steps=1)
     small = trainer.compress(
         IPQConfig(n_centroids=16), CompressionArguments(stage_epochs=0, plots=False)
     )
@@ -180,13 +173,10 @@ def test_card_lists_the_settings_that_training_used(parity_data, tmp_path, lengt
     model.register_forward_pre_hook(
         lambda module, args, kwargs: batch_sizes.add(len(kwargs["input_ids"])), with_kwargs=True
     )
-    settings = TrainingArguments(
-        tmp_path, learning_rate=3e-4, lr_scheduler_type="constant", seed=7, **length,
-        per_device_train_batch_size=6, use_cpu=True, report_to="none", save_strategy="no",
-    )  # fmt: skip
-    trainer = QuantNoiseTrainer(
-        model, settings, QuantNoiseConfig(noise="int4", p=0.25),
-        train_dataset=parity_data.select(range(12)), callbacks=[recorder],
+    settings = {"learning_rate": 3e-4, "lr_scheduler_type": "constant", "seed": 7, **length}
+    trainer = make_trainer(
+        tmp_path, model, parity_data.select(range(12)), QuantNoiseConfig(noise="int4", p=0.25),
+        parts={"callbacks": [recorder]}, per_device_train_batch_size=6, **settings,
     )  # fmt: skip
     trainer.train()
     (batch_size,) = batch_sizes
