@@ -321,7 +321,7 @@ def test_teacher_on_cpu_with_student_on_gpu():
         ({"distill_layers": [0.5]}, "distill_layers="),
         ({"distill_layers": []}, "distill_layers="),
         ({"teacher_device": "gpu7"}, "teacher_device='gpu7'"),
-        ({"distill": False, "distill_attention": 1.0}, "distill=False"),
+        ({"distill": False, "distill_attention": 1.0}, "distill_attention=1.0"),
     ],
 )
 def test_invalid_arguments_are_refused(fields, message):
