@@ -1,4 +1,4 @@
-"""The rows of ``ablations.py``: flags of the examples."""
+"""Rows of ``ablations.py``, as flags of the examples."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ CLEAN = "no noise"
 
 @dataclass(frozen=True)
 class Row:
-    """A way to compress a start. ``{clean}`` in its flags is the start without noise."""
+    """How a start is compressed. ``{clean}`` in the flags is the start without noise."""
 
     name: str
     flags: str
     start: str = CLEAN
 
 
-# Bytes are equal within a table: options that store more make up for it with the precision of
-# centroids; two codebooks take blocks twice as long. (The down projections of stories260K have 172
-# columns, which no 8 divides: there the two codebooks are small ones over blocks of 4.)
+# All rows of a table have the same size. Options that store more have centroids of lower precision,
+# and two codebooks have blocks twice as long. (8 does not divide the 172 columns of the down
+# projections of stories260K, so these have two small codebooks over blocks of 4.)
 _STAGES = {
     "sentences": "--stage_epochs 0.5 --stage_learning_rate 2e-5 --codebook_learning_rate 5e-4",
     "text": "--stage_epochs 0.5 --codebook_learning_rate 5e-3",
@@ -38,8 +38,8 @@ def _plain(task: str) -> str:
     return f"{_STAGES[task]} {_ONE[task]}"
 
 
-# Finetunings that rows begin from: what they change of the task's own settings. Noise has the very
-# blocks that rows with one codebook are stored in.
+# Finetunings that rows start from, as changes to the settings of the task. Noise has the blocks of
+# rows with one codebook.
 def _pq(task: str, rate: float) -> str:
     return f"--noise pq --noise_rate {rate} {_ONE[task]}"
 
@@ -63,7 +63,7 @@ STARTS = {
 STARTS["sentences"]["pq at 30 times"] = f"--noise pq --noise_rate 0.3 {_THIRTY_BLOCKS}"
 
 
-def _codewords(task: str) -> list[Row]:
+def _codebooks(task: str) -> list[Row]:
     one, two = _plain(task), f"{_STAGES[task]} {_TWO[task]}"
     return [
         Row("plain", one),
@@ -71,7 +71,6 @@ def _codewords(task: str) -> list[Row]:
         Row("row scale", f"{one} --row_scale True --codebook_bits 16"),
         Row("two codebooks", two),
         Row("two codebooks, importance", f"{two} --importance activations"),
-        Row("reassignment", f"{one} --reassign_steps 10"),
     ]
 
 
@@ -139,33 +138,24 @@ def _rates(task: str) -> list[Row]:
     ]
 
 
-# The bytes of plain, allotted to weights one by one.
+# The size of the row "plain", with bits allocated to each weight.
 _BYTES = {"sentences": "--target_size_mb 4.209154", "text": "--target_size_mb 0.097354"}
 
 
 def _budgets(task: str) -> list[Row]:
-    allotted = f"{_STAGES[task]} {_BYTES[task]}"
+    allocated = f"{_STAGES[task]} {_BYTES[task]}"
     return [
         Row("plain", _plain(task)),
-        Row("allotted by errors alone", f"{allotted} --budget_batches 0"),
-        Row("allotted by sensitivity", f"{allotted} --budget_batches 4"),
+        Row("allocated by errors alone", f"{allocated} --budget_batches 0"),
+        Row("allocated by sensitivity", f"{allocated} --budget_batches 4"),
         Row(
-            "allotted by sensitivity, importance",
-            f"{allotted} --budget_batches 4 --importance activations",
+            "allocated by sensitivity, importance",
+            f"{allocated} --budget_batches 4 --importance activations",
         ),
     ]
 
 
-def _schedules(task: str) -> list[Row]:
-    one = _plain(task)
-    return [
-        Row("plain", one),
-        Row("one schedule over all stages", f"{one} --stage_schedule continue"),
-    ]
-
-
-# Thirty times smaller: on the sentences only, as the language model's codebooks alone would be more
-# than that.
+# 30 times smaller, for the sentences only: the codebooks of the language model would be too large.
 _THIRTY = f"{_STAGES['sentences']} {_THIRTY_BLOCKS}"
 _THIRTY_TWO = (
     f"{_STAGES['sentences']} --block_size ffn=16,embeddings=32,attention=16 --n_codebooks 2 "
@@ -183,17 +173,22 @@ _SMALLER = [
         "pq at 30 times",
     ),
     Row(
-        "30 times, allotted by sensitivity",
+        "30 times, allocated by sensitivity",
         f"{_STAGES['sentences']} --target_size_mb 3.13669 --budget_batches 4",
     ),
 ]
 
 TABLES = {
-    "codewords": {task: _codewords(task) for task in _ONE},
+    "codebooks": {task: _codebooks(task) for task in _ONE},
     "noise": {task: _noises(task) for task in _ONE},
     "teacher": {task: _teachers(task) for task in _ONE},
     "rates": {task: _rates(task) for task in _ONE},
     "budget": {task: _budgets(task) for task in _ONE},
-    "schedule": {task: _schedules(task) for task in _ONE},
+    "schedule": {task: [Row("plain", _plain(task))] for task in _ONE},
     "smaller": {"sentences": _SMALLER},
+}
+# Rows of options that have been removed. They are printed if the results have them.
+REMOVED_ROWS = {
+    "codebooks": [Row("reassignment", "")],
+    "schedule": [Row("one schedule over all stages", "")],
 }

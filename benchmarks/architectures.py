@@ -76,20 +76,20 @@ def _row(name: str, kind: Architecture) -> tuple[str, ...]:
     state = find_state(apply_quant_noise(model.train(), NOISE))
     model(**kind.batch())
     state.note_unreached()
-    # Layers without a blocking rule are in the column before.
-    own = {key: why for key, why in state.left_clean.items() if left_dense.get(key) != why}
+    # Reasons that are the same for quantization are in the previous column.
+    no_noise = {name: why for name, why in state.left_clean.items() if left_dense.get(name) != why}
     quantized = ", ".join(f"{group} {count}" for group, count in sorted(groups.items()))
-    return name, f"`{type(model).__name__}`", quantized, _listed(left_dense), _listed(own)
+    return name, f"`{type(model).__name__}`", quantized, _listed(left_dense), _listed(no_noise)
 
 
-def _listed(left: dict[str, str]) -> str:
-    """Names by reason, in a table's cell."""
+def _listed(skipped: dict[str, str]) -> str:
+    """Return the names of skipped layers grouped by reason, for a cell of the table."""
     names: dict[str, list[str]] = {}
-    for name, reason in left.items():
+    for name, reason in skipped.items():
         reason = re.split(r": | \(", reason)[0]
         names.setdefault(reason, []).append(f"`{re.sub(r'[.][0-9]+(?=[.])', '.*', name)}`")
     return "<br>".join(
-        f"{', '.join(dict.fromkeys(own))}: {reason}" for reason, own in names.items()
+        f"{', '.join(dict.fromkeys(layers))}: {reason}" for reason, layers in names.items()
     )
 
 

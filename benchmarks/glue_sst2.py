@@ -1,17 +1,17 @@
 #!/usr/bin/env python
-"""The README's table: SST-2, several seeds, one shot beside labels beside teacher.
+"""SST-2 with several seeds: one shot, stages with labels, and stages with a teacher.
 
-Per seed, a checkpoint is finetuned without noise and one with it. Each is then compressed in one
-shot, in stages with labels only, and in stages with the uncompressed model as teacher. All seeds
-train on the same sentences. Every figure is one run of ``examples/run_glue.py``, in this process;
-compressed models are scored as they come back from disk.
+For each seed, a checkpoint is finetuned without noise and one with noise. Each is compressed in one
+shot, in stages with labels only, and in stages with the dense model as teacher. All seeds train on
+the same sentences. Each value is one run of ``examples/run_glue.py`` in this process. Compressed
+models are evaluated after saving and loading.
 
     python benchmarks/glue_sst2.py --model_dir ../shared/models/minilm \\
       --data_dir ../shared/data/sst2
     python benchmarks/glue_sst2.py --table
 
-A finished run appends one line to ``--results`` at once; runs that stand there are skipped, so a
-broken benchmark is started again with the same command.
+Each finished run appends one line to ``--results``. Runs that are already there are skipped, so an
+interrupted benchmark is resumed with the same command.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from results_file import (  # it puts the examples on the path
+from results_file import (  # adds the examples to sys.path
     append_line,
     figures_of,
     provenance,
@@ -35,7 +35,7 @@ from hf_quantnoise.configuration.flags import parse_int_or_dict
 
 from run_glue import parse, run  # isort: skip
 
-# How a checkpoint is compressed: flags of run_glue.py. Staged ones take --stage_epochs as well.
+# Compression of a checkpoint, as flags of run_glue.py. Stages use --stage_epochs in addition.
 METHODS = {
     "one shot": ["--stage_epochs", "0"],
     "stages, labels only": ["--distill", "False"],
@@ -45,19 +45,21 @@ METHODS = {
 
 @dataclass
 class BenchmarkArguments:
-    """What to run; the defaults are those of the README's table."""
+    """Selection of runs. The defaults are those of the table in the README."""
 
     model_dir: str = field(
         default="../shared/models/minilm", metadata={"help": "Pretrained checkpoint."}
     )
     data_dir: str = field(
-        default="../shared/data/sst2", metadata={"help": "Holds train.parquet and dev.parquet."}
+        default="../shared/data/sst2",
+        metadata={"help": "Folder with train.parquet and dev.parquet."},
     )
     results: str = field(
         default="benchmarks/results/glue_sst2.jsonl", metadata={"help": "One line per run."}
     )
     work_dir: str = field(
-        default="benchmarks/runs/glue_sst2", metadata={"help": "Finetuned checkpoints are kept."}
+        default="benchmarks/runs/glue_sst2",
+        metadata={"help": "Folder for finetuned checkpoints, which are kept."},
     )
     seeds: list[int] = field(default_factory=lambda: [42, 43, 44], metadata={"help": "Seeds."})
     train_samples: int = field(
@@ -67,30 +69,32 @@ class BenchmarkArguments:
         default=None, metadata={"help": "Dev sentences; default: all."}
     )
     noises: list[str] = field(
-        default_factory=lambda: ["none", "proxy"], metadata={"help": "One checkpoint for each."}
+        default_factory=lambda: ["none", "proxy"],
+        metadata={"help": "Noises, with one checkpoint each."},
     )
     noise_rate: float = field(default=0.1, metadata={"help": "p of the noise."})
-    noise_block_size: str = field(default="8", metadata={"help": "Blocks of the noise."})
-    epochs: float = field(default=2.0, metadata={"help": "Epochs of the finetuning."})
-    learning_rate: float = field(default=5e-5, metadata={"help": "Its learning rate."})
-    batch_size: int = field(default=32, metadata={"help": "Batch size, finetuning and stages."})
+    noise_block_size: str = field(default="8", metadata={"help": "Block size of the noise."})
+    epochs: float = field(default=2.0, metadata={"help": "Epochs of finetuning."})
+    learning_rate: float = field(default=5e-5, metadata={"help": "Learning rate of finetuning."})
+    batch_size: int = field(default=32, metadata={"help": "Batch size of finetuning and stages."})
     max_seq_length: int = field(default=64, metadata={"help": "Tokens per sentence."})
     methods: list[str] = field(
-        default_factory=lambda: list(METHODS), metadata={"help": f"Of {', '.join(METHODS)}."}
+        default_factory=lambda: list(METHODS),
+        metadata={"help": f"Methods, from {', '.join(METHODS)}."},
     )
     block_sizes: list[str] = field(
         default_factory=lambda: ["4", "ffn=8,embeddings=8,attention=4"],
-        metadata={"help": "Blocks of the compressed models, each as run_glue.py's --block_size."},
+        metadata={"help": "Block sizes of the compressed models, as in run_glue.py."},
     )
     n_centroids: str = field(
-        default="256", metadata={"help": "Centroids per codebook, as run_glue.py's --n_centroids."}
+        default="256", metadata={"help": "Centroids per codebook, as in run_glue.py."}
     )
     stages: list[str] = field(
         default_factory=lambda: ["ffn", "embeddings", "attention"],
-        metadata={"help": "Stages in order, as run_glue.py's."},
+        metadata={"help": "Stages in order, as in run_glue.py."},
     )
     exclude_modules: str | None = field(
-        default=None, metadata={"help": "Layers to leave dense, as run_glue.py's."}
+        default=None, metadata={"help": "Layers to skip, as in run_glue.py."}
     )
     codebook_bits: int = field(default=32, metadata={"help": "Bits of a stored centroid."})
     stage_epochs: float = field(default=1.0, metadata={"help": "Epochs after each stage."})
@@ -100,13 +104,17 @@ class BenchmarkArguments:
     codebook_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of centroids; default: that of the stage."}
     )
-    table: bool = field(default=False, metadata={"help": "Print the table of --results, no runs."})
+    table: bool = field(
+        default=False, metadata={"help": "Print the table of --results without running anything."}
+    )
     keep: bool = field(default=False, metadata={"help": "Keep compressed models in --work_dir."})
 
     def __post_init__(self) -> None:
         for method in self.methods:
             if method not in METHODS:
-                raise ValueError(f"--methods {method!r} is unknown; known: {', '.join(METHODS)}")
+                raise ValueError(
+                    f"invalid --methods {method!r}: expected some of {', '.join(METHODS)}"
+                )
         for blocks in self.block_sizes:
             parse_int_or_dict("block_sizes", blocks)
 
@@ -116,7 +124,7 @@ class BenchmarkArguments:
 
 @dataclass(frozen=True)
 class Job:
-    """One run: what decides its figures (the key), its folder and its flags."""
+    """One run: the settings that identify it (the key), its folder and its flags."""
 
     key: dict
     folder: str
@@ -138,7 +146,7 @@ def _shared_flags(args: BenchmarkArguments, seed: int) -> list[str]:
         "seed": seed,
         "save_strategy": "no",
         "logging_steps": 100,
-        "train_sampling_strategy": "group_by_length",  # half the time: most sentences are short
+        "train_sampling_strategy": "group_by_length",  # halves the time: most sentences are short
         "dataloader_pin_memory": False,
     }
     return _flags(flags)
@@ -176,7 +184,7 @@ def _dense_job(args: BenchmarkArguments, seed: int, noise: str) -> Job:
         "batch_size": args.batch_size,
         **_noise_key(args, noise),
     }
-    # Every setting stands in the folder's name: a checkpoint of other settings is never taken.
+    # The folder's name has every setting, so that no checkpoint of other settings is used.
     folder = os.path.join(args.work_dir, _slug(*key.values()))
     flags = [
         *_shared_flags(args, seed),
@@ -214,8 +222,7 @@ def _compressed_job(args: BenchmarkArguments, dense: Job, method: str, blocks: s
     return Job(key, folder, flags)
 
 
-def _carry_out(job: Job, args: BenchmarkArguments) -> None:
-    """Runs a job and appends its line."""
+def _run_job(job: Job, args: BenchmarkArguments) -> None:
     append_line(args.results, job.key, figures_of(run(parse(job.flags)), "accuracy"))
 
 
@@ -234,17 +241,17 @@ def _jobs(args: BenchmarkArguments) -> Iterator[tuple[Job, list[Job]]]:
 
 
 def run_all(args: BenchmarkArguments) -> None:
-    """Carries out every run that is not in the results file yet."""
+    """Run everything that is not in the results file yet."""
     done = [line["key"] for line in read_lines(args.results)]
     for dense, jobs in _jobs(args):
         missing = [job for job in jobs if job.key not in done]
         checkpoint = os.path.join(dense.folder, "dense", "model.safetensors")
         if dense.key not in done or (missing and not os.path.isfile(checkpoint)):
             print(f"== {dense.key}", flush=True)
-            _carry_out(dense, args) if dense.key not in done else run(parse(dense.flags))
+            _run_job(dense, args) if dense.key not in done else run(parse(dense.flags))
         for job in missing:
             print(f"== {job.key}", flush=True)
-            _carry_out(job, args)
+            _run_job(job, args)
             if not args.keep:
                 shutil.rmtree(job.folder)
 
@@ -276,13 +283,13 @@ def _row(lines: list[dict], seeds: list[int]) -> str:
 
 
 def table(lines: list[dict]) -> str:
-    """The markdown table of some runs: mean and sample standard deviation over seeds.
+    """Return a Markdown table: mean and sample standard deviation over seeds.
 
     Raises:
-        ValueError: if there is no run.
+        ValueError: if there are no runs.
     """
     if not lines:
-        raise ValueError("--results holds no finished run; run the benchmark without --table first")
+        raise ValueError("--results has no finished run; run the benchmark without --table first")
     seeds = sorted({line["key"]["seed"] for line in lines})
     groups: dict[str, list[dict]] = {}
     for line in lines:

@@ -1,8 +1,8 @@
-"""Loads one model in this process and prints, as JSON, what that and a forward took.
+"""Load a model in this process and print the time and memory of loading and of forwards as JSON.
 
-`benchmarks/loading.py` runs it, a fresh process for each load. What is imported late is imported by
-loading a tiny model first. Peaks are those of the resident set, pages of mapped files included: a
-dense checkpoint is mapped, and read from the file where the first forward touches it.
+`benchmarks/loading.py` starts a new process for each load. A tiny model is loaded first, so that
+all modules are imported. Peaks are of the resident set and include pages of mapped files: a dense
+checkpoint is mapped and read from disk during the first forward.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import time
 import torch
 from transformers import AutoModelForSequenceClassification
 
-import hf_quantnoise  # noqa: F401  (teaches transformers the format)
+import hf_quantnoise  # noqa: F401  (registers the format)
 
-TOKENS = torch.ones(1, 8, dtype=torch.long)  # the input of a first output
+TOKENS = torch.ones(1, 8, dtype=torch.long)  # the input of the first forward
 
 
 def _status(name: str) -> int | None:
-    """A field of /proc/self/status in bytes; None where there is no such file."""
+    """Return a field of /proc/self/status in bytes; None if the file does not exist."""
     try:
         with open("/proc/self/status", encoding="ascii") as file:
             fields = dict(line.split(":", 1) for line in file)
@@ -34,13 +34,13 @@ def _status(name: str) -> int | None:
 
 
 def resident() -> int:
-    """Bytes of this process in memory; where the system does not say, the most there ever were."""
+    """Return the resident memory of this process in bytes, or its peak if that is unknown."""
     now = _status("VmRSS")
     return peak() if now is None else now
 
 
 def peak() -> int:
-    """The most bytes of this process in memory since :func:`forget_peak`."""
+    """Return the peak of the resident memory in bytes since :func:`reset_peak`."""
     highest = _status("VmHWM")
     if highest is None:
         unit = 1 if sys.platform == "darwin" else 1024
@@ -48,8 +48,8 @@ def peak() -> int:
     return highest
 
 
-def forget_peak() -> None:
-    """Begins a new peak, where the system can."""
+def reset_peak() -> None:
+    """Reset the peak, if the system supports it."""
     try:
         with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
             file.write("5")
@@ -57,25 +57,25 @@ def forget_peak() -> None:
         pass
 
 
-def out_of_memory(folder: str) -> None:
-    """Drops what the system keeps of a folder's files in memory, so that they are read from disk.
+def drop_page_cache(folder: str) -> None:
+    """Drop the files of a folder from the page cache, so that they are read from disk.
 
     Raises:
-        OSError: where the system cannot.
+        OSError: if the system does not support it.
     """
     if not hasattr(os, "posix_fadvise"):
-        raise OSError("--cold needs posix_fadvise, which this system lacks; leave it out")
+        raise OSError("--cold needs posix_fadvise, which this system does not have; remove it")
     for entry in os.scandir(folder):
         file = os.open(entry.path, os.O_RDONLY)
         try:
-            os.fsync(file)  # what is not on the disk yet cannot be dropped
+            os.fsync(file)  # pages that are not on disk yet cannot be dropped
             os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(file)
 
 
 def seconds_of(run) -> tuple[float, object]:
-    """(seconds, result) of a call."""
+    """Return the seconds that a call takes, and its result."""
     start = time.perf_counter()
     result = run()
     return time.perf_counter() - start, result
@@ -83,30 +83,31 @@ def seconds_of(run) -> tuple[float, object]:
 
 @torch.inference_mode()
 def measure_cold(folder: str, warm_up: str) -> dict:
-    """Seconds of a load and a forward, ``cold_output``, with nothing of the files in memory."""
+    """Return the seconds of a load and a forward without page cache, as ``cold_output``."""
     load = AutoModelForSequenceClassification.from_pretrained
     load(warm_up)(TOKENS)
-    out_of_memory(folder)
+    drop_page_cache(folder)
     return {"cold_output": seconds_of(lambda: load(folder)(TOKENS))[0]}
 
 
 @torch.inference_mode()
 def measure(folder: str, warm_up: str, shapes: list[tuple[int, int]], repetitions: int) -> dict:
-    """Loads ``warm_up``, then ``folder``, and runs it on random tokens.
+    """Load ``warm_up``, then ``folder``, and run it on random tokens.
 
     Args:
-        folder, warm_up: saved models, a small one to warm up with.
+        folder: saved model to measure.
+        warm_up: small saved model.
         shapes: (batch, length) of each input.
-        repetitions: forwards per input; the median counts.
+        repetitions: forwards per input, of which the median is returned.
 
     Returns:
-        Seconds (``load``, ``first_output``: load and one forward, ``forward 8x128`` ...) and bytes
-        above what was resident before (``load_peak``, ``first_output_peak``, ``held``: resident
-        after all forwards, ``forward_peak 8x128`` above what is held then).
+        Seconds (``load``, ``first_output`` of load and one forward, ``forward 8x128`` ...) and
+        bytes in addition to those before (``load_peak``, ``first_output_peak``, ``held`` after all
+        forwards, ``forward_peak 8x128`` in addition to ``held``).
     """
     load = AutoModelForSequenceClassification.from_pretrained
     load(warm_up)(TOKENS)
-    forget_peak()
+    reset_peak()
     before = resident()
     figures: dict[str, float] = {}
     figures["load"], model = seconds_of(lambda: load(folder))
@@ -118,7 +119,7 @@ def measure(folder: str, warm_up: str, shapes: list[tuple[int, int]], repetition
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(5, model.config.vocab_size, (batch, length), generator=generator)
         model(ids)
-        forget_peak()
+        reset_peak()
         held = resident()
         taken = [seconds_of(lambda ids=ids: model(ids))[0] for _ in range(repetitions)]
         figures[f"forward {batch}x{length}"] = statistics.median(taken)
@@ -135,7 +136,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", required=True)
     parser.add_argument("--repetitions", type=int, required=True)
     parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--cold", action="store_true", help="only that, with files on disk alone")
+    parser.add_argument("--cold", action="store_true", help="measure without page cache only")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.cold:

@@ -1,12 +1,11 @@
-"""What loading and running a packed model costs, beside the dense model it was made from.
+"""Time and memory of loading and running a packed model, compared with the dense model.
 
-Each load has a process of its own, dense and packed in turn, so that a drift of the machine falls
-on both. Weights are random: neither time nor memory depends on them.
+Each load runs in a separate process, dense and packed in turn, so that a drift of the machine
+affects both. Weights are random, since neither time nor memory depends on them.
 
     python benchmarks/loading.py --model minilm roberta-base
 
-Appends a line per model to ``--results`` and prints a Markdown table; models whose line is there
-already are not measured again.
+Each model appends a line to ``--results``. Models that are already there are not measured again.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from hf_quantnoise import IPQConfig, quantize_model
 HERE = os.path.dirname(os.path.abspath(__file__))
 RESULTS = os.path.join(HERE, "results", "loading.jsonl")
 KINDS = ("dense", "packed")
-# With what the system keeps of the files in memory, and without, where it can be told to drop it.
+# With the page cache, and without it if the system can drop it.
 COLD = (False, True) if hasattr(os, "posix_fadvise") else (False,)
 TINY = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
         "intermediate_size": 64, "vocab_size": 512}  # fmt: skip
@@ -50,12 +49,12 @@ MODELS = {
 
 
 def save_pair(name: str, folder: str, args: argparse.Namespace) -> None:
-    """Saves a random model below ``folder``, dense and packed."""
+    """Save a random model in ``folder/dense`` and ``folder/packed``."""
     torch.manual_seed(args.seed)
     model = MODELS[name]()
     model.save_pretrained(os.path.join(folder, "dense"))
     n_centroids = 16 if name == "tiny" else args.n_centroids
-    # One round of k-means: which code a block has changes no time.
+    # One iteration of k-means, since time does not depend on the codes.
     config = IPQConfig(block_size=args.block_size, n_centroids=n_centroids, kmeans_iter=1,
                        codebook_bits=args.codebook_bits)  # fmt: skip
     quantize_model(model, config, progress=False)
@@ -63,7 +62,7 @@ def save_pair(name: str, folder: str, args: argparse.Namespace) -> None:
 
 
 def load_once(folder: str, warm_up: str, args: argparse.Namespace, cold: bool = False) -> dict:
-    """What `loaded_once.py` prints in a process of its own; ``cold`` reads the files from disk.
+    """Return the output of `loaded_once.py` in a separate process; ``cold`` reads from disk.
 
     Raises:
         RuntimeError: if it fails.
@@ -80,14 +79,14 @@ def load_once(folder: str, warm_up: str, args: argparse.Namespace, cold: bool = 
 
 
 def measure(name: str, args: argparse.Namespace) -> dict:
-    """Medians over the processes for dense and packed, and bytes of their files."""
+    """Return medians over processes for dense and packed, and the size of their files."""
     found: dict[str, list[dict]] = {kind: [] for kind in KINDS}
     with tempfile.TemporaryDirectory() as folder:
-        for own in dict.fromkeys(("tiny", name)):
-            save_pair(own, os.path.join(folder, own), args)
+        for model in dict.fromkeys(("tiny", name)):
+            save_pair(model, os.path.join(folder, model), args)
         for repetition in range(args.repetitions):
             for kind in KINDS if repetition % 2 else reversed(KINDS):
-                paths = [os.path.join(folder, own, kind) for own in (name, "tiny")]
+                paths = [os.path.join(folder, model, kind) for model in (name, "tiny")]
                 found[kind].append({})
                 for cold in COLD:
                     found[kind][-1] |= load_once(*paths, args, cold)
@@ -102,7 +101,7 @@ def measure(name: str, args: argparse.Namespace) -> dict:
 
 
 def run_all(args: argparse.Namespace) -> None:
-    """Measures every model that is not in the results file yet."""
+    """Measure every model that is not in the results file yet."""
     done = [line["key"] for line in read_lines(args.results)]
     settings = ("block_size", "n_centroids", "codebook_bits", "shapes", "repetitions", "forwards",
                 "threads", "seed")  # fmt: skip
@@ -113,7 +112,7 @@ def run_all(args: argparse.Namespace) -> None:
 
 
 def _label(figure: str) -> tuple[str, bool]:
-    """(what a figure is called in the table, whether it is a time)."""
+    """Return the label of a value in the table, and whether it is a time."""
     named = {
         "file": ("file", False),
         "load": ("load", True),
@@ -132,27 +131,27 @@ def _label(figure: str) -> tuple[str, bool]:
 
 
 def table(lines: list[dict]) -> str:
-    """The Markdown table of all lines, and where they come from.
+    """Return the results as a Markdown table.
 
     Raises:
-        ValueError: if there is no line.
+        ValueError: if there are none.
     """
     if not lines:
-        raise ValueError("--results holds no finished model; run the benchmark without --table")
+        raise ValueError("--results has no finished model; run the benchmark without --table first")
     text = ["| model | what | dense | packed | packed / dense |", "|---|---|---|---|---|"]
     for line in lines:
         dense, packed = (line[kind] for kind in KINDS)
         for figure in ("file", *(key for key in dense if key != "file")):
             label, is_time = _label(figure)
             scale, unit = (1e3, "ms") if is_time else (1e-6, "MB")
-            cells = [f"{scale * own[figure]:,.1f} {unit}" for own in (dense, packed)]
+            cells = [f"{scale * values[figure]:,.1f} {unit}" for values in (dense, packed)]
             ratio = f"{packed[figure] / dense[figure]:.2f}" if dense[figure] > 0 else "-"
             text.append(f"| {' | '.join((line['key']['model'], label, *cells, ratio))} |")
     return "\n".join([*text, "", *provenance(lines)])
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", nargs="+", choices=MODELS, default=["minilm", "roberta-base"])
     parser.add_argument("--block_size", type=int, default=8)
@@ -164,7 +163,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", default=RESULTS, help="JSON lines, appended to")
-    parser.add_argument("--table", action="store_true", help="print what is there, measure nothing")
+    parser.add_argument("--table", action="store_true", help="print the table without measuring")
     return parser.parse_args(argv)
 
 

@@ -1,10 +1,9 @@
-"""What noise costs: a training step with it against one without, interleaved on one model.
+"""Overhead of noise: training steps with and without it, interleaved on one model.
 
-Each pair of steps is the same batch with the noise off (p = 0, which runs the clean layers) and on,
-in alternating order, so that a drift of the machine falls on both. The table gives the median of
-the pairs' ratios and their quartiles; differences of a few percent need many repetitions on a quiet
-machine. Refreshes of codebooks and scales, which come once per epoch or every few steps, are timed
-on their own.
+Each pair of steps runs the same batch with noise off (p = 0, which skips it) and on, in alternating
+order, so that a drift of the machine affects both. The table shows the median and the quartiles of
+the ratios. Differences of a few percent need many repetitions on an idle machine. Updates of
+codebooks and scales, once per epoch or every few steps, are timed separately.
 
     python benchmarks/noise_overhead.py --shape minilm --repetitions 25
 """
@@ -34,7 +33,7 @@ TABLES = r".*embeddings.*"
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the table: a noise, and whether the word table has it too."""
+    """One row of the table: a noise, and whether it is applied to embeddings too."""
 
     noise: str
     p: float
@@ -49,7 +48,7 @@ class Case:
 
 
 def make_model(shape: str, seed: int) -> BertForSequenceClassification:
-    """A random BERT of the shape, in training mode."""
+    """Return a random BERT in training mode."""
     torch.manual_seed(seed)
     sizes = SHAPES[shape]
     config = BertConfig(**sizes, num_attention_heads=max(2, sizes["hidden_size"] // 32))
@@ -57,7 +56,7 @@ def make_model(shape: str, seed: int) -> BertForSequenceClassification:
 
 
 def make_step(model, batch: int, length: int, seed: int):
-    """A function that runs one training step (forward, backward, AdamW) and gives its seconds."""
+    """Return a function that runs a training step (forward, backward, AdamW) and times it."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(1000, model.config.vocab_size, (batch, length), generator=generator)
     labels = torch.randint(2, (batch,), generator=generator)
@@ -74,8 +73,8 @@ def make_step(model, batch: int, length: int, seed: int):
 
 
 def ratios(step, state, p: float, repetitions: int) -> tuple[list[float], list[float]]:
-    """(noisy seconds / clean seconds of each pair, clean seconds)."""
-    found, clean = [], []
+    """Return the ratio of the times with and without noise of each pair, and those without."""
+    slowdowns, clean = [], []
     for rate in (0.0, p):  # warm up
         state.p = rate
         step()
@@ -84,13 +83,13 @@ def ratios(step, state, p: float, repetitions: int) -> tuple[list[float], list[f
         for rate in (0.0, p) if repetition % 2 else (p, 0.0):
             state.p = rate
             seconds[rate] = step()
-        found.append(seconds[p] / seconds[0.0])
+        slowdowns.append(seconds[p] / seconds[0.0])
         clean.append(seconds[0.0])
-    return found, clean
+    return slowdowns, clean
 
 
 def measure(case: Case, args: argparse.Namespace) -> str:
-    """One row of the table."""
+    """Return one row of the table."""
     model = make_model(args.shape, args.seed)
     config = QuantNoiseConfig(
         noise=case.noise,
@@ -103,13 +102,13 @@ def measure(case: Case, args: argparse.Namespace) -> str:
     apply_quant_noise(model, config)
     state = find_state(model)
     step = make_step(model, args.batch, args.length, args.seed)
-    found, clean = ratios(step, state, case.p, args.repetitions)
+    slowdowns, clean = ratios(step, state, case.p, args.repetitions)
     start = time.perf_counter()
     state.refresh_codebooks()
     state.refresh_scales()
     refresh = time.perf_counter() - start
     remove_quant_noise(model)
-    low, middle, high = (100 * (q - 1) for q in statistics.quantiles(found, n=4))
+    low, middle, high = (100 * (q - 1) for q in statistics.quantiles(slowdowns, n=4))
     return (
         f"| {case.label} | {middle:+.1f}% | {low:+.1f}% to {high:+.1f}% | "
         f"{1000 * statistics.median(clean):.1f} | {refresh:.2f} |"
@@ -117,13 +116,11 @@ def measure(case: Case, args: argparse.Namespace) -> str:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="minilm")
     parser.add_argument("--noise", nargs="+", default=["proxy", "pq", "int8", "int4"])
-    parser.add_argument(
-        "--observer", nargs="+", default=["minmax"], help="ranges of intN noise, each in turn"
-    )
+    parser.add_argument("--observer", nargs="+", default=["minmax"], help="observers of intN noise")
     parser.add_argument("--p", type=float, default=0.1, help="rate of the noise, above 0")
     parser.add_argument("--block_size", type=int, default=8)
     parser.add_argument("--batch", type=int, default=16)
@@ -135,11 +132,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measures each noise without and with the word table, and prints a Markdown table."""
+    """Measure each noise without and with embeddings, and print a Markdown table."""
     args = parse(arguments)
     torch.set_num_threads(args.threads)
-    given = sys.argv[1:] if arguments is None else arguments
-    print(f"`python benchmarks/noise_overhead.py {' '.join(given)}`".replace(" `", "`"))
+    command = sys.argv[1:] if arguments is None else arguments
+    print(f"`python benchmarks/noise_overhead.py {' '.join(command)}`".replace(" `", "`"))
     machine = platform.processor() or platform.machine()
     print(
         f"\nseed {args.seed}, {args.threads} threads, {machine}, "

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Every noise and every quantizer on real text and images: the paper's tables 1 and 5 in small.
+"""All noises and quantizers on real text and images, like the paper's tables 1 and 5.
 
-Each row is one run of an example: finetuned with a noise, compressed, scored as it comes back from
-disk. Beside it stands the model before compression, of the same run.
+Each row is one run of an example: finetuned with a noise, compressed, and evaluated after saving
+and loading. The dense model of the same run is listed too.
 
     python benchmarks/noises_and_quantizers.py --task text \\
       --model_dir ../shared/models/stories260K --data_dir ../shared/data/wikitext2
@@ -10,7 +10,7 @@ disk. Beside it stands the model before compression, of the same run.
       --model_dir ../shared/models/mobilenet_v1_0.75_224 --data_dir ../shared/data/cifar10
     python benchmarks/noises_and_quantizers.py --task text --table
 
-A finished run appends one line to the results at once; runs that stand there are skipped.
+Each finished run appends one line to the results; runs that are already there are skipped.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from real_tasks import TASKS, RealTask
 from results_file import append_line, figures_of, provenance, read_lines
 from transformers import HfArgumentParser
 
-# What fills {pq} and {shared} below: settings of rows with product quantization, and flags of the
-# row with shared and pruned layers, which is left out where there are none.
+# Replacements of {pq} and {shared} below: settings of rows with product quantization, and flags of
+# the row with shared and pruned layers, which is skipped for tasks without them.
 PQ = {
     "text": "--block_size 4 --n_centroids 64 --stage_epochs 0.5 --codebook_learning_rate 5e-3",
     "images": "--block_size 4 --stages conv head --stage_epochs 0.5 --codebook_learning_rate 5e-3",
@@ -40,7 +40,7 @@ def _int(bits: int, observer: str = "minmax", more: str = "") -> str:
     return f"--scheme fixed_point --bits {bits} --observer {observer} {ONE_SHOT} {more}"
 
 
-# (noise, its flags, compression, its flags); {pq} stands for the task's own settings.
+# (noise, its flags, compression, its flags); {pq} is replaced with settings of the task.
 ROWS = [
     ("none", "", "PQ, one shot", "{pq} --stage_epochs 0"),
     ("none", "", "iPQ", "{pq}"),
@@ -66,28 +66,36 @@ ROWS = [
 
 @dataclass
 class BenchmarkArguments:
-    """What to run."""
+    """Selection of runs, data and folders."""
 
     task: Literal["text", "images"] = field(metadata={"help": "Language model, or image classes."})
     model_dir: str = field(default="", metadata={"help": "Pretrained checkpoint."})
-    data_dir: str = field(default="", metadata={"help": "Holds the task's two files."})
+    data_dir: str = field(
+        default="", metadata={"help": "Folder with the training and validation file of the task."}
+    )
     seeds: list[int] = field(default_factory=lambda: [42], metadata={"help": "Seeds."})
-    rows: list[int] | None = field(default=None, metadata={"help": "Only these rows, from 0."})
-    more: str = field(default="", metadata={"help": "Further flags of the example, in one word."})
+    rows: list[int] | None = field(
+        default=None, metadata={"help": "Only the rows with these indices, from 0."}
+    )
+    more: str = field(default="", metadata={"help": "Further flags of the example, as one string."})
     results: str | None = field(
         default=None, metadata={"help": "Default: benchmarks/results/noises_<task>.jsonl."}
     )
-    work_dir: str = field(default="benchmarks/runs/noises", metadata={"help": "For the runs."})
-    table: bool = field(default=False, metadata={"help": "Print the table, run nothing."})
+    work_dir: str = field(
+        default="benchmarks/runs/noises", metadata={"help": "Folder for the runs."}
+    )
+    table: bool = field(
+        default=False, metadata={"help": "Print the table without running anything."}
+    )
 
     def __post_init__(self) -> None:
         self.results = self.results or f"benchmarks/results/noises_{self.task}.jsonl"
         if not self.table and not (self.model_dir and self.data_dir):
-            raise ValueError("give --model_dir and --data_dir, or --table")
+            raise ValueError("--model_dir and --data_dir are required; pass both, or --table")
 
 
 def _settings(task: str, row: tuple[str, str, str, str]) -> list[str]:
-    """All flags of a row that decide its figures."""
+    """Return the flags that define a row."""
     noise, noise_flags, _, compression = row
     return [
         *("--noise", *noise.partition(",")[0].split(), *noise_flags.split()),
@@ -97,13 +105,13 @@ def _settings(task: str, row: tuple[str, str, str, str]) -> list[str]:
 
 
 def run_all(args: BenchmarkArguments) -> None:
-    """Carries out every run that is not in the results file yet."""
+    """Run everything that is not in the results file yet."""
     task = TASKS[args.task]
     done = [line["key"] for line in read_lines(args.results)]
-    rows = ROWS if args.rows is None else [ROWS[number] for number in args.rows]
+    rows = ROWS if args.rows is None else [ROWS[index] for index in args.rows]
     rows = [row for row in rows if args.task in SHARED or "{shared}" not in row[3]]
     folder = os.path.join(args.work_dir, args.task)
-    everywhere = ["--model_name_or_path", args.model_dir, *task.words(args.data_dir, folder)]
+    common = ["--model_name_or_path", args.model_dir, *task.common_flags(args.data_dir, folder)]
     for seed in args.seeds:
         for row in rows:
             settings = [*_settings(args.task, row), *args.more.split()]
@@ -112,19 +120,19 @@ def run_all(args: BenchmarkArguments) -> None:
             if key in done:
                 continue
             print(f"== {key}", flush=True)
-            flags = [*everywhere, *settings, "--seed", str(seed)]
+            flags = [*common, *settings, "--seed", str(seed)]
             append_line(args.results, key, figures_of(task.run(task.parse(flags)), task.metric))
             shutil.rmtree(folder)
 
 
 def table(lines: list[dict], task: RealTask) -> str:
-    """The markdown table: the score before and after, per seed.
+    """Return a Markdown table: the metric before and after compression, for each seed.
 
     Raises:
-        ValueError: if there is no run.
+        ValueError: if there are no runs.
     """
     if not lines:
-        raise ValueError("the results hold no finished run; run the benchmark without --table")
+        raise ValueError("--results has no finished run; run the benchmark without --table first")
     groups: dict[tuple, list[dict]] = {}
     for line in lines:
         key = line["key"]

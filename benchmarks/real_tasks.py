@@ -1,11 +1,11 @@
-"""The real tasks of the benchmarks: an example each, its data, and the settings of every row."""
+"""Tasks of the benchmarks: the example that runs them, their data and common settings."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
 
-import results_file  # noqa: F401  it puts the examples on the path
+import results_file  # noqa: F401  (adds the examples to sys.path)
 
 import run_clm  # isort: skip
 import run_glue  # isort: skip
@@ -17,12 +17,11 @@ class RealTask:
     """An example and its settings.
 
     Attributes:
-        parse, run: of the example.
-        metric: its score.
-        files: names of the training and validation data in ``--data_dir``.
-        flags: settings of every row.
-        higher_is_better: whether more of the score is better; it is a share then, and tables give
-            it in percent.
+        parse, run: functions of the example.
+        metric: name of its metric.
+        files: names of the training and validation files in ``--data_dir``.
+        flags: settings of all rows.
+        higher_is_better: whether the metric is a fraction where 1 is best, shown in percent.
     """
 
     parse: object
@@ -33,11 +32,11 @@ class RealTask:
     higher_is_better: bool = True
 
     def score(self, value: float) -> float:
-        """The score as tables give it."""
+        """Return a value of the metric as shown in tables."""
         return 100 * value if self.higher_is_better else value
 
-    def words(self, data_dir: str, output_dir: str) -> list[str]:
-        """Flags that decide no figure: where data are and results go, and what is shown."""
+    def common_flags(self, data_dir: str, output_dir: str) -> list[str]:
+        """Return the flags for data, output and logging, which do not change the results."""
         files = [os.path.join(data_dir, name) for name in self.files]
         return [
             *("--output_dir", output_dir, "--train_file", files[0], "--validation_file", files[1]),

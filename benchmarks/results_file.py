@@ -1,4 +1,4 @@
-"""Results of benchmarks: one JSON line per finished run, so that a broken one can go on."""
+"""Results of benchmarks: one JSON line per finished run, so that they can be resumed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hf_quantnoise.runs.compression_run import versions  # noqa: E402
 
 
 def read_lines(path: str) -> list[dict]:
-    """The finished runs of a results file; none where there is no file."""
+    """Return the finished runs of a results file; an empty list if it does not exist."""
     if not os.path.isfile(path):
         return []
     with open(path, encoding="utf-8") as file:
@@ -25,12 +25,12 @@ def read_lines(path: str) -> list[dict]:
 
 
 def append_line(path: str, key: dict, figures: dict) -> None:
-    """Appends a finished run, with its command, machine and versions.
+    """Append a finished run, with its command, machine and versions.
 
     Args:
-        path: the results file; made with its folder where it is missing.
-        key: what decides the run's figures.
-        figures: what came out.
+        path: the results file; created if it is missing, with its folder.
+        key: settings that identify the run.
+        figures: measured values.
     """
     line = {
         "key": key,
@@ -46,11 +46,11 @@ def append_line(path: str, key: dict, figures: dict) -> None:
 
 
 def figures_of(results: dict, metric: str) -> dict:
-    """The figures of an example's run.
+    """Return the measured values of an example's run.
 
     Args:
-        results: what its ``results.json`` holds.
-        metric: the one to keep under its own name.
+        results: content of its ``results.json``.
+        metric: name of the metric to keep.
     """
     compressed = results.get("compressed")
     scored = results["reloaded"] if compressed else results["dense"]
@@ -70,14 +70,14 @@ def figures_of(results: dict, metric: str) -> dict:
 
 
 def provenance(lines: list[dict]) -> list[str]:
-    """What stands below a table: each command, and each machine, once."""
+    """Return the lines below a table: each command and each machine once."""
     commands = dict.fromkeys(line["command"] for line in lines)
     machines = dict.fromkeys(line["machine"] for line in lines)
-    return [*(f"Command: `{one}`" for one in commands), *(f"Machine: {one}" for one in machines)]
+    return [*(f"Command: `{c}`" for c in commands), *(f"Machine: {m}" for m in machines)]
 
 
 def machine() -> str:
-    """Processor (and GPU) of this machine, with the number of threads in use."""
+    """Return the processor (and GPU) of this machine, with the number of threads."""
     name = platform.processor() or platform.machine()
     if os.path.isfile("/proc/cpuinfo"):
         with open("/proc/cpuinfo", encoding="utf-8") as file:

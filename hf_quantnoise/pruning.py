@@ -46,7 +46,11 @@ def layers_to_prune(
             "count); set prune_layers=None"
         )
     if prune_layers == EVERY_OTHER:
-        return _every_other(stacks, chunks)
+        pruned = []
+        for stack in stacks:
+            in_stack = [chunk for chunk in chunks if chunk[0] in stack] or [(n,) for n in stack]
+            pruned += [name for chunk in in_stack[1::2] for name in chunk]
+        return pruned
     names = [name for stack in stacks for name in stack]
     try:
         pruned = require_match("prune_layers", prune_layers, names)
@@ -63,14 +67,6 @@ def layers_to_prune(
 
 def _stack_name(layers: Sequence[str]) -> str:
     return layers[0].rpartition(".")[0]
-
-
-def _every_other(stacks: list[list[str]], chunks: Sequence[Chunk]) -> list[str]:
-    pruned = []
-    for stack in stacks:
-        in_stack = [chunk for chunk in chunks if chunk[0] in stack] or [(name,) for name in stack]
-        pruned += [name for chunk in in_stack[1::2] for name in chunk]
-    return pruned
 
 
 @dataclass(frozen=True)
@@ -181,10 +177,11 @@ def _require_same_tensors(
     names: Sequence[str],
     renamed: dict[str, str],
 ) -> None:
-    pruned = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if not any(name.startswith(f"{layer}.") for layer in names):
-            pruned[_new_name(name, renamed)] = tuple(tensor.shape)
+    pruned = {
+        _new_name(name, renamed): tuple(tensor.shape)
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if not any(name.startswith(f"{layer}.") for layer in names)
+    }
     built = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
     names_in_either = pruned.keys() | built.keys()
     different = sorted(n for n in names_in_either if pruned.get(n) != built.get(n))

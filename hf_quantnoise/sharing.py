@@ -51,7 +51,10 @@ def chunks_of(model: nn.Module, share_layers: ShareLayers) -> list[Chunk]:
     modules = dict(model.named_modules())
     for name in (name for chunk in chunks for name in chunk):
         if name not in modules:
-            raise ValueError(f"invalid share_layers: {type(model).__name__} has no layer {name!r}")
+            raise ValueError(
+                f"invalid share_layers: {type(model).__name__} has no layer {name!r}; use names "
+                "from model.named_modules()"
+            )
     for chunk in chunks:
         _require_same_shapes(chunk, modules)
     return chunks
@@ -62,7 +65,7 @@ def _require_same_shapes(chunk: Chunk, modules: dict[str, nn.Module]) -> None:
     for name in chunk[1:]:
         different = [
             f"{key} ({tuple(shared.shape)} and {tuple(parameter.shape)})"
-            for key, _, _, parameter, shared in _common_parameters(modules[name], first)
+            for key, parameter, shared in _common_parameters(modules[name], first)
             if (parameter.shape, parameter.dtype) != (shared.shape, shared.dtype)
         ]
         if type(modules[name]) is not type(first):
@@ -77,18 +80,24 @@ def _require_same_shapes(chunk: Chunk, modules: dict[str, nn.Module]) -> None:
 
 def _common_parameters(
     layer: nn.Module, source: nn.Module
-) -> list[tuple[str, nn.Module, str, nn.Parameter, nn.Parameter]]:
-    """Return (name, owner, name in the owner, parameter, the source's) of common parameters.
+) -> list[tuple[str, nn.Parameter, nn.Parameter]]:
+    """Return (name, the layer's parameter, the source's parameter) of common parameters.
 
     A first layer may have additional parameters (T5's position bias) or fewer (a norm).
     """
     shared = dict(source.named_parameters(remove_duplicate=False))
-    common = []
-    for name, parameter in layer.named_parameters(remove_duplicate=False):
-        owner, _, leaf = name.rpartition(".")
-        if name in shared:
-            common.append((name, layer.get_submodule(owner), leaf, parameter, shared[name]))
-    return common
+    parameters = layer.named_parameters(remove_duplicate=False)
+    return [(name, parameter, shared[name]) for name, parameter in parameters if name in shared]
+
+
+def _owner(layer: nn.Module, name: str) -> tuple[nn.Module, str]:
+    owner, _, leaf = name.rpartition(".")
+    return layer.get_submodule(owner), leaf
+
+
+def _set_parameter(layer: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    owner, leaf = _owner(layer, name)
+    owner.register_parameter(leaf, parameter)
 
 
 def tensors_in_both(layer: nn.Module, source: nn.Module) -> list[str]:
@@ -104,8 +113,9 @@ def sources_of(chunks: Sequence[Chunk]) -> dict[str, str]:
 def share(model: nn.Module, chunks: Sequence[Chunk]) -> None:
     """Share the Parameters of the first layer of each chunk with its other layers, in place."""
     for name, source in sources_of(chunks).items():
-        for _, owner, leaf, _, shared in _shared_parameters(model, name, source):
-            owner.register_parameter(leaf, shared)
+        layer = model.get_submodule(name)
+        for key, _, shared in _common_parameters(layer, model.get_submodule(source)):
+            _set_parameter(layer, key, shared)
 
 
 @torch.no_grad()
@@ -117,13 +127,10 @@ def unshare(model: nn.Module, shared_layers: Mapping[str, str]) -> None:
         shared_layers: layer -> the layer whose weights it shares.
     """
     for name, source in shared_layers.items():
-        for _, owner, leaf, parameter, _ in _shared_parameters(model, name, source):
-            copy = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
-            owner.register_parameter(leaf, copy)
-
-
-def _shared_parameters(model: nn.Module, name: str, source: str) -> list:
-    return _common_parameters(model.get_submodule(name), model.get_submodule(source))
+        layer = model.get_submodule(name)
+        for key, parameter, _ in _common_parameters(layer, model.get_submodule(source)):
+            copy = parameter.detach().clone()
+            _set_parameter(layer, key, nn.Parameter(copy, parameter.requires_grad))
 
 
 class LayerSharing:
@@ -141,12 +148,12 @@ class LayerSharing:
         self.chunks = list(chunks)
         self._replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
         self._released = False
-        layers = []
         for name, source in sources_of(self.chunks).items():
-            layers.append(model.get_submodule(name))
-            common = _shared_parameters(model, name, source)
-            self._replaced += [(owner, leaf, parameter) for _, owner, leaf, parameter, _ in common]
+            layer = model.get_submodule(name)
+            common = _common_parameters(layer, model.get_submodule(source))
+            self._replaced += [(layer, key, parameter) for key, parameter, _ in common]
         share(model, self.chunks)
+        layers = [model.get_submodule(name) for name in sources_of(self.chunks)]
         self._hooks = [layer.register_state_dict_post_hook(_copy_tensors) for layer in layers]
 
     def release(self) -> None:
@@ -163,13 +170,14 @@ class LayerSharing:
         """
         for hook in self._hooks:
             hook.remove()
-        for owner, leaf, parameter in self._replaced:
-            shared = owner._parameters[leaf]
+        for layer, name, parameter in self._replaced:
             if self._released:
+                owner, leaf = _owner(layer, name)
+                shared = owner._parameters[leaf]
                 parameter.data = shared.detach().clone()
                 parameter.grad = None
                 parameter.requires_grad_(shared.requires_grad)
-            owner.register_parameter(leaf, parameter)
+            _set_parameter(layer, name, parameter)
 
 
 def _copy_tensors(module: nn.Module, state_dict: dict, prefix: str, local_metadata: dict) -> None:

@@ -49,11 +49,16 @@ def quantize_model(
         The same object, packed. ``save_pretrained``, ``push_to_hub`` and ``Trainer`` work as usual.
 
     Raises:
-        TypeError: if the model is not a ``PreTrainedModel``.
+        TypeError: if the model is not a ``PreTrainedModel``, or the config has another type.
         ValueError: if it is quantized already, the config does not fit it, the target cannot be
             met, or calibration data is required and missing, or does not reach a layer. The model
             is not changed then.
     """
+    if not isinstance(config, QuantizedModelConfig):
+        raise TypeError(
+            f"invalid config: got a {type(config).__name__}, expected an IPQConfig or "
+            "FixedPointConfig"
+        )
     batches: list[dict] = []
     if config.reads_data or config.target is not None:
         batches = list(calibration_data or [])

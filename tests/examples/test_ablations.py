@@ -74,7 +74,7 @@ def test_table_of_known_results(tmp_path):
             "machine": "some processor", "stages": [{}, {"finetuning": {"train_loss": accuracy}}],
         }  # fmt: skip
 
-    args = benchmark.BenchmarkArguments(task="sentences", table="codewords", print=True)
+    args = benchmark.BenchmarkArguments(task="sentences", table="codebooks", print=True)
     lines = [line("float32", 1, 0.8), line("float32", 3, 0.9), line("plain", 1, 0.6)]
     lines += [line("plain", 3, 0.64), line("row scale", 3, 0.7)]
     rows = benchmark.table(args, lines).splitlines()

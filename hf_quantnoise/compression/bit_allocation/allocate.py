@@ -128,38 +128,34 @@ def plan_bit_allocation(
         candidates_for(layers, config)
         for layers in tqdm(groups, desc="quantization errors", unit="weight", disable=not progress)
     ]
-    batches = list(batches or [])
+    options = _options(weights, copy, list(batches or []), target, progress)
+    chosen = broadcast_object(_choose(model, config, weights, options, target))
+    rows = []
+    for weight, choices, index in zip(weights, options, chosen, strict=True):
+        candidate, layer, cost = weight.candidates[index], weight.layers[0], choices[index].cost
+        stored = candidate.short_name, candidate.bytes, cost, candidate.settings
+        rows.append(AllocatedWeight(weight.name, layer.group, len(weight.layers), *stored))
+    size = file_bytes(model, with_choices(config, weights, chosen))
+    return BitAllocation(rows, size, target)
+
+
+def _options(
+    weights: Sequence[WeightCandidates],
+    model: PreTrainedModel,
+    batches: Sequence[Mapping[str, Any]],
+    target: int,
+    progress: bool,
+) -> list[list[Option]]:
+    """Return the bytes and the cost of every candidate; without batches from its error."""
     if on_any_rank([bool(batches)])[0]:
-        bits = 8 * target / sum(p.numel() for p in copy.parameters())
-        costs = costs_by_output(weights, copy, batches, bits, progress)
+        bits = 8 * target / sum(p.numel() for p in model.parameters())
+        costs = costs_by_output(weights, model, batches, bits, progress)
     else:
         costs = costs_by_error(weights)
-    options = [
+    return [
         [Option(each.bytes, cost) for each, cost in zip(weight.candidates, row, strict=True)]
         for weight, row in zip(weights, costs, strict=True)
     ]
-    chosen = broadcast_object(_choose(model, config, weights, options, target))
-    return BitAllocation(
-        [
-            _allocated(weight, row, index)
-            for weight, row, index in zip(weights, options, chosen, strict=True)
-        ],
-        file_bytes(model, with_choices(config, weights, chosen)),
-        target,
-    )
-
-
-def _allocated(weight: WeightCandidates, options: Sequence[Option], index: int) -> AllocatedWeight:
-    candidate = weight.candidates[index]
-    return AllocatedWeight(
-        name=weight.name,
-        group=weight.layers[0].group,
-        layers=len(weight.layers),
-        stored=candidate.short_name,
-        bytes=candidate.bytes,
-        cost=options[index].cost,
-        settings=candidate.settings,
-    )
 
 
 def _choose(

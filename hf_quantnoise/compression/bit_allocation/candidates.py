@@ -8,7 +8,7 @@ factor per bit of a code.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -46,27 +46,16 @@ class Candidate:
         bytes: size of its tensors in the file, with an estimate of their header entries.
         error: expected ||W - W_q||^2 / ||W||^2.
         short_name: for tables.
+        quantizer: a quantizer that can be measured; None if the error is interpolated.
+        state: its state, fitted to a sample; None if it has to be fitted to the full weight.
     """
 
     settings: dict[str, Any]
     bytes: int
     error: float
     short_name: str
-
-
-@dataclass(frozen=True)
-class FittedCandidate:
-    """A candidate with a fitted quantizer, which can replace the weight in the model.
-
-    Attributes:
-        candidate: the candidate.
-        quantizer: its quantizer, with few iterations.
-        state: fitted to a sample; None if it has to be fitted to the full weight.
-    """
-
-    candidate: Candidate
-    quantizer: Quantizer
-    state: dict[str, Tensor] | None
+    quantizer: Quantizer | None = None
+    state: dict[str, Tensor] | None = None
 
     def quantize(self, matrix: Tensor) -> Tensor:
         """Return the weight, of shape (rows, columns), after quantization."""
@@ -81,12 +70,10 @@ class WeightCandidates:
     Attributes:
         layers: the layers that hold the weight.
         candidates: ways to store it; the first one is dense.
-        fitted: the candidates that were fitted.
     """
 
     layers: tuple[LayerInfo, ...]
     candidates: list[Candidate]
-    fitted: list[FittedCandidate] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -101,19 +88,17 @@ class WeightCandidates:
     def add(
         self,
         settings: dict[str, Any],
-        quantizer: Quantizer,
         error: float,
-        fitted: tuple[Quantizer, dict[str, Tensor] | None] | None,
+        fitted: tuple[Quantizer | None, dict[str, Tensor] | None],
     ) -> None:
         """Add a candidate, unless it is as large as the dense weight and would be kept dense."""
-        layer = self.layers[0]
+        layer, quantizer = self.layers[0], quantizer_from_dict(settings)
         size = quantizer.packed_bytes(layer.rows, layer.columns)
-        if size >= _dense_bytes(layer):
-            return
-        size += _header_bytes(layer, 1 + len(quantizer.state_spec(layer.rows, layer.columns)))
-        self.candidates.append(Candidate(settings, size, error, quantizer.short_name))
-        if fitted is not None:
-            self.fitted.append(FittedCandidate(self.candidates[-1], *fitted))
+        if size < _dense_bytes(layer):
+            tensors = 1 + len(quantizer.state_spec(layer.rows, layer.columns))
+            size += _header_bytes(layer, tensors)
+            name = quantizer.short_name
+            self.candidates.append(Candidate(settings, size, error, name, *fitted))
 
 
 def _dense_bytes(layer: LayerInfo) -> int:
@@ -155,18 +140,18 @@ def candidates_for(
             quantizer = quantizer_from_dict(settings)
             if quantizer.check(layer.rows, layer.columns) is not None:
                 continue
-            fitted = None
+            fitted = None, None
             if sample is not None and (centroids in FITTED_CENTROIDS or not curve):
                 fitted = sample.fit_codebook(quantizer, curve)
             error = sample.codebook_error(curve, quantizer) if sample is not None else 0.0
-            found.add(settings, quantizer, error, fitted)
+            found.add(settings, error, fitted)
     for bits in BITS:
         search = bits <= SEARCH_MAX_BITS and found.numel >= SEARCH_MIN_WEIGHTS
         for observer in ("histogram" if search else "minmax", "channel"):
             settings = {"scheme": "int", "bits": bits, "observer": observer}
             quantizer = quantizer_from_dict(settings)
             error = sample.fixed_point_error(quantizer) if sample is not None else 0.0
-            found.add(settings, quantizer, error, (quantizer, None))
+            found.add(settings, error, (quantizer, None))
     return found
 
 
@@ -190,16 +175,16 @@ class _WeightSample:
 
     def fit_codebook(
         self, quantizer: Quantizer, curve: Curve
-    ) -> tuple[Quantizer, dict[str, Tensor]] | None:
+    ) -> tuple[Quantizer | None, dict[str, Tensor] | None]:
         """Fit centroids and append (ln K, ln error on unseen blocks) to the curve.
 
         Returns:
-            The quantizer and its state; None if the sample has too few blocks for K centroids.
+            The quantizer and its state; both None if the sample has too few blocks.
         """
         size, count = quantizer.block_size, quantizer.n_centroids
         blocks = self.rows.reshape(-1, size)
         if len(blocks) <= count:
-            return None
+            return None, None
         fast = replace(quantizer, n_iter=min(quantizer.n_iter, SAMPLE_ITERATIONS))
         generator = torch.Generator().manual_seed(self.seed)
         start = torch.randperm(len(blocks), generator=generator)[:count].to(blocks.device)

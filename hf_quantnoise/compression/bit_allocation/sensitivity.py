@@ -10,7 +10,7 @@ quantization error.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -22,7 +22,7 @@ from ...blocks import weight_matrix
 from ...distributed import raise_on_all_ranks, sum_over_ranks
 from ...structure import LayerInfo
 from ..distillation.logits import logits_divergence
-from .candidates import FittedCandidate, WeightCandidates
+from .candidates import Candidate, WeightCandidates
 
 # A few batches do not reach every token and path, so the sensitivity of each weight is at least
 # this fraction of the median.
@@ -90,7 +90,7 @@ class SensitivityMeter:
             self.reference = [comparable_outputs(model(**batch)) for batch in batches]
 
     def measure(self, layers: Sequence[LayerInfo], matrix: Tensor) -> float:
-        """Return the mean divergence over the batches of all ranks.
+        """Return the mean divergence over the batches of all ranks with a replaced weight.
 
         Args:
             layers: the layers that hold the weight.
@@ -143,13 +143,13 @@ def costs_by_output(
             is not finite with a quantized weight.
     """
     meter = SensitivityMeter(model, batches)
-    curves: list[Callable[[float], float]] = []
-    sensitivities = []
-    for weight in tqdm(weights, desc="sensitivity", unit="weight", disable=not progress):
-        points = _measure(weight, meter, bits)
-        curves.append(lambda error, points=points: interpolate(points, error) if points else 0.0)
-        if points:
-            sensitivities.append(curves[-1](points[0][0]) / (points[0][0] * weight.numel))
+    progress_bar = tqdm(weights, desc="sensitivity", unit="weight", disable=not progress)
+    measured = [_measure(weight, meter, bits) for weight in progress_bar]
+    sensitivities = [
+        interpolate(points, points[0][0]) / (points[0][0] * weight.numel)
+        for weight, points in zip(weights, measured, strict=True)
+        if points
+    ]
     typical = median(sensitivities) if sensitivities else 0.0
     if not typical > 0:
         typical = max(sensitivities, default=0.0)
@@ -159,12 +159,14 @@ def costs_by_output(
             "the calibration batches, so they do not reach the model's layers; pass other batches, "
             "or none"
         )
+
+    def cost(points: list[tuple[float, float]], error: float, numel: int) -> float:
+        divergence = interpolate(points, error) if points else 0.0
+        return max(divergence, MIN_SENSITIVITY * typical * error * numel)
+
     return [
-        [
-            max(curve(each.error), MIN_SENSITIVITY * typical * each.error * weight.numel)
-            for each in weight.candidates
-        ]
-        for weight, curve in zip(weights, curves, strict=True)
+        [cost(points, each.error, weight.numel) for each in weight.candidates]
+        for weight, points in zip(weights, measured, strict=True)
     ]
 
 
@@ -175,15 +177,15 @@ def _measure(
     matrix = weight_matrix(weight.layers[0].module)
     energy = float(matrix.float().square().sum())
     points = []
-    for fitted in _nearest_fitted(weight, bits):
-        quantized = fitted.quantize(matrix)
+    for candidate in _measured_candidates(weight, bits):
+        quantized = candidate.quantize(matrix)
         error = float((matrix.float() - quantized.float()).square().sum()) / energy if energy else 0
         if error > 0:
             divergence = meter.measure(weight.layers, quantized)
             if not math.isfinite(divergence):  # max(0, NaN) is 0, which would count as harmless
                 raise ValueError(
                     f"invalid sensitivity of {weight.name}: got a divergence of {divergence} with "
-                    f"{fitted.candidate.short_name}, expected a finite value; use the model in "
+                    f"{candidate.short_name}, expected a finite value; use the model in "
                     "float32, check that its own output is finite, or exclude the layer "
                     "(exclude_modules)"
                 )
@@ -191,18 +193,14 @@ def _measure(
     return points
 
 
-def _nearest_fitted(weight: WeightCandidates, bits: float) -> list[FittedCandidate]:
-    """Return the fitted candidates closest to a number of bits per weight, and to half of it."""
-    nearest: dict[int, FittedCandidate] = {}
-    for target in (bits, bits / 2):
-        if weight.fitted:
-            fitted = min(
-                weight.fitted,
-                key=lambda each: abs(
-                    math.log(8 * each.candidate.bytes / weight.numel) - math.log(target)
-                ),
-            )
-            nearest[id(fitted)] = fitted
+def _measured_candidates(weight: WeightCandidates, bits: float) -> list[Candidate]:
+    """Return the candidates closest to a number of bits per weight, and to half of it."""
+    nearest: dict[int, Candidate] = {}
+    fitted = [candidate for candidate in weight.candidates if candidate.quantizer is not None]
+    for target in (bits, bits / 2) if fitted else ():
+        size = math.log(target * weight.numel / 8)
+        candidate = min(fitted, key=lambda each, size=size: abs(math.log(each.bytes) - size))
+        nearest[id(candidate)] = candidate
     return list(nearest.values())
 
 

@@ -34,11 +34,7 @@ def file_bytes(model: PreTrainedModel, config: QuantizedModelConfig) -> int:
 def target_bytes(model: PreTrainedModel, config: IPQConfig) -> int:
     """Return the number of bytes that a config allows.
 
-    ``target_bits_per_weight`` counts each parameter that remains after pruning and sharing once.
-
-    Args:
-        model: the model as it will be packed.
-        config: with a target.
+    ``target_bits_per_weight`` counts each parameter of the model once, after pruning and sharing.
     """
     if config.target_size_mb is not None:
         return int(config.target_size_mb * 1e6)
@@ -68,9 +64,9 @@ def check_within_target(model: PreTrainedModel, config: IPQConfig) -> None:
     target, size = target_bytes(changed_copy(model, config), config), file_bytes(model, config)
     if size > target:
         raise ValueError(
-            f"{config.target} allows {target:,} bytes, but layer_quantizers results in a file of "
-            f"{size:,} bytes; reduce the bits of some layers, or empty layer_quantizers to "
-            "allocate them again"
+            f"invalid {config.target}: it allows {target:,} bytes, but layer_quantizers results in "
+            f"{size:,}; set fewer bits for some layers, or remove layer_quantizers to allocate "
+            "again"
         )
 
 
@@ -85,8 +81,8 @@ def check_target_reachable(model: PreTrainedModel, config: IPQConfig) -> int:
     target, dense = target_bytes(shapes, config), size_report(shapes).total.disk_bytes
     if dense <= target:
         raise ValueError(
-            f"{config.target} allows {target:,} bytes, and the file is {dense:,} bytes without "
-            "quantization; set a smaller target, or quantize without a target"
+            f"invalid {config.target}: it allows {target:,} bytes, and the file has {dense:,} "
+            "without quantization; set a smaller target, or quantize without a target"
         )
     weights = [
         candidates_for(layers, config, with_errors=False)
@@ -100,8 +96,8 @@ def check_target_reachable(model: PreTrainedModel, config: IPQConfig) -> int:
     if size > target:
         n_weights = sum(p.numel() for p in shapes.parameters())
         raise ValueError(
-            f"{config.target} allows {target:,} bytes, but the smallest bit allocation takes "
-            f"{size:,} ({size / 1e6:.3f} MB, {8 * size / n_weights:.3f} bits per weight). "
+            f"invalid {config.target}: it allows {target:,} bytes, but the smallest bit allocation "
+            f"takes {size:,} ({8 * size / n_weights:.2f} bits per weight); "
             + _ways_to_reduce(shapes, config)
         )
     return target
@@ -112,13 +108,11 @@ def _ways_to_reduce(shapes: nn.Module, config: IPQConfig) -> str:
     rest = sum(p.numel() * p.element_size() for p in shapes.parameters() if id(p) not in stored)
     groups = {layer.group for layer in select_layers(shapes)}
     missing = sorted(group for group in groups if group not in config.stage_groups())
-    ways = [f"{rest / 1e6:.3f} MB of it are in no stage"]
-    if missing:
-        ways.append(f"add {', '.join(missing)} to stages")
+    ways = [f"add {', '.join(missing)} to stages"] if missing else []
     if config.codebook_bits == 32:
-        ways.append("set codebook_bits=16 or 8 for smaller codebooks")
-    ways.append("set share_layers or prune_layers for fewer weights")
-    return "; ".join(ways)
+        ways.append("set codebook_bits=16 or 8")
+    ways.append("set share_layers or prune_layers")
+    return f"{', '.join(ways)} ({rest:,} of the bytes are weights in no stage)"
 
 
 def weights_to_store(model: nn.Module, config: IPQConfig) -> list[tuple[LayerInfo, ...]]:

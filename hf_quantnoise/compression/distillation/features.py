@@ -72,12 +72,11 @@ def hidden_state_loss(
         ValueError: if there are no hidden states, or their widths differ.
     """
     masks = _padding_masks(inputs)
-    means = []
-    for name, stack in _HIDDEN_STATES.items():
-        pairs = _layer_pairs(name, student, teacher, layers, first=1)
-        errors = [hidden_state_error(s, t, _flat_mask(masks[stack], s.shape)) for s, t in pairs]
-        means += [torch.stack(errors).mean()] if errors else []
-    return _mean(means, "distill_hidden", "hidden states", student, teacher)
+
+    def error(name: str, s: Tensor, t: Tensor) -> Tensor:
+        return hidden_state_error(s, t, _flat_mask(masks[_HIDDEN_STATES[name]], s.shape))
+
+    return _mean_over_layers(error, "distill_hidden", student, teacher, layers, first=1)
 
 
 def attention_loss(
@@ -95,20 +94,14 @@ def attention_loss(
         ValueError: if there are no maps, they carry no gradients, or their shapes differ.
     """
     masks, key_masks = _padding_masks(inputs), _padding_masks(inputs, use_labels=False)
-    means = []
-    for name, (stack, key_stack) in _ATTENTIONS.items():
-        pairs = _layer_pairs(name, student, teacher, layers)
-        errors = [
-            attention_divergence(
-                s,
-                t,
-                _flat_mask(masks[stack], (s.shape[0], s.shape[2])),
-                _flat_mask(key_masks[key_stack], (s.shape[0], s.shape[3])),
-            )
-            for s, t in pairs
-        ]
-        means += [torch.stack(errors).mean()] if errors else []
-    loss = _mean(means, "distill_attention", "attention maps", student, teacher)
+
+    def divergence(name: str, s: Tensor, t: Tensor) -> Tensor:
+        stack, key_stack = _ATTENTIONS[name]
+        mask = _flat_mask(masks[stack], (s.shape[0], s.shape[2]))
+        key_mask = _flat_mask(key_masks[key_stack], (s.shape[0], s.shape[3]))
+        return attention_divergence(s, t, mask, key_mask)
+
+    loss = _mean_over_layers(divergence, "distill_attention", student, teacher, layers)
     if torch.is_grad_enabled() and not loss.requires_grad:
         raise ValueError(
             "distill_attention: the student's attention maps have no gradients, because re-entrant "
@@ -148,34 +141,28 @@ def _flat_mask(mask: Tensor | None, shape: Sequence[int]) -> Tensor | None:
     return flat
 
 
-def _layer_pairs(
-    name: str,
+def _mean_over_layers(
+    loss: Callable[[str, Tensor, Tensor], Tensor],
+    field: str,
     student: Mapping[str, Any],
     teacher: Mapping[str, Any],
     layers: Layers,
     first: int = 0,
-) -> list[tuple[Tensor, Tensor]]:
-    """Return the outputs of matched layers; an empty list if a model does not have the output."""
-    students, teachers = ([x for x in outputs.get(name) or () if x is not None][first:]
-                          for outputs in (student, teacher))  # fmt: skip
-    if not students or not teachers:
-        return []
-    return [
-        (students[s], teachers[t]) for s, t in match_layers(len(students), len(teachers), layers)
-    ]
-
-
-def _mean(
-    means: list[Tensor],
-    field: str,
-    what: str,
-    student: Mapping[str, Any],
-    teacher: Mapping[str, Any],
 ) -> Tensor:
+    """Return the mean over matched layers of each output, then the mean over outputs."""
+    names = _HIDDEN_STATES if field == "distill_hidden" else _ATTENTIONS
+    means = []
+    for name in names:
+        students, teachers = ([x for x in outputs.get(name) or () if x is not None][first:]
+                              for outputs in (student, teacher))  # fmt: skip
+        if students and teachers:
+            pairs = match_layers(len(students), len(teachers), layers)
+            losses = [loss(name, students[s], teachers[t]) for s, t in pairs]
+            means.append(torch.stack(losses).mean())
     if not means:
         raise ValueError(
-            f"{field}: student and teacher have no {what} in common (the student returns "
-            f"{', '.join(student)}, the teacher {', '.join(teacher)}); set {field}=0"
+            f"{field}: student and teacher have none of {', '.join(names)} in common (the student "
+            f"returns {', '.join(student)}, the teacher {', '.join(teacher)}); set {field}=0"
         )
     return torch.stack(means).mean()
 

@@ -71,11 +71,8 @@ def logits_divergence(
 ) -> Tensor:
     """Return the divergence of the student's predictions from the teacher's.
 
-    Args:
-        model: the student; its class selects the head.
-        student, teacher: outputs of both models.
-        inputs: the batch; its labels and masks select the positions that count.
-        temperature: T of the divergence.
+    The class of ``model``, the student, selects the head. The labels and masks of the inputs select
+    the positions that count.
 
     Raises:
         ValueError: if an output that the head needs is missing, or the shapes differ.

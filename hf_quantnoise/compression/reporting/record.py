@@ -72,14 +72,9 @@ def measure_stage(
     finetuning: dict[str, float] | None = None,
     packed_metric: dict[str, float] | None = None,
 ) -> StageRecord:
-    """Evaluate the model and return the record of a stage.
+    """Evaluate the model at the end of a stage and return the record of the stage.
 
-    Args:
-        stage: name of the stage.
-        stage_trainer: holds the model at the end of the stage.
-        start: ``time.perf_counter()`` at the beginning of the stage.
-        packed: the result of packing the stage.
-        finetuning, packed_metric: see :class:`StageRecord`.
+    ``start`` is ``time.perf_counter()`` at its beginning.
     """
     metric = {} if stage_trainer.eval_dataset is None else stage_trainer.evaluate()
     return StageRecord(

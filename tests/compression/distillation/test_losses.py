@@ -311,7 +311,7 @@ def test_feature_losses_refuse_incompatible_shapes():
         hidden_state_error(one, two)
     with pytest.raises(ValueError, match="distill_attention"):
         attention_divergence(torch.rand(2, 2, 4, 4), torch.rand(2, 3, 4, 4))
-    with pytest.raises(ValueError, match="distill_hidden: .*hidden states"):
+    with pytest.raises(ValueError, match="distill_hidden: .*hidden_states"):
         hidden_state_loss({"logits": one}, {"logits": one}, {}, "all")
     mask = torch.ones(2, 9)
     with pytest.raises(ValueError, match=r"mask of shape \(2, 9\)"):

@@ -1,8 +1,10 @@
 """Logs, progress bars and plots of a compression run."""
 
 import copy
+import functools
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -39,59 +41,81 @@ class Listener(TrainerCallback):
         self.lines.append((state.global_step, dict(logs)))
 
 
+def trainer_and_listener(folder, data, noise=None, **changes):
+    listener, settings = Listener(), {"logging_steps": 2, **changes}
+    parts = {"callbacks": [listener], "eval_dataset": data}
+    model = make_stacked("bert", 2)
+    trainer = trainers.make_trainer(folder, model, data, noise, parts=parts, **settings)
+    return trainer, listener
+
+
 @pytest.fixture
 def make_trainer(tmp_path, parity_data):
-    def make(noise=None, folder=tmp_path, **changes):
-        listener, settings = Listener(), {"logging_steps": 2, **changes}
-        parts = {"callbacks": [listener], "eval_dataset": parity_data}
-        model = make_stacked("bert", 2)
-        trainer = trainers.make_trainer(folder, model, parity_data, noise, parts=parts, **settings)
-        return trainer, listener
-
-    return make
+    return functools.partial(trainer_and_listener, tmp_path, parity_data)
 
 
-def test_compress_logs_every_metric(make_trainer):
-    trainer, listener = make_trainer()
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, parity_data):
+    """A training run and a compression run, with all logs and plots."""
+    folder, figures = tmp_path_factory.mktemp("run"), []
+    trainer, listener = trainer_and_listener(folder, parity_data, report_to=["tensorboard"])
     trainer.train()
-    before = len(listener.lines)
-    trainer.compress(CONFIG)
-    lines = listener.lines[before:]
-    names = {name for _, logs in lines for name in logs}
-    wanted = ["loss", "learning_rate", "eval_loss", "packed_loss", "clean_loss", "teacher_logits",
-              "mb", "relative_error", "codebook_use", "stage"]  # fmt: skip
-    assert {f"compression_{name}" for name in wanted} <= names
-    plan = trainer.model.config.quantization_config.plan
+    trained = len(listener.lines)
+    original = Figure.savefig
+
+    def savefig(figure, path, **kwargs):
+        figures.append(figure)
+        original(figure, path, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", savefig)
+        trainer.compress(CONFIG)
+    return SimpleNamespace(
+        trainer=trainer, folder=folder, figures=figures, all_lines=listener.lines,
+        lines=listener.lines[trained:],
+    )  # fmt: skip
+
+
+def test_compress_logs_every_metric(run):
+    names = {name for _, logs in run.lines for name in logs}
+    expected = ["loss", "learning_rate", "eval_loss", "packed_loss", "clean_loss",
+                "teacher_logits", "mb", "relative_error", "codebook_use", "stage"]  # fmt: skip
+    assert {f"compression_{name}" for name in expected} <= names
+    plan = run.trainer.model.config.quantization_config.plan
     assert {f"compression_error/{name}" for name in plan} <= names and len(plan) == 14
     # TensorBoard skips everything else, other loggers raise.
-    values = {type(value) for _, logs in lines for value in logs.values()}
-    assert values <= {int, float}
-    steps = [step for step, _ in lines]
+    assert {type(value) for _, logs in run.lines for value in logs.values()} <= {int, float}
+    steps = [step for step, _ in run.lines]
     assert steps == sorted(steps) and steps[0] == 6  # after those of the training
     assert steps[-1] == 6 + 3 * 6
-    sizes = [logs["compression_mb"] for _, logs in lines if "compression_mb" in logs]
-    assert sizes == [record["mb"] for record in trainer.compression_history]
-    assert trainer.state.log_history[-1]["compression_stage"] == 3
+    sizes = values_of(run.lines, "compression_mb")
+    assert sizes == [record["mb"] for record in run.trainer.compression_history]
+    assert run.trainer.state.log_history[-1]["compression_stage"] == 3
 
 
-def test_tensorboard_shows_training_and_compression_as_one_run(make_trainer, tmp_path):
-    trainer, listener = make_trainer(report_to=["tensorboard"])
-    trainer.train()
-    trainer.compress(IPQConfig(**FFN))
-    folders = {path.parent for path in tmp_path.rglob("events.out.tfevents.*")}
+def test_layer_errors_are_logged_before_finetuning(run):
+    name = "compression_error/bert.encoder.layer.1.output.dense"
+    names = [set(logs) for _, logs in run.lines]
+    errors = [index for index, logged in enumerate(names) if name in logged]
+    trained = [index for index, logged in enumerate(names) if "compression_train_loss" in logged]
+    assert len(errors) == 1 and len(trained) == 3 and errors[0] < trained[0]
+
+
+def test_tensorboard_shows_training_and_compression_as_one_run(run):
+    folders = {path.parent for path in run.folder.rglob("events.out.tfevents.*")}
     assert len(folders) == 1
-    run = EventAccumulator(str(folders.pop()), size_guidance={"scalars": 0}).Reload()
+    events = EventAccumulator(str(folders.pop()), size_guidance={"scalars": 0}).Reload()
     logged = {}
-    for step, logs in listener.lines:
+    for step, logs in run.all_lines:
         for name, value in logs.items():
             logged.setdefault(name, []).append((step, value))
     written = {}
-    for tag in run.Tags()["scalars"]:
+    for tag in events.Tags()["scalars"]:
         name = re.sub("^train/", "", tag).replace("eval/", "eval_", 1)
-        written[name] = [(event.step, event.value) for event in run.Scalars(tag)]
+        written[name] = [(event.step, event.value) for event in events.Scalars(tag)]
     assert logged.keys() == written.keys() and "compression_mb" in logged
-    for name, found in written.items():
-        steps, values = zip(*sorted(found), strict=True)
+    for name, scalars in written.items():
+        steps, values = zip(*sorted(scalars), strict=True)
         expected = list(zip(*sorted(logged[name]), strict=True))
         assert list(steps) == list(expected[0])
         assert list(values) == pytest.approx(list(expected[1]), rel=1e-6)
@@ -128,16 +152,6 @@ def test_evaluation_after_packing_does_not_change_the_result(make_trainer):
             trainer.eval_dataset = None
         models.append(trainer.compress(IPQConfig(**FFN)).state_dict())
     assert all(torch.equal(tensor, models[1][name]) for name, tensor in models[0].items())
-
-
-def test_layer_errors_are_logged_before_finetuning(make_trainer):
-    trainer, listener = make_trainer()
-    trainer.compress(IPQConfig(**FFN))
-    name = "compression_error/bert.encoder.layer.1.output.dense"
-    names = [set(logs) for _, logs in listener.lines]
-    errors = [place for place, found in enumerate(names) if name in found]
-    trained = [place for place, found in enumerate(names) if "compression_train_loss" in found]
-    assert len(errors) == len(trained) == 1 and errors[0] < trained[0]
 
 
 # ---- bars ----------------------------------------------------------------------------------------
@@ -178,11 +192,12 @@ def test_progress_bars_are_off_with_disable_tqdm_and_on_other_ranks(
     assert not bars(err, "stages") and "quantize" not in err
 
 
-def test_logs_are_printed_once(make_trainer, capsys):
+def test_logs_are_printed_once_and_plots_can_be_disabled(make_trainer, tmp_path, capsys):
     trainer, _ = make_trainer()
     trainer.compress(CONFIG, CompressionArguments(plots=False))
     printed = [line for line in capsys.readouterr().out.splitlines() if "_loss'" in line]
     assert len(printed) == len(set(printed)) > 3
+    assert not (tmp_path / "plots").exists()
 
 
 def test_noise_rates_are_logged_in_training(make_trainer):
@@ -217,24 +232,15 @@ def test_codebook_use_counts_each_codebook_once():
     assert codebook_use(intn) is None
 
 
-def test_compress_writes_plots(make_trainer, tmp_path):
-    trainer, _ = make_trainer()
-    trainer.compress(CONFIG)
+def test_compress_writes_plots(run):
     for name in ("stages.png", "layers.png"):
-        with Image.open(tmp_path / "plots" / name) as image:
+        with Image.open(run.folder / "plots" / name) as image:
             assert image.width > 300 and len(image.convert("RGB").getcolors(10**6)) > 10
-    trainer, _ = make_trainer(folder=tmp_path / "other")
-    trainer.compress(CONFIG, CompressionArguments(plots=False))
-    assert not (tmp_path / "other" / "plots").exists()
 
 
-def test_plots_show_the_history_and_the_size_on_disk(make_trainer, tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: drawn.append(self))
-    trainer, _ = make_trainer()
-    small = trainer.compress(CONFIG)
-    stages, layers = drawn
-    history = trainer.compression_history
+def test_plots_show_the_history_and_the_size_on_disk(run):
+    (stages, layers), small = run.figures, run.trainer.model
+    history = run.trainer.compression_history
     finetuned, packed = stages.axes[0].get_lines()
     assert list(finetuned.get_xdata()) == [record["mb"] for record in history]
     assert list(finetuned.get_ydata()) == [record["metric"]["eval_loss"] for record in history]
@@ -243,13 +249,13 @@ def test_plots_show_the_history_and_the_size_on_disk(make_trainer, tmp_path, mon
     names = [label.get_text() for label in layers.axes[0].get_yticklabels()]
     assert set(names) == set(small.config.quantization_config.plan)
     errors, sizes = ([bar.get_width() for bar in axes.patches] for axes in layers.axes)
-    both = {name: e for record in history for name, e in record["layer_errors"].items()}
-    assert errors == [both[name] for name in names]
+    recorded = {name: e for record in history for name, e in record["layer_errors"].items()}
+    assert errors == [recorded[name] for name in names]
     for name, size in zip(names, sizes, strict=True):
         layer = small.get_submodule(name)
         tensors = [layer.weight_indices, layer.weight_codebook]
-        held = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        assert held <= 1e3 * size <= held + 1  # a sentinel takes a byte
+        expected = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        assert expected <= 1e3 * size <= expected + 1  # a sentinel takes a byte
 
 
 def test_plot_compression_without_metrics(tmp_path):

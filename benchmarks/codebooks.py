@@ -1,14 +1,14 @@
 #!/usr/bin/env python
-"""Better codewords at the same bytes: each option in one shot on a finetuned classifier.
+"""Options of the codebooks at the same size, in one shot on a finetuned classifier.
 
-A row is one way to choose codewords; precision of the centroids makes up for what an option stores
-beside them (a scale per row, a second codebook). Scored on a file of sentences: accuracy, and the
-divergence KL(dense || quantized) of the predictions in nats. Nothing is trained.
+A row is one way to fit codebooks. Options that store more (a scale per row, a second codebook) have
+centroids of lower precision. The metrics are accuracy and the divergence KL(dense || quantized) of
+the predictions in nats, on a file of sentences. Nothing is trained.
 
-    python benchmarks/codewords.py --checkpoint runs/sst2/dense --data_dir ../shared/data/sst2
-    python benchmarks/codewords.py --table
+    python benchmarks/codebooks.py --checkpoint runs/sst2/dense --data_dir ../shared/data/sst2
+    python benchmarks/codebooks.py --table
 
-A finished row appends one line to ``--results`` at once; rows that stand there are skipped.
+Each finished row appends one line to ``--results``; rows that are already there are skipped.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 import datasets
 import torch
-from results_file import append_line, provenance, read_lines  # it puts the examples on the path
+from results_file import append_line, provenance, read_lines  # adds the examples to sys.path
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser
 
@@ -28,8 +28,8 @@ from hf_quantnoise import IPQConfig, quantize_model
 from hf_quantnoise.compression.distillation.losses import softmax_divergence
 from hf_quantnoise.configuration.flags import parse_int_or_dict
 
-# What a row changes of plain k-means with float32 centroids. Two codebooks take blocks twice as
-# long, and 8-bit centroids: as many bytes as one float32 codebook of half the block size.
+# Changes of each row to k-means with float32 centroids. Two codebooks have blocks twice as long and
+# 8-bit centroids, which is the size of one float32 codebook of half the block size.
 ROWS = {
     "plain": {},
     "importance": {"importance": "activations"},
@@ -50,39 +50,43 @@ ROWS = {
 
 @dataclass
 class BenchmarkArguments:
-    """What to run."""
+    """Selection of rows, model and data."""
 
     checkpoint: str | None = field(default=None, metadata={"help": "Finetuned float model."})
     data_dir: str = field(
         default="../shared/data/sst2",
-        metadata={"help": "Holds train.parquet and dev.parquet with sentence and label."},
+        metadata={
+            "help": "Folder with train.parquet and dev.parquet (columns sentence and label)."
+        },
     )
     results: str = field(
-        default="benchmarks/results/codewords.jsonl", metadata={"help": "One line per row."}
+        default="benchmarks/results/codebooks.jsonl", metadata={"help": "One line per row."}
     )
     rows: list[str] = field(
-        default_factory=lambda: list(ROWS), metadata={"help": f"Of {', '.join(ROWS)}."}
+        default_factory=lambda: list(ROWS), metadata={"help": f"Rows, from {', '.join(ROWS)}."}
     )
     block_size: str = field(
         default="ffn=8,embeddings=8,attention=4",
-        metadata={"help": "Of rows with one codebook, as run_glue.py's --block_size."},
+        metadata={"help": "Block size of rows with one codebook, as in run_glue.py."},
     )
     n_centroids: int = field(default=256, metadata={"help": "Centroids per codebook."})
-    calibration_batches: int = field(default=8, metadata={"help": "Of training sentences."})
+    calibration_batches: int = field(default=8, metadata={"help": "Batches of training sentences."})
     batch_size: int = field(default=32, metadata={"help": "Sentences per batch."})
     max_seq_length: int = field(default=64, metadata={"help": "Tokens per sentence."})
     eval_samples: int | None = field(
         default=None, metadata={"help": "Dev sentences; default: all."}
     )
-    seed: int = field(default=42, metadata={"help": "Of k-means, and of what is calibrated on."})
-    table: bool = field(default=False, metadata={"help": "Print the table of --results, no runs."})
+    seed: int = field(default=42, metadata={"help": "Seed of k-means and of the calibration data."})
+    table: bool = field(
+        default=False, metadata={"help": "Print the table of --results without running anything."}
+    )
 
     def __post_init__(self) -> None:
         for row in self.rows:
             if row not in ROWS:
-                raise ValueError(f"--rows {row!r} is unknown; known: {', '.join(ROWS)}")
+                raise ValueError(f"invalid --rows {row!r}: expected some of {', '.join(ROWS)}")
         if not self.table and self.checkpoint is None:
-            raise ValueError("--checkpoint is missing; give a finetuned float model, or --table")
+            raise ValueError("missing --checkpoint; pass a finetuned float model, or --table")
 
 
 def _config(args: BenchmarkArguments, row: str) -> IPQConfig:
@@ -95,8 +99,10 @@ def _config(args: BenchmarkArguments, row: str) -> IPQConfig:
 
 
 def _batches(args: BenchmarkArguments, split: str) -> tuple[list[dict], list[Tensor]]:
-    """Tokenized batches of a split, and their labels: of training sentences the few to calibrate
-    on, drawn by the seed."""
+    """Return tokenized batches of a split and their labels.
+
+    Of the training split these are a few random batches for calibration.
+    """
     file = os.path.join(args.data_dir, f"{split}.parquet")
     data = datasets.Dataset.from_parquet(file)
     count = args.eval_samples or len(data)
@@ -135,7 +141,7 @@ def _weight_bytes(model) -> int:
 
 
 def run_all(args: BenchmarkArguments) -> None:
-    """Measures every row that is not in the results file yet."""
+    """Measure every row that is not in the results file yet."""
     calibration, _ = _batches(args, "train")
     batches, labels = _batches(args, "dev")
     labels = torch.cat(labels)
@@ -171,15 +177,15 @@ def run_all(args: BenchmarkArguments) -> None:
 
 
 def table(lines: list[dict]) -> str:
-    """The markdown table of some rows.
+    """Return the results as a Markdown table.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there are none.
     """
     if not lines:
-        raise ValueError("--results holds no finished row; run the benchmark without --table first")
+        raise ValueError("--results has no finished row; run the benchmark without --table first")
     text = [
-        "| codewords | block size | seed | divergence | accuracy | MB | times smaller | seconds |",
+        "| option | block size | seed | divergence | accuracy | MB | times smaller | seconds |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for line in lines:
@@ -192,11 +198,11 @@ def table(lines: list[dict]) -> str:
         text.append(f"| {' | '.join(cells)} |")
     text.append("")
     for checkpoint in dict.fromkeys(line["key"]["checkpoint"] for line in lines):
-        own = next(line for line in lines if line["key"]["checkpoint"] == checkpoint)
+        first = next(line for line in lines if line["key"]["checkpoint"] == checkpoint)
         text.append(
-            f"`{checkpoint}` in float32: {100 * own['dense_accuracy']:.1f}, "
-            f"{own['key']['examples']:,} dev sentences. Rows with two codebooks have blocks twice "
-            "as long as the table says."
+            f"`{checkpoint}` in float32: {100 * first['dense_accuracy']:.1f}, "
+            f"{first['key']['examples']:,} dev sentences. Rows with two codebooks have blocks "
+            "twice as long as listed."
         )
     return "\n".join([*text, *provenance(lines)])
 

@@ -1,6 +1,6 @@
 """The benchmark of centroids: rows run once, with about the same number of bytes."""
 
-import codewords as benchmark
+import codebooks as benchmark
 import pytest
 import torch
 from results_file import read_lines
