@@ -30,6 +30,7 @@ CONFIGS = [QuantNoiseConfig, IPQConfig, FixedPointConfig, CompressionArguments]
         ({"noise": "proxi"}, ["noise", "'proxi'", "did you mean 'proxy'"]),
         ({"noise": "int9"}, ["'int9'", "int8"]),
         ({"noise": []}, ["noise=[]"]),
+        ({"noise": {"proxy": 0.1}}, ["noise={'proxy': 0.1}"]),
         ({"noise": ["pq", "int8"], "p": [0.1]}, ["p=[0.1]", "1 rates for 2 noises"]),
         ({"block_size": 0}, ["block_size=0", "an integer from 1"]),
         ({"block_size": {}}, ["block_size={}", "empty"]),
@@ -115,7 +116,7 @@ def test_options_have_help_and_valid_defaults(config):
 
 def test_configuration_page_is_up_to_date():
     made = runpy.run_path(str(DOCS / "write_configuration.py"))["page"]()
-    page = (DOCS / "configuration.md").read_text(encoding="utf-8")
+    page = (DOCS / "reference" / "configuration.md").read_text(encoding="utf-8")
     assert made.splitlines() == page.splitlines(), "run python docs/write_configuration.py"
 
 

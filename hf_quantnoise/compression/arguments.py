@@ -155,9 +155,9 @@ class CompressionArguments(Options):
         self.stage_settings = _read_settings(self.stage_settings)
         if not self.distill and (self.distill_hidden > 0 or self.distill_attention > 0):
             raise ValueError(
-                f"distill_hidden={self.distill_hidden!r} and distill_attention="
-                f"{self.distill_attention!r} need a teacher; set distill=True (and "
-                "distill_weight=0 for no loss on the logits)"
+                f"invalid distill=False: distill_hidden={self.distill_hidden!r} and "
+                f"distill_attention={self.distill_attention!r} need a teacher; set distill=True "
+                "(and distill_weight=0 for no loss on the logits)"
             )
 
     def settings_of(self, stage: str | None) -> StageSettings:

@@ -17,6 +17,15 @@ def _for_all_groups(value: int | dict[str, int]) -> dict[str, int]:
     return value if isinstance(value, dict) else dict.fromkeys(GROUPS, value)
 
 
+def _stages(name: str, value: Any) -> None:
+    if not isinstance(value, list | tuple) or not value:
+        raise invalid(name, value, f"a list of structure groups ({', '.join(GROUPS)}) or regexes")
+    for stage in value:
+        regex(name, stage)
+    if len(set(value)) != len(value):
+        raise ValueError(f"invalid {name}={value!r}: a stage is listed twice")
+
+
 @SCHEMES.register("ipq")
 @documented
 @dataclass(repr=False)
@@ -34,7 +43,7 @@ class IPQConfig(QuantizedModelConfig):
         "Centroids per codebook, 2 to 65,536; codes take ceil(log2 n_centroids) bits. Int or dict, "
         "like block_size.",
     )
-    stages: list[str] | tuple[str, ...] = option(
+    stages: Annotated[list[str] | tuple[str, ...], _stages] = option(
         ["ffn", "embeddings", "attention"],
         "Structure groups, or regexes for full layer names, in the order of quantization. Layers "
         "of no stage stay dense.",
@@ -68,8 +77,8 @@ class IPQConfig(QuantizedModelConfig):
     )
     target_bits_per_weight: Annotated[float | None, positive] = option(
         None,
-        "The same in bits per parameter that remains after sharing and pruning; set one of the "
-        "two.",
+        "Like target_size_mb, in bits per parameter (counted after sharing and pruning). Set only "
+        "one of the two.",
     )
     layer_quantizers: dict[str, dict[str, Any]] = option(
         {},
@@ -82,13 +91,6 @@ class IPQConfig(QuantizedModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.stages, list | tuple) or not self.stages:
-            expected = f"a list of structure groups ({', '.join(GROUPS)}) or regexes"
-            raise invalid("stages", self.stages, expected)
-        for stage in self.stages:
-            regex("stages", stage)
-        if len(set(self.stages)) != len(self.stages):
-            raise ValueError(f"invalid stages={self.stages!r}: a stage is listed twice")
         self.stages = list(self.stages)
         for name in ("block_size", "n_centroids"):
             self._check_covers_stages(name, getattr(self, name))

@@ -59,7 +59,7 @@ class QuantNoiseConfig(HubConfigMixin, Options):
     )
     p: Annotated[float | list[float], _rates] = option(
         0.1,
-        "Noise rate: fraction of the blocks that get noise in each forward, from 0 to 1 (1 is "
+        "Noise rate: fraction of the blocks that get noise in each forward pass, from 0 to 1 (1 is "
         "quantization-aware training). A list gives one rate per noise function.",
     )
     p_schedule: Annotated[str | int, word_or_steps("constant")] = option(
@@ -86,7 +86,7 @@ class QuantNoiseConfig(HubConfigMixin, Options):
         "noise draws single weights in both cases.",
     )
     codebook_update: Annotated[str | int, word_or_steps("epoch")] = option(
-        "epoch", "Fit codebooks and means again every 'epoch', or every given number of steps."
+        "epoch", "When codebooks and means are fitted again: every 'epoch', or every N steps."
     )
     scale_update_steps: Annotated[int, integer(1)] = option(
         10, "Optimizer steps between updates of scale and zero point of intN noise."
@@ -111,7 +111,7 @@ class QuantNoiseConfig(HubConfigMixin, Options):
         "7.7). None: no rounding.",
     )
     activation_calibration: Annotated[int, integer(1)] = option(
-        16, "Number of first forwards that set the range of these inputs and round nothing."
+        16, "Initial forward passes that only set the range of these inputs."
     )
     share_layers: Annotated[int | list[list[str]], layer_chunks] = option(
         1,

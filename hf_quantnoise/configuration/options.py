@@ -2,8 +2,8 @@
 
     bits: Annotated[int, integer(1, 8)] = option(8, "Bits per weight.")
 
-Command-line flags (``flags.py``) and docs/configuration.md (``docs/write_configuration.py``) are
-made from these fields.
+Command-line flags (``flags.py``) and the page docs/reference/configuration.md (written by
+``docs/write_configuration.py``) are made from these fields.
 
 ``huggingface_hub.dataclasses`` is not used for the checks: its errors span several lines and are
 not ``ValueError``s, it refuses an int for a float or a tuple for a list, and its metadata cannot be

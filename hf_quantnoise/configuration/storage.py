@@ -72,9 +72,8 @@ class QuantizedModelConfig(HubConfigMixin, Options, QuantizationConfigMixin):
     )
     share_layers: Annotated[int | list[list[str]] | None, layer_chunks] = option(
         None,
-        "Number of adjacent layers that share one set of weights, stored once and in memory once "
-        "(section 7.9); or a list of chunks, each a list of layer names. None: as in training with "
-        "noise.",
+        "Number of adjacent layers that share one set of weights, on disk and in memory (section "
+        "7.9); or a list of chunks, each a list of layer names. None: as in training with noise.",
     )
     prune_layers: Annotated[str | list[str] | None, patterns] = option(
         None,
@@ -96,7 +95,8 @@ class QuantizedModelConfig(HubConfigMixin, Options, QuantizationConfigMixin):
         {}, "Filled in by compression: removed layer -> number of weights it had."
     )
     format_version: int = option(
-        FORMAT_VERSION, "Version of the layout on disk. Newer ones are refused, with the remedy."
+        FORMAT_VERSION,
+        "Version of the layout on disk. A newer one is an error that names the version to install.",
     )
 
     scheme: ClassVar[str] = ""

@@ -139,7 +139,7 @@ def _plan(
     refused: Reasons = {}
     by_default: Reasons = {}
     layer_of_name = {layer.name: layer for layer in layers}
-    rates = tuple(rate for _, rate in config.noises)
+    rates = [rate for _, rate in config.noises]
     seen: set[str] = set()
     for layer in layers:
         if layer.name in seen:

@@ -30,7 +30,8 @@ class WeightNoise:
 
     Args:
         functions: (index of the noise in the config, noise function) in order.
-        rates: current rate of each noise of the config; ``QuantNoiseState.p`` sets it.
+        rates: current rate of each noise of the config; ``QuantNoiseState.p`` sets them. A list,
+            because torch.compile would compile a graph for each value in a tuple.
         rows, columns: shape of the weight matrix.
         members: number of layers that hold the weight.
 
@@ -43,7 +44,7 @@ class WeightNoise:
     def __init__(
         self,
         functions: list[tuple[int, NoiseFunction]],
-        rates: tuple[float, ...],
+        rates: list[float],
         rows: int,
         columns: int,
         members: int = 1,

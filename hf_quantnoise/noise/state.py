@@ -107,7 +107,7 @@ class QuantNoiseState:
             )
         self._p = tuple(map(float, rates))
         for weight in self.weights:
-            weight.noise.rates = self._p
+            weight.noise.rates = list(self._p)
 
     def rates(self) -> dict[str, float]:
         """Return the rates for logs: ``noise_p``, or ``noise_p_<index>`` for several noises."""

@@ -166,5 +166,5 @@ def require_finite(matrix: Tensor) -> None:
     if not finite.all():
         raise ValueError(
             f"invalid weight: {int((~finite).sum())} of {matrix.numel()} entries are NaN or "
-            "infinite; the training diverged, or the checkpoint is corrupted"
+            "infinite; check the training for divergence, or download the checkpoint again"
         )

@@ -230,8 +230,9 @@ def _check(points: Tensor, weights: Tensor | None, n_centroids: int, init: Tenso
         raise ValueError(f"invalid init: got {tuple(init.shape)}, expected {(n_centroids, d)}")
     if weights is None:
         return
-    if tuple(weights.shape) not in ((n_points, d), (n_points, 1)):
-        raise ValueError(f"invalid weights: got {tuple(weights.shape)}, expected {n_points, d}")
+    shape = tuple(weights.shape)
+    if shape not in ((n_points, d), (n_points, 1)):
+        raise ValueError(f"invalid weights: got {shape}, expected {n_points, d} or {n_points, 1}")
     if not (torch.isfinite(weights).all() and (weights > 0).all()):
         raise ValueError("invalid weights: expected finite values above 0")
 

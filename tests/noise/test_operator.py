@@ -34,7 +34,7 @@ def noise_for(layer, noise="proxy", p=0.5, members=1, **fields) -> WeightNoise:
         function = NOISES[name](name, config, config.block_size, config.n_centroids)
         function.refresh(weight_matrix(layer), seed=0)
         functions.append((index, function))
-    return WeightNoise(functions, tuple(rate for _, rate in config.noises), rows, columns, members)
+    return WeightNoise(functions, [rate for _, rate in config.noises], rows, columns, members)
 
 
 def psi(noise: WeightNoise, layer: nn.Module, member: int = 0) -> torch.Tensor:
