@@ -167,7 +167,7 @@ def test_compress_skips_a_stage_without_quantized_layers(tmp_path, parity_data):
 
 PIECE = """
 import contextlib, io
-from stacked import make_stacked
+from support.stacked import make_stacked
 
 from hf_quantnoise import IPQConfig, allocate_bits
 
