@@ -43,8 +43,8 @@ if it has no more blocks than centroids, or if packing would not make it smaller
 centroids are allocated for a target size is described in [target size](../how_to/target_size.md).
 """,
     FixedPointConfig: """
-Fixed-point scalar quantization of the weights (section 3.1, Eq. 2). Nothing is random here, so
-`seed` is unused.
+Fixed-point scalar quantization of the weights (section 3.1, Eq. 2). It also has the options of
+`IPQConfig` from `target_modules` on; `seed` is unused, since nothing is random here.
 """,
     CompressionArguments: """
 Finetuning in the stages of `QuantNoiseTrainer.compress(config, compression_args, teacher)`, for
@@ -76,7 +76,9 @@ def page() -> str:
             f"\n## {config.__name__}\n{text}\n| field | default | meaning |\n|---|---|---|\n"
         )
         options, shared = options_of(config), options_of(QuantizedModelConfig)
-        if issubclass(config, QuantizedModelConfig):  # own fields first
+        if config is FixedPointConfig:  # listed for IPQConfig
+            options = {name: options[name] for name in options if name not in shared}
+        elif issubclass(config, QuantizedModelConfig):  # own fields first
             options = {name: options[name] for name in sorted(options, key=shared.__contains__)}
         names = [name for name in options if "_" in name]
         parts += [

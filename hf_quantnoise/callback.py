@@ -45,7 +45,7 @@ class QuantNoiseCallback(TrainerCallback):
     def __init__(self, config: QuantNoiseConfig) -> None:
         if not isinstance(config, QuantNoiseConfig):
             raise TypeError(
-                f"invalid config: got a {type(config).__name__}, expected a QuantNoiseConfig; pass "
+                f"invalid config: got {type(config).__name__}, expected a QuantNoiseConfig; pass "
                 "e.g. QuantNoiseConfig(noise='proxy', p=0.1)"
             )
         self.config = config

@@ -89,7 +89,7 @@ class QuantNoiseTrainer(PublishingMixin, PackedModelTrainer):
     ) -> None:
         if qn_config is not None and not isinstance(qn_config, QuantNoiseConfig):
             raise TypeError(
-                f"invalid qn_config: got a {type(qn_config).__name__}, expected a QuantNoiseConfig "
+                f"invalid qn_config: got {type(qn_config).__name__}, expected a QuantNoiseConfig "
                 "as third argument, e.g. QuantNoiseConfig(noise='proxy', p=0.1); pass "
                 "data_collator and the rest by name"
             )

@@ -88,11 +88,9 @@ def require_same_settings(stored: Fingerprint, current: Fingerprint, folder: str
     """
     for name, value in stored.get(_ARGUMENTS, {}).items():
         if name in REMOVED_OPTIONS and value not in _OFF:
-            logger.warning(
-                f"{name}={value!r} (in {folder}) has no effect any more: {REMOVED_OPTIONS[name]}"
-            )
+            logger.warning(f"{name}={value!r} (in {folder}) has no effect: {REMOVED_OPTIONS[name]}")
     for part, settings in stored.items():
-        if part == "teacher":  # earlier releases described it with another last word
+        if part == "teacher":  # earlier releases ended it with another word
             settings = {
                 name: re.sub(r"(?<=\d )\w+$", "parameters", text) for name, text in settings.items()
             }

@@ -56,7 +56,7 @@ def quantize_model(
     """
     if not isinstance(config, QuantizedModelConfig):
         raise TypeError(
-            f"invalid config: got a {type(config).__name__}, expected an IPQConfig or "
+            f"invalid config: got {type(config).__name__}, expected an IPQConfig or "
             "FixedPointConfig"
         )
     batches: list[dict] = []

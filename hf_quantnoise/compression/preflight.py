@@ -55,7 +55,7 @@ def check_compression(
     """
     if not isinstance(config, QuantizedModelConfig):
         raise TypeError(
-            f"invalid config: got a {type(config).__name__}, expected an IPQConfig or a "
+            f"invalid config: got {type(config).__name__}, expected an IPQConfig or a "
             "FixedPointConfig; call e.g. compress(IPQConfig(block_size=4))"
         )
     stages = config.stage_groups()

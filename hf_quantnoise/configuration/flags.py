@@ -134,15 +134,15 @@ class Form:
     hint: str = ""
 
 
-_CHUNKS = Form(str | None, _parse_chunks, "Form: 2, or JSON.")
+_CHUNKS = Form(str | None, _parse_chunks, "Format: 2, or JSON.")
 # Type of an option -> its form; other types are written as they are.
 FORMS: dict[Any, Form] = {
     int | dict[str, int]: Form(
-        str | None, parse_int_or_dict, "Form: 8, or ffn=8,attention=4, or JSON."
+        str | None, parse_int_or_dict, "Format: 8, or ffn=8,attention=4, or JSON."
     ),
     int | list[list[str]]: _CHUNKS,
     int | list[list[str]] | None: _CHUNKS,
-    str | list[str] | None: Form(str | None, parse_patterns, "Form: a regex, or a JSON list."),
+    str | list[str] | None: Form(str | None, parse_patterns, "Format: a regex, or a JSON list."),
     str | int: Form(str, _word_or_steps),
     str | list[str]: Form(list[str], _one_or_list),
     float | list[float]: Form(list[float], _one_or_list),
@@ -150,7 +150,7 @@ FORMS: dict[Any, Form] = {
     dict[str, dict[str, Any]]: Form(
         str | None,
         _read_layer_quantizers,
-        "Form: a JSON file of it, or of a compressed model's config.",
+        "Format: a JSON file of it, or of a compressed model's config.",
     ),
 }
 

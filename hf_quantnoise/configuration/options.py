@@ -113,8 +113,8 @@ def drop_removed(removed: Mapping[str, str], values: Mapping[str, Any]) -> dict[
 
 
 def warn_removed(name: str, reason: str) -> None:
-    """Warn that an option of an earlier version has no effect any more."""
-    logger.warning("%s was removed and has no effect any more: %s.", name, reason)
+    """Warn that an option of an earlier version no longer has an effect."""
+    logger.warning("%s was removed and has no effect: %s.", name, reason)
 
 
 def values_of_file(config: type[Options], values: Mapping[str, Any]) -> dict[str, Any]:

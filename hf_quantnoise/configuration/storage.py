@@ -46,8 +46,8 @@ def check_format(version: Any, requires: object = None) -> None:
     if version > FORMAT_VERSION:
         plain = re.fullmatch(r"hf-quantnoise>=[\w.]+", str(requires))
         raise ValueError(
-            f"format_version={version} was written by a newer hf_quantnoise; this version, "
-            f"{__version__}, reads up to {FORMAT_VERSION}. Run: pip install -U "
+            f"invalid format_version={version}: written by a newer hf_quantnoise (this version, "
+            f"{__version__}, reads up to {FORMAT_VERSION}); run pip install -U "
             + (f"'{requires}'" if plain else "hf-quantnoise")
         )
 

@@ -36,7 +36,8 @@ class AutoQuantizedModel:
     auto_class: Any = None
 
     def __init__(self) -> None:
-        raise TypeError(f"use {type(self).__name__}.from_pretrained(repo_or_folder)")
+        name = type(self).__name__
+        raise TypeError(f"cannot create {name}; call {name}.from_pretrained(repo_or_folder)")
 
     @classmethod
     def from_pretrained(

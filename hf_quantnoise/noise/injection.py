@@ -58,7 +58,7 @@ def apply_quant_noise(model: nn.Module, qn_config: QuantNoiseConfig) -> nn.Modul
     """
     if not isinstance(qn_config, QuantNoiseConfig):
         raise TypeError(
-            f"invalid qn_config: got a {type(qn_config).__name__}, expected a QuantNoiseConfig, "
+            f"invalid qn_config: got {type(qn_config).__name__}, expected a QuantNoiseConfig, "
             "e.g. apply_quant_noise(model, QuantNoiseConfig(noise='proxy', p=0.1))"
         )
     if find_state(model) is not None or any(map(is_noisy, model.modules())):

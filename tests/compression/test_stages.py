@@ -260,7 +260,7 @@ def test_layers_are_shared_and_pruned_before_the_first_stage(tmp_path, parity_da
 
 def test_invalid_calls_are_refused(tmp_path, parity_data):
     trainer = make_bert_trainer(tmp_path, parity_data)
-    with pytest.raises(TypeError, match=r"config: got a dict.*IPQConfig"):
+    with pytest.raises(TypeError, match=r"config: got dict.*IPQConfig"):
         trainer.compress({"block_size": 4})
     with pytest.raises(ValueError, match=r"block_size.*7"):
         trainer.compress(IPQConfig(block_size=7))
@@ -271,7 +271,7 @@ def test_invalid_calls_are_refused(tmp_path, parity_data):
     trainer.compress(CONFIG, NOT_TRAINED)
     with pytest.raises(ValueError, match="quantized"):
         trainer.compress(CONFIG, NOT_TRAINED)
-    with pytest.raises(TypeError, match="qn_config: got a dict"):
+    with pytest.raises(TypeError, match="qn_config: got dict"):
         QuantNoiseTrainer(make_model("bert"), trainer.args, {"p": 0.1})
     with pytest.raises(TypeError, match="'tokenizer'"):
         QuantNoiseTrainer(make_model("bert"), trainer.args, tokenizer=None)

@@ -113,7 +113,7 @@ def plan_bit_allocation(
             reached or needs no quantization.
     """
     if not isinstance(config, IPQConfig):
-        raise TypeError(f"invalid config: got a {type(config).__name__}, expected an IPQConfig")
+        raise TypeError(f"invalid config: got {type(config).__name__}, expected an IPQConfig")
     if config.target is None:
         raise ValueError(
             "invalid config: it has no target; set target_size_mb or target_bits_per_weight"
