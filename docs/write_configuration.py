@@ -76,11 +76,11 @@ def page() -> str:
             f"\n## {config.__name__}\n{text}\n| field | default | meaning |\n|---|---|---|\n"
         )
         options, shared = options_of(config), options_of(QuantizedModelConfig)
+        names = [name for name in options if "_" in name]
         if config is FixedPointConfig:  # listed for IPQConfig
             options = {name: options[name] for name in options if name not in shared}
         elif issubclass(config, QuantizedModelConfig):  # own fields first
             options = {name: options[name] for name in sorted(options, key=shared.__contains__)}
-        names = [name for name in options if "_" in name]
         parts += [
             f"| `{name}` | `{_default(declared.default)}` | {as_code(declared.help, names)} |\n"
             for name, declared in options.items()
