@@ -149,7 +149,7 @@ class _WeightSample:
 
         Call with increasing numbers of centroids.
         """
-        if isinstance(quantizer, FixedPointQuantizer):
+        if not isinstance(quantizer, ProductQuantizer):
             return self._fixed_point_error(quantizer), quantizer, None
         curve, fitted = self.curves[quantizer.block_size], (None, None)
         if quantizer.n_centroids in FITTED_CENTROIDS or not curve:

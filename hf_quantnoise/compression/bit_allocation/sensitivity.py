@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from tqdm.auto import tqdm
 
 from ...blocks import weight_matrix
-from ...compat import own_parameters
 from ...distributed import raise_on_all_ranks, sum_over_ranks
 from ...structure import LayerInfo
 from ..distillation.logits import logits_divergence
@@ -70,7 +70,7 @@ class SensitivityMeter:
     In a distributed run all ranks measure together, each with its own batches.
 
     Args:
-        model: in eval mode. Its weights are swapped for a forward, never written to.
+        model: in eval mode; its weights are not changed.
         batches: keyword arguments of its forward; a rank may have none.
     """
 
@@ -84,21 +84,13 @@ class SensitivityMeter:
 
         ``layers`` hold the weight; ``matrix``, of shape (rows, columns), replaces it.
         """
-        weight = own_parameters(layers[0].module)["weight"]
+        weight = layers[0].module.weight
         values = layers[0].layer_type.from_matrix(matrix, weight.shape).to(weight.dtype)
-        replacement = nn.Parameter(values, requires_grad=False)
-        try:
-            for layer in layers:
-                own_parameters(layer.module)["weight"] = replacement
-            divergences = [
-                output_divergence(
-                    self.model, comparable_outputs(self.model(**batch)), reference, batch
-                )
-                for batch, reference in zip(self.batches, self.reference, strict=True)
-            ]
-        finally:
-            for layer in layers:
-                own_parameters(layer.module)["weight"] = weight
+        replaced = {f"{layer.name}.weight": values for layer in layers}
+        divergences = []
+        for batch, reference in zip(self.batches, self.reference, strict=True):
+            outputs = comparable_outputs(functional_call(self.model, replaced, (), dict(batch)))
+            divergences.append(output_divergence(self.model, outputs, reference, batch))
         sums = torch.tensor([sum(divergences), len(divergences)], dtype=torch.float64)
         total, count = sum_over_ranks(sums).tolist()
         return total / count
