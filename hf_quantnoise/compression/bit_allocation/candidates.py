@@ -147,7 +147,7 @@ class _WeightSample:
     ) -> tuple[float, Quantizer | None, dict[str, Tensor] | None]:
         """Return the expected error, and the ``quantizer`` and ``state`` of a candidate.
 
-        Call with increasing numbers of centroids.
+        Evaluate smaller codebooks first, since larger ones are interpolated from them.
         """
         if not isinstance(quantizer, ProductQuantizer):
             return self._fixed_point_error(quantizer), quantizer, None
