@@ -21,6 +21,9 @@ def file_bytes(model: PreTrainedModel, config: QuantizedModelConfig) -> int:
     """Return the size in bytes of the ``model.safetensors`` that a config results in.
 
     Nothing is quantized and the model is not changed.
+
+    Raises:
+        ValueError: if the config does not fit the model.
     """
     shapes = copy_on_meta(model)
     ModelPacker(shapes, config).pack_skeletons()
@@ -40,7 +43,8 @@ def target_bytes(model: PreTrainedModel, config: IPQConfig) -> int:
 def check_plan(model: PreTrainedModel, config: QuantizedModelConfig) -> None:
     """Check that a config fits a dense model, without changing the model or measuring anything.
 
-    Raises the errors of :func:`hf_quantnoise.quantize_model`.
+    Raises:
+        ValueError: under the conditions of :func:`hf_quantnoise.quantize_model`.
     """
     if config.target is None:
         ModelPacker(model, config)
