@@ -140,10 +140,8 @@ class SharedMaskSampler:
     from torch's global generator, which identifies its call: when gradient checkpointing restores
     the generator and recomputes the layers in any order, the same ticket finds the same seed.
 
-    Args:
-        members: number of layers.
-
     Attributes:
+        members: number of layers.
         called: indices of the layers that have sampled J so far.
     """
 
@@ -154,9 +152,6 @@ class SharedMaskSampler:
         self._called_in_forward: set[int] = set()
         self._seed_of_ticket: dict[int, int] = {}
         self._cached: tuple[tuple, list[BlockMask]] | None = None
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_cached": None}
 
     def seed_for(self, member: int) -> int:
         """Return the seed of J for a layer's current forward or recomputation."""
@@ -180,10 +175,10 @@ class SharedMaskSampler:
         if all(p >= 1.0 for _, p in sizes):
             return [BlockMask(count) for count, _ in sizes]
         key = (self.seed_for(member), tuple(sizes), device)
-        if self._cached is not None and self._cached[0] == key:
-            masks = self._cached[1]
-        else:
+        if self._cached is None or self._cached[0] != key:
             generator = torch.Generator(device).manual_seed(key[0])
-            masks = [sample_mask(count, p, device, generator) for count, p in sizes]
-        self._cached = None if len(self._called_in_forward) == self.members else (key, masks)
+            self._cached = key, [sample_mask(count, p, device, generator) for count, p in sizes]
+        masks = self._cached[1]
+        if len(self._called_in_forward) == self.members:
+            self._cached = None  # free the memory
         return masks

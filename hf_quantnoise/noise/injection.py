@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
 
 from torch import nn
 
@@ -111,8 +110,7 @@ def _fitted_state(
 def noised_layers(model: nn.Module, qn_config: QuantNoiseConfig) -> list[str]:
     """Return the names of the layers that :func:`apply_quant_noise` would apply noise to."""
     layers = select_layers(model, qn_config.target_modules, qn_config.exclude_modules)
-    weights, _, _ = _plan(layers, qn_config)
-    return [name for weight in weights for name in weight.names]
+    return [name for weight in _plan(layers, qn_config)[0] for name in weight.names]
 
 
 def remove_quant_noise(model: nn.Module) -> nn.Module:
@@ -182,7 +180,7 @@ def _functions_for(
     """Return the noises of the config that a layer can get, and why it cannot get the others."""
     functions, reasons = [], []
     for index, (name, _) in enumerate(config.noises):
-        cls = NOISES[name]
+        cls: type[NoiseFunction] = NOISES[name]
         sizes = {"block_size": 1, "n_centroids": 1}
         if cls.reads_block_size:
             sizes["block_size"] = block_size_of(config.block_size, layer)
@@ -199,9 +197,7 @@ def _functions_for(
     return functions, reasons
 
 
-def _no_layer_message(
-    layers: Iterable[LayerInfo], config: QuantNoiseConfig, skipped: Reasons
-) -> str:
+def _no_layer_message(layers: list[LayerInfo], config: QuantNoiseConfig, skipped: Reasons) -> str:
     """Return the error message if no layer can get the noise."""
     layers = [layer for layer in layers if skipped.get(layer.name) != _SIDE_TABLE]
     if not layers:
@@ -209,15 +205,14 @@ def _no_layer_message(
             f"target_modules={config.target_modules!r} selects only tables other than the input "
             "embeddings, which get no noise by default; name them in target_modules"
         )
-    columns = sorted({layer.columns for layer in layers})
-    sizes = {layer.name: block_size_of(config.block_size, layer) for layer in layers}
-    if all(sizes.values()) and all(layer.columns % sizes[layer.name] for layer in layers):
-        common = math.gcd(*columns)
+    sizes = [(layer.columns, block_size_of(config.block_size, layer)) for layer in layers]
+    if all(size and columns % size for columns, size in sizes):
+        widths = sorted({columns for columns, _ in sizes})
+        common = math.gcd(*widths)
         valid = [size for size in range(2, min(common, 64) + 1) if common % size == 0] or [1]
         return (
             f"block_size={config.block_size!r} does not divide the columns of any layer "
-            f"({', '.join(map(str, columns))}); use one of {', '.join(map(str, valid[:8]))}"
-            f"{', ...' if len(valid) > 8 else ''}"
+            f"({', '.join(map(str, widths))}); use one of {', '.join(map(str, valid))}"
         )
     first = "; ".join(f"{layer.name}: {skipped[layer.name]}" for layer in layers[:3])
     return f"noise={config.noise!r} fits none of the {len(layers)} layers ({first})"

@@ -47,37 +47,33 @@ class NoisedWeight:
         ]
 
 
+@dataclass(eq=False, repr=False)
 class QuantNoiseState:
     """Everything about the noise of one model. It is not a module, parameter or buffer.
 
     Attributes:
         config: the config the noise was made from.
         weights: the noised weights, in the order of the module tree.
-        activations: layer name -> noise on its input; empty without ``activation_bits``.
-        layerdrop: settings of LayerDrop, or None.
-        sharing: which layers share their weights.
         left_clean: layer (or bare parameter) name -> why it has no noise, or lacks one of several.
+        sharing: which layers share their weights.
+        layerdrop: settings of LayerDrop, or None.
+        activations: layer name -> noise on its input; empty without ``activation_bits``.
     """
 
-    def __init__(
-        self,
-        config: QuantNoiseConfig,
-        weights: list[NoisedWeight],
-        left_clean: dict[str, str],
-        sharing: LayerSharing,
-        layerdrop: LayerDrop | None = None,
-    ) -> None:
-        self.config = config
-        self.weights = weights
-        self.left_clean = left_clean
-        self.sharing = sharing
-        self.layerdrop = layerdrop
-        self.p = [rate for _, rate in config.noises]
+    config: QuantNoiseConfig
+    weights: list[NoisedWeight]
+    left_clean: dict[str, str]
+    sharing: LayerSharing
+    layerdrop: LayerDrop | None = None
+
+    def __post_init__(self) -> None:
+        self.p = [rate for _, rate in self.config.noises]
         self.activations: dict[str, ActivationNoise] = {}
         self._ranges_are_shared = False
-        if config.activation_bits is not None:
+        bits, calibration = self.config.activation_bits, self.config.activation_calibration
+        if bits is not None:
             self.activations = {
-                name: ActivationNoise(config.activation_bits, config.activation_calibration)
+                name: ActivationNoise(bits, calibration)
                 for name, module in self.layers.items()
                 if not isinstance(module, nn.Embedding)
             }
@@ -125,13 +121,10 @@ class QuantNoiseState:
         return {**self.rates(), "noised_share": noised / total}
 
     def note_unreached(self) -> list[str]:
-        """Find layers without noise although training forwards have run, and warn once.
+        """Return the layers without noise although training forwards have run; warn once.
 
         A model may read a weight without calling its layer, or never use the layer. Such layers are
-        listed in ``left_clean``.
-
-        Returns:
-            Their names; none before the first forward with noise.
+        listed in ``left_clean``. There are none before the first forward with noise.
         """
         any_used = any(weight.noise.used for weight in self.weights)
         active = [weight for weight in self.weights if any_used and weight.noise.active]
