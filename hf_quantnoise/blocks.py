@@ -51,7 +51,8 @@ def matrix_shape(module: nn.Module) -> tuple[int, int]:
 
 @cache
 def _matrix_shape(layer_type: LayerType, shape: torch.Size) -> tuple[int, int]:
-    return tuple(layer_type.to_matrix(torch.empty(shape, device="meta")).shape)
+    rows, columns = layer_type.to_matrix(torch.empty(shape, device="meta")).shape
+    return rows, columns
 
 
 def kernel_area(module: nn.Module) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -96,8 +97,8 @@ class QuantNoiseCallback(TrainerCallback):
         self._is_restored = all(os.path.isfile(os.path.join(folder, name)) for name in names)
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
-    ):
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Apply the noise; in a resumed run, restore the checkpoint's codebooks.
 
         Raises:
@@ -115,7 +116,8 @@ class QuantNoiseCallback(TrainerCallback):
         if state.global_step > 0 and not self._is_restored:  # by a call to load()
             folder = self.resume_folder or checkpoint_folder(args, state)
             self.load(model, folder)
-            if not self._is_restored and find_state(model).state_dict():
+            noise = find_state(model)
+            if not self._is_restored and noise is not None and noise.state_dict():
                 logger.warning(
                     "resumed at step %d, but %s has no quantization noise: codebooks and scales "
                     "were fitted again. If the checkpoint is elsewhere, call "
@@ -125,7 +127,9 @@ class QuantNoiseCallback(TrainerCallback):
                 )
         self.resume_folder, self._is_restored = None, False  # for a later call of train()
 
-    def on_epoch_begin(self, args, state, control, **kwargs):
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Refresh the codebooks once per epoch (section 4.2)."""
         noise = find_state(kwargs["model"])
         is_new_epoch = state.global_step > 0
@@ -135,7 +139,9 @@ class QuantNoiseCallback(TrainerCallback):
         if noise is not None and is_new_epoch and self.config.codebook_update == "epoch":
             noise.refresh_codebooks()
 
-    def on_step_begin(self, args, state, control, **kwargs):
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Set the rates by their schedule; refresh the codebooks and scales that are due."""
         noise, step = find_state(kwargs["model"]), state.global_step
         if noise is None:
@@ -145,14 +151,15 @@ class QuantNoiseCallback(TrainerCallback):
         if step == 0:
             return
         every = self.config.codebook_update
-        if every != "epoch" and step % every == 0:
+        if every != "epoch" and step % int(every) == 0:
             noise.refresh_codebooks()
         if step % self.config.scale_update_steps == 0:
             noise.refresh_scales()
 
-    def on_step_end(self, args, state, control, **kwargs):
-        """Exchange observed ranges between ranks, before a checkpoint is written; after
-        :data:`REACH_STEPS` steps, warn about layers without noise."""
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Exchange observed ranges between ranks, and warn once about layers without noise."""
         noise = find_state(kwargs["model"])
         if noise is None:
             return
@@ -160,12 +167,16 @@ class QuantNoiseCallback(TrainerCallback):
         if state.global_step == REACH_STEPS:
             noise.note_unreached()
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Warn about layers that received no noise during the run."""
         if (noise := find_state(kwargs["model"])) is not None:
             noise.note_unreached()
 
-    def on_save(self, args, state, control, **kwargs):
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Write the noise to the checkpoint that was just saved."""
         if args.should_save:  # on each machine, with save_on_each_node
             self.save(kwargs["model"], checkpoint_folder(args, state))
@@ -173,4 +184,4 @@ class QuantNoiseCallback(TrainerCallback):
 
 def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> str:
     """Return the folder of the checkpoint of the current step."""
-    return os.path.join(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+    return os.path.join(str(args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")

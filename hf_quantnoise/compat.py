@@ -89,7 +89,7 @@ def persistent_buffer_names(module: nn.Module) -> set[str]:
     return module._buffers.keys() - module._non_persistent_buffers_set
 
 
-def conv_padding(layer: nn.Module) -> list[int]:
+def conv_padding(layer: Any) -> list[int]:
     """Return a convolution's padding in the form that `F.pad` takes."""
     return layer._reversed_padding_repeated_twice
 
@@ -102,7 +102,7 @@ def without_compile_wrapper(model: nn.Module) -> nn.Module:
 # ---- accelerate ----------------------------------------------------------------------------------
 
 
-def offloaded_names(module: nn.Module) -> set[str]:
+def offloaded_names(module: Any) -> set[str]:
     """Return the names of a module's own tensors that its hook loads before each forward."""
     weights = module._hf_hook.weights_map  # iterating reads names only, membership the file
     prefix = getattr(weights, "prefix", "")
@@ -127,12 +127,12 @@ def undo_accelerate_prepare(model: nn.Module) -> nn.Module:
 # ---- transformers: models ------------------------------------------------------------------------
 
 
-def ignored_if_missing(model: PreTrainedModel) -> set[str]:
+def ignored_if_missing(model: Any) -> set[str]:
     """Return the mutable set of patterns that a checkpoint need not contain."""
     return model._keys_to_ignore_on_load_missing
 
 
-def ignored_if_unexpected(model: PreTrainedModel) -> set[str]:
+def ignored_if_unexpected(model: Any) -> set[str]:
     """Return the mutable set of patterns that a checkpoint may contain in addition."""
     return model._keys_to_ignore_on_load_unexpected
 
@@ -142,7 +142,7 @@ def ignored_on_save(model: nn.Module) -> set[str]:
     return set(getattr(model, "_keys_to_ignore_on_save", None) or ())
 
 
-def weight_conversions(model: PreTrainedModel) -> list[WeightTransform]:
+def weight_conversions(model: Any) -> list[WeightTransform]:
     """Return the renamings and conversions applied while a model was loaded."""
     return model._weight_conversions or []
 
@@ -152,7 +152,7 @@ def dtype_plan(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dt
     return model._get_dtype_plan(dtype)
 
 
-def from_config(model_class: type[PreTrainedModel], config: PreTrainedConfig, **kwargs: Any):
+def from_config(model_class: Any, config: PreTrainedConfig, **kwargs: Any) -> PreTrainedModel:
     """Return a model with random weights."""
     return model_class._from_config(config, **kwargs)
 
@@ -162,7 +162,7 @@ def init_weights_function(model: PreTrainedModel) -> Any:
     return type(model)._init_weights
 
 
-def models_of(auto_class: type) -> Mapping[type, type]:
+def models_of(auto_class: Any) -> Mapping[type, type]:
     """Return the mapping from config class to model class of an auto class."""
     return auto_class._model_mapping
 
@@ -181,7 +181,7 @@ def is_initialized(loaded: Tensor | nn.Module) -> bool:
     return getattr(loaded, "_is_hf_initialized", False)
 
 
-def mark_initialized(loaded: Tensor | nn.Module, initialized: bool = True) -> None:
+def mark_initialized(loaded: Any, initialized: bool = True) -> None:
     """Mark a tensor or module as set, so that transformers does not initialize it."""
     loaded._is_hf_initialized = initialized
 
@@ -209,7 +209,7 @@ def set_attention_implementation(config: PreTrainedConfig, name: str | None) -> 
 # ---- transformers: Trainer -----------------------------------------------------------------------
 
 
-def prepare_inputs(trainer: Trainer, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+def prepare_inputs(trainer: Trainer, batch: Any) -> dict[str, Any]:
     """Return a batch on the trainer's device, as its training steps receive it."""
     return trainer._prepare_inputs(batch)
 

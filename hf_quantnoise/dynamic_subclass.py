@@ -7,14 +7,26 @@ Behaviour of layer subclasses is kept, ``isinstance`` holds, and assigning ``ori
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
 Maker = Callable[[type[nn.Module]], type[nn.Module]]
 
+if TYPE_CHECKING:
 
-class DynamicSubclass:
+    class _Module(nn.Module):
+        """The module that the mixin becomes part of; its attributes depend on the layer."""
+
+        def __getattr__(self, name: str) -> Any: ...
+
+        def __setattr__(self, name: str, value: Any) -> None: ...
+
+else:
+    _Module = object
+
+
+class DynamicSubclass(_Module):
     """Mixin of every class created by :func:`make_dynamic_subclass`.
 
     Attributes:

@@ -12,6 +12,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from .compat import own_parameters
 from .structure import find_stacks
 
 ShareLayers: TypeAlias = int | list[list[str]]
@@ -173,7 +174,7 @@ class LayerSharing:
         for layer, name, parameter in self._replaced:
             if self._released:
                 owner, leaf = _owner(layer, name)
-                shared = owner._parameters[leaf]
+                shared = own_parameters(owner)[leaf]
                 parameter.data = shared.detach().clone()
                 parameter.grad = None
                 parameter.requires_grad_(shared.requires_grad)

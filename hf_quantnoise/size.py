@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 from .compat import ignored_on_save, revert_weight_conversion
 from .hub.skeleton import sentinel_names
 from .layer_types import known_layer_type
-from .modeling import packed_layers, packed_names, stored_tensors
+from .modeling import PackedLayer, packed_layers, packed_names, stored_tensors
 from .structure import find_layers
 
 # Names of dtypes in a safetensors header, in the order in which the file stores tensors.
@@ -90,7 +91,7 @@ class SizeReport:
         for row in self.rows:
             kind = "tied" if row.stored.startswith("tied") else row.stored
             groups.setdefault((row.group, kind), []).append(row)
-        lines = [
+        lines: list[tuple[str, ...]] = [
             ("group", "stored", "tensors", "formula kB", "disk kB", "memory kB", "dense kB",
              "inputs kB")
         ]  # fmt: skip
@@ -122,7 +123,7 @@ def total_of(rows: Iterable[SizeRow], header_bytes: int = 0) -> SizeTotal:
         formula_bytes=sum(row.formula_bytes for row in rows),
         disk_bytes=sum(row.disk_bytes for row in rows) + header_bytes,
         memory_bytes=sum(row.memory_bytes for row in rows),
-        dense_bytes=None if None in dense else sum(dense),
+        dense_bytes=None if None in dense else sum(size or 0 for size in dense),
         activation_bytes=sum(row.activation_bytes for row in rows),
     )
 
@@ -155,7 +156,7 @@ def _dense_row(name: str, tensor: Tensor, group: str) -> SizeRow:
     return SizeRow(name, group, kind, tuple(tensor.shape), size, size, size, dense)
 
 
-def _packed_row(name: str, layer: nn.Module, group: str, disk: dict[str, Tensor]) -> SizeRow:
+def _packed_row(name: str, layer: PackedLayer, group: str, disk: dict[str, Tensor]) -> SizeRow:
     quantizer = layer.quantizer
     memory = [getattr(layer, tensor) for tensor in packed_names(layer)]
     codes = layer.rows * layer.codes_per_row
@@ -176,7 +177,7 @@ def _packed_row(name: str, layer: nn.Module, group: str, disk: dict[str, Tensor]
     )
 
 
-def _input_bytes(layer: nn.Module) -> int:
+def _input_bytes(layer: PackedLayer) -> int:
     input_size = known_layer_type(layer).input_size
     inputs = layer.columns if input_size is None else input_size(layer)
     return math.ceil((layer.activation_bits or 32) * inputs / 8)
@@ -212,7 +213,7 @@ def _header_bytes(tensors: dict[str, Tensor]) -> int:
     return 8 + -(-len(json.dumps(header, separators=(",", ":"))) // 8) * 8
 
 
-def _groups(model: nn.Module, config) -> dict[str, str]:
+def _groups(model: nn.Module, config: Any) -> dict[str, str]:
     """Return the structure group of each weight, dense or packed."""
     groups = {f"{layer.name}.weight": layer.group for layer in find_layers(model)}
     for name, entry in (getattr(config, "plan", None) or {}).items():
@@ -234,7 +235,7 @@ def size_report(model: nn.Module) -> SizeReport:
         model: any module; a model packed by this package is reported by layer.
     """
     packed = dict(packed_layers(model))
-    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    config: Any = getattr(getattr(model, "config", None), "quantization_config", None)
     groups = _groups(model, config)
     shared = getattr(config, "shared_layers", None) or {}
     unsaved = ignored_on_save(model)
@@ -243,7 +244,7 @@ def size_report(model: nn.Module) -> SizeReport:
     owners: dict[int, str] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         layer_name, _, tensor_name = name.rpartition(".")
-        layer = packed.get(layer_name)
+        layer: Any = packed.get(layer_name)  # None for a tensor outside of packed layers
         names = [] if layer is None else packed_names(layer)
         is_packed = tensor_name in names
         label = f"{layer_name}.weight" if is_packed else name

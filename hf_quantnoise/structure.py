@@ -185,8 +185,7 @@ def _why_no_layer(model: nn.Module, name: str) -> str:
 
 
 def matches(name: str, patterns: str | Sequence[str]) -> bool:
-    """Match as PEFT does: a string is a regex for the full name, a list holds names and
-    suffixes."""
+    """Match as PEFT: a string is a regex for the full name, a list has names and suffixes."""
     if isinstance(patterns, str):
         return re.fullmatch(patterns, name) is not None
     return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
@@ -261,8 +260,10 @@ def entry_for(value: int | dict[str, int], layer: LayerInfo) -> int | None:
 
 
 def block_size_of(value: int | dict[str, int], layer: LayerInfo) -> int | None:
-    """Return the block size of a layer: :func:`entry_for`, or the kernel's area for a convolution
-    (section 7.8) unless a regex matches it."""
+    """Return the block size of a layer: :func:`entry_for`, or the kernel area of a convolution.
+
+    The area (section 7.8) applies unless a regex matches the layer.
+    """
     size, area = entry_for(value, layer), kernel_area(layer.module)
     by_regex = isinstance(value, dict) and _key_for(value, layer) not in GROUPS
     return size if size is None or area == 1 or by_regex else area

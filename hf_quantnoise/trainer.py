@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from .callback import QuantNoiseCallback
 from .compression import CompressionArguments, CompressionPipeline, PackedModelTrainer
@@ -116,7 +116,9 @@ class QuantNoiseTrainer(PublishingMixin, PackedModelTrainer):
             self.noise_callback.prepare(self.model)
             self.add_callback(self.noise_callback)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> TrainOutput:
         """``Trainer.train``; ``resume_from_checkpoint=True`` uses the newest complete checkpoint.
 
         Incomplete ones, which a killed run leaves, are skipped with a warning.
@@ -125,10 +127,10 @@ class QuantNoiseTrainer(PublishingMixin, PackedModelTrainer):
             ValueError: if there are checkpoints, but no complete one.
         """
         if resume_from_checkpoint is True:
-            noise_files = ()
+            noise_files: tuple[str, ...] = ()
             if self.noise_callback is not None:
                 noise_files = self.noise_callback.checkpoint_files(self.model)
-            checkpoint = checkpoint_to_resume_from(self.args.output_dir, noise_files)
+            checkpoint = checkpoint_to_resume_from(str(self.args.output_dir), noise_files)
             resume_from_checkpoint = checkpoint or True  # without any, Trainer raises
         if self.noise_callback is not None and isinstance(
             resume_from_checkpoint, str | os.PathLike
@@ -182,7 +184,7 @@ class QuantNoiseTrainer(PublishingMixin, PackedModelTrainer):
         self.compression_args = compression_args
         self._set_card_metrics(self.compression_history[-1]["metric"])
         if compression_args.plots and self.args.should_save:
-            folder = os.path.join(self.args.output_dir, PLOTS)
+            folder = os.path.join(str(self.args.output_dir), PLOTS)
             plot_compression(self.compression_history, size_report(model), folder)
         return model
 
@@ -196,8 +198,7 @@ class QuantNoiseTrainer(PublishingMixin, PackedModelTrainer):
         self.accelerator.free_memory()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """``Trainer.log``; adds the rates of the noise and the average share of noised weights to
-        each training loss."""
+        """Log, with the noise rates and the average share of noised weights for a training loss."""
         state = find_state(self.model) if self.noise_callback is not None else None
         if state is not None and "loss" in logs:
             logs = {**logs, **state.figures(self.model)}

@@ -1,6 +1,8 @@
 """Checks each private name of other libraries against the installed versions."""
 
+import ast
 import inspect
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +14,12 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 from transformers.quantizers import HfQuantizer
 
+import hf_quantnoise
 from hf_quantnoise import compat
+
+ROOT = Path(hf_quantnoise.__file__).parent
+# Private by their name, but documented (namedtuple) or without a public counterpart (argparse).
+STANDARD_LIBRARY = {"_asdict", "_option_string_actions"}
 
 CLASSES = {
     "torch.nn.Module": nn.Module,
@@ -179,3 +186,46 @@ def test_trainer_methods(tmp_path, bert):
     batch = {"input_ids": torch.ones(1, 2, dtype=torch.long)}
     assert compat.prepare_inputs(trainer, batch).keys() == batch.keys()
     compat.finish_current_push(trainer)
+
+
+# ---- no other file -------------------------------------------------------------------------------
+
+
+def private_attributes(tree):
+    """Yield (holder, name, line) of each `holder.name`, `getattr(holder, "name")` and the like."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            yield ast.unparse(node.value), node.attr, node.lineno
+        elif isinstance(node, ast.Call) and len(node.args) > 1:
+            holder, name = node.args[:2]
+            if isinstance(name, ast.Constant) and isinstance(name.value, str):
+                yield ast.unparse(holder), name.value, node.lineno
+
+
+def defined_names(tree):
+    """Yield the names of functions, classes and variables, and of attributes that are assigned."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield node.id if isinstance(node, ast.Name) else node.attr
+
+
+def test_no_other_file_uses_private_names():
+    trees = {
+        path.relative_to(ROOT).as_posix(): ast.parse(path.read_text())
+        for path in ROOT.rglob("*.py")
+    }
+    here = trees.pop("compat.py")
+    own = {name for tree in trees.values() for name in defined_names(tree)}
+    foreign = {name for _, name, _ in private_attributes(here)}
+    overridden = {name for methods in compat.OVERRIDDEN.values() for name in methods}
+    found = [
+        f"{file}:{line}: {holder}.{name}"
+        for file, tree in trees.items()
+        for holder, name, line in private_attributes(tree)
+        if name.startswith("_") and not name.startswith("__") and name not in STANDARD_LIBRARY
+        if name in foreign or name not in own
+        if not (holder == "super()" and name in overridden)
+    ]
+    assert not found, "move these to compat.py:\n" + "\n".join(found)

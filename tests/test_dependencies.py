@@ -34,9 +34,8 @@ def lower_bound(requirement: Requirement) -> Version:
 
 
 def makefile_variable(name: str) -> str:
-    (line,) = [
-        line for line in (ROOT / "Makefile").read_text().splitlines() if line.startswith(f"{name} ")
-    ]
+    lines = (ROOT / "Makefile").read_text().replace("\\\n", "").splitlines()
+    (line,) = [line for line in lines if line.startswith(f"{name} ")]
     return line.split(":=")[1].strip()
 
 
@@ -68,3 +67,12 @@ def test_both_constraints_pin_the_same_torch():
 def test_ci_runs_every_check(target):
     commands = [line.split("#")[0].split() for line in (ROOT / ".ci/run").read_text().splitlines()]
     assert ["make", target] in [command[:2] for command in commands]
+
+
+def test_version_independent_tests_exist():
+    missing = [
+        name
+        for name in makefile_variable("VERSION_INDEPENDENT").split()
+        if not (ROOT / name).exists()
+    ]
+    assert not missing

@@ -10,8 +10,8 @@ import pytest
 import hf_quantnoise
 
 ROOT = Path(hf_quantnoise.__file__).parent
-# Files and folders of the package, lowest layer first: each imports only from its own layer and
-# from those before it.
+# Files and folders of the package, lowest layer first: each imports only from its own layer and the
+# layers before it.
 LAYERS = (
     "version",
     "compat",
@@ -40,7 +40,7 @@ LAYERS = (
     "__main__",
 )
 MAX_FILE_LINES = 300
-MAX_FUNCTION_LINES = 50
+MAX_FUNCTION_LINES = 50  # without the docstring
 # Exceptions, each with the reason. Shorten or split a file before adding one.
 LONG_FILES: dict[str, str] = {}
 LONG_FUNCTIONS: dict[str, str] = {}
@@ -67,10 +67,8 @@ def runtime_nodes(tree: ast.AST) -> Iterator[ast.AST]:
 
 def file_of(module: tuple[str, ...]) -> str | None:
     """Return the file of a module of the package, or None if there is none."""
-    for name in ("/".join(module) + ".py", "/".join([*module, "__init__.py"])):
-        if module and name in FILES:
-            return name
-    return None
+    names = ("/".join(module) + ".py", "/".join([*module, "__init__.py"]))
+    return next((name for name in names if name in FILES), None)
 
 
 def imported_files(file: str) -> set[str]:
@@ -87,7 +85,9 @@ def imported_files(file: str) -> set[str]:
             continue
         for alias in node.names:
             # Either a module, or a name that the base module defines.
-            found.add(file_of((*base, alias.name)) or file_of(base) or "__init__.py")
+            imported = file_of((*base, alias.name)) or file_of(base)
+            assert imported, f"{file} imports {'.'.join(base)}, which does not exist"
+            found.add(imported)
     return found - {file}
 
 
@@ -131,15 +131,23 @@ def test_file_length(file):
     assert lines <= MAX_FILE_LINES or file in LONG_FILES
 
 
+def length(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Return the number of lines of a function, without its docstring."""
+    lines = function.end_lineno - function.lineno + 1
+    if ast.get_docstring(function) is not None:
+        lines -= function.body[0].end_lineno - function.body[0].lineno + 1
+    return lines
+
+
 @pytest.mark.parametrize("file", FILES)
 def test_function_length(file):
     functions = (ast.FunctionDef, ast.AsyncFunctionDef)
     lengths = {
-        f"{file}:{node.name}": node.end_lineno - node.lineno + 1
+        f"{file}:{node.name}": length(node)
         for node in ast.walk(FILES[file])
         if isinstance(node, functions)
     }
-    long = {name: length for name, length in lengths.items() if length > MAX_FUNCTION_LINES}
+    long = {name: lines for name, lines in lengths.items() if lines > MAX_FUNCTION_LINES}
     assert long.keys() <= LONG_FUNCTIONS.keys()
 
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from huggingface_hub import constants, hf_hub_download, snapshot_download
@@ -16,6 +17,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
+from ..compat import from_config
 from ..configuration import QUANT_METHOD, QuantizedModelConfig
 from ..hub.auto import class_of
 from ..hub.quantizer import QuantNoiseHfQuantizer
@@ -122,9 +124,10 @@ class Checkpoint:
 
     def load(self) -> PreTrainedModel:
         """Load the model, in the dtype of its file."""
-        model, found = self.model_class.from_pretrained(
+        loaded: Any = self.model_class.from_pretrained(
             self.path, revision=self.revision, output_loading_info=True
         )
+        model, found = loaded
         if missing := sorted(found["missing_keys"]):
             raise ValueError(
                 f"{self.path!r} lacks {len(missing)} weights of {type(model).__name__} "
@@ -143,7 +146,7 @@ class Checkpoint:
             del config.quantization_config
         dtype = self.headers.dtype if self.headers and stored is None else config.dtype
         with torch.device("meta"):
-            model = self.model_class._from_config(config, dtype=dtype or torch.float32)
+            model = from_config(self.model_class, config, dtype=dtype or torch.float32)
         model.tie_weights()
         return model if stored is None else _packed(model, QuantizedModelConfig.from_dict(stored))
 

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -99,7 +100,8 @@ def write_card(model: PreTrainedModel, source: str, folder: str) -> None:
 
     Metadata of the dense model are kept, except its evaluation results and names.
     """
-    card, path = card_of(model).render(model), os.path.join(source, CARD)
+    card: Any = card_of(model).render(model)
+    path = os.path.join(source, CARD)
     if os.path.isfile(path):
         dense_card = read_card(path)
         for name in (*_DENSE_ONLY, *(["base_model"] if card.data.base_model else [])):

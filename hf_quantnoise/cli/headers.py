@@ -42,7 +42,7 @@ class Headers:
     @property
     def dtype(self) -> torch.dtype | None:
         """Floating-point type of most values, or None if there are none."""
-        counts = Counter()
+        counts: Counter[torch.dtype] = Counter()
         for tensor in self.tensors.values():
             if tensor.dtype in FLOATS:
                 counts[FLOATS[tensor.dtype]] += tensor.parameter_count

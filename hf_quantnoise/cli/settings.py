@@ -50,7 +50,7 @@ def with_allocated_bits(
     model: PreTrainedModel, config: QuantizedModelConfig
 ) -> QuantizedModelConfig:
     """Return the config with ``layer_quantizers`` filled in, if it has a target size."""
-    if config.target is None or config.settings_by_name():
+    if not isinstance(config, IPQConfig) or config.target is None or config.layer_quantizers:
         return config
     allocation = plan_bit_allocation(model, config, progress=sys.stderr.isatty())
     return replace(config, layer_quantizers=allocation.layer_quantizers)

@@ -162,7 +162,8 @@ class CompressionArguments(Options):
 
     def settings_of(self, stage: str | None) -> StageSettings:
         """Return the settings of a stage; None is the only stage of a fixed-point config."""
-        own = (self.stage_settings or {}).get("all" if stage is None else stage, {})
+        settings: Any = self.stage_settings or {}
+        own = settings.get("all" if stage is None else stage, {})
         epochs, steps = self.stage_epochs, self.stage_steps
         if own.keys() & {"epochs", "steps"}:  # either of them overrides both common ones
             epochs, steps = own.get("epochs", 0.0), own.get("steps")

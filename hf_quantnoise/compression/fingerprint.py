@@ -1,5 +1,4 @@
-"""Settings fingerprint of a compression run, stored with its stages: a run with other settings
-cannot resume from them."""
+"""Settings fingerprint of a compression run, which must match to resume from its stages."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ def _require_stock_methods(
 ) -> None:
     """Refuse a subclass of the trainer with overridden methods that a stage would have to call."""
     trains = args.trains(config.stage_groups())
-    methods = {}
+    methods: dict[str, str] = {}
     if trains:
         methods |= _TRAINING
         if not args.distill or args.distill_weight < 1:  # else the loss of the labels is not used

@@ -77,7 +77,9 @@ class CompressionPipeline:
         self.history: list[dict[str, Any]] = []
         self.stages = config.stage_groups()
         self.noise_config = noise_to_keep(trainer, self.args.keep_noise)
-        self.model = undo_accelerate_prepare(trainer.accelerator.unwrap_model(trainer.model))
+        self.model: PreTrainedModel = undo_accelerate_prepare(
+            trainer.accelerator.unwrap_model(trainer.model)
+        )
         if trainer.is_fsdp_enabled:  # otherwise Trainer has moved it
             self.model.to(trainer.args.device)
         writes = trainer.args.save_strategy != SaveStrategy.NO

@@ -45,8 +45,7 @@ def numbered_folders(folder: str, prefix: str) -> list[tuple[int, str]]:
 
 
 def is_complete(path: str) -> bool:
-    """Return whether a file exists and is not truncated: JSON, safetensors, or of ``torch.save``
-    (a zip file, whose table of contents comes last)."""
+    """Return whether a JSON, safetensors or ``torch.save`` file exists and is not truncated."""
     try:
         if path.endswith(".json"):
             with open(path, encoding="utf-8") as file:

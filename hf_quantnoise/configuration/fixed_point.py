@@ -32,7 +32,7 @@ class FixedPointConfig(QuantizedModelConfig):
             **self._shared_with_noise(),
         }
 
-    def quantizer_settings(self, layer) -> dict[str, Any] | None:
+    def quantizer_settings(self, layer: Any) -> dict[str, Any] | None:
         return {"scheme": "int", "bits": self.bits, "observer": self.observer}
 
     def stage_groups(self) -> list[str | None]:

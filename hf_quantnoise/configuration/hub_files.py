@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -13,10 +13,13 @@ from ..repository import CARD, TAG, create_repository, existing_card, find_file,
 
 
 class HubConfigMixin:
-    """``save_pretrained``, ``from_pretrained`` and ``push_to_hub``, for a config with
-    ``to_json_string`` and ``from_dict``."""
+    """Mixin with ``save_pretrained``, ``from_pretrained`` and ``push_to_hub`` for a config."""
 
     file_name: ClassVar[str]
+
+    if TYPE_CHECKING:  # defined by the config
+        to_json_string: Any
+        from_dict: Any
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
         """Write the config's JSON file into a folder, which is created if missing."""
@@ -25,7 +28,7 @@ class HubConfigMixin:
             file.write(self.to_json_string())
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike, **kwargs: Any):
+    def from_pretrained(cls, path: str | os.PathLike, **kwargs: Any) -> Any:
         """Load the config from a folder, a Hub repository or a JSON file.
 
         Args:
@@ -55,7 +58,7 @@ class HubConfigMixin:
         token: str | None = None,
         revision: str | None = None,
         create_pr: bool = False,
-    ):
+    ) -> Any:
         """Upload the config to a repository, which is created if missing.
 
         A repository without a model card gets one that describes the file.

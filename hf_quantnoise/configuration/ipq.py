@@ -155,7 +155,7 @@ class IPQConfig(QuantizedModelConfig):
     def settings_by_name(self) -> dict[str, dict[str, Any]]:
         return self.layer_quantizers
 
-    def quantizer_settings(self, layer) -> dict[str, Any] | None:
+    def quantizer_settings(self, layer: Any) -> dict[str, Any] | None:
         for name in (layer.name, *layer.ties):
             if name in self.layer_quantizers:
                 return self.layer_quantizers[name]

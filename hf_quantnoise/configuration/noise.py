@@ -25,7 +25,7 @@ from .storage import OBSERVERS, QuantizedModelConfig
 
 NOISE_CONFIG_NAME = "quant_noise_config.json"
 
-NOISES: Registry[type] = Registry("noise")
+NOISES: Registry[Any] = Registry("noise")
 
 
 def _noise_names(name: str, value: Any) -> None:
@@ -163,13 +163,18 @@ class QuantNoiseConfig(HubConfigMixin, Options):
         """Return the rate of each noise at an optimizer step, counted from 0."""
         scale = 1.0
         if self.p_schedule != "constant":
-            scale = min(1.0, (step + 1) / self.p_schedule)
+            scale = min(1.0, (step + 1) / int(self.p_schedule))
         return [scale * rate for _, rate in self.noises]
 
     @classmethod
-    def matching(cls, quantization_config: QuantizedModelConfig, **overrides) -> QuantNoiseConfig:
-        """Return noise with the blocks of a target: ``"proxy"`` for an :class:`IPQConfig`,
-        ``"intN"`` for a :class:`FixedPointConfig`. ``overrides`` are fields of this class."""
+    def matching(
+        cls, quantization_config: QuantizedModelConfig, **overrides: Any
+    ) -> QuantNoiseConfig:
+        """Return noise with the blocks of a target.
+
+        The noise is ``"proxy"`` for an :class:`IPQConfig`, ``"intN"`` for a
+        :class:`FixedPointConfig`. ``overrides`` are fields of this class.
+        """
         return cls(**{**quantization_config.noise_settings(), **overrides})
 
     def to_dict(self) -> dict[str, Any]:

@@ -31,7 +31,7 @@ SCHEMES: Registry[type] = Registry("scheme")
 OBSERVERS: Registry = Registry("observer")
 
 
-def check_format(version: object, requires: object = None) -> None:
+def check_format(version: Any, requires: object = None) -> None:
     """Check that this version of the package can read a layout.
 
     Args:
@@ -100,7 +100,7 @@ class QuantizedModelConfig(HubConfigMixin, Options, QuantizationConfigMixin):
     )
 
     scheme: ClassVar[str] = ""
-    quant_method: ClassVar[str] = QUANT_METHOD
+    quant_method: ClassVar[str] = QUANT_METHOD  # type: ignore[assignment, misc]
     file_name: ClassVar[str] = "quantization_config.json"
 
     def __post_init__(self) -> None:
@@ -133,7 +133,7 @@ class QuantizedModelConfig(HubConfigMixin, Options, QuantizationConfigMixin):
         shared = 1 if self.share_layers is None else self.share_layers
         return {**{name: getattr(self, name) for name in names}, "share_layers": shared}
 
-    def quantizer_settings(self, layer) -> dict[str, Any] | None:
+    def quantizer_settings(self, layer: Any) -> dict[str, Any] | None:
         """Return the quantizer settings of a layer, or None if the config does not cover it."""
         raise NotImplementedError
 
@@ -157,7 +157,9 @@ class QuantizedModelConfig(HubConfigMixin, Options, QuantizationConfigMixin):
         return {**head, **asdict(self)}
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs=False, **kwargs):
+    def from_dict(
+        cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:
         """Return the config of :meth:`to_dict`, of any scheme; unknown fields raise an error."""
         # First: a newer format may have schemes and fields that are unknown here.
         check_format(config_dict.get("format_version", FORMAT_VERSION), config_dict.get("requires"))

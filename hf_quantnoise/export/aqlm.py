@@ -15,7 +15,7 @@ from collections import Counter, defaultdict
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -67,7 +67,7 @@ def aqlm_parameters(layer: PackedLayer) -> nn.ParameterDict:
         1, block_size), padded with zeros; float16 if ``codebook_bits=16``. ``scales``, shape
         (rows, 1, 1, 1), float16; ones without ``row_scale``. ``bias``, if the layer has one.
     """
-    quantizer: ProductQuantizer = layer.quantizer
+    quantizer: Any = layer.quantizer  # a ProductQuantizer
     state = {key: tensor.detach() for key, tensor in layer.state.items()}
     bits, n_books = quantizer.code_bits, quantizer.codes_per_block
     # The inverse of aqlm.utils.unpack_int_data, which reads codes modulo 2^bits.
@@ -127,7 +127,7 @@ def export_aqlm(model: PreTrainedModel, folder: str | os.PathLike) -> AqlmExport
     for other, layers in layers_by_setting.items():
         reason = f"AQLM has one setting per model, here {setting}, not {other}"
         dense.update(dict.fromkeys(layers, reason))
-    exported = deepcopy(model)
+    exported: Any = deepcopy(model)
     for name in names:
         exported.set_submodule(name, aqlm_parameters(exported.get_submodule(name)))
     exported = exported.dequantize()
@@ -163,7 +163,7 @@ def _group_by_setting(
 
 
 def _reason_unsupported(
-    model: nn.Module, name: str, layer: PackedLayer, tied: set[str]
+    model: PreTrainedModel, name: str, layer: PackedLayer, tied: set[str]
 ) -> str | None:
     original_class = type(layer).original_class
     if original_class is not nn.Linear:
@@ -190,7 +190,7 @@ def _tied_layers(model: PreTrainedModel) -> set[str]:
     return {name for names in holders.values() if len(names) > 1 for name in names}
 
 
-def _reads_weight(model: nn.Module, name: str) -> bool:
+def _reads_weight(model: PreTrainedModel, name: str) -> bool:
     """Return whether the parent module or the model's ``_init_weights`` reads the layer's weight.
 
     T5 does both, so that its layers cannot be replaced by ones without ``weight``.
@@ -204,7 +204,7 @@ def _reads_weight(model: nn.Module, name: str) -> bool:
     return any(re.search(pattern, _source(code)) for code, pattern in patterns.items())
 
 
-def _source(code: object) -> str:
+def _source(code: Any) -> str:
     try:
         return inspect.getsource(code)
     except (OSError, TypeError):  # defined interactively or in C

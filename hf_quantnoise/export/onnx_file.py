@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +63,7 @@ class _StoredState:
     """Mixin for packed layers that hold their state in storage format and convert it in forward."""
 
     _storage_quantizer: ProductQuantizer
+    _dtype: torch.dtype
 
     @property
     def state(self) -> dict[str, Tensor]:
@@ -129,9 +131,7 @@ def export_onnx(
     return OnnxExport(folder, tuple(inputs), outputs, (folder / FILE_NAME).stat().st_size)
 
 
-def _traced(
-    model: PreTrainedModel, inputs: dict[str, Tensor], outputs: tuple[str, ...]
-) -> torch.onnx.ONNXProgram:
+def _traced(model: PreTrainedModel, inputs: dict[str, Tensor], outputs: tuple[str, ...]) -> Any:
     with _quiet_exporter():
         return torch.onnx.export(
             _PositionalForward(model, tuple(inputs), outputs).eval(),
@@ -164,7 +164,7 @@ def _quiet_exporter() -> Iterator[None]:
         logger.removeFilter(is_relevant)
 
 
-def _onnxscript():
+def _onnxscript() -> Any:
     try:
         import onnx  # noqa: F401  # torch needs it to write
         import onnxscript.optimizer
@@ -222,12 +222,12 @@ def _dynamic_axes(tensor: Tensor) -> dict[int, str]:
     return {0: "batch", 1: "length"} if is_tokens else {0: "batch"}
 
 
-def _shift_right(values, bits):
+def _shift_right(values: Any, bits: Any) -> Any:
     """Translate uint8 >> uint8, which torch 2.13 does not support."""
     return _onnxscript().opset18.BitShift(values, bits, direction="RIGHT")
 
 
-def _may_fold(node) -> bool | None:
+def _may_fold(node: Any) -> bool | None:
     """Return False for nodes that read codes or codebooks, None (decide by size) for all others.
 
     Only nodes with constant inputs are folded, so everything computed from these is kept too.
@@ -237,7 +237,7 @@ def _may_fold(node) -> bool | None:
     return False if is_packed else None
 
 
-def _strip_metadata(program) -> None:
+def _strip_metadata(program: Any) -> None:
     """Remove the Python stack trace of each node, which can be larger than small weights."""
     program.metadata_props.clear()
     for node in program.graph.all_nodes():

@@ -33,13 +33,15 @@ class AutoQuantizedModel:
     ``AutoQuantizedModelForSequenceClassification`` and its siblings load a given head instead.
     """
 
-    auto_class: type | None = None
+    auto_class: Any = None
 
     def __init__(self) -> None:
         raise TypeError(f"use {type(self).__name__}.from_pretrained(repo_or_folder)")
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> PreTrainedModel:
         """Load the model.
 
         Args:
@@ -96,7 +98,7 @@ def class_of(architectures: list[str] | None) -> type[PreTrainedModel] | None:
 
 
 def _class_named(path: str, architectures: list[str] | None) -> type[PreTrainedModel]:
-    name, found = (architectures or [None])[0], class_of(architectures)
+    name, found = architectures[0] if architectures else None, class_of(architectures)
     if found is None:
         raise ValueError(
             f"invalid architectures={architectures!r} in config.json of {path!r}: transformers has "

@@ -1,5 +1,8 @@
-"""Offloaded models: accelerate's hooks hold some tensors in main memory or on disk until their
-layer runs, and the layer holds empty ones on the meta device."""
+"""Offloaded models.
+
+accelerate's hooks hold some tensors in main memory or on disk until their layer runs; until then
+the layer has empty tensors on the meta device.
+"""
 
 from __future__ import annotations
 

@@ -79,8 +79,7 @@ class QuantNoiseHfQuantizer(HfQuantizer):
         return weight_conversions
 
     def attach(self, model: PreTrainedModel) -> None:
-        """Mark a model that was packed in memory as quantized, so that it saves and trains as
-        one."""
+        """Mark a model that was packed in memory as quantized."""
         config = self.quantization_config
         model.hf_quantizer = self
         model.is_quantized = True
@@ -224,8 +223,7 @@ def _require_no_data(config: QuantizedModelConfig) -> None:
 
 @torch.no_grad()
 def _release_files(model: PreTrainedModel) -> None:
-    """Copy tensors that are views of a memory-mapped file: one of them keeps the complete file in
-    memory, with the weights that were quantized."""
+    """Copy tensors that are views of a memory-mapped file, which would keep all of it in memory."""
     for tensor in [*model.parameters(), *model.buffers()]:
         if tensor.device.type == "cpu":
             tensor.data = tensor.data.clone()

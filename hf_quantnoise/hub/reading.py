@@ -81,8 +81,7 @@ def read_packed(
 
 
 def require_no_renaming(model: PreTrainedModel, read: Iterable[str]) -> None:
-    """Raise ValueError if the ``key_mapping`` of ``from_pretrained``, which is only known after
-    loading, renames a tensor that was read."""
+    """Raise ValueError if ``key_mapping``, known only after loading, renames a tensor read here."""
     is_renamed = _renaming_test(weight_conversions(model))
     if (key := next(filter(is_renamed, read), None)) is not None:
         raise ValueError(
@@ -157,8 +156,10 @@ def _renaming_test(conversions: Iterable[WeightTransform]) -> Callable[[str], bo
 def _keys_in_files(
     model: PreTrainedModel, name: str, layer: PackedLayer, known: Iterable[str]
 ) -> dict[str, str] | None:
-    """Return parameter of a layer -> its name in the files; None if one of them is missing, or if
-    the layer has buffers there as well."""
+    """Return parameter of a layer -> its name in the files; None if one is missing.
+
+    None also if the layer has buffers in the files.
+    """
     if persistent_buffer_names(layer):
         return None
     parameters = [key for key, parameter in own_parameters(layer).items() if parameter is not None]
@@ -186,8 +187,10 @@ def _fill(layer: PackedLayer, tensors: dict[str, Tensor]) -> bool:
 
 
 def pattern_of(names: Iterable[str]) -> str:
-    """Return a regex that matches exactly these names; common endings are shared, as the time to
-    compile a regex grows with its length."""
+    """Return a regex that matches exactly these names.
+
+    Common endings are shared, as the time to compile a regex grows with its length.
+    """
     return f"^{_tree([name.split('.') for name in names])}$"
 
 

@@ -1,5 +1,4 @@
-"""The skeleton that a checkpoint is loaded into: a model on the meta device with the packed layers
-of the plan, under the names that this class of the model uses."""
+"""The skeleton that a checkpoint is loaded into: packed layers of the plan on the meta device."""
 
 from __future__ import annotations
 
@@ -53,8 +52,7 @@ def allow_sentinels(model: PreTrainedModel, config: QuantizedModelConfig) -> Non
 
 
 def spellings(model: PreTrainedModel, name: str) -> tuple[str, str, str]:
-    """Return a name as it is, without and with the base model's prefix, in which the classes of a
-    model and their files differ."""
+    """Return a name as it is, without and with the base model's prefix."""
     prefix = f"{model.base_model_prefix}."
     return name, name.removeprefix(prefix), prefix + name
 
@@ -101,8 +99,7 @@ def build_skeleton(
 
 
 def dense_shapes(model: PreTrainedModel) -> dict[str, torch.Size]:
-    """Return the shape of each dense parameter before loading; nothing if transformers checks the
-    shapes itself."""
+    """Return the shapes of dense parameters before loading; none if transformers checks them."""
     if SHAPES_ARE_CHECKED:
         return {}
     return {
@@ -125,8 +122,7 @@ def require_shapes(model: PreTrainedModel, shapes: dict[str, torch.Size]) -> Non
 
 
 class _Names:
-    """Names of modules and parameters in this class of a model, which may have the base model's
-    prefix where the checkpoint does not, or the reverse."""
+    """Names in this class of a model, which may differ from the checkpoint's by the base prefix."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -158,8 +154,7 @@ class _Names:
 
 
 def _translate_plan(names: _Names, plan: dict[str, dict]) -> tuple[dict[str, dict], dict[str, str]]:
-    """Return the plan with local names, and the reasons of layers that stay dense because they have
-    another shape here (a new head)."""
+    """Return the plan with local names, and why layers of another shape (a new head) stay dense."""
     local, reshaped = {}, {}
     for name, entry in names.translate(plan).items():
         if not names.is_layer(name):
@@ -184,8 +179,10 @@ def _translate_plan(names: _Names, plan: dict[str, dict]) -> tuple[dict[str, dic
 def _close_over_ties(
     plan: dict[str, dict], model: PreTrainedModel, names: _Names
 ) -> dict[str, dict]:
-    """Add tied partners that the class of the checkpoint lacks (an LM head). Their inputs were
-    never measured, so they are not rounded."""
+    """Add tied partners that the class of the checkpoint lacks (an LM head).
+
+    Their inputs were never measured, so they are not rounded.
+    """
     for pair in model.all_tied_weights_keys.items():
         target, source = (name.removesuffix(".weight") for name in pair)
         for known, partner in ((source, target), (target, source)):

@@ -27,21 +27,22 @@ def convolution_type(layer_class: type[nn.Module]) -> LayerType:
         input_energy=_input_energy,
         group="conv",
         kernel_area=_kernel_area,
-        input_size=lambda layer: layer.in_channels,
+        input_size=lambda layer: int(layer.in_channels),
         features_last=False,
     )
 
 
 def _kernel_area(layer: nn.Module) -> int:
-    """Return the number of weights of a kernel; 1 for kernels of one element and for patches that
-    do not overlap (a ViT's patch embedding): both are Linear layers on rearranged inputs."""
+    """Return the number of weights of a kernel, or 1 if the layer is a Linear on other inputs.
+
+    The latter are kernels of one element and patches that do not overlap (a ViT's embedding).
+    """
     kernel, stride = tuple(layer.kernel_size), tuple(layer.stride)
     return 1 if stride == kernel and layer.groups == 1 else math.prod(kernel)
 
 
 def _input_energy(layer: nn.Module, inputs: Tensor) -> Tensor:
-    """Return the sum of squares over the unfolded patches, without the memory ``F.unfold``
-    takes."""
+    """Return the sum of squares over unfolded patches, without the memory of ``F.unfold``."""
     dims = len(layer.kernel_size)
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     squares = F.pad(inputs.float(), conv_padding(layer), mode=mode).square()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +21,12 @@ _ATTRIBUTES = (
 )  # fmt: skip
 
 
-def is_packed(module: nn.Module) -> bool:
+def is_packed(module: nn.Module) -> TypeGuard[PackedLayer]:
     """Return whether a module is a packed layer."""
     return isinstance(module, PackedLayer)
 
 
-def packed_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def packed_layers(model: nn.Module) -> Iterator[tuple[str, PackedLayer]]:
     """Return (name, layer) of every packed layer of a model."""
     return ((name, module) for name, module in model.named_modules() if is_packed(module))
 

@@ -16,8 +16,7 @@ def copy_sharing_tensors(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def copy_with_own_parameters(model: nn.Module) -> nn.Module:
-    """Return a copy with new Parameters that use the model's memory until they are assigned other
-    values. Buffers are copied."""
+    """Return a copy whose new Parameters use the model's memory; buffers are copied."""
     return deepcopy(
         model,
         {

@@ -168,10 +168,12 @@ class PackedLayer(DynamicSubclass):
     def block_counts(self) -> Tensor:
         """Return |J_c|, the number of blocks of each centroid."""
         device = self.weight_indices.device
+        quantizer: Any = self.quantizer  # has a codebook
         if self._counts is None or self._counts.device != device:
-            rows = self.quantizer.codebook_rows(self.codes()).reshape(-1).int()
+            rows = quantizer.codebook_rows(self.codes()).reshape(-1).int()
             counts = torch.bincount(rows, minlength=self.weight_codebook.shape[0])
             object.__setattr__(self, "_counts", counts)
+            return counts
         return self._counts
 
     def row_slices(self, itemsize: int) -> list[slice]:
@@ -190,8 +192,10 @@ class PackedLayer(DynamicSubclass):
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Register a parameter; the ones that are never trained become, in place (tied layers hold
-        the same object), a :class:`NonTrainableParameter`."""
+        """Register a parameter; one that is never trained becomes a :class:`NonTrainableParameter`.
+
+        Its class is replaced in place, as tied layers hold the same object.
+        """
         if name == INDICES:
             self._counts = None
         if type(param) is nn.Parameter and (

@@ -137,8 +137,7 @@ class ModelPacker:
         return [self.pack_stage(stage, progress, batches) for stage in self.stages]
 
     def pack_skeletons(self) -> None:
-        """Like :meth:`pack_all`, with empty tensors: for models on the meta device, of which only
-        the size is of interest."""
+        """Pack all layers with empty tensors, for the size of models on the meta device."""
         self.change_structure()
         for stage in self.stages:
             self.restore_stage(stage)
@@ -164,7 +163,7 @@ class ModelPacker:
         # The class that hub/ registers with transformers under the config's quant_method.
         AutoHfQuantizer.from_config(self.config, pre_quantized=True).attach(self.model)
 
-    def _importance(self, stage, batches, forward) -> list[Tensor | None]:
+    def _importance(self, stage, batches, forward) -> Sequence[Tensor | None]:
         weights = [[layer.module for layer in planned.layers] for planned in self.stages[stage]]
         if not self.config.weighs_errors:
             return [None] * len(weights)
@@ -172,8 +171,11 @@ class ModelPacker:
         return measure_importance(self.model, weights, batches, forward)
 
     def _pack(self, planned: PlannedWeight, number: int, importance: Tensor | None) -> float:
-        """Pack one weight and return its relative error. A weight that another rank clusters stays
-        empty, with an error of 0, until :meth:`_exchange`."""
+        """Pack one weight and return its relative error.
+
+        A weight that another rank clusters stays empty, with an error of 0, until
+        :meth:`_exchange`.
+        """
         if self.on_all_ranks and not is_own_task(number):
             self._pack_empty(planned)
             return 0.0

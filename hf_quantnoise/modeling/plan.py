@@ -45,7 +45,7 @@ class PlannedWeight:
         return entries
 
 
-def stage_of(layer: LayerInfo, stages: Sequence[str | None]) -> str | None | bool:
+def stage_of(layer: LayerInfo, stages: Sequence[str | None]) -> str | bool | None:
     """Return the stage of a layer (a regex takes precedence over a group), or False if none."""
     for stage in stages:
         if stage is not None and stage not in GROUPS and re.fullmatch(stage, layer.name):
@@ -108,7 +108,8 @@ def make_plan(
 def weights_of(layers: Sequence[LayerInfo]) -> list[tuple[LayerInfo, ...]]:
     """Return the weights of some layers, each as the tuple of the layers that hold it."""
     by_name = {layer.name: layer for layer in layers}
-    weights, seen = [], set()
+    weights: list[tuple[LayerInfo, ...]] = []
+    seen: set[str] = set()
     for layer in layers:
         if layer.name not in seen:
             weights.append((layer, *(by_name[name] for name in layer.ties)))
@@ -146,8 +147,7 @@ def _quantizer_for(
 def _require_known(
     config: QuantizedModelConfig, model: nn.Module, layers: Sequence[LayerInfo]
 ) -> None:
-    """Raise if settings are for unknown or excluded layers, or contradict each other for tied
-    ones."""
+    """Raise if settings are for unknown or excluded layers, or differ between tied layers."""
     by_name, chosen = config.settings_by_name(), {layer.name: layer for layer in layers}
     for name, settings in by_name.items():
         field = f"invalid layer_quantizers[{name!r}]"
@@ -206,8 +206,9 @@ def _without_empty_stages(
     skipped: dict[str, str],
     layers: Sequence[LayerInfo],
 ) -> dict[str | None, list[PlannedWeight]]:
-    """Return the stages that pack something. A stage may only be empty because ``layer_quantizers``
-    skips all of its layers.
+    """Return the stages that pack something.
+
+    A stage may only be empty because ``layer_quantizers`` skips all of its layers.
 
     Raises:
         ValueError: if a stage is empty for another reason.

@@ -50,6 +50,5 @@ for _name in _WRITES:
 
 
 def as_read_only(weight: Tensor) -> Tensor:
-    """Return a view that cannot be written to; in compiled graphs, which do not write to weights,
-    the tensor itself."""
+    """Return a view that cannot be written to; in compiled graphs the tensor itself."""
     return weight if torch.compiler.is_compiling() else weight.as_subclass(ReadOnlyWeight)

@@ -1,5 +1,4 @@
-"""Tied weights under the names of their packed tensors, so that transformers ties and saves
-them."""
+"""Tied weights under the names of their packed tensors, for transformers to tie and save."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from typing import Any
 
 from torch import nn
 
@@ -164,7 +165,7 @@ def _is_side_table(layer: LayerInfo) -> bool:
 
 def _cannot_be_noised(layer: LayerInfo) -> str | None:
     """Return why noise would have no effect on a layer, or None."""
-    module = layer.module
+    module: Any = layer.module
     if not module.weight.is_floating_point():
         return f"its weight is stored as {module.weight.dtype}"
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
@@ -180,8 +181,8 @@ def _functions_for(
     """Return the noises of the config that a layer can get, and why it cannot get the others."""
     functions, reasons = [], []
     for index, (name, _) in enumerate(config.noises):
-        cls: type[NoiseFunction] = NOISES[name]
-        sizes = {"block_size": 1, "n_centroids": 1}
+        cls = NOISES[name]
+        sizes: dict[str, int | None] = {"block_size": 1, "n_centroids": 1}
         if cls.reads_block_size:
             sizes["block_size"] = block_size_of(config.block_size, layer)
             sizes["n_centroids"] = entry_for(config.n_centroids, layer)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
@@ -91,5 +91,5 @@ def make_noisy(module: nn.Module, noise: LayerNoise) -> None:
 
 def remove_noise(module: nn.Module) -> None:
     """Undo :func:`make_noisy`: the same object with its original class."""
-    module.__class__ = type(module).original_class
+    module.__class__ = cast(type[DynamicSubclass], type(module)).original_class
     del module.__dict__["_layer_noise"]

@@ -108,7 +108,7 @@ class QuantNoiseCard:
         Returns:
             A ``huggingface_hub.ModelCard``: metadata and text.
         """
-        config = getattr(model.config, "quantization_config", None)
+        config: Any = getattr(model.config, "quantization_config", None)
         packed = isinstance(config, QuantizedModelConfig) and config.is_compressed
         parts = [START, f"# {self._title(model)}", self._introduction(model, packed)]
         parts += ["## How to use", _usage(model, self.repo_id or REPO_PLACEHOLDER, packed)]
@@ -162,11 +162,11 @@ class QuantNoiseCard:
 
     def _data(self, model: PreTrainedModel, packed: bool) -> ModelCardData:
         base = self._base_model(model)
-        data = ModelCardData(
+        data: Any = ModelCardData(
             base_model=base,
             datasets=[self.dataset_id] if self.dataset_id else None,
             library_name="transformers",
-            pipeline_tag=self.task or TASKS.get(auto_class_of(model)),
+            pipeline_tag=self.task or TASKS.get(auto_class_of(model) or ""),
             tags=list(TAGS) if packed else [TAG],
         )
         if base is not None and packed:

@@ -32,14 +32,17 @@ def merge_cards(new: ModelCard, existing: ModelCard | None) -> ModelCard:
     """
     if existing is None:
         return new
-    replaced = (*RESULT_FIELDS, "base_model_relation") if START in existing.text else ()
-    if new.data.eval_results:
+    data: Any = new.data
+    replaced: tuple[str, ...] = (
+        (*RESULT_FIELDS, "base_model_relation") if START in existing.text else ()
+    )
+    if data.eval_results:
         replaced += RESULT_FIELDS
     for name, value in existing.data.__dict__.items():
         if name == "tags":
-            new.data.tags += [tag for tag in value or [] if tag not in (*new.data.tags, *TAGS)]
+            data.tags += [tag for tag in value or [] if tag not in (*data.tags, *TAGS)]
         elif value and name not in replaced:
-            new.data[name] = value
+            data[name] = value
     head, start, rest = existing.text.partition(START)
     _, end, tail = rest.partition(END)
     if start and end:
@@ -82,7 +85,7 @@ def push_to_hub(
     revision: str | None = None,
     create_pr: bool = False,
     max_shard_size: int | str = "50GB",
-):
+) -> Any:
     """Upload a model with its card to the Hub, in one commit.
 
     ``model.push_to_hub`` uploads the same files but writes transformers' own card, unless the

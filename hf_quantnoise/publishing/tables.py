@@ -38,8 +38,9 @@ def results_table(
     if not packed:
         rows = [(name, value) for name, _, value in rows]
         return table(("", "value"), [*rows, ("size (MB)", megabytes(total.disk_bytes))])
+    dense = total.dense_bytes or 0
     sizes = [
-        ("size (MB)", f"{megabytes(total.dense_bytes)} (float32)", megabytes(total.disk_bytes)),
+        ("size (MB)", f"{megabytes(dense)} (float32)", megabytes(total.disk_bytes)),
         ("times smaller", "1.0", f"{total.times_smaller:.1f}"),
     ]
     return table(("", "original", "compressed"), [*rows, *sizes])
@@ -60,7 +61,7 @@ def plan_table(config: QuantizedModelConfig, report: SizeReport) -> str:
         groups.setdefault(key, []).append(row)
     lines = []
     for key, rows in sorted(groups.items(), key=lambda item: [str(part) for part in item[0]]):
-        sizes = (sum(row.dense_bytes for row in rows), sum(row.disk_bytes for row in rows))
+        sizes = (sum(row.dense_bytes or 0 for row in rows), sum(row.disk_bytes for row in rows))
         lines.append((*key, len(rows), *map(megabytes, sizes)))
     header = report.total.disk_bytes - sum(row.disk_bytes for row in tensors)
     lines.append(("file header", None, None, None, None, None, megabytes(header)))

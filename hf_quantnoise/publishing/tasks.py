@@ -32,8 +32,7 @@ TASKS = {
 
 
 def auto_class_of(model: PreTrainedModel) -> str | None:
-    """Return the name of the Auto class that creates exactly this class from the model's config, or
-    None."""
+    """Return the name of the Auto class that maps the model's config to its class, or None."""
     for name in TASKS:
         mapping = models_of(getattr(transformers, name))
         if type(model.config) in mapping:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from transformers import PreTrainedModel, Trainer
 
@@ -24,7 +24,14 @@ _TRAINING = (
 _NOT_ON_CARDS = ("plots", "teacher_device")
 
 
-class PublishingMixin:
+# The mixin becomes part of a Trainer subclass.
+if TYPE_CHECKING:
+    _Trainer = Trainer
+else:
+    _Trainer = object
+
+
+class PublishingMixin(_Trainer):
     """Mixin for ``Trainer`` that writes this package's cards and uploads only the final model.
 
     A card reports metrics only if they were measured on the model in its current state.
@@ -33,12 +40,13 @@ class PublishingMixin:
         unpublished: patterns of files in ``output_dir`` that are not uploaded.
     """
 
+    model: PreTrainedModel
     unpublished: ClassVar[tuple[str, ...]] = ()
 
     qn_config: QuantNoiseConfig | None
     compression_history: list[dict[str, Any]]
     compression_args: Any = None
-    _card_metrics: ClassVar[dict[str, float]] = {}
+    _card_metrics: dict[str, float] = {}  # noqa: RUF012  replaced, never changed
     _has_trained: bool = False
 
     def quantnoise_card(self) -> QuantNoiseCard:
@@ -65,16 +73,16 @@ class PublishingMixin:
         if self.compression_history:
             setattr(self.model, CARD_ATTRIBUTE, self.quantnoise_card())
 
-    def train(self, *args: Any, **kwargs: Any):
+    def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as ``Trainer`` does; metrics measured before are removed from the card."""
         output = super().train(*args, **kwargs)
         self._has_trained = True
         self._set_card_metrics({})
         return output
 
-    def evaluate(self, eval_dataset=None, *args: Any, **kwargs: Any) -> dict[str, float]:
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate as ``Trainer`` does; metrics on its own dataset are put on the card."""
-        metrics = super().evaluate(eval_dataset, *args, **kwargs)
+        metrics: dict[str, float] = super().evaluate(eval_dataset, *args, **kwargs)
         if eval_dataset is None and any(name.startswith("eval_") for name in metrics):
             self._set_card_metrics(metrics)
         return metrics
@@ -83,7 +91,8 @@ class PublishingMixin:
         """Save as ``Trainer`` does, with a card if the model is compressed."""
         super().save_model(output_dir, _internal_call)
         if self.compression_history and not _internal_call and self.is_world_process_zero():
-            write_model_card(self.model, output_dir or self.args.output_dir, self.quantnoise_card())
+            folder = output_dir or str(self.args.output_dir)
+            write_model_card(self.model, folder, self.quantnoise_card())
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write this package's card to ``output_dir``, with the arguments of ``Trainer``'s method.
@@ -102,7 +111,7 @@ class PublishingMixin:
             dataset=_first(values.get("dataset")),
             dataset_id=_first(values.get("dataset_tags")),
         )
-        path = os.path.join(self.args.output_dir, CARD)
+        path = os.path.join(str(self.args.output_dir), CARD)
         trainer_card = read_card(path)
         # Its text repeats the settings; its results are the last logged, maybe of another model.
         trainer_card.text = ""
@@ -118,7 +127,7 @@ class PublishingMixin:
         revision: str | None = None,
         private: bool | None = None,
         **kwargs: Any,
-    ):
+    ) -> Any:
         """Upload as ``Trainer`` does, but without checkpoints and the files of compression runs."""
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         token = self.args.hub_token if token is None else token
@@ -133,8 +142,8 @@ class PublishingMixin:
         self.create_model_card(**kwargs)
         finish_current_push(self)
         return upload_folder(
-            self.args.output_dir,
-            self.hub_model_id,
+            str(self.args.output_dir),
+            str(self.hub_model_id),
             token=token,
             ignore_patterns=self.unpublished,
             commit_message=commit_message,
@@ -144,7 +153,9 @@ class PublishingMixin:
 
 
 def _first(value: str | list[str] | None) -> str | None:
-    return value[0] if isinstance(value, (list, tuple)) and value else value or None
+    if isinstance(value, str | None):
+        return value or None
+    return value[0] if value else None
 
 
 def _compression_settings(arguments: Any) -> dict[str, Any]:

@@ -54,4 +54,5 @@ def fit_row_scale(
         energy = (weights * decoded.square()).sum(1, keepdim=True)
         fitted = (weights * decoded * matrix).sum(1, keepdim=True) / as_divisor(energy)
         scale = torch.where(energy > 0, fitted, scale)
+    assert start is not None  # there was at least one round
     return start, scale

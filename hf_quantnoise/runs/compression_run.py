@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import datasets
 import torch
@@ -45,7 +46,7 @@ class Job:
 
     model: PreTrainedModel
     parts: dict
-    auto_class: type
+    auto_class: Any
     metric: str
     task: str
     dataset: str | None = None
@@ -230,7 +231,7 @@ class _Run:
     def push(self, folder: str) -> None:
         """Upload the files that were checked, with a model card that names the repository."""
         training = self.training
-        name = training.hub_model_id or os.path.basename(os.path.abspath(training.output_dir))
+        name = training.hub_model_id or os.path.basename(os.path.abspath(str(training.output_dir)))
         repo = create_repository(name, private=training.hub_private_repo, token=training.hub_token)
         self.trainer.hub_model_id = repo
         self.write_card(folder)

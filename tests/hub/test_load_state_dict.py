@@ -8,7 +8,7 @@ import copy
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.stacked import inputs_of, make_stacked
+from support.stacked import inputs_of, logits, make_stacked
 from support.stored import PQ, STORED
 from transformers import Trainer, TrainingArguments
 
@@ -31,11 +31,6 @@ CONFIGS = {
     "inputs": IPQConfig(**PQ, codebook_bits=8, activation_bits=8),
 }
 EIGHT_BITS = [name for name in CONFIGS if getattr(CONFIGS[name], "codebook_bits", 0) == 8]
-
-
-@torch.no_grad()
-def output(model, name="bert"):
-    return model.eval()(**inputs_of(name)).logits
 
 
 @pytest.fixture
@@ -72,7 +67,7 @@ def test_load_state_dict_of_own_file_restores_model(kind, assign, saved):
     folder = saved(kind)
     expected = AutoQuantizedModel.from_pretrained(folder)
     model = perturbed(AutoQuantizedModel.from_pretrained(folder))
-    assert not torch.equal(output(model), output(expected))
+    assert not torch.equal(logits(model), logits(expected))
     found = model.load_state_dict(
         load_file(folder / "model.safetensors"), strict=False, assign=assign
     )
@@ -81,7 +76,7 @@ def test_load_state_dict_of_own_file_restores_model(kind, assign, saved):
         own = model.get_parameter(name)
         assert torch.equal(own, tensor) and own.dtype == tensor.dtype, name
         assert own.requires_grad == tensor.requires_grad, name
-    assert torch.equal(output(model), output(expected))
+    assert torch.equal(logits(model), logits(expected))
 
 
 @pytest.mark.parametrize("kind", ["8 bits", "two codebooks, rows, 8 bits"])
@@ -100,7 +95,7 @@ def test_load_state_dict_keeps_ties(saved):
     model = perturbed(AutoQuantizedModel.from_pretrained(folder))
     model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
     assert model.lm_head.weight_codebook is model.transformer.wte.weight_codebook
-    assert torch.equal(output(model, "gpt2"), output(expected, "gpt2"))
+    assert torch.equal(logits(model, "gpt2"), logits(expected, "gpt2"))
 
 
 @pytest.mark.parametrize("centroids_first", [True, False])
@@ -114,7 +109,7 @@ def test_load_state_dict_shard_by_shard(centroids_first, saved):
     found = model.load_state_dict(shards[0], strict=False)
     assert set(found.missing_keys) >= centroids.keys() or not centroids_first
     model.load_state_dict(shards[1], strict=False)
-    assert torch.equal(output(model), output(AutoQuantizedModel.from_pretrained(folder)))
+    assert torch.equal(logits(model), logits(AutoQuantizedModel.from_pretrained(folder)))
 
 
 @pytest.mark.parametrize("kind", EIGHT_BITS)
@@ -167,7 +162,7 @@ def test_trainer_resumes_and_loads_best_model(kind, saved, data):
     first.train()
     assert first.evaluate()["eval_loss"] == first.state.best_metric
     checkpoint = first.state.best_model_checkpoint
-    assert torch.equal(output(model), output(AutoQuantizedModel.from_pretrained(checkpoint)))
+    assert torch.equal(logits(model), logits(AutoQuantizedModel.from_pretrained(checkpoint)))
 
     last = AutoQuantizedModel.from_pretrained(folder / "run" / "checkpoint-4")
     resumed = AutoQuantizedModel.from_pretrained(folder)
@@ -177,7 +172,7 @@ def test_trainer_resumes_and_loads_best_model(kind, saved, data):
         CONFIGS[kind], "row_scale", False
     )
     tolerance = 0.02 if rounded else 0.0
-    torch.testing.assert_close(output(resumed), output(last), rtol=0, atol=tolerance)
+    torch.testing.assert_close(logits(resumed), logits(last), rtol=0, atol=tolerance)
     for (name, one), other in zip(last.named_parameters(), resumed.parameters(), strict=True):
         if name.endswith("_codebook"):
             torch.testing.assert_close(other.std(), one.std(), rtol=0.05, atol=0)
@@ -191,7 +186,7 @@ def test_compress_train_and_resume_with_8_bits(tmp_path, data):
     trainer.train()
     again = QuantNoiseTrainer(second, arguments(tmp_path / "run"), **data)
     again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
-    torch.testing.assert_close(output(second), output(trainer.model), rtol=0, atol=0.02)
+    torch.testing.assert_close(logits(second), logits(trainer.model), rtol=0, atol=0.02)
     for layers in zip(packed_layers(second), packed_layers(trainer.model), strict=True):
         (_, one), (_, other) = layers
         torch.testing.assert_close(

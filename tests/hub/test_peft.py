@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.stacked import inputs_of, make_stacked
+from support.stacked import inputs_of, logits, make_stacked
 from support.stored import STORED
 from support.tiny import make_model
 from transformers import Trainer, TrainingArguments
@@ -28,11 +28,6 @@ CASES = {
 }  # fmt: skip
 
 
-@torch.no_grad()
-def output(model, name):
-    return model.eval()(**inputs_of(name)).logits
-
-
 @pytest.fixture(params=CASES)
 def case(request, tmp_path):
     """Return the name of the model, a function that loads it, and an adapter config."""
@@ -43,54 +38,54 @@ def case(request, tmp_path):
 
 def test_adapter_trains_saves_and_reloads(case, tmp_path):
     name, load, adapter = case
-    plain = output(load(), name)
+    plain = logits(load(), name)
     model = peft.get_peft_model(load(), adapter)
-    assert not torch.equal(output(model, name), plain)
+    assert not torch.equal(logits(model, name), plain)
     packed = {k: v.clone() for k, v in model.named_parameters() if "base_layer" in k}
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=10.0)
     model.train()(**inputs_of(name)).logits.sum().backward()
     assert all(parameter.grad is not None for parameter in trained)
-    before = output(model, name)
+    before = logits(model, name)
     optimizer.step()
-    expected = output(model, name)
+    expected = logits(model, name)
     assert not torch.equal(expected, before)
     assert all(torch.equal(v, packed[k]) for k, v in model.named_parameters() if k in packed)
 
     model.save_pretrained(tmp_path / "adapter")
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
     again = peft.PeftModel.from_pretrained(load(), tmp_path / "adapter")
-    assert torch.equal(output(again, name), expected)
+    assert torch.equal(logits(again, name), expected)
     with again.disable_adapter():
-        assert torch.equal(output(again, name), plain)
+        assert torch.equal(logits(again, name), plain)
     if getattr(adapter, "use_dora", False):
         return  # transformers 5.23 does not find its magnitudes for any layer
     by_transformers = load()
     by_transformers.load_adapter(str(tmp_path / "adapter"))
-    assert torch.equal(output(by_transformers, name), expected)
+    assert torch.equal(logits(by_transformers, name), expected)
     by_transformers.save_pretrained(tmp_path / "again")
     assert not (tmp_path / "again" / "model.safetensors").exists()
     once_more = load()
     once_more.load_adapter(str(tmp_path / "again"))
-    assert torch.equal(output(once_more, name), expected)
+    assert torch.equal(logits(once_more, name), expected)
 
 
 def test_merging_raises_until_dequantized(case):
     name, load, adapter = case
     model = peft.get_peft_model(load(), adapter)
-    expected = output(model, name)
+    expected = logits(model, name)
     for merge in (
         model.merge_adapter,
         lambda: model.merge_adapter(safe_merge=True),
         model.merge_and_unload,
     ):
-        with pytest.raises(ValueError, match="merge an adapter.*dequantize"):
+        with pytest.raises(ValueError, match=r"merge an adapter.*dequantize"):
             merge()
-        torch.testing.assert_close(output(model, name), expected)
+        torch.testing.assert_close(logits(model, name), expected)
     model.get_base_model().dequantize()
-    torch.testing.assert_close(output(model, name), expected)
+    torch.testing.assert_close(logits(model, name), expected)
     merged = model.merge_and_unload()
-    torch.testing.assert_close(output(merged, name), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits(merged, name), expected, rtol=1e-4, atol=1e-5)
     assert not hasattr(merged.config, "quantization_config")
 
 
@@ -98,12 +93,12 @@ def test_merging_raises_until_dequantized(case):
 def test_model_saves_after_unload(kind, tmp_path):
     name, config, adapter = CASES[kind]
     base = quantize_model(make_stacked(name, 2), config, progress=False)
-    expected = output(base, name)
+    expected = logits(base, name)
     model = peft.get_peft_model(base, adapter())
     with pytest.raises(ValueError, match=r"peft_model.unload\(\)"):
         base.save_pretrained(tmp_path)
     model.unload().save_pretrained(tmp_path)
-    assert torch.equal(output(AutoQuantizedModel.from_pretrained(tmp_path), name), expected)
+    assert torch.equal(logits(AutoQuantizedModel.from_pretrained(tmp_path), name), expected)
 
 
 def test_initialisation_that_changes_weight_raises():
@@ -130,7 +125,7 @@ def test_task_adapter_trains_dense_or_packed_head(head, tmp_path, parity_data):
     name, config = HEADS[head]
     base = quantize_model(make_model(name), config, progress=False)
     base.save_pretrained(tmp_path / "base")
-    plain = output(base, "bert")
+    plain = logits(base, "bert")
     codes = {n: p.clone() for n, p in base.named_parameters() if n.endswith("weight_indices")}
     assert any("classifier" in n for n in codes) == (head != "dense")
 
@@ -149,17 +144,17 @@ def test_task_adapter_trains_dense_or_packed_head(head, tmp_path, parity_data):
     # The zero point of the matrix shifts the logits of both classes alike, so it has no gradient.
     assert all(n.endswith("weight_zero_point") for n in trained - moved)
     assert any("modules_to_save" in n and not n.endswith("bias") for n in moved)
-    expected = output(model, "bert")
+    expected = logits(model, "bert")
     assert not torch.equal(expected, plain)
 
     trainer.save_model(tmp_path / "adapter")
     load = AutoQuantizedModel.from_pretrained
     again = peft.PeftModel.from_pretrained(load(tmp_path / "base"), tmp_path / "adapter")
-    assert torch.equal(output(again, "bert"), expected)
+    assert torch.equal(logits(again, "bert"), expected)
     with again.disable_adapter():
-        assert torch.equal(output(again, "bert"), plain)
+        assert torch.equal(logits(again, "bert"), plain)
     by_itself = peft.AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter")
-    assert torch.equal(output(by_itself, "bert"), expected)
+    assert torch.equal(logits(by_itself, "bert"), expected)
     for key, tensor in again.named_parameters():
         if key.endswith("weight_indices"):
             inner = key.removeprefix("base_model.model.").replace("base_layer.", "")
@@ -181,10 +176,10 @@ def test_packed_table_in_modules_to_save_trains(tmp_path):
     model.train()(**inputs_of("gpt2")).logits.sum().backward()
     optimizer.step()
     assert not torch.equal(table.weight_codebook, before)
-    expected = output(model, "gpt2")
+    expected = logits(model, "gpt2")
     model.save_pretrained(tmp_path / "adapter")
     again = peft.PeftModel.from_pretrained(load(tmp_path / "base"), tmp_path / "adapter")
-    assert torch.equal(output(again, "gpt2"), expected)
+    assert torch.equal(logits(again, "gpt2"), expected)
 
 
 def test_all_linear_finds_packed_layers():

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.stacked import BY_PLACE, STACKED, inputs_of, make_stacked
+from support.stacked import BY_PLACE, STACKED, inputs_of, logits, make_stacked
 from support.stored import PQ
 from support.tiny import make_vision_model
 from transformers import AutoModel, AutoModelForSequenceClassification
@@ -28,11 +28,6 @@ CONFIGS = {
     "pruned": {"prune_layers": "every_other"},
     "both": {"share_layers": 2, "prune_layers": "every_other"},
 }
-
-
-@torch.no_grad()
-def logits(model, name):
-    return model.eval()(**inputs_of(name)).logits
 
 
 def small(name, layers=6, **fields):

@@ -22,8 +22,8 @@ sys.path[:0] = {[str(Path(__file__).parents[1])]!r}
 import json, torch
 torch.set_num_threads({torch.get_num_threads()})
 from huggingface_hub import HfApi
-from tiny import make_model
-from words import words
+from support.tiny import make_model
+from support.words import words
 from hf_quantnoise import *
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments, pipeline
 folder = sys.argv[1]

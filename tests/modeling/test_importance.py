@@ -63,6 +63,8 @@ def test_importance_of_columns_is_diagonal_of_xtx(layer):
 
 
 CONVOLUTIONS = {
+    "1d": nn.Conv1d(6, 8, 3, stride=2, padding=1, dilation=2),
+    "1d depthwise": nn.Conv1d(6, 12, 4, groups=6, padding=3, padding_mode="circular"),
     "1x1": nn.Conv2d(6, 8, 1),
     "3x3": nn.Conv2d(6, 8, 3, padding=1),
     "strided": nn.Conv2d(6, 8, (3, 2), stride=(2, 3), padding=(1, 0), dilation=(2, 1)),
@@ -77,7 +79,9 @@ CONVOLUTIONS = {
 def test_importance_of_convolution_uses_unfolded_patches(name):
     """The reference convolves squared inputs with a kernel that is one at a single column."""
     layer = CONVOLUTIONS[name]
-    inputs = normal(2, 6, 11, 10) * torch.arange(1.0, 7.0)[:, None, None]
+    dims = len(layer.kernel_size)
+    inputs = normal(2, 6, *(11, 10)[:dims]) * torch.arange(1.0, 7.0).view(6, *[1] * dims)
+    convolve = {1: F.conv1d, 2: F.conv2d}[dims]
     rows, columns = weight_matrix(layer).shape
     expected = torch.empty(rows, columns, dtype=torch.float64)
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
@@ -85,11 +89,11 @@ def test_importance_of_convolution_uses_unfolded_patches(name):
     for column in range(columns):
         kernel = torch.zeros(rows, columns, dtype=torch.float64)
         kernel[:, column] = 1
-        picked = F.conv2d(
+        picked = convolve(
             padded, kernel.view_as(layer.weight), None, layer.stride, 0, layer.dilation,
             layer.groups,
         )  # fmt: skip
-        expected[:, column] = picked.sum((0, 2, 3))
+        expected[:, column] = picked.sum((0, *range(2, dims + 2)))
     found = measured(layer, [inputs])
     assert found.shape == ((1 if layer.groups == 1 else rows), columns)
     torch.testing.assert_close(found.expand(rows, columns), damped(expected))
@@ -302,7 +306,7 @@ def test_missing_calibration_data_raises(input_ids, tmp_path):
     with pytest.raises(ValueError, match="importance needs calibration data"):
         QuantNoiseTrainer(model, args).compress(WEIGHTED, CompressionArguments(stage_epochs=0))
     assert torch.equal(model(input_ids).logits, before)
-    with pytest.raises(ValueError, match="importance.*'gradients'"):
+    with pytest.raises(ValueError, match=r"importance.*'gradients'"):
         IPQConfig(importance="gradients")
 
 

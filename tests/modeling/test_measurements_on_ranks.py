@@ -12,7 +12,7 @@ from hf_quantnoise import FixedPointConfig, quantize_model
 from hf_quantnoise.modeling import packed_layers
 from hf_quantnoise.modeling.activations import calibrate, require_batches, require_runs
 from hf_quantnoise.modeling.importance import measure_importance
-from tiny import make_model
+from support.tiny import make_model
 
 class Branching(nn.Module):
     \"\"\"One layer for positive inputs, another for negative ones, a third for none.\"\"\"

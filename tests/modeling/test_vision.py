@@ -41,6 +41,9 @@ def logits(model: nn.Module) -> torch.Tensor:
         (nn.Conv2d(16, 8, 3, groups=2), 9),
         (nn.Conv2d(16, 8, (1, 3)), 3),
         (nn.Conv2d(3, 8, 4, stride=4), 1),  # patches that do not overlap: a Linear layer
+        (nn.Conv1d(8, 16, 3, stride=2, dilation=2), 3),
+        (nn.Conv1d(8, 16, 4, stride=4), 1),
+        (nn.Conv1d(8, 16, 4, stride=4, groups=2), 4),
     ],
 )
 def test_block_size_of_convolutions(conv, area):

@@ -45,8 +45,8 @@ def test_state_is_the_same_on_all_ranks(tmp_path):
 UNEVEN = """
 import os, sys
 import torch
-from stacked import make_stacked
-from tiny import VOCABULARY, with_dropout
+from support.stacked import make_stacked
+from support.tiny import VOCABULARY, with_dropout
 from transformers import Trainer, TrainingArguments
 
 from hf_quantnoise import QuantNoiseCallback, QuantNoiseConfig

@@ -108,6 +108,7 @@ def inputs_of(name: str) -> dict:
     return {"input_ids": ids, **more}
 
 
+@torch.no_grad()
 def logits(model: nn.Module, name: str = "bert") -> torch.Tensor:
     """Return the logits of a model in eval mode for :func:`inputs_of` ``(name)``."""
     return model.eval()(**inputs_of(name)).logits

@@ -80,7 +80,7 @@ class BitAllocation:
         return {weight.name: dict(weight.settings) for weight in self.weights}
 
     def __str__(self) -> str:
-        lines = [("weight", "group", "stored", "kB", "cost")]
+        lines: list[tuple[str, ...]] = [("weight", "group", "stored", "kB", "cost")]
         for weight in self.weights:
             others = f" (+{weight.layers - 1})" if weight.layers > 1 else ""
             size, cost = f"{weight.bytes / 1e3:,.1f}", f"{weight.cost:.3g}"
@@ -217,7 +217,7 @@ def allocate_bits(
     return replace(config, layer_quantizers=allocation.layer_quantizers)
 
 
-def allot(*args, **kwargs) -> IPQConfig:
+def allot(*args: Any, **kwargs: Any) -> IPQConfig:
     """Deprecated alias of :func:`allocate_bits`."""
     name = allot.__name__
     warnings.warn(
@@ -244,7 +244,7 @@ def resolve_target(
         ValueError: see :func:`plan_bit_allocation`; also if ``layer_quantizers`` exceeds the
             target.
     """
-    if config.target is None:
+    if config.target is None or not isinstance(config, IPQConfig):
         return config
     if not config.settings_by_name():
         return allocate_bits(model, config, batches, progress, table)

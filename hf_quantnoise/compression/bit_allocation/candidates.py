@@ -7,6 +7,7 @@ factor per bit of a code.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from ...blocks import kernel_area, weight_matrix
 from ...configuration import DENSE, OBSERVERS, IPQConfig
-from ...quantizers import Quantizer, quantizer_from_dict
+from ...quantizers import FixedPointQuantizer, ProductQuantizer, Quantizer, quantizer_from_dict
 from ...quantizers.observers import extremes
 from ...structure import LayerInfo
 
@@ -131,7 +132,7 @@ def candidates_for(
     found = WeightCandidates(layers, [Candidate({"scheme": DENSE}, dense, 0.0, DENSE)])
     sample = _WeightSample(weight_matrix(layer.module), config.seed) if with_errors else None
     default = replace(config, block_size=4, n_centroids=256, layer_quantizers={})
-    base = default.quantizer_settings(layer)
+    base = default.quantizer_settings(layer) or {}
     area = kernel_area(layer.module)
     for size in [area] if area > 1 else BLOCK_SIZES:
         curve: Curve = []
@@ -174,7 +175,7 @@ class _WeightSample:
         return float(difference) / self.energy if self.energy else 0.0
 
     def fit_codebook(
-        self, quantizer: Quantizer, curve: Curve
+        self, quantizer: ProductQuantizer, curve: Curve
     ) -> tuple[Quantizer | None, dict[str, Tensor] | None]:
         """Fit centroids and append (ln K, ln error on unseen blocks) to the curve.
 
@@ -194,7 +195,7 @@ class _WeightSample:
         curve.append((math.log(count), math.log(max(error, 1e-12))))
         return fast, state
 
-    def codebook_error(self, curve: Curve, quantizer: Quantizer) -> float:
+    def codebook_error(self, curve: Curve, quantizer: ProductQuantizer) -> float:
         """Return the expected error of a codebook that is fitted to all blocks."""
         if not curve:
             return 1.0
@@ -203,13 +204,13 @@ class _WeightSample:
         if len(curve) == 1:
             (start, error), slope = curve[0], -2 / quantizer.block_size
         else:
-            pairs = list(zip(curve, curve[1:], strict=False))
+            pairs = list(itertools.pairwise(curve))
             left, right = next((pair for pair in pairs if x <= pair[1][0]), pairs[-1])
             (start, error), slope = right, (right[1] - left[1]) / (right[0] - left[0])
         unseen = math.exp(error + min(slope, 0.0) * (x - start))
         return min(1.0, unseen * (1 - quantizer.n_centroids / blocks))
 
-    def fixed_point_error(self, quantizer: Quantizer) -> float:
+    def fixed_point_error(self, quantizer: FixedPointQuantizer) -> float:
         """Return the error of intN on the sample, with the range of the full weight."""
         observer = OBSERVERS[quantizer.observer]
         if observer.per_channel or observer.running:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ...blocks import weight_matrix
+from ...compat import own_parameters
 from ...distributed import raise_on_all_ranks, sum_over_ranks
 from ...structure import LayerInfo
 from ..distillation.logits import logits_divergence
@@ -96,12 +97,12 @@ class SensitivityMeter:
             layers: the layers that hold the weight.
             matrix: its replacement, of shape (rows, columns).
         """
-        weight = layers[0].module._parameters["weight"]
+        weight = own_parameters(layers[0].module)["weight"]
         values = layers[0].layer_type.from_matrix(matrix, weight.shape).to(weight.dtype)
         replacement = nn.Parameter(values, requires_grad=False)
         try:
             for layer in layers:
-                layer.module._parameters["weight"] = replacement
+                own_parameters(layer.module)["weight"] = replacement
             divergences = [
                 output_divergence(
                     self.model, comparable_outputs(self.model(**batch)), reference, batch
@@ -110,7 +111,7 @@ class SensitivityMeter:
             ]
         finally:
             for layer in layers:
-                layer.module._parameters["weight"] = weight
+                own_parameters(layer.module)["weight"] = weight
         sums = torch.tensor([sum(divergences), len(divergences)], dtype=torch.float64)
         total, count = sum_over_ranks(sums).tolist()
         return total / count

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ...compat import attention_implementation, set_attention_implementation
 from ...modeling.padding import IGNORED
 from .losses import attention_divergence, hidden_state_error
 
@@ -48,8 +49,9 @@ def feature_losses(
         "attention": (distill_attention, attention_loss, "output_attentions"),
     }
     used = {name: entry for name, entry in known.items() if entry[0] > 0}
-    losses = {name: (weight, partial(loss, layers=layers))
-              for name, (weight, loss, _) in used.items()}  # fmt: skip
+    losses: dict[str, tuple[float, FeatureLoss]] = {
+        name: (weight, partial(loss, layers=layers)) for name, (weight, loss, _) in used.items()
+    }
     return losses, {argument: True for _, _, argument in used.values()}
 
 
@@ -229,7 +231,7 @@ def eager_attention(*models: nn.Module) -> Iterator[None]:
     with only a warning.
     """
     saved = [
-        (module.config, module.config._attn_implementation)
+        (module.config, attention_implementation(module.config))
         for model in models
         for module in model.modules()
         if isinstance(module, PreTrainedModel)
@@ -247,7 +249,7 @@ def eager_attention(*models: nn.Module) -> Iterator[None]:
         yield
     finally:
         for config, name in saved:
-            config._attn_implementation = name
+            set_attention_implementation(config, name)
 
 
 def disable_attention_dropout(model: nn.Module) -> None:

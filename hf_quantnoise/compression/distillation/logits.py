@@ -54,7 +54,7 @@ def head_name(model: nn.Module, inputs: Mapping[str, Any]) -> str:
     labels = inputs.get("labels")
     if problem is None and labels is not None and labels.dim() == 2 and labels.is_floating_point():
         problem = "multi_label_classification"
-    return problem if problem in HEADS else "classification"
+    return str(problem) if problem in HEADS else "classification"
 
 
 def _class_names(entries: Iterable[str | tuple[str, ...] | None]) -> set[str]:
@@ -113,8 +113,7 @@ def label_mask(inputs: Mapping[str, Any], logits: Tensor) -> Tensor | None:
 
 @HEADS.register("classification", "single_label_classification")
 def classification_divergence(student, teacher, inputs, temperature):
-    """Compare the classes of each example, or of each token (masked LM, token classification,
-    encoder-decoder). A single class is regression."""
+    """Compare the classes of each example or token; a single class is regression."""
     logits = student["logits"]
     divergence = squared_error if logits.shape[-1] == 1 else softmax_divergence
     return divergence(logits, teacher["logits"], temperature, label_mask(inputs, logits))

@@ -84,8 +84,7 @@ def require_fsdp2(trainer: Trainer) -> None:
 
 
 def is_compiled(trainer: Trainer) -> bool:
-    """Return whether models are compiled for training, by ``torch_compile`` or by the settings of
-    ``accelerate launch``."""
+    """Return whether ``torch_compile`` or ``accelerate launch`` compiles models for training."""
     plugin = trainer.accelerator.state.dynamo_plugin
     return trainer.args.torch_compile or plugin.backend != DynamoBackend.NO
 
@@ -109,8 +108,10 @@ def share_what_rank_0_read(trainer: Trainer, *models: nn.Module) -> None:
 
 @torch.no_grad()
 def take_from_rank_0(model: nn.Module) -> None:
-    """Broadcast parameters and persistent buffers of rank 0; those of other ranks may be on the
-    meta device. Ties are kept."""
+    """Broadcast parameters and persistent buffers of rank 0, and keep ties.
+
+    Those of other ranks may be on the meta device.
+    """
     taken: dict[int, Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         local = torch.empty_like(tensor, device="cpu") if tensor.is_meta else tensor
@@ -128,8 +129,11 @@ def take_from_rank_0(model: nn.Module) -> None:
 
 
 def replicated_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters that are not sharded: those of packed layers, scalars, integers, and
-    parameters of several modules, except a head tied to its table, which accelerate supports."""
+    """Return the parameters that are not sharded.
+
+    These are parameters of packed layers, scalars, integers, and parameters of several modules,
+    except a head tied to its table, which accelerate supports.
+    """
     holders: dict[int, list[nn.Module]] = {}
     for module in model.modules():
         for parameter in own_parameters(module).values():
@@ -216,8 +220,7 @@ class ShardedCopy:
             vars(plugin).update(saved)
 
     def split_groups(self, groups: list[dict]) -> None:
-        """Move replicated parameters to separate groups of an optimizer, in place: fused updates of
-        a group need parameters of one kind."""
+        """Move replicated parameters to separate optimizer groups, as fused updates require."""
         replicated = {id(parameter) for parameter in self._replicated}
         for group in list(groups):
             moved = [p for p in group["params"] if id(p) in replicated]
@@ -241,8 +244,10 @@ class ShardedCopy:
             sum_over_ranks(parameter.grad).div_(torch.distributed.get_world_size())
 
     def spread_state(self, optimizer: torch.optim.Optimizer) -> None:
-        """Broadcast the state of replicated parameters in an optimizer that was loaded, which torch
-        (2.13) restores on rank 0 only. Call on all ranks."""
+        """Broadcast the optimizer state of replicated parameters after loading; on all ranks.
+
+        torch (2.13) restores it on rank 0 only.
+        """
         for parameter in self._replicated:
             state = optimizer.state.get(parameter, {})
             from_rank_0 = broadcast_object({key: _on_cpu(value) for key, value in state.items()})

@@ -9,7 +9,7 @@ import re
 
 import torch
 from torch import nn
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import CONFIG_NAME, logging
 
@@ -63,7 +63,7 @@ def _describe_bound_optimizer(trainer: Trainer) -> str | None:
 
 
 class PackedModelTrainer(Trainer):
-    """``Trainer`` with five fixes:
+    """``Trainer`` with five fixes.
 
     * Gradient accumulation does not multiply the loss of heads that compute a plain mean.
     * Centroids get no weight decay: it would pull them to zero, not regularize a weight.
@@ -82,6 +82,8 @@ class PackedModelTrainer(Trainer):
     Raises:
         ValueError: if the arguments ask for sharding that is not supported.
     """
+
+    model: PreTrainedModel
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -145,16 +147,17 @@ class PackedModelTrainer(Trainer):
             self._sharded.spread_state(self.optimizer)
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:
-        """``Trainer.training_step``; after the last micro-batch of a step it averages the gradients
-        of replicated parameters."""
+        """Run a micro-batch; after the last of a step average gradients of replicated weights."""
         loss = super().training_step(*args, **kwargs)
         if self._sharded is not None and self.accelerator.sync_gradients:
             self._sharded.average_gradients()
         return loss
 
     def evaluation_loop(self, *args, **kwargs):
-        """``Trainer.evaluation_loop``; outside training, FSDP2 ranks evaluate their share of the
-        data with the complete model, which ``Trainer`` (5.23) refuses."""
+        """Evaluate; outside training, FSDP2 ranks evaluate the complete model on their data.
+
+        ``Trainer`` (5.23) refuses this.
+        """
         if not self.is_fsdp_enabled or self.is_in_train:
             return super().evaluation_loop(*args, **kwargs)
         self.model.to(self.args.device)

@@ -1,5 +1,4 @@
-"""Noise on the layers of later stages: while one stage is finetuned, it prepares the others for
-their quantization (section 4 within section 3.2)."""
+"""Noise on the layers of later stages while one stage is finetuned (sections 3.2 and 4)."""
 
 from __future__ import annotations
 
@@ -52,7 +51,7 @@ class PendingNoise:
         """
         pending = set(pending_layers)
         names = [re.escape(name) for name in self.layer_names if name in pending]
-        if not names:
+        if self.config is None or not names:
             return None
         return replace(
             self.config,

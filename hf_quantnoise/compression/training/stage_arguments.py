@@ -56,8 +56,7 @@ def stage_training_arguments(
 def stage_optimizer(
     trainer: Trainer, settings: StageSettings
 ) -> tuple[type, dict[str, Any]] | None:
-    """Return a trainer's ``optimizer_cls_and_kwargs``, with the stage's learning rate if it has
-    its own."""
+    """Return a trainer's ``optimizer_cls_and_kwargs`` with the learning rate of the stage."""
     if trainer.optimizer_cls_and_kwargs is None:
         return None
     optimizer_class, kwargs = trainer.optimizer_cls_and_kwargs

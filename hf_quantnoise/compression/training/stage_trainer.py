@@ -53,8 +53,7 @@ class StageTrainer(PackedModelTrainer):
             self.loss_is_scaled_for_ga = False
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Create the optimizer, with a separate parameter group for the centroids if they have
-        their own learning rate."""
+        """Create the optimizer; centroids with another learning rate get a parameter group."""
         rate = self.compression_args.codebook_learning_rate
         if self.optimizer is not None or rate is None:
             return super().create_optimizer(model)
@@ -79,9 +78,11 @@ class StageTrainer(PackedModelTrainer):
             return super().train(*args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Compute (1 - w) * loss of the labels + w * divergence of the logits + v * that of hidden
-        states + u * that of attention maps, with w, v and u from the arguments; in eval mode the
-        loss of the labels alone."""
+        """Return the loss of the labels combined with the distillation terms.
+
+        (1 - w) * labels + w * logits + v * hidden states + u * attention maps, with w, v and u from
+        the arguments; in eval mode the loss of the labels alone.
+        """
         if self.teacher is None or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self.teacher.prepare(self.model)
@@ -100,8 +101,7 @@ class StageTrainer(PackedModelTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """``Trainer.log``; adds the mean of each distillation term since the last log and the rates
-        of the noise."""
+        """Log, with the mean of each distillation term since the last log and the noise rates."""
         logs = dict(logs)
         if "loss" in logs and (state := find_state(self.model)) is not None:
             logs |= state.rates()
