@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..compat import in_backward
-from ..distributed import is_distributed, max_over_ranks, widest_over_ranks
 from ..quantizers import FixedPointQuantizer
 from ..quantizers.fixed_point import round_activations
 from ..quantizers.observers import extremes
@@ -20,7 +18,7 @@ class ActivationNoise:
     """Rounds the input of one layer to N bits, within the range seen in the first forwards.
 
     A forward never communicates with other ranks, because LayerDrop or a router may skip the layer
-    on some of them. :func:`share_ranges` synchronizes the ranges between forwards.
+    on some of them. ``QuantNoiseState.share_ranges`` synchronizes the ranges between forwards.
 
     Attributes:
         bits: N.
@@ -84,17 +82,3 @@ class ActivationNoise:
     def state(self, tensors: dict[str, Tensor]) -> None:
         self.seen = int(tensors["seen"])
         self.range = (tensors["low"], tensors["high"]) if self.seen else None
-
-
-def share_ranges(noises: Sequence[ActivationNoise]) -> bool:
-    """Give each layer the extremes over all ranks' batches, and the largest count of forwards.
-
-    Must be called on all ranks of a distributed run, between forwards. Returns whether calibration
-    is over for all layers, the same on every rank.
-    """
-    if is_distributed() and noises:
-        ranges = widest_over_ranks([noise.range for noise in noises])
-        seen = max_over_ranks(torch.tensor([noise.seen for noise in noises]))
-        for noise, widest, count in zip(noises, ranges, seen.tolist(), strict=True):
-            noise.seen, noise.range = count, widest if count else None
-    return all(noise.seen >= noise.calibration for noise in noises)

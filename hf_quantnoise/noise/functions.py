@@ -166,9 +166,6 @@ class FixedPointNoise(NoiseFunction):
         bits = int(name.removeprefix("int"))
         self.quantizer = FixedPointQuantizer(bits=bits, observer=config.observer)
 
-    def check(self, rows, columns):
-        return self.quantizer.check(rows, columns)
-
     def refresh(self, matrix, seed):
         running = (self.state["low"], self.state["high"]) if self.state else None
         fitted, (low, high) = self.quantizer.fit_running(matrix, running)

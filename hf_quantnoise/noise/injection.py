@@ -17,6 +17,7 @@ from ..structure import (
     find_layers,
     select_layers,
     unsupported_weights,
+    weights_of,
 )
 from .functions import NoiseFunction
 from .layerdrop import LayerDrop, droppable_chunks, make_droppable, make_undroppable
@@ -137,16 +138,11 @@ def _plan(
     weights: list[NoisedWeight] = []
     refused: Reasons = {}
     by_default: Reasons = {}
-    layer_of_name = {layer.name: layer for layer in layers}
     rates = [rate for _, rate in config.noises]
-    seen: set[str] = set()
-    for layer in layers:
-        if layer.name in seen:
-            continue
-        members = (layer, *(layer_of_name[name] for name in layer.ties))
-        names = tuple(member.name for member in members)
-        seen.update(names)
-        if config.target_modules is None and any(map(_is_side_table, members)):
+    for members in weights_of(layers):
+        layer, names = members[0], tuple(member.name for member in members)
+        tables = [m for m in members if isinstance(m.module, nn.Embedding)]
+        if config.target_modules is None and not all(table.input_table for table in tables):
             by_default.update(dict.fromkeys(names, _SIDE_TABLE))
             continue
         reason = next(filter(None, map(_cannot_be_noised, members)), None)
@@ -157,10 +153,6 @@ def _plan(
             noise = WeightNoise(functions, rates, layer.rows, layer.columns, len(members))
             weights.append(NoisedWeight(names, tuple(m.module for m in members), noise))
     return weights, refused, by_default
-
-
-def _is_side_table(layer: LayerInfo) -> bool:
-    return isinstance(layer.module, nn.Embedding) and not layer.input_table
 
 
 def _cannot_be_noised(layer: LayerInfo) -> str | None:

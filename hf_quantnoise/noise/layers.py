@@ -14,7 +14,7 @@ from typing import Any, ClassVar, cast
 from torch import Tensor, nn
 
 from ..dynamic_subclass import DynamicSubclass, make_dynamic_subclass
-from ..layer_types import LayerType, known_layer_type, layer_type_of
+from ..layer_types import LayerType, known_layer_type
 from .activations import ActivationNoise
 from .operator import WeightNoise
 
@@ -83,8 +83,7 @@ def is_noisy(module: nn.Module) -> bool:
 
 
 def make_noisy(module: nn.Module, noise: LayerNoise) -> None:
-    """Turn a layer that ``layer_type_of`` knows into a noisy one, in place."""
-    assert layer_type_of(module) is not None and not is_noisy(module)
+    """Turn a layer of a known type into a noisy one, in place."""
     module.__dict__["_layer_noise"] = noise
     module.__class__ = noisy_class(type(module))
 

@@ -12,9 +12,15 @@ from transformers.utils import logging
 
 from ..blocks import weight_matrix
 from ..configuration import QuantNoiseConfig
-from ..distributed import broadcast_from_rank_0, full_tensor
+from ..distributed import (
+    broadcast_from_rank_0,
+    full_tensor,
+    is_distributed,
+    max_over_ranks,
+    widest_over_ranks,
+)
 from ..sharing import LayerSharing
-from .activations import ActivationNoise, share_ranges
+from .activations import ActivationNoise
 from .functions import NoiseFunction
 from .layerdrop import LayerDrop
 from .operator import WeightNoise
@@ -158,8 +164,15 @@ class QuantNoiseState:
         Must be called on all ranks of a distributed run, after an optimizer step; before it, each
         rank uses the range of its batches.
         """
-        if not self._ranges_are_shared:
-            self._ranges_are_shared = share_ranges(list(self.activations.values()))
+        if self._ranges_are_shared:
+            return
+        noises = list(self.activations.values())
+        if is_distributed() and noises:
+            ranges = widest_over_ranks([noise.range for noise in noises])
+            seen = max_over_ranks(torch.tensor([noise.seen for noise in noises]))
+            for noise, widest, count in zip(noises, ranges, seen.tolist(), strict=True):
+                noise.seen, noise.range = count, widest if count else None
+        self._ranges_are_shared = all(noise.seen >= noise.calibration for noise in noises)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return all fitted tensors.

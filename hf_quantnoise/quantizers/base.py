@@ -100,9 +100,9 @@ class Quantizer(ABC):
     def state_spec(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Return shape and stored dtype of each state tensor, for a (rows, columns) matrix."""
 
-    @abstractmethod
     def check(self, rows: int, columns: int) -> str | None:
         """Return why a (rows, columns) matrix cannot be quantized, or None if it can."""
+        return None
 
     def state_of_rows(self, state: dict[str, Tensor], rows: Tensor | slice) -> dict[str, Tensor]:
         """Return the part of a state that decodes some rows; the state itself if rows share it."""

@@ -64,12 +64,11 @@ class FixedPointQuantizer(Quantizer):
         for low, high in observer.candidates(values, self.bits, full_range):
             state = self.state_of_range(low, high)
             states.append({key: value.to(matrix.dtype) for key, value in state.items()})
-        if len(states) == 1:
-            return states[0], full_range
-        best = torch.stack([self._errors(values, state) for state in states]).argmin(0)
-        stacked = {key: torch.stack([state[key] for state in states]) for key in states[0]}
-        index = best.expand_as(states[0]["scale"])[None]
-        return {key: value.gather(0, index)[0] for key, value in stacked.items()}, full_range
+        best, *others = states
+        for state in others:
+            better = self._errors(values, state) < self._errors(values, best)
+            best = {key: torch.where(better, state[key], best[key]) for key in best}
+        return best, full_range
 
     def _errors(self, matrix: Tensor, state: dict[str, Tensor]) -> Tensor:
         """Return the squared error of each row, (rows, 1), or in total if the state is scalar."""
@@ -111,9 +110,6 @@ class FixedPointQuantizer(Quantizer):
     def state_spec(self, rows, columns):
         shape = (rows, 1) if OBSERVERS[self.observer].per_channel else ()
         return {"scale": (shape, torch.float32), "zero_point": (shape, torch.float32)}
-
-    def check(self, rows, columns):
-        return None
 
 
 def round_activations(values: Tensor, state: dict[str, Tensor], bits: int) -> Tensor:

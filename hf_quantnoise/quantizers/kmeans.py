@@ -1,13 +1,9 @@
 """k-means in plain torch: vectorized, chunked, seeded, and without empty clusters.
 
-The distances of all points of a chunk to all centroids are one matrix product: with a one appended
-to each point and half its squared norm to each centroid, ||c||^2 / 2 - x c is ||x - c||^2 / 2 minus
-half the squared norm of the point, which is added to its row. Chunks fit in cache, and their size
-in bytes is bounded.
-
-With a weight h for each element of each point the distance is sum_j h_j (x_j - c_j)^2: again one
-product, of (h x, h) and (-c, c^2 / 2). A centroid is then the weighted mean of its points,
-coordinate by coordinate.
+The distances of a chunk of points to all centroids are one matrix product, of (x, 1) and
+(-c, ||c||^2 / 2): ||x - c||^2 / 2 minus half the squared norm of the point. With a weight h for
+each element of each point the distance is sum_j h_j (x_j - c_j)^2, again one product, of (h x, h)
+and (-c, c^2 / 2). A centroid is then the weighted mean of its points, coordinate by coordinate.
 """
 
 from __future__ import annotations

@@ -179,11 +179,9 @@ class ProductQuantizer(Quantizer):
         return {**state, "row_scale": state["row_scale"][rows]} if self.row_scale else state
 
     def to_storage(self, state):
-        halves = {
-            key for key, (_, dtype) in self.state_spec(1, 1).items() if dtype == torch.float16
-        }
-        state = {**state, **{key: _clamp_to_half(state[key]) for key in halves}}
-        stored = super().to_storage(state)
+        spec = self.state_spec(1, 1)
+        halves = {k: _clamp_to_half(v) for k, v in state.items() if spec[k][1] == torch.float16}
+        stored = super().to_storage({**state, **halves})
         if self.codebook_bits == 8:
             codes = self._eight_bits.encode(self._books(state["codebook"]), _codebook_state(state))
             stored["codebook"] = codes.view_as(state["codebook"])
