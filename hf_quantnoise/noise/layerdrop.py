@@ -126,7 +126,8 @@ class DroppableLayer(DynamicSubclass):
         hidden = args[0] if args else kwargs[HIDDEN]
         if state.drop.straight_through:
             outputs = super().forward(*args, **kwargs)
-            hidden = StraightThrough.apply(_hidden_of(outputs), hidden)
+            computed = outputs[0] if isinstance(outputs, tuple) else outputs
+            hidden = StraightThrough.apply(computed, hidden)
         elif is_distributed():
             hidden = _Skip.apply(hidden, *(p for p in self.parameters() if p.requires_grad))
         if plan.passed_through is None:
@@ -182,10 +183,6 @@ def _copy_cache(value: Any) -> Any:
     return twin
 
 
-def _hidden_of(outputs: Any) -> Any:
-    return outputs[0] if isinstance(outputs, tuple) else outputs
-
-
 def _inputs(args: tuple, kwargs: dict) -> dict[int | str, Any]:
     return {**dict(enumerate(args)), **kwargs}
 
@@ -194,7 +191,8 @@ def _plan_of(args: tuple, kwargs: dict, outputs: Any) -> SkipPlan | str:
     """Return the plan that follows from one forward, or why the layer cannot be skipped."""
     if not args and HIDDEN not in kwargs:
         return f"it is called without {HIDDEN}"
-    hidden, result = args[0] if args else kwargs[HIDDEN], _hidden_of(outputs)
+    hidden = args[0] if args else kwargs[HIDDEN]
+    result = outputs[0] if isinstance(outputs, tuple) else outputs
     if not isinstance(result, Tensor) or not isinstance(hidden, Tensor):
         return f"it returns a {type(result).__name__} for a {type(hidden).__name__}"
     if result.shape != hidden.shape:
