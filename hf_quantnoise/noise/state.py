@@ -74,15 +74,13 @@ class QuantNoiseState:
 
     def __post_init__(self) -> None:
         self.p = [rate for _, rate in self.config.noises]
-        self.activations: dict[str, ActivationNoise] = {}
         self._ranges_are_shared = False
         bits, calibration = self.config.activation_bits, self.config.activation_calibration
-        if bits is not None:
-            self.activations = {
-                name: ActivationNoise(bits, calibration)
-                for name, module in self.layers.items()
-                if not isinstance(module, nn.Embedding)
-            }
+        self.activations = {
+            name: ActivationNoise(bits, calibration)
+            for name, module in self.layers.items()
+            if bits is not None and not isinstance(module, nn.Embedding)
+        }
 
     @property
     def layers(self) -> dict[str, nn.Module]:
