@@ -251,6 +251,18 @@ def _key_for(value: dict[str, int], layer: LayerInfo) -> str | None:
     return layer.group if layer.group in value else None
 
 
+def weights_of(layers: Sequence[LayerInfo]) -> list[tuple[LayerInfo, ...]]:
+    """Return the weights of some layers, each as the tuple of the layers that hold it."""
+    by_name = {layer.name: layer for layer in layers}
+    weights: list[tuple[LayerInfo, ...]] = []
+    seen: set[str] = set()
+    for layer in layers:
+        if layer.name not in seen:
+            weights.append((layer, *(by_name[name] for name in layer.ties)))
+            seen.update((layer.name, *layer.ties))
+    return weights
+
+
 def entry_for(value: int | dict[str, int], layer: LayerInfo) -> int | None:
     """Return the value of an int-or-dict setting for a layer, or None if no key matches.
 
