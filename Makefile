@@ -35,7 +35,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-oldest coverage lint types language format docs wheel clean
+.PHONY: help venv demo test test-slow test-oldest coverage lint format docs wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -76,15 +76,11 @@ test-oldest: $(OLDEST_STAMP)  ## run the tests that depend on versions at the ol
 coverage: $(STAMP)  ## run the tests except the slow ones and print the coverage of each file
 	$(BIN)/python $(PYTEST) -m "not slow" --cov --cov-report=term-missing:skip-covered $(ARGS)
 
-lint: $(STAMP) types  ## check errors, format and types, without changing files
+lint: $(STAMP)  ## check code, format, types and the wording of texts, without changing files
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-
-types: $(STAMP)
-	$(BIN)/mypy
-
-language: $(STAMP)  ## check texts for phrases that the style guide replaces
 	$(BIN)/python .ci/check_language.py
+	$(BIN)/mypy
 
 format: $(STAMP)  ## fix and format with ruff
 	$(BIN)/ruff check --fix .

@@ -13,7 +13,7 @@ import torch
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "examples"))
 
-from hf_quantnoise.runs.compression_run import versions  # noqa: E402
+from hf_quantnoise.runs.compression_run import versions
 
 
 def read_lines(path: str) -> list[dict]:

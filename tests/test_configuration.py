@@ -181,7 +181,7 @@ def test_unknown_names_are_errors_with_a_suggestion(config, name, meant, tmp_pat
 
 
 def test_names_unlike_any_option_get_the_list():
-    with pytest.raises(ValueError, match="'hologram'.*known: noise, p,"):
+    with pytest.raises(ValueError, match=r"'hologram'.*known: noise, p,"):
         QuantNoiseConfig.from_dict({"hologram": 0.1})
 
 
@@ -213,7 +213,7 @@ def test_noise_config_round_trip(tmp_path):
 
 
 def test_noise_config_missing_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match="quant_noise_config.json is missing"):
+    with pytest.raises(FileNotFoundError, match=r"quant_noise_config.json is missing"):
         QuantNoiseConfig.from_pretrained(tmp_path)
 
 
@@ -245,7 +245,7 @@ def test_storage_configs_round_trip_through_json(config):
 
 def test_newer_formats_are_reported_before_unknown_fields():
     values = {**IPQConfig().to_dict(), "format_version": 99, "hologram": True}
-    with pytest.raises(ValueError, match="format_version=99.*newer.*pip install -U"):
+    with pytest.raises(ValueError, match=r"format_version=99.*newer.*pip install -U"):
         QuantizedModelConfig.from_dict(values)
     with pytest.raises(ValueError, match="unknown field 'hologram'"):
         QuantizedModelConfig.from_dict({**values, "format_version": 1})
@@ -272,7 +272,7 @@ def test_matching_noise_has_the_blocks_of_single_layers():
     assert noise.block_size[r"a\.0"] == 8 and noise.n_centroids[r"a\.0"] == 64
     assert noise.block_size["ffn"] == noise.block_size["head"] == 4
     assert r"a\.1" not in noise.block_size
-    with pytest.raises(ValueError, match="prune_layers.*block_size"):
+    with pytest.raises(ValueError, match=r"prune_layers.*block_size"):
         QuantNoiseConfig.matching(IPQConfig(layer_quantizers=layers, prune_layers="every_other"))
 
 

@@ -315,7 +315,7 @@ MISTAKES = {
 
 
 def error_of(mistake: Mistake, folder: Path) -> tuple[type[Exception], str]:
-    with pytest.raises(Exception) as caught:  # noqa: PT011  the type is checked below
+    with pytest.raises(Exception) as caught:
         mistake.call(folder)
     return caught.type, str(caught.value).replace(str(folder), "out")
 

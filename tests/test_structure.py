@@ -51,7 +51,7 @@ def test_blocks_of_transformers_conv1d_are_those_of_linear():
 
 def test_unknown_layer_type_raises():
     assert layer_type_of(nn.LayerNorm(4)) is None
-    with pytest.raises(TypeError, match="LayerNorm.*Linear"):
+    with pytest.raises(TypeError, match=r"LayerNorm.*Linear"):
         weight_matrix(nn.LayerNorm(4))
 
 

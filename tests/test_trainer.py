@@ -75,7 +75,7 @@ def test_resume_is_exact(name, trained, tmp_path, parity_data):
 def test_resume_with_other_noise_is_refused(trained, tmp_path, parity_data):
     folder, _ = trained("proxy")
     trainer = make_bert_trainer(tmp_path, parity_data, NOISES["pq"])
-    with pytest.raises(ValueError, match="'proxy'.*'pq'.*from_pretrained"):
+    with pytest.raises(ValueError, match=r"'proxy'.*'pq'.*from_pretrained"):
         trainer.train(resume_from_checkpoint=str(folder / "checkpoint-12"))
 
 

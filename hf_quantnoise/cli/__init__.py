@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from inspect import getdoc
 
 from ..configuration.flags import HelpFormatter, OneLineErrors, unknown_flags
-from . import compress, convert, exports, finetune, plan, push, report  # noqa: F401, I001
+from . import compress, convert, exports, finetune, plan, push, report  # noqa: F401
 from .command import COMMANDS, Command, UsageError
 
 __all__ = ["COMMANDS", "Command", "UsageError", "build_parser", "main"]

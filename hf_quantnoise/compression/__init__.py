@@ -12,9 +12,9 @@ from .training.packed_trainer import PackedModelTrainer
 __all__ = [
     "BitAllocation",
     "CompressionArguments",
+    "CompressionPipeline",
     "PackedModelTrainer",
     "StageRecord",
-    "CompressionPipeline",
     "allocate_bits",
     "check_compression",
     "check_plan",

@@ -15,13 +15,13 @@ from .packed import PackedLayer
 
 __all__ = [
     "PackedLayer",
+    "decode_stored_states",
     "is_packed",
     "pack_layer",
     "pack_skeleton",
     "packed_layers",
     "packed_names",
     "packed_shapes",
-    "decode_stored_states",
     "stored_tensors",
     "unpack_model",
 ]

@@ -45,7 +45,7 @@ class PlannedWeight:
         return entries
 
 
-def stage_of(layer: LayerInfo, stages: Sequence[str | None]) -> str | None | bool:
+def stage_of(layer: LayerInfo, stages: Sequence[str | None]) -> str | bool | None:
     """Return the stage of a layer (a regex takes precedence over a group), or False if none."""
     for stage in stages:
         if stage is not None and stage not in GROUPS and re.fullmatch(stage, layer.name):

@@ -21,8 +21,16 @@ def test_onnx_model_has_the_outputs_of_the_packed_model(work, input_ids):
     """In a subprocess: the exporter's log bypasses pytest's capture of stderr."""
     onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra 'onnx'")
     done = subprocess.run(
-        [sys.executable, "-m", "hf_quantnoise", "convert", "out/compressed", "out/onnx"]
-        + ["--to", "onnx"],
+        [
+            sys.executable,
+            "-m",
+            "hf_quantnoise",
+            "convert",
+            "out/compressed",
+            "out/onnx",
+            "--to",
+            "onnx",
+        ],
         capture_output=True,
         text=True,
     )

@@ -97,7 +97,7 @@ def test_weights_are_loaded_without_safetensors(tmp_path, run):
 
 
 def test_table_by_layer_adds_up(made, run):
-    code, out, _ = run(f"report {made}/out/compressed --per layer")
+    _code, out, _ = run(f"report {made}/out/compressed --per layer")
     rows = [line.split() for line in out.splitlines()]
     shown = [float(row[-2].replace(",", "")) for row in rows if row and row[0].startswith("bert.")
              and row[0].endswith(".weight")]  # fmt: skip

@@ -242,7 +242,7 @@ def test_unsupported_sharding_is_refused(monkeypatch):
     require_fsdp2(_Trainer())
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     require_fsdp2(_Trainer(fsdp=False))
-    with pytest.raises(ValueError, match="accelerate launch.* cpu"):
+    with pytest.raises(ValueError, match=r"accelerate launch.* cpu"):
         require_fsdp2(_Trainer(fsdp=False, sharded=False))
     monkeypatch.delenv("ACCELERATE_USE_FSDP")
     require_fsdp2(_Trainer(fsdp=False, sharded=False, compiled=True))

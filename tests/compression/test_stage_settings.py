@@ -76,7 +76,7 @@ def test_invalid_settings_are_named(fields, match):
 
 
 def test_settings_of_an_unknown_stage_are_refused(compress):
-    with pytest.raises(ValueError, match="stage_settings.*'fnn'"):
+    with pytest.raises(ValueError, match=r"stage_settings.*'fnn'"):
         compress(stage_settings={"fnn": {"epochs": 1}})
 
 

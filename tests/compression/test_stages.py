@@ -260,12 +260,12 @@ def test_layers_are_shared_and_pruned_before_the_first_stage(tmp_path, parity_da
 
 def test_invalid_calls_are_refused(tmp_path, parity_data):
     trainer = make_bert_trainer(tmp_path, parity_data)
-    with pytest.raises(TypeError, match="config: got a dict.*IPQConfig"):
+    with pytest.raises(TypeError, match=r"config: got a dict.*IPQConfig"):
         trainer.compress({"block_size": 4})
-    with pytest.raises(ValueError, match="block_size.*7"):
+    with pytest.raises(ValueError, match=r"block_size.*7"):
         trainer.compress(IPQConfig(block_size=7))
     trainer.train_dataset = None
-    with pytest.raises(ValueError, match="train_dataset=None.*stage_epochs=0"):
+    with pytest.raises(ValueError, match=r"train_dataset=None.*stage_epochs=0"):
         trainer.compress(CONFIG)
     assert not any(True for _ in packed_layers(trainer.model))
     trainer.compress(CONFIG, NOT_TRAINED)

@@ -88,9 +88,9 @@ def test_table_of_known_results(tmp_path):
 
 
 def test_invalid_flags_are_named():
-    with pytest.raises(ValueError, match="--table 'size'.*--task text"):
+    with pytest.raises(ValueError, match=r"--table 'size'.*--task text"):
         benchmark.main(["--task", "text", "--table", "size"])
-    with pytest.raises(ValueError, match="--rows 'plane'.*plain"):
+    with pytest.raises(ValueError, match=r"--rows 'plane'.*plain"):
         benchmark.main(["--task", "text", "--table", "noise", "--rows", "plane"])
     with pytest.raises(ValueError, match="--model_dir and --data_dir"):
         benchmark.main(["--task", "text", "--table", "noise"])

@@ -88,8 +88,8 @@ def test_flags_in_a_json_file(tmp_path, caplog):
     assert args.quantization.block_size == flags["block_size"]
     assert "distill_cache_mb was removed and has no effect" in caplog.text
     path.write_text(json.dumps({**flags, "blok_size": 4}))
-    with pytest.raises(ValueError, match="unknown field 'blok_size'.*did you mean 'block_size'"):
+    with pytest.raises(ValueError, match=r"unknown field 'blok_size'.*did you mean 'block_size'"):
         parse([str(path)])
     path.write_text("{")
-    with pytest.raises(ValueError, match="flags.json"):
+    with pytest.raises(ValueError, match=r"flags.json"):
         parse([str(path)])

@@ -57,7 +57,7 @@ def test_page_has_errors():
 def test_errors_are_as_shown(code, shown, names, monkeypatch):
     folder, values = names
     monkeypatch.chdir(folder)
-    with pytest.raises(Exception) as caught:  # noqa: B017, PT011 (which one is what is compared)
+    with pytest.raises(Exception) as caught:
         exec(code, dict(values))
     message = f"{type(caught.value).__name__}: {caught.value}"
     assert " ".join(message.split()) == " ".join(shown.split()), textwrap.fill(message, 98)

@@ -80,7 +80,7 @@ def test_invalid_flags_are_named(text_checkpoint, texts, tmp_path, changed, chan
 
 def test_text_shorter_than_an_example_is_an_error(text_checkpoint, texts, tmp_path):
     texts["train"].write_text("w1 w2 w3\n")
-    with pytest.raises(ValueError, match="--train_file: 3 tokens .*--sequence_length 16"):
+    with pytest.raises(ValueError, match=r"--train_file: 3 tokens .*--sequence_length 16"):
         main(flags(text_checkpoint, texts, tmp_path))
 
 
@@ -106,5 +106,5 @@ def test_teacher_and_keep_noise_change_the_result(text_checkpoint, texts, tmp_pa
 def test_files_that_are_not_text_are_named(text_checkpoint, texts, tmp_path, changed):
     (tmp_path / "text").write_bytes(b"\xff\xfe\x00")
     given = flags(text_checkpoint, texts, tmp_path)
-    with pytest.raises(ValueError, match="--train_file .*text.*UTF-8"):
+    with pytest.raises(ValueError, match=r"--train_file .*text.*UTF-8"):
         main(changed(given, {"--train_file": str(tmp_path / "text")}))

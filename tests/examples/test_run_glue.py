@@ -343,7 +343,7 @@ def test_interrupted_compression_can_be_resumed(full, start, monkeypatch):
         assert one.read_bytes() == other.read_bytes()
     for part in ("dense", "reloaded"):
         assert results[part]["metrics"]["loss"] == expected[part]["metrics"]["loss"]
-    with pytest.raises(ValueError, match="--resume_compression: .*results.json"):
+    with pytest.raises(ValueError, match=r"--resume_compression: .*results.json"):
         start(*files, *FULL, "--resume_compression", out="elsewhere")
 
 

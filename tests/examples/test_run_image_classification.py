@@ -119,5 +119,5 @@ def test_invalid_flags_are_named(checkpoint, files, tmp_path, changed, change, w
 def test_files_that_are_not_parquet_are_named(checkpoint, files, tmp_path, changed):
     (tmp_path / "images.parquet").write_text("not images")
     given = flags(checkpoint, files, tmp_path)
-    with pytest.raises(ValueError, match="--train_file .*images.parquet"):
+    with pytest.raises(ValueError, match=r"--train_file .*images.parquet"):
         main(changed(given, {"--train_file": str(tmp_path / "images.parquet")}))

@@ -5,17 +5,17 @@ import torch
 
 pytest.importorskip("sentence_transformers", reason="needs the extra 'sentence-transformers'")
 
-from datasets import load_dataset  # noqa: E402
-from sentence_transformer_with_noise import main  # noqa: E402
-from sentence_transformers import (  # noqa: E402
+from datasets import load_dataset
+from sentence_transformer_with_noise import main
+from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
 )
-from sentence_transformers.sentence_transformer.losses import CosineSimilarityLoss  # noqa: E402
+from sentence_transformers.sentence_transformer.losses import CosineSimilarityLoss
 
-from hf_quantnoise import QuantNoiseCallback, QuantNoiseConfig  # noqa: E402
-from hf_quantnoise.noise import find_state  # noqa: E402
+from hf_quantnoise import QuantNoiseCallback, QuantNoiseConfig
+from hf_quantnoise.noise import find_state
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def test_example_finetunes_compresses_and_reloads(tiny_model, pair_files, tmp_pa
         *("--learning_rate", "1e-3", "--use_cpu", "--disable_tqdm", "True"),
         *("--report_to", "none"),
     ])  # fmt: skip
-    dense, one_shot, small = rows
+    dense, _one_shot, small = rows
     assert small.megabytes < dense.megabytes
     assert all(-1 <= row.score <= 1 for row in rows)
     assert "Spearman" in capsys.readouterr().out

@@ -7,13 +7,13 @@ import torch
 
 pytest.importorskip("trl", reason="needs the extra 'trl'")
 
-from datasets import load_dataset  # noqa: E402
-from sft_with_noise import main  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
-from trl import SFTConfig, SFTTrainer  # noqa: E402
+from datasets import load_dataset
+from sft_with_noise import main
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig, SFTTrainer
 
-from hf_quantnoise import QuantNoiseCallback, QuantNoiseConfig  # noqa: E402
-from hf_quantnoise.noise import find_state  # noqa: E402
+from hf_quantnoise import QuantNoiseCallback, QuantNoiseConfig
+from hf_quantnoise.noise import find_state
 
 
 @pytest.fixture

@@ -74,7 +74,7 @@ CASES = {
             codebook_bits=8,
             row_scale=True,
         ),
-    ),  # fmt: skip
+    ),
     "additive": (bert, IPQConfig(block_size=8, n_centroids=6, n_codebooks=2, codebook_bits=16)),
     "fixed_point": (bert, FixedPointConfig(bits=4, observer="channel", activation_bits=8)),
     "tied": (gpt2, IPQConfig(n_centroids=8, codebook_bits=16)),

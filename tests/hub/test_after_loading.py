@@ -183,7 +183,7 @@ def test_resizing_packed_table_raises_and_changes_nothing(name, kind, size):
     model = quantize_model(make_stacked(name, 1), CONFIGS[kind], progress=False)
     expected = output(model, name)
     for grad in (True, False):
-        with torch.set_grad_enabled(grad), pytest.raises(ValueError, match="resize.*dequantize"):
+        with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=r"resize.*dequantize"):
             model.resize_token_embeddings(size)
     assert model.config.vocab_size == 320 and model.get_input_embeddings().num_embeddings == 320
     assert torch.equal(output(model, name), expected)
@@ -245,7 +245,7 @@ def test_saving_wrapped_layer_raises(tmp_path):
     model = load(tmp_path / "a", "bert")
     layer = model.bert.encoder.layer[0]
     layer.output.dense = nn.Sequential(layer.output.dense)
-    with pytest.raises(ValueError, match="layer.0.output.dense.* is a Sequential.*unload"):
+    with pytest.raises(ValueError, match=r"layer.0.output.dense.* is a Sequential.*unload"):
         model.save_pretrained(tmp_path / "b")
 
 
@@ -261,7 +261,7 @@ def test_writing_to_decoded_weight_raises():
             lambda weight: setattr(weight, "data", expected),
             nn.init.normal_,
         ):
-            with pytest.raises(ValueError, match="cannot be written to.*dequantize"):
+            with pytest.raises(ValueError, match=r"cannot be written to.*dequantize"):
                 write(layer.weight)
     with pytest.raises(ValueError, match="cannot be written to"):
         layer.weight = expected + 1

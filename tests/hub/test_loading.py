@@ -239,13 +239,13 @@ def test_layers_offloaded_to_cpu_run(saved, monkeypatch):
     assert model.bert.encoder.layer[1].output.dense.weight_indices.is_meta
     torch.testing.assert_close(output(model, inputs), expected)
     folder, _, _ = saved(STORED["8 bits"])
-    with pytest.raises(ValueError, match="in 8 bits.*'cpu'"):
+    with pytest.raises(ValueError, match=r"in 8 bits.*'cpu'"):
         AutoQuantizedModel.from_pretrained(folder, device_map=two_places)
 
 
 def test_offloading_8_bit_centroids_raises(saved, tmp_path):
     folder, _, _ = saved(STORED["8 bits"])
-    with pytest.raises(ValueError, match="device_map: bert.encoder.layer.1.* 8 bits.*'disk'"):
+    with pytest.raises(ValueError, match=r"device_map: bert.encoder.layer.1.* 8 bits.*'disk'"):
         AutoQuantizedModel.from_pretrained(folder, device_map=parts_on(**{"1": "disk"}))
     # Layers with 8-bit centroids that stay in memory do not matter.
     config = IPQConfig(**PQ, codebook_bits=8, exclude_modules=r".*layer\.1\..*")
@@ -259,7 +259,7 @@ def test_offloading_shared_dense_conv1d_raises(tmp_path):
     quantize_model(make_stacked("gpt2", 2), config, progress=False).save_pretrained(tmp_path)
     places = {"transformer.wte": "cpu", "transformer.wpe": "cpu", "transformer.h": "disk",
               "transformer.ln_f": "cpu", "lm_head": "cpu"}  # fmt: skip
-    with pytest.raises(ValueError, match="device_map: .*shared by layers.*'disk'"):
+    with pytest.raises(ValueError, match=r"device_map: .*shared by layers.*'disk'"):
         AutoQuantizedModel.from_pretrained(tmp_path, device_map=places)
 
 
@@ -268,7 +268,7 @@ def test_missing_offloaded_tensor_is_named(saved):
     tensors = load_file(folder / "model.safetensors")
     del tensors["bert.encoder.layer.1.output.dense.weight_indices"]
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises((KeyError, ValueError), match="layer.1.output.dense.weight_indices"):
+    with pytest.raises((KeyError, ValueError), match=r"layer.1.output.dense.weight_indices"):
         AutoQuantizedModel.from_pretrained(folder, device_map=parts_on(**{"1": "disk"}))
 
 
@@ -318,7 +318,7 @@ def test_subfolder(saved, tmp_path):
     for loader in (AutoQuantizedModel, AutoModelForSequenceClassification):
         model = loader.from_pretrained(tmp_path / "repository", subfolder="small")
         assert torch.equal(output(model, inputs), expected)
-    with pytest.raises((OSError, ValueError), match="config.json"):
+    with pytest.raises((OSError, ValueError), match=r"config.json"):
         AutoQuantizedModel.from_pretrained(tmp_path / "repository")
 
 

@@ -168,14 +168,14 @@ def test_on_the_fly_without_data_raises(config, words, dense):
 def test_quantizing_offloaded_weights_raises(dense):
     places = {"transformer.wte": "cpu", "transformer.wpe": "cpu", "transformer.h": "disk",
               "transformer.ln_f": "cpu", "lm_head": "cpu"}  # fmt: skip
-    with pytest.raises(ValueError, match="device_map: transformer.h.0.* is offloaded"):
+    with pytest.raises(ValueError, match=r"device_map: transformer.h.0.* is offloaded"):
         AutoModelForCausalLM.from_pretrained(
             dense, quantization_config=CONFIGS["ipq"], device_map=places
         )
 
 
 def test_auto_quantized_model_refuses_dense_checkpoint(dense):
-    with pytest.raises(ValueError, match="not quantized.*quantization_config=IPQConfig"):
+    with pytest.raises(ValueError, match=r"not quantized.*quantization_config=IPQConfig"):
         AutoQuantizedModel.from_pretrained(dense, quantization_config=CONFIGS["ipq"])
 
 

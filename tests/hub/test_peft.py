@@ -79,7 +79,7 @@ def test_merging_raises_until_dequantized(case):
         lambda: model.merge_adapter(safe_merge=True),
         model.merge_and_unload,
     ):
-        with pytest.raises(ValueError, match="merge an adapter.*dequantize"):
+        with pytest.raises(ValueError, match=r"merge an adapter.*dequantize"):
             merge()
         torch.testing.assert_close(logits(model, name), expected)
     model.get_base_model().dequantize()

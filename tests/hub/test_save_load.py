@@ -182,7 +182,7 @@ def rewrite_config(folder, change):
 
 def test_missing_file_raises(saved):
     (saved / "model.safetensors").unlink()
-    with pytest.raises(OSError, match="model.safetensors"):
+    with pytest.raises(OSError, match=r"model.safetensors"):
         AutoQuantizedModel.from_pretrained(saved)
 
 
@@ -191,7 +191,7 @@ def test_truncated_file_raises(saved):
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(ValueError, match="truncated or corrupted"):
         AutoQuantizedModel.from_pretrained(saved)
-    with pytest.raises(Exception, match="incomplete|invalid|deserializ"):
+    with pytest.raises(Exception, match=r"incomplete|invalid|deserializ"):
         AutoModelForSequenceClassification.from_pretrained(saved)
 
 
@@ -217,7 +217,7 @@ def test_plan_that_differs_from_file_raises(saved):
 
 def test_foreign_checkpoint_raises(saved, tmp_path):
     make_model("bert").save_pretrained(tmp_path / "dense")
-    with pytest.raises(ValueError, match="not quantized.*AutoModel"):
+    with pytest.raises(ValueError, match=r"not quantized.*AutoModel"):
         AutoQuantizedModel.from_pretrained(tmp_path / "dense")
     rewrite_config(saved, lambda values: values.update(quant_method="aqlm"))
     with pytest.raises(ValueError, match="quant_method='aqlm'"):
@@ -252,12 +252,12 @@ def test_impossible_config_changes_nothing(config, words, input_ids):
 
 def test_quantizing_twice_raises():
     model = quantize_model(make_model("bert"), CONFIGS["ipq"], progress=False)
-    with pytest.raises(ValueError, match="already quantized.*dequantize"):
+    with pytest.raises(ValueError, match=r"already quantized.*dequantize"):
         quantize_model(model, CONFIGS["ipq"])
 
 
 def test_quantizing_plain_module_raises():
-    with pytest.raises(TypeError, match="Linear.*PreTrainedModel"):
+    with pytest.raises(TypeError, match=r"Linear.*PreTrainedModel"):
         quantize_model(torch.nn.Linear(8, 8), CONFIGS["ipq"])
 
 

@@ -83,5 +83,5 @@ def test_newer_format_version_raises(tmp_path):
     ):
         AutoQuantizedModel.from_pretrained(tmp_path)
     del config["quantization_config"]["requires"]
-    with pytest.raises(ValueError, match="format_version=2.*pip install -U hf-quantnoise"):
+    with pytest.raises(ValueError, match=r"format_version=2.*pip install -U hf-quantnoise"):
         QuantizedModelConfig.from_dict(config["quantization_config"])

@@ -306,7 +306,7 @@ def test_missing_calibration_data_raises(input_ids, tmp_path):
     with pytest.raises(ValueError, match="importance needs calibration data"):
         QuantNoiseTrainer(model, args).compress(WEIGHTED, CompressionArguments(stage_epochs=0))
     assert torch.equal(model(input_ids).logits, before)
-    with pytest.raises(ValueError, match="importance.*'gradients'"):
+    with pytest.raises(ValueError, match=r"importance.*'gradients'"):
         IPQConfig(importance="gradients")
 
 

@@ -127,7 +127,7 @@ def test_pack_layer_without_packed_forward_raises_and_keeps_weight(scale_type):
     layer = Scale()
     weight = layer.weight
     for layers in (layer, [nn.Linear(64, 16), layer]):
-        with pytest.raises(TypeError, match="Scale.*packed_forward"):
+        with pytest.raises(TypeError, match=r"Scale.*packed_forward"):
             pack_layer(layers, FixedPointQuantizer(bits=8))
     assert layer.weight is weight and type(layer) is Scale
 

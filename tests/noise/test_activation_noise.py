@@ -140,5 +140,5 @@ def test_recomputed_forward_gets_the_same_input(calibration, reentrant, monkeypa
 
 
 def test_invalid_activation_bits_raise():
-    with pytest.raises(ValueError, match="activation_bits.*16"):
+    with pytest.raises(ValueError, match=r"activation_bits.*16"):
         QuantNoiseConfig(activation_bits=16)

@@ -94,5 +94,5 @@ def test_tied_weights_share_the_chosen_clusters(input_ids):
 def test_invalid_block_selection_raises():
     with pytest.raises(ValueError, match="block_selection='cluster'"):
         QuantNoiseConfig(noise="int8", block_selection="cluster")
-    with pytest.raises(ValueError, match="block_selection.*'rows'"):
+    with pytest.raises(ValueError, match=r"block_selection.*'rows'"):
         QuantNoiseConfig(block_selection="rows")

@@ -311,7 +311,7 @@ def test_apply_twice_raises():
     for part in (model, nn.Sequential(model), model.up):
         with pytest.raises(ValueError, match=r"call remove_quant_noise\(model\) first"):
             apply_quant_noise(part, QuantNoiseConfig())
-    with pytest.raises(TypeError, match="qn_config.*dict.*QuantNoiseConfig"):
+    with pytest.raises(TypeError, match=r"qn_config.*dict.*QuantNoiseConfig"):
         apply_quant_noise(Toy(), {"p": 0.1})
 
 
@@ -345,7 +345,7 @@ def test_quantized_model_raises():
     class Packed(nn.Module):
         is_quantized = True
 
-    with pytest.raises(ValueError, match="Packed is quantized already.*dequantize"):
+    with pytest.raises(ValueError, match=r"Packed is quantized already.*dequantize"):
         apply_quant_noise(Packed(), QuantNoiseConfig())
 
 

@@ -165,10 +165,10 @@ def test_models_without_a_stack_raise_unchanged():
     albert = AlbertForMaskedLM(AlbertConfig(**SIZES, embedding_size=16))
     for model in (make_vision_model("resnet"), albert):
         classes = [type(module) for module in model.modules()]
-        with pytest.raises(ValueError, match="layerdrop=0.2 needs a stack"):
+        with pytest.raises(ValueError, match=r"layerdrop=0.2 needs a stack"):
             apply_quant_noise(model, QuantNoiseConfig(block_size=1, layerdrop=0.2))
         assert [type(module) for module in model.modules()] == classes
-    with pytest.raises(ValueError, match="layerdrop.*1.5"):
+    with pytest.raises(ValueError, match=r"layerdrop.*1.5"):
         QuantNoiseConfig(layerdrop=1.5)
 
 

@@ -114,5 +114,5 @@ def test_gradient_of_a_centroid_is_the_mean_of_its_blocks():
 def test_check_and_config_errors():
     quantizer = AdditiveQuantizer(block_size=8, n_centroids=16)
     assert "only 32 blocks for 32 centroids" in quantizer.check(8, 32)
-    with pytest.raises(ValueError, match="n_codebooks.*3"):
+    with pytest.raises(ValueError, match=r"n_codebooks.*3"):
         IPQConfig(n_codebooks=3)

@@ -91,5 +91,5 @@ def test_histogram_observer_keeps_running_extremes():
 
 @pytest.mark.parametrize("config", [QuantNoiseConfig, FixedPointConfig])
 def test_unknown_observer_raises(config):
-    with pytest.raises(ValueError, match="observer.*'median'"):
+    with pytest.raises(ValueError, match=r"observer.*'median'"):
         config(observer="median")

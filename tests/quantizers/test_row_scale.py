@@ -132,5 +132,5 @@ def test_tied_head_with_importance():
 
 
 def test_invalid_row_scale_raises():
-    with pytest.raises(ValueError, match="row_scale.*'yes'"):
+    with pytest.raises(ValueError, match=r"row_scale.*'yes'"):
         IPQConfig(row_scale="yes")

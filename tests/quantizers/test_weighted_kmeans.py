@@ -155,5 +155,5 @@ def test_invalid_weights_raise():
     for bad in (0.0, -1.0, float("nan")):
         weights = torch.ones(10, 4)
         weights[2, 1] = bad
-        with pytest.raises(ValueError, match="weights.*above 0"):
+        with pytest.raises(ValueError, match=r"weights.*above 0"):
             kmeans(normal(10, 4), 2, weights=weights)

@@ -7,6 +7,7 @@ factor per bit of a code.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, replace
 from typing import Any
@@ -203,7 +204,7 @@ class _WeightSample:
         if len(curve) == 1:
             (start, error), slope = curve[0], -2 / quantizer.block_size
         else:
-            pairs = list(zip(curve, curve[1:], strict=False))
+            pairs = list(itertools.pairwise(curve))
             left, right = next((pair for pair in pairs if x <= pair[1][0]), pairs[-1])
             (start, error), slope = right, (right[1] - left[1]) / (right[0] - left[0])
         unseen = math.exp(error + min(slope, 0.0) * (x - start))

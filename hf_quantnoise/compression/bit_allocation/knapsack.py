@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -57,7 +58,7 @@ def allocate_bytes(options: Sequence[Sequence[Option]], budget: int) -> list[int
     left = budget - sum(choices[i].bytes for choices, i in zip(options, chosen, strict=True))
     steps = []
     for weight, (choices, hull) in enumerate(zip(options, hulls, strict=True)):
-        for before, after in zip(hull, hull[1:], strict=False):
+        for before, after in itertools.pairwise(hull):
             price = choices[after].bytes - choices[before].bytes
             gain = choices[before].cost - choices[after].cost
             steps.append((-gain / max(price, 1), weight, price, after))

@@ -63,7 +63,7 @@ def _describe_bound_optimizer(trainer: Trainer) -> str | None:
 
 
 class PackedModelTrainer(Trainer):
-    """``Trainer`` with five fixes:
+    """``Trainer`` with five fixes.
 
     * Gradient accumulation does not multiply the loss of heads that compute a plain mean.
     * Centroids get no weight decay: it would pull them to zero, not regularize a weight.

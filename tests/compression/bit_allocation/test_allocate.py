@@ -1,6 +1,7 @@
 """Target sizes: met by the saved file, and allocated by the sensitivity of each weight."""
 
 import copy
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -187,7 +188,7 @@ def test_non_finite_sensitivity_is_refused(value, monkeypatch):
 )
 def test_interpolate_passes_through_the_points_and_increases(points, errors):
     curve = [interpolate(points, error) for error in sorted(errors)]
-    assert all(a <= b * (1 + 1e-9) + 1e-12 for a, b in zip(curve, curve[1:], strict=False))
+    assert all(a <= b * (1 + 1e-9) + 1e-12 for a, b in itertools.pairwise(curve))
     error, first = min(points)
     assert interpolate(points, error) == pytest.approx(first)
     assert interpolate(points, error / 10) == pytest.approx(first / 10)

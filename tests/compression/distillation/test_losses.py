@@ -157,7 +157,7 @@ def test_unknown_head_is_refused_and_can_be_registered(monkeypatch):
         pass
 
     outputs = {"scores": torch.randn(3, 4)}
-    with pytest.raises(ValueError, match="logits.*NewHead.*scores.*HEADS"):
+    with pytest.raises(ValueError, match=r"logits.*NewHead.*scores.*HEADS"):
         logits_divergence(NewHead(), outputs, outputs, {})
     monkeypatch.setattr(HEADS, "_entries", dict(HEADS._entries))
     HEADS.register("NewHead")(lambda s, t, inputs, T: squared_error(s["scores"], t["scores"]))
@@ -311,7 +311,7 @@ def test_feature_losses_refuse_incompatible_shapes():
         hidden_state_error(one, two)
     with pytest.raises(ValueError, match="distill_attention"):
         attention_divergence(torch.rand(2, 2, 4, 4), torch.rand(2, 3, 4, 4))
-    with pytest.raises(ValueError, match="distill_hidden: .*hidden_states"):
+    with pytest.raises(ValueError, match=r"distill_hidden: .*hidden_states"):
         hidden_state_loss({"logits": one}, {"logits": one}, {}, "all")
     mask = torch.ones(2, 9)
     with pytest.raises(ValueError, match=r"mask of shape \(2, 9\)"):

@@ -255,7 +255,7 @@ def test_wider_teacher_with_the_same_heads_is_accepted(tmp_path):
 
 def test_missing_attention_maps_and_student_as_teacher_are_refused(tmp_path):
     trainer = make_task_trainer(tmp_path, "resnet")
-    with pytest.raises(ValueError, match="distill_attention.*attentions"):
+    with pytest.raises(ValueError, match=r"distill_attention.*attentions"):
         trainer.compress(CONV, CompressionArguments(distill_attention=1.0))
     with pytest.raises(ValueError, match="invalid teacher"):
         trainer.compress(CONV, teacher=trainer.model)
@@ -346,6 +346,6 @@ def test_feature_losses_in_bfloat16_match_float32(tmp_path, monkeypatch):
 def test_model_without_head_is_refused_before_packing(tmp_path):
     trainer = make_task_trainer(tmp_path, model=make_stacked("bert").bert)
     trainer.compute_loss_func = lambda outputs, labels, **kwargs: outputs.pooler_output.sum()
-    with pytest.raises(ValueError, match="logits.*distill=False"):
+    with pytest.raises(ValueError, match=r"logits.*distill=False"):
         trainer.compress(ONE_STAGE)
     assert not any(packed_layers(trainer.model))

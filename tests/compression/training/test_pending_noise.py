@@ -111,5 +111,5 @@ def test_removed_layers_have_no_noise(tmp_path, parity_data, noise_per_step):
 
 def test_keep_noise_requires_noise(tmp_path, parity_data):
     trainer = make_bert_trainer(tmp_path, parity_data, None)
-    with pytest.raises(ValueError, match="keep_noise=True.*QuantNoiseConfig"):
+    with pytest.raises(ValueError, match=r"keep_noise=True.*QuantNoiseConfig"):
         trainer.compress(TARGET, KEEP_NOISE)
