@@ -204,7 +204,7 @@ def require_match(
         if not any(matches(name, pattern) for name in names):
             pattern = pattern if isinstance(pattern, str) else pattern[0]
             raise ValueError(
-                f"{field_name}={pattern!r} matches no layer of the model ({', '.join(names[:6])}, "
+                f"{field_name}={pattern!r} matches no layer of the model ({', '.join(names[:3])}, "
                 "...); use a string with a regex for the full name, or a list of names and suffixes"
             )
     return [name for name in names if matches(name, patterns)]

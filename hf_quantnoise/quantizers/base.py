@@ -150,11 +150,11 @@ def quantizer_from_dict(values: dict[str, Any]) -> Quantizer:
         raise ValueError(f"quantizer {cls.scheme!r}: {error}") from None
 
 
-def require_finite(matrix: Tensor) -> None:
+def require_finite(matrix: Tensor, name: str = "weight") -> None:
     """Raise ValueError if a matrix has NaN or infinite entries, with their number."""
     finite = torch.isfinite(matrix)
     if not finite.all():
         raise ValueError(
-            f"invalid weight: {int((~finite).sum())} of {matrix.numel()} entries are NaN or "
+            f"invalid {name}: {int((~finite).sum())} of {matrix.numel()} entries are NaN or "
             "infinite; check the training for divergence, or download the checkpoint again"
         )
