@@ -23,11 +23,7 @@ class Row:
 
 
 def weights_mb(folder: str | Path) -> float:
-    """Return the size of all ``*.safetensors`` files below a folder, in 10^6 bytes.
-
-    Raises:
-        FileNotFoundError: if there are none.
-    """
+    """Return the size of all ``*.safetensors`` files below a folder, in 10^6 bytes."""
     files = list(Path(folder).rglob("*.safetensors"))
     if not files:
         raise FileNotFoundError(
@@ -37,12 +33,7 @@ def weights_mb(folder: str | Path) -> float:
 
 
 def closing_table(rows: Sequence[Row], metric: str = "accuracy") -> str:
-    """Return the table of some models; "times smaller" is relative to the first row.
-
-    Args:
-        rows: the uncompressed model, then the compressed ones.
-        metric: heading of the scores.
-    """
+    """Return the table of an uncompressed model (the first row) and of compressed ones."""
     lines = [("model", "MB on disk", "times smaller", metric)]
     for row in rows:
         smaller = rows[0].megabytes / row.megabytes
