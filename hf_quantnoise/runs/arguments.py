@@ -142,8 +142,7 @@ class CompressionFlags(
 class RunTrainingArguments(TrainingArguments):
     """``TrainingArguments`` in which ``--do_train`` and ``--do_eval`` have other defaults.
 
-    Without these two flags a run does both; if one of them is true, only that, as in other
-    examples. ``--do_train False`` evaluates and compresses the checkpoint as it is.
+    Without both flags a run does both. If only one is passed, the other is its opposite.
     """
 
     do_train: bool | None = field(
@@ -162,13 +161,7 @@ class RunTrainingArguments(TrainingArguments):
 
 @dataclass
 class Arguments:
-    """A parsed command line.
-
-    Attributes:
-        words: the command line itself.
-        noise: the noise to train with, or None.
-        quantization: how the compressed model is stored.
-    """
+    """A parsed command line (``words``), and the configs that its flags make."""
 
     words: list[str]
     model: ModelArguments

@@ -38,17 +38,11 @@ class TextArguments(SplitArguments):
 
 @dataclass(frozen=True)
 class TokenizedText:
-    """Tokenized text.
-
-    Attributes:
-        rows: examples of equal length.
-        tokens: number of predicted tokens.
-        words: number of words, including ends of lines, that these tokens make up.
-    """
+    """Examples of equal length, with the counts of tokens and words for perplexities."""
 
     rows: Dataset
-    tokens: int
-    words: float
+    tokens: int  # those that are predicted
+    words: float  # that these tokens make up, including ends of lines
 
 
 def read_text(args: TextArguments, split: str, cache_dir: str | None) -> list[str]:

@@ -9,17 +9,11 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Row:
-    """A model in the table.
-
-    Attributes:
-        model: its name.
-        megabytes: size of its weights on disk, in 10^6 bytes; see :func:`weights_mb`.
-        score: its metric, or None if it was not evaluated.
-    """
+    """A model in the table."""
 
     model: str
-    megabytes: float
-    score: float | None = None
+    megabytes: float  # of weights on disk, see :func:`weights_mb`
+    score: float | None = None  # None: not evaluated
 
 
 def weights_mb(folder: str | Path) -> float:

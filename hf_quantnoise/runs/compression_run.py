@@ -39,8 +39,7 @@ class Job:
         parts: keyword arguments of any ``Trainer``: datasets, collator, metrics, processing class.
         auto_class: the class that loads the compressed model.
         metric: the metric of the closing table.
-        task: name of the task on the Hub, for the model card.
-        dataset: name of the data on the Hub, for the model card; or None.
+        task, dataset: their names on the Hub, for the model card.
         add_scores: computes more metrics from those of ``evaluate`` (perplexity from loss).
     """
 
@@ -55,8 +54,8 @@ class Job:
     def scores(self, trainer: Trainer) -> dict[str, float]:
         """Evaluate; return the metrics without prefix, and those that the example adds."""
         metrics = trainer.evaluate().items()
-        plain = {name.removeprefix("eval_"): value for name, value in metrics}
-        return {**plain, **self.add_scores(plain)}
+        scores = {name.removeprefix("eval_"): value for name, value in metrics}
+        return {**scores, **self.add_scores(scores)}
 
 
 @torch.no_grad()

@@ -121,9 +121,6 @@ class GlueData:
         return self.label_names is None
 
 
-# ---- reading -------------------------------------------------------------------------------------
-
-
 def _read_hub(args: DataArguments, split: str, model: ModelArguments) -> Dataset:
     name = "train" if split == "train" else args.task.validation_split
     try:
@@ -157,9 +154,6 @@ def _read_sets(
         elif split in splits:
             raise ValueError(f"missing --{flag}: {switch} needs it; pass it, or {switch} False")
     return sets
-
-
-# ---- columns -------------------------------------------------------------------------------------
 
 
 def _is_text(data: Dataset, column: str) -> bool:
@@ -204,9 +198,6 @@ def _check_columns(sets: dict[str, Dataset], keys, args: DataArguments) -> None:
                     f"{source} has {empty} of {len(data)} rows with an empty column {key!r}; "
                     "remove these rows or fill them in"
                 )
-
-
-# ---- loading -------------------------------------------------------------------------------------
 
 
 def load_glue_data(
