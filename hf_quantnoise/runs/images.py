@@ -6,12 +6,11 @@ Convolutions have the paper's blocks: ``--block_size`` for 1 x 1 kernels, the ar
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
-from datasets import Dataset, load_dataset
-from PIL import Image, UnidentifiedImageError
+from datasets import Dataset, Image, load_dataset
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from ..configuration.options import option
@@ -38,7 +37,7 @@ class ImageArguments(SplitArguments):
 
 
 def load_images(args: ImageArguments, split: str, cache_dir: str | None) -> Dataset:
-    """Return the images and labels of a split, from a file or from the Hub."""
+    """Return the images and labels of a split; images are decoded when a row is read."""
     if (path := args.file(split)) is None:
         name = "train" if split == "train" else args.validation_split
         rows = load_dataset(args.dataset_name, split=name, cache_dir=cache_dir)
@@ -46,37 +45,15 @@ def load_images(args: ImageArguments, split: str, cache_dir: str | None) -> Data
         rows = read_table(f"{split}_file", path, cache_dir)
     check_column("image_column", args.image_column, rows, path or args.dataset_name)
     check_column("label_column", args.label_column, rows, path or args.dataset_name)
-    return truncate(rows.select_columns([args.image_column, args.label_column]), args.limit(split))
+    rows = rows.select_columns([args.image_column, args.label_column])
+    return truncate(rows.cast_column(args.image_column, Image(mode="RGB")), args.limit(split))
 
 
-class ImageCollator:
-    """Decodes and prepares images batch by batch, so that only a batch is in memory.
-
-    ``ids`` maps the labels in the data to ids.
-    """
-
-    def __init__(self, processor, args: ImageArguments, ids: dict) -> None:
-        self.processor, self.args, self.ids = processor, args, ids
-
-    def __call__(self, rows: list[dict]):
-        images = [_decode(row[self.args.image_column]) for row in rows]
-        batch = self.processor(images, return_tensors="pt")
-        batch["labels"] = [self.ids[row[self.args.label_column]] for row in rows]
-        return batch.convert_to_tensors("pt")
-
-
-def _decode(value) -> Image.Image:
-    """Return an RGB image from encoded bytes, a dict with bytes or path, or an image."""
-    if isinstance(value, dict):
-        value = value["bytes"] if value.get("bytes") is not None else Image.open(value["path"])
-    if isinstance(value, bytes):
-        try:
-            value = Image.open(io.BytesIO(value))
-        except UnidentifiedImageError as error:
-            raise ValueError(
-                f"an image of {len(value)} bytes cannot be decoded ({error})"
-            ) from None
-    return value.convert("RGB")
+def collate(rows: list[dict], processor, args: ImageArguments, ids: dict):
+    """Return a batch of prepared images and their label ids."""
+    batch = processor([row[args.image_column] for row in rows], return_tensors="pt")
+    batch["labels"] = [ids[row[args.label_column]] for row in rows]
+    return batch.convert_to_tensors("pt")
 
 
 def load_processor(args: Arguments):
@@ -115,7 +92,7 @@ def prepare(args: Arguments) -> Job:
             "eval_dataset": sets.get("validation"),
             "compute_metrics": metrics_function(("accuracy",), is_regression=False),
             "processing_class": processor,
-            "data_collator": ImageCollator(processor, data, ids),
+            "data_collator": partial(collate, processor=processor, args=data, ids=ids),
         },
         auto_class=AutoModelForImageClassification,
         metric="accuracy",
