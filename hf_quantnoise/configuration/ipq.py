@@ -13,10 +13,6 @@ from .options import documented, option
 from .storage import SCHEMES, QuantizedModelConfig
 
 
-def _for_all_groups(value: int | dict[str, int]) -> dict[str, int]:
-    return value if isinstance(value, dict) else dict.fromkeys(GROUPS, value)
-
-
 def _stages(name: str, value: Any) -> None:
     if not isinstance(value, list | tuple) or not value:
         raise invalid(name, value, f"a list of structure groups ({', '.join(GROUPS)}) or regexes")
@@ -143,14 +139,17 @@ class IPQConfig(QuantizedModelConfig):
                 "pruning, so noise on the full model cannot match it; pass block_size to "
                 "QuantNoiseConfig.matching"
             )
-        return {**_for_all_groups(value), **named} if named else value
+        if not named:
+            return value
+        by_group = value if isinstance(value, dict) else dict.fromkeys(GROUPS, value)
+        return {**by_group, **named}
 
     @property
     def target(self) -> str | None:
-        for name in ("target_size_mb", "target_bits_per_weight"):
-            if (value := getattr(self, name)) is not None:
-                return f"{name}={value!r}"
-        return None
+        if self.target_size_mb is not None:
+            return f"target_size_mb={self.target_size_mb!r}"
+        bits = self.target_bits_per_weight
+        return None if bits is None else f"target_bits_per_weight={bits!r}"
 
     def settings_by_name(self) -> dict[str, dict[str, Any]]:
         return self.layer_quantizers

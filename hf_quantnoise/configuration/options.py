@@ -50,11 +50,6 @@ class Option:
     help: str
     checks: tuple[Check, ...]
 
-    @property
-    def optional(self) -> bool:
-        """Whether None is a value."""
-        return type(None) in get_args(self.type)
-
 
 @cache
 def options_of(config: type) -> dict[str, Option]:
@@ -90,7 +85,7 @@ class Options:
     def __post_init__(self) -> None:
         for name, declared in options_of(type(self)).items():
             value = getattr(self, name)
-            if value is None and declared.optional:
+            if value is None and type(None) in get_args(declared.type):
                 continue
             for check in declared.checks:
                 check(name, value)

@@ -32,14 +32,10 @@ OBSERVERS: Registry = Registry("observer")
 
 
 def check_format(version: Any, requires: object = None) -> None:
-    """Check that this version of the package can read a layout.
+    """Raise a ``ValueError`` if this version of the package cannot read a layout.
 
-    Args:
-        version: ``format_version`` of the file.
-        requires: ``requires`` of the file; part of the error if it is a plain requirement.
-
-    Raises:
-        ValueError: if it cannot, with the command that installs a version that can.
+    It names the command that installs a newer one, with ``requires`` of the file if that is a plain
+    requirement.
     """
     if not is_int(version) or version < 1:
         raise invalid("format_version", version, "a positive integer")
@@ -118,11 +114,6 @@ class QuantizedModelConfig(HubConfigMixin, Options, QuantizationConfigMixin):
         if self.weighs_errors:
             return "importance"
         return None if self.activation_bits is None else "activation_bits"
-
-    @property
-    def is_compressed(self) -> bool:
-        """Whether the config is that of a compressed model (it has a plan)."""
-        return bool(self.plan)
 
     def noise_settings(self) -> dict[str, Any]:
         """Return the fields of a :class:`QuantNoiseConfig` with the same blocks."""
