@@ -88,8 +88,8 @@ class IPQConfig(QuantizedModelConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.stages = list(self.stages)
-        for name in ("block_size", "n_centroids"):
-            self._check_covers_stages(name, getattr(self, name))
+        self._check_covers_stages("block_size", self.block_size)
+        self._check_covers_stages("n_centroids", self.n_centroids)
         if self.target_size_mb is not None and self.target_bits_per_weight is not None:
             raise ValueError(
                 f"target_size_mb={self.target_size_mb!r} and target_bits_per_weight="
@@ -122,7 +122,7 @@ class IPQConfig(QuantizedModelConfig):
             "noise": "proxy",
             "block_size": self._with_names("block_size"),
             "n_centroids": self._with_names("n_centroids"),
-            **self._shared_with_noise(),
+            **super().noise_settings(),
         }
 
     def _with_names(self, name: str) -> int | dict[str, int]:
