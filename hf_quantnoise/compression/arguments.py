@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -160,15 +160,15 @@ class CompressionArguments(Options):
         """Return the settings of a stage; None is the only stage of a fixed-point config."""
         settings: Any = self.stage_settings or {}
         own = settings.get("all" if stage is None else stage, {})
-        epochs, steps = self.stage_epochs, self.stage_steps
-        if own.keys() & {"epochs", "steps"}:  # either of them overrides both common ones
-            epochs, steps = own.get("epochs", 0.0), own.get("steps")
-        return StageSettings(
-            epochs=epochs,
-            steps=steps,
-            learning_rate=own.get("learning_rate", self.stage_learning_rate),
-            codebook_learning_rate=own.get("codebook_learning_rate", self.codebook_learning_rate),
+        common = StageSettings(
+            self.stage_epochs,
+            self.stage_steps,
+            self.stage_learning_rate,
+            self.codebook_learning_rate,
         )
+        if own.keys() & {"epochs", "steps"}:  # either of them overrides both common ones
+            common = replace(common, epochs=0.0, steps=None)
+        return replace(common, **own)
 
     def trains(self, stages: Iterable[str | None]) -> bool:
         """Whether any stage is finetuned."""

@@ -186,14 +186,10 @@ class QuantizationFlags(make_dataclass("_QuantizationFlags", _model_flags())):
         return [flag.name for flag in flags if getattr(self, flag.name) != flag.default]
 
     def config(self, seed: int, with_noise: bool = True) -> QuantizedModelConfig:
-        """Return the config of the compressed model.
+        """Return the config of the compressed model; flags of another scheme raise an error.
 
         Args:
-            seed: seed of the codebooks.
             with_noise: whether noise reads the flags that it shares with another scheme.
-
-        Raises:
-            ValueError: if a flag belongs to another scheme, or a value is invalid.
         """
         noise = options_of(QuantNoiseConfig) if with_noise else {}
         own = _SCHEME_OPTIONS[self.scheme]
@@ -210,13 +206,11 @@ class QuantizationFlags(make_dataclass("_QuantizationFlags", _model_flags())):
 def config_from_flags(
     config: Callable[..., Config], flags: Mapping[str, str], values: Mapping[str, Any], seed: int
 ) -> Config:
-    """Return a config with the values of flags.
+    """Return a config with the values of flags; errors name the flag.
 
     Args:
-        config: class of the config.
         flags: option -> flag; options of other configs are skipped.
         values: flag -> argument; None takes the default of the config.
-        seed: seed of the config.
     """
     options = options_of(config)
     arguments = {
