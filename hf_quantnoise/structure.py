@@ -204,7 +204,7 @@ def require_match(
         if not any(matches(name, pattern) for name in names):
             pattern = pattern if isinstance(pattern, str) else pattern[0]
             raise ValueError(
-                f"{field_name}={pattern!r} matches no layer of the model ({', '.join(names[:6])}, "
+                f"{field_name}={pattern!r} matches no layer of the model ({', '.join(names[:3])}, "
                 "...); use a string with a regex for the full name, or a list of names and suffixes"
             )
     return [name for name in names if matches(name, patterns)]
@@ -249,6 +249,18 @@ def _key_for(value: dict[str, int], layer: LayerInfo) -> str | None:
         if key not in GROUPS and any(re.fullmatch(key, n) for n in (layer.name, *layer.ties)):
             return key
     return layer.group if layer.group in value else None
+
+
+def weights_of(layers: Sequence[LayerInfo]) -> list[tuple[LayerInfo, ...]]:
+    """Return the weights of some layers, each as the tuple of the layers that hold it."""
+    by_name = {layer.name: layer for layer in layers}
+    weights: list[tuple[LayerInfo, ...]] = []
+    seen: set[str] = set()
+    for layer in layers:
+        if layer.name not in seen:
+            weights.append((layer, *(by_name[name] for name in layer.ties)))
+            seen.update((layer.name, *layer.ties))
+    return weights
 
 
 def entry_for(value: int | dict[str, int], layer: LayerInfo) -> int | None:
