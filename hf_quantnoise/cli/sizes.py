@@ -31,13 +31,13 @@ def report_of(checkpoint: Checkpoint) -> tuple[SizeReport, str | None]:
         if not checkpoint.has_config:
             raise ValueError(f"{checkpoint.path!r} has no config.json and no *.safetensors file")
         return size_report(checkpoint.load()), "no safetensors file: the weights were loaded"
-    model, reason = None, None
     try:
         model = checkpoint.skeleton()
     except Exception as error:  # from the code of any model
+        model = None
         expected = isinstance(error, ValueError | FileNotFoundError)
         reason = str(error) if expected else f"{type(error).__name__}: {error}"
-    if model is not None:
+    else:
         report = size_report(model)
         counted = report.total.disk_bytes
         if abs(counted - headers.file_bytes) <= TOLERANCE * headers.file_bytes:

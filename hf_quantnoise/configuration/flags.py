@@ -157,7 +157,7 @@ def flag_of(declared: Option, name: str, default: Any = MISSING, more: str = "")
     if form.type in (list[str], list[float]) and not isinstance(default, list):
         default = [default]
     help = " ".join(filter(None, (declared.help, form.hint, more)))
-    return name, form.type, option(default or None if default == {} else default, help)
+    return name, form.type, option(None if default == {} else default, help)
 
 
 _SCHEME_OPTIONS = {"ipq": options_of(IPQConfig), "fixed_point": options_of(FixedPointConfig)}
