@@ -53,9 +53,14 @@ def make_dynamic_subclass(
         maker: cached function from the original class to this one, importable by name.
         attributes: further attributes of the class.
     """
-    original = {"__module__": cls.__module__, "__doc__": cls.__doc__}
-    own = {"original_class": cls, "_maker": staticmethod(maker)}
-    return type(f"{prefix}{cls.__name__}", bases, {**original, **own, **attributes})
+    attributes = {
+        "__module__": cls.__module__,
+        "__doc__": cls.__doc__,
+        "original_class": cls,
+        "_maker": staticmethod(maker),
+        **attributes,
+    }
+    return type(f"{prefix}{cls.__name__}", bases, attributes)
 
 
 def _empty(maker: Maker, cls: type[nn.Module]) -> nn.Module:

@@ -80,11 +80,8 @@ def _check_method(path: str, quantization: Any) -> None:
             "transformers' AutoModel, optionally with quantization_config=IPQConfig(), or compress "
             "it with quantize_model(model, IPQConfig())"
         )
-    method = (
-        quantization.get("quant_method")
-        if isinstance(quantization, dict)
-        else quantization.quant_method
-    )
+    is_json = isinstance(quantization, dict)
+    method = quantization.get("quant_method") if is_json else quantization.quant_method
     if method != QUANT_METHOD:
         raise ValueError(
             f"invalid quant_method={method!r} in {path!r}, expected {QUANT_METHOD!r}; load it with "
@@ -98,11 +95,11 @@ def class_of(architectures: list[str] | None) -> type[PreTrainedModel] | None:
 
 
 def _class_named(path: str, architectures: list[str] | None) -> type[PreTrainedModel]:
-    name, found = architectures[0] if architectures else None, class_of(architectures)
+    found = class_of(architectures)
     if found is None:
         raise ValueError(
             f"invalid architectures={architectures!r} in config.json of {path!r}: transformers has "
-            f"no class {name!r}; load it with a class for its head, such as "
+            "no class of that name; load it with a class for its head, such as "
             "AutoQuantizedModelForSequenceClassification"
         )
     return found

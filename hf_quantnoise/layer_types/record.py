@@ -49,10 +49,9 @@ class LayerType:
 LAYER_TYPES: list[LayerType] = []
 
 
-def register_layer_type(layer_type: LayerType) -> LayerType:
+def register_layer_type(layer_type: LayerType) -> None:
     """Add a layer type to the ones that can be noised and packed."""
     LAYER_TYPES.append(layer_type)
-    return layer_type
 
 
 def layer_type_of(layer: nn.Module | type[nn.Module]) -> LayerType | None:
@@ -64,11 +63,7 @@ def layer_type_of(layer: nn.Module | type[nn.Module]) -> LayerType | None:
 
 
 def known_layer_type(layer: nn.Module | type[nn.Module]) -> LayerType:
-    """Return the record of a layer or layer class.
-
-    Raises:
-        TypeError: if its type is unknown.
-    """
+    """Return the record of a layer (or of a layer class); raise TypeError if there is none."""
     found = layer_type_of(layer)
     if found is None:
         name = (layer if isinstance(layer, type) else type(layer)).__name__

@@ -140,10 +140,6 @@ def pack_layer(
 
     Returns:
         The relative error ||W - W_q||^2 / ||W||^2.
-
-    Raises:
-        TypeError: if the layer type cannot be packed.
-        ValueError: if the quantizer does not fit the shape of the weight.
     """
     layers = _packable(layers)
     weight = layers[0].weight
@@ -189,7 +185,7 @@ def pack_skeleton(
 
 
 def _packable(layers: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:
-    """Return the layers as a list, after a check that all of them can be packed."""
+    """Return the layers as a list, or raise TypeError if one of them cannot be packed."""
     layers = [layers] if isinstance(layers, nn.Module) else list(layers)
     for layer in layers:
         packed_class(type(layer))

@@ -176,19 +176,15 @@ class PackedLayer(DynamicSubclass):
             return counts
         return self._counts
 
-    def row_slices(self, itemsize: int) -> list[slice]:
-        """Return slices of rows that take at most :data:`SCRATCH_BYTES` when decoded."""
-        step = max(1, SCRATCH_BYTES // (self.columns * itemsize))
-        if not self.rows_are_aligned or step >= self.rows:
-            return [slice(0, self.rows)]
-        return [slice(start, min(start + step, self.rows)) for start in range(0, self.rows, step)]
-
     def linear(self, inputs: Tensor) -> Tensor:
         """Return ``inputs @ matrix.T + bias``, with the matrix decoded slice by slice."""
-        parts = [
-            F.linear(inputs, self.decode_rows(rows), None if self.bias is None else self.bias[rows])
-            for rows in self.row_slices(inputs.element_size())
-        ]
+        step = self.rows
+        if self.rows_are_aligned:
+            step = max(1, SCRATCH_BYTES // (self.columns * inputs.element_size()))
+        parts = []
+        for rows in (slice(start, start + step) for start in range(0, self.rows, step)):
+            bias = None if self.bias is None else self.bias[rows]
+            parts.append(F.linear(inputs, self.decode_rows(rows), bias))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
@@ -235,10 +231,7 @@ def packed_class(cls: type[nn.Module]) -> type[nn.Module]:
     """Return the packed subclass of a layer class.
 
     Subclasses that add behaviour (a position offset, an embedding scale) keep it: the packed
-    forward follows them in the method resolution order.
-
-    Raises:
-        TypeError: if the layer type is unknown or has no packed forward.
+    forward follows them in the method resolution order. Raises TypeError if the type is unknown.
     """
     layer_type = known_layer_type(cls)
     if layer_type.packed_forward is None:

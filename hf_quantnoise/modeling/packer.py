@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -76,14 +77,10 @@ class ModelPacker:
         self.stages, self.config.left_dense = make_plan(self.planned, self.config)
 
     def require_runs(self, batches: Sequence) -> None:
-        """Check that calibration data reaches every layer to be measured, before packing starts.
-
-        Raises:
-            ValueError: naming a layer that never runs on it; the model is unchanged.
-        """
+        """Raise ValueError, before packing starts, if a layer to be measured never runs."""
         groups: list[list[nn.Module]] = []
-        for planned in (planned for stage in self.stages.values() for planned in stage):
-            modules = [layer.module for layer in planned.layers]
+        for planned in chain.from_iterable(self.stages.values()):
+            modules = planned.modules
             groups += [[m] for m in modules if rounds_inputs(m, planned.activation_bits)]
             # Lookups are counted in F.embedding, which may run without a call of the layer.
             if self.config.weighs_errors and not any(isinstance(m, nn.Embedding) for m in modules):
@@ -92,13 +89,12 @@ class ModelPacker:
 
     def change_structure(self) -> None:
         """Prune and share layers by the config (section 7.9). Call before the first stage."""
-        if self.structural_changes:
-            self.structural_changes.apply(self.model, self.config)
-            self.planned = self.model
-            self.stages = {
-                stage: [planned.of(self.model) for planned in weights]
-                for stage, weights in self.stages.items()
-            }
+        if not self.structural_changes:
+            return
+        self.structural_changes.apply(self.model, self.config)
+        self.planned = self.model
+        for stage, weights in self.stages.items():
+            self.stages[stage] = [planned.of(self.model) for planned in weights]
 
     def pack_stage(
         self,
@@ -111,9 +107,6 @@ class ModelPacker:
 
         With ``importance`` in the config, ``batches`` and ``forward`` are the calibration data of
         :func:`measure_importance`; the earlier stages are packed when it is measured.
-
-        Raises:
-            ValueError: if the config needs calibration data and there is none.
         """
         importance = self._importance(stage, batches, forward)
         errors: dict[str, float] = {}
@@ -122,7 +115,7 @@ class ModelPacker:
                    disable=not progress, leave=False)  # fmt: skip
         with self._transformers_updated(stage):
             for number, planned in enumerate(bar):
-                weight = planned.layers[0].module.weight
+                weight = planned.modules[0].weight
                 norms.append(float(weight.detach().float().square().sum()))
                 errors[planned.layers[0].name] = self._pack(planned, number, importance[number])
             self._exchange(stage, errors)
@@ -164,24 +157,20 @@ class ModelPacker:
         AutoHfQuantizer.from_config(self.config, pre_quantized=True).attach(self.model)
 
     def _importance(self, stage, batches, forward) -> Sequence[Tensor | None]:
-        weights = [[layer.module for layer in planned.layers] for planned in self.stages[stage]]
+        weights = [planned.modules for planned in self.stages[stage]]
         if not self.config.weighs_errors:
             return [None] * len(weights)
         require_batches(batches, "importance")
         return measure_importance(self.model, weights, batches, forward)
 
     def _pack(self, planned: PlannedWeight, number: int, importance: Tensor | None) -> float:
-        """Pack one weight and return its relative error.
-
-        A weight that another rank clusters stays empty, with an error of 0, until
-        :meth:`_exchange`.
-        """
+        """Pack one weight (empty if another rank clusters it) and return its relative error."""
         if self.on_all_ranks and not is_own_task(number):
             self._pack_empty(planned)
             return 0.0
         self.config.plan.update(planned.entries())
         return pack_layer(
-            [layer.module for layer in planned.layers],
+            planned.modules,
             planned.quantizer,
             seed=self.config.seed + number,
             activation_bits=planned.activation_bits,
@@ -189,8 +178,7 @@ class ModelPacker:
         )
 
     def _pack_empty(self, planned: PlannedWeight) -> None:
-        modules = [layer.module for layer in planned.layers]
-        pack_skeleton(modules, planned.quantizer, planned.activation_bits)
+        pack_skeleton(planned.modules, planned.quantizer, planned.activation_bits)
         self.config.plan.update(planned.entries())
 
     @torch.no_grad()
@@ -199,7 +187,7 @@ class ModelPacker:
         if not self.on_all_ranks or not is_distributed():
             return
         for number, planned in enumerate(self.stages[stage]):
-            layer = planned.layers[0].module
+            layer = planned.modules[0]
             for name in packed_names(layer):
                 tensor = own_parameters(layer)[name]
                 tensor.copy_(broadcast_from(tensor.detach(), rank_of_task(number)))
@@ -209,12 +197,7 @@ class ModelPacker:
 
 
 def check_can_be_packed(model: nn.Module) -> None:
-    """Raise if a model cannot be packed.
-
-    Raises:
-        TypeError: if the model is not a ``PreTrainedModel``.
-        ValueError: if it is already quantized.
-    """
+    """Raise TypeError if a model is not a ``PreTrainedModel``, ValueError if it is quantized."""
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"invalid model: got {type(model).__name__}, expected a transformers PreTrainedModel; "

@@ -71,12 +71,9 @@ class PaddingMasks:
         return inputs[mask.to(inputs.device).bool()]
 
     def _is_encoded(self, inputs: Tensor) -> bool:
-        encoded = self._encoded
-        return (
-            encoded is not None
-            and inputs.shape == encoded.shape
-            and inputs.data_ptr() == encoded.data_ptr()
-        )
+        if (encoded := self._encoded) is None or inputs.shape != encoded.shape:
+            return False
+        return inputs.data_ptr() == encoded.data_ptr()
 
 
 def _matrix(mask: Any) -> Tensor | None:

@@ -26,6 +26,11 @@ class PlannedWeight:
     quantizer: Quantizer
     activation_bits: int | None = None
 
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The layers themselves."""
+        return [layer.module for layer in self.layers]
+
     def of(self, model: nn.Module) -> PlannedWeight:
         """Return the same for another model with layers of the same names."""
         layers = (replace(layer, module=model.get_submodule(layer.name)) for layer in self.layers)
@@ -61,8 +66,7 @@ def _why_not(layer: LayerInfo, quantizer: Quantizer, dense_bytes: int) -> str | 
         return f"layers of type {layer.layer_type.layer_class.__name__} cannot be packed"
     if reason := quantizer.check(layer.rows, layer.columns):
         return reason
-    packed = quantizer.packed_bytes(layer.rows, layer.columns)
-    if packed >= dense_bytes:
+    if (packed := quantizer.packed_bytes(layer.rows, layer.columns)) >= dense_bytes:
         return f"it would take {packed} bytes packed and takes {dense_bytes} dense"
     return None
 
@@ -108,13 +112,11 @@ def make_plan(
 def weights_of(layers: Sequence[LayerInfo]) -> list[tuple[LayerInfo, ...]]:
     """Return the weights of some layers, each as the tuple of the layers that hold it."""
     by_name = {layer.name: layer for layer in layers}
-    weights: list[tuple[LayerInfo, ...]] = []
-    seen: set[str] = set()
+    weights: dict[frozenset[str], tuple[LayerInfo, ...]] = {}
     for layer in layers:
-        if layer.name not in seen:
-            weights.append((layer, *(by_name[name] for name in layer.ties)))
-            seen.update((layer.name, *layer.ties))
-    return weights
+        names = (layer.name, *layer.ties)
+        weights.setdefault(frozenset(names), tuple(by_name[name] for name in names))
+    return list(weights.values())
 
 
 def _quantizer_for(
@@ -122,8 +124,7 @@ def _quantizer_for(
 ) -> tuple[Quantizer, str | None]:
     """Return the quantizer of a weight, and why it does not fit (None if it does).
 
-    Raises:
-        ValueError: if it does not fit and the config names the layer, or the settings are invalid.
+    If the config names one of the layers, a quantizer that does not fit is an error.
     """
     layer, weight = members[0], members[0].module.weight
     named = next((member.name for member in members if member.name in by_name), None)
@@ -209,15 +210,9 @@ def _without_empty_stages(
     """Return the stages that pack something.
 
     A stage may only be empty because ``layer_quantizers`` skips all of its layers.
-
-    Raises:
-        ValueError: if a stage is empty for another reason.
     """
-    stages = list(plan)
-    for stage in stages:
-        if plan[stage]:
-            continue
-        members = [layer for layer in layers if stage_of(layer, stages) == stage]
+    for stage in [stage for stage, weights in plan.items() if not weights]:
+        members = [layer for layer in layers if stage_of(layer, list(plan)) == stage]
         if not members:
             groups = sorted({layer.group for layer in layers})
             raise ValueError(

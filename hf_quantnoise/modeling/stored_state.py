@@ -25,12 +25,12 @@ def decode_state_dict(
     Args:
         layer: a packed layer.
         names: key of the quantizer's state -> its name in the state dict.
-        state_dict: changed in place.
+        state_dict: changed in place; tensors with an error are removed.
         partial_state: the tensors of earlier shards; changed in place.
         assign: whether the layer will hold the tensors of the state dict, which keep their dtype.
 
     Returns:
-        Error messages; the tensors they are about are removed from the state dict.
+        Error messages.
     """
     state, quantizer = layer.state, layer.quantizer
     found = {key: state_dict[name] for key, name in names.items() if name in state_dict}

@@ -47,11 +47,7 @@ class StructuralChanges:
 def plan_structural_changes(
     model: PreTrainedModel, config: QuantizedModelConfig
 ) -> StructuralChanges:
-    """Return the layers of a dense model that a config prunes and shares.
-
-    Raises:
-        ValueError: if the model has no such layers, or no config can describe the pruned model.
-    """
+    """Return the layers of a dense model that a config prunes and shares."""
     chunks = chunks_of(model, 1 if config.share_layers is None else config.share_layers)
     if config.prune_layers is None:
         return StructuralChanges({}, None, chunks)
@@ -87,15 +83,14 @@ def tied_after_loading(model: PreTrainedModel, shared_layers: dict[str, str]) ->
     These are the tensors of a dense ``Conv1D``, whose bias transformers would cut to the length of
     its inputs (``_adjust_bias``).
     """
-    names = [
-        f"{name}.{tensor}"
-        for name, source in shared_layers.items()
-        for tensor in _shared_tensors(model, name, source)
-    ]
-    owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in names}
-    return [
-        name for name in names if isinstance(owners[name], Conv1D) and not is_packed(owners[name])
-    ]
+    untied = []
+    for name, source in shared_layers.items():
+        for tensor in _shared_tensors(model, name, source):
+            full_name = f"{name}.{tensor}"
+            owner = model.get_submodule(full_name.rpartition(".")[0])
+            if isinstance(owner, Conv1D) and not is_packed(owner):
+                untied.append(full_name)
+    return untied
 
 
 def _shared_tensors(model: PreTrainedModel, name: str, source: str) -> list[str]:

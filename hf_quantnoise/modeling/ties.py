@@ -27,11 +27,7 @@ class TieRewriter:
         ]
 
     def rewrite(self, tensors_of: dict[str, Iterable[str]]) -> None:
-        """Set the maps of the model and its sub-models.
-
-        Args:
-            tensors_of: layer name -> names of its packed tensors (``weight_indices``, ...).
-        """
+        """Set the maps, given layer name -> names of its packed tensors (``weight_indices``...)."""
         for prefix, module, ties in self._maps:
             original = {key: value for key, value in vars(module).items() if key == TIED_WEIGHTS}
             module.__dict__.setdefault(_ORIGINAL_MAP, original)  # later stages see a renamed map
