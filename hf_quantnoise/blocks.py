@@ -7,8 +7,7 @@ of one row. In the paper's notation ``y = x W`` these are the subvectors of the 
 The columns of a convolution are its input channels, each with its kernel flattened, so that a block
 of the kernel's area is one kernel of one channel (section 7.8: 9 for 3 x 3).
 
-Noise, storage and the size report all use this file, so they agree on what a block is. How a layer
-type becomes a matrix is in ``layer_types/``.
+How a layer type becomes a matrix is in ``layer_types/``.
 """
 
 from __future__ import annotations

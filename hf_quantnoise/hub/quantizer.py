@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils import logging
 
 from ..compat import (
     DisableTorchFunction,
@@ -28,6 +29,7 @@ from ..configuration import QUANT_METHOD, QuantizedModelConfig
 from ..modeling import (
     PackedLayer,
     decode_stored_states,
+    is_packed,
     packed_layers,
     stored_tensors,
     unpack_model,
@@ -37,9 +39,9 @@ from ..modeling.packer import ModelPacker
 from ..modeling.structural_changes import declare_shared, tied_after_loading
 from ..modeling.ties import restore_ties
 from ..sharing import share, unshare
+from ..structure import is_layer
 from .card import CARD_ATTRIBUTE, TAGS
 from .reading import read_packed, require_no_renaming
-from .replaced_layers import drop_replaced_layers
 from .skeleton import (
     allow_sentinels,
     build_skeleton,
@@ -48,6 +50,7 @@ from .skeleton import (
     shapes_before_loading,
 )
 
+logger = logging.get_logger(__name__)
 register_quantization_config(QUANT_METHOD)(QuantizedModelConfig)
 
 
@@ -160,7 +163,7 @@ class QuantNoiseHfQuantizer(HfQuantizer):
                 sub_config.dtype = model.dtype
         # With an adapter loaded, transformers writes only the adapter.
         if not has_adapter(model):
-            drop_replaced_layers(model, self.quantization_config)
+            _drop_replaced_layers(model, self.quantization_config)
         state_dict = model.state_dict()
         written: dict[int, Tensor] = {}  # tied layers must keep sharing one tensor
         for prefix, layer in packed_layers(model):
@@ -211,6 +214,26 @@ def _require_no_data(config: QuantizedModelConfig) -> None:
             f"{config.target}: from_pretrained does not allocate bits; {call}config), with "
             "calibration_data=[batch, ...] if there is data, or QuantNoiseTrainer"
         )
+
+
+def _drop_replaced_layers(model: PreTrainedModel, config: QuantizedModelConfig) -> None:
+    """Remove layers from the plan that are dense again: a new head, or a resized table."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name in [name for name in config.plan if not is_packed(modules.get(name))]:
+        module: nn.Module | None = modules.get(name)
+        if module is None or not is_layer(module):
+            found = "is missing" if module is None else f"is a {type(module).__name__}"
+            raise ValueError(
+                f"cannot save the model as quantized: layer {name} of the plan {found} now; unload "
+                "an adapter with peft_model.unload() or save only the adapter, put a regular layer "
+                "there, or call model.dequantize()"
+            )
+        logger.warning(f"{name} was replaced after quantization; it is saved in floating point.")
+        del config.plan[name]
+        config.left_dense[name] = "replaced by a layer in floating point after it was quantized"
+    for entry in config.plan.values():
+        if "tied_to" in entry and entry["tied_to"] not in config.plan:
+            del entry["tied_to"]
 
 
 def _is_offloaded(module: nn.Module) -> bool:

@@ -15,9 +15,9 @@ from transformers.utils import logging
 from ..blocks import matrix_shape
 from ..compat import ignored_if_missing, ignored_if_unexpected, ignored_on_save, own_parameters
 from ..configuration import LAYER_KEYS, QuantizedModelConfig
-from ..modeling import PackedLayer, pack_skeleton, packed_names
+from ..modeling import PackedLayer, pack_skeleton
 from ..modeling.structural_changes import declare_shared, tied_after_loading
-from ..modeling.ties import TieRewriter
+from ..modeling.ties import renamed_ties
 from ..quantizers import quantizer_from_dict
 from ..structure import is_layer
 
@@ -80,12 +80,11 @@ def build_skeleton(
     stored, reshaped = _translate_plan(names, config.plan)
     local.left_dense |= reshaped
     local.plan = plan = _close_over_ties(stored, model, names)
-    rewriter = TieRewriter(model)
     layers = {name: names.modules[name] for name in plan}
-    for name, entry in plan.items():
-        quantizer = quantizer_from_dict({k: v for k, v in entry.items() if k not in LAYER_KEYS})
-        pack_skeleton(layers[name], quantizer, entry.get("activation_bits"), loading=True)
-    rewriter.rewrite({name: packed_names(layer) for name, layer in layers.items()})
+    with renamed_ties(model, plan):
+        for name, entry in plan.items():
+            quantizer = quantizer_from_dict({k: v for k, v in entry.items() if k not in LAYER_KEYS})
+            pack_skeleton(layers[name], quantizer, entry.get("activation_bits"), loading=True)
     untied = tied_after_loading(model, local.shared_layers)
     declare_shared(model, local.shared_layers, without=untied)
     ignored_if_missing(model).update(f"^{re.escape(name)}$" for name in untied)

@@ -21,7 +21,6 @@ from ..layer_types import known_layer_type
 from ..quantizers import Quantizer
 from ..quantizers.fixed_point import round_activations
 from ..quantizers.packing import unpack_codes
-from .non_trainable import NonTrainableParameter
 from .read_only_weight import as_read_only, raise_read_only
 from .stored_state import decode_state_dict
 
@@ -50,6 +49,24 @@ class LoadingState:
     is_skeleton: bool = False
     is_read: bool = False
     partial_state: dict[str, Tensor] = field(default_factory=dict)
+
+
+class NonTrainableParameter(nn.Parameter):
+    """Codes, scales and zero points: ``requires_grad_`` does nothing.
+
+    Callers enable the gradients of all parameters of a module (PEFT those of ``modules_to_save``);
+    for codes, which are integers, torch would raise.
+    """
+
+    def __new__(cls, data: Tensor, requires_grad: bool = False) -> NonTrainableParameter:
+        return super().__new__(cls, data, False)
+
+    def requires_grad_(self, requires_grad: bool = True) -> NonTrainableParameter:
+        """Leave the parameter unchanged."""
+        return self
+
+    def __reduce_ex__(self, protocol):
+        return NonTrainableParameter, (self.data,)  # nn.Parameter would restore its own class
 
 
 class _AverageOverBlocks(torch.autograd.Function):

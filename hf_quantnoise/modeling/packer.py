@@ -22,7 +22,7 @@ from .convert import pack_layer, pack_skeleton, packed_layers, packed_names
 from .importance import measure_importance
 from .plan import PlannedWeight, make_plan
 from .structural_changes import changed_copy, declare_shared, plan_structural_changes
-from .ties import TieRewriter
+from .ties import renamed_ties
 
 
 @dataclass(frozen=True)
@@ -148,10 +148,8 @@ class ModelPacker:
     @contextmanager
     def _transformers_updated(self, stage: str | None) -> Iterator[None]:
         """Update ties and the quantizer that transformers keeps, after a stage was packed."""
-        rewriter = TieRewriter(self.model)
-        yield
-        modules = dict(self.model.named_modules())
-        rewriter.rewrite({name: packed_names(modules[name]) for name in self.layers_of(stage)})
+        with renamed_ties(self.model, self.layers_of(stage)):
+            yield
         declare_shared(self.model, self.config.shared_layers)
         # The class that hub/ registers with transformers under the config's quant_method.
         AutoHfQuantizer.from_config(self.config, pre_quantized=True).attach(self.model)

@@ -15,6 +15,7 @@ from ..sharing import Chunk, chunks_of, share, sources_of, tensors_in_both
 from .convert import is_packed
 from .model_copies import copy_sharing_tensors
 from .packed import INPUT_NAMES
+from .ties import submodels
 
 
 @dataclass(frozen=True)
@@ -109,10 +110,7 @@ def declare_shared(
     """
     if not shared_layers:
         return
-    for prefix, module in model.named_modules():
-        if not isinstance(module, PreTrainedModel):
-            continue
-        start = f"{prefix}." if prefix else ""
+    for start, module in submodels(model):
         inside = {
             name.removeprefix(start): source.removeprefix(start)
             for name, source in shared_layers.items()
