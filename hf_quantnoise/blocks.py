@@ -24,9 +24,6 @@ def to_blocks(matrix: Tensor, block_size: int) -> Tensor:
     """Cut a matrix (rows, columns) into blocks: (rows * columns / block_size, block_size).
 
     The blocks of the first row come first. The result is a view if ``matrix`` is contiguous.
-
-    Raises:
-        ValueError: if ``block_size`` does not divide the columns.
     """
     if matrix.shape[-1] % block_size:
         raise ValueError(

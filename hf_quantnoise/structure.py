@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -31,9 +32,7 @@ class LayerInfo:
 
     Attributes:
         name: path of the module in the model.
-        module: the layer.
         group: structure group, one of :data:`GROUPS`.
-        layer_type: the record of its type.
         rows, columns: shape of its weight as a matrix.
         ties: names of the other layers that hold the same Parameter.
         input_table: whether it is the table of ``get_input_embeddings``, or tied to it.
@@ -71,14 +70,11 @@ def _input_tables(model: nn.Module) -> set[int]:
     """Return the ids of the weights that a model or sub-model uses as input embeddings."""
     tables = set()
     for module in model.modules():
-        if not hasattr(module, "get_input_embeddings"):
-            continue
-        try:
-            inputs = module.get_input_embeddings()
-        except NotImplementedError:  # image models
-            continue
-        if isinstance(inputs, nn.Embedding):
-            tables.add(id(own_parameters(inputs).get("weight")))
+        if hasattr(module, "get_input_embeddings"):
+            with suppress(NotImplementedError):  # image models
+                inputs = module.get_input_embeddings()
+                if isinstance(inputs, nn.Embedding):
+                    tables.add(id(own_parameters(inputs).get("weight")))
     return tables
 
 

@@ -42,14 +42,11 @@ class AutoQuantizedModel:
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> PreTrainedModel:
-        """Load the model.
+        """Load a model from a folder or a repository of the Hub, in eval mode.
 
         Args:
-            pretrained_model_name_or_path: a folder, or a repository of the Hub.
+            pretrained_model_name_or_path: the folder or repository.
             kwargs: arguments of ``PreTrainedModel.from_pretrained``.
-
-        Returns:
-            The model, in eval mode.
 
         Raises:
             ValueError: if the checkpoint is not from this package, or a file is corrupted.

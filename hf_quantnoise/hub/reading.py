@@ -165,10 +165,9 @@ def _fill(layer: PackedLayer, tensors: dict[str, Tensor]) -> bool:
     if any(tensor.shape != empty[name].shape for name, tensor in tensors.items()):
         return False
     for name, tensor in tensors.items():
-        trained = tensor.is_floating_point() and empty[name].requires_grad
-        if tensor.is_floating_point():
+        if is_float := tensor.is_floating_point():
             tensor = tensor.to(empty[name].dtype)
-        parameter = nn.Parameter(tensor, trained)
+        parameter = nn.Parameter(tensor, is_float)
         mark_initialized(parameter)
         layer.register_parameter(name, parameter)
     layer._loading.is_read = True

@@ -15,7 +15,7 @@ class LayerType:
 
     Attributes:
         layer_class: the class; its subclasses are covered too.
-        to_matrix: weight -> view of shape (rows, columns), see ``blocks.py``.
+        to_matrix: weight -> view of shape (rows, columns), see ``blocks.py``; by default itself.
         from_matrix: (matrix, shape of the weight) -> weight, again a view.
         packed_forward: the class that the packed layer inherits its forward from. It is
             ``layer_class`` if that reads ``self.weight`` once, or a subclass that decodes less (it
@@ -35,8 +35,8 @@ class LayerType:
     """
 
     layer_class: type[nn.Module]
-    to_matrix: Callable[[Tensor], Tensor]
-    from_matrix: Callable[[Tensor, torch.Size], Tensor]
+    to_matrix: Callable[[Tensor], Tensor] = lambda weight: weight
+    from_matrix: Callable[[Tensor, torch.Size], Tensor] = lambda matrix, shape: matrix
     packed_forward: type[nn.Module] | None = None
     input_energy: Callable[[nn.Module, Tensor], Tensor] | None = None
     group: str | None = None

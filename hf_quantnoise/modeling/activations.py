@@ -20,18 +20,12 @@ from ..quantizers.observers import BINS, extremes, histogram, range_of_histogram
 
 
 class InputObserver:
-    """Statistics of the inputs of one layer: first their extremes, then their histogram.
-
-    Attributes:
-        range: the extremes, float32 scalars; None before the first input.
-        counts: number of values in each bin of the histogram, float32.
-        bins_are_fixed: whether the extremes are final, so that inputs are counted now.
-    """
+    """Statistics of the inputs of one layer: first their extremes, then their histogram."""
 
     def __init__(self) -> None:
-        self.range: tuple[Tensor, Tensor] | None = None
-        self.counts: Tensor | None = None
-        self.bins_are_fixed = False
+        self.range: tuple[Tensor, Tensor] | None = None  # the extremes, float32 scalars
+        self.counts: Tensor | None = None  # number of values in each bin, float32
+        self.bins_are_fixed = False  # the extremes are final; inputs are counted now
 
     def observe(self, inputs: Tensor) -> None:
         """Add the inputs of one forward."""

@@ -36,22 +36,17 @@ class _InputStatistics(TorchFunctionMode):
 
     Layers are observed with a forward pre-hook, :meth:`observe`. Lookups are observed in
     ``F.embedding``, by the table they read: a subclass may be called with something other than row
-    indices (OPT's positions).
-
-    Attributes:
-        columns: for each weight, by id, the sum of squares of its inputs; float64.
-        ran: ids of the weights whose ``columns`` have inputs.
-        rows: for each table, by id, the number of lookups of each row; float64.
-        padding: the masks of the running batch; padding does not count.
+    indices (OPT's positions). Padding does not count.
     """
 
     def __init__(self, layers: Sequence[nn.Module], padding: PaddingMasks) -> None:
         super().__init__()
         self.padding = padding
-        # Created in advance, so that all ranks have the same tensors whatever their batches reach.
+        # By id of the weight, float64: the sums of squares of its inputs, and the lookups of each
+        # row of a table. All ranks have the same tensors, whatever their batches reach.
         self.columns: dict[int, Tensor] = {}
         self.rows: dict[int, Tensor] = {}
-        self.ran: set[int] = set()
+        self.ran: set[int] = set()  # the weights whose ``columns`` have inputs
         for layer in layers:
             layer_type, (rows, columns) = known_layer_type(layer), matrix_shape(layer)
             sizes = {"dtype": torch.float64, "device": layer.weight.device}
@@ -101,7 +96,7 @@ def measure_importance(
     both kinds are scaled to mean 1 and averaged.
 
     Args:
-        model: the model that holds the layers; it runs in eval mode.
+        model: runs in eval mode.
         weights: for each weight, the layers that hold it.
         batches: arguments of the model's forward; those of all ranks count, their padding does not.
         forward: runs one batch; None is ``model(**batch)``.
@@ -110,9 +105,6 @@ def measure_importance(
         For each weight a float32 tensor of mean 1 that broadcasts to its matrix (rows, columns):
         (1, columns), (rows, 1) for a table, (rows, columns) for a grouped convolution and for a
         table that is also a head.
-
-    Raises:
-        ValueError: if a weight was never used on the batches of any rank.
     """
     forward = forward or (lambda batch: model(**batch))
     padding = PaddingMasks(model)

@@ -35,19 +35,15 @@ SCRATCH_BYTES = 8 * 2**20
 
 @dataclass
 class LoadingState:
-    """Progress of a packed layer while a checkpoint is loaded; None for a layer in use.
+    """Progress of a packed layer while a checkpoint is loaded; None for a layer in use."""
 
-    Attributes:
-        is_skeleton: whether the layer is still empty. transformers asks for the shape of the weight
-            before the codes are there: ``weight`` is then an empty meta tensor.
-        is_read: whether this package has read all tensors of the layer. They are hidden from the
-            state dict then, so that transformers does not read them again.
-        partial_state: tensors of the quantizer's state from the shards loaded so far
-            (``stored_state.py``).
-    """
-
+    # The layer is still empty. transformers asks for the shape of the weight before the codes are
+    # there: ``weight`` is then an empty meta tensor.
     is_skeleton: bool = False
+    # This package has read all tensors of the layer. They are hidden from the state dict then, so
+    # that transformers does not read them again.
     is_read: bool = False
+    # The quantizer's state in the shards loaded so far (``stored_state.py``).
     partial_state: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -161,13 +157,11 @@ class PackedLayer(DynamicSubclass):
 
     def codes(self, rows: Tensor | slice | None = None) -> Tensor:
         """Return the codes, or those of some rows, shape (rows, codes_per_row)."""
-        packed = self.weight_indices
+        packed, n_rows = self.weight_indices, self.rows
         if rows is not None and self.rows_are_aligned:
             # index_select raises on negative rows, as any table should.
             packed = packed[rows] if isinstance(rows, slice) else packed.index_select(0, rows)
             rows, n_rows = None, packed.shape[0]
-        else:
-            n_rows = self.rows
         codes = unpack_codes(
             packed.reshape(-1), self.quantizer.code_bits, n_rows * self.codes_per_row
         ).view(n_rows, self.codes_per_row)

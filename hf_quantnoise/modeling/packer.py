@@ -27,13 +27,10 @@ from .ties import renamed_ties
 
 @dataclass(frozen=True)
 class StageResult:
-    """The result of packing one stage.
+    """The result of packing one stage, which is None in a run without stages.
 
-    Attributes:
-        stage: the structure group or regex; None for a run without stages.
-        layers: names of the packed layers.
-        relative_error: sum of ||W - W_q||^2 over the stage, divided by its sum of ||W||^2.
-        errors: ||W - W_q||^2 / ||W||^2 of each weight, by the first layer that holds it.
+    ``relative_error`` is the sum of ||W - W_q||^2 over the stage divided by that of ||W||^2, and
+    ``errors`` the same of each weight, by the first layer that holds it.
     """
 
     stage: str | None
@@ -57,9 +54,8 @@ class ModelPacker:
             been applied, then the model itself.
 
     Raises:
-        TypeError: if the model is not a ``PreTrainedModel``.
-        ValueError: if the model is already quantized, or the config does not fit it. The model is
-            unchanged then.
+        ValueError: if the model is already quantized, or the config does not fit it; the model is
+            unchanged.
     """
 
     def __init__(

@@ -79,10 +79,6 @@ def make_plan(
     Returns:
         A dict from stage to its weights, bottom-up; and a dict from the name of each skipped layer
         (or bare parameter) to the reason.
-
-    Raises:
-        ValueError: if a pattern matches no layer, a stage can pack none of its layers, or
-            ``layer_quantizers`` names an unknown layer or quantizer.
     """
     layers = select_layers(model, config.target_modules, config.exclude_modules)
     _require_known(config, model, layers)
@@ -162,16 +158,13 @@ def _require_known(
                 f"{field}: {type(model).__name__} has no such layer after prune_layers and "
                 f"share_layers{_hint(name, known)}"
             )
-        layer = chosen[name]
-        if settings["scheme"] == DENSE:
-            continue
-        if stage_of(layer, config.stage_groups()) is False:
+        layer, stages = chosen[name], config.stage_groups()
+        if settings["scheme"] != DENSE and stage_of(layer, stages) is False:
             raise ValueError(
-                f"{field}: its group {layer.group!r} is in no stage; add it to "
-                f"stages={config.stage_groups()!r}, or remove the entry"
+                f"{field}: its group {layer.group!r} is in no stage; add it to stages={stages!r}, "
+                "or remove the entry"
             )
-    for name, settings in by_name.items():
-        for other in chosen[name].ties:
+        for other in layer.ties:
             if by_name.get(other, settings) != settings:
                 raise ValueError(
                     f"invalid layer_quantizers: {name} and {other} are tied but have different "

@@ -23,16 +23,11 @@ class StructuralChanges:
     """The layers that a config prunes and shares, determined before the model is changed.
 
     It is false if there is nothing to change.
-
-    Attributes:
-        pruned_layers: name of each pruned layer -> its number of weights.
-        pruning: how they are removed, or None.
-        chunks: the chunks of layers that share their weights, by their names after pruning.
     """
 
-    pruned_layers: dict[str, int]
+    pruned_layers: dict[str, int]  # name -> number of weights
     pruning: Pruning | None
-    chunks: list[Chunk]
+    chunks: list[Chunk]  # the layers that share their weights, by their names after pruning
 
     def __bool__(self) -> bool:
         return self.pruning is not None or bool(sources_of(self.chunks))
@@ -105,8 +100,7 @@ def declare_shared(
 ) -> None:
     """Declare the tensors of shared layers as tied, so that transformers stores them once.
 
-    ``shared_layers`` maps layer -> the layer whose weights it holds; ``without`` has full names of
-    tensors that are not declared.
+    ``without`` has full names of tensors that are not declared.
     """
     if not shared_layers:
         return
