@@ -27,11 +27,7 @@ class Registry(Generic[T]):
         self._entries: dict[str, T] = {}
 
     def register(self, *names: str) -> Callable[[T], T]:
-        """Return a decorator that registers an object under each of ``names``.
-
-        Raises:
-            ValueError: if a name is registered already.
-        """
+        """Return a decorator that registers an object under each of ``names``."""
 
         def enter(entry: T) -> T:
             for name in names:

@@ -189,7 +189,7 @@ def require_match(
     for pattern in [patterns] if is_regex else patterns:
         if not any(matches(name, pattern if is_regex else [pattern]) for name in names):
             raise ValueError(
-                f"{field_name}={pattern!r} matches no layer of the model ({', '.join(names[:6])}, "
+                f"{field_name}={pattern!r} matches no layer of the model ({', '.join(names[:3])}, "
                 "...); use a string with a regex for the full name, or a list of names and suffixes"
             )
     return [name for name in names if matches(name, patterns)]
@@ -226,6 +226,16 @@ def _key_for(value: dict[str, int], layer: LayerInfo) -> str | None:
         if key not in GROUPS and any(re.fullmatch(key, n) for n in (layer.name, *layer.ties)):
             return key
     return layer.group if layer.group in value else None
+
+
+def weights_of(layers: Sequence[LayerInfo]) -> list[tuple[LayerInfo, ...]]:
+    """Return the weights of some layers, each as the tuple of the layers that hold it."""
+    by_name = {layer.name: layer for layer in layers}
+    weights: dict[frozenset[str], tuple[LayerInfo, ...]] = {}
+    for layer in layers:
+        names = (layer.name, *layer.ties)
+        weights.setdefault(frozenset(names), tuple(by_name[name] for name in names))
+    return list(weights.values())
 
 
 def entry_for(value: int | dict[str, int], layer: LayerInfo) -> int | None:

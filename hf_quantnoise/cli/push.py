@@ -9,12 +9,12 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from huggingface_hub import constants
+from huggingface_hub import constants, upload_folder
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from ..configuration import QUANT_METHOD
 from ..publishing.card import REPO_PLACEHOLDER
-from ..repository import CARD, create_repository, upload_folder
+from ..repository import CARD, create_repository
 from ..trainer import QuantNoiseTrainer
 from .checkpoints import Checkpoint
 from .command import COMMANDS, Command
@@ -54,11 +54,11 @@ class Push(Command):
             )
             with _card_with_name(repo, args.folder) as folder:
                 done = upload_folder(
-                    folder,
-                    repo,
+                    repo_id=repo,
+                    folder_path=folder,
                     revision=args.revision,
                     commit_message="Upload a model compressed by hf_quantnoise",
-                    ignore_patterns=QuantNoiseTrainer.unpublished,
+                    ignore_patterns=[*QuantNoiseTrainer.unpublished],
                 )
         print(done.commit_url)
 

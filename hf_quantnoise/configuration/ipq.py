@@ -23,7 +23,7 @@ def _stages(name: str, value: Any) -> None:
     for stage in value:
         regex(name, stage)
     if len(set(value)) != len(value):
-        raise ValueError(f"invalid {name}={value!r}: a stage is listed twice")
+        raise ValueError(f"invalid {name}={value!r}: a stage is listed twice; remove one")
 
 
 @SCHEMES.register("ipq")

@@ -47,7 +47,7 @@ def check_format(version: Any, requires: object = None) -> None:
         plain = re.fullmatch(r"hf-quantnoise>=[\w.]+", str(requires))
         raise ValueError(
             f"format_version={version} was written by a newer hf_quantnoise; this version, "
-            f"{__version__}, reads up to {FORMAT_VERSION}. Run: pip install -U "
+            f"{__version__}, reads up to {FORMAT_VERSION}; install it with pip install -U "
             + (f"'{requires}'" if plain else "hf-quantnoise")
         )
 

@@ -36,7 +36,8 @@ class AutoQuantizedModel:
     auto_class: Any = None
 
     def __init__(self) -> None:
-        raise TypeError(f"use {type(self).__name__}.from_pretrained(repo_or_folder)")
+        name = type(self).__name__
+        raise TypeError(f"{name} cannot be instantiated; use {name}.from_pretrained(...)")
 
     @classmethod
     def from_pretrained(

@@ -155,8 +155,7 @@ def _share_ranges(model: nn.Module, observers: Mapping[nn.Module, InputObserver]
     for layer, has_run in zip(observers, ran, strict=True):
         if not has_run:
             raise never_ran("activation_bits", model, layer)
-    ranges = [observer.range for observer in observers.values()]
-    widest = widest_over_ranks(ranges, torch.device("cpu"))
+    widest = widest_over_ranks([observer.range for observer in observers.values()])
     for (layer, observer), (low, high) in zip(observers.items(), widest, strict=True):
         device = layer.get_parameter("input_scale").device
         observer.range, observer.bins_are_fixed = (low.to(device), high.to(device)), True

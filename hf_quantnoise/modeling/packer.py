@@ -17,6 +17,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from ..compat import own_parameters
 from ..configuration import QuantizedModelConfig
 from ..distributed import broadcast_from, is_distributed, is_own_task, rank_of_task, sum_over_ranks
+from ..quantizers.base import require_finite
 from .activations import require_batches, require_runs, rounds_inputs
 from .convert import pack_layer, pack_skeleton, packed_layers, packed_names
 from .importance import measure_importance
@@ -162,6 +163,8 @@ class ModelPacker:
         if self.on_all_ranks and not is_own_task(number):
             self._pack_empty(planned)
             return 0.0
+        first = planned.layers[0]
+        require_finite(first.module.weight, f"{first.name}.weight")
         self.config.plan.update(planned.entries())
         return pack_layer(
             planned.modules,

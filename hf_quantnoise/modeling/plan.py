@@ -12,7 +12,14 @@ from torch import nn
 
 from ..configuration import DENSE, QuantizedModelConfig
 from ..quantizers import Quantizer, quantizer_from_dict
-from ..structure import GROUPS, LayerInfo, find_layers, select_layers, unsupported_weights
+from ..structure import (
+    GROUPS,
+    LayerInfo,
+    find_layers,
+    select_layers,
+    unsupported_weights,
+    weights_of,
+)
 
 # The reason of layers that a config skips by name.
 SKIPPED_BY_CONFIG = "layer_quantizers skips it"
@@ -103,16 +110,6 @@ def make_plan(
         skipped.update(dict.fromkeys((member.name for member in members), reason))
     plan = _without_empty_stages(config, plan, skipped, layers)
     return plan, {**skipped, **unsupported_weights(model)}
-
-
-def weights_of(layers: Sequence[LayerInfo]) -> list[tuple[LayerInfo, ...]]:
-    """Return the weights of some layers, each as the tuple of the layers that hold it."""
-    by_name = {layer.name: layer for layer in layers}
-    weights: dict[frozenset[str], tuple[LayerInfo, ...]] = {}
-    for layer in layers:
-        names = (layer.name, *layer.ties)
-        weights.setdefault(frozenset(names), tuple(by_name[name] for name in names))
-    return list(weights.values())
 
 
 def _quantizer_for(

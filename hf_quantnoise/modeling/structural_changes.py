@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from ..compat import TIED_WEIGHTS
 from ..configuration import QuantizedModelConfig
 from ..pruning import Pruning, layers_to_prune, plan_pruning
-from ..sharing import Chunk, chunks_of, share, sources_of, tensors_in_both
+from ..sharing import Chunk, chunks_of, common_parameters, share, sources_of
 from .convert import is_packed
 from .model_copies import copy_sharing_tensors
 from .packed import INPUT_NAMES
@@ -90,7 +90,7 @@ def tied_after_loading(model: PreTrainedModel, shared_layers: dict[str, str]) ->
 
 
 def _shared_tensors(model: PreTrainedModel, name: str, source: str) -> list[str]:
-    tensors = tensors_in_both(model.get_submodule(name), model.get_submodule(source))
+    tensors = common_parameters(model.get_submodule(name), model.get_submodule(source))
     # Layers that share a weight still read different inputs.
     return [tensor for tensor in tensors if tensor.rpartition(".")[2] not in INPUT_NAMES]
 

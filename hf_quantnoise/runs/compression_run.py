@@ -17,10 +17,11 @@ from typing import Any
 import datasets
 import torch
 import transformers
+from huggingface_hub import upload_folder
 from transformers import AutoConfig, PreTrainedModel, Trainer, set_seed
 
 from ..compression import check_compression, check_plan
-from ..repository import CARD, create_repository, upload_folder
+from ..repository import CARD, create_repository
 from ..size import size_report
 from ..trainer import QuantNoiseTrainer
 from .arguments import Arguments, parse_arguments
@@ -235,7 +236,7 @@ class _Run:
         repo = create_repository(name, private=training.hub_private_repo, token=training.hub_token)
         self.trainer.hub_model_id = repo
         self.write_card(folder)
-        upload_folder(folder, repo, token=training.hub_token)
+        upload_folder(repo_id=repo, folder_path=folder, token=training.hub_token)
 
     def write_card(self, folder: str) -> None:
         """Write the model card into a folder."""

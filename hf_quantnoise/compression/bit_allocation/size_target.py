@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 from ...configuration import IPQConfig, QuantizedModelConfig
 from ...modeling.model_copies import copy_on_meta
 from ...modeling.packer import ModelPacker
-from ...modeling.plan import stage_of, weights_of
+from ...modeling.plan import stage_of
 from ...modeling.structural_changes import changed_copy
 from ...size import size_report
-from ...structure import LayerInfo, select_layers
+from ...structure import LayerInfo, select_layers, weights_of
 from .candidates import WeightCandidates, candidates_for
 
 
