@@ -143,8 +143,9 @@ def copy_into(tensor: Tensor, values: Tensor) -> None:
     if hasattr(tensor, "full_tensor"):
         from torch.distributed.tensor import distribute_tensor
 
-        values = values.to(tensor.to_local().device)
-        values = distribute_tensor(values, tensor.device_mesh, tensor.placements)
+        shard: Any = tensor
+        values = values.to(shard.to_local().device)
+        values = distribute_tensor(values, shard.device_mesh, shard.placements)
     tensor.copy_(values)
 
 

@@ -53,6 +53,11 @@ class OnnxExport:
     outputs: tuple[str, ...]
     disk_bytes: int
 
+    @property
+    def file(self) -> Path:
+        """The ONNX file."""
+        return self.folder / FILE_NAME
+
 
 class _StoredState:
     """Mixin for packed layers that hold their state in storage format and convert it in forward."""
