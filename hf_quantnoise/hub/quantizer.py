@@ -96,7 +96,7 @@ class QuantNoiseHfQuantizer(HfQuantizer):
         if not self.pre_quantized:
             _require_no_data(config)
             return
-        if not config.is_compressed:
+        if not config.plan:
             raise ValueError(
                 "invalid quantization_config: its plan is empty, so the storage of the layers is "
                 "unknown; save the model again with save_pretrained"

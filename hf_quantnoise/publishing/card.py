@@ -108,7 +108,7 @@ class QuantNoiseCard:
             A ``huggingface_hub.ModelCard``: metadata and text.
         """
         config: Any = getattr(model.config, "quantization_config", None)
-        packed = isinstance(config, QuantizedModelConfig) and config.is_compressed
+        packed = isinstance(config, QuantizedModelConfig) and bool(config.plan)
         parts = [START, f"# {self._title(model)}", self._introduction(model, packed)]
         parts += ["## How to use", _usage(model, self.repo_id or REPO_PLACEHOLDER, packed)]
         report = size_report(model)
