@@ -167,7 +167,8 @@ class QuantNoiseHfQuantizer(HfQuantizer):
         state_dict = model.state_dict()
         written: dict[int, Tensor] = {}  # tied layers must keep sharing one tensor
         for prefix, layer in packed_layers(model):
-            tensors = {key: state_dict[f"{prefix}.{key}"] for key, _ in layer.named_parameters()}
+            names = [name for name, _ in layer.named_parameters(recurse=False)]
+            tensors = {name: state_dict[f"{prefix}.{name}"] for name in names}
             for key, tensor in tensors.items():
                 if tensor.is_meta:
                     tensors[key] = load_offloaded_parameter(model, f"{prefix}.{key}")
