@@ -10,7 +10,7 @@ from .compression import CompressionArguments, allocate_bits, quantize_model
 from .compression.bit_allocation.allocate import allot as allot
 from .configuration import FixedPointConfig, IPQConfig, QuantNoiseConfig
 from .export import export_aqlm, export_onnx
-from .hub import (
+from .hub.auto import (
     AutoQuantizedModel,
     AutoQuantizedModelForCausalLM,
     AutoQuantizedModelForImageClassification,

@@ -7,8 +7,7 @@ of one row. In the paper's notation ``y = x W`` these are the subvectors of the 
 The columns of a convolution are its input channels, each with its kernel flattened, so that a block
 of the kernel's area is one kernel of one channel (section 7.8: 9 for 3 x 3).
 
-Noise, storage and the size report all use this file, so they agree on what a block is. How a layer
-type becomes a matrix is in ``layer_types/``.
+How a layer type becomes a matrix is in ``layer_types/``.
 """
 
 from __future__ import annotations
@@ -25,9 +24,6 @@ def to_blocks(matrix: Tensor, block_size: int) -> Tensor:
     """Cut a matrix (rows, columns) into blocks: (rows * columns / block_size, block_size).
 
     The blocks of the first row come first. The result is a view if ``matrix`` is contiguous.
-
-    Raises:
-        ValueError: if ``block_size`` does not divide the columns.
     """
     if matrix.shape[-1] % block_size:
         raise ValueError(

@@ -42,9 +42,9 @@ def max_over_ranks(tensor: Tensor) -> Tensor:
 
 
 def widest_over_ranks(
-    ranges: Sequence[tuple[Tensor, Tensor] | None], device: torch.device
+    ranges: Sequence[tuple[Tensor, Tensor] | None],
 ) -> list[tuple[Tensor, Tensor]]:
-    """Return the union of each range (low, high) over the ranks, scalars on a device.
+    """Return the union of each range (low, high) over the ranks, scalars on the CPU.
 
     Must be called on all ranks, with equally many ranges. A range is None if this rank has none; if
     no rank has one, the result is (inf, -inf).
@@ -53,7 +53,7 @@ def widest_over_ranks(
         return []
     empty = torch.tensor(math.inf), torch.tensor(-math.inf)
     known = [empty if found is None else found for found in ranges]
-    low, high = (torch.stack([found[end].to(device) for found in known]) for end in (0, 1))
+    low, high = (torch.stack([found[end].cpu() for found in known]) for end in (0, 1))
     low, high = max_over_ranks(torch.stack([-low, high]))
     # Copies, because tensors of a checkpoint must not share memory.
     return [(-low[index], high[index].clone()) for index in range(len(ranges))]
@@ -141,16 +141,12 @@ def copy_into(tensor: Tensor, values: Tensor) -> None:
     Must be called on all ranks.
     """
     if hasattr(tensor, "full_tensor"):
-        values = split_like(tensor, values)
+        from torch.distributed.tensor import distribute_tensor
+
+        shard: Any = tensor
+        values = values.to(shard.to_local().device)
+        values = distribute_tensor(values, shard.device_mesh, shard.placements)
     tensor.copy_(values)
-
-
-def split_like(tensor: Any, values: Tensor) -> Tensor:
-    """Shard full values like an FSDP2 tensor of the same shape. Must be called on all ranks."""
-    from torch.distributed.tensor import distribute_tensor
-
-    values = values.detach().to(tensor.to_local().device)
-    return distribute_tensor(values, tensor.device_mesh, tensor.placements)
 
 
 def rank_of_task(index: int) -> int:

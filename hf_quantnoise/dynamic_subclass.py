@@ -44,18 +44,19 @@ class DynamicSubclass(_Module):
 def make_dynamic_subclass(
     prefix: str, cls: type[nn.Module], bases: tuple[type, ...], maker: Maker, **attributes: Any
 ) -> type[nn.Module]:
-    """Create a subclass of a module class.
+    """Create a subclass of a module class, with ``prefix`` before its name.
 
-    Args:
-        prefix: put before the name of the original class.
-        cls: the original class.
-        bases: bases of the new class, a :class:`DynamicSubclass` first.
-        maker: cached function from the original class to this one, importable by name.
-        attributes: further attributes of the class.
+    ``bases`` begin with a :class:`DynamicSubclass`. ``maker`` is the cached function from the
+    original class to this one, importable by name.
     """
-    original = {"__module__": cls.__module__, "__doc__": cls.__doc__}
-    own = {"original_class": cls, "_maker": staticmethod(maker)}
-    return type(f"{prefix}{cls.__name__}", bases, {**original, **own, **attributes})
+    attributes = {
+        "__module__": cls.__module__,
+        "__doc__": cls.__doc__,
+        "original_class": cls,
+        "_maker": staticmethod(maker),
+        **attributes,
+    }
+    return type(f"{prefix}{cls.__name__}", bases, attributes)
 
 
 def _empty(maker: Maker, cls: type[nn.Module]) -> nn.Module:

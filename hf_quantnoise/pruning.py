@@ -55,7 +55,7 @@ def layers_to_prune(
     try:
         pruned = require_match("prune_layers", prune_layers, names)
     except ValueError as error:
-        raise ValueError(f"{error} {EVERY_OTHER!r} prunes every second chunk.") from None
+        raise ValueError(f"{error}, or {EVERY_OTHER!r}") from None
     for stack in stacks:
         if set(stack) <= set(pruned):
             raise ValueError(
@@ -97,11 +97,7 @@ class Pruning:
 
 
 def plan_pruning(model: PreTrainedModel, names: Sequence[str]) -> Pruning:
-    """Return the pruning of a model, which is not changed.
-
-    Args:
-        model: a dense model.
-        names: the layers to prune, from :func:`layers_to_prune`.
+    """Return the pruning of some layers of a dense model, which is not changed.
 
     Raises:
         ValueError: if no config of the model's class describes the pruned model.

@@ -16,22 +16,14 @@ def suggestion(name: object, known: Iterable[str]) -> str:
 
 
 class Registry(Generic[T]):
-    """Maps names to objects (classes or functions).
-
-    Args:
-        kind: kind of the entries, for error messages (``"noise"``, ``"quantizer scheme"``).
-    """
+    """Maps names to objects (classes or functions) of a kind, which error messages name."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
         self._entries: dict[str, T] = {}
 
     def register(self, *names: str) -> Callable[[T], T]:
-        """Return a decorator that registers an object under each of ``names``.
-
-        Raises:
-            ValueError: if a name is registered already.
-        """
+        """Return a decorator that registers an object under names that are not registered yet."""
 
         def enter(entry: T) -> T:
             for name in names:

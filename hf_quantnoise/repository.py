@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +25,10 @@ _NOT_THERE = (
 
 
 def find_file(path: str | os.PathLike, file_name: str, hint: str, **kwargs: Any) -> str:
-    """Return the path of a file in a folder or Hub repository, downloaded if necessary.
+    """Return the path of a file in a folder or Hub repository, or ``path`` if it is a file.
 
-    Args:
-        path: a folder, a repository, or the file itself.
-        file_name: name of the file in it.
-        hint: how to create the file; part of the error.
-        kwargs: ``subfolder``, ``revision``, ``token`` and others of ``hf_hub_download``.
+    ``hint`` ends the error with how to create the file; ``kwargs`` are those of
+    ``hf_hub_download``.
 
     Raises:
         FileNotFoundError: naming the missing file.
@@ -95,25 +91,3 @@ def create_repository(
     if revision is not None and not create_pr:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     return repo_id
-
-
-def upload_folder(
-    folder: str | os.PathLike,
-    repo_id: str,
-    *,
-    token: str | None = None,
-    ignore_patterns: Sequence[str] = (),
-    **kwargs: Any,
-):
-    """Upload a folder in one commit.
-
-    Args:
-        kwargs: ``commit_message``, ``revision``, ``create_pr``, ``path_in_repo``,
-            ``run_as_future`` and others of ``HfApi.upload_folder``.
-
-    Returns:
-        A ``huggingface_hub.CommitInfo``; a future of one with ``run_as_future=True``.
-    """
-    return HfApi(token=token).upload_folder(
-        repo_id=repo_id, folder_path=folder, ignore_patterns=list(ignore_patterns), **kwargs
-    )

@@ -6,7 +6,7 @@ names in the ``state_dict``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeAlias
 
 import torch
@@ -66,7 +66,7 @@ def _require_same_shapes(chunk: Chunk, modules: dict[str, nn.Module]) -> None:
     for name in chunk[1:]:
         different = [
             f"{key} ({tuple(shared.shape)} and {tuple(parameter.shape)})"
-            for key, parameter, shared in _common_parameters(modules[name], first)
+            for key, (parameter, shared) in common_parameters(modules[name], first).items()
             if (parameter.shape, parameter.dtype) != (shared.shape, shared.dtype)
         ]
         if type(modules[name]) is not type(first):
@@ -79,31 +79,16 @@ def _require_same_shapes(chunk: Chunk, modules: dict[str, nn.Module]) -> None:
             )
 
 
-def _common_parameters(
+def common_parameters(
     layer: nn.Module, source: nn.Module
-) -> list[tuple[str, nn.Parameter, nn.Parameter]]:
-    """Return (name, the layer's parameter, the source's parameter) of common parameters.
+) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+    """Return name -> (the layer's parameter, the source's parameter) of common parameters.
 
     A first layer may have additional parameters (T5's position bias) or fewer (a norm).
     """
     shared = dict(source.named_parameters(remove_duplicate=False))
     parameters = layer.named_parameters(remove_duplicate=False)
-    return [(name, parameter, shared[name]) for name, parameter in parameters if name in shared]
-
-
-def _owner(layer: nn.Module, name: str) -> tuple[nn.Module, str]:
-    owner, _, leaf = name.rpartition(".")
-    return layer.get_submodule(owner), leaf
-
-
-def _set_parameter(layer: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    owner, leaf = _owner(layer, name)
-    owner.register_parameter(leaf, parameter)
-
-
-def tensors_in_both(layer: nn.Module, source: nn.Module) -> list[str]:
-    """Return the names of the parameters that a layer can share with its source."""
-    return [name for name, *_ in _common_parameters(layer, source)]
+    return {name: (parameter, shared[name]) for name, parameter in parameters if name in shared}
 
 
 def sources_of(chunks: Sequence[Chunk]) -> dict[str, str]:
@@ -111,49 +96,53 @@ def sources_of(chunks: Sequence[Chunk]) -> dict[str, str]:
     return {name: chunk[0] for chunk in chunks for name in chunk[1:]}
 
 
-def share(model: nn.Module, chunks: Sequence[Chunk]) -> None:
-    """Share the Parameters of the first layer of each chunk with its other layers, in place."""
-    for name, source in sources_of(chunks).items():
+def _common_in_model(
+    model: nn.Module, shared_layers: Mapping[str, str]
+) -> Iterator[tuple[nn.Module, str, nn.Parameter, nn.Parameter]]:
+    """Yield the owner and attribute of each parameter that can be shared, and both parameters."""
+    for name, source in shared_layers.items():
         layer = model.get_submodule(name)
-        for key, _, shared in _common_parameters(layer, model.get_submodule(source)):
-            _set_parameter(layer, key, shared)
+        common = common_parameters(layer, model.get_submodule(source))
+        for key, (parameter, shared) in common.items():
+            owner, _, leaf = key.rpartition(".")
+            yield layer.get_submodule(owner), leaf, parameter, shared
+
+
+def share(model: nn.Module, chunks: Sequence[Chunk]) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    """Share the Parameters of the first layer of each chunk with its other layers, in place.
+
+    Returns:
+        The owner, attribute and value of each Parameter that was replaced.
+    """
+    replaced = []
+    for owner, leaf, parameter, shared in _common_in_model(model, sources_of(chunks)):
+        owner.register_parameter(leaf, shared)
+        replaced.append((owner, leaf, parameter))
+    return replaced
 
 
 @torch.no_grad()
 def unshare(model: nn.Module, shared_layers: Mapping[str, str]) -> None:
     """Replace shared Parameters with copies, in place.
 
-    Args:
-        model: the model.
-        shared_layers: layer -> the layer whose weights it shares.
+    ``shared_layers`` maps layer -> the layer whose weights it shares.
     """
-    for name, source in shared_layers.items():
-        layer = model.get_submodule(name)
-        for key, parameter, _ in _common_parameters(layer, model.get_submodule(source)):
-            copy = parameter.detach().clone()
-            _set_parameter(layer, key, nn.Parameter(copy, parameter.requires_grad))
+    for owner, leaf, parameter, _ in _common_in_model(model, shared_layers):
+        copy = parameter.detach().clone()
+        owner.register_parameter(leaf, nn.Parameter(copy, parameter.requires_grad))
 
 
 class LayerSharing:
     """Weight sharing during training, which can be undone.
 
-    The ``state_dict`` has separate tensors for each layer, so that checkpoints have the format of
-    the model without sharing.
-
-    Args:
-        model: the model, changed in place.
-        chunks: from :func:`chunks_of`.
+    The model is changed in place. The ``state_dict`` has separate tensors for each layer, so that
+    checkpoints have the format of the model without sharing.
     """
 
     def __init__(self, model: nn.Module, chunks: Sequence[Chunk]) -> None:
         self.chunks = list(chunks)
-        self._replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
+        self._replaced = share(model, self.chunks)
         self._released = False
-        for name, source in sources_of(self.chunks).items():
-            layer = model.get_submodule(name)
-            common = _common_parameters(layer, model.get_submodule(source))
-            self._replaced += [(layer, key, parameter) for key, parameter, _ in common]
-        share(model, self.chunks)
         layers = [model.get_submodule(name) for name in sources_of(self.chunks)]
         self._hooks = [layer.register_state_dict_post_hook(_copy_tensors) for layer in layers]
 
@@ -171,14 +160,13 @@ class LayerSharing:
         """
         for hook in self._hooks:
             hook.remove()
-        for layer, name, parameter in self._replaced:
+        for owner, name, parameter in self._replaced:
             if self._released:
-                owner, leaf = _owner(layer, name)
-                shared = own_parameters(owner)[leaf]
+                shared = own_parameters(owner)[name]
                 parameter.data = shared.detach().clone()
                 parameter.grad = None
                 parameter.requires_grad_(shared.requires_grad)
-            _set_parameter(layer, name, parameter)
+            owner.register_parameter(name, parameter)
 
 
 def _copy_tensors(module: nn.Module, state_dict: dict, prefix: str, local_metadata: dict) -> None:

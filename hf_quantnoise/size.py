@@ -145,23 +145,19 @@ def aligned(lines: list[tuple[str, ...]], left: int = 2) -> str:
     )
 
 
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
 def _dense_row(name: str, tensor: Tensor, group: str) -> SizeRow:
-    size = _bytes(tensor)
+    size = tensor.nbytes
     dense = 4 * tensor.numel() if tensor.is_floating_point() else size
     kind = str(tensor.dtype).removeprefix("torch.")
     return SizeRow(name, group, kind, tuple(tensor.shape), size, size, size, dense)
 
 
 def _packed_row(name: str, layer: PackedLayer, group: str, disk: dict[str, Tensor]) -> SizeRow:
-    quantizer = layer.quantizer
-    memory = [getattr(layer, tensor) for tensor in packed_names(layer)]
+    quantizer, input_size = layer.quantizer, known_layer_type(layer).input_size
+    inputs = layer.columns if input_size is None else input_size(layer)
     codes = layer.rows * layer.codes_per_row
     state_bits = sum(
-        8 * torch.empty((), dtype=dtype).element_size() * math.prod(shape)
+        8 * dtype.itemsize * math.prod(shape)
         for shape, dtype in quantizer.state_spec(layer.rows, layer.columns).values()
     )
     return SizeRow(
@@ -170,28 +166,19 @@ def _packed_row(name: str, layer: PackedLayer, group: str, disk: dict[str, Tenso
         stored=quantizer.short_name,
         shape=(layer.rows, layer.columns),
         formula_bytes=math.ceil((state_bits + quantizer.code_bits * codes) / 8),
-        disk_bytes=sum(_bytes(disk[f"{name}.{tensor}"]) for tensor in packed_names(layer)),
-        memory_bytes=sum(map(_bytes, memory)),
+        disk_bytes=sum(disk[f"{name}.{tensor}"].nbytes for tensor in packed_names(layer)),
+        memory_bytes=sum(getattr(layer, tensor).nbytes for tensor in packed_names(layer)),
         dense_bytes=4 * layer.rows * layer.columns,
-        activation_bytes=_input_bytes(layer),
+        activation_bytes=math.ceil((layer.activation_bits or 32) * inputs / 8),
     )
-
-
-def _input_bytes(layer: PackedLayer) -> int:
-    input_size = known_layer_type(layer).input_size
-    inputs = layer.columns if input_size is None else input_size(layer)
-    return math.ceil((layer.activation_bits or 32) * inputs / 8)
 
 
 def _as_named_in_file(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors, on the meta device, under the names that ``save_pretrained`` writes.
-
-    For some models they differ from the names of the modules.
-    """
+    """Return the tensors, on the meta device, under the names that ``save_pretrained`` writes."""
     tensors = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
-    return (
-        revert_weight_conversion(model, tensors) if isinstance(model, PreTrainedModel) else tensors
-    )
+    if not isinstance(model, PreTrainedModel):
+        return tensors
+    return revert_weight_conversion(model, tensors)
 
 
 def _header_bytes(tensors: dict[str, Tensor]) -> int:
@@ -203,7 +190,7 @@ def _header_bytes(tensors: dict[str, Tensor]) -> int:
     offset = 0
     in_file = sorted(tensors.items(), key=lambda item: (_ORDER.get(item[1].dtype, 2), item[0]))
     for name, tensor in in_file:
-        end = offset + _bytes(tensor)
+        end = offset + tensor.nbytes
         header[name] = {
             "dtype": _DTYPES.get(tensor.dtype, "F32"),
             "shape": list(tensor.shape),
@@ -221,10 +208,6 @@ def _groups(model: nn.Module, config: Any) -> dict[str, str]:
     return groups
 
 
-def _is_inside(name: str, layers: Iterable[str]) -> bool:
-    return any(name.startswith(f"{layer}.") for layer in layers)
-
-
 def size_report(model: nn.Module) -> SizeReport:
     """Return the size of each tensor of a model, quantized or dense.
 
@@ -237,7 +220,7 @@ def size_report(model: nn.Module) -> SizeReport:
     packed = dict(packed_layers(model))
     config: Any = getattr(getattr(model, "config", None), "quantization_config", None)
     groups = _groups(model, config)
-    shared = getattr(config, "shared_layers", None) or {}
+    shared = tuple(f"{layer}." for layer in getattr(config, "shared_layers", None) or {})
     unsaved = ignored_on_save(model)
     disk: dict[str, Tensor] = {}
     rows: list[SizeRow] = []
@@ -253,10 +236,10 @@ def size_report(model: nn.Module) -> SizeReport:
         owner = owners.setdefault(id(tensor), label)
         if owner != label:
             if not is_packed or tensor_name == names[-1]:
-                dense = 4 * math.prod(shape) if _is_inside(label, shared) else 0
+                dense = 4 * math.prod(shape) if label.startswith(shared) else 0
                 rows.append(SizeRow(label, group, f"tied to {owner}", shape, 0, 0, 0, dense))
         elif name in unsaved:
-            rows.append(SizeRow(name, group, "computed", shape, 0, 0, _bytes(tensor), 0))
+            rows.append(SizeRow(name, group, "computed", shape, 0, 0, tensor.nbytes, 0))
         else:
             disk[name] = stored_tensors(layer)[tensor_name] if is_packed else tensor
             if not is_packed:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -31,9 +32,7 @@ class LayerInfo:
 
     Attributes:
         name: path of the module in the model.
-        module: the layer.
         group: structure group, one of :data:`GROUPS`.
-        layer_type: the record of its type.
         rows, columns: shape of its weight as a matrix.
         ties: names of the other layers that hold the same Parameter.
         input_table: whether it is the table of ``get_input_embeddings``, or tied to it.
@@ -71,14 +70,11 @@ def _input_tables(model: nn.Module) -> set[int]:
     """Return the ids of the weights that a model or sub-model uses as input embeddings."""
     tables = set()
     for module in model.modules():
-        if not hasattr(module, "get_input_embeddings"):
-            continue
-        try:
-            inputs = module.get_input_embeddings()
-        except NotImplementedError:  # image models
-            continue
-        if isinstance(inputs, nn.Embedding):
-            tables.add(id(own_parameters(inputs).get("weight")))
+        if hasattr(module, "get_input_embeddings"):
+            with suppress(NotImplementedError):  # image models
+                inputs = module.get_input_embeddings()
+                if isinstance(inputs, nn.Embedding):
+                    tables.add(id(own_parameters(inputs).get("weight")))
     return tables
 
 
@@ -95,20 +91,17 @@ def find_layers(model: nn.Module) -> list[LayerInfo]:
     (sinusoids) are omitted.
     """
     unsaved = ignored_on_save(model)
-    tables = {
-        id(own_parameters(module).get("weight"))
-        for module in model.modules()
-        if isinstance(module, nn.Embedding)
-    }
     input_ids = _input_tables(model)
-
     found: list[tuple[str, nn.Module]] = []
     users: dict[int, list[str]] = {}
+    tables: set[int] = set()
     for name, module in model.named_modules():
-        if not name or not is_layer(module) or f"{name}.weight" in unsaved:
-            continue
-        found.append((name, module))
-        users.setdefault(id(own_parameters(module)["weight"]), []).append(name)
+        key = id(own_parameters(module).get("weight"))
+        if isinstance(module, nn.Embedding):
+            tables.add(key)
+        if name and is_layer(module) and f"{name}.weight" not in unsaved:
+            found.append((name, module))
+            users.setdefault(key, []).append(name)
 
     layers = []
     for name, module in found:
@@ -151,12 +144,9 @@ NOTABLE_SHARE = 0.01
 
 
 def unsupported_weights(model: nn.Module) -> dict[str, str]:
-    """Return the parameters of two or more dimensions outside of known layers.
+    """Return parameter name -> why it is skipped, for matrices outside of known layers.
 
     Examples are ``in_proj_weight`` of ``nn.MultiheadAttention`` and the fused experts of a mixture.
-
-    Returns:
-        Parameter name -> why it is skipped, with its share of all weights.
     """
     known = {id(own_parameters(layer.module)["weight"]) for layer in find_layers(model)}
     unsaved = ignored_on_save(model)
@@ -194,15 +184,10 @@ def matches(name: str, patterns: str | Sequence[str]) -> bool:
 def require_match(
     field_name: str, patterns: str | Sequence[str], names: Sequence[str]
 ) -> list[str]:
-    """Return the names that match, in order.
-
-    Raises:
-        ValueError: naming the field, if a pattern matches no name.
-    """
-    wanted = [patterns] if isinstance(patterns, str) else [[pattern] for pattern in patterns]
-    for pattern in wanted:
-        if not any(matches(name, pattern) for name in names):
-            pattern = pattern if isinstance(pattern, str) else pattern[0]
+    """Return the names that match, in order; raise ValueError if a pattern matches no name."""
+    is_regex = isinstance(patterns, str)
+    for pattern in [patterns] if is_regex else patterns:
+        if not any(matches(name, pattern if is_regex else [pattern]) for name in names):
             raise ValueError(
                 f"{field_name}={pattern!r} matches no layer of the model ({', '.join(names[:3])}, "
                 "...); use a string with a regex for the full name, or a list of names and suffixes"
@@ -217,10 +202,7 @@ def select_layers(
 ) -> list[LayerInfo]:
     """Return the layers that PEFT-style patterns select; tied layers are selected together.
 
-    Args:
-        model: the model.
-        target_modules: the layers to select; None selects all.
-        exclude_modules: layers to exclude; takes precedence over ``target_modules`` and ties.
+    ``exclude_modules`` takes precedence over ``target_modules`` (None is all layers) and ties.
 
     Raises:
         ValueError: if the model has no layer of a known type, or a pattern matches none.
@@ -235,13 +217,8 @@ def select_layers(
         chosen = set(require_match("target_modules", target_modules, names))
     if exclude_modules is not None:
         excluded = set(require_match("exclude_modules", exclude_modules, names))
-    return [
-        layer
-        for layer in layers
-        if (layer.name in chosen or chosen.intersection(layer.ties))
-        and layer.name not in excluded
-        and not excluded.intersection(layer.ties)
-    ]
+    tied = ((layer, {layer.name, *layer.ties}) for layer in layers)
+    return [layer for layer, names in tied if names & chosen and not names & excluded]
 
 
 def _key_for(value: dict[str, int], layer: LayerInfo) -> str | None:
@@ -249,6 +226,16 @@ def _key_for(value: dict[str, int], layer: LayerInfo) -> str | None:
         if key not in GROUPS and any(re.fullmatch(key, n) for n in (layer.name, *layer.ties)):
             return key
     return layer.group if layer.group in value else None
+
+
+def weights_of(layers: Sequence[LayerInfo]) -> list[tuple[LayerInfo, ...]]:
+    """Return the weights of some layers, each as the tuple of the layers that hold it."""
+    by_name = {layer.name: layer for layer in layers}
+    weights: dict[frozenset[str], tuple[LayerInfo, ...]] = {}
+    for layer in layers:
+        names = (layer.name, *layer.ties)
+        weights.setdefault(frozenset(names), tuple(by_name[name] for name in names))
+    return list(weights.values())
 
 
 def entry_for(value: int | dict[str, int], layer: LayerInfo) -> int | None:

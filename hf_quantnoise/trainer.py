@@ -127,9 +127,8 @@ class QuantNoiseTrainer(PublishingMixin, PackedModelTrainer):
             ValueError: if there are checkpoints, but no complete one.
         """
         if resume_from_checkpoint is True:
-            noise_files: tuple[str, ...] = ()
-            if self.noise_callback is not None:
-                noise_files = self.noise_callback.checkpoint_files(self.model)
+            callback = self.noise_callback
+            noise_files = () if callback is None else callback.checkpoint_files(self.model)
             checkpoint = checkpoint_to_resume_from(str(self.args.output_dir), noise_files)
             resume_from_checkpoint = checkpoint or True  # without any, Trainer raises
         if self.noise_callback is not None and isinstance(

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator, cpu_offload
+from accelerate.state import AcceleratorState
 from packaging.version import Version
 from support.tiny import make_model
 from test_dependencies import pins
@@ -99,6 +100,7 @@ def test_without_compile_wrapper():
 
 
 def test_undo_accelerate_prepare():
+    AcceleratorState._reset_state(True)  # an earlier test may have chosen another precision
     layer = nn.Linear(2, 2)
     before = dict(vars(layer))
     prepared = Accelerator(mixed_precision="bf16", cpu=True).prepare(layer)
@@ -106,6 +108,7 @@ def test_undo_accelerate_prepare():
     compat.undo_accelerate_prepare(prepared)
     assert vars(prepared).keys() == before.keys()
     assert prepared(torch.ones(1, 2)).dtype == torch.float32
+    AcceleratorState._reset_state(True)
 
 
 def test_offloaded_names():

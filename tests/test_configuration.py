@@ -3,7 +3,6 @@
 import json
 import logging
 import runpy
-from dataclasses import fields
 from inspect import signature
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from transformers import HfArgumentParser
 
 from hf_quantnoise import CompressionArguments, FixedPointConfig, IPQConfig, QuantNoiseConfig
 from hf_quantnoise.configuration import FORMAT_VERSION, QuantizedModelConfig
-from hf_quantnoise.configuration.flags import FORMS, QuantizationFlags, default_of
+from hf_quantnoise.configuration.flags import FORMS, QuantizationFlags
 from hf_quantnoise.configuration.options import option, options_of, values_of_file
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -121,7 +120,7 @@ def test_configuration_page_is_up_to_date():
 
 
 def test_flags_have_the_defaults_of_the_configs():
-    flags = {f.name: default_of(f) for f in fields(QuantizationFlags)}
+    flags = {name: flag.default for name, flag in options_of(QuantizationFlags).items()}
     for config in (IPQConfig, FixedPointConfig):
         for name, declared in options_of(config).items():
             if name in flags and name not in ("bits", "layer_quantizers"):

@@ -12,20 +12,14 @@ from collections.abc import Sequence
 from inspect import getdoc
 
 from ..configuration.flags import HelpFormatter, OneLineErrors, unknown_flags
-from . import compress, convert, exports, finetune, plan, push, report  # noqa: F401
+from . import compress, convert, finetune, plan, push, report  # noqa: F401
 from .command import COMMANDS, Command, UsageError
 
 __all__ = ["COMMANDS", "Command", "UsageError", "build_parser", "main"]
 
-NAME = "hf-quantnoise"
-
 
 class _Formatter(HelpFormatter, RawDescriptionHelpFormatter):
     """Shows defaults, and the examples as they are written."""
-
-
-class _Parser(OneLineErrors, ArgumentParser):
-    pass
 
 
 def build_parser() -> ArgumentParser:
@@ -33,12 +27,12 @@ def build_parser() -> ArgumentParser:
 
     Parsed arguments have ``command``, the class of the command, and ``parser``.
     """
-    parser = _Parser(
-        prog=NAME,
+    parser = OneLineErrors(
+        prog="hf-quantnoise",
         description="Compress Hugging Face models with quantization noise and product "
         "quantization.",
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name in COMMANDS:
         command = COMMANDS[name]
         text = getdoc(command) or ""
@@ -48,7 +42,7 @@ def build_parser() -> ArgumentParser:
             description=text,
             epilog="\n  ".join(["examples:", *command.examples]),
             formatter_class=_Formatter,
-            parents=command.parents(),
+            parents=[parent() for parent in command.parents],
         )
         command.add_arguments(subparser)
         subparser.add_argument(

@@ -28,12 +28,7 @@ from .headers import Headers, hub_headers, local_headers
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model in a folder or a repository on the Hub.
-
-    Args:
-        path: folder or repository.
-        revision: branch, tag or commit of a repository.
-    """
+    """A model in a folder, or in a repository on the Hub at a branch, tag or commit."""
 
     path: str
     revision: str | None = None
@@ -79,11 +74,6 @@ class Checkpoint:
         return None if stored is None else str(stored.get("quant_method"))
 
     @property
-    def foreign_method(self) -> str | None:
-        """Quantization method of the model if it is another package's, or None."""
-        return None if self.quant_method == QUANT_METHOD else self.quant_method
-
-    @property
     def model_class(self) -> type[PreTrainedModel]:
         """The model class in ``architectures``."""
         if (found := class_of(self.config.architectures)) is None:
@@ -103,12 +93,6 @@ class Checkpoint:
                 return local_headers(snapshot_download(self.path, revision=self.revision))
             return hub_headers(self.path, self.revision)
 
-    def files(self, patterns: tuple[str, ...]) -> str:
-        """Return a folder with the files that match the patterns, downloaded if necessary."""
-        if os.path.isdir(self.path):
-            return self.path
-        return snapshot_download(self.path, revision=self.revision, allow_patterns=list(patterns))
-
     def require_dense(self) -> None:
         """Raise a ``ValueError`` if the model is quantized."""
         if self.quant_method == QUANT_METHOD:
@@ -116,9 +100,9 @@ class Checkpoint:
                 f"{self.path!r} is quantized already; make it dense first with `hf-quantnoise "
                 f"convert {self.path} OUT --to dense`"
             )
-        if self.foreign_method is not None:
+        if self.quant_method is not None:
             raise ValueError(
-                f"{self.path!r} is quantized by {self.foreign_method!r}; pass the dense checkpoint "
+                f"{self.path!r} is quantized by {self.quant_method!r}; pass the dense checkpoint "
                 "that it was made from"
             )
 
@@ -138,8 +122,8 @@ class Checkpoint:
 
     def skeleton(self) -> PreTrainedModel:
         """Return the model on the meta device, with packed layers if it is quantized."""
-        if self.foreign_method is not None:
-            raise ValueError(f"quantized by {self.foreign_method!r}")
+        if self.quant_method not in (None, QUANT_METHOD):
+            raise ValueError(f"quantized by {self.quant_method!r}")
         config = deepcopy(self.config)
         stored = getattr(config, "quantization_config", None)
         if stored is not None:
@@ -148,7 +132,13 @@ class Checkpoint:
         with torch.device("meta"):
             model = from_config(self.model_class, config, dtype=dtype or torch.float32)
         model.tie_weights()
-        return model if stored is None else _packed(model, QuantizedModelConfig.from_dict(stored))
+        if stored is not None:
+            quantizer = QuantNoiseHfQuantizer(QuantizedModelConfig.from_dict(stored))
+            quantizer.preprocess_model(model)
+            stored = model.config.quantization_config = quantizer.quantization_config
+            model.tie_weights()
+            share(model, [(source, name) for name, source in stored.shared_layers.items()])
+        return model
 
 
 def checkpoint_of(args: Namespace) -> Checkpoint:
@@ -159,12 +149,3 @@ def checkpoint_of(args: Namespace) -> Checkpoint:
             "remove it"
         )
     return Checkpoint(args.model, args.revision)
-
-
-def _packed(model: PreTrainedModel, config: QuantizedModelConfig) -> PreTrainedModel:
-    quantizer = QuantNoiseHfQuantizer(config)
-    quantizer.preprocess_model(model)
-    config = model.config.quantization_config = quantizer.quantization_config
-    model.tie_weights()
-    share(model, [(source, name) for name, source in config.shared_layers.items()])
-    return model

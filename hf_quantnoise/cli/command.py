@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
 from typing import ClassVar
 
 from ..registry import Registry
@@ -18,14 +19,11 @@ class Command(ABC):
 
     Attributes:
         examples: command lines at the end of ``--help``; a test runs them.
+        parents: return parsers whose flags the command has as well.
     """
 
     examples: ClassVar[tuple[str, ...]]
-
-    @staticmethod
-    def parents() -> list[ArgumentParser]:
-        """Return parsers whose flags the command has as well."""
-        return []
+    parents: ClassVar[tuple[Callable[[], ArgumentParser], ...]] = ()
 
     @staticmethod
     @abstractmethod

@@ -6,11 +6,12 @@ import sys
 from argparse import ArgumentParser, Namespace
 
 from ..compression import check_plan, quantize_model
+from ..compression.bit_allocation.allocate import resolve_target
 from ..size import size_report
 from .checkpoints import checkpoint_of
 from .command import COMMANDS, Command, UsageError, add_model_argument, add_output_arguments
 from .folders import check_output, copy_companions, new_folder, write_card
-from .settings import quantization_config, quantization_parser, with_allocated_bits
+from .settings import quantization_config, quantization_parser
 
 
 @COMMANDS.register("compress")
@@ -26,10 +27,7 @@ class Compress(Command):
         "hf-quantnoise compress out/dense out/int4 --scheme fixed_point --bits 4",
         "hf-quantnoise compress out/dense out/small --config plan.json --overwrite",
     )
-
-    @staticmethod
-    def parents() -> list[ArgumentParser]:
-        return [quantization_parser()]
+    parents = (quantization_parser,)
 
     @staticmethod
     def add_arguments(parser: ArgumentParser) -> None:
@@ -50,8 +48,9 @@ class Compress(Command):
         check_output(args.out, args.overwrite, args.model)
         check_plan(checkpoint.skeleton(), config)
         model = checkpoint.load()
-        config = with_allocated_bits(model, config)
-        model = quantize_model(model, config, progress=sys.stderr.isatty())
+        progress = sys.stderr.isatty()
+        config = resolve_target(model, config, progress=progress, table=False)
+        model = quantize_model(model, config, progress)
         with new_folder(args.out) as folder:
             model.save_pretrained(folder)
             write_card(model, copy_companions(checkpoint, folder), folder)

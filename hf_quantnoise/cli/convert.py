@@ -8,6 +8,7 @@ from inspect import getdoc
 
 from transformers import PreTrainedModel
 
+from ..export import export_aqlm, export_onnx
 from ..hub import AutoQuantizedModel
 from ..registry import Registry
 from .checkpoints import checkpoint_of
@@ -23,6 +24,19 @@ TARGETS: Registry[Callable[[PreTrainedModel, str], None]] = Registry("format")
 def to_dense(model: PreTrainedModel, folder: str) -> None:
     """a regular transformers model with the quantized values, as large as before compression"""
     model.dequantize().save_pretrained(folder)
+
+
+@TARGETS.register("aqlm")
+def to_aqlm(model: PreTrainedModel, folder: str) -> None:
+    """for transformers with aqlm installed; layers that do not fit its layout are written dense"""
+    for name, reason in export_aqlm(model, folder).dense.items():
+        print(f"{name}: dense, {reason}")
+
+
+@TARGETS.register("onnx")
+def to_onnx(model: PreTrainedModel, folder: str) -> None:
+    """a packed model.onnx for onnxruntime; encoders and classifiers only"""
+    export_onnx(model, folder)
 
 
 @COMMANDS.register("convert")

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from fnmatch import fnmatch
 from typing import Any
 
+from huggingface_hub import snapshot_download
 from transformers import PreTrainedModel
 
 from ..publishing.push import card_of, merge_cards
@@ -83,7 +84,10 @@ def new_folder(out: str, keep: bool = True) -> Iterator[str]:
 
 def copy_companions(checkpoint: Checkpoint, folder: str) -> str:
     """Copy the files of tokenizer and processor; return the folder that they are from."""
-    source = checkpoint.files((*PROCESSING, CARD))
+    source = checkpoint.path
+    if not os.path.isdir(source):
+        patterns = [*PROCESSING, CARD]
+        source = snapshot_download(source, revision=checkpoint.revision, allow_patterns=patterns)
     for name in sorted(os.listdir(source)):
         path = os.path.join(source, name)
         if os.path.isfile(path) and any(fnmatch(name, pattern) for pattern in PROCESSING):

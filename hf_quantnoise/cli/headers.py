@@ -19,8 +19,6 @@ from huggingface_hub.errors import NotASafetensorsRepoError
 
 from ..hub.reading import FLOATS
 
-SUFFIX = ".safetensors"
-
 
 @dataclass(frozen=True)
 class Headers:
@@ -33,11 +31,6 @@ class Headers:
 
     tensors: dict
     file_bytes: int
-
-    @property
-    def tensor_bytes(self) -> int:
-        """Size of the tensors alone."""
-        return sum(map(bytes_of, self.tensors.values()))
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -69,7 +62,9 @@ def local_headers(folder: str) -> Headers | None:
         }
     paths = {name: os.path.join(folder, name) for name in files}
     for name, path in paths.items():
-        _check_size(path, files[name], os.path.getsize(path), _header_bytes(path))
+        with open(path, "rb") as file:
+            header_bytes = 8 + int.from_bytes(file.read(8), "little")
+        _check_size(path, files[name], os.path.getsize(path), header_bytes)
     return _headers(files, sum(map(os.path.getsize, paths.values())))
 
 
@@ -94,13 +89,7 @@ def hub_headers(repo: str, revision: str | None) -> Headers | None:
 
 def _safetensors(names: list[str]) -> list[str]:
     """Return the names of safetensors files that are not in subfolders."""
-    return sorted(name for name in names if name.endswith(SUFFIX) and "/" not in name)
-
-
-def _header_bytes(path: str) -> int:
-    """Return the size of a file's header, including the eight bytes of its length."""
-    with open(path, "rb") as file:
-        return 8 + int.from_bytes(file.read(8), "little")
+    return sorted(name for name in names if name.endswith(".safetensors") and "/" not in name)
 
 
 def _check_size(place: str, file, size: int, header_bytes: int) -> None:

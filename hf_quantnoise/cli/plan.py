@@ -6,16 +6,17 @@ import json
 import sys
 from argparse import ArgumentParser, Namespace
 from dataclasses import replace
+from pathlib import Path
 
 from ..compression import check_plan
-from ..configuration import IPQConfig, QuantizedModelConfig
-from ..configuration.layer_quantizers import checked_layer_quantizers
+from ..compression.bit_allocation.allocate import resolve_target
+from ..configuration import IPQConfig
 from ..modeling.packer import ModelPacker
 from ..size import size_report
 from .checkpoints import checkpoint_of
 from .command import COMMANDS, Command, add_model_argument
 from .folders import check_file
-from .settings import quantization_config, quantization_parser, with_allocated_bits
+from .settings import quantization_config, quantization_parser
 from .sizes import add_table_arguments, show
 
 
@@ -32,10 +33,7 @@ class Plan(Command):
         "hf-quantnoise plan out/dense --scheme fixed_point --bits 4 --per group",
         "hf-quantnoise plan out/dense --codebook_bits 16 --save plan.json",
     )
-
-    @staticmethod
-    def parents() -> list[ArgumentParser]:
-        return [quantization_parser()]
+    parents = (quantization_parser,)
 
     @staticmethod
     def add_arguments(parser: ArgumentParser) -> None:
@@ -56,22 +54,12 @@ class Plan(Command):
         model = checkpoint.skeleton()
         check_plan(model, config)
         if config.target is not None and not config.settings_by_name():
-            config = with_allocated_bits(checkpoint.load(), config)
+            progress = sys.stderr.isatty()
+            config = resolve_target(checkpoint.load(), config, progress=progress, table=False)
         ModelPacker(model, config).pack_skeletons()
         show(size_report(model), args, config=config.to_dict())
         if args.save:
-            _save(_by_layer(config, model.config.quantization_config), args.save)
-
-
-def _by_layer(config: QuantizedModelConfig, packed: QuantizedModelConfig) -> QuantizedModelConfig:
-    """Return the config with the settings of each layer, if its scheme supports them."""
-    if not isinstance(config, IPQConfig):
-        return config
-    return replace(config, layer_quantizers=checked_layer_quantizers("plan", packed.plan))
-
-
-def _save(config: QuantizedModelConfig, file_name: str) -> None:
-    with open(file_name, "w", encoding="utf-8") as file:
-        json.dump(config.to_dict(), file, indent=2)
-        file.write("\n")
-    print(f"settings written to {file_name}", file=sys.stderr)
+            if isinstance(config, IPQConfig):  # a plan can be used as its settings of single layers
+                config = replace(config, layer_quantizers=model.config.quantization_config.plan)
+            Path(args.save).write_text(json.dumps(config.to_dict(), indent=2) + "\n", "utf-8")
+            print(f"settings written to {args.save}", file=sys.stderr)

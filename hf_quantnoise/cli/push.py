@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
-from huggingface_hub import constants
+from huggingface_hub import CommitOperationAdd, HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 
 from ..configuration import QUANT_METHOD
 from ..publishing.card import REPO_PLACEHOLDER
-from ..repository import CARD, create_repository, upload_folder
+from ..repository import CARD, create_repository
 from ..trainer import QuantNoiseTrainer
 from .checkpoints import Checkpoint
 from .command import COMMANDS, Command
 from .sizes import report_of
-
-# HTTP status of the Hub if the user may not write to, or see, a repository.
-_NOT_ALLOWED = (401, 403, 404)
 
 
 @COMMANDS.register("push")
@@ -52,41 +49,28 @@ class Push(Command):
             repo = create_repository(
                 args.repo, private=args.private or None, revision=args.revision
             )
-            with _card_with_name(repo, args.folder) as folder:
-                done = upload_folder(
-                    folder,
-                    repo,
-                    revision=args.revision,
-                    commit_message="Upload a model compressed by hf_quantnoise",
-                    ignore_patterns=QuantNoiseTrainer.unpublished,
-                )
+            done = HfApi().create_commit(
+                repo,
+                _files(args.folder, repo),
+                revision=args.revision,
+                commit_message="Upload a model compressed by hf_quantnoise",
+            )
         print(done.commit_url)
 
 
-@contextmanager
-def _card_with_name(repo: str, folder: str) -> Iterator[str]:
-    """Yield a folder whose card names the repository: the given one, or a copy with links."""
-    card = os.path.join(folder, CARD)
-    text = ""
-    if os.path.isfile(card):
-        with open(card, encoding="utf-8") as file:
-            text = file.read()
-    if REPO_PLACEHOLDER not in text:
-        yield folder
-        return
-    with tempfile.TemporaryDirectory() as scratch:
-        same = shutil.copytree(folder, os.path.join(scratch, "model"), copy_function=_link)
-        os.remove(os.path.join(same, CARD))  # a link: writing to it would change the original
-        with open(os.path.join(same, CARD), "w", encoding="utf-8") as file:
-            file.write(text.replace(REPO_PLACEHOLDER, repo))
-        yield same
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # on another disk, or without support for links
-        shutil.copyfile(source, target)
+def _files(folder: str, repo: str) -> list[CommitOperationAdd]:
+    """Return the files to upload, with the name of the repository in the card."""
+    found = (path for path in sorted(Path(folder).rglob("*")) if path.is_file())
+    paths = {path.relative_to(folder).as_posix(): path for path in found}
+    ignored = [*DEFAULT_IGNORE_PATTERNS, *QuantNoiseTrainer.unpublished]
+    files = []
+    for name in filter_repo_objects(paths, ignore_patterns=ignored):
+        content: Path | bytes = paths[name]
+        if name == CARD:
+            text = paths[name].read_text(encoding="utf-8")
+            content = text.replace(REPO_PLACEHOLDER, repo).encode()
+        files.append(CommitOperationAdd(name, content))
+    return files
 
 
 @contextmanager
@@ -98,7 +82,7 @@ def _explained(repo: str) -> Iterator[None]:
         raise  # an invalid name, which the error explains
     except Exception as error:  # any type, depending on the HTTP client
         remedy = "check the network and HF_ENDPOINT, the address of the Hub"
-        if isinstance(error, HfHubHTTPError) and error.response.status_code in _NOT_ALLOWED:
+        if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403, 404):
             remedy = "log in with `hf auth login` as a user who may write there"
         raise ConnectionError(
             f"{repo!r} could not be pushed to {constants.ENDPOINT}: {error}; {remedy}"

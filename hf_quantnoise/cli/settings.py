@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from argparse import ArgumentParser, Namespace
-from dataclasses import fields, replace
 
-from transformers import HfArgumentParser, PreTrainedModel
+from transformers import HfArgumentParser
 
-from ..compression.bit_allocation.allocate import plan_bit_allocation
 from ..configuration import IPQConfig, QuantizedModelConfig
 from ..configuration.flags import QuantizationFlags, read_quantization_config
 from ..configuration.options import options_of
@@ -30,12 +27,13 @@ def quantization_parser() -> ArgumentParser:
 
 def quantization_config(args: Namespace) -> QuantizedModelConfig:
     """Return the config that the flags describe."""
-    flags = QuantizationFlags(**{f.name: getattr(args, f.name) for f in fields(QuantizationFlags)})
+    flags = QuantizationFlags(
+        **{name: getattr(args, name) for name in options_of(QuantizationFlags)}
+    )
     given = flags.given() + (["seed"] if args.seed else [])
     try:
         if args.config is None:
-            flags.check_scheme(with_noise=False)
-            return flags.config(args.seed)
+            return flags.config(args.seed, with_noise=False)
         if given:
             raise ValueError(
                 f"--{given[0]} cannot be combined with --config {args.config!r}, which has all "
@@ -44,13 +42,3 @@ def quantization_config(args: Namespace) -> QuantizedModelConfig:
         return read_quantization_config(args.config)
     except ValueError as error:
         raise UsageError(str(error)) from error
-
-
-def with_allocated_bits(
-    model: PreTrainedModel, config: QuantizedModelConfig
-) -> QuantizedModelConfig:
-    """Return the config with ``layer_quantizers`` filled in, if it has a target size."""
-    if not isinstance(config, IPQConfig) or config.target is None or config.layer_quantizers:
-        return config
-    allocation = plan_bit_allocation(model, config, progress=sys.stderr.isatty())
-    return replace(config, layer_quantizers=allocation.layer_quantizers)

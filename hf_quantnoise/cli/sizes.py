@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+from collections import Counter, defaultdict
 from dataclasses import asdict
 from typing import Any
 
@@ -31,13 +31,13 @@ def report_of(checkpoint: Checkpoint) -> tuple[SizeReport, str | None]:
         if not checkpoint.has_config:
             raise ValueError(f"{checkpoint.path!r} has no config.json and no *.safetensors file")
         return size_report(checkpoint.load()), "no safetensors file: the weights were loaded"
-    model, reason = None, None
     try:
         model = checkpoint.skeleton()
     except Exception as error:  # from the code of any model
+        model = None
         expected = isinstance(error, ValueError | FileNotFoundError)
         reason = str(error) if expected else f"{type(error).__name__}: {error}"
-    if model is not None:
+    else:
         report = size_report(model)
         counted = report.total.disk_bytes
         if abs(counted - headers.file_bytes) <= TOLERANCE * headers.file_bytes:
@@ -54,62 +54,47 @@ def _as_in_files(headers: Headers, model) -> SizeReport:
     for name, tensor in headers.tensors.items():
         size = bytes_of(tensor)
         kind = str(FLOATS.get(tensor.dtype, tensor.dtype)).removeprefix("torch.").lower()
-        shape, group, dense = tuple(tensor.shape), groups.get(name, "other"), _dense_bytes(tensor)
-        rows.append(SizeRow(name, group, kind, shape, size, size, size, dense))
-    return SizeReport(rows, headers.file_bytes - headers.tensor_bytes)
-
-
-def _dense_bytes(tensor) -> int | None:
-    """Return the bytes of a tensor in float32, or None for codes of another package."""
-    if tensor.dtype in FLOATS:
-        return 4 * tensor.parameter_count
-    return bytes_of(tensor) if tensor.dtype in INTEGERS else None
+        dense = size if tensor.dtype in INTEGERS else None  # None: codes of another package
+        if tensor.dtype in FLOATS:
+            dense = 4 * tensor.parameter_count
+        group = groups.get(name, "other")
+        rows.append(SizeRow(name, group, kind, tuple(tensor.shape), size, size, size, dense))
+    return SizeReport(rows, headers.file_bytes - sum(row.disk_bytes for row in rows))
 
 
 def layer_table(report: SizeReport) -> str:
     """Return a table with a line per layer, one for all other tensors, and the totals."""
-    lines = [("layer", "stored", "group", "disk kB", "dense kB")]
-    layers = [row for row in report.rows if row.group != "other"]
     others = [row for row in report.rows if row.group == "other"]
-    lines += [
-        (row.name, row.stored, row.group, *kilobytes(row.disk_bytes, row.dense_bytes))
-        for row in layers
-    ]
-    rest = total_of(others)
+    rest, total = total_of(others), report.total
     sums = kilobytes(rest.disk_bytes, rest.dense_bytes)
-    lines.append((f"{len(others)} other tensors", "", "other", *sums))
-    lines.append(("file header", "", "", *kilobytes(report.header_bytes), ""))
-    total = report.total
-    lines.append(("total", "", "", *kilobytes(total.disk_bytes, total.dense_bytes)))
+    lines = [
+        ("layer", "stored", "group", "disk kB", "dense kB"),
+        *(
+            (row.name, row.stored, row.group, *kilobytes(row.disk_bytes, row.dense_bytes))
+            for row in report.rows
+            if row.group != "other"
+        ),
+        (f"{len(others)} other tensors", "", "other", *sums),
+        ("file header", "", "", *kilobytes(report.header_bytes), ""),
+        ("total", "", "", *kilobytes(total.disk_bytes, total.dense_bytes)),
+    ]
     return aligned(lines, left=3) + "\n" + report.closing_lines()
-
-
-TABLES = {"group": str, "layer": layer_table}
 
 
 def add_table_arguments(parser: ArgumentParser, per: str) -> None:
     """Add ``per`` and ``json``: the form of a report."""
-    parser.add_argument("--per", choices=list(TABLES), default=per, help="Rows of the table.")
+    parser.add_argument("--per", choices=["group", "layer"], default=per, help="Rows of the table.")
     parser.add_argument("--json", action="store_true", help="Print all rows as JSON, in bytes.")
 
 
 def show(report: SizeReport, args: Namespace, **more: Any) -> None:
     """Print a report as table or JSON; ``more`` is added to the JSON."""
     if args.json:
-        print(json.dumps({"model": args.model, **more, **to_dict(report)}, indent=2))
+        sums = {**asdict(report.total), "times_smaller": report.total.times_smaller}
+        values = {"model": args.model, **more, **asdict(report), "total": sums}
+        print(json.dumps(values, indent=2))
     else:
-        print(TABLES[args.per](report))
-
-
-def to_dict(report: SizeReport) -> dict[str, Any]:
-    """Return a JSON-able dict, in bytes."""
-    total = report.total
-    return {
-        "rows": [asdict(row) for row in report.rows],
-        "header_bytes": report.header_bytes,
-        "total": {**asdict(total), "times_smaller": total.times_smaller},
-        "left_dense": report.left_dense,
-    }
+        print(layer_table(report) if args.per == "layer" else report)
 
 
 def draw(report: SizeReport, per: str, title: str, file_name: str) -> None:
@@ -120,30 +105,23 @@ def draw(report: SizeReport, per: str, title: str, file_name: str) -> None:
         raise ImportError(
             "--png requires matplotlib; run pip install 'hf-quantnoise[plots]'"
         ) from None
-    bars = _bars(report.rows, per)
-    kinds = list(dict.fromkeys(kind for _, kind in bars))
-    figure = Figure(figsize=(8, 1.5 + 0.2 * len({name for name, _ in bars})))
+    names: dict[str, float] = {}  # layer or group -> where its next bar begins
+    kinds: dict[str, Counter[str]] = defaultdict(Counter)
+    for row in report.rows:
+        if row.disk_bytes:
+            of_layer = per == "layer" and row.group != "other"
+            name = row.name.removesuffix(".weight") if of_layer else row.group
+            names[name] = 0.0
+            kinds[row.stored][name] += row.disk_bytes
+    figure = Figure(figsize=(8, 1.5 + 0.2 * len(names)))
     axes = figure.add_subplot()
-    names = list(dict.fromkeys(name for name, _ in bars))
-    left = dict.fromkeys(names, 0.0)
-    for kind in kinds:
-        widths = [bars.get((name, kind), 0) / 1e3 for name in names]
-        axes.barh(names, widths, left=list(left.values()), label=kind)
-        left = {name: left[name] + width for name, width in zip(names, widths, strict=True)}
+    for kind, sizes in kinds.items():
+        widths = [sizes[name] / 1e3 for name in names]
+        axes.barh(list(names), widths, left=list(names.values()), label=kind)
+        names = {name: names[name] + sizes[name] / 1e3 for name in names}
     axes.invert_yaxis()
     axes.tick_params(axis="y", labelsize=7)
     axes.set_xlabel("kB on disk")
     axes.set_title(f"{title}: {report.total.disk_bytes / 1e6:.3f} MB")
     axes.legend()
     figure.savefig(file_name, dpi=120, bbox_inches="tight")
-
-
-def _bars(rows: Sequence[SizeRow], per: str) -> dict[tuple[str, str], int]:
-    """Return (layer or group, how it is stored) -> bytes."""
-    bars: dict[tuple[str, str], int] = {}
-    for row in rows:
-        if row.disk_bytes:
-            of_layer = per == "layer" and row.group != "other"
-            key = (row.name.removesuffix(".weight") if of_layer else row.group, row.stored)
-            bars[key] = bars.get(key, 0) + row.disk_bytes
-    return bars

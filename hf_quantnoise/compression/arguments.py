@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -34,13 +34,9 @@ REMOVED_OPTIONS = {
 
 @dataclass(frozen=True)
 class StageSettings:
-    """Settings of one stage.
+    """Settings of one stage: the fields of its name in :class:`CompressionArguments`.
 
-    Attributes:
-        epochs: epochs of finetuning, if ``steps`` is None.
-        steps: optimizer steps, or None.
-        learning_rate: None uses that of the trainer.
-        codebook_learning_rate: None uses ``learning_rate``.
+    It is finetuned for ``steps``, or for ``epochs`` if ``steps`` is None.
     """
 
     epochs: float
@@ -164,26 +160,22 @@ class CompressionArguments(Options):
         """Return the settings of a stage; None is the only stage of a fixed-point config."""
         settings: Any = self.stage_settings or {}
         own = settings.get("all" if stage is None else stage, {})
-        epochs, steps = self.stage_epochs, self.stage_steps
-        if own.keys() & {"epochs", "steps"}:  # either of them overrides both common ones
-            epochs, steps = own.get("epochs", 0.0), own.get("steps")
-        return StageSettings(
-            epochs=epochs,
-            steps=steps,
-            learning_rate=own.get("learning_rate", self.stage_learning_rate),
-            codebook_learning_rate=own.get("codebook_learning_rate", self.codebook_learning_rate),
+        common = StageSettings(
+            self.stage_epochs,
+            self.stage_steps,
+            self.stage_learning_rate,
+            self.codebook_learning_rate,
         )
+        if own.keys() & {"epochs", "steps"}:  # either of them overrides both common ones
+            common = replace(common, epochs=0.0, steps=None)
+        return replace(common, **own)
 
     def trains(self, stages: Iterable[str | None]) -> bool:
         """Whether any stage is finetuned."""
         return any(self.settings_of(stage).trains for stage in stages)
 
     def check_stages(self, stages: Iterable[str | None]) -> None:
-        """Check that the stages of ``stage_settings`` are those of a config.
-
-        Raises:
-            ValueError: naming a stage that is not.
-        """
+        """Raise a ``ValueError`` if ``stage_settings`` names a stage that a config lacks."""
         known = ["all" if stage is None else stage for stage in stages]
         for stage in self.stage_settings or {}:
             if stage not in known:
@@ -195,14 +187,12 @@ class CompressionArguments(Options):
 
 def _read_settings(value: Any) -> dict[str, dict[str, float]] | None:
     """Return ``stage_settings``, read from JSON if it is a string, as a checked dict."""
-    settings = value
-    if isinstance(value, str):
-        try:
-            settings = json.loads(value)
-        except ValueError:
-            settings = value
-    if settings is None:
+    if value is None:
         return None
+    try:
+        settings = json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        settings = None
     if not isinstance(settings, Mapping) or not all(
         isinstance(own, Mapping) for own in settings.values()
     ):

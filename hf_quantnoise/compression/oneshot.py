@@ -59,15 +59,14 @@ def quantize_model(
             f"invalid config: got {type(config).__name__}, expected an IPQConfig or "
             "FixedPointConfig"
         )
-    batches: list[dict] = []
-    if config.reads_data or config.target is not None:
-        batches = list(calibration_data or [])
+    reads_batches = config.reads_data or config.target
+    batches = list(calibration_data or []) if reads_batches else []
     if config.reads_data:
         require_batches(batches, config.reads_data)
     config = resolve_target(model, remove_noise(model, config), batches, progress)
     packer = ModelPacker(model, config)
     if config.reads_data:
         packer.require_runs(batches)
-    packer.pack_all(progress, batches if config.reads_data else ())
+    packer.pack_all(progress, batches)
     calibrate(model, [layer for _, layer in packed_layers(model)], batches)
     return model

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import islice
 from typing import Any
 
@@ -233,7 +233,7 @@ class CompressionPipeline:
         record.step = self.trainer.state.global_step
         dense_metric = self.history[0]["metric"] if self.history else record.metric
         log_record(self.trainer, record, self._number_of(record.stage), dense_metric)
-        self.history.append(record.to_dict())
+        self.history.append(asdict(record))
         if self.report is not None:
             self.report(record)
 

@@ -24,11 +24,6 @@ def is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def is_number(value: Any) -> bool:
-    """Whether a value is a real number; ``True`` and ``False`` are not."""
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
 def integer(low: int, high: int = 2**31) -> Check:
     """An integer from ``low`` to ``high``."""
 
@@ -45,22 +40,19 @@ def boolean(name: str, value: Any) -> None:
         raise invalid(name, value, "True or False")
 
 
-def positive(name: str, value: Any) -> None:
-    """A finite number above 0."""
-    if not is_number(value) or not 0 < value < float("inf"):
-        raise invalid(name, value, "a number above 0")
+def number(expected: str, is_valid: Callable[[float], bool]) -> Check:
+    """A real number for which a condition holds."""
+
+    def check(name: str, value: Any) -> None:
+        if not isinstance(value, Real) or isinstance(value, bool) or not is_valid(float(value)):
+            raise invalid(name, value, expected)
+
+    return check
 
 
-def non_negative(name: str, value: Any) -> None:
-    """A finite number of at least 0."""
-    if not is_number(value) or not 0 <= value < float("inf"):
-        raise invalid(name, value, "a number of at least 0")
-
-
-def fraction(name: str, value: Any) -> None:
-    """A number from 0 to 1."""
-    if not is_number(value) or not 0 <= value <= 1:
-        raise invalid(name, value, "a number from 0 to 1")
+positive = number("a number above 0", lambda value: 0 < value < float("inf"))
+non_negative = number("a number of at least 0", lambda value: 0 <= value < float("inf"))
+fraction = number("a number from 0 to 1", lambda value: 0 <= value <= 1)
 
 
 def one_of(choices: Iterable) -> Check:

@@ -26,14 +26,8 @@ class FixedPointConfig(QuantizedModelConfig):
     scheme: ClassVar[str] = "fixed_point"
 
     def noise_settings(self) -> dict[str, Any]:
-        return {
-            "noise": f"int{self.bits}",
-            "observer": self.observer,
-            **self._shared_with_noise(),
-        }
+        noise = {"noise": f"int{self.bits}", "observer": self.observer}
+        return {**noise, **super().noise_settings()}
 
     def quantizer_settings(self, layer: Any) -> dict[str, Any] | None:
         return {"scheme": "int", "bits": self.bits, "observer": self.observer}
-
-    def stage_groups(self) -> list[str | None]:
-        return [None]

@@ -7,7 +7,8 @@ import re
 from argparse import Action, ArgumentDefaultsHelpFormatter, ArgumentParser
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import MISSING, Field, dataclass, fields, make_dataclass
+from dataclasses import MISSING, dataclass, make_dataclass
+from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
 from ..registry import suggestion
@@ -47,25 +48,18 @@ def parse_int_or_dict(flag: str, value: Any) -> int | dict[str, int]:
     )
 
 
-def _parse_chunks(flag: str, value: Any) -> int | list[list[str]]:
+def _parse_json(flag: str, value: Any) -> Any:
+    """Return the content of a JSON text; other values, which the config checks, as they are."""
     try:
         return json.loads(value) if isinstance(value, str) else value
     except ValueError:
-        expected = 'a number of layers (2), or JSON with chunks of layers (\'[["a.1", "a.2"]]\')'
-        raise invalid_flag(flag, value, expected) from None
+        return value
 
 
 def parse_patterns(flag: str, value: Any) -> str | list[str] | None:
     """Return a regex as it is, and a JSON list of names and suffixes as a list."""
-    try:
-        names = json.loads(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
+    names = _parse_json(flag, value)
     return names if isinstance(names, list) else value or None
-
-
-def _word_or_steps(flag: str, value: Any) -> str | int:
-    return int(value) if isinstance(value, str) and value.isdigit() else value
 
 
 def _one_or_list(flag: str, values: Any) -> Any:
@@ -75,8 +69,7 @@ def _one_or_list(flag: str, values: Any) -> Any:
 def _read_json(flag: str, file_name: str) -> tuple[dict, dict]:
     """Return the content of a JSON file, and the quantization config that it is or has."""
     try:
-        with open(file_name, encoding="utf-8") as file:
-            content = json.load(file)
+        content = json.loads(Path(file_name).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise invalid_flag(flag, file_name, f"a JSON file ({error})") from None
     values = content if isinstance(content, dict) else {}
@@ -102,9 +95,6 @@ def read_quantization_config(file_name: str) -> QuantizedModelConfig:
     """Return the config in a quantization config's file or a compressed model's ``config.json``.
 
     The fields that compression filled in are not read.
-
-    Raises:
-        ValueError: naming the flag, if the file is something else; or an invalid field.
     """
     _, config = _read_json("config", file_name)
     if config.get("quant_method") != QUANT_METHOD:
@@ -134,7 +124,7 @@ class Form:
     hint: str = ""
 
 
-_CHUNKS = Form(str | None, _parse_chunks, "Format: 2, or JSON.")
+_CHUNKS = Form(str | None, _parse_json, "Format: 2, or JSON.")
 # Type of an option -> its form; other types are written as they are.
 FORMS: dict[Any, Form] = {
     int | dict[str, int]: Form(
@@ -143,7 +133,7 @@ FORMS: dict[Any, Form] = {
     int | list[list[str]]: _CHUNKS,
     int | list[list[str]] | None: _CHUNKS,
     str | list[str] | None: Form(str | None, parse_patterns, "Format: a regex, or a JSON list."),
-    str | int: Form(str, _word_or_steps),
+    str | int: Form(str, _parse_json),
     str | list[str]: Form(list[str], _one_or_list),
     float | list[float]: Form(list[float], _one_or_list),
     list[str] | tuple[str, ...]: Form(list[str]),
@@ -167,7 +157,7 @@ def flag_of(declared: Option, name: str, default: Any = MISSING, more: str = "")
     if form.type in (list[str], list[float]) and not isinstance(default, list):
         default = [default]
     help = " ".join(filter(None, (declared.help, form.hint, more)))
-    return name, form.type, option(default or None if default == {} else default, help)
+    return name, form.type, option(None if default == {} else default, help)
 
 
 _SCHEME_OPTIONS = {"ipq": options_of(IPQConfig), "fixed_point": options_of(FixedPointConfig)}
@@ -192,16 +182,14 @@ class QuantizationFlags(make_dataclass("_QuantizationFlags", _model_flags())):
 
     def given(self) -> list[str]:
         """Return the names of the flags whose values are not the defaults."""
-        return [f.name for f in fields(QuantizationFlags) if getattr(self, f.name) != default_of(f)]
+        flags = options_of(QuantizationFlags).values()
+        return [flag.name for flag in flags if getattr(self, flag.name) != flag.default]
 
-    def check_scheme(self, with_noise: bool) -> None:
-        """Refuse flags of another scheme.
+    def config(self, seed: int, with_noise: bool = True) -> QuantizedModelConfig:
+        """Return the config of the compressed model; flags of another scheme raise an error.
 
         Args:
-            with_noise: whether noise reads the flags that it shares with a scheme.
-
-        Raises:
-            ValueError: naming the flag and the scheme that it requires.
+            with_noise: whether noise reads the flags that it shares with another scheme.
         """
         noise = options_of(QuantNoiseConfig) if with_noise else {}
         own = _SCHEME_OPTIONS[self.scheme]
@@ -211,31 +199,18 @@ class QuantizationFlags(make_dataclass("_QuantizationFlags", _model_flags())):
                     f"--{min(wrong)} {getattr(self, min(wrong))} requires --scheme {scheme} (got "
                     f"--scheme {self.scheme}); remove one of them"
                 )
-
-    def config(self, seed: int) -> QuantizedModelConfig:
-        """Return the config of the compressed model.
-
-        Raises:
-            ValueError: if a flag belongs to another scheme, or a value is invalid.
-        """
-        self.check_scheme(with_noise=True)
-        flags = {f.name: f.name for f in fields(QuantizationFlags)}
+        flags = {name: name for name in options_of(QuantizationFlags)}
         return config_from_flags(SCHEMES[self.scheme], flags, vars(self), seed)
 
 
 def config_from_flags(
     config: Callable[..., Config], flags: Mapping[str, str], values: Mapping[str, Any], seed: int
 ) -> Config:
-    """Return a config with the values of flags.
+    """Return a config with the values of flags; errors name the flag.
 
     Args:
-        config: class of the config.
         flags: option -> flag; options of other configs are skipped.
         values: flag -> argument; None takes the default of the config.
-        seed: seed of the config.
-
-    Raises:
-        ValueError: naming the flag of an invalid value.
     """
     options = options_of(config)
     arguments = {
@@ -259,11 +234,6 @@ def errors_name_flags(flags: Mapping[str, str]) -> Iterator[None]:
         raise ValueError(f"invalid --{flags[match[1]]}{' ' * len(match[2])}{match[3]}") from error
 
 
-def default_of(f: Field) -> Any:
-    """Return the default of a dataclass field."""
-    return f.default if f.default_factory is MISSING else f.default_factory()
-
-
 class HelpFormatter(ArgumentDefaultsHelpFormatter):
     """Shows the default of each flag, except of optional values and switches."""
 
@@ -273,10 +243,10 @@ class HelpFormatter(ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
-class OneLineErrors:
-    """Mixin of argument parsers: errors are one line, with a suggestion for unknown flags."""
+class OneLineErrors(ArgumentParser):
+    """Argument parser whose errors are one line."""
 
-    def error(self: ArgumentParser, message: str) -> NoReturn:
+    def error(self, message: str) -> NoReturn:
         """Print one line, without the list of all flags, and exit with 2."""
         self.exit(2, f"{self.prog}: error: {message} ({self.prog} --help lists all flags)\n")
 

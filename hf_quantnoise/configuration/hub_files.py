@@ -7,9 +7,9 @@ import os
 import tempfile
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData, upload_folder
 
-from ..repository import CARD, TAG, create_repository, existing_card, find_file, upload_folder
+from ..repository import CARD, TAG, create_repository, existing_card, find_file
 
 
 class HubConfigMixin:
@@ -74,8 +74,8 @@ class HubConfigMixin:
             if existing_card(repo_id, revision, token) is None:
                 self._card(repo_id).save(os.path.join(folder, CARD))
             return upload_folder(
-                folder,
-                repo_id,
+                repo_id=repo_id,
+                folder_path=folder,
                 token=token,
                 commit_message=commit_message or f"Upload {type(self).__name__}",
                 revision=revision,

@@ -13,10 +13,6 @@ from .options import documented, option
 from .storage import SCHEMES, QuantizedModelConfig
 
 
-def _for_all_groups(value: int | dict[str, int]) -> dict[str, int]:
-    return value if isinstance(value, dict) else dict.fromkeys(GROUPS, value)
-
-
 def _stages(name: str, value: Any) -> None:
     if not isinstance(value, list | tuple) or not value:
         raise invalid(name, value, f"a list of structure groups ({', '.join(GROUPS)}) or regexes")
@@ -92,8 +88,8 @@ class IPQConfig(QuantizedModelConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.stages = list(self.stages)
-        for name in ("block_size", "n_centroids"):
-            self._check_covers_stages(name, getattr(self, name))
+        self._check_covers_stages("block_size", self.block_size)
+        self._check_covers_stages("n_centroids", self.n_centroids)
         if self.target_size_mb is not None and self.target_bits_per_weight is not None:
             raise ValueError(
                 f"target_size_mb={self.target_size_mb!r} and target_bits_per_weight="
@@ -126,7 +122,7 @@ class IPQConfig(QuantizedModelConfig):
             "noise": "proxy",
             "block_size": self._with_names("block_size"),
             "n_centroids": self._with_names("n_centroids"),
-            **self._shared_with_noise(),
+            **super().noise_settings(),
         }
 
     def _with_names(self, name: str) -> int | dict[str, int]:
@@ -143,14 +139,17 @@ class IPQConfig(QuantizedModelConfig):
                 "pruning, so noise on the full model cannot match it; pass block_size to "
                 "QuantNoiseConfig.matching"
             )
-        return {**_for_all_groups(value), **named} if named else value
+        if not named:
+            return value
+        by_group = value if isinstance(value, dict) else dict.fromkeys(GROUPS, value)
+        return {**by_group, **named}
 
     @property
     def target(self) -> str | None:
-        for name in ("target_size_mb", "target_bits_per_weight"):
-            if (value := getattr(self, name)) is not None:
-                return f"{name}={value!r}"
-        return None
+        if self.target_size_mb is not None:
+            return f"target_size_mb={self.target_size_mb!r}"
+        bits = self.target_bits_per_weight
+        return None if bits is None else f"target_bits_per_weight={bits!r}"
 
     def settings_by_name(self) -> dict[str, dict[str, Any]]:
         return self.layer_quantizers

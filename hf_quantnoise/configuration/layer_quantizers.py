@@ -29,16 +29,7 @@ _CHECKS: dict[str, Check] = {
 
 
 def checked_layer_quantizers(name: str, value: Any) -> dict[str, dict[str, Any]]:
-    """Return the quantizer settings by layer name, without the entries that describe the layer.
-
-    Args:
-        name: name of the field, for errors.
-        value: layer name -> ``{"scheme": "pq" | "int" | "dense", setting: value, ...}``; entries of
-            another model's plan are accepted.
-
-    Raises:
-        ValueError: naming layer, setting and value.
-    """
+    """Return the settings of a field by layer name, without the keys that describe the layer."""
     if not isinstance(value, dict):
         expected = 'a dict from layer name to settings, e.g. {"fc": {"scheme": "int", "bits": 4}}'
         raise invalid(name, value, expected)

@@ -5,9 +5,8 @@
 Command-line flags (``flags.py``) and the page docs/reference/configuration.md (written by
 ``docs/write_configuration.py``) are made from these fields.
 
-``huggingface_hub.dataclasses`` is not used for the checks: its errors span several lines and are
-not ``ValueError``s, it refuses an int for a float or a tuple for a list, and its metadata cannot be
-passed to ``HfArgumentParser``. ``Annotated`` can.
+``huggingface_hub.dataclasses`` is not used for the checks: its errors span several lines, it
+refuses an int for a float, and its metadata cannot be passed to ``HfArgumentParser``.
 """
 
 from __future__ import annotations
@@ -50,11 +49,6 @@ class Option:
     help: str
     checks: tuple[Check, ...]
 
-    @property
-    def optional(self) -> bool:
-        """Whether None is a value."""
-        return type(None) in get_args(self.type)
-
 
 @cache
 def options_of(config: type) -> dict[str, Option]:
@@ -90,10 +84,9 @@ class Options:
     def __post_init__(self) -> None:
         for name, declared in options_of(type(self)).items():
             value = getattr(self, name)
-            if value is None and declared.optional:
-                continue
-            for check in declared.checks:
-                check(name, value)
+            if value is not None or type(None) not in get_args(declared.type):
+                for check in declared.checks:
+                    check(name, value)
 
 
 def unknown_option(config: type[Options], name: str) -> str:
@@ -118,11 +111,7 @@ def warn_removed(name: str, reason: str) -> None:
 
 
 def values_of_file(config: type[Options], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keyword arguments that a config's JSON holds.
-
-    Raises:
-        ValueError: naming an unknown field, with the name that was probably meant.
-    """
+    """Return the keyword arguments that a config's JSON holds; unknown fields raise an error."""
     values = drop_removed(config.removed, values)
     for name in values.keys() - options_of(config).keys():
         hint = unknown_option(config, name)

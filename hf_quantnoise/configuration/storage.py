@@ -21,8 +21,7 @@ QUANT_METHOD = "hf_quantnoise"
 # Layout on disk -> the first version of the package that reads it.
 FORMATS = {1: "0.1.0"}
 FORMAT_VERSION = max(FORMATS)
-# Written into config.json for people who open it; never read.
-LOAD_HINT = "pip install hf-quantnoise, and import hf_quantnoise before loading"
+# Keys that are written into config.json next to the fields, partly for people who open it.
 HEAD = ("quant_method", "scheme", "how_to_load", "requires")
 # Fields that compression fills in.
 RECORDS = ("plan", "left_dense", "shared_layers", "pruned_layers")
@@ -32,22 +31,18 @@ OBSERVERS: Registry = Registry("observer")
 
 
 def check_format(version: Any, requires: object = None) -> None:
-    """Check that this version of the package can read a layout.
+    """Raise a ``ValueError`` if this version of the package cannot read a layout.
 
-    Args:
-        version: ``format_version`` of the file.
-        requires: ``requires`` of the file; part of the error if it is a plain requirement.
-
-    Raises:
-        ValueError: if it cannot, with the command that installs a version that can.
+    It names the command that installs a newer one, with ``requires`` of the file if that is a plain
+    requirement.
     """
     if not is_int(version) or version < 1:
         raise invalid("format_version", version, "a positive integer")
     if version > FORMAT_VERSION:
         plain = re.fullmatch(r"hf-quantnoise>=[\w.]+", str(requires))
         raise ValueError(
-            f"invalid format_version={version}: written by a newer hf_quantnoise (this version, "
-            f"{__version__}, reads up to {FORMAT_VERSION}); run pip install -U "
+            f"format_version={version} was written by a newer hf_quantnoise; this version, "
+            f"{__version__}, reads up to {FORMAT_VERSION}; install it with pip install -U "
             + (f"'{requires}'" if plain else "hf-quantnoise")
         )
 
@@ -119,16 +114,8 @@ class QuantizedModelConfig(HubConfigMixin, Options, QuantizationConfigMixin):
             return "importance"
         return None if self.activation_bits is None else "activation_bits"
 
-    @property
-    def is_compressed(self) -> bool:
-        """Whether the config is that of a compressed model (it has a plan)."""
-        return bool(self.plan)
-
     def noise_settings(self) -> dict[str, Any]:
         """Return the fields of a :class:`QuantNoiseConfig` with the same blocks."""
-        raise NotImplementedError
-
-    def _shared_with_noise(self) -> dict[str, Any]:
         names = ("activation_bits", "target_modules", "exclude_modules", "seed")
         shared = 1 if self.share_layers is None else self.share_layers
         return {**{name: getattr(self, name) for name in names}, "share_layers": shared}
@@ -148,12 +135,13 @@ class QuantizedModelConfig(HubConfigMixin, Options, QuantizationConfigMixin):
 
     def stage_groups(self) -> list[str | None]:
         """Return the stages in order: structure groups or regexes; None means all layers."""
-        raise NotImplementedError
+        return [None]
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-able dict: all fields, quantization method, scheme and how to load it."""
+        how_to_load = "pip install hf-quantnoise, and import hf_quantnoise before loading"
         requires = f"hf-quantnoise>={FORMATS[self.format_version]}"
-        head = dict(zip(HEAD, (QUANT_METHOD, self.scheme, LOAD_HINT, requires), strict=True))
+        head = dict(zip(HEAD, (QUANT_METHOD, self.scheme, how_to_load, requires), strict=True))
         return {**head, **asdict(self)}
 
     @classmethod

@@ -55,7 +55,7 @@ class OnnxExport:
 
     @property
     def file(self) -> Path:
-        """Path of the ONNX file."""
+        """The ONNX file."""
         return self.folder / FILE_NAME
 
 
@@ -239,10 +239,7 @@ def _may_fold(node: Any) -> bool | None:
 
 def _strip_metadata(program: Any) -> None:
     """Remove the Python stack trace of each node, which can be larger than small weights."""
-    program.metadata_props.clear()
-    for node in program.graph.all_nodes():
-        node.metadata_props.clear()
-        for value in node.outputs:
-            value.metadata_props.clear()
-    for value in program.graph.initializers.values():
-        value.metadata_props.clear()
+    nodes = list(program.graph.all_nodes())
+    values = [*program.graph.initializers.values(), *(v for node in nodes for v in node.outputs)]
+    for part in (program, *nodes, *values):
+        part.metadata_props.clear()

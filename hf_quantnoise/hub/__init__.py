@@ -1,25 +1,6 @@
 """Integration with transformers: loading, saving and dequantizing quantized models."""
 
-from .auto import (
-    AutoQuantizedModel,
-    AutoQuantizedModelForCausalLM,
-    AutoQuantizedModelForImageClassification,
-    AutoQuantizedModelForMaskedLM,
-    AutoQuantizedModelForQuestionAnswering,
-    AutoQuantizedModelForSeq2SeqLM,
-    AutoQuantizedModelForSequenceClassification,
-    AutoQuantizedModelForTokenClassification,
-)
+from .auto import AutoQuantizedModel
 from .quantizer import QuantNoiseHfQuantizer
 
-__all__ = [
-    "AutoQuantizedModel",
-    "AutoQuantizedModelForCausalLM",
-    "AutoQuantizedModelForImageClassification",
-    "AutoQuantizedModelForMaskedLM",
-    "AutoQuantizedModelForQuestionAnswering",
-    "AutoQuantizedModelForSeq2SeqLM",
-    "AutoQuantizedModelForSequenceClassification",
-    "AutoQuantizedModelForTokenClassification",
-    "QuantNoiseHfQuantizer",
-]
+__all__ = ["AutoQuantizedModel", "QuantNoiseHfQuantizer"]

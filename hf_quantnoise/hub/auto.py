@@ -37,20 +37,17 @@ class AutoQuantizedModel:
 
     def __init__(self) -> None:
         name = type(self).__name__
-        raise TypeError(f"cannot create {name}; call {name}.from_pretrained(repo_or_folder)")
+        raise TypeError(f"{name} cannot be instantiated; use {name}.from_pretrained(...)")
 
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> PreTrainedModel:
-        """Load the model.
+        """Load a model from a folder or a repository of the Hub, in eval mode.
 
         Args:
-            pretrained_model_name_or_path: a folder, or a repository of the Hub.
+            pretrained_model_name_or_path: the folder or repository.
             kwargs: arguments of ``PreTrainedModel.from_pretrained``.
-
-        Returns:
-            The model, in eval mode.
 
         Raises:
             ValueError: if the checkpoint is not from this package, or a file is corrupted.
@@ -81,11 +78,8 @@ def _check_method(path: str, quantization: Any) -> None:
             "transformers' AutoModel, optionally with quantization_config=IPQConfig(), or compress "
             "it with quantize_model(model, IPQConfig())"
         )
-    method = (
-        quantization.get("quant_method")
-        if isinstance(quantization, dict)
-        else quantization.quant_method
-    )
+    is_json = isinstance(quantization, dict)
+    method = quantization.get("quant_method") if is_json else quantization.quant_method
     if method != QUANT_METHOD:
         raise ValueError(
             f"invalid quant_method={method!r} in {path!r}, expected {QUANT_METHOD!r}; load it with "
@@ -99,11 +93,11 @@ def class_of(architectures: list[str] | None) -> type[PreTrainedModel] | None:
 
 
 def _class_named(path: str, architectures: list[str] | None) -> type[PreTrainedModel]:
-    name, found = architectures[0] if architectures else None, class_of(architectures)
+    found = class_of(architectures)
     if found is None:
         raise ValueError(
             f"invalid architectures={architectures!r} in config.json of {path!r}: transformers has "
-            f"no class {name!r}; load it with a class for its head, such as "
+            "no class of that name; load it with a class for its head, such as "
             "AutoQuantizedModelForSequenceClassification"
         )
     return found

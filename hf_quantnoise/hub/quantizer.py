@@ -14,14 +14,23 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils import logging
 
-from ..compat import DisableTorchFunction, has_adapter, mark_quantized, own_parameters
+from ..compat import (
+    DisableTorchFunction,
+    has_adapter,
+    is_initialized,
+    load_offloaded_parameter,
+    mark_quantized,
+    offloaded_names,
+    own_parameters,
+)
 from ..configuration import QUANT_METHOD, QuantizedModelConfig
 from ..modeling import (
     PackedLayer,
     decode_stored_states,
+    is_packed,
     packed_layers,
-    packed_shapes,
     stored_tensors,
     unpack_model,
 )
@@ -30,18 +39,18 @@ from ..modeling.packer import ModelPacker
 from ..modeling.structural_changes import declare_shared, tied_after_loading
 from ..modeling.ties import restore_ties
 from ..sharing import share, unshare
+from ..structure import is_layer
 from .card import CARD_ATTRIBUTE, TAGS
-from .offload import cannot_be_fetched, fetched, is_offloaded, require_in_memory, was_read
 from .reading import read_packed, require_no_renaming
-from .replaced_layers import drop_replaced_layers
 from .skeleton import (
     allow_sentinels,
     build_skeleton,
-    dense_shapes,
     require_shapes,
     sentinel_names,
+    shapes_before_loading,
 )
 
+logger = logging.get_logger(__name__)
 register_quantization_config(QUANT_METHOD)(QuantizedModelConfig)
 
 
@@ -56,26 +65,16 @@ class QuantNoiseHfQuantizer(HfQuantizer):
     def is_serializable(self) -> bool:
         return True
 
-    @property
-    def is_trainable(self) -> bool:
-        return True
-
-    @property
-    def is_qat_trainable(self) -> bool:
-        return True
-
-    @property
-    def is_compileable(self) -> bool:
-        return True
+    is_trainable = True
+    is_qat_trainable = True
+    is_compileable = True
 
     # The defaults of these two list all names of the model, which takes time and changes nothing: a
     # packed layer's tensors have the same names in files, and are not split among devices.
 
-    def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
-        """Leave the plan unchanged."""
+    def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None: ...
 
     def update_weight_conversions(self, weight_conversions: list, model: PreTrainedModel) -> list:
-        """Return the conversions unchanged."""
         return weight_conversions
 
     def attach(self, model: PreTrainedModel) -> None:
@@ -97,7 +96,7 @@ class QuantNoiseHfQuantizer(HfQuantizer):
         if not self.pre_quantized:
             _require_no_data(config)
             return
-        if not config.is_compressed:
+        if not config.plan:
             raise ValueError(
                 "invalid quantization_config: its plan is empty, so the storage of the layers is "
                 "unknown; save the model again with save_pretrained"
@@ -106,12 +105,12 @@ class QuantNoiseHfQuantizer(HfQuantizer):
         # transformers intercepts every torch function here to create tensors on the meta device.
         with DisableTorchFunction():
             self.quantization_config, layers, self._joined = build_skeleton(model, config)
-            self._shapes = dense_shapes(model)
+            self._shapes = shapes_before_loading(model)
             self._read = read_packed(model, layers, checkpoint_files, device_map)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs):
         if not self.pre_quantized:
-            require_in_memory(model)
+            _require_in_memory(model)
             model.is_quantized = False  # the packer takes dense models, and marks it
             ModelPacker(model, self.quantization_config).pack_all()
             _release_files(model)
@@ -123,8 +122,8 @@ class QuantNoiseHfQuantizer(HfQuantizer):
             is_read, layer._loading = layer._loading.is_read, None
             if is_read:
                 continue
-            if is_offloaded(layer) and layer.quantizer.encodes_state:
-                raise cannot_be_fetched(name, "stores its centroids in 8 bits")
+            if _is_offloaded(layer) and layer.quantizer.encodes_state:
+                raise _cannot_be_offloaded(name, "stores its centroids in 8 bits")
             self._require_read(name, layer)
         decode_stored_states(model)
         self._tie_shared(model)
@@ -132,23 +131,17 @@ class QuantNoiseHfQuantizer(HfQuantizer):
         return model
 
     def _require_read(self, name: str, layer: PackedLayer) -> None:
-        """Raise if the checkpoint lacks a tensor of a layer, or has one of another shape."""
-        shapes = packed_shapes(layer.quantizer, layer.rows, layer.columns)
-        hint = "a file is missing or belongs to another model; download or save the model again"
-        for tensor_name, tensor in layer.named_parameters(recurse=False):
-            if was_read(layer, tensor_name):
-                # transformers checks this from 5.23 on, with an error of this type.
-                if tensor.shape != shapes.get(tensor_name, tensor.shape):
-                    raise RuntimeError(
-                        f"size mismatch for {name}.{tensor_name}: {tuple(tensor.shape)} in the "
-                        f"checkpoint, {shapes[tensor_name]} in the plan: {hint}"
-                    )
-            elif name in self._joined and not tensor_name.startswith(PREFIX):
-                torch.nn.init.zeros_(tensor)  # the bias of a head that is not in the file
-            else:
+        """Raise ValueError if the checkpoint lacks a tensor of a layer."""
+        for key, tensor in layer.named_parameters(recurse=False):
+            is_read = key in offloaded_names(layer) if tensor.is_meta else is_initialized(tensor)
+            if is_read:
+                continue
+            if name not in self._joined or key.startswith(PREFIX):
                 raise ValueError(
-                    f"the checkpoint lacks {name}.{tensor_name}, which is in its plan: {hint}"
+                    f"the checkpoint lacks {name}.{key}, which is in its plan: a file is missing "
+                    "or belongs to another model; download or save the model again"
                 )
+            nn.init.zeros_(tensor)  # the bias of a head that is not in the file
 
     def _tie_shared(self, model: PreTrainedModel) -> None:
         """Tie the shared layers that transformers must not tie (:func:`tied_after_loading`)."""
@@ -156,8 +149,8 @@ class QuantNoiseHfQuantizer(HfQuantizer):
         if not (names := tied_after_loading(model, shared)):
             return
         for name in names:
-            if is_offloaded(model.get_submodule(name.rpartition(".")[0])):
-                raise cannot_be_fetched(name, "is shared by layers")
+            if _is_offloaded(model.get_submodule(name.rpartition(".")[0])):
+                raise _cannot_be_offloaded(name, "is shared by layers")
         share(model, [(source, name) for name, source in shared.items()])
         declare_shared(model, shared)
 
@@ -170,15 +163,18 @@ class QuantNoiseHfQuantizer(HfQuantizer):
                 sub_config.dtype = model.dtype
         # With an adapter loaded, transformers writes only the adapter.
         if not has_adapter(model):
-            drop_replaced_layers(model, self.quantization_config)
+            _drop_replaced_layers(model, self.quantization_config)
         state_dict = model.state_dict()
         written: dict[int, Tensor] = {}  # tied layers must keep sharing one tensor
         for prefix, layer in packed_layers(model):
-            keys = {name: f"{prefix}.{name}" for name, _ in layer.named_parameters(recurse=False)}
-            tensors = {name: fetched(model, key, state_dict[key]) for name, key in keys.items()}
+            names = [name for name, _ in layer.named_parameters(recurse=False)]
+            tensors = {name: state_dict[f"{prefix}.{name}"] for name in names}
+            for key, tensor in tensors.items():
+                if tensor.is_meta:
+                    tensors[key] = load_offloaded_parameter(model, f"{prefix}.{key}")
             for name, tensor in stored_tensors(layer, tensors).items():
                 identity = id(own_parameters(layer)[name])
-                state_dict[keys[name]] = written.setdefault(identity, tensor)
+                state_dict[f"{prefix}.{name}"] = written.setdefault(identity, tensor)
         for name in sentinel_names(self.quantization_config, model):
             state_dict[name] = torch.zeros(1, dtype=torch.uint8)
         return state_dict, {}
@@ -221,16 +217,55 @@ def _require_no_data(config: QuantizedModelConfig) -> None:
         )
 
 
+def _drop_replaced_layers(model: PreTrainedModel, config: QuantizedModelConfig) -> None:
+    """Remove layers from the plan that are dense again: a new head, or a resized table."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name in [name for name in config.plan if not is_packed(modules.get(name))]:
+        module: nn.Module | None = modules.get(name)
+        if module is None or not is_layer(module):
+            found = "is missing" if module is None else f"is a {type(module).__name__}"
+            raise ValueError(
+                f"cannot save the model as quantized: layer {name} of the plan {found} now; unload "
+                "an adapter with peft_model.unload() or save only the adapter, put a regular layer "
+                "there, or call model.dequantize()"
+            )
+        logger.warning(f"{name} was replaced after quantization; it is saved in floating point.")
+        del config.plan[name]
+        config.left_dense[name] = "replaced by a layer in floating point after it was quantized"
+    for entry in config.plan.values():
+        if "tied_to" in entry and entry["tied_to"] not in config.plan:
+            del entry["tied_to"]
+
+
+def _is_offloaded(module: nn.Module) -> bool:
+    """Return whether accelerate's hook holds a tensor of the module itself until it runs."""
+    return any(tensor.is_meta for tensor in module.parameters(recurse=False))
+
+
+def _cannot_be_offloaded(name: str, reason: str) -> ValueError:
+    return ValueError(
+        f"invalid device_map: {name} {reason}, so it cannot be offloaded; use a device_map that "
+        "does not put it on 'disk' or 'cpu'"
+    )
+
+
+def _require_in_memory(model: PreTrainedModel) -> None:
+    """Raise ValueError if a parameter of a model that is to be quantized is offloaded."""
+    offloaded = next((name for name, tensor in model.named_parameters() if tensor.is_meta), None)
+    if offloaded is not None:
+        raise ValueError(
+            f"invalid device_map: {offloaded} is offloaded, and a weight must be in memory to be "
+            "quantized; quantize without offloading, save_pretrained, and load the result with "
+            "this device_map"
+        )
+
+
 @torch.no_grad()
 def _release_files(model: PreTrainedModel) -> None:
     """Copy tensors that are views of a memory-mapped file, which would keep all of it in memory."""
     for tensor in [*model.parameters(), *model.buffers()]:
         if tensor.device.type == "cpu":
             tensor.data = tensor.data.clone()
-
-
-# Bytes of a cache line, and of the widest vectors of a processor.
-LINE = 64
 
 
 @torch.no_grad()
@@ -246,5 +281,5 @@ def _align(model: PreTrainedModel) -> None:
         for parameter in own_parameters(module).values():
             if parameter is None or parameter.dim() < 2 or parameter.device.type != "cpu":
                 continue
-            if parameter.data_ptr() % LINE:
+            if parameter.data_ptr() % 64:  # bytes of a cache line
                 parameter.data = parameter.data.clone()

@@ -50,19 +50,11 @@ def read_packed(
     files: Sequence[str] | None,
     device_map: object,
 ) -> list[str]:
-    """Fill the packed layers of which the files hold all tensors, for a model on the CPU.
+    """Fill the packed layers of a skeleton of which the files hold all tensors, on the CPU.
 
     The others are left to transformers: layers on other devices or of several processes, layers
-    whose names or precision transformers changes, and damaged ones, which it reports.
-
-    Args:
-        model: the skeleton, on the meta device.
-        layers: its packed layers, by name.
-        files: the files of the checkpoint.
-        device_map: the argument of ``from_pretrained``.
-
-    Returns:
-        The names of the tensors read, as they are in the files.
+    whose names or precision transformers changes, and damaged ones, which it reports. Returns the
+    names of the tensors read, as they are in the files.
     """
     if not _can_read(model, files, device_map):
         return []
@@ -156,10 +148,7 @@ def _renaming_test(conversions: Iterable[WeightTransform]) -> Callable[[str], bo
 def _keys_in_files(
     model: PreTrainedModel, name: str, layer: PackedLayer, known: Iterable[str]
 ) -> dict[str, str] | None:
-    """Return parameter of a layer -> its name in the files; None if one is missing.
-
-    None also if the layer has buffers in the files.
-    """
+    """Return parameter -> its name in the files; None if one is missing, or there are buffers."""
     if persistent_buffer_names(layer):
         return None
     parameters = [key for key, parameter in own_parameters(layer).items() if parameter is not None]
@@ -176,10 +165,9 @@ def _fill(layer: PackedLayer, tensors: dict[str, Tensor]) -> bool:
     if any(tensor.shape != empty[name].shape for name, tensor in tensors.items()):
         return False
     for name, tensor in tensors.items():
-        trained = tensor.is_floating_point() and empty[name].requires_grad
-        if tensor.is_floating_point():
+        if is_float := tensor.is_floating_point():
             tensor = tensor.to(empty[name].dtype)
-        parameter = nn.Parameter(tensor, trained)
+        parameter = nn.Parameter(tensor, is_float)
         mark_initialized(parameter)
         layer.register_parameter(name, parameter)
     layer._loading.is_read = True
@@ -205,8 +193,5 @@ def _tree(paths: Iterable[list[str]]) -> str:
         if longer and [] in endings:
             ending = f"(?:{ending})?"
         parts_by_ending[ending].append(re.escape(part))
-    return f"(?:{'|'.join(_any_of(parts) + end for end, parts in parts_by_ending.items())})"
-
-
-def _any_of(parts: list[str]) -> str:
-    return parts[0] if len(parts) == 1 else f"(?:{'|'.join(parts)})"
+    branches = (f"(?:{'|'.join(parts)}){end}" for end, parts in parts_by_ending.items())
+    return f"(?:{'|'.join(branches)})"

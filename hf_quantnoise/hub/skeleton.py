@@ -15,9 +15,9 @@ from transformers.utils import logging
 from ..blocks import matrix_shape
 from ..compat import ignored_if_missing, ignored_if_unexpected, ignored_on_save, own_parameters
 from ..configuration import LAYER_KEYS, QuantizedModelConfig
-from ..modeling import PackedLayer, is_packed, pack_skeleton, packed_names
+from ..modeling import PackedLayer, pack_skeleton
 from ..modeling.structural_changes import declare_shared, tied_after_loading
-from ..modeling.ties import TieRewriter
+from ..modeling.ties import renamed_ties
 from ..quantizers import quantizer_from_dict
 from ..structure import is_layer
 
@@ -30,9 +30,8 @@ SHAPES_ARE_CHECKED = Version(transformers.__version__) >= Version("5.23.0")
 def sentinel_names(config: QuantizedModelConfig, model: nn.Module) -> list[str]:
     """Return the names of the one-byte tensors that a file has in place of dense weights.
 
-    There is one in each part of the model (a child of the base model, or a head), named after its
-    first packed weight: some classes lack parts, ``GPT2Model`` the head, ``T5EncoderModel`` the
-    decoder. First in the order of names, as JSON sorts the plan.
+    Each part of the model (a child of the base model, or a head) has one, named after its first
+    packed weight in the order of names: some classes lack parts, ``GPT2Model`` the head.
     """
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     names: dict[str, str] = {}
@@ -62,16 +61,11 @@ def build_skeleton(
 ) -> tuple[QuantizedModelConfig, dict[str, PackedLayer], set[str]]:
     """Turn the layers of a plan into empty packed ones, in place, with ties and sharing declared.
 
-    Args:
-        model: a dense model on the meta device, of any class that has a part of the plan's layers.
-        config: the config of the checkpoint.
+    The model is on the meta device, of any class that has a part of the plan's layers.
 
     Returns:
         The config with the names of this class; its packed layers by name; the names of those that
         the class of the checkpoint lacks, which are tied to a packed layer.
-
-    Raises:
-        ValueError: if the plan has an entry for something that is not a layer here.
     """
     names = _Names(model)
     local = copy(config)
@@ -85,35 +79,29 @@ def build_skeleton(
     }
     stored, reshaped = _translate_plan(names, config.plan)
     local.left_dense |= reshaped
-    local.plan = plan = _close_over_ties(dict(stored), model, names)
-    rewriter = TieRewriter(model)
+    local.plan = plan = _close_over_ties(stored, model, names)
     layers = {name: names.modules[name] for name in plan}
-    for name, entry in plan.items():
-        quantizer = quantizer_from_dict({k: v for k, v in entry.items() if k not in LAYER_KEYS})
-        pack_skeleton(layers[name], quantizer, entry.get("activation_bits"), loading=True)
-    rewriter.rewrite({name: packed_names(layer) for name, layer in layers.items()})
+    with renamed_ties(model, plan):
+        for name, entry in plan.items():
+            quantizer = quantizer_from_dict({k: v for k, v in entry.items() if k not in LAYER_KEYS})
+            pack_skeleton(layers[name], quantizer, entry.get("activation_bits"), loading=True)
     untied = tied_after_loading(model, local.shared_layers)
     declare_shared(model, local.shared_layers, without=untied)
     ignored_if_missing(model).update(f"^{re.escape(name)}$" for name in untied)
     return local, layers, plan.keys() - stored.keys()
 
 
-def dense_shapes(model: PreTrainedModel) -> dict[str, torch.Size]:
-    """Return the shapes of dense parameters before loading; none if transformers checks them."""
+def shapes_before_loading(model: PreTrainedModel) -> dict[str, torch.Size]:
+    """Return the shapes of all parameters; none if transformers checks them itself."""
     if SHAPES_ARE_CHECKED:
         return {}
-    return {
-        name: parameter.shape
-        for name, parameter in model.named_parameters()
-        if not is_packed(model.get_submodule(name.rpartition(".")[0]))
-    }
+    return {name: parameter.shape for name, parameter in model.named_parameters()}
 
 
 def require_shapes(model: PreTrainedModel, shapes: dict[str, torch.Size]) -> None:
     """Raise RuntimeError (as newer transformers) if a parameter was loaded with another shape."""
     for name, shape in shapes.items():
-        found = model.get_parameter(name).shape
-        if found != shape:
+        if (found := model.get_parameter(name).shape) != shape:
             raise RuntimeError(
                 f"size mismatch for {name}: {tuple(found)} in the checkpoint, {tuple(shape)} in "
                 "the model; load the model unchanged and replace the layer, or pass "
@@ -183,6 +171,7 @@ def _close_over_ties(
 
     Their inputs were never measured, so they are not rounded.
     """
+    plan = dict(plan)
     for pair in model.all_tied_weights_keys.items():
         target, source = (name.removesuffix(".weight") for name in pair)
         for known, partner in ((source, target), (target, source)):

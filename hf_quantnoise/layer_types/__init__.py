@@ -3,7 +3,7 @@
 A new type needs a file here that calls :func:`register_layer_type`, and its import below.
 """
 
-from . import conv1d, convolution, embedding, linear  # noqa: F401
+from . import convolution, embedding, linear  # noqa: F401
 from .record import LAYER_TYPES, LayerType, known_layer_type, layer_type_of, register_layer_type
 
 __all__ = [

@@ -66,3 +66,4 @@ def _windows(layer: nn.Module, padded: Tensor) -> Iterator[Tensor]:
 
 
 register_layer_type(convolution_type(nn.Conv2d))
+register_layer_type(convolution_type(nn.Conv1d))  # not transformers' Conv1D, which is a Linear

@@ -25,8 +25,6 @@ class PackedEmbeddingForward(nn.Embedding):
 register_layer_type(
     LayerType(
         layer_class=nn.Embedding,
-        to_matrix=lambda weight: weight,
-        from_matrix=lambda matrix, shape: matrix,
         packed_forward=PackedEmbeddingForward,
         group="embeddings",
         input_size=lambda layer: 0,

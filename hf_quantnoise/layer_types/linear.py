@@ -32,8 +32,6 @@ def _input_energy(layer: nn.Module, inputs: Tensor) -> Tensor:
 register_layer_type(
     LayerType(
         layer_class=nn.Linear,
-        to_matrix=lambda weight: weight,
-        from_matrix=lambda matrix, shape: matrix,
         packed_forward=PackedLinearForward,
         input_energy=_input_energy,
     )

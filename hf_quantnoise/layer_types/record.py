@@ -15,7 +15,7 @@ class LayerType:
 
     Attributes:
         layer_class: the class; its subclasses are covered too.
-        to_matrix: weight -> view of shape (rows, columns), see ``blocks.py``.
+        to_matrix: weight -> view of shape (rows, columns), see ``blocks.py``; by default itself.
         from_matrix: (matrix, shape of the weight) -> weight, again a view.
         packed_forward: the class that the packed layer inherits its forward from. It is
             ``layer_class`` if that reads ``self.weight`` once, or a subclass that decodes less (it
@@ -35,8 +35,8 @@ class LayerType:
     """
 
     layer_class: type[nn.Module]
-    to_matrix: Callable[[Tensor], Tensor]
-    from_matrix: Callable[[Tensor, torch.Size], Tensor]
+    to_matrix: Callable[[Tensor], Tensor] = lambda weight: weight
+    from_matrix: Callable[[Tensor, torch.Size], Tensor] = lambda matrix, shape: matrix
     packed_forward: type[nn.Module] | None = None
     input_energy: Callable[[nn.Module, Tensor], Tensor] | None = None
     group: str | None = None
@@ -49,10 +49,9 @@ class LayerType:
 LAYER_TYPES: list[LayerType] = []
 
 
-def register_layer_type(layer_type: LayerType) -> LayerType:
+def register_layer_type(layer_type: LayerType) -> None:
     """Add a layer type to the ones that can be noised and packed."""
     LAYER_TYPES.append(layer_type)
-    return layer_type
 
 
 def layer_type_of(layer: nn.Module | type[nn.Module]) -> LayerType | None:
@@ -64,11 +63,7 @@ def layer_type_of(layer: nn.Module | type[nn.Module]) -> LayerType | None:
 
 
 def known_layer_type(layer: nn.Module | type[nn.Module]) -> LayerType:
-    """Return the record of a layer or layer class.
-
-    Raises:
-        TypeError: if its type is unknown.
-    """
+    """Return the record of a layer (or of a layer class); raise TypeError if there is none."""
     found = layer_type_of(layer)
     if found is None:
         name = (layer if isinstance(layer, type) else type(layer)).__name__

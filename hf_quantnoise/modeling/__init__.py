@@ -7,7 +7,6 @@ from .convert import (
     pack_skeleton,
     packed_layers,
     packed_names,
-    packed_shapes,
     stored_tensors,
     unpack_model,
 )
@@ -21,7 +20,6 @@ __all__ = [
     "pack_skeleton",
     "packed_layers",
     "packed_names",
-    "packed_shapes",
     "stored_tensors",
     "unpack_model",
 ]

@@ -7,7 +7,8 @@ fixed. They are scalars in the checkpoint, ``input_scale`` and ``input_zero_poin
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -19,18 +20,12 @@ from ..quantizers.observers import BINS, extremes, histogram, range_of_histogram
 
 
 class InputObserver:
-    """Statistics of the inputs of one layer: first their extremes, then their histogram.
-
-    Attributes:
-        range: the extremes, float32 scalars; None before the first input.
-        counts: number of values in each bin of the histogram, float32.
-        bins_are_fixed: whether the extremes are final, so that inputs are counted now.
-    """
+    """Statistics of the inputs of one layer: first their extremes, then their histogram."""
 
     def __init__(self) -> None:
-        self.range: tuple[Tensor, Tensor] | None = None
-        self.counts: Tensor | None = None
-        self.bins_are_fixed = False
+        self.range: tuple[Tensor, Tensor] | None = None  # the extremes, float32 scalars
+        self.counts: Tensor | None = None  # number of values in each bin, float32
+        self.bins_are_fixed = False  # the extremes are final; inputs are counted now
 
     def observe(self, inputs: Tensor) -> None:
         """Add the inputs of one forward."""
@@ -50,10 +45,7 @@ class InputObserver:
 
 
 def require_batches(batches: Sequence, needed_by: str = "activation_bits") -> None:
-    """Raise ValueError if no rank has calibration data, naming the field that needs it.
-
-    All ranks must call it.
-    """
+    """Raise ValueError if no rank has calibration data; all ranks must call it."""
     if not on_any_rank([bool(batches)])[0]:
         raise ValueError(
             f"{needed_by} needs calibration data and got none; use a trainer with a train_dataset, "
@@ -91,36 +83,21 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def require_runs(
     model: nn.Module, groups: Sequence[Sequence[nn.Module]], batches: Sequence, field: str
 ) -> None:
-    """Run batches until each group of layers was called; for most models one batch is enough.
+    """Run batches until a layer of each group was called; for most models one batch is enough.
 
-    The batches of all ranks count, and all ranks must call it.
-
-    Args:
-        model: the model that holds the layers; it runs in eval mode.
-        groups: groups of layers, of each at least one must be called.
-        batches: keyword arguments of the model's forward, one dict per batch.
-        field: the field that needs it, for the error.
-
-    Raises:
-        ValueError: naming a layer that no batch reaches.
+    The batches of all ranks count, and all ranks must call it. Raises ValueError, naming ``field``
+    and a layer that no batch reaches.
     """
     called: set[nn.Module] = set()
-    hooks = [
-        layer.register_forward_pre_hook(lambda layer, _: called.add(layer))
-        for group in groups
-        for layer in group
-    ]
     waiting = list(groups)
-    try:
-        with evaluating(model):
-            for batch in batches:
-                if not waiting:
-                    break
-                model(**batch)
-                waiting = [group for group in waiting if called.isdisjoint(group)]
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with evaluating(model), ExitStack() as hooks:
+        for layer in chain.from_iterable(groups):
+            hooks.enter_context(layer.register_forward_pre_hook(lambda layer, _: called.add(layer)))
+        for batch in batches:
+            if not waiting:
+                break
+            model(**batch)
+            waiting = [group for group in waiting if called.isdisjoint(group)]
     reached = on_any_rank([not called.isdisjoint(group) for group in groups])
     for group, is_reached in zip(groups, reached, strict=True):
         if not is_reached:
@@ -136,14 +113,9 @@ def calibrate(
 ) -> None:
     """Set scale and zero point of the inputs of packed layers (section 7.7).
 
-    The batches are run twice, for the extremes and for the histogram. In a distributed run each
-    rank has its own batches, and the batches of all ranks count; all ranks must call it.
-
-    Args:
-        model: the model that holds the layers; it runs in eval mode.
-        layers: packed layers; those without ``activation_bits`` are skipped.
-        batches: keyword arguments of the model's forward, one dict per batch.
-        forward: runs one batch; None is ``model(**batch)``.
+    The batches are run twice in eval mode, for the extremes and for the histogram. The batches of
+    all ranks count; all ranks must call it. Packed layers without ``activation_bits`` are skipped.
+    ``forward`` runs one batch; None is ``model(**batch)``.
 
     Raises:
         ValueError: if there is no batch, or a layer never ran on them.
@@ -153,25 +125,17 @@ def calibrate(
         return
     require_batches(batches)
     forward = forward or (lambda batch: model(**batch))
-    bits = {layer: layer.activation_bits for layer in observers}
-    hooks = [
-        layer.register_forward_pre_hook(_observe(observer), with_kwargs=True)
-        for layer, observer in observers.items()
-    ]
-    try:
-        for layer in observers:
+    with evaluating(model), ExitStack() as restored:
+        for layer, observer in observers.items():
+            hook = layer.register_forward_pre_hook(_observe(observer), with_kwargs=True)
+            restored.enter_context(hook)
+            restored.callback(setattr, layer, "activation_bits", layer.activation_bits)
             layer.activation_bits = None  # inputs are measured without rounding
-        with evaluating(model):
-            for batch in batches:
-                forward(batch)
-            _share_ranges(model, observers)
-            for batch in batches:
-                forward(batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for layer in observers:
-            layer.activation_bits = bits[layer]
+        for batch in batches:
+            forward(batch)
+        _share_ranges(model, observers)
+        for batch in batches:
+            forward(batch)
     for layer, observer in observers.items():
         sum_over_ranks(observer.counts)
         for key, value in observer.state(layer.activation_bits).items():
@@ -186,17 +150,12 @@ def _observe(observer: InputObserver) -> Callable[[nn.Module, tuple, dict], None
 
 
 def _share_ranges(model: nn.Module, observers: Mapping[nn.Module, InputObserver]) -> None:
-    """Give the observers of all ranks the same empty bins.
-
-    Raises:
-        ValueError: naming a layer that ran on no rank.
-    """
+    """Give the observers of all ranks the same empty bins, if each layer ran on some rank."""
     ran = on_any_rank([observer.range is not None for observer in observers.values()])
     for layer, has_run in zip(observers, ran, strict=True):
         if not has_run:
             raise never_ran("activation_bits", model, layer)
-    ranges = [observer.range for observer in observers.values()]
-    widest = widest_over_ranks(ranges, torch.device("cpu"))
+    widest = widest_over_ranks([observer.range for observer in observers.values()])
     for (layer, observer), (low, high) in zip(observers.items(), widest, strict=True):
         device = layer.get_parameter("input_scale").device
         observer.range, observer.bins_are_fixed = (low.to(device), high.to(device)), True

@@ -36,21 +36,17 @@ def packed_names(layer: nn.Module) -> list[str]:
     return [name for name in own_parameters(layer) if name.startswith(PREFIX)]
 
 
-def _indices_shape(quantizer: Quantizer, rows: int, columns: int) -> tuple[int, ...]:
-    """Return (rows, bytes per row) if each row begins on a byte, else (bytes,)."""
+def _packed_shapes(quantizer: Quantizer, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor that holds a packed (rows, columns) weight, by name.
+
+    Codes are (rows, bytes per row) if each row begins on a byte, else (bytes,).
+    """
     codes_per_row = columns // quantizer.block_size * quantizer.codes_per_block
     bits_per_row = codes_per_row * quantizer.code_bits
-    if bits_per_row % 8 == 0:
-        return rows, bits_per_row // 8
-    return (-(-rows * bits_per_row // 8),)
-
-
-def packed_shapes(quantizer: Quantizer, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each tensor that holds a packed (rows, columns) weight, by name."""
-    shapes = {INDICES: _indices_shape(quantizer, rows, columns)}
-    for key, (shape, _) in quantizer.state_spec(rows, columns).items():
-        shapes[PREFIX + key] = tuple(shape)
-    return shapes
+    is_aligned = bits_per_row % 8 == 0
+    indices = (rows, bits_per_row // 8) if is_aligned else (-(-rows * bits_per_row // 8),)
+    states = quantizer.state_spec(rows, columns).items()
+    return {INDICES: indices, **{PREFIX + key: tuple(shape) for key, (shape, _) in states}}
 
 
 def stored_tensors(
@@ -76,19 +72,11 @@ def decode_stored_states(model: nn.Module) -> None:
         key = id(layer.weight_indices)  # tied layers share one set
         if key not in decoded:
             state = layer.quantizer.from_storage(layer.state)
-            tensors = {PREFIX + name: tensor.detach() for name, tensor in state.items()}
-            decoded[key] = _parameters(layer.quantizer, tensors)
+            decoded[key] = {
+                PREFIX + name: nn.Parameter(tensor.detach()) for name, tensor in state.items()
+            }
         for name, parameter in decoded[key].items():
             layer.register_parameter(name, parameter)
-
-
-def _parameters(quantizer: Quantizer, tensors: dict[str, Tensor]) -> dict[str, nn.Parameter]:
-    """Return tensors as the parameters of a packed layer."""
-    fixed = {PREFIX + key for key in quantizer.not_trained}
-    return {
-        name: nn.Parameter(tensor, tensor.is_floating_point() and name not in fixed)
-        for name, tensor in tensors.items()
-    }
 
 
 def _become_packed(
@@ -101,8 +89,10 @@ def _become_packed(
     rows, columns = matrix_shape(layers[0])
     shape, dtype = layers[0].weight.shape, layers[0].weight.dtype
     # Floats before codes: callers take the dtype of a model from its first parameter.
-    floats_first = {name: tensors[name] for name in sorted(tensors, key=INDICES.__eq__)}
-    parameters = _parameters(quantizer, floats_first)
+    parameters = {
+        name: nn.Parameter(tensors[name], tensors[name].is_floating_point())
+        for name in sorted(tensors, key=INDICES.__eq__)
+    }
     for layer in layers:
         del own_parameters(layer)["weight"]
         layer.__class__ = packed_class(type(layer))
@@ -114,7 +104,7 @@ def _become_packed(
             layer.activation_bits = activation_bits
             for name in INPUT_NAMES:  # tied layers read different inputs
                 scalar = layer.weight_indices.new_zeros((), dtype=dtype)
-                layer.register_parameter(name, nn.Parameter(scalar, requires_grad=False))
+                layer.register_parameter(name, nn.Parameter(scalar))
         # Otherwise transformers' _init_weights decodes the weight to initialise a temporary.
         # Buffers of the layer (the scale of Gemma's table) are in no file and need it.
         mark_initialized(layer, not own_buffers(layer))
@@ -140,10 +130,6 @@ def pack_layer(
 
     Returns:
         The relative error ||W - W_q||^2 / ||W||^2.
-
-    Raises:
-        TypeError: if the layer type cannot be packed.
-        ValueError: if the quantizer does not fit the shape of the weight.
     """
     layers = _packable(layers)
     weight = layers[0].weight
@@ -156,7 +142,7 @@ def pack_layer(
     decoded = quantizer.decode(codes, state)
     error = (matrix.float() - decoded.float()).square().sum() / matrix.float().square().sum()
     packed = pack_codes(codes.reshape(-1), quantizer.code_bits)
-    tensors = {INDICES: packed.reshape(_indices_shape(quantizer, rows, columns)).clone()}
+    tensors = {INDICES: packed.reshape(_packed_shapes(quantizer, rows, columns)[INDICES]).clone()}
     for key, value in state.items():
         tensors[PREFIX + key] = value.to(device=weight.device, dtype=weight.dtype)
     _become_packed(layers, quantizer, tensors, activation_bits)
@@ -180,7 +166,7 @@ def pack_skeleton(
         name: torch.empty(
             shape, dtype=torch.uint8 if name == INDICES else weight.dtype, device=weight.device
         )
-        for name, shape in packed_shapes(quantizer, rows, columns).items()
+        for name, shape in _packed_shapes(quantizer, rows, columns).items()
     }
     _become_packed(layers, quantizer, tensors, activation_bits)
     if loading:
@@ -189,7 +175,7 @@ def pack_skeleton(
 
 
 def _packable(layers: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:
-    """Return the layers as a list, after a check that all of them can be packed."""
+    """Return the layers as a list, or raise TypeError if one of them cannot be packed."""
     layers = [layers] if isinstance(layers, nn.Module) else list(layers)
     for layer in layers:
         packed_class(type(layer))

@@ -13,6 +13,7 @@ row.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 
 import torch
 import torch.nn.functional as F
@@ -33,24 +34,19 @@ DAMPING = 0.01
 class _InputStatistics(TorchFunctionMode):
     """Sums the squares of what multiplies the weights of some layers, while a model runs.
 
-    Layers are observed with forward hooks. Lookups are observed in ``F.embedding``, by the table
-    they read: a subclass may be called with something other than row indices (OPT's positions).
-
-    Attributes:
-        columns: for each weight, by id, the sum of squares of its inputs; float64.
-        ran: ids of the weights whose ``columns`` have inputs.
-        rows: for each table, by id, the number of lookups of each row; float64.
-        padding: the masks of the running batch; padding does not count.
+    Layers are observed with a forward pre-hook, :meth:`observe`. Lookups are observed in
+    ``F.embedding``, by the table they read: a subclass may be called with something other than row
+    indices (OPT's positions). Padding does not count.
     """
 
     def __init__(self, layers: Sequence[nn.Module], padding: PaddingMasks) -> None:
         super().__init__()
-        self.layers, self.padding = layers, padding
-        # Created in advance, so that all ranks have the same tensors whatever their batches reach.
+        self.padding = padding
+        # By id of the weight, float64: the sums of squares of its inputs, and the lookups of each
+        # row of a table. All ranks have the same tensors, whatever their batches reach.
         self.columns: dict[int, Tensor] = {}
         self.rows: dict[int, Tensor] = {}
-        self.ran: set[int] = set()
-        self._hooks: list = []
+        self.ran: set[int] = set()  # the weights whose ``columns`` have inputs
         for layer in layers:
             layer_type, (rows, columns) = known_layer_type(layer), matrix_shape(layer)
             sizes = {"dtype": torch.float64, "device": layer.weight.device}
@@ -61,20 +57,7 @@ class _InputStatistics(TorchFunctionMode):
             if layer_type.is_table:
                 self.rows[id(layer.weight)] = torch.zeros(rows, **sizes)
 
-    def __enter__(self):
-        self._hooks = [
-            layer.register_forward_pre_hook(self._observe, with_kwargs=True)
-            for layer in self.layers
-            if known_layer_type(layer).input_energy is not None
-        ]
-        return super().__enter__()
-
-    def __exit__(self, *error):
-        for hook in self._hooks:
-            hook.remove()
-        return super().__exit__(*error)
-
-    def _observe(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
+    def observe(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
         layer_type, key = known_layer_type(layer), id(layer.weight)
         inputs = args[0] if args else next(iter(kwargs.values()))
         # (batch, features) has no positions, even if it has the shape of the mask.
@@ -91,7 +74,7 @@ class _InputStatistics(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def sum_over_ranks(self) -> None:
-        """Add the statistics of all ranks. All ranks must call it, with the same layers."""
+        """Add the statistics of all ranks, which have the same layers."""
         for total in (*self.columns.values(), *self.rows.values()):
             sum_over_ranks(total)
         ran = on_any_rank([key in self.ran for key in self.columns])
@@ -113,25 +96,25 @@ def measure_importance(
     both kinds are scaled to mean 1 and averaged.
 
     Args:
-        model: the model that holds the layers; it runs in eval mode.
+        model: runs in eval mode.
         weights: for each weight, the layers that hold it.
-        batches: keyword arguments of the model's forward, one dict per batch. Padding by their
-            masks does not count.
+        batches: arguments of the model's forward; those of all ranks count, their padding does not.
         forward: runs one batch; None is ``model(**batch)``.
 
     Returns:
         For each weight a float32 tensor of mean 1 that broadcasts to its matrix (rows, columns):
         (1, columns), (rows, 1) for a table, (rows, columns) for a grouped convolution and for a
-        table that is also a head. In a distributed run, each rank has its own batches and the
-        result is over all of them.
-
-    Raises:
-        ValueError: if a weight was never used on the batches of any rank.
+        table that is also a head.
     """
     forward = forward or (lambda batch: model(**batch))
     padding = PaddingMasks(model)
-    statistics = _InputStatistics([layer for layers in weights for layer in layers], padding)
-    with evaluating(model), padding, statistics:
+    all_layers = [layer for layers in weights for layer in layers]
+    statistics = _InputStatistics(all_layers, padding)
+    with evaluating(model), padding, statistics, ExitStack() as hooks:
+        for layer in all_layers:
+            if known_layer_type(layer).input_energy is not None:
+                hook = layer.register_forward_pre_hook(statistics.observe, with_kwargs=True)
+                hooks.enter_context(hook)
         for batch in batches:
             padding.begin(batch)
             forward(batch)

@@ -21,7 +21,6 @@ from ..layer_types import known_layer_type
 from ..quantizers import Quantizer
 from ..quantizers.fixed_point import round_activations
 from ..quantizers.packing import unpack_codes
-from .non_trainable import NonTrainableParameter
 from .read_only_weight import as_read_only, raise_read_only
 from .stored_state import decode_state_dict
 
@@ -36,20 +35,34 @@ SCRATCH_BYTES = 8 * 2**20
 
 @dataclass
 class LoadingState:
-    """Progress of a packed layer while a checkpoint is loaded; None for a layer in use.
+    """Progress of a packed layer while a checkpoint is loaded; None for a layer in use."""
 
-    Attributes:
-        is_skeleton: whether the layer is still empty. transformers asks for the shape of the weight
-            before the codes are there: ``weight`` is then an empty meta tensor.
-        is_read: whether this package has read all tensors of the layer. They are hidden from the
-            state dict then, so that transformers does not read them again.
-        partial_state: tensors of the quantizer's state from the shards loaded so far
-            (``stored_state.py``).
+    # The layer is still empty. transformers asks for the shape of the weight before the codes are
+    # there: ``weight`` is then an empty meta tensor.
+    is_skeleton: bool = False
+    # This package has read all tensors of the layer. They are hidden from the state dict then, so
+    # that transformers does not read them again.
+    is_read: bool = False
+    # The quantizer's state in the shards loaded so far (``stored_state.py``).
+    partial_state: dict[str, Tensor] = field(default_factory=dict)
+
+
+class NonTrainableParameter(nn.Parameter):
+    """Codes, scales and zero points: ``requires_grad_`` does nothing.
+
+    Callers enable the gradients of all parameters of a module (PEFT those of ``modules_to_save``);
+    for codes, which are integers, torch would raise.
     """
 
-    is_skeleton: bool = False
-    is_read: bool = False
-    partial_state: dict[str, Tensor] = field(default_factory=dict)
+    def __new__(cls, data: Tensor, requires_grad: bool = False) -> NonTrainableParameter:
+        return super().__new__(cls, data, False)
+
+    def requires_grad_(self, requires_grad: bool = True) -> NonTrainableParameter:
+        """Leave the parameter unchanged."""
+        return self
+
+    def __reduce_ex__(self, protocol):
+        return NonTrainableParameter, (self.data,)  # nn.Parameter would restore its own class
 
 
 class _AverageOverBlocks(torch.autograd.Function):
@@ -144,13 +157,11 @@ class PackedLayer(DynamicSubclass):
 
     def codes(self, rows: Tensor | slice | None = None) -> Tensor:
         """Return the codes, or those of some rows, shape (rows, codes_per_row)."""
-        packed = self.weight_indices
+        packed, n_rows = self.weight_indices, self.rows
         if rows is not None and self.rows_are_aligned:
             # index_select raises on negative rows, as any table should.
             packed = packed[rows] if isinstance(rows, slice) else packed.index_select(0, rows)
             rows, n_rows = None, packed.shape[0]
-        else:
-            n_rows = self.rows
         codes = unpack_codes(
             packed.reshape(-1), self.quantizer.code_bits, n_rows * self.codes_per_row
         ).view(n_rows, self.codes_per_row)
@@ -176,19 +187,15 @@ class PackedLayer(DynamicSubclass):
             return counts
         return self._counts
 
-    def row_slices(self, itemsize: int) -> list[slice]:
-        """Return slices of rows that take at most :data:`SCRATCH_BYTES` when decoded."""
-        step = max(1, SCRATCH_BYTES // (self.columns * itemsize))
-        if not self.rows_are_aligned or step >= self.rows:
-            return [slice(0, self.rows)]
-        return [slice(start, min(start + step, self.rows)) for start in range(0, self.rows, step)]
-
     def linear(self, inputs: Tensor) -> Tensor:
         """Return ``inputs @ matrix.T + bias``, with the matrix decoded slice by slice."""
-        parts = [
-            F.linear(inputs, self.decode_rows(rows), None if self.bias is None else self.bias[rows])
-            for rows in self.row_slices(inputs.element_size())
-        ]
+        step = self.rows
+        if self.rows_are_aligned:
+            step = max(1, SCRATCH_BYTES // (self.columns * inputs.element_size()))
+        parts = []
+        for rows in (slice(start, start + step) for start in range(0, self.rows, step)):
+            bias = None if self.bias is None else self.bias[rows]
+            parts.append(F.linear(inputs, self.decode_rows(rows), bias))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
@@ -235,10 +242,7 @@ def packed_class(cls: type[nn.Module]) -> type[nn.Module]:
     """Return the packed subclass of a layer class.
 
     Subclasses that add behaviour (a position offset, an embedding scale) keep it: the packed
-    forward follows them in the method resolution order.
-
-    Raises:
-        TypeError: if the layer type is unknown or has no packed forward.
+    forward follows them in the method resolution order. Raises TypeError if the type is unknown.
     """
     layer_type = known_layer_type(cls)
     if layer_type.packed_forward is None:

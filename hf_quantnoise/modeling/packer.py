@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -16,23 +17,21 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from ..compat import own_parameters
 from ..configuration import QuantizedModelConfig
 from ..distributed import broadcast_from, is_distributed, is_own_task, rank_of_task, sum_over_ranks
+from ..quantizers.base import require_finite
 from .activations import require_batches, require_runs, rounds_inputs
 from .convert import pack_layer, pack_skeleton, packed_layers, packed_names
 from .importance import measure_importance
 from .plan import PlannedWeight, make_plan
 from .structural_changes import changed_copy, declare_shared, plan_structural_changes
-from .ties import TieRewriter
+from .ties import renamed_ties
 
 
 @dataclass(frozen=True)
 class StageResult:
-    """The result of packing one stage.
+    """The result of packing one stage, which is None in a run without stages.
 
-    Attributes:
-        stage: the structure group or regex; None for a run without stages.
-        layers: names of the packed layers.
-        relative_error: sum of ||W - W_q||^2 over the stage, divided by its sum of ||W||^2.
-        errors: ||W - W_q||^2 / ||W||^2 of each weight, by the first layer that holds it.
+    ``relative_error`` is the sum of ||W - W_q||^2 over the stage divided by that of ||W||^2, and
+    ``errors`` the same of each weight, by the first layer that holds it.
     """
 
     stage: str | None
@@ -56,9 +55,8 @@ class ModelPacker:
             been applied, then the model itself.
 
     Raises:
-        TypeError: if the model is not a ``PreTrainedModel``.
-        ValueError: if the model is already quantized, or the config does not fit it. The model is
-            unchanged then.
+        ValueError: if the model is already quantized, or the config does not fit it; the model is
+            unchanged.
     """
 
     def __init__(
@@ -76,14 +74,10 @@ class ModelPacker:
         self.stages, self.config.left_dense = make_plan(self.planned, self.config)
 
     def require_runs(self, batches: Sequence) -> None:
-        """Check that calibration data reaches every layer to be measured, before packing starts.
-
-        Raises:
-            ValueError: naming a layer that never runs on it; the model is unchanged.
-        """
+        """Raise ValueError, before packing starts, if a layer to be measured never runs."""
         groups: list[list[nn.Module]] = []
-        for planned in (planned for stage in self.stages.values() for planned in stage):
-            modules = [layer.module for layer in planned.layers]
+        for planned in chain.from_iterable(self.stages.values()):
+            modules = planned.modules
             groups += [[m] for m in modules if rounds_inputs(m, planned.activation_bits)]
             # Lookups are counted in F.embedding, which may run without a call of the layer.
             if self.config.weighs_errors and not any(isinstance(m, nn.Embedding) for m in modules):
@@ -92,13 +86,12 @@ class ModelPacker:
 
     def change_structure(self) -> None:
         """Prune and share layers by the config (section 7.9). Call before the first stage."""
-        if self.structural_changes:
-            self.structural_changes.apply(self.model, self.config)
-            self.planned = self.model
-            self.stages = {
-                stage: [planned.of(self.model) for planned in weights]
-                for stage, weights in self.stages.items()
-            }
+        if not self.structural_changes:
+            return
+        self.structural_changes.apply(self.model, self.config)
+        self.planned = self.model
+        for stage, weights in self.stages.items():
+            self.stages[stage] = [planned.of(self.model) for planned in weights]
 
     def pack_stage(
         self,
@@ -111,9 +104,6 @@ class ModelPacker:
 
         With ``importance`` in the config, ``batches`` and ``forward`` are the calibration data of
         :func:`measure_importance`; the earlier stages are packed when it is measured.
-
-        Raises:
-            ValueError: if the config needs calibration data and there is none.
         """
         importance = self._importance(stage, batches, forward)
         errors: dict[str, float] = {}
@@ -122,7 +112,7 @@ class ModelPacker:
                    disable=not progress, leave=False)  # fmt: skip
         with self._transformers_updated(stage):
             for number, planned in enumerate(bar):
-                weight = planned.layers[0].module.weight
+                weight = planned.modules[0].weight
                 norms.append(float(weight.detach().float().square().sum()))
                 errors[planned.layers[0].name] = self._pack(planned, number, importance[number])
             self._exchange(stage, errors)
@@ -155,33 +145,29 @@ class ModelPacker:
     @contextmanager
     def _transformers_updated(self, stage: str | None) -> Iterator[None]:
         """Update ties and the quantizer that transformers keeps, after a stage was packed."""
-        rewriter = TieRewriter(self.model)
-        yield
-        modules = dict(self.model.named_modules())
-        rewriter.rewrite({name: packed_names(modules[name]) for name in self.layers_of(stage)})
+        with renamed_ties(self.model, self.layers_of(stage)):
+            yield
         declare_shared(self.model, self.config.shared_layers)
         # The class that hub/ registers with transformers under the config's quant_method.
         AutoHfQuantizer.from_config(self.config, pre_quantized=True).attach(self.model)
 
     def _importance(self, stage, batches, forward) -> Sequence[Tensor | None]:
-        weights = [[layer.module for layer in planned.layers] for planned in self.stages[stage]]
+        weights = [planned.modules for planned in self.stages[stage]]
         if not self.config.weighs_errors:
             return [None] * len(weights)
         require_batches(batches, "importance")
         return measure_importance(self.model, weights, batches, forward)
 
     def _pack(self, planned: PlannedWeight, number: int, importance: Tensor | None) -> float:
-        """Pack one weight and return its relative error.
-
-        A weight that another rank clusters stays empty, with an error of 0, until
-        :meth:`_exchange`.
-        """
+        """Pack one weight (empty if another rank clusters it) and return its relative error."""
         if self.on_all_ranks and not is_own_task(number):
             self._pack_empty(planned)
             return 0.0
+        first = planned.layers[0]
+        require_finite(first.module.weight, f"{first.name}.weight")
         self.config.plan.update(planned.entries())
         return pack_layer(
-            [layer.module for layer in planned.layers],
+            planned.modules,
             planned.quantizer,
             seed=self.config.seed + number,
             activation_bits=planned.activation_bits,
@@ -189,8 +175,7 @@ class ModelPacker:
         )
 
     def _pack_empty(self, planned: PlannedWeight) -> None:
-        modules = [layer.module for layer in planned.layers]
-        pack_skeleton(modules, planned.quantizer, planned.activation_bits)
+        pack_skeleton(planned.modules, planned.quantizer, planned.activation_bits)
         self.config.plan.update(planned.entries())
 
     @torch.no_grad()
@@ -199,7 +184,7 @@ class ModelPacker:
         if not self.on_all_ranks or not is_distributed():
             return
         for number, planned in enumerate(self.stages[stage]):
-            layer = planned.layers[0].module
+            layer = planned.modules[0]
             for name in packed_names(layer):
                 tensor = own_parameters(layer)[name]
                 tensor.copy_(broadcast_from(tensor.detach(), rank_of_task(number)))
@@ -209,12 +194,7 @@ class ModelPacker:
 
 
 def check_can_be_packed(model: nn.Module) -> None:
-    """Raise if a model cannot be packed.
-
-    Raises:
-        TypeError: if the model is not a ``PreTrainedModel``.
-        ValueError: if it is already quantized.
-    """
+    """Raise TypeError if a model is not a ``PreTrainedModel``, ValueError if it is quantized."""
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"invalid model: got {type(model).__name__}, expected a transformers PreTrainedModel; "

@@ -12,16 +12,13 @@ IGNORED = -100  # the label of a position without loss
 
 
 class PaddingMasks:
-    """The masks of a batch while a model runs it.
+    """The masks of a batch while a model runs it, inside the context of this object.
 
     Most models have one, ``attention_mask``. In an encoder-decoder model this is the mask of the
     encoder and of its output, which cross-attention reads; the decoder has its own mask. If the
     batch lacks the decoder's mask, it is derived from the labels (up to the last one that is not
     -100). If it has neither, decoder inputs are made from those of the encoder and have the same
     mask.
-
-    Args:
-        model: observed inside the context of this object.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -71,12 +68,9 @@ class PaddingMasks:
         return inputs[mask.to(inputs.device).bool()]
 
     def _is_encoded(self, inputs: Tensor) -> bool:
-        encoded = self._encoded
-        return (
-            encoded is not None
-            and inputs.shape == encoded.shape
-            and inputs.data_ptr() == encoded.data_ptr()
-        )
+        if (encoded := self._encoded) is None or inputs.shape != encoded.shape:
+            return False
+        return inputs.data_ptr() == encoded.data_ptr()
 
 
 def _matrix(mask: Any) -> Tensor | None:

@@ -12,7 +12,14 @@ from torch import nn
 
 from ..configuration import DENSE, QuantizedModelConfig
 from ..quantizers import Quantizer, quantizer_from_dict
-from ..structure import GROUPS, LayerInfo, find_layers, select_layers, unsupported_weights
+from ..structure import (
+    GROUPS,
+    LayerInfo,
+    find_layers,
+    select_layers,
+    unsupported_weights,
+    weights_of,
+)
 
 # The reason of layers that a config skips by name.
 SKIPPED_BY_CONFIG = "layer_quantizers skips it"
@@ -25,6 +32,11 @@ class PlannedWeight:
     layers: tuple[LayerInfo, ...]
     quantizer: Quantizer
     activation_bits: int | None = None
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The layers themselves."""
+        return [layer.module for layer in self.layers]
 
     def of(self, model: nn.Module) -> PlannedWeight:
         """Return the same for another model with layers of the same names."""
@@ -61,8 +73,7 @@ def _why_not(layer: LayerInfo, quantizer: Quantizer, dense_bytes: int) -> str | 
         return f"layers of type {layer.layer_type.layer_class.__name__} cannot be packed"
     if reason := quantizer.check(layer.rows, layer.columns):
         return reason
-    packed = quantizer.packed_bytes(layer.rows, layer.columns)
-    if packed >= dense_bytes:
+    if (packed := quantizer.packed_bytes(layer.rows, layer.columns)) >= dense_bytes:
         return f"it would take {packed} bytes packed and takes {dense_bytes} dense"
     return None
 
@@ -75,10 +86,6 @@ def make_plan(
     Returns:
         A dict from stage to its weights, bottom-up; and a dict from the name of each skipped layer
         (or bare parameter) to the reason.
-
-    Raises:
-        ValueError: if a pattern matches no layer, a stage can pack none of its layers, or
-            ``layer_quantizers`` names an unknown layer or quantizer.
     """
     layers = select_layers(model, config.target_modules, config.exclude_modules)
     _require_known(config, model, layers)
@@ -105,25 +112,12 @@ def make_plan(
     return plan, {**skipped, **unsupported_weights(model)}
 
 
-def weights_of(layers: Sequence[LayerInfo]) -> list[tuple[LayerInfo, ...]]:
-    """Return the weights of some layers, each as the tuple of the layers that hold it."""
-    by_name = {layer.name: layer for layer in layers}
-    weights: list[tuple[LayerInfo, ...]] = []
-    seen: set[str] = set()
-    for layer in layers:
-        if layer.name not in seen:
-            weights.append((layer, *(by_name[name] for name in layer.ties)))
-            seen.update((layer.name, *layer.ties))
-    return weights
-
-
 def _quantizer_for(
     members: tuple[LayerInfo, ...], settings: dict[str, Any], by_name: dict[str, dict[str, Any]]
 ) -> tuple[Quantizer, str | None]:
     """Return the quantizer of a weight, and why it does not fit (None if it does).
 
-    Raises:
-        ValueError: if it does not fit and the config names the layer, or the settings are invalid.
+    If the config names one of the layers, a quantizer that does not fit is an error.
     """
     layer, weight = members[0], members[0].module.weight
     named = next((member.name for member in members if member.name in by_name), None)
@@ -161,16 +155,13 @@ def _require_known(
                 f"{field}: {type(model).__name__} has no such layer after prune_layers and "
                 f"share_layers{_hint(name, known)}"
             )
-        layer = chosen[name]
-        if settings["scheme"] == DENSE:
-            continue
-        if stage_of(layer, config.stage_groups()) is False:
+        layer, stages = chosen[name], config.stage_groups()
+        if settings["scheme"] != DENSE and stage_of(layer, stages) is False:
             raise ValueError(
-                f"{field}: its group {layer.group!r} is in no stage; add it to "
-                f"stages={config.stage_groups()!r}, or remove the entry"
+                f"{field}: its group {layer.group!r} is in no stage; add it to stages={stages!r}, "
+                "or remove the entry"
             )
-    for name, settings in by_name.items():
-        for other in chosen[name].ties:
+        for other in layer.ties:
             if by_name.get(other, settings) != settings:
                 raise ValueError(
                     f"invalid layer_quantizers: {name} and {other} are tied but have different "
@@ -209,15 +200,9 @@ def _without_empty_stages(
     """Return the stages that pack something.
 
     A stage may only be empty because ``layer_quantizers`` skips all of its layers.
-
-    Raises:
-        ValueError: if a stage is empty for another reason.
     """
-    stages = list(plan)
-    for stage in stages:
-        if plan[stage]:
-            continue
-        members = [layer for layer in layers if stage_of(layer, stages) == stage]
+    for stage in [stage for stage, weights in plan.items() if not weights]:
+        members = [layer for layer in layers if stage_of(layer, list(plan)) == stage]
         if not members:
             groups = sorted({layer.group for layer in layers})
             raise ValueError(

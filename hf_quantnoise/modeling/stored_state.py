@@ -22,15 +22,9 @@ def decode_state_dict(
     another shard than the codes. Codes are held back until all is there; torch reports them as
     missing if they never are. Centroids that are floats (a state dict taken from memory) are kept.
 
-    Args:
-        layer: a packed layer.
-        names: key of the quantizer's state -> its name in the state dict.
-        state_dict: changed in place.
-        partial_state: the tensors of earlier shards; changed in place.
-        assign: whether the layer will hold the tensors of the state dict, which keep their dtype.
-
-    Returns:
-        Error messages; the tensors they are about are removed from the state dict.
+    ``names`` maps keys of the quantizer's state to names in the state dict; ``partial_state`` holds
+    the tensors of earlier shards. Both dicts of tensors are changed in place. With ``assign`` the
+    layer will hold the tensors of the state dict, which keep their dtype. Returns error messages.
     """
     state, quantizer = layer.state, layer.quantizer
     found = {key: state_dict[name] for key, name in names.items() if name in state_dict}

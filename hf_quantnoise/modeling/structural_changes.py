@@ -11,10 +11,11 @@ from transformers.pytorch_utils import Conv1D
 from ..compat import TIED_WEIGHTS
 from ..configuration import QuantizedModelConfig
 from ..pruning import Pruning, layers_to_prune, plan_pruning
-from ..sharing import Chunk, chunks_of, share, sources_of, tensors_in_both
+from ..sharing import Chunk, chunks_of, common_parameters, share, sources_of
 from .convert import is_packed
 from .model_copies import copy_sharing_tensors
 from .packed import INPUT_NAMES
+from .ties import submodels
 
 
 @dataclass(frozen=True)
@@ -22,16 +23,11 @@ class StructuralChanges:
     """The layers that a config prunes and shares, determined before the model is changed.
 
     It is false if there is nothing to change.
-
-    Attributes:
-        pruned_layers: name of each pruned layer -> its number of weights.
-        pruning: how they are removed, or None.
-        chunks: the chunks of layers that share their weights, by their names after pruning.
     """
 
-    pruned_layers: dict[str, int]
+    pruned_layers: dict[str, int]  # name -> number of weights
     pruning: Pruning | None
-    chunks: list[Chunk]
+    chunks: list[Chunk]  # the layers that share their weights, by their names after pruning
 
     def __bool__(self) -> bool:
         return self.pruning is not None or bool(sources_of(self.chunks))
@@ -47,11 +43,7 @@ class StructuralChanges:
 def plan_structural_changes(
     model: PreTrainedModel, config: QuantizedModelConfig
 ) -> StructuralChanges:
-    """Return the layers of a dense model that a config prunes and shares.
-
-    Raises:
-        ValueError: if the model has no such layers, or no config can describe the pruned model.
-    """
+    """Return the layers of a dense model that a config prunes and shares."""
     chunks = chunks_of(model, 1 if config.share_layers is None else config.share_layers)
     if config.prune_layers is None:
         return StructuralChanges({}, None, chunks)
@@ -87,19 +79,18 @@ def tied_after_loading(model: PreTrainedModel, shared_layers: dict[str, str]) ->
     These are the tensors of a dense ``Conv1D``, whose bias transformers would cut to the length of
     its inputs (``_adjust_bias``).
     """
-    names = [
-        f"{name}.{tensor}"
-        for name, source in shared_layers.items()
-        for tensor in _shared_tensors(model, name, source)
-    ]
-    owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in names}
-    return [
-        name for name in names if isinstance(owners[name], Conv1D) and not is_packed(owners[name])
-    ]
+    untied = []
+    for name, source in shared_layers.items():
+        for tensor in _shared_tensors(model, name, source):
+            full_name = f"{name}.{tensor}"
+            owner = model.get_submodule(full_name.rpartition(".")[0])
+            if isinstance(owner, Conv1D) and not is_packed(owner):
+                untied.append(full_name)
+    return untied
 
 
 def _shared_tensors(model: PreTrainedModel, name: str, source: str) -> list[str]:
-    tensors = tensors_in_both(model.get_submodule(name), model.get_submodule(source))
+    tensors = common_parameters(model.get_submodule(name), model.get_submodule(source))
     # Layers that share a weight still read different inputs.
     return [tensor for tensor in tensors if tensor.rpartition(".")[2] not in INPUT_NAMES]
 
@@ -109,15 +100,11 @@ def declare_shared(
 ) -> None:
     """Declare the tensors of shared layers as tied, so that transformers stores them once.
 
-    ``shared_layers`` maps layer -> the layer whose weights it holds; ``without`` has full names of
-    tensors that are not declared.
+    ``without`` has full names of tensors that are not declared.
     """
     if not shared_layers:
         return
-    for prefix, module in model.named_modules():
-        if not isinstance(module, PreTrainedModel):
-            continue
-        start = f"{prefix}." if prefix else ""
+    for start, module in submodels(model):
         inside = {
             name.removeprefix(start): source.removeprefix(start)
             for name, source in shared_layers.items()

@@ -2,58 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from transformers import PreTrainedModel
 
 from ..compat import TIED_WEIGHTS
+from .convert import packed_names
 
 # Where a module keeps the map that its own __init__ has set (Marian's), if it did.
 _ORIGINAL_MAP = "_quant_noise_original_ties"
 
 
-class TieRewriter:
-    """Rewrites a model's tie maps from ``weight`` to the tensors of packed layers.
+def submodels(model: PreTrainedModel) -> Iterator[tuple[str, PreTrainedModel]]:
+    """Yield the model and the models in it, each after the prefix of the names of its layers."""
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, PreTrainedModel):
+            yield f"{name}." if name else "", module
+
+
+@contextmanager
+def renamed_ties(model: PreTrainedModel, names: Iterable[str]) -> Iterator[None]:
+    """Rename the ties of layers that are packed in this context from ``weight`` to their tensors.
 
     transformers expands the patterns of its maps against the names of the parameters, which change
-    when a layer is packed. So create the rewriter first, then pack, then call :meth:`rewrite`.
+    when a layer is packed.
     """
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._maps = [
-            (prefix, module, module.get_expanded_tied_weights_keys(all_submodels=False))
-            for prefix, module in model.named_modules(remove_duplicate=False)
-            if isinstance(module, PreTrainedModel)
-        ]
-
-    def rewrite(self, tensors_of: dict[str, Iterable[str]]) -> None:
-        """Set the maps of the model and its sub-models.
-
-        Args:
-            tensors_of: layer name -> names of its packed tensors (``weight_indices``, ...).
-        """
-        for prefix, module, ties in self._maps:
-            original = {key: value for key, value in vars(module).items() if key == TIED_WEIGHTS}
-            module.__dict__.setdefault(_ORIGINAL_MAP, original)  # later stages see a renamed map
-            start = f"{prefix}." if prefix else ""
-            packed = {
-                f"{name.removeprefix(start)}.weight": list(tensors)
-                for name, tensors in tensors_of.items()
-                if name.startswith(start)
-            }
-            renamed = _rename(ties, packed)
-            if renamed != ties:
-                setattr(module, TIED_WEIGHTS, renamed)  # on the instance; the class keeps its own
-            module.all_tied_weights_keys = _rename(module.all_tied_weights_keys, packed)
+    maps = [
+        (prefix, module, module.get_expanded_tied_weights_keys(all_submodels=False))
+        for prefix, module in submodels(model)
+    ]
+    yield
+    tensors = {f"{name}.weight": packed_names(model.get_submodule(name)) for name in names}
+    for prefix, module, ties in maps:
+        original = {key: value for key, value in vars(module).items() if key == TIED_WEIGHTS}
+        module.__dict__.setdefault(_ORIGINAL_MAP, original)  # later stages see a renamed map
+        packed = {
+            name.removeprefix(prefix): keys
+            for name, keys in tensors.items()
+            if name.startswith(prefix)
+        }
+        renamed = _rename(ties, packed)
+        if renamed != ties:
+            setattr(module, TIED_WEIGHTS, renamed)  # on the instance; the class keeps its own
+        module.all_tied_weights_keys = _rename(module.all_tied_weights_keys, packed)
 
 
 def restore_ties(model: PreTrainedModel) -> None:
     """Restore the tie maps of the dense model, after it was dequantized."""
-    submodels = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-    for module in submodels:
+    modules = dict.fromkeys(module for _, module in submodels(model))
+    for module in modules:
         module.__dict__.pop(TIED_WEIGHTS, None)
         module.__dict__.update(module.__dict__.pop(_ORIGINAL_MAP, {}))
-    for module in submodels:
+    for module in modules:
         module.all_tied_weights_keys = module.get_expanded_tied_weights_keys(all_submodels=True)
 
 

@@ -2,52 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..compat import in_backward
-from ..distributed import is_distributed, max_over_ranks, widest_over_ranks
 from ..quantizers import FixedPointQuantizer
 from ..quantizers.fixed_point import round_activations
 from ..quantizers.observers import extremes
 
 
+@dataclass(eq=False)
 class ActivationNoise:
     """Rounds the input of one layer to N bits, within the range seen in the first forwards.
 
     A forward never communicates with other ranks, because LayerDrop or a router may skip the layer
-    on some of them. :func:`share_ranges` synchronizes the ranges between forwards.
-
-    Args:
-        bits: N.
-        calibration: number of forwards that only observe the range.
+    on some of them. ``QuantNoiseState.share_ranges`` synchronizes the ranges between forwards.
 
     Attributes:
+        bits: N.
+        calibration: number of forwards that only observe the range.
         seen: number of forwards observed so far.
         range: their extremes, float32 scalars; None before the first.
     """
 
-    def __init__(self, bits: int, calibration: int) -> None:
-        self.bits = bits
-        self.calibration = calibration
-        self.seen = 0
-        self.range: tuple[Tensor, Tensor] | None = None
-        # Forwards that gradient checkpointing may still recompute: the observed ones, and the
-        # rounded ones after the last observed one.
-        self._pending_observed = self._pending_rounded = 0
+    bits: int
+    calibration: int
+    seen: int = 0
+    range: tuple[Tensor, Tensor] | None = None
+    # Forwards that gradient checkpointing may still recompute: the observed ones, and the rounded
+    # ones after the last observed one.
+    _pending_observed: int = 0
+    _pending_rounded: int = 0
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """Return the inputs, rounded once calibration is over; shape and dtype stay."""
+        if self.range is not None and self.range[0].device != inputs.device:
+            low, high = self.range
+            self.range = low.to(inputs.device), high.to(inputs.device)
         # A compiled graph is recomputed inside the compiler, without this call.
         if not torch.compiler.is_compiling() and in_backward():
             only_observed = self._recomputes_observed()
         else:
             only_observed = self._observe(inputs)
-        if only_observed:
+        if only_observed or self.range is None:
             return inputs
-        state = FixedPointQuantizer(bits=self.bits).state_of_range(*self._range_on(inputs.device))
+        state = FixedPointQuantizer(bits=self.bits).state_of_range(*self.range)
         return round_activations(inputs, state, self.bits)
 
     def _observe(self, inputs: Tensor) -> bool:
@@ -55,7 +56,7 @@ class ActivationNoise:
         only_observed = self.seen < self.calibration
         if only_observed:
             with torch.no_grad():
-                self.range = extremes(inputs.detach().float(), self._range_on(inputs.device))
+                self.range = extremes(inputs.detach().float(), self.range)
             self.seen += 1
         if not torch.compiler.is_compiling():
             self._pending_observed += only_observed
@@ -71,11 +72,6 @@ class ActivationNoise:
         self._pending_observed -= only_observed
         return only_observed
 
-    def _range_on(self, device: torch.device) -> tuple[Tensor, Tensor] | None:
-        if self.range is not None and self.range[0].device != device:
-            self.range = (self.range[0].to(device), self.range[1].to(device))
-        return self.range
-
     @property
     def state(self) -> dict[str, Tensor]:
         """The tensors of a checkpoint, scalars; setting them restores the noise."""
@@ -86,21 +82,3 @@ class ActivationNoise:
     def state(self, tensors: dict[str, Tensor]) -> None:
         self.seen = int(tensors["seen"])
         self.range = (tensors["low"], tensors["high"]) if self.seen else None
-
-
-def share_ranges(noises: Sequence[ActivationNoise]) -> bool:
-    """Give each layer the extremes over all ranks' batches, and the largest count of forwards.
-
-    Must be called on all ranks of a distributed run, between forwards.
-
-    Returns:
-        Whether calibration is over for all layers; the same on every rank.
-    """
-    if is_distributed() and noises:
-        devices = [noise.range[0].device for noise in noises if noise.range is not None]
-        device = devices[0] if devices else torch.device("cpu")
-        ranges = widest_over_ranks([noise.range for noise in noises], device)
-        seen = max_over_ranks(torch.tensor([noise.seen for noise in noises], device=device))
-        for noise, widest, count in zip(noises, ranges, seen.tolist(), strict=True):
-            noise.seen, noise.range = count, widest if count else None
-    return all(noise.seen >= noise.calibration for noise in noises)

@@ -108,28 +108,24 @@ def sample_mask(
     """
     if p >= 1.0:
         return BlockMask(count)
+    use_indices = p <= MAX_INDEX_RATE
     # Dynamo has no Tensor.random_, and indices have no advantage in fused code.
-    if torch.compiler.is_compiling() or count * p < MIN_EXPECTED_BLOCKS:
+    if (
+        torch.compiler.is_compiling()
+        or count * p < MIN_EXPECTED_BLOCKS
+        or (not use_indices and device.type not in ("cpu", "cuda"))
+    ):
         return BlockMask(count, mask=torch.rand(count, device=device, generator=generator) < p)
-    if p <= MAX_INDEX_RATE:
+    if use_indices:
         # 1 - (1 - 1/count)^n = p
         n_indices = round(math.log1p(-p) / math.log1p(-1.0 / count))
         indices = torch.randint(count, (n_indices,), device=device, generator=generator)
         return BlockMask(count, indices=indices)
-    return BlockMask(count, mask=_random_mask(count, p, device, generator))
-
-
-def _random_mask(
-    count: int, p: float, device: torch.device, generator: torch.Generator | None
-) -> Tensor:
-    """Return a mask that is True with probability p, to 1/65536."""
-    if device.type not in ("cpu", "cuda"):
-        return torch.rand(count, device=device, generator=generator) < p
-    # Four 16-bit words from each 64-bit random value.
+    # Four 16-bit words from each 64-bit random value, so the rate is p to 1/65536.
     words = torch.empty(-(-count // 4), dtype=torch.int64, device=device)
     words.random_(-(2**63), None, generator=generator)
     threshold = min(round(p * 65536) - 32768, 32767)
-    return words.view(torch.int16)[:count] < threshold
+    return BlockMask(count, mask=words.view(torch.int16)[:count] < threshold)
 
 
 class SharedMaskSampler:
@@ -140,10 +136,8 @@ class SharedMaskSampler:
     from torch's global generator, which identifies its call: when gradient checkpointing restores
     the generator and recomputes the layers in any order, the same ticket finds the same seed.
 
-    Args:
-        members: number of layers.
-
     Attributes:
+        members: number of layers.
         called: indices of the layers that have sampled J so far.
     """
 
@@ -154,9 +148,6 @@ class SharedMaskSampler:
         self._called_in_forward: set[int] = set()
         self._seed_of_ticket: dict[int, int] = {}
         self._cached: tuple[tuple, list[BlockMask]] | None = None
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_cached": None}
 
     def seed_for(self, member: int) -> int:
         """Return the seed of J for a layer's current forward or recomputation."""
@@ -180,10 +171,10 @@ class SharedMaskSampler:
         if all(p >= 1.0 for _, p in sizes):
             return [BlockMask(count) for count, _ in sizes]
         key = (self.seed_for(member), tuple(sizes), device)
-        if self._cached is not None and self._cached[0] == key:
-            masks = self._cached[1]
-        else:
+        if self._cached is None or self._cached[0] != key:
             generator = torch.Generator(device).manual_seed(key[0])
-            masks = [sample_mask(count, p, device, generator) for count, p in sizes]
-        self._cached = None if len(self._called_in_forward) == self.members else (key, masks)
+            self._cached = key, [sample_mask(count, p, device, generator) for count, p in sizes]
+        masks = self._cached[1]
+        if len(self._called_in_forward) == self.members:
+            self._cached = None  # free the memory
         return masks

@@ -29,19 +29,19 @@ class NoiseFunction(ABC):
 
     Attributes:
         reads_block_size: False if the noise works on single weights.
-        by_cluster: whether J is a set of clusters (``block_selection="cluster"``).
+        n_clusters: with ``block_selection="cluster"`` the number of clusters that J is sampled
+            from; None if J is sampled from the blocks.
         refreshed: which refresh updates its state: ``"codebooks"``, ``"scales"`` or None.
         state: fitted tensors. They are not buffers, so the model's ``state_dict`` is unchanged.
     """
 
     reads_block_size: ClassVar[bool] = True
-    by_cluster: bool = False
+    n_clusters: int | None = None
     refreshed: str | None = None
 
     def __init__(
         self, name: str, config: QuantNoiseConfig, block_size: int, n_centroids: int
     ) -> None:
-        self.name = name
         self.block_size = block_size if self.reads_block_size else 1
         self.state: dict[str, Tensor] = {}
 
@@ -53,10 +53,6 @@ class NoiseFunction(ABC):
 
     def refresh(self, matrix: Tensor, seed: int) -> None:  # noqa: B027
         """Fit the state to a weight matrix (rows, columns), starting from the old state if any."""
-
-    def n_choices(self, n_blocks: int) -> int:
-        """Return the size of the set J is sampled from: blocks, or clusters of blocks."""
-        return n_blocks
 
     @abstractmethod
     def distort(self, matrix: Tensor, chosen: BlockMask, rows: Tensor | None = None) -> None:
@@ -87,13 +83,11 @@ class BlockNoise(NoiseFunction):
     def __init__(self, name, config, block_size, n_centroids):
         super().__init__(name, config, block_size, n_centroids)
         self.quantizer = ProductQuantizer(block_size=block_size, n_centroids=n_centroids)
-        self.by_cluster = config.block_selection == "cluster"
-        self.has_codes = self.needs_codes or self.by_cluster
+        if config.block_selection == "cluster":
+            self.n_clusters = n_centroids
+        self.has_codes = self.needs_codes or self.n_clusters is not None
         if self.has_codes:
             self.refreshed = "codebooks"
-
-    def n_choices(self, n_blocks):
-        return self.quantizer.n_centroids if self.by_cluster else n_blocks
 
     def check(self, rows, columns):
         reason = super().check(rows, columns)
@@ -171,9 +165,6 @@ class FixedPointNoise(NoiseFunction):
         super().__init__(name, config, block_size, n_centroids)
         bits = int(name.removeprefix("int"))
         self.quantizer = FixedPointQuantizer(bits=bits, observer=config.observer)
-
-    def check(self, rows, columns):
-        return self.quantizer.check(rows, columns)
 
     def refresh(self, matrix, seed):
         running = (self.state["low"], self.state["high"]) if self.state else None

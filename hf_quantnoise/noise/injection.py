@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -18,6 +17,7 @@ from ..structure import (
     find_layers,
     select_layers,
     unsupported_weights,
+    weights_of,
 )
 from .functions import NoiseFunction
 from .layerdrop import LayerDrop, droppable_chunks, make_droppable, make_undroppable
@@ -112,8 +112,7 @@ def _fitted_state(
 def noised_layers(model: nn.Module, qn_config: QuantNoiseConfig) -> list[str]:
     """Return the names of the layers that :func:`apply_quant_noise` would apply noise to."""
     layers = select_layers(model, qn_config.target_modules, qn_config.exclude_modules)
-    weights, _, _ = _plan(layers, qn_config)
-    return [name for weight in weights for name in weight.names]
+    return [name for weight in _plan(layers, qn_config)[0] for name in weight.names]
 
 
 def remove_quant_noise(model: nn.Module) -> nn.Module:
@@ -139,16 +138,11 @@ def _plan(
     weights: list[NoisedWeight] = []
     refused: Reasons = {}
     by_default: Reasons = {}
-    layer_of_name = {layer.name: layer for layer in layers}
     rates = [rate for _, rate in config.noises]
-    seen: set[str] = set()
-    for layer in layers:
-        if layer.name in seen:
-            continue
-        members = (layer, *(layer_of_name[name] for name in layer.ties))
-        names = tuple(member.name for member in members)
-        seen.update(names)
-        if config.target_modules is None and any(map(_is_side_table, members)):
+    for members in weights_of(layers):
+        layer, names = members[0], tuple(member.name for member in members)
+        tables = [m for m in members if isinstance(m.module, nn.Embedding)]
+        if config.target_modules is None and not all(table.input_table for table in tables):
             by_default.update(dict.fromkeys(names, _SIDE_TABLE))
             continue
         reason = next(filter(None, map(_cannot_be_noised, members)), None)
@@ -159,10 +153,6 @@ def _plan(
             noise = WeightNoise(functions, rates, layer.rows, layer.columns, len(members))
             weights.append(NoisedWeight(names, tuple(m.module for m in members), noise))
     return weights, refused, by_default
-
-
-def _is_side_table(layer: LayerInfo) -> bool:
-    return isinstance(layer.module, nn.Embedding) and not layer.input_table
 
 
 def _cannot_be_noised(layer: LayerInfo) -> str | None:
@@ -200,9 +190,7 @@ def _functions_for(
     return functions, reasons
 
 
-def _no_layer_message(
-    layers: Iterable[LayerInfo], config: QuantNoiseConfig, skipped: Reasons
-) -> str:
+def _no_layer_message(layers: list[LayerInfo], config: QuantNoiseConfig, skipped: Reasons) -> str:
     """Return the error message if no layer can get the noise."""
     layers = [layer for layer in layers if skipped.get(layer.name) != _SIDE_TABLE]
     if not layers:
@@ -210,15 +198,14 @@ def _no_layer_message(
             f"target_modules={config.target_modules!r} selects only tables other than the input "
             "embeddings, which get no noise by default; name them in target_modules"
         )
-    columns = sorted({layer.columns for layer in layers})
-    sizes = {layer.name: block_size_of(config.block_size, layer) for layer in layers}
-    if all(sizes.values()) and all(layer.columns % (sizes[layer.name] or 1) for layer in layers):
-        common = math.gcd(*columns)
+    sizes = [(layer.columns, block_size_of(config.block_size, layer)) for layer in layers]
+    if all(size and columns % size for columns, size in sizes):
+        widths = sorted({columns for columns, _ in sizes})
+        common = math.gcd(*widths)
         valid = [size for size in range(2, min(common, 64) + 1) if common % size == 0] or [1]
         return (
             f"block_size={config.block_size!r} does not divide the columns of any layer "
-            f"({', '.join(map(str, columns))}); use one of {', '.join(map(str, valid[:8]))}"
-            f"{', ...' if len(valid) > 8 else ''}"
+            f"({', '.join(map(str, widths))}); use one of {', '.join(map(str, valid))}"
         )
     first = "; ".join(f"{layer.name}: {skipped[layer.name]}" for layer in layers[:3])
     return f"noise={config.noise!r} fits none of the {len(layers)} layers ({first})"

@@ -60,13 +60,12 @@ class SkipPlan:
     """The outputs of a skipped layer.
 
     Attributes:
-        in_tuple: whether the hidden states are the first element of a tuple.
-        passed_through: the argument (position or name) that each further element equals, or None.
+        passed_through: the argument (position or name) that each output after the hidden states
+            equals, or None; None if the hidden states are not in a tuple.
         creates: whether the layer created one of them itself.
     """
 
-    in_tuple: bool
-    passed_through: tuple[int | str | None, ...] = ()
+    passed_through: tuple[int | str | None, ...] | None
     creates: bool = False
 
 
@@ -76,8 +75,7 @@ class DropState:
 
     Attributes:
         drop: the settings, shared by all layers of the model.
-        sampler: decides for all layers of the chunk.
-        member: index of the layer in the chunk.
+        sampler: decides for all layers of the chunk, in which this one has the index ``member``.
         plan: the outputs if it is skipped, why it is never skipped, or None if not known yet.
     """
 
@@ -128,10 +126,11 @@ class DroppableLayer(DynamicSubclass):
         hidden = args[0] if args else kwargs[HIDDEN]
         if state.drop.straight_through:
             outputs = super().forward(*args, **kwargs)
-            hidden = StraightThrough.apply(_hidden_of(outputs), hidden)
+            computed = outputs[0] if isinstance(outputs, tuple) else outputs
+            hidden = StraightThrough.apply(computed, hidden)
         elif is_distributed():
             hidden = _Skip.apply(hidden, *(p for p in self.parameters() if p.requires_grad))
-        if not plan.in_tuple:
+        if plan.passed_through is None:
             return hidden
         inputs = _inputs(args, kwargs)
         return (hidden, *(None if key is None else inputs[key] for key in plan.passed_through))
@@ -162,7 +161,7 @@ class DroppableLayer(DynamicSubclass):
         if isinstance(plan, str):
             return self._never_skip(plan)
         self._layer_drop.plan = plan
-        if plan.in_tuple:
+        if plan.creates:
             for out, key in zip(outputs[1:], plan.passed_through, strict=True):
                 if key is None and isinstance(out, Tensor):
                     created.append((weakref.ref(out), self))
@@ -175,19 +174,13 @@ class DroppableLayer(DynamicSubclass):
 
 def _copy_cache(value: Any) -> Any:
     """Return a copy of a cache, whose tensors are shared but can be replaced; else the value."""
+    if isinstance(value, list | dict):
+        return value.copy() if isinstance(value, dict) else [_copy_cache(part) for part in value]
     if not isinstance(value, Cache | CacheLayerMixin):
         return value
     twin = copy.copy(value)
-    for name, part in vars(value).items():
-        if isinstance(part, list):
-            twin.__dict__[name] = [_copy_cache(each) for each in part]
-        else:
-            twin.__dict__[name] = dict(part) if isinstance(part, dict) else _copy_cache(part)
+    vars(twin).update({name: _copy_cache(part) for name, part in vars(value).items()})
     return twin
-
-
-def _hidden_of(outputs: Any) -> Any:
-    return outputs[0] if isinstance(outputs, tuple) else outputs
 
 
 def _inputs(args: tuple, kwargs: dict) -> dict[int | str, Any]:
@@ -198,17 +191,18 @@ def _plan_of(args: tuple, kwargs: dict, outputs: Any) -> SkipPlan | str:
     """Return the plan that follows from one forward, or why the layer cannot be skipped."""
     if not args and HIDDEN not in kwargs:
         return f"it is called without {HIDDEN}"
-    hidden, result = args[0] if args else kwargs[HIDDEN], _hidden_of(outputs)
+    hidden = args[0] if args else kwargs[HIDDEN]
+    result = outputs[0] if isinstance(outputs, tuple) else outputs
     if not isinstance(result, Tensor) or not isinstance(hidden, Tensor):
         return f"it returns a {type(result).__name__} for a {type(hidden).__name__}"
     if result.shape != hidden.shape:
         return f"it changes the shape {tuple(hidden.shape)} to {tuple(result.shape)}"
     if not isinstance(outputs, tuple):
-        return SkipPlan(in_tuple=False)
+        return SkipPlan(None)
     inputs = [(key, value) for key, value in _inputs(args, kwargs).items() if value is not None]
     keys = tuple(next((key for key, value in inputs if value is out), None) for out in outputs[1:])
     created = [key is None and out is not None for out, key in zip(outputs[1:], keys, strict=True)]
-    return SkipPlan(in_tuple=True, passed_through=keys, creates=any(created))
+    return SkipPlan(keys, any(created))
 
 
 @cache

@@ -14,23 +14,17 @@ from typing import Any, ClassVar, cast
 from torch import Tensor, nn
 
 from ..dynamic_subclass import DynamicSubclass, make_dynamic_subclass
-from ..layer_types import LayerType, known_layer_type, layer_type_of
+from ..layer_types import LayerType, known_layer_type
 from .activations import ActivationNoise
 from .operator import WeightNoise
 
 
 @dataclass
 class LayerNoise:
-    """The noise of one layer.
-
-    Attributes:
-        weight: the noise of its weight.
-        member: index of the layer among those that hold the same weight.
-        activations: the noise of its input, or None.
-    """
+    """The noise of one layer: that of its weight, and that of its input, if any."""
 
     weight: WeightNoise
-    member: int = 0
+    member: int = 0  # index of the layer among those that hold the same weight
     activations: ActivationNoise | None = None
 
 
@@ -76,11 +70,8 @@ class QuantNoiseLookup(QuantNoiseLayer):
 
 @cache
 def noisy_class(cls: type[nn.Module]) -> type[nn.Module]:
-    """Return the noisy subclass of a layer class.
-
-    An embedding that overrides forward (an offset, a scale) keeps it, and the noise falls on its
-    complete table.
-    """
+    """Return the noisy subclass of a layer class."""
+    # An embedding that overrides forward (an offset, a scale) gets noise on its complete table.
     mixin = QuantNoiseLookup if cls.forward is nn.Embedding.forward else QuantNoiseLayer
     layer_type = known_layer_type(cls)
     return make_dynamic_subclass("QN", cls, (mixin, cls), noisy_class, _layer_type=layer_type)
@@ -92,8 +83,7 @@ def is_noisy(module: nn.Module) -> bool:
 
 
 def make_noisy(module: nn.Module, noise: LayerNoise) -> None:
-    """Turn a layer that ``layer_type_of`` knows into a noisy one, in place."""
-    assert layer_type_of(module) is not None and not is_noisy(module)
+    """Turn a layer of a known type into a noisy one, in place."""
     module.__dict__["_layer_noise"] = noise
     module.__class__ = noisy_class(type(module))
 

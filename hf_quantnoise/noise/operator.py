@@ -7,7 +7,7 @@ weight unchanged.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,41 +18,28 @@ from .block_mask import BlockMask, SharedMaskSampler, sample_mask
 from .functions import NoiseFunction
 
 
-def _full_precision(device: torch.device) -> AbstractContextManager:
-    # Under autocast the nearest centroids would be searched in half precision, with other results.
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
-
-
+@dataclass(eq=False)
 class WeightNoise:
     """psi for one weight: its noise functions in order (Eq. 8), each with its own J.
 
-    Args:
+    Attributes:
         functions: (index of the noise in the config, noise function) in order.
         rates: current rate of each noise of the config; ``QuantNoiseState.p`` sets them. A list,
             because torch.compile would compile a graph for each value in a tuple.
         rows, columns: shape of the weight matrix.
         members: number of layers that hold the weight.
-
-    Attributes:
         used: whether any forward has applied it yet.
     """
 
+    functions: list[tuple[int, NoiseFunction]]
+    rates: list[float]
+    rows: int
+    columns: int
+    members: int = 1
     used: bool = False
 
-    def __init__(
-        self,
-        functions: list[tuple[int, NoiseFunction]],
-        rates: list[float],
-        rows: int,
-        columns: int,
-        members: int = 1,
-    ) -> None:
-        self.functions = functions
-        self.rates = rates
-        self.rows, self.columns = rows, columns
-        self.shared = SharedMaskSampler(members) if members > 1 else None
+    def __post_init__(self) -> None:
+        self.shared = SharedMaskSampler(self.members) if self.members > 1 else None
 
     @property
     def active(self) -> bool:
@@ -66,18 +53,14 @@ class WeightNoise:
     def noisy_weight(self, weight: Tensor, layer_type: LayerType, member: int = 0) -> Tensor:
         """Return the weight with noise (Eq. 7), in its own layout and dtype.
 
-        Args:
-            weight: the weight.
-            layer_type: how it becomes a matrix.
-            member: index of the layer among those that hold the weight.
+        ``member`` is the index of the layer among those that hold the weight.
 
         Raises:
             RuntimeError: if the weight's shape has changed since the noise was applied.
         """
-        if not self.active:
-            return weight
         self.used = True
-        with torch.no_grad(), _full_precision(weight.device):
+        # Autocast would search the nearest centroids in half precision, with other results.
+        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
             matrix = layer_type.to_matrix(weight.detach())
             if matrix.shape != (self.rows, self.columns):
                 raise RuntimeError(
@@ -95,27 +78,20 @@ class WeightNoise:
     def noisy_rows(self, values: Tensor, ids: Tensor, member: int = 0) -> Tensor:
         """Return looked-up rows with noise; a repeated row gets the same noise each time.
 
-        Args:
-            values: the rows without noise, shape (*ids.shape, columns).
-            ids: their row indices, any shape.
-            member: index of the layer among those that hold the weight.
+        ``values`` are the rows without noise, shape (*ids.shape, columns).
         """
-        if not self.active:
-            return values
         self.used = True
-        flat = ids.reshape(-1)
-        with torch.no_grad(), _full_precision(values.device):
+        flat, tied = ids.reshape(-1), self.shared is not None
+        # If tied, the head needs J for all rows anyway.
+        n_rows = self.rows if tied else flat.numel()
+        with torch.no_grad(), torch.autocast(values.device.type, enabled=False):
             copy = values.detach().reshape(-1, self.columns).clone()
-            if self.shared is None:
-                for function, chosen in self._sample(flat.numel(), values.device, member):
-                    function.distort(copy, _as_blocks(function, chosen, flat), rows=flat)
+            for function, chosen in self._sample(n_rows, values.device, member):
+                if tied and function.n_clusters is None:
+                    chosen = chosen.select_rows(flat, self.columns // function.block_size)
+                function.distort(copy, _as_blocks(function, chosen, flat), rows=flat)
+            if not tied:
                 copy = copy[_first_occurrences(flat, self.rows)]
-            else:
-                # The head that holds the same weight needs J for all rows anyway.
-                for function, chosen in self._sample(self.rows, values.device, member):
-                    if not function.by_cluster:
-                        chosen = chosen.select_rows(flat, self.columns // function.block_size)
-                    function.distort(copy, _as_blocks(function, chosen, flat), rows=flat)
         return StraightThrough.apply(values, copy.view(values.shape))
 
     def _sample(
@@ -123,7 +99,7 @@ class WeightNoise:
     ) -> Iterator[tuple[NoiseFunction, BlockMask]]:
         """Yield each noise with a rate above zero, and its J over a matrix of ``rows`` rows."""
         active = [(f, self.rates[index]) for index, f in self.functions if self.rates[index] > 0]
-        sizes = [(f.n_choices(rows * (self.columns // f.block_size)), p) for f, p in active]
+        sizes = [(f.n_clusters or rows * (self.columns // f.block_size), p) for f, p in active]
         if self.shared is not None:
             masks = self.shared.sample_masks(member, sizes, device)
         else:
@@ -133,7 +109,7 @@ class WeightNoise:
 
 def _as_blocks(function: NoiseFunction, chosen: BlockMask, rows: Tensor | None = None) -> BlockMask:
     """Return J over blocks, also if clusters were sampled."""
-    if not function.by_cluster:
+    if function.n_clusters is None:
         return chosen
     codes = function.state["codes"]
     return chosen.expand_clusters(codes if rows is None else codes[rows])

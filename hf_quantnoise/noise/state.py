@@ -12,9 +12,15 @@ from transformers.utils import logging
 
 from ..blocks import weight_matrix
 from ..configuration import QuantNoiseConfig
-from ..distributed import broadcast_from_rank_0, full_tensor
+from ..distributed import (
+    broadcast_from_rank_0,
+    full_tensor,
+    is_distributed,
+    max_over_ranks,
+    widest_over_ranks,
+)
 from ..sharing import LayerSharing
-from .activations import ActivationNoise, share_ranges
+from .activations import ActivationNoise
 from .functions import NoiseFunction
 from .layerdrop import LayerDrop
 from .operator import WeightNoise
@@ -47,40 +53,34 @@ class NoisedWeight:
         ]
 
 
+@dataclass(eq=False, repr=False)
 class QuantNoiseState:
     """Everything about the noise of one model. It is not a module, parameter or buffer.
 
     Attributes:
         config: the config the noise was made from.
         weights: the noised weights, in the order of the module tree.
-        activations: layer name -> noise on its input; empty without ``activation_bits``.
-        layerdrop: settings of LayerDrop, or None.
-        sharing: which layers share their weights.
         left_clean: layer (or bare parameter) name -> why it has no noise, or lacks one of several.
+        sharing: which layers share their weights.
+        layerdrop: settings of LayerDrop, or None.
+        activations: layer name -> noise on its input; empty without ``activation_bits``.
     """
 
-    def __init__(
-        self,
-        config: QuantNoiseConfig,
-        weights: list[NoisedWeight],
-        left_clean: dict[str, str],
-        sharing: LayerSharing,
-        layerdrop: LayerDrop | None = None,
-    ) -> None:
-        self.config = config
-        self.weights = weights
-        self.left_clean = left_clean
-        self.sharing = sharing
-        self.layerdrop = layerdrop
-        self.p = [rate for _, rate in config.noises]
-        self.activations: dict[str, ActivationNoise] = {}
+    config: QuantNoiseConfig
+    weights: list[NoisedWeight]
+    left_clean: dict[str, str]
+    sharing: LayerSharing
+    layerdrop: LayerDrop | None = None
+
+    def __post_init__(self) -> None:
+        self.p = [rate for _, rate in self.config.noises]
         self._ranges_are_shared = False
-        if config.activation_bits is not None:
-            self.activations = {
-                name: ActivationNoise(config.activation_bits, config.activation_calibration)
-                for name, module in self.layers.items()
-                if not isinstance(module, nn.Embedding)
-            }
+        bits, calibration = self.config.activation_bits, self.config.activation_calibration
+        self.activations = {
+            name: ActivationNoise(bits, calibration)
+            for name, module in self.layers.items()
+            if bits is not None and not isinstance(module, nn.Embedding)
+        }
 
     @property
     def layers(self) -> dict[str, nn.Module]:
@@ -125,13 +125,10 @@ class QuantNoiseState:
         return {**self.rates(), "noised_share": noised / total}
 
     def note_unreached(self) -> list[str]:
-        """Find layers without noise although training forwards have run, and warn once.
+        """Return the layers without noise although training forwards have run; warn once.
 
         A model may read a weight without calling its layer, or never use the layer. Such layers are
-        listed in ``left_clean``.
-
-        Returns:
-            Their names; none before the first forward with noise.
+        listed in ``left_clean``. There are none before the first forward with noise.
         """
         any_used = any(weight.noise.used for weight in self.weights)
         active = [weight for weight in self.weights if any_used and weight.noise.active]
@@ -165,8 +162,15 @@ class QuantNoiseState:
         Must be called on all ranks of a distributed run, after an optimizer step; before it, each
         rank uses the range of its batches.
         """
-        if not self._ranges_are_shared:
-            self._ranges_are_shared = share_ranges(list(self.activations.values()))
+        if self._ranges_are_shared:
+            return
+        noises = list(self.activations.values())
+        if is_distributed() and noises:
+            ranges = widest_over_ranks([noise.range for noise in noises])
+            seen = max_over_ranks(torch.tensor([noise.seen for noise in noises]))
+            for noise, widest, count in zip(noises, ranges, seen.tolist(), strict=True):
+                noise.seen, noise.range = count, widest if count else None
+        self._ranges_are_shared = all(noise.seen >= noise.calibration for noise in noises)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return all fitted tensors.

@@ -34,7 +34,6 @@ _VERSIONS = {
     "transformers": transformers.__version__,
     "torch": torch.__version__,
 }
-_NOT_MODEL_INDEX = ("loss",)
 # Config fields that are not settings of the user: they are set during compression, or too long.
 _NOT_SETTINGS = ("plan", "left_dense", "shared_layers", "pruned_layers", "layer_quantizers")
 _PAPER = (
@@ -109,7 +108,7 @@ class QuantNoiseCard:
             A ``huggingface_hub.ModelCard``: metadata and text.
         """
         config: Any = getattr(model.config, "quantization_config", None)
-        packed = isinstance(config, QuantizedModelConfig) and config.is_compressed
+        packed = isinstance(config, QuantizedModelConfig) and bool(config.plan)
         parts = [START, f"# {self._title(model)}", self._introduction(model, packed)]
         parts += ["## How to use", _usage(model, self.repo_id or REPO_PLACEHOLDER, packed)]
         report = size_report(model)
@@ -188,7 +187,7 @@ class QuantNoiseCard:
                 metric_value=value,
             )
             for name, value in plain_metrics(self.after).items()
-            if name not in _NOT_MODEL_INDEX
+            if name != "loss"
         ]
 
 

@@ -7,11 +7,11 @@ import tempfile
 from dataclasses import replace
 from typing import Any
 
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, upload_folder
 from transformers import PreTrainedModel
 
 from ..hub.card import CARD_ATTRIBUTE, TAGS
-from ..repository import CARD, create_repository, existing_card, read_card, upload_folder
+from ..repository import CARD, create_repository, existing_card, read_card
 from .card import END, START, QuantNoiseCard
 
 # Metadata fields of a card that hold evaluation results.
@@ -115,8 +115,8 @@ def push_to_hub(
         card = replace(card or card_of(model), repo_id=repo_id)
         merge_cards(card.render(model), existing).save(os.path.join(folder, CARD))
         return upload_folder(
-            folder,
-            repo_id,
+            repo_id=repo_id,
+            folder_path=folder,
             token=token,
             commit_message=commit_message or f"Upload {type(model).__name__}",
             revision=revision,

@@ -34,9 +34,7 @@ TASKS = {
 def auto_class_of(model: PreTrainedModel) -> str | None:
     """Return the name of the Auto class that maps the model's config to its class, or None."""
     for name in TASKS:
-        mapping = models_of(getattr(transformers, name))
-        if type(model.config) in mapping:
-            classes = mapping[type(model.config)]
-            if type(model) in (classes if isinstance(classes, tuple) else (classes,)):
-                return name
+        classes = models_of(getattr(transformers, name)).get(type(model.config), ())
+        if type(model) in (classes if isinstance(classes, tuple) else (classes,)):
+            return name
     return None

@@ -7,12 +7,13 @@ import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from huggingface_hub import upload_folder
 from transformers import PreTrainedModel, Trainer
 
 from ..compat import finish_current_push
 from ..configuration import QuantNoiseConfig
 from ..hub.card import CARD_ATTRIBUTE
-from ..repository import CARD, read_card, upload_folder
+from ..repository import CARD, read_card
 from .card import QuantNoiseCard
 from .push import RESULT_FIELDS, merge_cards, write_model_card
 from .tables import changed_fields
@@ -141,14 +142,15 @@ class PublishingMixin(_Trainer):
         kwargs.setdefault("model_name", (self.hub_model_id or "").split("/")[-1] or None)
         self.create_model_card(**kwargs)
         finish_current_push(self)
+        run_as_future: Any = not blocking  # upload_folder has an overload for each value
         return upload_folder(
-            str(self.args.output_dir),
-            str(self.hub_model_id),
+            repo_id=str(self.hub_model_id),
+            folder_path=str(self.args.output_dir),
             token=token,
-            ignore_patterns=self.unpublished,
+            ignore_patterns=[*self.unpublished],
             commit_message=commit_message,
             revision=self.args.hub_revision if revision is None else revision,
-            run_as_future=not blocking,
+            run_as_future=run_as_future,
         )
 
 

@@ -3,7 +3,7 @@
 from .additive import AdditiveQuantizer
 from .base import QUANTIZERS, Quantizer, quantizer_from_dict
 from .fixed_point import FixedPointQuantizer
-from .kmeans import KMeansResult, assign, kmeans
+from .kmeans import assign, kmeans
 from .packing import pack_codes, unpack_codes
 from .product import ProductQuantizer
 
@@ -11,7 +11,6 @@ __all__ = [
     "QUANTIZERS",
     "AdditiveQuantizer",
     "FixedPointQuantizer",
-    "KMeansResult",
     "ProductQuantizer",
     "Quantizer",
     "assign",

@@ -81,10 +81,11 @@ class AdditiveQuantizer(ProductQuantizer):
         return codebook[self.codebook_rows(codes).long()].sum(1)
 
     def _residual_start(self, blocks, weights, seed, n_iter) -> Tensor:
-        first = kmeans(blocks, self.n_centroids, n_iter=n_iter, seed=seed, weights=weights)
-        residuals = blocks - first.centroids[first.codes]
-        second = kmeans(residuals, self.n_centroids, n_iter=n_iter, seed=seed, weights=weights)
-        return torch.cat([first.centroids, second.centroids])
+        """Return the codebooks of k-means, and of k-means of its residuals."""
+        options = {"n_iter": n_iter, "seed": seed, "weights": weights}
+        first, codes = kmeans(blocks, self.n_centroids, **options)
+        second, _ = kmeans(blocks - first[codes], self.n_centroids, **options)
+        return torch.cat([first, second])
 
     def _update(self, blocks, weights, codebook, codes) -> Tensor:
         """Set each codebook in turn, twice, to the means of the other one's residuals.

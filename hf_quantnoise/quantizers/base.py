@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import asdict
 from typing import Any, ClassVar
 
 import torch
@@ -44,12 +43,14 @@ class Quantizer(ABC):
         block_size: elements per block.
         code_bits: bits per code.
         codes_per_block: number of codes of a block, adjacent in the codes of its row.
+        not_trained: keys of state tensors that get no gradient.
         short_name: for tables, e.g. ``"pq 256x4"``.
     """
 
     scheme: ClassVar[str]
     block_size: int
     codes_per_block: ClassVar[int] = 1
+    not_trained: ClassVar[frozenset[str]] = frozenset()
 
     @property
     @abstractmethod
@@ -68,10 +69,9 @@ class Quantizer(ABC):
         init: dict[str, Tensor] | None = None,
         importance: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Fit the state to a matrix (rows, columns).
+        """Fit the state to a weight matrix (rows, columns).
 
         Args:
-            matrix: the weight.
             seed: seed of all randomness in the fit.
             init: an earlier state to start from.
             importance: positive weight of each element's squared error, broadcastable to the matrix
@@ -100,18 +100,13 @@ class Quantizer(ABC):
     def state_spec(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Return shape and stored dtype of each state tensor, for a (rows, columns) matrix."""
 
-    @abstractmethod
     def check(self, rows: int, columns: int) -> str | None:
         """Return why a (rows, columns) matrix cannot be quantized, or None if it can."""
+        return None
 
     def state_of_rows(self, state: dict[str, Tensor], rows: Tensor | slice) -> dict[str, Tensor]:
         """Return the part of a state that decodes some rows; the state itself if rows share it."""
         return state
-
-    @property
-    def not_trained(self) -> set[str]:
-        """Keys of state tensors that get no gradient."""
-        return set()
 
     def to_storage(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Convert a state to its form in a file: the dtypes of the spec, if they are smaller."""
@@ -123,8 +118,8 @@ class Quantizer(ABC):
 
     @property
     def encodes_state(self) -> bool:
-        """Whether :meth:`from_storage` changes the state: files hold codes for its values."""
-        return False
+        """Whether files hold codes for state values, which :meth:`from_storage` decodes."""
+        return any(not dtype.is_floating_point for _, dtype in self.state_spec(1, 1).values())
 
     def from_storage(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Convert a state read from a file to its working form."""
@@ -143,28 +138,23 @@ class Quantizer(ABC):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form; :func:`quantizer_from_dict` is the inverse."""
-        return {"scheme": self.scheme, **asdict(self)}
+        return {"scheme": self.scheme, **vars(self)}
 
 
 def quantizer_from_dict(values: dict[str, Any]) -> Quantizer:
-    """Return the quantizer of a plan's entry.
-
-    Raises:
-        ValueError: if the scheme or one of its fields is unknown.
-    """
-    values = dict(values)
-    cls = QUANTIZERS[values.pop("scheme", None)]
+    """Return the quantizer of a plan's entry; ValueError if its scheme or a field is unknown."""
+    cls = QUANTIZERS[values.get("scheme")]
     try:
-        return cls(**values)
+        return cls(**{key: value for key, value in values.items() if key != "scheme"})
     except TypeError as error:
         raise ValueError(f"quantizer {cls.scheme!r}: {error}") from None
 
 
-def require_finite(matrix: Tensor) -> None:
+def require_finite(matrix: Tensor, name: str = "weight") -> None:
     """Raise ValueError if a matrix has NaN or infinite entries, with their number."""
     finite = torch.isfinite(matrix)
     if not finite.all():
         raise ValueError(
-            f"invalid weight: {int((~finite).sum())} of {matrix.numel()} entries are NaN or "
+            f"invalid {name}: {int((~finite).sum())} of {matrix.numel()} entries are NaN or "
             "infinite; check the training for divergence, or download the checkpoint again"
         )

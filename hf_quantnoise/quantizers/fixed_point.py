@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..configuration import OBSERVERS
-from .base import QUANTIZERS, Quantizer, require_finite
+from .base import QUANTIZERS, Quantizer, StraightThrough, require_finite
 from .observers import CHUNK_ELEMENTS, Range, extremes
 from .packing import code_dtype
 
@@ -52,15 +52,10 @@ class FixedPointQuantizer(Quantizer):
     def fit_running(
         self, matrix: Tensor, running: Range | None = None
     ) -> tuple[dict[str, Tensor], Range]:
-        """Fit like :meth:`fit`, with the extremes of earlier fits.
+        """Fit like :meth:`fit`; return the state, and the extremes of the matrix, scalars.
 
-        Args:
-            matrix: the weight.
-            running: extremes returned by the last call; only a running observer reads them.
-
-        Returns:
-            The state; and the extremes, scalars: with a running observer those of all matrices so
-            far, else of this one.
+        With a running observer the extremes are those of all matrices so far: ``running``, as
+        returned by the last call, widened by this matrix.
         """
         require_finite(matrix)
         observer, values = OBSERVERS[self.observer], matrix.float()
@@ -69,12 +64,11 @@ class FixedPointQuantizer(Quantizer):
         for low, high in observer.candidates(values, self.bits, full_range):
             state = self.state_of_range(low, high)
             states.append({key: value.to(matrix.dtype) for key, value in state.items()})
-        if len(states) == 1:
-            return states[0], full_range
-        best = torch.stack([self._errors(values, state) for state in states]).argmin(0)
-        stacked = {key: torch.stack([state[key] for state in states]) for key in states[0]}
-        index = best.expand_as(states[0]["scale"])[None]
-        return {key: value.gather(0, index)[0] for key, value in stacked.items()}, full_range
+        best, *others = states
+        for state in others:
+            better = self._errors(values, state) < self._errors(values, best)
+            best = {key: torch.where(better, state[key], best[key]) for key in best}
+        return best, full_range
 
     def _errors(self, matrix: Tensor, state: dict[str, Tensor]) -> Tensor:
         """Return the squared error of each row, (rows, 1), or in total if the state is scalar."""
@@ -117,31 +111,12 @@ class FixedPointQuantizer(Quantizer):
         shape = (rows, 1) if OBSERVERS[self.observer].per_channel else ()
         return {"scale": (shape, torch.float32), "zero_point": (shape, torch.float32)}
 
-    def check(self, rows, columns):
-        return None
-
-
-class _RoundWithin(torch.autograd.Function):
-    """Rounded values forward; backward the identity within the range, zero outside it."""
-
-    @staticmethod
-    def forward(ctx, values: Tensor, rounded: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        ctx.save_for_backward((values >= low) & (values <= high))
-        return rounded.view_as(rounded)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):
-        (inside,) = ctx.saved_tensors
-        return gradient * inside, None, None, None
-
 
 def round_activations(values: Tensor, state: dict[str, Tensor], bits: int) -> Tensor:
-    """Round activations to N-bit integers (Eq. 2, section 7.7), straight-through within the range.
+    """Round activations to N-bit integers (Eq. 2, section 7.7); shape and dtype stay.
 
-    Args:
-        values: any shape and float dtype, which the result has too.
-        state: ``scale`` and ``zero_point``, scalars.
-        bits: N.
+    ``state`` holds the scalars ``scale`` and ``zero_point``. The gradient is straight-through
+    within the range, and zero outside it.
     """
     quantizer = FixedPointQuantizer(bits=bits)
     state = {key: value.float() for key, value in state.items()}
@@ -150,4 +125,5 @@ def round_activations(values: Tensor, state: dict[str, Tensor], bits: int) -> Te
     if not (torch.is_grad_enabled() and values.requires_grad):
         return rounded
     low, high = (quantizer.decode(torch.tensor(level), state) for level in (0, 2**bits - 1))
-    return _RoundWithin.apply(values, rounded, low, high)
+    inside = (values >= low) & (values <= high)
+    return StraightThrough.apply(torch.where(inside, values, values.detach()), rounded)

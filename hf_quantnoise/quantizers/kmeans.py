@@ -1,19 +1,14 @@
 """k-means in plain torch: vectorized, chunked, seeded, and without empty clusters.
 
-The distances of all points of a chunk to all centroids are one matrix product: with a one appended
-to each point and half its squared norm to each centroid, ||c||^2 / 2 - x c is ||x - c||^2 / 2 minus
-half the squared norm of the point, which is added to its row. Chunks fit in cache, and their size
-in bytes is bounded.
-
-With a weight h for each element of each point the distance is sum_j h_j (x_j - c_j)^2: again one
-product, of (h x, h) and (-c, c^2 / 2). A centroid is then the weighted mean of its points,
-coordinate by coordinate.
+The distances of a chunk of points to all centroids are one matrix product, of (x, 1) and
+(-c, ||c||^2 / 2): ||x - c||^2 / 2 minus half the squared norm of the point. With a weight h for
+each element of each point the distance is sum_j h_j (x_j - c_j)^2, again one product, of (h x, h)
+and (-c, c^2 / 2). A centroid is then the weighted mean of its points, coordinate by coordinate.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -27,26 +22,9 @@ FULL_ITERATIONS = 3
 MAX_INDEX_BITS = 10
 
 
-@dataclass(frozen=True)
-class KMeansResult:
-    """Result of :func:`kmeans`.
-
-    Attributes:
-        centroids: shape (n_centroids, d), float32.
-        codes: nearest centroid of each point, shape (N,), int64.
-        objective: sum of the (weighted) squared distances (section 3.2), computed from the codes.
-        n_iter: iterations over the sample and over all points together.
-    """
-
-    centroids: Tensor
-    codes: Tensor
-    objective: float
-    n_iter: int
-
-
-def chunk_rows(n_centroids: int, max_bytes: int = MAX_BYTES) -> int:
-    """Return the points per chunk whose float32 distances fit in ``max_bytes`` and in cache."""
-    return max(1, min(max_bytes // (4 * n_centroids), max(2**18 // n_centroids + 1, 512)))
+def chunk_rows(n_centroids: int) -> int:
+    """Return the points per chunk whose float32 distances fit in MAX_BYTES and in cache."""
+    return max(1, min(MAX_BYTES // (4 * n_centroids), max(2**18 // n_centroids + 1, 512)))
 
 
 def _columns(centroids: Tensor, weighted: bool) -> Tensor:
@@ -85,15 +63,12 @@ def _nearest(points: Tensor, columns: Tensor, weights: Tensor | None, scratch: T
     return (bits.amin(1) & (2**index_bits - 1)).long()
 
 
-def assign(
-    points: Tensor, centroids: Tensor, max_bytes: int = MAX_BYTES, weights: Tensor | None = None
-) -> Tensor:
+def assign(points: Tensor, centroids: Tensor, weights: Tensor | None = None) -> Tensor:
     """Return the nearest centroid of each point.
 
     Args:
         points: shape (N, d); centered first, so a common offset costs no precision.
         centroids: shape (K, d).
-        max_bytes: bound on the scratch memory of a chunk.
         weights: positive, shape (N, d) or (N, 1); see :func:`kmeans`.
 
     Returns:
@@ -106,7 +81,7 @@ def assign(
     center = centroids.float().mean(0)
     centroids = centroids.float() - center
     columns = _columns(centroids, weights is not None)
-    step = chunk_rows(len(centroids), max_bytes)
+    step = chunk_rows(len(centroids))
     codes = torch.empty(len(points), dtype=torch.int64, device=points.device)
     # One scratch tensor for all chunks: allocating one per chunk, between smaller tensors that stay
     # alive, fragments the heap by gigabytes.
@@ -164,8 +139,10 @@ def _seed_centroids(
     uniform = uniform.to(points.device)
     for k in range(1, n_centroids):
         picks = _pick_by_distance(distances, uniform[k])
-        plain = weights is None
-        squares = norms[picks][:, None] if plain else sample[picks].square() @ weight_columns
+        if weights is None:
+            squares = norms[picks][:, None]
+        else:
+            squares = sample[picks].square() @ weight_columns
         new = norms + squares - 2 * (sample[picks] @ weighted.t())
         new = torch.minimum(new.clamp_(min=0), distances)
         best = new.sum(1).argmin()
@@ -209,16 +186,15 @@ def cluster_means(
     return sums / mass.clamp(min=torch.finfo(mass.dtype).tiny)
 
 
-def _iterate(points, weights, centroids, n_iter, generator) -> tuple[Tensor, Tensor, int]:
-    """Run Lloyd's iterations until the codes are stable; return centroids, codes, iterations."""
-    codes = assign(points, centroids, weights=weights)
-    for iteration in range(n_iter):
+def _iterate(points, weights, centroids, n_iter, generator) -> tuple[Tensor, Tensor]:
+    """Run Lloyd's iterations until the codes are stable; return centroids and codes."""
+    codes = assign(points, centroids, weights)
+    for _ in range(n_iter):
         centroids = _update(points, weights, codes, centroids, generator)
-        new_codes = assign(points, centroids, weights=weights)
-        if torch.equal(new_codes, codes):
-            return centroids, codes, iteration + 1
-        codes = new_codes
-    return centroids, codes, n_iter
+        old_codes, codes = codes, assign(points, centroids, weights)
+        if torch.equal(codes, old_codes):
+            break
+    return centroids, codes
 
 
 def _check(points: Tensor, weights: Tensor | None, n_centroids: int, init: Tensor | None) -> None:
@@ -237,17 +213,6 @@ def _check(points: Tensor, weights: Tensor | None, n_centroids: int, init: Tenso
         raise ValueError("invalid weights: expected finite values above 0")
 
 
-def _objective(points: Tensor, weights: Tensor | None, centroids: Tensor, codes: Tensor) -> float:
-    """Return the (weighted) sum of squared distances of points to their centroids, in float64."""
-    total = 0.0
-    for start in range(0, len(points), 2**16):
-        part = slice(start, start + 2**16)
-        part_weights = None if weights is None else weights[part]
-        errors = squared_errors(points[part], centroids[codes[part]], part_weights)
-        total += float(errors.double().sum())
-    return total
-
-
 @torch.no_grad()
 def kmeans(
     points: Tensor,
@@ -256,12 +221,11 @@ def kmeans(
     n_iter: int = 20,
     seed: int = 0,
     init: Tensor | None = None,
-    sample_size: int = SAMPLE_POINTS,
     weights: Tensor | None = None,
-) -> KMeansResult:
+) -> tuple[Tensor, Tensor]:
     """Fit a codebook: minimize the sum of ||b - c[I]||^2 over all blocks (section 3.2).
 
-    Above ``sample_size`` points a sample is clustered first, then all points for three iterations:
+    Above SAMPLE_POINTS points a sample is clustered first, then all points for three iterations:
     half the time for the same objective. torch's global random state is unchanged.
 
     Args:
@@ -270,9 +234,11 @@ def kmeans(
         n_iter: maximum number of iterations.
         seed: seed of the initial centroids and of the restarts of empty clusters.
         init: initial centroids, shape (K, d), instead of k-means++.
-        sample_size: see above.
         weights: h > 0, shape (N, d) or (N, 1): the sum is then that of h (b - c[I])^2, element by
             element, for codes and centroids. None weighs all alike.
+
+    Returns:
+        The centroids, shape (K, d), float32, and the codes of the points, shape (N,), int64.
 
     Raises:
         ValueError: if an argument is empty, not finite or of the wrong shape.
@@ -282,18 +248,18 @@ def kmeans(
     if weights is not None:
         weights = weights.detach().float()
     generator = torch.Generator().manual_seed(seed)
-    sample_iterations = 0
-    centroids = init.detach().float().clone() if init is not None else None
-    if len(points) > sample_size:
-        chosen = sample_indices(len(points), sample_size, generator).to(points.device)
-        sample, sample_weights = points[chosen], None if weights is None else weights[chosen]
-        if centroids is None:
-            centroids = _seed_centroids(sample, sample_weights, n_centroids, generator)
-        fit = _iterate(sample, sample_weights, centroids, n_iter, generator)
-        centroids, _, sample_iterations = fit
-        n_iter = min(n_iter, FULL_ITERATIONS)
-    elif centroids is None:
-        centroids = _seed_centroids(points, weights, n_centroids, generator)
-    centroids, codes, iterations = _iterate(points, weights, centroids, n_iter, generator)
-    objective = _objective(points, weights, centroids, codes)
-    return KMeansResult(centroids, codes, objective, sample_iterations + iterations)
+    runs = [(points, weights, n_iter)]
+    if len(points) > SAMPLE_POINTS:
+        chosen = sample_indices(len(points), SAMPLE_POINTS, generator).to(points.device)
+        sample_weights = None if weights is None else weights[chosen]
+        runs = [
+            (points[chosen], sample_weights, n_iter),
+            (points, weights, min(n_iter, FULL_ITERATIONS)),
+        ]
+    if init is None:
+        centroids = _seed_centroids(*runs[0][:2], n_centroids, generator)
+    else:
+        centroids = init.detach().float().clone()
+    for run_points, run_weights, iterations in runs:
+        centroids, codes = _iterate(run_points, run_weights, centroids, iterations, generator)
+    return centroids, codes

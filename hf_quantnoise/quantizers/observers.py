@@ -66,10 +66,7 @@ def _histogram(matrix: Tensor, bits: int, full_range: Range) -> list[Range]:
 def range_of_histogram(counts: Tensor, low: Tensor, high: Tensor, bits: int) -> Range:
     """Return the range of lowest squared error between two of STEPS + 1 ends.
 
-    Args:
-        counts: share of the values in each of BINS equal bins from ``low`` to ``high``, float32.
-        low, high: scalars, ``low < high``.
-        bits: N.
+    ``counts`` are those of :func:`histogram` from ``low`` to ``high``, with ``low < high``.
     """
     ends = torch.linspace(0, 1, STEPS + 1, device=counts.device)
     first, last = torch.triu_indices(STEPS + 1, STEPS + 1, 1, device=counts.device)

@@ -11,11 +11,6 @@ def code_dtype(bits: int) -> torch.dtype:
     return torch.uint8 if bits <= 8 else torch.int32
 
 
-def _check(bits: int) -> None:
-    if not 1 <= bits <= 16:
-        raise ValueError(f"invalid bits: got {bits}, expected 1 to 16")
-
-
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
     """Pack codes into ceil(n * bits / 8) bytes.
 
@@ -29,7 +24,8 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     Raises:
         ValueError: if ``bits`` or a code is out of range.
     """
-    _check(bits)
+    if not 1 <= bits <= 16:
+        raise ValueError(f"invalid bits: got {bits}, expected 1 to 16")
     codes = codes.reshape(-1)
     if bits == 8 and codes.dtype == torch.uint8:
         return codes
@@ -48,18 +44,12 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
 def unpack_codes(packed: Tensor, bits: int, count: int) -> Tensor:
     """Unpack codes; the inverse of :func:`pack_codes`.
 
-    Args:
-        packed: uint8, one-dimensional.
-        bits: bits per code.
-        count: number of codes.
-
     Returns:
         Codes of shape (count,), uint8 up to 8 bits and int32 above.
 
     Raises:
         ValueError: if the length of ``packed`` does not match ``count``.
     """
-    _check(bits)
     if packed.numel() != -(-count * bits // 8):
         raise ValueError(
             f"invalid packed codes: got {packed.numel()} bytes, expected {-(-count * bits // 8)} "

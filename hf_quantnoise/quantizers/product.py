@@ -86,6 +86,7 @@ class ProductQuantizer(Quantizer):
     row_scale: bool = False
 
     scheme: ClassVar[str] = "pq"
+    not_trained: ClassVar[frozenset[str]] = frozenset(_PREFIX + key for key in _KEYS)
 
     @property
     def _eight_bits(self) -> FixedPointQuantizer:
@@ -126,10 +127,10 @@ class ProductQuantizer(Quantizer):
         """Fit a codebook to a matrix; return it and the decoded matrix, both float32."""
         blocks = to_blocks(matrix, self.block_size)
         weights = self._block_weights(matrix, importance)
-        result = kmeans(
+        codebook, codes = kmeans(
             blocks, self.n_centroids, n_iter=n_iter, seed=seed, init=start, weights=weights
         )
-        return result.centroids, result.centroids[result.codes].view_as(matrix)
+        return codebook, codebook[codes].view_as(matrix)
 
     def _block_weights(self, matrix: Tensor, importance: Tensor | None) -> Tensor | None:
         """Return the importance of each block element, (N, block_size); (N, 1) if it is per row."""
@@ -177,24 +178,14 @@ class ProductQuantizer(Quantizer):
     def state_of_rows(self, state, rows):
         return {**state, "row_scale": state["row_scale"][rows]} if self.row_scale else state
 
-    @property
-    def not_trained(self):
-        return {_PREFIX + key for key in _KEYS}
-
     def to_storage(self, state):
-        spec, codebook = self.state_spec(1, 1), state["codebook"]
-        for key, tensor in state.items():
-            if spec[key][1] == torch.float16:
-                state = {**state, key: _clamp_to_half(tensor)}
-        stored = super().to_storage(state)
+        spec = self.state_spec(1, 1)
+        halves = {k: _clamp_to_half(v) for k, v in state.items() if spec[k][1] == torch.float16}
+        stored = super().to_storage({**state, **halves})
         if self.codebook_bits == 8:
-            codes = self._eight_bits.encode(self._books(codebook), _codebook_state(state))
-            stored["codebook"] = codes.view_as(codebook)
+            codes = self._eight_bits.encode(self._books(state["codebook"]), _codebook_state(state))
+            stored["codebook"] = codes.view_as(state["codebook"])
         return stored
-
-    @property
-    def encodes_state(self):
-        return self.codebook_bits == 8
 
     def from_storage(self, state):
         if self.codebook_bits != 8:

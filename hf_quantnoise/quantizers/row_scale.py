@@ -18,9 +18,6 @@ ROUND_ITERATIONS = 5
 # Least squared scale, as a weight: k-means requires positive weights.
 MIN_WEIGHT = 1e-12
 
-# (matrix, importance, initial codebook, iterations) -> codebook, matrix decoded with it
-Cluster = Callable[[Tensor, Tensor | None, Tensor | None, int], tuple[Tensor, Tensor]]
-
 
 def as_divisor(scale: Tensor) -> Tensor:
     """Replace scales of 0 by 1 for a division: such a row decodes to zeros whatever its codes."""
@@ -32,9 +29,9 @@ def fit_row_scale(
     importance: Tensor | None,
     start: Tensor | None,
     n_iter: int,
-    cluster: Cluster,
+    cluster: Callable[[Tensor, Tensor, Tensor | None, int], tuple[Tensor, Tensor]],
 ) -> tuple[Tensor, Tensor]:
-    """Fit a codebook and a scale per row.
+    """Fit a codebook and a scale per row; return both, the scale s as (rows, 1) with mean about 1.
 
     The squared error of a row is s^2 ||W_row / s - centroids||^2: its blocks are divided by s and
     clustered with weight s^2.
@@ -44,10 +41,7 @@ def fit_row_scale(
         importance: as in ``Quantizer.fit``.
         start: initial codebook, or None.
         n_iter: iterations of the first clustering.
-        cluster: fits a codebook to a matrix.
-
-    Returns:
-        The codebook; and s, shape (rows, 1), whose mean is about 1.
+        cluster: (matrix, importance, initial codebook, iterations) -> codebook, decoded matrix.
     """
     scale = matrix.square().mean(1, keepdim=True).sqrt()
     scale = as_divisor(scale / as_divisor(scale.mean()))

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from argparse import SUPPRESS, Action
 from dataclasses import dataclass, field, make_dataclass
 from typing import Any, Literal
 
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    HfArgumentParser,
+    PretrainedConfig,
+    PreTrainedModel,
+    TrainingArguments,
+)
 
 from ..compression import CompressionArguments
 from ..configuration import QuantizedModelConfig, QuantNoiseConfig
@@ -46,6 +52,34 @@ class ModelArguments:
     def hub(self) -> dict:
         """Return the keyword arguments of every ``from_pretrained``."""
         return {"cache_dir": self.cache_dir, "revision": self.model_revision, "token": self.token}
+
+    def load_config(self) -> PretrainedConfig:
+        """Load the config; the error of a missing checkpoint names the flag."""
+        flag = "config_name" if self.config_name else "model_name_or_path"
+        return load_config(flag, getattr(self, flag), **self.hub())
+
+    def load_tokenizer(self):
+        """Load the tokenizer."""
+        name = self.tokenizer_name or self.model_name_or_path
+        return AutoTokenizer.from_pretrained(name, **self.hub())
+
+    def load_model(self, auto_class: Any, config: PretrainedConfig) -> PreTrainedModel:
+        """Load the checkpoint with the head of a config."""
+        return auto_class.from_pretrained(
+            self.model_name_or_path,
+            config=config,
+            dtype=self.dtype,
+            ignore_mismatched_sizes=self.ignore_mismatched_sizes,
+            **self.hub(),
+        )
+
+
+def load_config(flag: str, name: str, **kwargs: Any) -> PretrainedConfig:
+    """Load the config of the checkpoint that a flag names."""
+    try:
+        return AutoConfig.from_pretrained(name, **kwargs)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"invalid --{flag} {name!r}: cannot be loaded ({error})") from None
 
 
 # Option of QuantNoiseConfig -> its flag. SHARED options are those of the compressed model, as are
@@ -108,8 +142,7 @@ class CompressionFlags(
 class RunTrainingArguments(TrainingArguments):
     """``TrainingArguments`` in which ``--do_train`` and ``--do_eval`` have other defaults.
 
-    Without these two flags a run does both; if one of them is true, only that, as in other
-    examples. ``--do_train False`` evaluates and compresses the checkpoint as it is.
+    Without both flags a run does both. If only one is passed, the other is its opposite.
     """
 
     do_train: bool | None = field(
@@ -128,16 +161,7 @@ class RunTrainingArguments(TrainingArguments):
 
 @dataclass
 class Arguments:
-    """A parsed command line.
-
-    Attributes:
-        words: the command line itself.
-        noise: the noise to train with, or None.
-        quantization: how the compressed model is stored.
-
-    Raises:
-        ValueError: if the flags do not make valid configs.
-    """
+    """A parsed command line (``words``), and the configs that its flags make."""
 
     words: list[str]
     model: ModelArguments
@@ -158,9 +182,13 @@ class Arguments:
         return self.flags.compress and self.compression.trains(self.quantization.stage_groups())
 
     @property
-    def needs_train_data(self) -> bool:
-        """Whether the run trains, before or in compression."""
-        return self.training.do_train or self.finetunes_stages
+    def splits(self) -> list[str]:
+        """The splits that the run needs: ``"train"``, ``"validation"``, or both."""
+        needed = {
+            "train": self.training.do_train or self.finetunes_stages,
+            "validation": self.training.do_eval,
+        }
+        return [split for split, is_needed in needed.items() if is_needed]
 
     def require_train_data(self) -> None:
         """Raise a ``ValueError`` if the stages need training data and there is none."""
@@ -194,7 +222,7 @@ class _RemovedFlag(Action):
         warn_removed(option_string, CompressionArguments.removed[name])
 
 
-class _Parser(OneLineErrors, HfArgumentParser):
+class RunParser(OneLineErrors, HfArgumentParser):
     """Parser of an example's dataclasses, or of one JSON file with their fields."""
 
     def __init__(self, data_class: type, **kwargs: Any) -> None:
@@ -206,17 +234,22 @@ class _Parser(OneLineErrors, HfArgumentParser):
                 *names, action=_RemovedFlag, nargs="?", default=SUPPRESS, help=SUPPRESS
             )
 
-    def from_words(self, words: list[str]) -> tuple:
-        """Return the dataclasses of a command line."""
+    def parse(self, words: list[str]) -> Arguments:
+        """Parse a command line, or the single JSON file that it names.
+
+        Raises:
+            ValueError: if a value is invalid, or a flag is unknown.
+        """
+        if len(words) == 1 and words[0].endswith(".json"):
+            return Arguments(words, *self._read_file(words[0]))
         names = {name: name for name in options_of(CompressionArguments)}
         with errors_name_flags(names):
             *parts, unknown = self.parse_args_into_dataclasses(words, return_remaining_strings=True)
         if unknown:
             raise ValueError(unknown_flags(unknown, self._option_string_actions))
-        return tuple(parts)
+        return Arguments(words, *parts)
 
-    def from_file(self, file_name: str) -> tuple:
-        """Return the dataclasses of a JSON file."""
+    def _read_file(self, file_name: str) -> tuple:
         try:
             with open(file_name, encoding="utf-8") as file:
                 values = json.load(file)
@@ -228,24 +261,3 @@ class _Parser(OneLineErrors, HfArgumentParser):
             if name not in known:
                 raise ValueError(f"unknown field {name!r} in {file_name}{suggestion(name, known)}")
         return self.parse_dict(values)
-
-
-def parse_arguments(
-    data_class: type, description: str, argv: list[str] | None = None, prog: str | None = None
-) -> Arguments:
-    """Parse a command line, or the single JSON file that it names.
-
-    Args:
-        data_class: the example's dataclass of data flags.
-        description: beginning of ``--help``.
-        argv: the words; None takes those of the process.
-        prog: name of the program, for help and errors; None takes that of the process.
-
-    Raises:
-        ValueError: if a value is invalid, or a flag is unknown.
-    """
-    parser = _Parser(data_class, description=description, prog=prog)
-    words = sys.argv[1:] if argv is None else list(argv)
-    if len(words) == 1 and words[0].endswith(".json"):
-        return Arguments(words, *parser.from_file(words[0]))
-    return Arguments(words, *parser.from_words(words))

@@ -4,9 +4,6 @@ Text is tokenized as one stream and split into examples of equal length. The clo
 perplexity per token of the model's tokenizer. ``results.json`` also has the perplexity per word,
 as reported for WikiText in the literature (words are separated by white space, and each end of line
 counts as a word).
-
-The run is in ``compression_run.py``, the flags are in ``arguments.py``; they can also be passed as
-one JSON file.
 """
 
 from __future__ import annotations
@@ -16,12 +13,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from datasets import Dataset, load_dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, default_data_collator
+from transformers import AutoModelForCausalLM, default_data_collator
 
 from ..configuration.options import option
 from .arguments import Arguments
 from .compression_run import Example, Job
-from .example_data import SplitArguments, check_minimum
+from .example_data import SplitArguments, check_column, check_minimum
 
 
 @dataclass
@@ -41,34 +38,20 @@ class TextArguments(SplitArguments):
 
 @dataclass(frozen=True)
 class TokenizedText:
-    """Tokenized text.
-
-    Attributes:
-        rows: examples of equal length.
-        tokens: number of predicted tokens.
-        words: number of words, including ends of lines, that these tokens make up.
-    """
+    """Examples of equal length, with the counts of tokens and words for perplexities."""
 
     rows: Dataset
-    tokens: int
-    words: float
+    tokens: int  # those that are predicted
+    words: float  # that these tokens make up, including ends of lines
 
 
 def read_text(args: TextArguments, split: str, cache_dir: str | None) -> list[str]:
-    """Return the lines of a split, from a file or from the Hub.
-
-    Raises:
-        ValueError: naming the flag, if a column is missing or a file is empty or not text.
-    """
+    """Return the lines of a split, from a file or from the Hub."""
     if (path := args.file(split)) is None:
         rows = load_dataset(
             args.dataset_name, args.dataset_config_name, split=split, cache_dir=cache_dir
         )
-        if args.text_column not in rows.column_names:
-            raise ValueError(
-                f"invalid --text_column {args.text_column!r}: expected one of the columns of "
-                f"{args.dataset_name}: {', '.join(rows.column_names)}"
-            )
+        check_column("text_column", args.text_column, rows, args.dataset_name)
         return [line if line.endswith("\n") else f"{line}\n" for line in rows[args.text_column]]
     try:
         with open(path, encoding="utf-8") as file:
@@ -85,17 +68,10 @@ def read_text(args: TextArguments, split: str, cache_dir: str | None) -> list[st
 def split_into_examples(
     lines: list[str], tokenizer, length: int, limit: int | None, flag: str
 ) -> TokenizedText:
-    """Tokenize lines as one stream and split it into examples.
+    """Tokenize lines as one stream and split it into examples of ``length`` tokens.
 
-    Args:
-        lines: the text.
-        tokenizer: tokenizer of the model.
-        length: tokens per example; the remainder of the stream is dropped.
-        limit: maximum number of examples, or None.
-        flag: flag of the text, for the error.
-
-    Raises:
-        ValueError: if the text is shorter than one example.
+    The remainder is dropped. ``limit`` is the maximum number of examples, or None; errors name
+    the ``flag`` of the text.
     """
     encoded = tokenizer(lines, add_special_tokens=False, return_attention_mask=False)
     stream = [token for line in encoded["input_ids"] for token in line]
@@ -119,10 +95,7 @@ def split_into_examples(
 def perplexities(scores: dict[str, float], text: TokenizedText) -> dict[str, float]:
     """Return the perplexity per token, and per word of the text."""
     loss = scores["loss"]
-    return {
-        "perplexity": _exp(loss),
-        "word_perplexity": _exp(loss * text.tokens / text.words),
-    }
+    return {"perplexity": _exp(loss), "word_perplexity": _exp(loss * text.tokens / text.words)}
 
 
 def _exp(value: float) -> float:
@@ -132,13 +105,8 @@ def _exp(value: float) -> float:
 def prepare(args: Arguments) -> Job:
     """Load text, tokenizer and model."""
     data, model_args = args.data, args.model
-    tokenizer = AutoTokenizer.from_pretrained(
-        model_args.tokenizer_name or model_args.model_name_or_path, **model_args.hub()
-    )
-    model = AutoModelForCausalLM.from_pretrained(
-        model_args.model_name_or_path, dtype=model_args.dtype, **model_args.hub()
-    )
-    limit = getattr(model.config, "max_position_embeddings", None)
+    config, tokenizer = model_args.load_config(), model_args.load_tokenizer()
+    limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and data.sequence_length > limit:
         raise ValueError(
             f"invalid --sequence_length {data.sequence_length}: expected at most the model's "
@@ -150,17 +118,14 @@ def prepare(args: Arguments) -> Job:
         length, limit = data.sequence_length, data.limit(split)
         return split_into_examples(lines, tokenizer, length, limit, f"--{split}_file")
 
-    train = validation = None
-    if args.needs_train_data:
-        train = read("train")
-    if args.training.do_eval:
-        validation = read("validation")
+    texts = {split: read(split) for split in args.splits}
+    rows = {split: text.rows for split, text in texts.items()}
     args.training.prediction_loss_only = True  # the logits of all texts would fill the memory
     return Job(
-        model=model,
+        model=model_args.load_model(AutoModelForCausalLM, config),
         parts={
-            "train_dataset": train and train.rows,
-            "eval_dataset": validation and validation.rows,
+            "train_dataset": rows.get("train"),
+            "eval_dataset": rows.get("validation"),
             "processing_class": tokenizer,
             "data_collator": default_data_collator,
         },
@@ -168,7 +133,7 @@ def prepare(args: Arguments) -> Job:
         metric="perplexity",
         task="text-generation",
         dataset=data.dataset_name,
-        add_scores=lambda scores: perplexities(scores, validation),
+        add_scores=lambda scores: perplexities(scores, texts["validation"]),
     )
 
 

@@ -9,25 +9,15 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Row:
-    """A model in the table.
-
-    Attributes:
-        model: its name.
-        megabytes: size of its weights on disk, in 10^6 bytes; see :func:`weights_mb`.
-        score: its metric, or None if it was not evaluated.
-    """
+    """A model in the table."""
 
     model: str
-    megabytes: float
-    score: float | None = None
+    megabytes: float  # of weights on disk, see :func:`weights_mb`
+    score: float | None = None  # None: not evaluated
 
 
 def weights_mb(folder: str | Path) -> float:
-    """Return the size of all ``*.safetensors`` files below a folder, in 10^6 bytes.
-
-    Raises:
-        FileNotFoundError: if there are none.
-    """
+    """Return the size of all ``*.safetensors`` files below a folder, in 10^6 bytes."""
     files = list(Path(folder).rglob("*.safetensors"))
     if not files:
         raise FileNotFoundError(
@@ -37,12 +27,7 @@ def weights_mb(folder: str | Path) -> float:
 
 
 def closing_table(rows: Sequence[Row], metric: str = "accuracy") -> str:
-    """Return the table of some models; "times smaller" is relative to the first row.
-
-    Args:
-        rows: the uncompressed model, then the compressed ones.
-        metric: heading of the scores.
-    """
+    """Return the table of an uncompressed model (the first row) and of compressed ones."""
     lines = [("model", "MB on disk", "times smaller", metric)]
     for row in rows:
         smaller = rows[0].megabytes / row.megabytes

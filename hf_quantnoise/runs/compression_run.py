@@ -17,13 +17,14 @@ from typing import Any
 import datasets
 import torch
 import transformers
-from transformers import AutoConfig, PreTrainedModel, Trainer, set_seed
+from huggingface_hub import upload_folder
+from transformers import PreTrainedModel, Trainer, set_seed
 
 from ..compression import check_compression, check_plan
-from ..repository import CARD, create_repository, upload_folder
+from ..repository import CARD, create_repository
 from ..size import size_report
 from ..trainer import QuantNoiseTrainer
-from .arguments import Arguments, parse_arguments
+from .arguments import Arguments, RunParser, load_config
 from .closing_table import Row, closing_table, weights_mb
 from .results import ResultsFile, versions
 
@@ -39,8 +40,7 @@ class Job:
         parts: keyword arguments of any ``Trainer``: datasets, collator, metrics, processing class.
         auto_class: the class that loads the compressed model.
         metric: the metric of the closing table.
-        task: name of the task on the Hub, for the model card.
-        dataset: name of the data on the Hub, for the model card; or None.
+        task, dataset: their names on the Hub, for the model card.
         add_scores: computes more metrics from those of ``evaluate`` (perplexity from loss).
     """
 
@@ -55,8 +55,8 @@ class Job:
     def scores(self, trainer: Trainer) -> dict[str, float]:
         """Evaluate; return the metrics without prefix, and those that the example adds."""
         metrics = trainer.evaluate().items()
-        plain = {name.removeprefix("eval_"): value for name, value in metrics}
-        return {**plain, **self.add_scores(plain)}
+        scores = {name.removeprefix("eval_"): value for name, value in metrics}
+        return {**scores, **self.add_scores(scores)}
 
 
 @torch.no_grad()
@@ -81,36 +81,19 @@ def set_up_logging(training) -> None:
     transformers.utils.logging.set_verbosity(level)
 
 
-def _check_checkpoints(args: Arguments) -> None:
-    """Raise a ``ValueError`` that names the flag if model or teacher cannot be loaded."""
-    source, model = args.model.hub(), args.model.model_name_or_path
-    teacher_source = {name: value for name, value in source.items() if name != "revision"}
-    for flag, name, more in (
-        ("config_name", args.model.config_name, source),
-        ("model_name_or_path", None if args.model.config_name else model, source),
-        ("teacher_name_or_path", args.flags.teacher_name_or_path, teacher_source),
-    ):
-        try:
-            if name is not None:
-                AutoConfig.from_pretrained(name, **more)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"invalid --{flag} {name!r}: cannot be loaded ({error})") from None
-
-
 class _Run:
-    """A run: its trainer, and the results so far.
-
-    Args:
-        args: the command line.
-        prepare: loads data and model.
-    """
+    """A run: its trainer, and the results so far."""
 
     def __init__(self, args: Arguments, prepare: Callable[[Arguments], Job]) -> None:
         self.args, self.training = args, args.training
         training, self.resume = args.training, args.flags.resume_compression
+        teacher = args.flags.teacher_name_or_path
         self.quantization = args.quantization if args.flags.compress else None
         self.results = ResultsFile(training.output_dir, training.should_save)
-        _check_checkpoints(args)
+        self.teacher_source = args.model.hub()
+        del self.teacher_source["revision"]
+        if teacher is not None:
+            load_config("teacher_name_or_path", teacher, **self.teacher_source)
         args.require_train_data()
         if self.resume:
             self.results.read_dense()
@@ -126,13 +109,13 @@ class _Run:
             job.model = job.auto_class.from_pretrained(self.folder(DENSE), dtype=args.model.dtype)
         if self.quantization is not None:
             check_plan(job.model, self.quantization)
-        counts = {"train": job.parts["train_dataset"], "validation": job.parts["eval_dataset"]}
+        sets = {"train": job.parts["train_dataset"], "validation": job.parts["eval_dataset"]}
         self.results.add(
             seed=training.seed,
             command=args.command,
             versions=versions(),
             arguments=args.to_dict(),
-            examples={name: len(rows) if rows else 0 for name, rows in counts.items()},
+            examples={name: len(rows) if rows else 0 for name, rows in sets.items()},
             metric=job.metric,
             noise=noise and noise.to_dict(),
             quantization=self.quantization and self.quantization.to_dict(),
@@ -179,10 +162,11 @@ class _Run:
     def compress(self) -> dict:
         """Compress in stages and save; return the results of the compressed model."""
         args, trainer, folder = self.args, self.trainer, self.folder(COMPRESSED)
-        teacher, hub = args.flags.teacher_name_or_path, args.model.hub()
+        teacher = args.flags.teacher_name_or_path
         if teacher is not None:
-            del hub["revision"]
-            teacher = self.job.auto_class.from_pretrained(teacher, dtype=args.model.dtype, **hub)
+            teacher = self.job.auto_class.from_pretrained(
+                teacher, dtype=args.model.dtype, **self.teacher_source
+            )
         start = time.perf_counter()
         model = trainer.compress(
             self.quantization,
@@ -206,11 +190,7 @@ class _Run:
         return results
 
     def reload(self) -> dict:
-        """Load the compressed model and evaluate it.
-
-        Raises:
-            RuntimeError: if its logits are not bit-equal to those of the model in memory.
-        """
+        """Load the compressed model, compare its logits, and evaluate it."""
         folder, parts, results = self.folder(COMPRESSED), self.job.parts, {}
         loaded = self.job.auto_class.from_pretrained(folder)
         examples = parts["eval_dataset"] or parts["train_dataset"]
@@ -235,7 +215,7 @@ class _Run:
         repo = create_repository(name, private=training.hub_private_repo, token=training.hub_token)
         self.trainer.hub_model_id = repo
         self.write_card(folder)
-        upload_folder(folder, repo, token=training.hub_token)
+        upload_folder(repo_id=repo, folder_path=folder, token=training.hub_token)
 
     def write_card(self, folder: str) -> None:
         """Write the model card into a folder."""
@@ -266,7 +246,8 @@ class Example:
 
     def parse(self, argv: list[str] | None = None, prog: str | None = None) -> Arguments:
         """Parse a command line; ``argv`` and ``prog`` default to those of the process."""
-        return parse_arguments(self.data_class, self.description, argv, prog)
+        parser = RunParser(self.data_class, description=self.description, prog=prog)
+        return parser.parse(sys.argv[1:] if argv is None else list(argv))
 
     def run(self, args: Arguments) -> dict:
         """Run a command line; return the content of ``results.json``."""

@@ -31,17 +31,7 @@ def check_file(flag: str, path: str, kind: str) -> None:
 
 
 def read_table(flag: str, path: str, cache_dir: str | None = None, **options: Any) -> Dataset:
-    """Return the rows of a parquet, csv, json or jsonl file.
-
-    Args:
-        flag: flag of the file, for errors.
-        path: the file.
-        cache_dir: folder for prepared data.
-        options: further arguments of ``load_dataset``.
-
-    Raises:
-        FileNotFoundError, ValueError: naming the flag, the file and what was expected.
-    """
+    """Return the rows of a parquet, csv, json or jsonl file; errors name the flag and the file."""
     kinds = f"a {', '.join(READERS)} file"
     check_file(flag, path, kinds)
     extension = os.path.splitext(path)[1].lower()
@@ -58,6 +48,15 @@ def read_table(flag: str, path: str, cache_dir: str | None = None, **options: An
             f"invalid --{flag} {path!r}: expected a {reader} file with at least one row "
             f"({error.__cause__ or error})"
         ) from error
+
+
+def check_column(flag: str, column: str, rows: Dataset, source: str) -> None:
+    """Raise a ``ValueError`` that names the flag if there is no such column."""
+    if column not in rows.column_names:
+        raise ValueError(
+            f"invalid --{flag} {column!r}: expected one of the columns of {source}: "
+            f"{', '.join(rows.column_names)}"
+        )
 
 
 def truncate(rows: Dataset | None, count: int | None) -> Dataset | None:
@@ -84,13 +83,9 @@ class FileArguments:
 
 @dataclass
 class SplitArguments(FileArguments):
-    """Data to train and evaluate on.
+    """Data to train and evaluate on, from files or from a dataset on the Hub."""
 
-    Attributes:
-        file_kind: kind of files, for errors.
-    """
-
-    file_kind: ClassVar[str] = "a file"
+    file_kind: ClassVar[str] = "a file"  # for errors
 
     dataset_name: str | None = option(None, "Dataset on the Hub, if there are no files.")
 
@@ -105,12 +100,7 @@ class SplitArguments(FileArguments):
         return bool(self.train_file or self.dataset_name)
 
     def file(self, split: str) -> str | None:
-        """Return the file of the ``"train"`` or ``"validation"`` split, or None for the Hub.
-
-        Raises:
-            ValueError: naming the flag, if it is needed and missing.
-            FileNotFoundError: if there is no file.
-        """
+        """Return the file of the ``"train"`` or ``"validation"`` split, or None for the Hub."""
         flag = f"{split}_file"
         path = getattr(self, flag)
         if path is None and self.dataset_name is None:

@@ -1,17 +1,16 @@
-"""Data of ``run_glue.py``: sentences and labels from the Hub or from files.
-
-Errors about files name the flag, its value and what was expected.
-"""
+"""Data of ``run_glue.py``: sentences and labels from the Hub or from files."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from datasets import Dataset, load_dataset
 from transformers import PretrainedConfig
 
 from ..configuration.options import option
-from .example_data import FileArguments, check_minimum, read_table, truncate
+from .arguments import ModelArguments
+from .example_data import FileArguments, check_column, check_minimum, read_table, truncate
 from .glue_labels import find_labels
 
 HUB_DATASET = "nyu-mll/glue"
@@ -112,7 +111,6 @@ class GlueData:
     train: Dataset | None
     validation: Dataset | None
     keys: tuple[str, str | None]
-    label_column: str
     label_values: dict | None
     label_names: list[str] | None
     metrics: tuple[str, ...]
@@ -123,13 +121,11 @@ class GlueData:
         return self.label_names is None
 
 
-# ---- reading -------------------------------------------------------------------------------------
-
-
-def _read_hub(args: DataArguments, split: str, cache_dir: str | None, token) -> Dataset:
+def _read_hub(args: DataArguments, split: str, model: ModelArguments) -> Dataset:
+    name = "train" if split == "train" else args.task.validation_split
     try:
         return load_dataset(
-            HUB_DATASET, args.task_name, split=split, cache_dir=cache_dir, token=token
+            HUB_DATASET, args.task_name, split=name, cache_dir=model.cache_dir, token=model.token
         )
     except ConnectionError as error:
         raise ConnectionError(
@@ -139,33 +135,25 @@ def _read_hub(args: DataArguments, split: str, cache_dir: str | None, token) -> 
 
 
 def _read_sets(
-    args: DataArguments, train: bool, validation: bool, cache_dir: str | None, token
+    args: DataArguments, model: ModelArguments, splits: Sequence[str]
 ) -> dict[str, Dataset]:
-    """Return flag -> dataset, for the datasets that the run needs."""
+    """Return flag -> dataset, for the splits that the run needs and the files that are passed."""
     if not args.from_files and not args.task_name:
         raise ValueError(
             "no data: pass --train_file and --validation_file, or --task_name (one of "
             f"{', '.join(TASKS)}) to load {HUB_DATASET} from the Hub"
         )
     sets = {}
-    for flag, wanted, why in (
-        ("train_file", train, "training (--do_train)"),
-        ("validation_file", validation, "evaluation (--do_eval)"),
-    ):
-        path = getattr(args, flag)
-        if not args.from_files and wanted:
-            split = "train" if flag == "train_file" else args.task.validation_split
-            sets[flag] = _read_hub(args, split, cache_dir, token)
-        elif path is not None:
+    for split, switch in (("train", "--do_train"), ("validation", "--do_eval")):
+        flag = f"{split}_file"
+        if (path := getattr(args, flag)) is not None:
             options = {"download_mode": "force_redownload"} if args.overwrite_cache else {}
-            sets[flag] = read_table(flag, path, cache_dir, **options)
-        elif wanted:
-            switch = "--do_train" if flag == "train_file" else "--do_eval"
-            raise ValueError(f"missing --{flag}: {why} needs it; pass it, or {switch} False")
+            sets[flag] = read_table(flag, path, model.cache_dir, **options)
+        elif split in splits and not args.from_files:
+            sets[flag] = _read_hub(args, split, model)
+        elif split in splits:
+            raise ValueError(f"missing --{flag}: {switch} needs it; pass it, or {switch} False")
     return sets
-
-
-# ---- columns -------------------------------------------------------------------------------------
 
 
 def _is_text(data: Dataset, column: str) -> bool:
@@ -191,15 +179,9 @@ def _sentence_keys(data: Dataset, flag: str, args: DataArguments) -> tuple[str, 
 
 def _check_columns(sets: dict[str, Dataset], keys, args: DataArguments) -> None:
     for flag, data in sets.items():
-        source = f"--{flag} {getattr(args, flag)!r}" if args.from_files else f"{HUB_DATASET}"
-        if args.label_column not in data.column_names:
-            raise ValueError(
-                f"invalid --label_column {args.label_column!r}: expected one of the columns of "
-                f"{source}: {data.column_names}"
-            )
-        for i, key in enumerate(keys, 1):
-            if key is None:
-                continue
+        source = f"--{flag} {getattr(args, flag)!r}" if args.from_files else HUB_DATASET
+        check_column("label_column", args.label_column, data, source)
+        for i, key in enumerate(filter(None, keys), 1):
             if key not in data.column_names:
                 raise ValueError(
                     f"{source} has no column {key!r}, only {data.column_names}; rename the column, "
@@ -218,38 +200,19 @@ def _check_columns(sets: dict[str, Dataset], keys, args: DataArguments) -> None:
                 )
 
 
-# ---- loading -------------------------------------------------------------------------------------
-
-
 def load_glue_data(
-    args: DataArguments,
-    config: PretrainedConfig,
-    *,
-    train: bool = True,
-    validation: bool = True,
-    ignore_mismatched_sizes: bool = False,
-    cache_dir: str | None = None,
-    token: str | None = None,
+    args: DataArguments, model: ModelArguments, config: PretrainedConfig, splits: Sequence[str]
 ) -> GlueData:
-    """Read the datasets and find sentences and labels.
+    """Read the datasets of some splits and find sentences and labels.
 
-    Args:
-        args: the flags.
-        config: config of the checkpoint; its label ids are used if its head has these labels.
-        train: whether the run needs training data.
-        validation: whether the run needs validation data.
-        ignore_mismatched_sizes: whether a head for other labels may be replaced.
-
-    Raises:
-        FileNotFoundError, ValueError: naming the flag, its value and what was expected.
-        ConnectionError: if the Hub is needed and cannot be reached.
+    The label ids are those of ``config`` if its head has these labels.
     """
-    sets = _read_sets(args, train, validation, cache_dir, token)
+    sets = _read_sets(args, model, splits)
     first = next(iter(sets))
     keys = _sentence_keys(sets[first], first, args)
     _check_columns(sets, keys, args)
     values, names = find_labels(
-        sets, args.label_column, args.task_name, config, ignore_mismatched_sizes
+        sets, args.label_column, args.task_name, config, model.ignore_mismatched_sizes
     )
     default = ("pearson", "spearmanr") if names is None else ("accuracy",)
     metrics = args.task.metrics if args.task else default
@@ -265,7 +228,6 @@ def load_glue_data(
         train=truncate(train_set, args.max_train_samples),
         validation=truncate(validation_set, args.max_eval_samples),
         keys=keys,
-        label_column=args.label_column,
         label_values=values,
         label_names=names,
         metrics=metrics,

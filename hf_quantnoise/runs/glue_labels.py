@@ -20,7 +20,7 @@ def _has_head(config: PretrainedConfig) -> bool:
     return any("ForSequenceClassification" in name for name in config.architectures or [])
 
 
-def _labels_in(data: Dataset, column: str) -> tuple[list, list[str]]:
+def labels_in(data: Dataset, column: str) -> tuple[list, list[str]]:
     """Return the distinct labels of a dataset in order, and their names."""
     feature = data.features[column]
     if isinstance(feature, ClassLabel):
@@ -60,22 +60,17 @@ def find_labels(
     config: PretrainedConfig,
     ignore_mismatched_sizes: bool,
 ) -> tuple[dict, list[str]] | tuple[None, None]:
-    """Return the labels of the data.
+    """Return the labels of the data: label -> id, and the name of each id.
 
     Args:
         sets: flag -> dataset; the first one defines the labels, the others must have the same.
-        column: the label column.
-        task_name: GLUE task, or None: then floats mean regression.
         config: config of the checkpoint; its label ids are used if its head has these labels.
-        ignore_mismatched_sizes: whether a head for other labels may be replaced.
 
     Returns:
-        (label in the data -> id, name of each id), or (None, None) for regression.
-
-    Raises:
-        ValueError: naming the flag or column, its content and what was expected.
+        None twice for regression: numeric labels of a task without classes, or without a task.
     """
-    feature = next(iter(sets.values())).features[column]
+    first = next(iter(sets.values()))
+    feature = first.features[column]
     kind = str(getattr(feature, "dtype", feature))
     is_float = kind.startswith(("float", "double", "decimal"))
     if task_name in REGRESSION_TASKS or (is_float and task_name is None):
@@ -84,7 +79,12 @@ def find_labels(
                 f"--task_name {task_name!r} is a regression, but column {column!r} has {kind}; "
                 "pass data with numeric labels, or remove --task_name"
             )
-        _check_regression_head(config, ignore_mismatched_sizes)
+        if _has_head(config) and config.num_labels != 1 and not ignore_mismatched_sizes:
+            raise ValueError(
+                f"--model_name_or_path has a head for {config.num_labels} labels, the data is a "
+                "regression (one output); pass --ignore_mismatched_sizes to replace the head, or "
+                "store the labels as integers or strings for classes"
+            )
         logger.info("The labels are numeric (%s): regression.", kind)
         return None, None
     if is_float:
@@ -92,36 +92,25 @@ def find_labels(
             f"--task_name {task_name!r} has classes, but column {column!r} has {kind}; "
             "store the labels as integers or strings"
         )
-    values, names = _labels_in(next(iter(sets.values())), column)
-    label_values, label_names = _order_as_in_checkpoint(
-        values, names, config, ignore_mismatched_sizes
-    )
-    _check_all_known(sets, column, label_values)
-    return label_values, label_names
+    ids, names = _order_as_in_checkpoint(*labels_in(first, column), config, ignore_mismatched_sizes)
+    check_labels(sets, column, ids)
+    return ids, names
 
 
-def _check_regression_head(config: PretrainedConfig, ignore_mismatched_sizes: bool) -> None:
-    if _has_head(config) and config.num_labels != 1 and not ignore_mismatched_sizes:
-        raise ValueError(
-            f"--model_name_or_path has a head for {config.num_labels} labels, the data is a "
-            "regression (one output); pass --ignore_mismatched_sizes to replace the head, or store "
-            "the labels as integers or strings for classes"
-        )
-
-
-def _check_all_known(sets: dict[str, Dataset], column: str, label_values: dict) -> None:
+def check_labels(sets: dict[str, Dataset], column: str, ids: dict) -> None:
+    """Raise a ``ValueError`` that names the flag if a dataset has labels without an id."""
     for flag, data in sets.items():
-        values, _ = _labels_in(data, column)
+        values, _ = labels_in(data, column)
         if -1 in values:
             raise ValueError(
                 f"invalid --{flag}: column {column!r} has the label -1, which marks hidden labels "
                 "of GLUE's test sets; pass labelled data"
             )
-        unknown = [value for value in values if value not in label_values]
+        unknown = [value for value in values if value not in ids]
         if unknown:
             raise ValueError(
                 f"invalid --{flag}: column {column!r} has the labels {unknown[:5]}, expected those "
-                f"of the training data or the model, {list(label_values)}; remove or map them"
+                f"of the training data or the model, {list(ids)}; remove or map them"
             )
 
 

@@ -2,26 +2,22 @@
 
 Files are parquet with a column of images (encoded bytes, or ``datasets.Image``) and one of labels.
 Convolutions have the paper's blocks: ``--block_size`` for 1 x 1 kernels, the area of larger ones.
-
-The run is in ``compression_run.py``, the flags are in ``arguments.py``; they can also be passed as
-one JSON file.
 """
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
-from datasets import ClassLabel, Dataset, load_dataset
-from PIL import Image, UnidentifiedImageError
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+from datasets import Dataset, Image, load_dataset
+from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from ..configuration.options import option
 from .arguments import Arguments
 from .compression_run import Example, Job
-from .example_data import SplitArguments, check_minimum, read_table, truncate
-from .glue_labels import metrics_function
+from .example_data import SplitArguments, check_column, check_minimum, read_table, truncate
+from .glue_labels import check_labels, labels_in, metrics_function
 
 
 @dataclass
@@ -41,71 +37,23 @@ class ImageArguments(SplitArguments):
 
 
 def load_images(args: ImageArguments, split: str, cache_dir: str | None) -> Dataset:
-    """Return the images and labels of a split, from a file or from the Hub.
-
-    Raises:
-        ValueError: naming the flag, if a column is missing or a file cannot be read.
-    """
+    """Return the images and labels of a split; images are decoded when a row is read."""
     if (path := args.file(split)) is None:
         name = "train" if split == "train" else args.validation_split
         rows = load_dataset(args.dataset_name, split=name, cache_dir=cache_dir)
     else:
         rows = read_table(f"{split}_file", path, cache_dir)
-    for name, column in (("image", args.image_column), ("label", args.label_column)):
-        if column not in rows.column_names:
-            raise ValueError(
-                f"invalid --{name}_column {column!r}: expected one of the columns of "
-                f"{path or args.dataset_name}: {', '.join(rows.column_names)}"
-            )
-    return truncate(rows.select_columns([args.image_column, args.label_column]), args.limit(split))
+    check_column("image_column", args.image_column, rows, path or args.dataset_name)
+    check_column("label_column", args.label_column, rows, path or args.dataset_name)
+    rows = rows.select_columns([args.image_column, args.label_column])
+    return truncate(rows.cast_column(args.image_column, Image(mode="RGB")), args.limit(split))
 
 
-def label_names(rows: Dataset, column: str) -> list[str]:
-    """Return the class names: those of the dataset, or its sorted distinct labels."""
-    feature = rows.features[column]
-    if isinstance(feature, ClassLabel):
-        return feature.names
-    values = sorted(set(rows[column]))
-    if all(isinstance(value, int) for value in values) and values != list(range(len(values))):
-        raise ValueError(
-            f"invalid --label_column {column!r}: has the labels {values[:5]}..., expected integers "
-            "that count from 0, or names"
-        )
-    return list(map(str, values))
-
-
-class ImageCollator:
-    """Decodes and prepares images batch by batch, so that only a batch is in memory.
-
-    Args:
-        processor: the checkpoint's image processor.
-        args: names of the columns.
-        ids: class name -> id, for labels that are names.
-    """
-
-    def __init__(self, processor, args: ImageArguments, ids: dict[str, int]) -> None:
-        self.processor, self.args, self.ids = processor, args, ids
-
-    def __call__(self, rows: list[dict]):
-        images = [_decode(row[self.args.image_column]) for row in rows]
-        batch = self.processor(images, return_tensors="pt")
-        labels = [row[self.args.label_column] for row in rows]
-        batch["labels"] = [self.ids[x] if isinstance(x, str) else x for x in labels]
-        return batch.convert_to_tensors("pt")
-
-
-def _decode(value) -> Image.Image:
-    """Return an RGB image from encoded bytes, a dict with bytes or path, or an image."""
-    if isinstance(value, dict):
-        value = value["bytes"] if value.get("bytes") is not None else Image.open(value["path"])
-    if isinstance(value, bytes):
-        try:
-            value = Image.open(io.BytesIO(value))
-        except UnidentifiedImageError as error:
-            raise ValueError(
-                f"an image of {len(value)} bytes cannot be decoded ({error})"
-            ) from None
-    return value.convert("RGB")
+def collate(rows: list[dict], processor, args: ImageArguments, ids: dict):
+    """Return a batch of prepared images and their label ids."""
+    batch = processor([row[args.image_column] for row in rows], return_tensors="pt")
+    batch["labels"] = [ids[row[args.label_column]] for row in rows]
+    return batch.convert_to_tensors("pt")
 
 
 def load_processor(args: Arguments):
@@ -125,34 +73,26 @@ def load_processor(args: Arguments):
 def prepare(args: Arguments) -> Job:
     """Load images, image processor and model."""
     data, model_args = args.data, args.model
-    train = validation = None
-    if args.needs_train_data:
-        train = load_images(data, "train", model_args.cache_dir)
-    if args.training.do_eval:
-        validation = load_images(data, "validation", model_args.cache_dir)
-    if train is None and validation is None:
+    config = model_args.load_config()
+    sets = {split: load_images(data, split, model_args.cache_dir) for split in args.splits}
+    if not sets:
         raise ValueError("nothing to do: pass --do_train, --do_eval or --stage_epochs above 0")
-    names = label_names(train if train is not None else validation, data.label_column)
-    ids = {name: index for index, name in enumerate(names)}
-    config = AutoConfig.from_pretrained(model_args.model_name_or_path, **model_args.hub())
-    config.id2label, config.label2id = dict(enumerate(names)), ids
-    model = AutoModelForImageClassification.from_pretrained(
-        model_args.model_name_or_path,
-        config=config,
-        dtype=model_args.dtype,
-        ignore_mismatched_sizes=model_args.ignore_mismatched_sizes,
-        **model_args.hub(),
-    )
+    values, names = labels_in(next(iter(sets.values())), data.label_column)
+    ids = {value: index for index, value in enumerate(values)}
+    check_labels({f"{split}_file": rows for split, rows in sets.items()}, data.label_column, ids)
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: index for index, name in enumerate(names)}
+    model = model_args.load_model(AutoModelForImageClassification, config)
     processor = load_processor(args)
     args.training.remove_unused_columns = False  # the collator reads them
     return Job(
         model=model,
         parts={
-            "train_dataset": train,
-            "eval_dataset": validation,
+            "train_dataset": sets.get("train"),
+            "eval_dataset": sets.get("validation"),
             "compute_metrics": metrics_function(("accuracy",), is_regression=False),
             "processing_class": processor,
-            "data_collator": ImageCollator(processor, data, ids),
+            "data_collator": partial(collate, processor=processor, args=data, ids=ids),
         },
         auto_class=AutoModelForImageClassification,
         metric="accuracy",

@@ -16,9 +16,7 @@ from ..version import __version__
 class ResultsFile:
     """``results.json``, written again with each result, so that an interrupted run has some.
 
-    Args:
-        folder: output folder of the run.
-        enabled: False on ranks that do not write.
+    ``enabled`` is False on ranks that do not write.
     """
 
     def __init__(self, folder: str, enabled: bool = True) -> None:
@@ -38,11 +36,7 @@ class ResultsFile:
         os.replace(f"{self.path}.part", self.path)
 
     def read_dense(self) -> None:
-        """Read the results of the dense model from the file of an interrupted run.
-
-        Raises:
-            ValueError: if there are none.
-        """
+        """Read the results of the dense model from the file of an interrupted run."""
         if not os.path.isfile(self.path):
             raise ValueError(
                 f"--resume_compression: {self.path} is missing, so there is no run to resume; pass "

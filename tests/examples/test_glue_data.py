@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer, BertConfig, EvalPrediction
 
+from hf_quantnoise.runs.arguments import ModelArguments
 from hf_quantnoise.runs.glue import tokenize
 from hf_quantnoise.runs.glue_data import DataArguments, load_glue_data
 from hf_quantnoise.runs.glue_labels import METRICS, metrics_function
@@ -23,15 +24,11 @@ def checkpoint_for(*names: str) -> BertConfig:
 def load(tmp_path):
     """Load data by flags (``train_file=...``), with a cache in the folder of the test."""
 
-    def load_data(config=NO_HEAD, *, train=True, validation=True, new_head=False, **flags):
-        return load_glue_data(
-            DataArguments(**flags),
-            config,
-            train=train,
-            validation=validation,
-            ignore_mismatched_sizes=new_head,
-            cache_dir=str(tmp_path / "cache"),
-        )
+    def load_data(config=NO_HEAD, *, validation=True, new_head=False, **flags):
+        cache = str(tmp_path / "cache")
+        model = ModelArguments("m", cache_dir=cache, ignore_mismatched_sizes=new_head)
+        splits = ["train", "validation"] if validation else ["train"]
+        return load_glue_data(DataArguments(**flags), model, config, splits)
 
     return load_data
 
@@ -235,7 +232,7 @@ def test_invalid_files_are_named(write, write_sets, load, tmp_path):
     [
         (
             {"sentence": ["a"], "class": [0]},
-            r"--label_column 'label'.*\['sentence', 'class'\]",
+            r"--label_column 'label'.*sentence, class",
         ),
         (
             {"a": ["x"], "b": ["y"], "c": ["z"], "label": [0]},

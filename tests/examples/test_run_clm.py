@@ -17,7 +17,7 @@ def flags(text_checkpoint, texts, tmp_path, *more):
         *("--model_name_or_path", str(text_checkpoint), "--train_file", str(texts["train"])),
         *("--validation_file", str(texts["validation"]), "--output_dir", str(tmp_path / "out")),
         *("--sequence_length", "16", "--num_train_epochs", "1", "--save_strategy", "no"),
-        *("--per_device_train_batch_size", "8", "--n_centroids", "8", "--stage_epochs", "0.5"),
+        *("--per_device_train_batch_size", "16", "--n_centroids", "8", "--stage_epochs", "0.5"),
         *("--learning_rate", "1e-3", "--disable_tqdm", "True", "--plots", "False", *more),
     ]
 

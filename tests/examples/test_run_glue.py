@@ -193,11 +193,12 @@ def test_push_uploads_the_checked_files(full, start, monkeypatch):
             assert private is None and exist_ok
             return type("Url", (), {"repo_id": f"me/{name}"})
 
-        def upload_folder(self, repo_id, folder_path, ignore_patterns):
-            assert ignore_patterns == []
-            pushed.append((repo_id, sorted(os.listdir(folder_path)), folder_path))
+    def upload_folder(repo_id, folder_path, token):
+        assert token == "secret"
+        pushed.append((repo_id, sorted(os.listdir(folder_path)), folder_path))
 
     monkeypatch.setattr("hf_quantnoise.repository.HfApi", Hub)
+    monkeypatch.setattr("hf_quantnoise.runs.compression_run.upload_folder", upload_folder)
     push = ["--push_to_hub", "--hub_model_id", "small", "--hub_token", "secret"]
     flags = [*full[0][2:], "--do_train", "False", *ONE_SHOT, *push]
     _, folder = start(*flags, model=str(full[2] / "dense"))

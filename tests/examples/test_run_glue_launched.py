@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 from support.processes import accelerate_launch, needs_gloo, torchrun
 from transformers import BertConfig
 
+from hf_quantnoise.runs.glue import main
+
 PROGRAM = Path(__file__).parents[2] / "examples" / "run_glue.py"
 
 
@@ -37,7 +39,7 @@ def words(tiny_model, tmp_path, write_sets):
 @pytest.mark.slow
 @needs_gloo
 def test_two_processes_give_the_model_of_one(words, tmp_path):
-    torchrun(PROGRAM, *words("one", 1), processes=1)
+    main(words("one", 1))
     single = json.loads((tmp_path / "one" / "results.json").read_text())
     model = load_file(tmp_path / "one" / "compressed" / "model.safetensors")
     launchers = {"torchrun": torchrun, "accelerate": partial(accelerate_launch, tmp_path)}

@@ -38,7 +38,7 @@ def files(tmp_path):
     """Images of one of four colours; the label is the colour."""
     rng = np.random.default_rng(0)
     paths = {}
-    for split, count in (("train", 48), ("validation", 16)):
+    for split, count in (("train", 24), ("validation", 16)):
         labels = rng.integers(0, 4, count)
         labels[:4] = range(4)
         images = []
@@ -81,7 +81,7 @@ def test_run_image_classification_finetunes_compresses_and_reloads(
     main(flags(checkpoint, files, tmp_path, *settings))
     stored = json.loads((tmp_path / "out" / "results.json").read_text())
     assert stored["reloaded"]["logits_bit_equal"] is True
-    assert stored["examples"] == {"train": 48, "validation": 16}
+    assert stored["examples"] == {"train": 24, "validation": 16}
     assert stored["compressed"]["bytes"] < stored["dense"]["bytes"]
     assert 0 <= stored["reloaded"]["metrics"]["accuracy"] <= 1
     assert "times smaller" in capsys.readouterr().out

@@ -85,7 +85,7 @@ def assert_same_logits(model, result, batches, **options):
     require("onnxruntime")
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(str(result.file), **options)
+    session = onnxruntime.InferenceSession(str(result.folder / "model.onnx"), **options)
     assert tuple(value.name for value in session.get_inputs()) == result.inputs
     for inputs in batches:
         with torch.no_grad():
@@ -98,8 +98,8 @@ def assert_packed(model, result):
     """Assert that the file holds codes and codebooks, and no dense matrix in addition."""
     import onnx
 
-    assert result.disk_bytes == result.file.stat().st_size
-    graph = onnx.load(str(result.file)).graph
+    assert result.disk_bytes == (result.folder / "model.onnx").stat().st_size
+    graph = onnx.load(str(result.folder / "model.onnx")).graph
     report = size_report(model)
     stored = report.total.disk_bytes - report.header_bytes
     stored += sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())

@@ -9,7 +9,7 @@ from support.stacked import make_stacked
 from support.stored import PQ
 
 from hf_quantnoise import IPQConfig, quantize_model
-from hf_quantnoise.modeling.non_trainable import NonTrainableParameter
+from hf_quantnoise.modeling.packed import NonTrainableParameter
 
 FIXED = ("weight_indices", "weight_codebook_scale", "weight_codebook_zero_point", "input_scale",
          "input_zero_point")  # fmt: skip

@@ -15,21 +15,20 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ...configuration import DENSE, IPQConfig, QuantizedModelConfig
+from ...configuration import IPQConfig, QuantizedModelConfig
 from ...distributed import broadcast_object, is_rank_0, on_any_rank
 from ...modeling.packer import check_can_be_packed
 from ...modeling.structural_changes import changed_copy
 from ...noise import find_state
 from ...size import aligned
 from .candidates import WeightCandidates, candidates_for
-from .knapsack import Option, allocate_bytes, smallest
-from .sensitivity import costs_by_error, costs_by_output
+from .knapsack import Option, allocate_bytes
+from .sensitivity import costs_by_output
 from .size_target import (
     check_target_reachable,
     check_within_target,
     file_bytes,
     weights_to_store,
-    with_choices,
 )
 
 # The bytes of a candidate are an estimate (the digits of offsets in the header vary). After each
@@ -132,10 +131,10 @@ def plan_bit_allocation(
     chosen = broadcast_object(_choose(model, config, weights, options, target))
     rows = []
     for weight, choices, index in zip(weights, options, chosen, strict=True):
-        candidate, layer, cost = weight.candidates[index], weight.layers[0], choices[index].cost
+        candidate, layer, cost = weight.candidates[index], weight.layer, choices[index].cost
         stored = candidate.short_name, candidate.bytes, cost, candidate.settings
-        rows.append(AllocatedWeight(weight.name, layer.group, len(weight.layers), *stored))
-    size = file_bytes(model, with_choices(config, weights, chosen))
+        rows.append(AllocatedWeight(layer.name, layer.group, len(weight.layers), *stored))
+    size = file_bytes(model, _with_choices(config, weights, chosen))
     return BitAllocation(rows, size, target)
 
 
@@ -146,12 +145,15 @@ def _options(
     target: int,
     progress: bool,
 ) -> list[list[Option]]:
-    """Return the bytes and the cost of every candidate; without batches from its error."""
+    """Return the bytes and the cost of every candidate.
+
+    Without batches, the cost is ||W - W_q||^2 / ||W||^2 times the number of weights.
+    """
     if on_any_rank([bool(batches)])[0]:
         bits = 8 * target / sum(p.numel() for p in model.parameters())
         costs = costs_by_output(weights, model, batches, bits, progress)
     else:
-        costs = costs_by_error(weights)
+        costs = [[c.error * weight.layer.numel for c in weight.candidates] for weight in weights]
     return [
         [Option(each.bytes, cost) for each, cost in zip(weight.candidates, row, strict=True)]
         for weight, row in zip(weights, costs, strict=True)
@@ -162,23 +164,19 @@ def _choose(
     model: PreTrainedModel,
     config: IPQConfig,
     weights: Sequence[WeightCandidates],
-    options: Sequence[Sequence[Option]],
+    options: list[list[Option]],
     target: int,
 ) -> list[int]:
     """Return the cheapest choice found whose file is within the target."""
 
-    def total(chosen: Sequence[int]) -> Option:
+    def total(chosen: list[int]) -> Option:
         picked = [choices[index] for choices, index in zip(options, chosen, strict=True)]
         return Option(sum(each.bytes for each in picked), sum(each.cost for each in picked))
 
-    def is_dense(chosen: Sequence[int]) -> bool:
-        pairs = zip(weights, chosen, strict=True)
-        return all(weight.candidates[i].settings["scheme"] == DENSE for weight, i in pairs)
+    def left(chosen: list[int]) -> int:
+        return target - file_bytes(model, _with_choices(config, weights, chosen))
 
-    def left(chosen: Sequence[int]) -> int:
-        return target - file_bytes(model, with_choices(config, weights, chosen))
-
-    best = [smallest(choices) for choices in options]
+    best = [choices.index(min(choices)) for choices in options]  # the fewest bytes
     budget = left(best) + total(best).bytes
     previous: list[int] = []
     for _ in range(ROUNDS):
@@ -186,14 +184,25 @@ def _choose(
         if chosen == previous:
             break
         previous, size = chosen, total(chosen).bytes
-        if is_dense(chosen):
-            budget = size - 1  # the dense model is larger than the target
+        if not any(chosen):  # all dense, which is larger than the target
+            budget = size - 1
             continue
         remaining = left(chosen)
         if remaining >= 0 and total(chosen).cost <= total(best).cost:
             best = chosen
         budget = size + remaining
     return best
+
+
+def _with_choices(
+    config: IPQConfig, weights: Sequence[WeightCandidates], chosen: list[int]
+) -> IPQConfig:
+    """Return the config with one candidate, given by its index, for each weight."""
+    settings = {
+        weight.layer.name: weight.candidates[index].settings
+        for weight, index in zip(weights, chosen, strict=True)
+    }
+    return replace(config, layer_quantizers=settings)
 
 
 def allocate_bits(

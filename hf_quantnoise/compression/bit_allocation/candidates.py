@@ -7,9 +7,11 @@ factor per bit of a code.
 
 from __future__ import annotations
 
-import itertools
 import math
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -35,7 +37,9 @@ SAMPLE_ITERATIONS = 6
 # Bytes of a tensor's entry in the header of the file, without its name.
 HEADER_ENTRY = 72
 
+# (ln K, ln error on unseen blocks) of the codebooks fitted so far, by increasing K.
 Curve = list[tuple[float, float]]
+Fitted = tuple[Quantizer | None, dict[str, Tensor] | None]
 
 
 @dataclass(frozen=True)
@@ -58,11 +62,6 @@ class Candidate:
     quantizer: Quantizer | None = None
     state: dict[str, Tensor] | None = None
 
-    def quantize(self, matrix: Tensor) -> Tensor:
-        """Return the weight, of shape (rows, columns), after quantization."""
-        state = self.quantizer.fit(matrix) if self.state is None else self.state
-        return self.quantizer.quantize(matrix, state)
-
 
 @dataclass(frozen=True)
 class WeightCandidates:
@@ -77,37 +76,9 @@ class WeightCandidates:
     candidates: list[Candidate]
 
     @property
-    def name(self) -> str:
-        """Name of the first layer."""
-        return self.layers[0].name
-
-    @property
-    def numel(self) -> int:
-        """Number of elements of the weight."""
-        return self.layers[0].numel
-
-    def add(
-        self,
-        settings: dict[str, Any],
-        error: float,
-        fitted: tuple[Quantizer | None, dict[str, Tensor] | None],
-    ) -> None:
-        """Add a candidate, unless it is as large as the dense weight and would be kept dense."""
-        layer, quantizer = self.layers[0], quantizer_from_dict(settings)
-        size = quantizer.packed_bytes(layer.rows, layer.columns)
-        if size < _dense_bytes(layer):
-            tensors = 1 + len(quantizer.state_spec(layer.rows, layer.columns))
-            size += _header_bytes(layer, tensors)
-            name = quantizer.short_name
-            self.candidates.append(Candidate(settings, size, error, name, *fitted))
-
-
-def _dense_bytes(layer: LayerInfo) -> int:
-    return layer.module.weight.numel() * layer.module.weight.element_size()
-
-
-def _header_bytes(layer: LayerInfo, tensors: int) -> int:
-    return tensors * (len(layer.name) + HEADER_ENTRY)
+    def layer(self) -> LayerInfo:
+        """The first layer."""
+        return self.layers[0]
 
 
 @torch.no_grad()
@@ -127,33 +98,33 @@ def candidates_for(
     Raises:
         ValueError: if the weight has non-finite values.
     """
-    layer = layers[0]
-    dense = _dense_bytes(layer) + _header_bytes(layer, 1)
-    found = WeightCandidates(layers, [Candidate({"scheme": DENSE}, dense, 0.0, DENSE)])
+    layer, weight = layers[0], layers[0].module.weight
+    entry, dense = len(layer.name) + HEADER_ENTRY, weight.numel() * weight.element_size()
+    candidates = [Candidate({"scheme": DENSE}, dense + entry, 0.0, DENSE)]
     sample = _WeightSample(weight_matrix(layer.module), config.seed) if with_errors else None
+    for settings in _settings_of(layer, config):
+        quantizer = quantizer_from_dict(settings)
+        if quantizer.check(layer.rows, layer.columns) is not None:
+            continue
+        error, *fitted = (0.0, None, None) if sample is None else sample.evaluate(quantizer)
+        size = quantizer.packed_bytes(layer.rows, layer.columns)
+        if size < dense:  # larger ones would be kept dense
+            size += entry * (1 + len(quantizer.state_spec(layer.rows, layer.columns)))
+            candidates.append(Candidate(settings, size, error, quantizer.short_name, *fitted))
+    return WeightCandidates(layers, candidates)
+
+
+def _settings_of(layer: LayerInfo, config: IPQConfig) -> Iterator[dict[str, Any]]:
     default = replace(config, block_size=4, n_centroids=256, layer_quantizers={})
     base = default.quantizer_settings(layer) or {}
     area = kernel_area(layer.module)
     for size in [area] if area > 1 else BLOCK_SIZES:
-        curve: Curve = []
         for centroids in CENTROIDS:
-            settings = {**base, "block_size": size, "n_centroids": centroids}
-            quantizer = quantizer_from_dict(settings)
-            if quantizer.check(layer.rows, layer.columns) is not None:
-                continue
-            fitted = None, None
-            if sample is not None and (centroids in FITTED_CENTROIDS or not curve):
-                fitted = sample.fit_codebook(quantizer, curve)
-            error = sample.codebook_error(curve, quantizer) if sample is not None else 0.0
-            found.add(settings, error, fitted)
+            yield {**base, "block_size": size, "n_centroids": centroids}
     for bits in BITS:
-        search = bits <= SEARCH_MAX_BITS and found.numel >= SEARCH_MIN_WEIGHTS
+        search = bits <= SEARCH_MAX_BITS and layer.numel >= SEARCH_MIN_WEIGHTS
         for observer in ("histogram" if search else "minmax", "channel"):
-            settings = {"scheme": "int", "bits": bits, "observer": observer}
-            quantizer = quantizer_from_dict(settings)
-            error = sample.fixed_point_error(quantizer) if sample is not None else 0.0
-            found.add(settings, error, (quantizer, None))
-    return found
+            yield {"scheme": "int", "bits": bits, "observer": observer}
 
 
 class _WeightSample:
@@ -169,19 +140,28 @@ class _WeightSample:
             matrix = matrix[torch.randperm(rows, generator=generator)[:count].to(matrix.device)]
         self.rows = matrix.float().contiguous()
         self.energy = float(self.rows.double().square().sum())
+        self.curves: dict[int, Curve] = defaultdict(list)  # by block size
+
+    def evaluate(
+        self, quantizer: Quantizer
+    ) -> tuple[float, Quantizer | None, dict[str, Tensor] | None]:
+        """Return the expected error, and the ``quantizer`` and ``state`` of a candidate.
+
+        Evaluate smaller codebooks first, since larger ones are interpolated from them.
+        """
+        if not isinstance(quantizer, ProductQuantizer):
+            return self._fixed_point_error(quantizer), quantizer, None
+        curve, fitted = self.curves[quantizer.block_size], (None, None)
+        if quantizer.n_centroids in FITTED_CENTROIDS or not curve:
+            fitted = self._fit_codebook(quantizer, curve)
+        return self._codebook_error(quantizer, curve), *fitted
 
     def _error(self, quantizer: Quantizer, state: dict[str, Tensor]) -> float:
         difference = (self.rows - quantizer.quantize(self.rows, state)).double().square().sum()
         return float(difference) / self.energy if self.energy else 0.0
 
-    def fit_codebook(
-        self, quantizer: ProductQuantizer, curve: Curve
-    ) -> tuple[Quantizer | None, dict[str, Tensor] | None]:
-        """Fit centroids and append (ln K, ln error on unseen blocks) to the curve.
-
-        Returns:
-            The quantizer and its state; both None if the sample has too few blocks.
-        """
+    def _fit_codebook(self, quantizer: ProductQuantizer, curve: Curve) -> Fitted:
+        """Fit centroids and add a point to the curve, unless the sample has too few blocks."""
         size, count = quantizer.block_size, quantizer.n_centroids
         blocks = self.rows.reshape(-1, size)
         if len(blocks) <= count:
@@ -195,7 +175,7 @@ class _WeightSample:
         curve.append((math.log(count), math.log(max(error, 1e-12))))
         return fast, state
 
-    def codebook_error(self, curve: Curve, quantizer: ProductQuantizer) -> float:
+    def _codebook_error(self, quantizer: ProductQuantizer, curve: Curve) -> float:
         """Return the expected error of a codebook that is fitted to all blocks."""
         if not curve:
             return 1.0
@@ -204,13 +184,13 @@ class _WeightSample:
         if len(curve) == 1:
             (start, error), slope = curve[0], -2 / quantizer.block_size
         else:
-            pairs = list(itertools.pairwise(curve))
+            pairs = list(pairwise(curve))
             left, right = next((pair for pair in pairs if x <= pair[1][0]), pairs[-1])
             (start, error), slope = right, (right[1] - left[1]) / (right[0] - left[0])
         unseen = math.exp(error + min(slope, 0.0) * (x - start))
         return min(1.0, unseen * (1 - quantizer.n_centroids / blocks))
 
-    def fixed_point_error(self, quantizer: FixedPointQuantizer) -> float:
+    def _fixed_point_error(self, quantizer: FixedPointQuantizer) -> float:
         """Return the error of intN on the sample, with the range of the full weight."""
         observer = OBSERVERS[quantizer.observer]
         if observer.per_channel or observer.running:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 
@@ -12,11 +12,6 @@ class Option(NamedTuple):
 
     bytes: int
     cost: float
-
-
-def smallest(options: Sequence[Option]) -> int:
-    """Return the index of the option with the fewest bytes (the cheapest of them)."""
-    return min(range(len(options)), key=lambda index: options[index])
 
 
 def _lower_hull(options: Sequence[Option]) -> list[int]:
@@ -45,10 +40,6 @@ def allocate_bytes(options: Sequence[Sequence[Option]], budget: int) -> list[int
     use up the budget exactly, the result is optimal (one Lagrange multiplier for all weights).
     Otherwise the remaining bytes are spent on single weights.
 
-    Args:
-        options: the options of each weight.
-        budget: total number of bytes.
-
     Returns:
         The index of the chosen option of each weight; the smallest options if the budget is below
         their sum.
@@ -58,7 +49,7 @@ def allocate_bytes(options: Sequence[Sequence[Option]], budget: int) -> list[int
     left = budget - sum(choices[i].bytes for choices, i in zip(options, chosen, strict=True))
     steps = []
     for weight, (choices, hull) in enumerate(zip(options, hulls, strict=True)):
-        for before, after in itertools.pairwise(hull):
+        for before, after in pairwise(hull):
             price = choices[after].bytes - choices[before].bytes
             gain = choices[before].cost - choices[after].cost
             steps.append((-gain / max(price, 1), weight, price, after))

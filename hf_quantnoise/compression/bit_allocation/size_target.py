@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import nn
@@ -11,11 +10,11 @@ from transformers import PreTrainedModel
 from ...configuration import IPQConfig, QuantizedModelConfig
 from ...modeling.model_copies import copy_on_meta
 from ...modeling.packer import ModelPacker
-from ...modeling.plan import stage_of, weights_of
+from ...modeling.plan import stage_of
 from ...modeling.structural_changes import changed_copy
 from ...size import size_report
-from ...structure import LayerInfo, select_layers
-from .candidates import WeightCandidates, candidates_for
+from ...structure import LayerInfo, select_layers, weights_of
+from .candidates import candidates_for
 
 
 def file_bytes(model: PreTrainedModel, config: QuantizedModelConfig) -> int:
@@ -56,11 +55,7 @@ def check_plan(model: PreTrainedModel, config: QuantizedModelConfig) -> None:
 
 
 def check_within_target(model: PreTrainedModel, config: IPQConfig) -> None:
-    """Check that the file that ``layer_quantizers`` results in is within the target.
-
-    Raises:
-        ValueError: if it is larger, with both sizes; or if the config does not fit the model.
-    """
+    """Check that the file that ``layer_quantizers`` results in is within the target."""
     target, size = target_bytes(changed_copy(model, config), config), file_bytes(model, config)
     if size > target:
         raise ValueError(
@@ -74,8 +69,8 @@ def check_target_reachable(model: PreTrainedModel, config: IPQConfig) -> int:
     """Return the number of bytes a target allows, if some bit allocation fits; without measuring.
 
     Raises:
-        ValueError: if the smallest bit allocation is larger, with its size and ways to reduce it;
-            or if the dense model is within the target.
+        ValueError: if the smallest bit allocation is larger, or the dense model is within the
+            target.
     """
     shapes = changed_copy(copy_on_meta(model), config)
     target, dense = target_bytes(shapes, config), size_report(shapes).total.disk_bytes
@@ -84,15 +79,11 @@ def check_target_reachable(model: PreTrainedModel, config: IPQConfig) -> int:
             f"invalid {config.target}: it allows {target:,} bytes, and the file has {dense:,} "
             "without quantization; set a smaller target, or quantize without a target"
         )
-    weights = [
-        candidates_for(layers, config, with_errors=False)
-        for layers in weights_to_store(shapes, config)
-    ]
-    smallest = [
-        min(range(len(weight.candidates)), key=lambda n, weight=weight: weight.candidates[n].bytes)
-        for weight in weights
-    ]
-    size = file_bytes(model, with_choices(config, weights, smallest))
+    smallest = {}
+    for layers in weights_to_store(shapes, config):
+        candidates = candidates_for(layers, config, with_errors=False).candidates
+        smallest[layers[0].name] = min(candidates, key=lambda each: each.bytes).settings
+    size = file_bytes(model, replace(config, layer_quantizers=smallest))
     if size > target:
         n_weights = sum(p.numel() for p in shapes.parameters())
         raise ValueError(
@@ -120,14 +111,3 @@ def weights_to_store(model: nn.Module, config: IPQConfig) -> list[tuple[LayerInf
     layers = select_layers(model, config.target_modules, config.exclude_modules)
     stages = config.stage_groups()
     return [group for group in weights_of(layers) if stage_of(group[0], stages) is not False]
-
-
-def with_choices(
-    config: IPQConfig, weights: Sequence[WeightCandidates], chosen: Sequence[int]
-) -> IPQConfig:
-    """Return the config with one candidate, given by its index, for each weight."""
-    settings = {
-        weight.name: weight.candidates[index].settings
-        for weight, index in zip(weights, chosen, strict=True)
-    }
-    return replace(config, layer_quantizers=settings)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,8 +18,7 @@ from .losses import attention_divergence, hidden_state_error
 logger = logging.get_logger(__name__)
 
 Layers = str | Sequence[int]
-# (student's outputs, teacher's outputs, inputs) -> loss.
-FeatureLoss = Callable[[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]], Tensor]
+Values = Mapping[str, Any]  # the outputs of a model, or a batch
 
 # Output -> the stack whose positions are its rows (and, for attention maps, its keys).
 _HIDDEN_STATES = {
@@ -36,31 +34,7 @@ _ATTENTIONS = {
 }
 
 
-def feature_losses(
-    distill_hidden: float, distill_attention: float, layers: Layers
-) -> tuple[dict[str, tuple[float, FeatureLoss]], dict[str, bool]]:
-    """Return the losses with a weight above 0.
-
-    Returns:
-        Name of each loss -> its weight and function; keyword arguments that the forwards need.
-    """
-    known = {
-        "hidden": (distill_hidden, hidden_state_loss, "output_hidden_states"),
-        "attention": (distill_attention, attention_loss, "output_attentions"),
-    }
-    used = {name: entry for name, entry in known.items() if entry[0] > 0}
-    losses: dict[str, tuple[float, FeatureLoss]] = {
-        name: (weight, partial(loss, layers=layers)) for name, (weight, loss, _) in used.items()
-    }
-    return losses, {argument: True for _, _, argument in used.values()}
-
-
-def hidden_state_loss(
-    student: Mapping[str, Any],
-    teacher: Mapping[str, Any],
-    inputs: Mapping[str, Any],
-    layers: Layers,
-) -> Tensor:
+def hidden_state_loss(student: Values, teacher: Values, inputs: Values, layers: Layers) -> Tensor:
     """Mean of :func:`~.losses.hidden_state_error` over matched layers.
 
     The input of the first layer is skipped. Encoder and decoder contribute one half each.
@@ -69,9 +43,6 @@ def hidden_state_loss(
         student, teacher: outputs with ``output_hidden_states=True``.
         inputs: the batch, for its masks.
         layers: see :func:`match_layers`.
-
-    Raises:
-        ValueError: if there are no hidden states, or their widths differ.
     """
     masks = _padding_masks(inputs)
 
@@ -81,12 +52,7 @@ def hidden_state_loss(
     return _mean_over_layers(error, "distill_hidden", student, teacher, layers, first=1)
 
 
-def attention_loss(
-    student: Mapping[str, Any],
-    teacher: Mapping[str, Any],
-    inputs: Mapping[str, Any],
-    layers: Layers,
-) -> Tensor:
+def attention_loss(student: Values, teacher: Values, inputs: Values, layers: Layers) -> Tensor:
     """Mean of :func:`~.losses.attention_divergence` over matched layers.
 
     The arguments are those of :func:`hidden_state_loss`, with ``output_attentions=True``. Encoder,
@@ -113,7 +79,7 @@ def attention_loss(
     return loss
 
 
-def _padding_masks(inputs: Mapping[str, Any], use_labels: bool = True) -> dict[str, Tensor | None]:
+def _padding_masks(inputs: Values, use_labels: bool = True) -> dict[str, Tensor | None]:
     """Return the mask of each stack, False for padding.
 
     A decoder without a mask is masked by its labels, which are -100 for padding. Its keys need no
@@ -146,8 +112,8 @@ def _flat_mask(mask: Tensor | None, shape: Sequence[int]) -> Tensor | None:
 def _mean_over_layers(
     loss: Callable[[str, Tensor, Tensor], Tensor],
     field: str,
-    student: Mapping[str, Any],
-    teacher: Mapping[str, Any],
+    student: Values,
+    teacher: Values,
     layers: Layers,
     first: int = 0,
 ) -> Tensor:
@@ -173,7 +139,7 @@ def _mean_over_layers(
 
 
 def match_layers(student: int, teacher: int, layers: Layers) -> list[tuple[int, int]]:
-    """Match layers of the student with layers of the teacher.
+    """Return pairs of indices of matched layers (student, teacher).
 
     Layers are matched evenly (TinyBERT): the n-th of S layers with the floor(n T / S)-th of T, so
     the last with the last.
@@ -182,12 +148,6 @@ def match_layers(student: int, teacher: int, layers: Layers) -> list[tuple[int, 
         student, teacher: number of layers, S and T.
         layers: the student's layers to use: ``"all"``, ``"last"``, or indices (negative ones from
             the end), as a list or a comma-separated string.
-
-    Returns:
-        Pairs of indices (student, teacher).
-
-    Raises:
-        ValueError: if the student has no such layer.
     """
     indices = {"all": list(range(student)), "last": [student - 1]}.get(str(layers))
     if indices is None:
@@ -202,11 +162,7 @@ def match_layers(student: int, teacher: int, layers: Layers) -> list[tuple[int, 
 
 
 def parse_layers(layers: Layers) -> list[int]:
-    """Return layer indices from a list or a comma-separated string.
-
-    Raises:
-        ValueError: if they are not integers.
-    """
+    """Return layer indices from a list or a comma-separated string."""
     parts = layers.split(",") if isinstance(layers, str) else layers
     try:
         indices = [int(part) for part in parts]
@@ -250,14 +206,3 @@ def eager_attention(*models: nn.Module) -> Iterator[None]:
     finally:
         for config, name in saved:
             set_attention_implementation(config, name)
-
-
-def disable_attention_dropout(model: nn.Module) -> None:
-    """Put attention modules in eval mode, until the next ``model.train()``.
-
-    In training, models return maps after dropout. A probability that was dropped to 0 would have an
-    unbounded divergence.
-    """
-    for module in model.modules():
-        if "attention" in type(module).__name__.lower():
-            module.eval()

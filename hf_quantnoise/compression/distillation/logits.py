@@ -6,8 +6,7 @@ The head is found by the class of the model. Register a function for any other c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from itertools import chain
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -38,28 +37,21 @@ _KINDS = {
 def head_name(model: nn.Module, inputs: Mapping[str, Any]) -> str:
     """Return the name of a model's head in :data:`HEADS`.
 
-    Args:
-        model: the student.
-        inputs: a batch; float labels of shape (batch, labels) select multi-label classification if
-            the config has no ``problem_type``.
+    If the config has no ``problem_type``, float labels of shape (batch, labels) in the batch select
+    multi-label classification.
     """
     model = without_adapters(model)
     name = type(model).__name__
     if name in HEADS:
         return name
     for kind, classes in _KINDS.items():
-        if name in _class_names(classes.values()):
+        if name in classes.values():
             return kind
     problem = getattr(getattr(model, "config", None), "problem_type", None)
     labels = inputs.get("labels")
     if problem is None and labels is not None and labels.dim() == 2 and labels.is_floating_point():
         problem = "multi_label_classification"
     return str(problem) if problem in HEADS else "classification"
-
-
-def _class_names(entries: Iterable[str | tuple[str, ...] | None]) -> set[str]:
-    tuples = ((entry,) if isinstance(entry, str) else entry or () for entry in entries)
-    return set(chain.from_iterable(tuples))
 
 
 def logits_divergence(
@@ -90,16 +82,10 @@ def logits_divergence(
 
 
 def label_mask(inputs: Mapping[str, Any], logits: Tensor) -> Tensor | None:
-    """Return the positions that count: those with a label other than -100.
+    """Return which positions count, as booleans of shape (batch, positions); None for all.
 
-    Without labels, all positions except padding count.
-
-    Args:
-        inputs: the batch.
-        logits: shape (batch, positions, classes).
-
-    Returns:
-        Boolean, of shape (batch, positions); None if all positions count.
+    These are the positions with a label other than -100; without labels, all except padding.
+    ``logits`` has shape (batch, positions, classes).
     """
     if logits.dim() != 3:
         return None

@@ -1,7 +1,7 @@
 """Distillation losses (section 3.2): divergences between the outputs of student and teacher.
 
 All of them are means computed in float32, whatever the precision of the models. ``mask`` selects
-the positions that count; if it selects none, the loss is 0.
+the positions that count; if it selects none, the loss is 0. Different shapes raise a ValueError.
 """
 
 from __future__ import annotations
@@ -20,19 +20,20 @@ def _masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
     return torch.mean(values) if values.numel() else values.sum()
 
 
-def _check_same_shape(student: Tensor, teacher: Tensor, what: str, way_out: str) -> None:
+def _same_shape(student: Tensor, teacher: Tensor, what: str, way_out: str) -> tuple[Tensor, Tensor]:
+    """Return both in float32, if they have the same shape."""
     if student.shape != teacher.shape:
         raise ValueError(
             f"{what} have shape {tuple(teacher.shape)} in the teacher and {tuple(student.shape)} "
             f"in the student, expected the same shape; {way_out}"
         )
+    return student.float(), teacher.float()
 
 
 def _logits(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    _check_same_shape(
+    return _same_shape(
         student, teacher, "logits", "use a teacher with the student's head and labels"
     )
-    return student.float(), teacher.float()
 
 
 def softmax_divergence(
@@ -44,9 +45,6 @@ def softmax_divergence(
         student, teacher: logits s and t of shape (..., classes).
         temperature: T.
         mask: boolean, of shape (...).
-
-    Raises:
-        ValueError: if the shapes differ.
     """
     student, teacher = _logits(student, teacher)
     divergence = F.kl_div(
@@ -64,7 +62,7 @@ def sigmoid_divergence(
     """Binary KL divergence * T^2, for independent labels; the mean over labels too.
 
     With p = sigmoid(t / T) and q = sigmoid(s / T) it is p log(p / q) + (1 - p) log((1 - p) /
-    (1 - q)). Arguments and errors are those of :func:`softmax_divergence`.
+    (1 - q)). Arguments are those of :func:`softmax_divergence`.
     """
     student, teacher = _logits(student, teacher)
     student, teacher = student / temperature, teacher / temperature
@@ -77,10 +75,7 @@ def sigmoid_divergence(
 def squared_error(
     student: Tensor, teacher: Tensor, temperature: float = 1.0, mask: Tensor | None = None
 ) -> Tensor:
-    """(s - t)^2, for regression; the temperature is not used.
-
-    Arguments and errors are those of :func:`softmax_divergence`.
-    """
+    """(s - t)^2, for regression; the temperature is not used."""
     student, teacher = _logits(student, teacher)
     return _masked_mean(F.mse_loss(student, teacher, reduction="none"), mask)
 
@@ -96,16 +91,12 @@ def hidden_state_error(student: Tensor, teacher: Tensor, mask: Tensor | None = N
             convolutions. There each image is one position, since single pixels of a feature map
             are often all zero.
         mask: boolean, of shape (batch, positions).
-
-    Raises:
-        ValueError: if the shapes differ.
     """
-    _check_same_shape(
+    student, teacher = _same_shape(
         student, teacher, "distill_hidden: hidden states",
         "use a teacher of the same width, or set distill_hidden=0 (distill_attention does not "
         "depend on the width)",
     )  # fmt: skip
-    student, teacher = student.float(), teacher.float()
     if student.dim() > 3:
         student, teacher = student.flatten(1), teacher.flatten(1)
     error = (student - teacher).square().sum(-1)
@@ -125,16 +116,13 @@ def attention_divergence(
         mask: boolean, of shape (batch, positions).
         key_mask: boolean, of shape (batch, keys); False for padding. Rows are normalized over the
             other keys again, because half-precision rows do not add up to one.
-
-    Raises:
-        ValueError: if the shapes differ.
     """
-    _check_same_shape(
+    student, teacher = _same_shape(
         student, teacher, "distill_attention: attention maps (batch, heads, positions, keys)",
         "use a teacher with as many heads, or set distill_attention=0",
     )  # fmt: skip
     maps = []
-    for attention in (student.float(), teacher.float()):
+    for attention in (student, teacher):
         if key_mask is not None:
             attention = attention * key_mask[:, None, None, :]
         maps.append(attention / attention.sum(-1, keepdim=True).clamp_min(_TINY))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from ...compat import prepare_inputs
 from ...distributed import raise_on_all_ranks
 from ...modeling.activations import evaluating
 from ..arguments import CompressionArguments
-from .features import disable_attention_dropout, eager_attention, feature_losses
+from .features import attention_loss, eager_attention, hidden_state_loss
 from .logits import logits_divergence
 
 
@@ -50,9 +51,11 @@ class Teacher:
         self.model = model.eval().requires_grad_(False).to(device)
         self.device = next(self.model.parameters()).device
         self.is_encoder_decoder = bool(getattr(student.config, "is_encoder_decoder", False))
-        self.feature_losses, self.forward_kwargs = feature_losses(
-            args.distill_hidden, args.distill_attention, args.distill_layers
-        )
+        self.forward_kwargs = {}
+        if args.distill_hidden > 0:
+            self.forward_kwargs["output_hidden_states"] = True
+        if args.distill_attention > 0:
+            self.forward_kwargs["output_attentions"] = True
 
     def model_inputs(self, inputs: Mapping[str, Any], label_names: list[str]) -> dict[str, Any]:
         """Return a batch without labels, so that the forward computes no loss.
@@ -85,26 +88,24 @@ class Teacher:
         Args:
             student: the model that is compressed, unwrapped.
             outputs: the student's, with :attr:`forward_kwargs`.
-            inputs: the batch, with labels.
-            label_names: keys of the labels in ``inputs``.
+            inputs: the batch, with labels under ``label_names``.
+            label_names: keys of the labels.
         """
-        targets = self.outputs(inputs, label_names)
-        logits = logits_divergence(student, outputs, targets, inputs, self.args.temperature)
-        terms = {"logits": (self.args.distill_weight, logits)}
-        for name, (weight, loss) in self.feature_losses.items():
-            terms[name] = (weight, loss(outputs, targets, inputs))
+        args, targets = self.args, self.outputs(inputs, label_names)
+        logits = logits_divergence(student, outputs, targets, inputs, args.temperature)
+        terms = {"logits": (args.distill_weight, logits)}
+        if args.distill_hidden > 0:
+            loss = hidden_state_loss(outputs, targets, inputs, args.distill_layers)
+            terms["hidden"] = (args.distill_hidden, loss)
+        if args.distill_attention > 0:
+            loss = attention_loss(outputs, targets, inputs, args.distill_layers)
+            terms["attention"] = (args.distill_attention, loss)
         return terms
 
     def check(self, trainer: Trainer) -> None:
         """Check that student and teacher can be compared, on one batch of each rank.
 
-        Call on all ranks.
-
-        Args:
-            trainer: with the student, still dense, and its data.
-
-        Raises:
-            ValueError: naming the field and the way out; if one rank raises, all do.
+        Call on all ranks; if one raises, all do. ``trainer`` has the student, still dense.
         """
         inputs = prepare_inputs(trainer, next(iter(trainer.get_train_dataloader())))
         student, label_names = trainer.model, trainer.label_names
@@ -115,12 +116,17 @@ class Teacher:
             outputs = student(**batch, **self.forward_kwargs)
             self.loss_terms(student, outputs, inputs, label_names)
 
-    def attention_maps(self, student: nn.Module):
+    def attention_maps(self, student: nn.Module) -> AbstractContextManager[None]:
         """Return a context in which both models return attention maps, if they are distilled."""
-        distilled = "attention" in self.feature_losses
-        return eager_attention(*((student, self.model) if distilled else ()))
+        distilled = self.args.distill_attention > 0
+        return eager_attention(student, self.model) if distilled else nullcontext()
 
     def prepare(self, student: nn.Module) -> None:
-        """Prepare the student for a forward in training."""
-        if "attention" in self.feature_losses:
-            disable_attention_dropout(student)
+        """Prepare the student for a forward in training: no dropout of distilled attention maps.
+
+        A probability that was dropped to 0 would have an unbounded divergence.
+        """
+        if self.args.distill_attention > 0:
+            for module in student.modules():
+                if "attention" in type(module).__name__.lower():
+                    module.eval()  # until the next model.train()

@@ -11,19 +11,13 @@ _PREFIX = "compression_"
 
 
 class ForwardLogs(TrainerCallback):
-    """Forwards the logs of a stage's trainer to the run's trainer and continues its step count.
-
-    Args:
-        trainer: the run's trainer, which reports them (``report_to``).
-        stage: number of the stage.
-    """
+    """Forwards the logs of a stage to the run's trainer and continues its step count."""
 
     def __init__(self, trainer: Trainer, stage: int) -> None:
         self.trainer, self.stage = trainer, stage
         self.first_step = trainer.state.global_step
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        """Log each value with the prefix ``compression_``."""
         self.trainer.state.global_step = self.first_step + state.global_step
         _log(self.trainer, {**(logs or {}), "stage": self.stage})
 

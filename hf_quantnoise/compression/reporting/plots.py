@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from transformers.utils import logging
 
 from ...hub.card import is_metric
 from ...size import SizeReport
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 logger = logging.get_logger(__name__)
 
@@ -32,23 +36,21 @@ def plot_compression(history: Sequence[dict], report: SizeReport, folder: str) -
         logger.warning("no plots: install matplotlib (pip install 'hf-quantnoise[plots]')")
         return []
     os.makedirs(folder, exist_ok=True)
-    figures = {
-        "stages.png": _plot_stages(Figure, history),
-        "layers.png": _plot_layers(Figure, history, report),
-    }
-    paths = []
-    for name, figure in figures.items():
-        paths.append(os.path.join(folder, name))
-        figure.savefig(paths[-1], dpi=120, bbox_inches="tight")
+    figures = {"stages.png": Figure(), "layers.png": Figure()}
+    _plot_stages(figures["stages.png"], history)
+    _plot_layers(figures["layers.png"], history, report)
+    paths = [os.path.join(folder, name) for name in figures]
+    for path, figure in zip(paths, figures.values(), strict=True):
+        figure.savefig(path, dpi=120, bbox_inches="tight")
     return paths
 
 
-def _plot_stages(figure_class, history: Sequence[dict]):
-    names = [name for name, value in history[-1]["metric"].items() if is_metric(name, value)]
-    figure = figure_class(figsize=(5 * max(len(names), 1), 4))
+def _plot_stages(figure: Figure, history: Sequence[dict]) -> None:
+    metrics = [name for name, value in history[-1]["metric"].items() if is_metric(name, value)]
+    names = metrics or ["relative_error"]
+    figure.set_size_inches(5 * len(names), 4)
     megabytes = [record["mb"] for record in history]
-    for column, name in enumerate(names or ["relative_error"]):
-        axes = figure.add_subplot(1, max(len(names), 1), column + 1)
+    for name, axes in zip(names, figure.subplots(1, len(names), squeeze=False)[0], strict=True):
         values = [record["metric"].get(name, record["relative_error"]) for record in history]
         axes.plot(megabytes, values, marker="o", label="finetuned")
         trained = [record for record in history if name in record["packed_metric"]]
@@ -58,26 +60,23 @@ def _plot_stages(figure_class, history: Sequence[dict]):
             axes.legend()
         for x, y, record in zip(megabytes, values, history, strict=True):
             axes.annotate(record["stage"], (x, y), xytext=(4, 4), textcoords="offset points")
-        axes.set_xscale("log")
-        axes.set_xlabel("MB on disk")
-        axes.set_ylabel(name.removeprefix("eval_"))
+        axes.set(xscale="log", xlabel="MB on disk", ylabel=name.removeprefix("eval_"))
         axes.grid(alpha=0.3)
-    return figure
 
 
-def _plot_layers(figure_class, history: Sequence[dict], report: SizeReport):
+def _plot_layers(figure: Figure, history: Sequence[dict], report: SizeReport) -> None:
     errors = {name: e for record in history for name, e in record["layer_errors"].items()}
     sizes: dict[str, float] = {}
     for row in report.rows:  # a sentinel has its own row
         name = row.name.removesuffix(".weight")
         sizes[name] = sizes.get(name, 0.0) + row.disk_bytes / 1e3
     names = [name for name in sizes if name in errors]
-    figure = figure_class(figsize=(10, 1 + 0.18 * len(names)))
-    columns = (("relative error of the weight", errors), ("kB on disk", sizes))
-    for column, (label, values) in enumerate(columns):
-        axes = figure.add_subplot(1, 2, column + 1)
+    figure.set_size_inches(10, 1 + 0.18 * len(names))
+    left, right = figure.subplots(1, 2)
+    for axes, values in ((left, errors), (right, sizes)):
         axes.barh(range(len(names)), [values[name] for name in names])
-        axes.set_yticks(range(len(names)), names if column == 0 else [""] * len(names), fontsize=6)
         axes.invert_yaxis()
-        axes.set_xlabel(label)
-    return figure
+    left.set_yticks(range(len(names)), names, fontsize=6)
+    left.set_xlabel("relative error of the weight")
+    right.set_yticks(range(len(names)), [""] * len(names))
+    right.set_xlabel("kB on disk")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -51,16 +50,11 @@ class StageRecord:
     codebook_use: float | None = None
     step: int = 0
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return a dict that can be serialized to JSON."""
-        return asdict(self)
-
     def line(self) -> str:
         """Return a one-line summary."""
         return (
             f"{self.stage:<12} {self.layers:>4} layers  relative error {self.relative_error:.4f}  "
-            f"{self.mb:8.3f} MB  {self.seconds:7.1f} s  "
-            f"{format_metrics(self.metric)}"
+            f"{self.mb:8.3f} MB  {self.seconds:7.1f} s  {format_metrics(self.metric)}"
         )
 
 
@@ -72,10 +66,7 @@ def measure_stage(
     finetuning: dict[str, float] | None = None,
     packed_metric: dict[str, float] | None = None,
 ) -> StageRecord:
-    """Evaluate the model at the end of a stage and return the record of the stage.
-
-    ``start`` is ``time.perf_counter()`` at its beginning.
-    """
+    """Evaluate the model at the end of a stage, which began at ``start``, and return its record."""
     metric = {} if stage_trainer.eval_dataset is None else stage_trainer.evaluate()
     return StageRecord(
         stage=stage,
@@ -105,13 +96,10 @@ def evaluate_packed(stage_trainer: Trainer) -> dict[str, float]:
 
 def codebook_use(model: nn.Module) -> float | None:
     """Return the fraction of centroids that some block is assigned to; None without codebooks."""
-    used = total = 0
-    seen: set[int] = set()
-    for _, layer in packed_layers(model):
-        is_new = id(layer.weight_indices) not in seen
-        if isinstance(layer.quantizer, ProductQuantizer) and is_new:
-            seen.add(id(layer.weight_indices))
-            counts = layer.block_counts()
-            used += int((counts > 0).sum())
-            total += len(counts)
-    return used / total if total else None
+    layers = {
+        id(layer.weight_indices): layer
+        for _, layer in packed_layers(model)
+        if isinstance(layer.quantizer, ProductQuantizer)
+    }
+    used = [used for layer in layers.values() for used in (layer.block_counts() > 0).tolist()]
+    return sum(used) / len(used) if used else None
