@@ -9,14 +9,7 @@ from typing import Annotated, Any, ClassVar
 
 import torch
 
-from ..configuration.checks import (
-    boolean,
-    fraction,
-    integer,
-    invalid,
-    non_negative,
-    positive,
-)
+from ..configuration.checks import boolean, fraction, integer, invalid, non_negative, positive
 from ..configuration.options import Options, documented, option
 from ..registry import suggestion
 from .distillation.features import parse_layers

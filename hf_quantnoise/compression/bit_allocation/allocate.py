@@ -24,12 +24,7 @@ from ...size import aligned
 from .candidates import WeightCandidates, candidates_for
 from .knapsack import Option, allocate_bytes
 from .sensitivity import costs_by_output
-from .size_target import (
-    check_target_reachable,
-    check_within_target,
-    file_bytes,
-    weights_to_store,
-)
+from .size_target import check_target_reachable, check_within_target, file_bytes, weights_to_store
 
 # The bytes of a candidate are an estimate (the digits of offsets in the header vary). After each
 # round the file is counted and the remaining bytes are allocated again.

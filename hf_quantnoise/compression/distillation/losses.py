@@ -104,10 +104,7 @@ def hidden_state_error(student: Tensor, teacher: Tensor, mask: Tensor | None = N
 
 
 def attention_divergence(
-    student: Tensor,
-    teacher: Tensor,
-    mask: Tensor | None = None,
-    key_mask: Tensor | None = None,
+    student: Tensor, teacher: Tensor, mask: Tensor | None = None, key_mask: Tensor | None = None
 ) -> Tensor:
     """KL(a_t || a_s) of the attention maps of a layer, averaged over heads and positions (MiniLM).
 

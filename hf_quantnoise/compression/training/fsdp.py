@@ -22,12 +22,7 @@ from accelerate.utils import DynamoBackend, convert_outputs_to_fp32
 from torch import Tensor, nn
 from transformers import Trainer
 
-from ...compat import (
-    classes_kept_together,
-    own_buffers,
-    own_parameters,
-    persistent_buffer_names,
-)
+from ...compat import classes_kept_together, own_buffers, own_parameters, persistent_buffer_names
 from ...distributed import (
     broadcast_from_rank_0,
     broadcast_object,
