@@ -199,13 +199,7 @@ class StageCheckpoints:
             shutil.rmtree(folder, ignore_errors=True)
 
     def save_stage(self, number: int, model: nn.Module, content: dict[str, Any]) -> None:
-        """Write a finished stage; only the dense model and the newest stage are kept.
-
-        Args:
-            number: 0 for the dense model.
-            model: the model after the stage.
-            content: see :class:`SavedStage`.
-        """
+        """Write a finished stage; only the dense model (number 0) and the newest stage are kept."""
         if not self.writes:
             return
         folder = os.path.join(self.folder, f"{_STAGE}{number}")

@@ -45,12 +45,7 @@ def settings_fingerprint(
 ) -> Fingerprint:
     """Return all settings that the resulting model depends on.
 
-    Args:
-        trainer: the user's; its arguments and what the stages take over from it.
-        config: how the model is stored.
-        args: how stages are finetuned.
-        noise: noise on the layers of later stages, or None.
-        teacher: another model to distill from, or None.
+    ``noise`` is that on the layers of later stages; ``teacher`` another model to distill from.
     """
     arguments = {
         name: value for name, value in asdict(args).items() if name not in _WITHOUT_INFLUENCE
@@ -74,14 +69,9 @@ def settings_fingerprint(
 
 
 def require_same_settings(stored: Fingerprint, current: Fingerprint, folder: str) -> None:
-    """Compare the settings of an interrupted run with the current ones.
+    """Compare the settings stored in the folder of an interrupted run with the current ones.
 
-    Options that have been removed since then are reported in a warning.
-
-    Args:
-        stored: of the interrupted run; parts that it does not have are not compared.
-        current: of this run.
-        folder: of the interrupted run.
+    Parts that were not stored are not compared. Removed options are reported in a warning.
 
     Raises:
         ValueError: naming all settings of the first part that differs, with both values.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from itertools import islice
 from typing import Any
@@ -20,11 +20,11 @@ from transformers import PreTrainedModel, Trainer, set_seed
 from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
 
-from ..compat import undo_accelerate_prepare
+from ..compat import prepare_inputs, undo_accelerate_prepare
 from ..configuration import QuantizedModelConfig, QuantNoiseConfig
 from ..modeling.activations import calibrate
 from ..modeling.packer import ModelPacker, StageResult
-from ..noise import apply_quant_noise, remove_quant_noise
+from ..noise import apply_quant_noise, noised_layers, remove_quant_noise
 from .arguments import CompressionArguments
 from .bit_allocation.allocate import resolve_target
 from .checkpoints import FOLDER, SavedStage, StageCheckpoints, load_in_memory_tensors
@@ -34,9 +34,8 @@ from .oneshot import remove_noise
 from .preflight import check_compression
 from .reporting.logs import forward_logs, log_errors, log_record
 from .reporting.record import StageRecord, evaluate_packed, measure_stage
-from .training.data import first_batches
 from .training.fsdp import share_what_rank_0_read
-from .training.pending_noise import PendingNoise, noise_to_keep
+from .training.pending_noise import noise_to_keep, pending_noise
 from .training.stage_arguments import stage_optimizer, stage_training_arguments
 from .training.stage_trainer import StageTrainer
 
@@ -114,8 +113,8 @@ class CompressionPipeline:
 
     def _start(self) -> int:
         """Evaluate and save the dense model, and prepare the first stage."""
-        batches = first_batches(self.trainer, self.args.budget_batches)
         config = remove_noise(self.model, self.config)
+        batches = self._budget_batches()
         config = resolve_target(self.model, config, batches, self._progress, table=True)
         self.packer = ModelPacker(self.model, config, on_all_ranks=True)
         start = time.perf_counter()
@@ -125,6 +124,13 @@ class CompressionPipeline:
         self._make_teacher()
         self._restructure()
         return 0
+
+    def _budget_batches(self) -> Iterator[Mapping[str, Any]]:
+        """Yield training batches; the data loader is created for the first one."""
+        if self.trainer.train_dataset is not None:
+            batches = self.trainer.get_train_dataloader()
+            for batch in islice(batches, self.args.budget_batches):
+                yield prepare_inputs(self.trainer, batch)
 
     def _saved_stages(self) -> list[SavedStage]:
         """Return the saved stages of an interrupted run, the dense model first.
@@ -176,7 +182,8 @@ class CompressionPipeline:
     def _restructure(self, record: bool = True) -> None:
         start = time.perf_counter()
         self.packer.change_structure()
-        self.noise = PendingNoise(self.model, self.noise_config)
+        noise = self.noise_config
+        self.noised = [] if noise is None else noised_layers(self.model, noise)
         if self.packer.structural_changes and record:
             self._evaluate("restructured", self.evaluator, start)
 
@@ -190,7 +197,7 @@ class CompressionPipeline:
             data = self._calibration_data(self.evaluator)
         packed = self.packer.pack_stage(stage, self._progress, *data)
         log_errors(self.trainer, packed.errors, number)
-        noise = self.noise.config_for(self._pending_layers(stage))
+        noise = pending_noise(self.noise_config, self.noised, self._pending_layers(stage))
         stage_trainer = self._make_trainer(stage, number, noise)
         self._calibrate(stage_trainer, packed)
         finetuning = packed_metric = {}

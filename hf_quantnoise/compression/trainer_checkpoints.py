@@ -66,10 +66,7 @@ def checkpoint_defect(folder: str, required: Sequence[str] = ()) -> str | None:
 
     A checkpoint without optimizer, scheduler and random state (``save_only_model``) is complete.
     DeepSpeed and sharded FSDP keep their tensors in subfolders, which are not inspected.
-
-    Args:
-        folder: the checkpoint.
-        required: names of further files that must be there.
+    ``required`` names further files that must be there.
     """
     names = sorted(os.listdir(folder))
     for name in (_STATE, *required):
@@ -117,15 +114,10 @@ def newest_complete_checkpoint(
 
 
 def checkpoint_to_resume_from(output_dir: str, preferred: Sequence[str] = ()) -> str | None:
-    """Find the newest complete checkpoint of a run; warn about those that are skipped.
+    """Return the newest complete checkpoint of a run on all ranks; None if there is none at all.
 
-    Args:
-        output_dir: of the run.
-        preferred: names of further files. A checkpoint without them is used only if no checkpoint
-            has them.
-
-    Returns:
-        Its path; None if there is no checkpoint. On all ranks.
+    Those that are skipped are reported in a warning. A checkpoint without the files ``preferred``
+    is used only if no checkpoint has them.
 
     Raises:
         ValueError: if all checkpoints are incomplete, or one rank does not see the checkpoint.

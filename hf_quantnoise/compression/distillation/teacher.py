@@ -85,11 +85,8 @@ class Teacher:
     ) -> dict[str, tuple[float, Tensor]]:
         """Return the distillation losses: name -> its weight and value.
 
-        Args:
-            student: the model that is compressed, unwrapped.
-            outputs: the student's, with :attr:`forward_kwargs`.
-            inputs: the batch, with labels under ``label_names``.
-            label_names: keys of the labels.
+        ``student`` is the unwrapped model, ``outputs`` its outputs with :attr:`forward_kwargs`,
+        ``inputs`` the batch, with labels.
         """
         args, targets = self.args, self.outputs(inputs, label_names)
         logits = logits_divergence(student, outputs, targets, inputs, args.temperature)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import replace
 
-from torch import nn
 from transformers import Trainer
 
 from ...configuration import QuantNoiseConfig
-from ...noise import noised_layers
 
 
 def noise_to_keep(trainer: Trainer, keep_noise: bool) -> QuantNoiseConfig | None:
@@ -30,34 +28,22 @@ def noise_to_keep(trainer: Trainer, keep_noise: bool) -> QuantNoiseConfig | None
     return config
 
 
-class PendingNoise:
-    """Selects the noise that a stage is finetuned with.
+def pending_noise(
+    config: QuantNoiseConfig | None, noised: Collection[str], pending: Collection[str]
+) -> QuantNoiseConfig | None:
+    """Return a config for the layers that are both noised and pending; None without any.
 
-    Args:
-        model: the model before its first stage.
-        config: noise of the trainer; None keeps no noise.
+    The rate is the final one, since its schedule ended in the finetuning before the compression.
+    LayerDrop and layer sharing are off: layers may have been removed or shared already.
     """
-
-    def __init__(self, model: nn.Module, config: QuantNoiseConfig | None) -> None:
-        self.config = config
-        self.layer_names = [] if config is None else noised_layers(model, config)
-
-    def config_for(self, pending_layers: Iterable[str]) -> QuantNoiseConfig | None:
-        """Return the noise for the noised layers among ``pending_layers``; None without any.
-
-        The rate is the final one, since its schedule ended in the finetuning before the
-        compression. LayerDrop and layer sharing are off: layers may have been removed or shared
-        already.
-        """
-        pending = set(pending_layers)
-        names = [re.escape(name) for name in self.layer_names if name in pending]
-        if self.config is None or not names:
-            return None
-        return replace(
-            self.config,
-            target_modules="|".join(names),
-            exclude_modules=None,
-            p_schedule="constant",
-            layerdrop=0.0,
-            share_layers=1,
-        )
+    names = [re.escape(name) for name in noised if name in pending]
+    if config is None or not names:
+        return None
+    return replace(
+        config,
+        target_modules="|".join(names),
+        exclude_modules=None,
+        p_schedule="constant",
+        layerdrop=0.0,
+        share_layers=1,
+    )

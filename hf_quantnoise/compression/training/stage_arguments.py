@@ -16,12 +16,7 @@ def stage_training_arguments(
 ) -> TrainingArguments:
     """Return a trainer's arguments with the length, learning rate and seed of a stage.
 
-    Args:
-        trainer: the user's.
-        settings: of the stage.
-        number: of the stage.
-        output_dir: where the stage's checkpoints go; None keeps that of the trainer, which writes
-            none.
+    Checkpoints go to ``output_dir``; None keeps that of the trainer, which writes none.
     """
     args = trainer.args
     steps = -1 if settings.steps is None else settings.steps

@@ -23,11 +23,10 @@ class StageTrainer(PackedModelTrainer):
     Its checkpoints also hold the model as it is in memory, so that it resumes bit for bit.
 
     Args:
-        args: positional arguments of ``Trainer``.
-        compression_args: weights of the loss terms, temperature and learning rates.
-        teacher: the uncompressed model and what is distilled from it; None trains with labels only.
-        noise: noise on layers that are still dense, or None.
-        kwargs: keyword arguments of ``Trainer``, without ``callbacks``.
+        compression_args: weights of the loss terms and the learning rate of the centroids.
+        teacher: None trains with labels only.
+        noise: noise on layers that are still dense.
+        args, kwargs: those of ``Trainer``, without ``callbacks``.
     """
 
     def __init__(
