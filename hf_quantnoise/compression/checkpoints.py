@@ -61,11 +61,7 @@ def in_memory_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_in_memory_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Copy the result of :func:`in_memory_tensors` into a model of the same structure.
-
-    Raises:
-        ValueError: if the model has other tensors; nothing is copied then.
-    """
+    """Copy the result of :func:`in_memory_tensors` into a model, if it has the same structure."""
     current = in_memory_tensors(model)
     different = sorted(
         name
@@ -166,10 +162,8 @@ class StageCheckpoints:
     def stages(self) -> list[SavedStage]:
         """Return the complete stages in order, as rank 0 finds them, on all ranks.
 
-        Empty without the dense model, which every later stage needs.
-
-        Raises:
-            ValueError: on all ranks, if one of them finds other stages.
+        Empty without the dense model, which every later stage needs. If a rank finds other stages,
+        all ranks raise a ``ValueError``.
         """
         found: list[SavedStage] = broadcast_object(self._find_stages() if is_rank_0() else None)
         stages = [
@@ -233,15 +227,10 @@ class StageCheckpoints:
         return os.path.join(self.folder, f"{_RUN}{number}")
 
     def checkpoint(self, number: int) -> str | None:
-        """Return the newest complete checkpoint of a stage's finetuning, if any, on all ranks.
-
-        Raises:
-            ValueError: on all ranks, if one of them does not see it.
-        """
+        """Return the newest complete checkpoint of a stage's finetuning, if any, on all ranks."""
         if self.folder is None:
             return None
-        folder = self.run_folder(number)
-        checkpoint, defects = newest_complete_checkpoint(folder, _memory_defect)
+        checkpoint, defects = newest_complete_checkpoint(self.run_folder(number), _memory_defect)
         for incomplete in defects:
             self._skip(incomplete)
         return checkpoint

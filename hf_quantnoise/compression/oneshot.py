@@ -17,10 +17,9 @@ from .bit_allocation.allocate import resolve_target
 
 
 def remove_noise(model: nn.Module, config: QuantizedModelConfig) -> QuantizedModelConfig:
-    """Remove the noise of a model in place, and keep the layer sharing it was trained with.
+    """Remove the noise of a model in place; return the config with its ``share_layers``.
 
-    Returns:
-        The config; if its ``share_layers`` is None, with that of the noise.
+    If the config sets ``share_layers``, it is returned unchanged.
     """
     state = find_state(model)
     remove_quant_noise(model)

@@ -81,10 +81,8 @@ def _require_known_lengths(
     trainer: Trainer, args: CompressionArguments, stages: Iterable[str | None]
 ) -> None:
     """Refuse epochs of data of unknown length. ``max_steps`` of the trainer is not for stages."""
-    settings = map(args.settings_of, stages)
-    if not has_length(trainer.train_dataset) and any(
-        s.trains and s.steps is None for s in settings
-    ):
+    by_epochs = any(each.trains and each.steps is None for each in map(args.settings_of, stages))
+    if by_epochs and not has_length(trainer.train_dataset):
         raise ValueError(
             f"train_dataset={type(trainer.train_dataset).__name__}(...) has no length, so a stage "
             "cannot be finetuned for a number of epochs; set CompressionArguments(stage_steps=...)"
@@ -125,11 +123,8 @@ def _require_stock_methods(
         methods |= _EVALUATION
     for name, instead in methods.items():
         if _is_overridden(trainer, name):
-            without = (
-                "eval_dataset=None"
-                if name in _EVALUATION
-                else "CompressionArguments(stage_epochs=0)"
-            )
+            untrained = "CompressionArguments(stage_epochs=0)"
+            without = "eval_dataset=None" if name in _EVALUATION else untrained
             raise ValueError(
                 f"{type(trainer).__name__}.{name} is not used by compress, since each stage has "
                 f"its own trainer; pass {instead} to the trainer instead, or set {without}"

@@ -135,8 +135,7 @@ class CompressionPipeline:
     def _saved_stages(self) -> list[SavedStage]:
         """Return the saved stages of an interrupted run, the dense model first.
 
-        Raises:
-            ValueError: if no files are ever written, or that run had other settings.
+        Raise a ``ValueError`` if no files are ever written, or that run had other settings.
         """
         if self.files.folder is None:
             raise ValueError(
@@ -197,7 +196,8 @@ class CompressionPipeline:
             data = self._calibration_data(self.evaluator)
         packed = self.packer.pack_stage(stage, self._progress, *data)
         log_errors(self.trainer, packed.errors, number)
-        noise = pending_noise(self.noise_config, self.noised, self._pending_layers(stage))
+        pending = [name for later in self.stages[number:] for name in self.packer.layers_of(later)]
+        noise = pending_noise(self.noise_config, self.noised, pending)
         stage_trainer = self._make_trainer(stage, number, noise)
         self._calibrate(stage_trainer, packed)
         finetuning = packed_metric = {}
@@ -210,10 +210,6 @@ class CompressionPipeline:
             remove_quant_noise(self.model).eval()
         self._evaluate(_name(stage), stage_trainer, start, packed, finetuning, packed_metric)
         self._save(number)
-
-    def _pending_layers(self, stage: str | None) -> list[str]:
-        later = self.stages[self.stages.index(stage) + 1 :]
-        return [name for each in later for name in self.packer.layers_of(each)]
 
     def _calibrate(self, stage_trainer: StageTrainer, packed: StageResult) -> None:
         """Set the scales of the inputs of a stage's layers, on its training data (section 7.7)."""

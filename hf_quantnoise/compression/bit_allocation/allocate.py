@@ -243,10 +243,6 @@ def resolve_target(
 
     Bits are allocated if the config has a target and no ``layer_quantizers``. Without a target the
     config is returned unchanged and the batches are not read.
-
-    Raises:
-        ValueError: see :func:`plan_bit_allocation`; also if ``layer_quantizers`` exceeds the
-            target.
     """
     if config.target is None or not isinstance(config, IPQConfig):
         return config

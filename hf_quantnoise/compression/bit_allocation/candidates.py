@@ -65,12 +65,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class WeightCandidates:
-    """All candidates for one weight.
-
-    Attributes:
-        layers: the layers that hold the weight.
-        candidates: ways to store it; the first one is dense.
-    """
+    """The layers that hold a weight, and the ways to store it; the first one is dense."""
 
     layers: tuple[LayerInfo, ...]
     candidates: list[Candidate]
@@ -88,15 +83,9 @@ def candidates_for(
     """Return the candidates for one weight.
 
     They are product quantization with 16 to 4,096 centroids and every block size that divides the
-    columns (for a convolution the kernel area, section 7.8), int2 to int8, and floating point.
-
-    Args:
-        layers: the layers that hold the weight.
-        config: sets the precision of centroids, the k-means iterations and the seed.
-        with_errors: pass False to compute sizes only; this also works on the meta device.
-
-    Raises:
-        ValueError: if the weight has non-finite values.
+    columns (for a convolution the kernel area, section 7.8), int2 to int8, and floating point. The
+    config sets the precision of centroids, the k-means iterations and the seed. Sizes alone
+    (``with_errors=False``) can also be computed on the meta device.
     """
     layer, weight = layers[0], layers[0].module.weight
     entry, dense = len(layer.name) + HEADER_ENTRY, weight.numel() * weight.element_size()

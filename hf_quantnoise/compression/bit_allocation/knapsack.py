@@ -38,11 +38,8 @@ def allocate_bytes(options: Sequence[Sequence[Option]], budget: int) -> list[int
 
     Steps along the convex hull of each weight are made in the order of cost saved per byte. If they
     use up the budget exactly, the result is optimal (one Lagrange multiplier for all weights).
-    Otherwise the remaining bytes are spent on single weights.
-
-    Returns:
-        The index of the chosen option of each weight; the smallest options if the budget is below
-        their sum.
+    Otherwise the remaining bytes are spent on single weights. Returns the index of the option of
+    each weight: the smallest options if the budget is below their sum.
     """
     hulls = [_lower_hull(choices) for choices in options]
     chosen = [hull[0] for hull in hulls]

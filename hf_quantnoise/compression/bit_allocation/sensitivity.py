@@ -67,11 +67,8 @@ def output_divergence(
 class SensitivityMeter:
     """Measures how much the output changes if one weight is replaced.
 
-    In a distributed run all ranks measure together, each with its own batches.
-
-    Args:
-        model: in eval mode; its weights are not changed.
-        batches: keyword arguments of its forward; a rank may have none.
+    In a distributed run all ranks measure together, each with its own batches, or none. The model
+    is in eval mode and not changed.
     """
 
     def __init__(self, model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> None:
@@ -106,12 +103,8 @@ def costs_by_output(
 ) -> list[list[float]]:
     """Return the divergence of the output for every candidate of every weight. Call on all ranks.
 
-    Args:
-        weights: their candidates; the layers are modules of ``model``.
-        model: the dense model, in eval mode.
-        batches: keyword arguments of its forward.
-        bits: approximate number of bits per weight of the result; candidates near it are measured.
-        progress: show a progress bar.
+    ``weights`` are layers of the dense model, in eval mode. ``bits`` is the approximate number of
+    bits per weight of the result; candidates near it are measured.
     """
     meter = SensitivityMeter(model, batches)
     progress_bar = tqdm(weights, desc="sensitivity", unit="weight", disable=not progress)

@@ -66,11 +66,9 @@ def check_within_target(model: PreTrainedModel, config: IPQConfig) -> None:
 
 
 def check_target_reachable(model: PreTrainedModel, config: IPQConfig) -> int:
-    """Return the number of bytes a target allows, if some bit allocation fits; without measuring.
+    """Return the number of bytes a target allows, without measuring.
 
-    Raises:
-        ValueError: if the smallest bit allocation is larger, or the dense model is within the
-            target.
+    Raise a ``ValueError`` if no bit allocation is small enough, or the dense model is already.
     """
     shapes = changed_copy(copy_on_meta(model), config)
     target, dense = target_bytes(shapes, config), size_report(shapes).total.disk_bytes

@@ -37,12 +37,8 @@ _ATTENTIONS = {
 def hidden_state_loss(student: Values, teacher: Values, inputs: Values, layers: Layers) -> Tensor:
     """Mean of :func:`~.losses.hidden_state_error` over matched layers.
 
-    The input of the first layer is skipped. Encoder and decoder contribute one half each.
-
-    Args:
-        student, teacher: outputs with ``output_hidden_states=True``.
-        inputs: the batch, for its masks.
-        layers: see :func:`match_layers`.
+    The outputs of both models have ``output_hidden_states=True``; the masks are read from the
+    batch. The input of the first layer is skipped. Encoder and decoder contribute one half each.
     """
     masks = _padding_masks(inputs)
 
@@ -57,9 +53,6 @@ def attention_loss(student: Values, teacher: Values, inputs: Values, layers: Lay
 
     The arguments are those of :func:`hidden_state_loss`, with ``output_attentions=True``. Encoder,
     decoder and cross attention contribute one third each.
-
-    Raises:
-        ValueError: if there are no maps, they carry no gradients, or their shapes differ.
     """
     masks, key_masks = _padding_masks(inputs), _padding_masks(inputs, use_labels=False)
 
@@ -135,9 +128,6 @@ def _mean_over_layers(
     return torch.stack(means).mean()
 
 
-# ---- layers --------------------------------------------------------------------------------------
-
-
 def match_layers(student: int, teacher: int, layers: Layers) -> list[tuple[int, int]]:
     """Return pairs of indices of matched layers (student, teacher).
 
@@ -174,9 +164,6 @@ def parse_layers(layers: Layers) -> list[int]:
             "e.g. '0,3,5' or [0, 3, 5]"
         )
     return indices
-
-
-# ---- attention maps ------------------------------------------------------------------------------
 
 
 @contextmanager

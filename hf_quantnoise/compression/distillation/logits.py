@@ -65,9 +65,6 @@ def logits_divergence(
 
     The class of ``model``, the student, selects the head. The labels and masks of the inputs select
     the positions that count.
-
-    Raises:
-        ValueError: if an output that the head needs is missing, or the shapes differ.
     """
     name = head_name(model, inputs)
     try:

@@ -7,8 +7,6 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 from ...hub.card import plain_metrics
 from .record import StageRecord
 
-_PREFIX = "compression_"
-
 
 class ForwardLogs(TrainerCallback):
     """Forwards the logs of a stage to the run's trainer and continues its step count."""
@@ -46,4 +44,4 @@ def log_record(trainer: Trainer, record: StageRecord, number: int, dense: dict[s
 
 
 def _log(trainer: Trainer, values: dict[str, float]) -> None:
-    trainer.log({f"{_PREFIX}{name}": value for name, value in values.items()})
+    trainer.log({f"compression_{name}": value for name, value in values.items()})

@@ -22,13 +22,10 @@ PLOTS = "plots"
 def plot_compression(history: Sequence[dict], report: SizeReport, folder: str) -> list[str]:
     """Plot the metric against the size after each stage, and the error and size of each layer.
 
-    Args:
-        history: ``trainer.compression_history``.
-        report: ``size_report`` of the compressed model.
-        folder: where the PNG files are written; created if missing.
+    ``report`` is that of the compressed model. The folder is created if missing.
 
     Returns:
-        Paths of the files; an empty list, with a warning, if matplotlib is not installed.
+        Paths of the PNG files; an empty list, with a warning, if matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure

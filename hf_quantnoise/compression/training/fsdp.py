@@ -40,11 +40,7 @@ if TYPE_CHECKING:
 
 
 def require_fsdp2(trainer: Trainer) -> None:
-    """Refuse settings that accelerate would ignore, or that change the noise.
-
-    Raises:
-        ValueError: naming the field and an alternative.
-    """
+    """Refuse settings that accelerate would ignore, or that change the noise."""
     if any(hasattr(parameter, "full_tensor") for parameter in trainer.model.parameters()):
         raise ValueError(
             "the model's parameters are sharded already (distributed_config, tp_plan or "
@@ -71,17 +67,12 @@ def require_fsdp2(trainer: Trainer) -> None:
             "with other random numbers than in the forward, so with other noise and dropout; set "
             "gradient_checkpointing=True instead"
         )
-    if is_compiled(trainer):
+    plugin = trainer.accelerator.state.dynamo_plugin  # compiles for accelerate launch
+    if trainer.args.torch_compile or plugin.backend != DynamoBackend.NO:
         raise ValueError(
             "unsupported torch_compile=True (or accelerate's dynamo_backend) with fsdp; remove one "
             "of them, or use DDP"
         )
-
-
-def is_compiled(trainer: Trainer) -> bool:
-    """Return whether ``torch_compile`` or ``accelerate launch`` compiles models for training."""
-    plugin = trainer.accelerator.state.dynamo_plugin
-    return trainer.args.torch_compile or plugin.backend != DynamoBackend.NO
 
 
 def share_what_rank_0_read(trainer: Trainer, *models: nn.Module) -> None:
@@ -152,10 +143,6 @@ def units_to_shard(model: nn.Module, names: list[str] | None) -> list[str]:
     Layers that LayerDrop may skip have a dynamic subclass (``dynamic_subclass.py``). Without names,
     accelerate (1.15) uses all of ``_no_split_modules``, and fails if one of them (BERT's
     embeddings) contains the table that it shards separately.
-
-    Args:
-        model: the model.
-        names: requested by the user; None uses the model's ``_no_split_modules``.
     """
     by_default = names is None
     names = classes_kept_together(model) if by_default else names
@@ -171,15 +158,9 @@ def units_to_shard(model: nn.Module, names: list[str] | None) -> list[str]:
 
 
 class ShardedCopy:
-    """A copy of a trainer's model that is sharded and trained.
+    """A copy ``model`` of a trainer's model, the ``original``, that is sharded and trained.
 
-    Args:
-        model: the model; its weights stay as they are until :meth:`put_back`.
-        device: where the copy is trained.
-
-    Attributes:
-        original: the model.
-        model: the copy.
+    The weights of the original stay as they are until :meth:`put_back`.
     """
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:

@@ -12,11 +12,7 @@ from ...configuration import QuantNoiseConfig
 
 
 def noise_to_keep(trainer: Trainer, keep_noise: bool) -> QuantNoiseConfig | None:
-    """Return the trainer's noise config; None if ``keep_noise`` is False.
-
-    Raises:
-        ValueError: if the noise is to be kept and the trainer has none.
-    """
+    """Return the noise config that the trainer must have; None if ``keep_noise`` is False."""
     if not keep_noise:
         return None
     config = getattr(trainer, "qn_config", None)
