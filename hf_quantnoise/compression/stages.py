@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -236,7 +236,7 @@ class CompressionPipeline:
         record.step = self.trainer.state.global_step
         dense_metric = self.history[0]["metric"] if self.history else record.metric
         log_record(self.trainer, record, self._number_of(record.stage), dense_metric)
-        self.history.append(asdict(record))
+        self.history.append(record.to_dict())
         if self.report is not None:
             self.report(record)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -49,6 +50,10 @@ class StageRecord:
     layer_errors: dict[str, float] = field(default_factory=dict)
     codebook_use: float | None = None
     step: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as a dict, which can be written as JSON."""
+        return asdict(self)
 
     def line(self) -> str:
         """Return a one-line summary."""
