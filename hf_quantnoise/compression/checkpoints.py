@@ -131,12 +131,9 @@ class MemoryCheckpoint(TrainerCallback):
 
 @dataclass(frozen=True)
 class SavedStage:
-    """A finished stage on disk.
+    """A finished stage on disk; number 0 is the dense model.
 
-    Attributes:
-        number: 0 for the dense model.
-        content: settings, plan so far and records.
-        folder: contains its tensors.
+    ``content`` holds the settings, the plan so far and the records, ``folder`` also the tensors.
     """
 
     number: int

@@ -32,9 +32,6 @@ class Teacher:
     Attributes:
         model: the frozen model.
         forward_kwargs: keyword arguments that the forwards of both models need.
-
-    Raises:
-        ValueError: if the teacher is the student itself.
     """
 
     def __init__(
