@@ -126,8 +126,7 @@ def find_layers(model: nn.Module) -> list[LayerInfo]:
 def find_stacks(model: nn.Module) -> list[list[str]]:
     """Return the stacks of repeated layers (encoder, decoder), each as the names of its layers.
 
-    A stack is a list of two or more layers of one class that transformers can checkpoint one by
-    one.
+    A stack is a list of two or more layers of one class that transformers can checkpoint singly.
     """
     stacks = []
     for name, module in model.named_modules():
@@ -181,15 +180,13 @@ def matches(name: str, patterns: str | Sequence[str]) -> bool:
     return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
 
 
-def require_match(
-    field_name: str, patterns: str | Sequence[str], names: Sequence[str]
-) -> list[str]:
+def require_match(setting: str, patterns: str | Sequence[str], names: Sequence[str]) -> list[str]:
     """Return the names that match, in order; raise ValueError if a pattern matches no name."""
     is_regex = isinstance(patterns, str)
     for pattern in [patterns] if is_regex else patterns:
         if not any(matches(name, pattern if is_regex else [pattern]) for name in names):
             raise ValueError(
-                f"{field_name}={pattern!r} matches no layer of the model ({', '.join(names[:3])}, "
+                f"{setting}={pattern!r} matches no layer of the model ({', '.join(names[:3])}, "
                 "...); use a string with a regex for the full name, or a list of names and suffixes"
             )
     return [name for name in names if matches(name, patterns)]

@@ -15,15 +15,9 @@ from transformers import AutoConfig, PreTrainedModel
 from ..configuration import QUANT_METHOD
 
 _CONFIG_KWARGS = (
-    "cache_dir",
-    "force_download",
-    "local_files_only",
-    "proxies",
-    "revision",
-    "subfolder",
-    "token",
-    "trust_remote_code",
-)
+    "cache_dir", "force_download", "local_files_only", "proxies",
+    "revision", "subfolder", "token", "trust_remote_code",
+)  # fmt: skip
 
 
 class AutoQuantizedModel:

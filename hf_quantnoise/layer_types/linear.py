@@ -30,11 +30,7 @@ def _input_energy(layer: nn.Module, inputs: Tensor) -> Tensor:
 
 
 register_layer_type(
-    LayerType(
-        layer_class=nn.Linear,
-        packed_forward=PackedLinearForward,
-        input_energy=_input_energy,
-    )
+    LayerType(layer_class=nn.Linear, packed_forward=PackedLinearForward, input_energy=_input_energy)
 )
 register_layer_type(
     LayerType(

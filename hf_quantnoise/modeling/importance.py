@@ -95,11 +95,8 @@ def measure_importance(
     codebook. For a weight with several layers the sums are added; for a table that is also a head,
     both kinds are scaled to mean 1 and averaged.
 
-    Args:
-        model: runs in eval mode.
-        weights: for each weight, the layers that hold it.
-        batches: arguments of the model's forward; those of all ranks count, their padding does not.
-        forward: runs one batch; None is ``model(**batch)``.
+    ``weights`` has, for each weight, the layers that hold it. The batches of all ranks count, their
+    padding does not. ``forward`` runs one batch; None is ``model(**batch)``.
 
     Returns:
         For each weight a float32 tensor of mean 1 that broadcasts to its matrix (rows, columns):

@@ -70,7 +70,7 @@ class ModelPacker:
         self.structural_changes = plan_structural_changes(model, self.config)
         self.planned = model
         if self.structural_changes:
-            self.planned = changed_copy(model, self.config, self.structural_changes)
+            self.planned = changed_copy(model, self.config)
         self.stages, self.config.left_dense = make_plan(self.planned, self.config)
 
     def require_runs(self, batches: Sequence) -> None:

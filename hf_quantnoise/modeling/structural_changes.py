@@ -58,18 +58,10 @@ def plan_structural_changes(
     return StructuralChanges(weights, pruning, renamed)
 
 
-def changed_copy(
-    model: PreTrainedModel,
-    config: QuantizedModelConfig,
-    changes: StructuralChanges | None = None,
-) -> PreTrainedModel:
-    """Return a pruned and shared copy of a dense model that holds the model's own tensors.
-
-    ``changes`` is the result of :func:`plan_structural_changes`, if it is already known.
-    """
+def changed_copy(model: PreTrainedModel, config: QuantizedModelConfig) -> PreTrainedModel:
+    """Return a pruned and shared copy of a dense model that holds the model's own tensors."""
     copy = copy_sharing_tensors(model)
-    changes = changes or plan_structural_changes(copy, config)
-    changes.apply(copy, replace(config))
+    plan_structural_changes(copy, config).apply(copy, replace(config))
     return copy
 
 

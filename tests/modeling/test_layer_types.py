@@ -16,7 +16,8 @@ from hf_quantnoise import (
 )
 from hf_quantnoise.blocks import kernel_area
 from hf_quantnoise.layer_types import LAYER_TYPES, LayerType, register_layer_type
-from hf_quantnoise.modeling import is_packed, pack_layer, packed_layers
+from hf_quantnoise.modeling import pack_layer, packed_layers
+from hf_quantnoise.modeling.convert import is_packed
 from hf_quantnoise.modeling.plan import make_plan
 from hf_quantnoise.noise import find_state
 from hf_quantnoise.quantizers import FixedPointQuantizer, ProductQuantizer
