@@ -6,8 +6,7 @@ The error that quantization causes in a layer's output is, over the rows x of it
 
 Only the diagonal is used: h_j = sum of x_j^2 weighs the squared error of column j. For a
 convolution, X are the unfolded patches and j is an input channel and a position in the kernel. The
-inputs of a table are one-hot words: X^T X is exactly diagonal, and h counts the lookups of each
-row.
+inputs of a table are one-hot words: X^T X is exactly diagonal, and h counts each row's lookups.
 """
 
 from __future__ import annotations

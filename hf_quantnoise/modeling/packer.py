@@ -55,8 +55,7 @@ class ModelPacker:
             been applied, then the model itself.
 
     Raises:
-        ValueError: if the model is already quantized, or the config does not fit it; the model is
-            unchanged.
+        ValueError: if the model is quantized, or the config does not fit it; it stays unchanged.
     """
 
     def __init__(

@@ -68,8 +68,7 @@ def changed_copy(model: PreTrainedModel, config: QuantizedModelConfig) -> PreTra
 def tied_after_loading(model: PreTrainedModel, shared_layers: dict[str, str]) -> list[str]:
     """Return the tensors of shared layers that transformers must not tie while it loads.
 
-    These are the tensors of a dense ``Conv1D``, whose bias transformers would cut to the length of
-    its inputs (``_adjust_bias``).
+    These are those of a dense ``Conv1D``, whose bias ``_adjust_bias`` would cut to its input size.
     """
     untied = []
     for name, source in shared_layers.items():
