@@ -1,13 +1,12 @@
 """The blocking rule (section 3.2): which values of a weight form a block.
 
-Every weight is seen as a matrix ``(rows, columns)``: rows are output features (or the words of a
-vocabulary), columns are the input features of a row. A block is ``block_size`` consecutive columns
-of one row. In the paper's notation ``y = x W`` these are the subvectors of the columns of ``W``.
+Every weight is seen as a matrix ``(rows, columns)``, made by ``layer_types/``: rows are output
+features (or the words of a vocabulary), columns are the input features of a row. A block is
+``block_size`` consecutive columns of one row. In the paper's notation ``y = x W`` these are the
+subvectors of the columns of ``W``.
 
 The columns of a convolution are its input channels, each with its kernel flattened, so that a block
 of the kernel's area is one kernel of one channel (section 7.8: 9 for 3 x 3).
-
-How a layer type becomes a matrix is in ``layer_types/``.
 """
 
 from __future__ import annotations
@@ -49,8 +48,3 @@ def matrix_shape(module: nn.Module) -> tuple[int, int]:
 def _matrix_shape(layer_type: LayerType, shape: torch.Size) -> tuple[int, int]:
     rows, columns = layer_type.to_matrix(torch.empty(shape, device="meta")).shape
     return rows, columns
-
-
-def kernel_area(module: nn.Module) -> int:
-    """Return the number of weights of one convolution kernel; 1 if any block size will do."""
-    return known_layer_type(module).kernel_area(module)

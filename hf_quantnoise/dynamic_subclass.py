@@ -1,7 +1,6 @@
 """Subclasses created at run time: a module object stays the same and its class is replaced.
 
-Behaviour of layer subclasses is kept, ``isinstance`` holds, and assigning ``original_class`` to
-``__class__`` undoes it.
+Subclasses keep their behaviour, ``isinstance`` holds; ``__class__ = original_class`` undoes it.
 """
 
 from __future__ import annotations
@@ -27,13 +26,9 @@ else:
 
 
 class DynamicSubclass(_Module):
-    """Mixin of every class created by :func:`make_dynamic_subclass`.
+    """Mixin of every class created by :func:`make_dynamic_subclass`."""
 
-    Attributes:
-        original_class: the class it was made from.
-    """
-
-    original_class: ClassVar[type[nn.Module]]
+    original_class: ClassVar[type[nn.Module]]  # the class it was made from
     _maker: ClassVar[Maker]
 
     def __reduce_ex__(self, protocol):

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 from transformers.utils import logging
 
-from .blocks import kernel_area, matrix_shape
+from .blocks import matrix_shape
 from .compat import GradientCheckpointingLayer, ignored_on_save, own_parameters
 from .layer_types import LAYER_TYPES, LayerType, known_layer_type, layer_type_of
 
@@ -86,9 +86,8 @@ def is_layer(module: nn.Module) -> bool:
 def find_layers(model: nn.Module) -> list[LayerInfo]:
     """Return all layers of known types, in the order of the module tree.
 
-    A layer tied to a table belongs to the table's group (``embeddings``). Layers without a weight
-    parameter (packed ones, torch parametrizations) and those whose weight is never saved
-    (sinusoids) are omitted.
+    A layer tied to a table has the table's group (``embeddings``). Layers are omitted if they have
+    no weight parameter (packed ones, torch parametrizations) or never save it (sinusoids).
     """
     unsaved = ignored_on_save(model)
     input_ids = _input_tables(model)
@@ -126,8 +125,7 @@ def find_layers(model: nn.Module) -> list[LayerInfo]:
 def find_stacks(model: nn.Module) -> list[list[str]]:
     """Return the stacks of repeated layers (encoder, decoder), each as the names of its layers.
 
-    A stack is a list of two or more layers of one class that transformers can checkpoint one by
-    one.
+    A stack is a list of two or more layers of one class, a ``GradientCheckpointingLayer``.
     """
     stacks = []
     for name, module in model.named_modules():
@@ -181,15 +179,13 @@ def matches(name: str, patterns: str | Sequence[str]) -> bool:
     return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
 
 
-def require_match(
-    field_name: str, patterns: str | Sequence[str], names: Sequence[str]
-) -> list[str]:
+def require_match(setting: str, patterns: str | Sequence[str], names: Sequence[str]) -> list[str]:
     """Return the names that match, in order; raise ValueError if a pattern matches no name."""
     is_regex = isinstance(patterns, str)
     for pattern in [patterns] if is_regex else patterns:
         if not any(matches(name, pattern if is_regex else [pattern]) for name in names):
             raise ValueError(
-                f"{field_name}={pattern!r} matches no layer of the model ({', '.join(names[:3])}, "
+                f"{setting}={pattern!r} matches no layer of the model ({', '.join(names[:3])}, "
                 "...); use a string with a regex for the full name, or a list of names and suffixes"
             )
     return [name for name in names if matches(name, patterns)]
@@ -251,6 +247,6 @@ def block_size_of(value: int | dict[str, int], layer: LayerInfo) -> int | None:
 
     The area (section 7.8) applies unless a regex matches the layer.
     """
-    size, area = entry_for(value, layer), kernel_area(layer.module)
+    size, area = entry_for(value, layer), layer.layer_type.kernel_area(layer.module)
     by_regex = isinstance(value, dict) and _key_for(value, layer) not in GROUPS
     return size if size is None or area == 1 or by_regex else area

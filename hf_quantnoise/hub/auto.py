@@ -15,15 +15,9 @@ from transformers import AutoConfig, PreTrainedModel
 from ..configuration import QUANT_METHOD
 
 _CONFIG_KWARGS = (
-    "cache_dir",
-    "force_download",
-    "local_files_only",
-    "proxies",
-    "revision",
-    "subfolder",
-    "token",
-    "trust_remote_code",
-)
+    "cache_dir", "force_download", "local_files_only", "proxies",
+    "revision", "subfolder", "token", "trust_remote_code",
+)  # fmt: skip
 
 
 class AutoQuantizedModel:
@@ -61,7 +55,13 @@ class AutoQuantizedModel:
             config = kwargs["config"] = AutoConfig.from_pretrained(config_path, **config_kwargs)
         config = config or AutoConfig.from_pretrained(path, **config_kwargs)
         _check_method(config_path, getattr(config, "quantization_config", None))
-        loader = cls.auto_class or _class_named(path, config.architectures)
+        loader = cls.auto_class or class_of(config.architectures)
+        if loader is None:
+            raise ValueError(
+                f"invalid architectures={config.architectures!r} in config.json of {path!r}: "
+                "transformers has no class of that name; load it with a class for its head, such "
+                "as AutoQuantizedModelForSequenceClassification"
+            )
         try:
             return loader.from_pretrained(path, **kwargs)
         except SafetensorError as error:
@@ -90,17 +90,6 @@ def _check_method(path: str, quantization: Any) -> None:
 def class_of(architectures: list[str] | None) -> type[PreTrainedModel] | None:
     """Return the transformers class named by a config's ``architectures``, or None."""
     return getattr(transformers, architectures[0], None) if architectures else None
-
-
-def _class_named(path: str, architectures: list[str] | None) -> type[PreTrainedModel]:
-    found = class_of(architectures)
-    if found is None:
-        raise ValueError(
-            f"invalid architectures={architectures!r} in config.json of {path!r}: transformers has "
-            "no class of that name; load it with a class for its head, such as "
-            "AutoQuantizedModelForSequenceClassification"
-        )
-    return found
 
 
 def _for_head(head: str) -> type[AutoQuantizedModel]:

@@ -26,14 +26,8 @@ from ..compat import (
     own_parameters,
 )
 from ..configuration import QUANT_METHOD, QuantizedModelConfig
-from ..modeling import (
-    PackedLayer,
-    decode_stored_states,
-    is_packed,
-    packed_layers,
-    stored_tensors,
-    unpack_model,
-)
+from ..modeling import PackedLayer, packed_layers, stored_tensors
+from ..modeling.convert import decode_stored_states, is_packed, unpack_model
 from ..modeling.packed import PREFIX
 from ..modeling.packer import ModelPacker
 from ..modeling.structural_changes import declare_shared, tied_after_loading

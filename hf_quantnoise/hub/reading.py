@@ -3,8 +3,7 @@
 transformers handles each tensor separately, which takes several times as long as reading it, and a
 packed layer has more tensors than a dense one. Layers whose tensors are in the files under their
 own names are read here, and transformers skips them. As with the dense weights that transformers
-reads, the tensors are views of the memory-mapped file, of which only the pages in use are in
-memory.
+reads, the tensors are views of the memory-mapped file; memory holds only the pages in use.
 """
 
 from __future__ import annotations

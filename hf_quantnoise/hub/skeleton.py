@@ -15,7 +15,8 @@ from transformers.utils import logging
 from ..blocks import matrix_shape
 from ..compat import ignored_if_missing, ignored_if_unexpected, ignored_on_save, own_parameters
 from ..configuration import LAYER_KEYS, QuantizedModelConfig
-from ..modeling import PackedLayer, pack_skeleton
+from ..modeling import PackedLayer
+from ..modeling.convert import pack_skeleton
 from ..modeling.structural_changes import declare_shared, tied_after_loading
 from ..modeling.ties import renamed_ties
 from ..quantizers import quantizer_from_dict
@@ -61,11 +62,9 @@ def build_skeleton(
 ) -> tuple[QuantizedModelConfig, dict[str, PackedLayer], set[str]]:
     """Turn the layers of a plan into empty packed ones, in place, with ties and sharing declared.
 
-    The model is on the meta device, of any class that has a part of the plan's layers.
-
-    Returns:
-        The config with the names of this class; its packed layers by name; the names of those that
-        the class of the checkpoint lacks, which are tied to a packed layer.
+    The model is on the meta device, of any class that has a part of the plan's layers. Returns the
+    config with the names of this class; its packed layers by name; the names of those that the
+    class of the checkpoint lacks, which are tied to a packed layer.
     """
     names = _Names(model)
     local = copy(config)
@@ -79,7 +78,7 @@ def build_skeleton(
     }
     stored, reshaped = _translate_plan(names, config.plan)
     local.left_dense |= reshaped
-    local.plan = plan = _close_over_ties(stored, model, names)
+    local.plan = plan = _close_over_ties(stored, names)
     layers = {name: names.modules[name] for name in plan}
     with renamed_ties(model, plan):
         for name, entry in plan.items():
@@ -164,15 +163,13 @@ def _translate_plan(names: _Names, plan: dict[str, dict]) -> tuple[dict[str, dic
     return local, reshaped
 
 
-def _close_over_ties(
-    plan: dict[str, dict], model: PreTrainedModel, names: _Names
-) -> dict[str, dict]:
+def _close_over_ties(plan: dict[str, dict], names: _Names) -> dict[str, dict]:
     """Add tied partners that the class of the checkpoint lacks (an LM head).
 
     Their inputs were never measured, so they are not rounded.
     """
     plan = dict(plan)
-    for pair in model.all_tied_weights_keys.items():
+    for pair in names.model.all_tied_weights_keys.items():
         target, source = (name.removesuffix(".weight") for name in pair)
         for known, partner in ((source, target), (target, source)):
             if known in plan and partner not in plan and names.is_layer(partner):

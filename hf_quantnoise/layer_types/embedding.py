@@ -12,7 +12,6 @@ class PackedEmbeddingForward(nn.Embedding):
     """Forward of a packed table: only the rows that are looked up are decoded."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """The rows of ``nn.Embedding``."""
         if self.max_norm is not None or not self.rows_are_aligned:
             return super().forward(input)
         rows = self.decode_rows(input.reshape(-1)).view(*input.shape, self.columns)

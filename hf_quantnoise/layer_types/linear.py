@@ -13,7 +13,6 @@ class PackedLinearForward(nn.Linear):
     """Forward of a packed Linear: without gradients the weight is never fully decoded."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """The product of ``nn.Linear``."""
         return super().forward(input) if torch.is_grad_enabled() else self.linear(input)
 
 
@@ -21,7 +20,6 @@ class PackedConv1DForward(Conv1D):
     """Forward of a packed ``Conv1D``: without gradients the weight is never fully decoded."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """The product of ``Conv1D``."""
         return super().forward(x) if torch.is_grad_enabled() else self.linear(x)
 
 
@@ -30,11 +28,7 @@ def _input_energy(layer: nn.Module, inputs: Tensor) -> Tensor:
 
 
 register_layer_type(
-    LayerType(
-        layer_class=nn.Linear,
-        packed_forward=PackedLinearForward,
-        input_energy=_input_energy,
-    )
+    LayerType(layer_class=nn.Linear, packed_forward=PackedLinearForward, input_energy=_input_energy)
 )
 register_layer_type(
     LayerType(

@@ -56,10 +56,8 @@ def register_layer_type(layer_type: LayerType) -> None:
 
 def layer_type_of(layer: nn.Module | type[nn.Module]) -> LayerType | None:
     """Return the record of a layer (or of a layer class), or None if its type is unknown."""
-    layer_class = layer if isinstance(layer, type) else type(layer)
-    return next(
-        (known for known in LAYER_TYPES if issubclass(layer_class, known.layer_class)), None
-    )
+    cls = layer if isinstance(layer, type) else type(layer)
+    return next((entry for entry in LAYER_TYPES if issubclass(cls, entry.layer_class)), None)
 
 
 def known_layer_type(layer: nn.Module | type[nn.Module]) -> LayerType:

@@ -27,8 +27,9 @@ class InputObserver:
         self.counts: Tensor | None = None  # number of values in each bin, float32
         self.bins_are_fixed = False  # the extremes are final; inputs are counted now
 
-    def observe(self, inputs: Tensor) -> None:
-        """Add the inputs of one forward."""
+    def observe(self, layer: nn.Module | None, args: tuple, kwargs: dict) -> None:
+        """Add the first argument of one forward; a forward pre-hook."""
+        inputs = args[0] if args else next(iter(kwargs.values()))
         values = inputs.detach().float()
         if not self.bins_are_fixed:
             self.range = extremes(values, self.range)
@@ -115,10 +116,8 @@ def calibrate(
 
     The batches are run twice in eval mode, for the extremes and for the histogram. The batches of
     all ranks count; all ranks must call it. Packed layers without ``activation_bits`` are skipped.
-    ``forward`` runs one batch; None is ``model(**batch)``.
-
-    Raises:
-        ValueError: if there is no batch, or a layer never ran on them.
+    ``forward`` runs one batch; None is ``model(**batch)``. Raises ValueError if there is no batch,
+    or a layer never ran on them.
     """
     observers = {layer: InputObserver() for layer in layers if layer.activation_bits is not None}
     if not observers:
@@ -127,7 +126,7 @@ def calibrate(
     forward = forward or (lambda batch: model(**batch))
     with evaluating(model), ExitStack() as restored:
         for layer, observer in observers.items():
-            hook = layer.register_forward_pre_hook(_observe(observer), with_kwargs=True)
+            hook = layer.register_forward_pre_hook(observer.observe, with_kwargs=True)
             restored.enter_context(hook)
             restored.callback(setattr, layer, "activation_bits", layer.activation_bits)
             layer.activation_bits = None  # inputs are measured without rounding
@@ -140,13 +139,6 @@ def calibrate(
         sum_over_ranks(observer.counts)
         for key, value in observer.state(layer.activation_bits).items():
             layer.get_parameter(f"input_{key}").copy_(broadcast_from_rank_0(value))
-
-
-def _observe(observer: InputObserver) -> Callable[[nn.Module, tuple, dict], None]:
-    """Return a forward pre-hook that shows the first argument of a layer to an observer."""
-    return lambda layer, args, kwargs: observer.observe(
-        args[0] if args else next(iter(kwargs.values()))
-    )
 
 
 def _share_ranges(model: nn.Module, observers: Mapping[nn.Module, InputObserver]) -> None:

@@ -119,17 +119,11 @@ def pack_layer(
     activation_bits: int | None = None,
     importance: Tensor | None = None,
 ) -> float:
-    """Quantize the weight of a layer (or of several that are tied) and pack them in place.
+    """Quantize the weight of a layer (or of all that share it) and pack them in place.
 
-    Args:
-        layers: the layer, or all layers that hold the same weight.
-        quantizer: how the weight is stored.
-        seed: seed of the codebook.
-        activation_bits: bits of the inputs; ``activations.calibrate`` sets their scale.
-        importance: weight of each value's squared error (``importance.py``); None weighs all alike.
-
-    Returns:
-        The relative error ||W - W_q||^2 / ||W||^2.
+    ``importance`` weighs the squared error of each value (``importance.py``); None weighs all
+    alike. ``activations.calibrate`` sets the scale of inputs that are rounded. Returns the relative
+    error ||W - W_q||^2 / ||W||^2.
     """
     layers = _packable(layers)
     weight = layers[0].weight
@@ -162,12 +156,10 @@ def pack_skeleton(
     layers = _packable(layers)
     weight = layers[0].weight
     rows, columns = matrix_shape(layers[0])
-    tensors = {
-        name: torch.empty(
-            shape, dtype=torch.uint8 if name == INDICES else weight.dtype, device=weight.device
-        )
-        for name, shape in _packed_shapes(quantizer, rows, columns).items()
-    }
+    tensors = {}
+    for name, shape in _packed_shapes(quantizer, rows, columns).items():
+        dtype = torch.uint8 if name == INDICES else weight.dtype
+        tensors[name] = torch.empty(shape, dtype=dtype, device=weight.device)
     _become_packed(layers, quantizer, tensors, activation_bits)
     if loading:
         for layer in layers:

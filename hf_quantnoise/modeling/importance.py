@@ -6,8 +6,7 @@ The error that quantization causes in a layer's output is, over the rows x of it
 
 Only the diagonal is used: h_j = sum of x_j^2 weighs the squared error of column j. For a
 convolution, X are the unfolded patches and j is an input channel and a position in the kernel. The
-inputs of a table are one-hot words: X^T X is exactly diagonal, and h counts the lookups of each
-row.
+inputs of a table are one-hot words: X^T X is exactly diagonal, and h counts each row's lookups.
 """
 
 from __future__ import annotations
@@ -95,11 +94,8 @@ def measure_importance(
     codebook. For a weight with several layers the sums are added; for a table that is also a head,
     both kinds are scaled to mean 1 and averaged.
 
-    Args:
-        model: runs in eval mode.
-        weights: for each weight, the layers that hold it.
-        batches: arguments of the model's forward; those of all ranks count, their padding does not.
-        forward: runs one batch; None is ``model(**batch)``.
+    ``weights`` has, for each weight, the layers that hold it. The batches of all ranks count, their
+    padding does not. ``forward`` runs one batch; None is ``model(**batch)``.
 
     Returns:
         For each weight a float32 tensor of mean 1 that broadcasts to its matrix (rows, columns):

@@ -21,15 +21,14 @@ from ..layer_types import known_layer_type
 from ..quantizers import Quantizer
 from ..quantizers.fixed_point import round_activations
 from ..quantizers.packing import unpack_codes
-from .read_only_weight import as_read_only, raise_read_only
+from .read_only_weight import ReadOnlyWeight, raise_read_only
 from .stored_state import decode_state_dict
 
 PREFIX = "weight_"
 INDICES = "weight_indices"
 INPUT_NAMES = ("input_scale", "input_zero_point")
 
-# Without gradients a matrix is decoded slice by slice, so that a large table (a tied LM head) is
-# never fully decoded in memory.
+# Without gradients a matrix is decoded in slices: a large table (a tied LM head) is never dense.
 SCRATCH_BYTES = 8 * 2**20
 
 
@@ -58,7 +57,6 @@ class NonTrainableParameter(nn.Parameter):
         return super().__new__(cls, data, False)
 
     def requires_grad_(self, requires_grad: bool = True) -> NonTrainableParameter:
-        """Leave the parameter unchanged."""
         return self
 
     def __reduce_ex__(self, protocol):
@@ -117,7 +115,8 @@ class PackedLayer(DynamicSubclass):
             # Rows first for every layer type: transformers pads the bias to the first dimension of
             # a tied weight, and would cut that of a Conv1D.
             return torch.empty(self.rows, self.columns, device="meta")
-        return as_read_only(self.decode())
+        weight = self.decode()
+        return weight if torch.compiler.is_compiling() else weight.as_subclass(ReadOnlyWeight)
 
     @weight.setter
     def weight(self, value: Tensor) -> None:
@@ -232,7 +231,6 @@ class PackedLayer(DynamicSubclass):
         )
 
     def extra_repr(self) -> str:
-        """The original's description, and how the weight is stored."""
         original = super().extra_repr()
         return f"{original}{', ' if original else ''}stored={self.quantizer}"
 

@@ -55,8 +55,7 @@ class ModelPacker:
             been applied, then the model itself.
 
     Raises:
-        ValueError: if the model is already quantized, or the config does not fit it; the model is
-            unchanged.
+        ValueError: if the model is quantized, or the config does not fit it; it stays unchanged.
     """
 
     def __init__(
@@ -70,7 +69,7 @@ class ModelPacker:
         self.structural_changes = plan_structural_changes(model, self.config)
         self.planned = model
         if self.structural_changes:
-            self.planned = changed_copy(model, self.config, self.structural_changes)
+            self.planned = changed_copy(model, self.config)
         self.stages, self.config.left_dense = make_plan(self.planned, self.config)
 
     def require_runs(self, batches: Sequence) -> None:

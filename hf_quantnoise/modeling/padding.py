@@ -17,8 +17,7 @@ class PaddingMasks:
     Most models have one, ``attention_mask``. In an encoder-decoder model this is the mask of the
     encoder and of its output, which cross-attention reads; the decoder has its own mask. If the
     batch lacks the decoder's mask, it is derived from the labels (up to the last one that is not
-    -100). If it has neither, decoder inputs are made from those of the encoder and have the same
-    mask.
+    -100). If it has neither, decoder inputs are made from those of the encoder and share its mask.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -83,9 +83,8 @@ def make_plan(
 ) -> tuple[dict[str | None, list[PlannedWeight]], dict[str, str]]:
     """Plan how and in which stage each weight is packed, before anything is packed.
 
-    Returns:
-        A dict from stage to its weights, bottom-up; and a dict from the name of each skipped layer
-        (or bare parameter) to the reason.
+    Returns a dict from stage to its weights, bottom-up; and a dict from the name of each skipped
+    layer (or bare parameter) to the reason.
     """
     layers = select_layers(model, config.target_modules, config.exclude_modules)
     _require_known(config, model, layers)
@@ -197,10 +196,7 @@ def _without_empty_stages(
     skipped: dict[str, str],
     layers: Sequence[LayerInfo],
 ) -> dict[str | None, list[PlannedWeight]]:
-    """Return the stages that pack something.
-
-    A stage may only be empty because ``layer_quantizers`` skips all of its layers.
-    """
+    """Return the stages that pack something; only ``layer_quantizers`` may leave one empty."""
     for stage in [stage for stage, weights in plan.items() if not weights]:
         members = [layer for layer in layers if stage_of(layer, list(plan)) == stage]
         if not members:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
-import torch
 from torch import Tensor
 
 from ..compat import disabled_torch_function
@@ -47,8 +46,3 @@ def raise_read_only(*_: Any, **__: Any) -> NoReturn:
 
 for _name in _WRITES:
     setattr(ReadOnlyWeight, _name, raise_read_only)
-
-
-def as_read_only(weight: Tensor) -> Tensor:
-    """Return a view that cannot be written to; in compiled graphs the tensor itself."""
-    return weight if torch.compiler.is_compiling() else weight.as_subclass(ReadOnlyWeight)

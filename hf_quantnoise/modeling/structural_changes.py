@@ -58,26 +58,17 @@ def plan_structural_changes(
     return StructuralChanges(weights, pruning, renamed)
 
 
-def changed_copy(
-    model: PreTrainedModel,
-    config: QuantizedModelConfig,
-    changes: StructuralChanges | None = None,
-) -> PreTrainedModel:
-    """Return a pruned and shared copy of a dense model that holds the model's own tensors.
-
-    ``changes`` is the result of :func:`plan_structural_changes`, if it is already known.
-    """
+def changed_copy(model: PreTrainedModel, config: QuantizedModelConfig) -> PreTrainedModel:
+    """Return a pruned and shared copy of a dense model that holds the model's own tensors."""
     copy = copy_sharing_tensors(model)
-    changes = changes or plan_structural_changes(copy, config)
-    changes.apply(copy, replace(config))
+    plan_structural_changes(copy, config).apply(copy, replace(config))
     return copy
 
 
 def tied_after_loading(model: PreTrainedModel, shared_layers: dict[str, str]) -> list[str]:
     """Return the tensors of shared layers that transformers must not tie while it loads.
 
-    These are the tensors of a dense ``Conv1D``, whose bias transformers would cut to the length of
-    its inputs (``_adjust_bias``).
+    These are those of a dense ``Conv1D``, whose bias ``_adjust_bias`` would cut to its input size.
     """
     untied = []
     for name, source in shared_layers.items():

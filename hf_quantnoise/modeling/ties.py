@@ -25,8 +25,7 @@ def submodels(model: PreTrainedModel) -> Iterator[tuple[str, PreTrainedModel]]:
 def renamed_ties(model: PreTrainedModel, names: Iterable[str]) -> Iterator[None]:
     """Rename the ties of layers that are packed in this context from ``weight`` to their tensors.
 
-    transformers expands the patterns of its maps against the names of the parameters, which change
-    when a layer is packed.
+    transformers expands the patterns of its maps against parameter names, which packing changes.
     """
     maps = [
         (prefix, module, module.get_expanded_tied_weights_keys(all_submodels=False))

@@ -22,7 +22,8 @@ from transformers import (
 
 from hf_quantnoise import IPQConfig, quantize_model
 from hf_quantnoise.hub import reading
-from hf_quantnoise.modeling import is_packed, packed_layers
+from hf_quantnoise.modeling import packed_layers
+from hf_quantnoise.modeling.convert import is_packed
 
 LOADERS = {
     "bert": AutoModelForSequenceClassification,

@@ -73,13 +73,13 @@ def test_observer_clips_outliers():
     for fixed in (False, True):
         observer.bins_are_fixed = fixed
         for part in values.split(5000):
-            observer.observe(part)
+            observer.observe(None, (part,), {})
 
     def error(state):
         return float((round_activations(values, state, 4) - values).double().square().sum())
 
     plain = InputObserver()
-    plain.observe(values)
+    plain.observe(None, (values,), {})
     assert error(observer.state(4)) < 0.5 * error(plain.state(4))
 
 

@@ -14,9 +14,9 @@ from hf_quantnoise import (
     quantize_model,
     size_report,
 )
-from hf_quantnoise.blocks import kernel_area
-from hf_quantnoise.layer_types import LAYER_TYPES, LayerType, register_layer_type
-from hf_quantnoise.modeling import is_packed, pack_layer, packed_layers
+from hf_quantnoise.layer_types import LAYER_TYPES, LayerType, known_layer_type, register_layer_type
+from hf_quantnoise.modeling import pack_layer, packed_layers
+from hf_quantnoise.modeling.convert import is_packed
 from hf_quantnoise.modeling.plan import make_plan
 from hf_quantnoise.noise import find_state
 from hf_quantnoise.quantizers import FixedPointQuantizer, ProductQuantizer
@@ -50,7 +50,8 @@ def test_convolutions_of_model_are_packed_and_reported(name, tmp_path):
         layer, original = model.get_submodule(layer_name), dense.get_submodule(layer_name)
         assert type(original) is nn.Conv1d and is_packed(layer)
         assert stored.plan[layer_name]["group"] == "conv"
-        assert stored.plan[layer_name]["block_size"] == kernel_area(original)
+        area = known_layer_type(original).kernel_area(original)
+        assert stored.plan[layer_name]["block_size"] == area
         row = rows[f"{layer_name}.weight"]
         assert row.dense_bytes == original.weight.nbytes > row.disk_bytes
         assert row.activation_bytes == 4 * original.in_channels
@@ -89,7 +90,7 @@ def test_conv1d_packed_forward_matches_dense(name):
     torch.manual_seed(0)
     layer = LAYERS[name]()
     dense, inputs = copy.deepcopy(layer), torch.randn(3, layer.in_channels, 20)
-    pack_layer(layer, ProductQuantizer(kernel_area(layer), 8))
+    pack_layer(layer, ProductQuantizer(known_layer_type(layer).kernel_area(layer), 8))
     dense.weight.data.copy_(layer.weight.detach())
     assert torch.equal(layer(inputs), dense(inputs))
     layer(inputs).square().sum().backward()

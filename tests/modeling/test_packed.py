@@ -11,8 +11,9 @@ from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
 from transformers.pytorch_utils import Conv1D
 
 from hf_quantnoise.blocks import weight_matrix
-from hf_quantnoise.modeling import PackedLayer, pack_layer, packed_names, unpack_model
+from hf_quantnoise.modeling import PackedLayer, pack_layer, packed_names
 from hf_quantnoise.modeling import packed as packed_module
+from hf_quantnoise.modeling.convert import unpack_model
 from hf_quantnoise.quantizers import AdditiveQuantizer, FixedPointQuantizer, ProductQuantizer
 
 

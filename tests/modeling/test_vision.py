@@ -15,7 +15,7 @@ from hf_quantnoise import (
     remove_quant_noise,
     size_report,
 )
-from hf_quantnoise.blocks import kernel_area, to_blocks, weight_matrix
+from hf_quantnoise.blocks import to_blocks, weight_matrix
 from hf_quantnoise.modeling import packed_layers
 from hf_quantnoise.noise import find_state
 from hf_quantnoise.structure import block_size_of, find_layers
@@ -47,8 +47,8 @@ def logits(model: nn.Module) -> torch.Tensor:
     ],
 )
 def test_block_size_of_convolutions(conv, area):
-    assert kernel_area(conv) == area
     (layer,) = find_layers(nn.Sequential(conv))
+    assert layer.layer_type.kernel_area(conv) == area
     assert layer.group == "conv"
     expected = 4 if area == 1 else area
     assert block_size_of(4, layer) == expected

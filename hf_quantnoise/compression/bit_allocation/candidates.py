@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...blocks import kernel_area, weight_matrix
+from ...blocks import weight_matrix
 from ...configuration import DENSE, OBSERVERS, IPQConfig
 from ...quantizers import FixedPointQuantizer, ProductQuantizer, Quantizer, quantizer_from_dict
 from ...quantizers.observers import extremes
@@ -106,7 +106,7 @@ def candidates_for(
 def _settings_of(layer: LayerInfo, config: IPQConfig) -> Iterator[dict[str, Any]]:
     default = replace(config, block_size=4, n_centroids=256, layer_quantizers={})
     base = default.quantizer_settings(layer) or {}
-    area = kernel_area(layer.module)
+    area = layer.layer_type.kernel_area(layer.module)
     for size in [area] if area > 1 else BLOCK_SIZES:
         for centroids in CENTROIDS:
             yield {**base, "block_size": size, "n_centroids": centroids}
