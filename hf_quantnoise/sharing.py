@@ -113,7 +113,7 @@ def share(model: nn.Module, chunks: Sequence[Chunk]) -> list[tuple[nn.Module, st
 
 @torch.no_grad()
 def unshare(model: nn.Module, shared_layers: Mapping[str, str]) -> None:
-    """Replace shared Parameters with copies, in place; the mapping is that of :func:`sources_of`."""
+    """Replace shared Parameters with copies, in place; see :func:`sources_of`."""
     for owner, leaf, parameter, _ in _common_in_model(model, shared_layers):
         copy = parameter.detach().clone()
         owner.register_parameter(leaf, nn.Parameter(copy, parameter.requires_grad))
