@@ -27,9 +27,9 @@ def layers_to_prune(
 ) -> list[str]:
     """Return the names of the layers to prune.
 
-    ``"every_other"`` means every second chunk of shared layers in each stack: of layers A to H in
-    chunks of two, C, D, G and H. Without ``chunks`` each layer is a chunk. Otherwise
-    ``prune_layers`` is a regex for full layer names, or a list of exact names and suffixes.
+    ``prune_layers`` is a regex for full layer names, a list of exact names and suffixes, or
+    ``"every_other"`` for every second chunk of shared layers in each stack: of layers A to H in
+    chunks of two, C, D, G and H. Without ``chunks`` each layer is a chunk.
     """
     stacks = find_stacks(model)
     if not stacks:

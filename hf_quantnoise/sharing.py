@@ -20,7 +20,7 @@ Chunk: TypeAlias = tuple[str, ...]
 
 
 def chunks_of(model: nn.Module, share_layers: ShareLayers) -> list[Chunk]:
-    """Return the layer names of each chunk, from the bottom; including chunks of one layer.
+    """Return the layer names of each chunk, from the bottom, also of chunks of one layer.
 
     ``share_layers`` is the number of layers in a chunk (the last one of a stack may be shorter), or
     the layer names of each chunk, for models without stacks (EfficientNet, section 7.6).

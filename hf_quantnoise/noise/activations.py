@@ -24,7 +24,7 @@ class ActivationNoise:
     bits: int
     calibration: int  # number of forwards that only observe the range
     seen: int = 0  # number of forwards observed so far
-    range: tuple[Tensor, Tensor] | None = None  # their extremes, float32 scalars
+    range: tuple[Tensor, Tensor] | None = None  # extremes of those forwards, scalars
     # Forwards that gradient checkpointing may still recompute: the observed ones, and the rounded
     # ones after the last observed one.
     _pending_observed: int = 0

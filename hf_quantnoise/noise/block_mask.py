@@ -27,7 +27,7 @@ MAX_REMEMBERED_SEEDS = 4096
 
 @dataclass(frozen=True)
 class BlockMask:
-    """J, as indices or a mask of ``count`` blocks in row-major order; all blocks without either."""
+    """J, a subset of ``count`` blocks in row-major order: all, if indices and mask are None."""
 
     count: int
     indices: Tensor | None = None  # shape (k,), int64, possibly with duplicates
@@ -73,7 +73,7 @@ class BlockMask:
     def replace(self, blocks: Tensor, new_values: Callable[[Tensor | None], Tensor]) -> None:
         """Replace the chosen blocks in place; blocks: (count, block size), contiguous.
 
-        ``new_values`` returns the new blocks for some indices, or for None those of all blocks.
+        ``new_values`` maps k indices to the new blocks, (k, block size), and None to those of all.
         """
         new = new_values(self.indices).to(blocks.dtype)
         if self.indices is not None and blocks.shape[1] == 1:

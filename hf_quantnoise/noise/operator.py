@@ -27,7 +27,7 @@ class WeightNoise:
     """
 
     functions: list[tuple[int, NoiseFunction]]
-    rates: list[float]  # torch.compile would compile a graph for each value in a tuple
+    rates: list[float]  # a list: torch.compile would compile a graph for each value in a tuple
     rows: int
     columns: int
     members: int = 1  # number of layers that hold the weight

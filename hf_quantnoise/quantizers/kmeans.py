@@ -234,9 +234,6 @@ def kmeans(
 
     Returns:
         The centroids, shape (K, d), float32, and the codes of the points, shape (N,), int64.
-
-    Raises:
-        ValueError: if an argument is empty, not finite or of the wrong shape.
     """
     _check(points, weights, n_centroids, init)
     points = points.detach().float()

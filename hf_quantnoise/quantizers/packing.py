@@ -34,7 +34,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_codes(packed: Tensor, bits: int, count: int) -> Tensor:
-    """Unpack codes, shape (count,), :func:`code_dtype`; the inverse of :func:`pack_codes`."""
+    """Unpack codes to shape (count,) and :func:`code_dtype`; the inverse of :func:`pack_codes`."""
     if packed.numel() != -(-count * bits // 8):
         raise ValueError(
             f"invalid packed codes: got {packed.numel()} bytes, expected {-(-count * bits // 8)} "
