@@ -88,12 +88,9 @@ def _on_backend_device(tensor: Tensor) -> Tensor:
 def raise_on_all_ranks() -> Iterator[None]:
     """If any rank raises inside this context, raise on all ranks, so that none hangs.
 
+    A rank that raised raises its own error. The others repeat that of the first rank that raised: a
+    ValueError with the same message, any other error as a RuntimeError that names rank and error.
     The code inside must not wait for another rank.
-
-    Raises:
-        Exception: on a rank that raised, its own error. On the others, for the first rank that
-            raised: a ValueError with the same message if it was one, else a RuntimeError that names
-            rank and error.
     """
     own: Exception | None = None
     try:

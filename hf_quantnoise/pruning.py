@@ -27,16 +27,9 @@ def layers_to_prune(
 ) -> list[str]:
     """Return the names of the layers to prune.
 
-    Args:
-        model: any model.
-        prune_layers: ``"every_other"`` for every second chunk of each stack: of layers A to H in
-            chunks of two, C, D, G and H are pruned. Otherwise a regex for full layer names, or a
-            list of exact names and suffixes.
-        chunks: the chunks of shared layers; without them each layer is a chunk.
-
-    Raises:
-        ValueError: if the model has no stack, a pattern matches no layer, or a stack would become
-            empty.
+    ``prune_layers`` is a regex for full layer names, a list of exact names and suffixes, or
+    ``"every_other"`` for every second chunk of shared layers in each stack: of layers A to H in
+    chunks of two, C, D, G and H. Without ``chunks`` each layer is a chunk.
     """
     stacks = find_stacks(model)
     if not stacks:
@@ -71,17 +64,11 @@ def _stack_name(layers: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Pruning:
-    """A pruning that has been checked and can be applied to a model.
+    """A pruning that has been checked and can be applied to a model."""
 
-    Attributes:
-        kept: name of each stack -> indices of the layers that stay.
-        renamed: old name -> new name of those layers.
-        skeleton: the pruned model on the meta device.
-    """
-
-    kept: dict[str, list[int]]
-    renamed: dict[str, str]
-    skeleton: PreTrainedModel
+    kept: dict[str, list[int]]  # name of each stack -> indices of the layers that stay
+    renamed: dict[str, str]  # old name -> new name of those layers
+    skeleton: PreTrainedModel  # the pruned model on the meta device
 
     def apply(self, model: PreTrainedModel) -> None:
         """Remove the other layers from the model in place, and update its config."""
@@ -97,11 +84,7 @@ class Pruning:
 
 
 def plan_pruning(model: PreTrainedModel, names: Sequence[str]) -> Pruning:
-    """Return the pruning of some layers of a dense model, which is not changed.
-
-    Raises:
-        ValueError: if no config of the model's class describes the pruned model.
-    """
+    """Return the pruning of some layers of a dense model, which is not changed."""
     kept: dict[str, list[int]] = {}
     renamed: dict[str, str] = {}
     config = deepcopy(model.config)
@@ -168,10 +151,7 @@ def _shorten(config: PreTrainedConfig, field: str, count: int, kept: list[int]) 
 
 
 def _require_same_tensors(
-    model: PreTrainedModel,
-    skeleton: PreTrainedModel,
-    names: Sequence[str],
-    renamed: dict[str, str],
+    model: PreTrainedModel, skeleton: PreTrainedModel, names: Sequence[str], renamed: dict[str, str]
 ) -> None:
     pruned = {
         _new_name(name, renamed): tuple(tensor.shape)

@@ -27,11 +27,8 @@ _NOT_THERE = (
 def find_file(path: str | os.PathLike, file_name: str, hint: str, **kwargs: Any) -> str:
     """Return the path of a file in a folder or Hub repository, or ``path`` if it is a file.
 
-    ``hint`` ends the error with how to create the file; ``kwargs`` are those of
+    ``hint`` ends the FileNotFoundError with how to create the file; ``kwargs`` are those of
     ``hf_hub_download``.
-
-    Raises:
-        FileNotFoundError: naming the missing file.
     """
     path = os.fspath(path)
     if os.path.isfile(path):

@@ -20,19 +20,10 @@ Chunk: TypeAlias = tuple[str, ...]
 
 
 def chunks_of(model: nn.Module, share_layers: ShareLayers) -> list[Chunk]:
-    """Return the chunks of layers that share their weights.
+    """Return the layer names of each chunk, from the bottom, also of chunks of one layer.
 
-    Args:
-        model: any model.
-        share_layers: the number of layers in a chunk (the last chunk of a stack may be shorter); or
-            the layer names of each chunk, for models without stacks (EfficientNet, section 7.6).
-
-    Returns:
-        The layer names of each chunk, from the bottom; including chunks of one layer.
-
-    Raises:
-        ValueError: if the model has no stack or no layer of a name, or the layers of a chunk
-            differ in class or shapes.
+    ``share_layers`` is the number of layers in a chunk (the last one of a stack may be shorter), or
+    the layer names of each chunk, for models without stacks (EfficientNet, section 7.6).
     """
     if isinstance(share_layers, int):
         stacks = find_stacks(model)
@@ -111,8 +102,7 @@ def _common_in_model(
 def share(model: nn.Module, chunks: Sequence[Chunk]) -> list[tuple[nn.Module, str, nn.Parameter]]:
     """Share the Parameters of the first layer of each chunk with its other layers, in place.
 
-    Returns:
-        The owner, attribute and value of each Parameter that was replaced.
+    Returns the owner, attribute and value of each Parameter that was replaced.
     """
     replaced = []
     for owner, leaf, parameter, shared in _common_in_model(model, sources_of(chunks)):
@@ -123,10 +113,7 @@ def share(model: nn.Module, chunks: Sequence[Chunk]) -> list[tuple[nn.Module, st
 
 @torch.no_grad()
 def unshare(model: nn.Module, shared_layers: Mapping[str, str]) -> None:
-    """Replace shared Parameters with copies, in place.
-
-    ``shared_layers`` maps layer -> the layer whose weights it shares.
-    """
+    """Replace shared Parameters with copies, in place; see :func:`sources_of`."""
     for owner, leaf, parameter, _ in _common_in_model(model, shared_layers):
         copy = parameter.detach().clone()
         owner.register_parameter(leaf, nn.Parameter(copy, parameter.requires_grad))

@@ -87,9 +87,7 @@ class _PositionalForward(nn.Module):
 
 @torch.no_grad()
 def export_onnx(
-    model: PreTrainedModel,
-    folder: str | os.PathLike,
-    inputs: Mapping[str, Tensor] | None = None,
+    model: PreTrainedModel, folder: str | os.PathLike, inputs: Mapping[str, Tensor] | None = None
 ) -> OnnxExport:
     """Export a packed encoder as an ONNX file with dynamic batch size and sequence length.
 

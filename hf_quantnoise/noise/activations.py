@@ -19,18 +19,12 @@ class ActivationNoise:
 
     A forward never communicates with other ranks, because LayerDrop or a router may skip the layer
     on some of them. ``QuantNoiseState.share_ranges`` synchronizes the ranges between forwards.
-
-    Attributes:
-        bits: N.
-        calibration: number of forwards that only observe the range.
-        seen: number of forwards observed so far.
-        range: their extremes, float32 scalars; None before the first.
     """
 
     bits: int
-    calibration: int
-    seen: int = 0
-    range: tuple[Tensor, Tensor] | None = None
+    calibration: int  # number of forwards that only observe the range
+    seen: int = 0  # number of forwards observed so far
+    range: tuple[Tensor, Tensor] | None = None  # extremes of those forwards, scalars
     # Forwards that gradient checkpointing may still recompute: the observed ones, and the rounded
     # ones after the last observed one.
     _pending_observed: int = 0

@@ -27,18 +27,11 @@ MAX_REMEMBERED_SEEDS = 4096
 
 @dataclass(frozen=True)
 class BlockMask:
-    """J, as a subset of ``count`` blocks in row-major order.
-
-    Attributes:
-        count: number of blocks to choose from.
-        indices: the chosen blocks, shape (k,), int64, possibly with duplicates; or None.
-        mask: True for the chosen blocks, shape (count,); or None. If both are None, all blocks are
-            chosen.
-    """
+    """J, a subset of ``count`` blocks in row-major order: all, if indices and mask are None."""
 
     count: int
-    indices: Tensor | None = None
-    mask: Tensor | None = None
+    indices: Tensor | None = None  # shape (k,), int64, possibly with duplicates
+    mask: Tensor | None = None  # True for the chosen blocks, shape (count,)
 
     @property
     def is_full(self) -> bool:
@@ -78,12 +71,9 @@ class BlockMask:
             blocks.zero_()
 
     def replace(self, blocks: Tensor, new_values: Callable[[Tensor | None], Tensor]) -> None:
-        """Replace the chosen blocks in place.
+        """Replace the chosen blocks in place; blocks: (count, block size), contiguous.
 
-        Args:
-            blocks: (count, block size), contiguous.
-            new_values: returns the new blocks for a list of indices, shape (k, block size), or for
-                None those of all blocks, shape (count, block size).
+        ``new_values`` maps k indices to the new blocks, (k, block size), and None to those of all.
         """
         new = new_values(self.indices).to(blocks.dtype)
         if self.indices is not None and blocks.shape[1] == 1:
@@ -135,15 +125,11 @@ class SharedMaskSampler:
     second time starts a new forward. J depends on the seed only. Each layer also draws a ticket
     from torch's global generator, which identifies its call: when gradient checkpointing restores
     the generator and recomputes the layers in any order, the same ticket finds the same seed.
-
-    Attributes:
-        members: number of layers.
-        called: indices of the layers that have sampled J so far.
     """
 
     def __init__(self, members: int) -> None:
-        self.members = members
-        self.called: set[int] = set()
+        self.members = members  # number of layers
+        self.called: set[int] = set()  # indices of the layers that have sampled J so far
         self._seed: int | None = None
         self._called_in_forward: set[int] = set()
         self._seed_of_ticket: dict[int, int] = {}

@@ -38,17 +38,14 @@ HIDDEN = "hidden_states"
 class LayerDrop:
     """Settings of LayerDrop, shared by all droppable layers of a model.
 
-    Attributes:
-        rate: probability with which each chunk is skipped in a forward.
-        straight_through: whether gradients flow as if nothing was skipped (table 11); the layer's
-            forward and backward are then computed all the same.
-        chunks: names of the layers that are skipped together, from :func:`droppable_chunks`.
-        created: the tensors that layers created, besides hidden states, and those layers.
+    With ``straight_through`` gradients flow as if nothing was skipped (table 11); the layer's
+    forward and backward are then computed all the same.
     """
 
-    rate: float
+    rate: float  # probability with which each chunk is skipped in a forward
     straight_through: bool
-    chunks: list[Chunk]
+    chunks: list[Chunk]  # layers that are skipped together, from droppable_chunks
+    # The tensors that layers created, besides hidden states, and those layers.
     created: list[tuple[weakref.ref, DroppableLayer]] = field(default_factory=list)
 
     def __getstate__(self) -> dict:
@@ -57,31 +54,24 @@ class LayerDrop:
 
 @dataclass(frozen=True)
 class SkipPlan:
-    """The outputs of a skipped layer.
+    """The outputs of a skipped layer."""
 
-    Attributes:
-        passed_through: the argument (position or name) that each output after the hidden states
-            equals, or None; None if the hidden states are not in a tuple.
-        creates: whether the layer created one of them itself.
-    """
-
+    # The argument (position or name) that each output after the hidden states equals, or None;
+    # None if the hidden states are not in a tuple.
     passed_through: tuple[int | str | None, ...] | None
-    creates: bool = False
+    creates: bool = False  # whether the layer created one of them itself
 
 
 @dataclass
 class DropState:
     """LayerDrop of one layer.
 
-    Attributes:
-        drop: the settings, shared by all layers of the model.
-        sampler: decides for all layers of the chunk, in which this one has the index ``member``.
-        plan: the outputs if it is skipped, why it is never skipped, or None if not known yet.
+    ``plan`` holds the outputs of the skipped layer, or why it is never skipped; None if not known.
     """
 
     drop: LayerDrop
-    sampler: SharedMaskSampler
-    member: int
+    sampler: SharedMaskSampler  # decides for all layers of the chunk
+    member: int  # index of the layer in the chunk
     plan: SkipPlan | str | None = None
 
     def sample_skip(self) -> bool:
@@ -212,11 +202,7 @@ def droppable_class(cls: type[nn.Module]) -> type[nn.Module]:
 
 
 def droppable_chunks(model: nn.Module, chunks: Sequence[Chunk], rate: float) -> list[Chunk]:
-    """Return the given chunks of shared layers, and each other layer of the stacks by itself.
-
-    Raises:
-        ValueError: if the model has no stack.
-    """
+    """Return the given chunks of shared layers, and each other layer of the stacks by itself."""
     names = [name for stack in find_stacks(model) for name in stack]
     if not names:
         raise ValueError(

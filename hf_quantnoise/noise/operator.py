@@ -22,21 +22,16 @@ from .functions import NoiseFunction
 class WeightNoise:
     """psi for one weight: its noise functions in order (Eq. 8), each with its own J.
 
-    Attributes:
-        functions: (index of the noise in the config, noise function) in order.
-        rates: current rate of each noise of the config; ``QuantNoiseState.p`` sets them. A list,
-            because torch.compile would compile a graph for each value in a tuple.
-        rows, columns: shape of the weight matrix.
-        members: number of layers that hold the weight.
-        used: whether any forward has applied it yet.
+    ``functions`` are paired with the index of the noise in the config; ``rates`` are those of all
+    noises of the config, and are set by ``QuantNoiseState.p``.
     """
 
     functions: list[tuple[int, NoiseFunction]]
-    rates: list[float]
+    rates: list[float]  # a list: torch.compile would compile a graph for each value in a tuple
     rows: int
     columns: int
-    members: int = 1
-    used: bool = False
+    members: int = 1  # number of layers that hold the weight
+    used: bool = False  # whether any forward has applied it yet
 
     def __post_init__(self) -> None:
         self.shared = SharedMaskSampler(self.members) if self.members > 1 else None
@@ -54,9 +49,6 @@ class WeightNoise:
         """Return the weight with noise (Eq. 7), in its own layout and dtype.
 
         ``member`` is the index of the layer among those that hold the weight.
-
-        Raises:
-            RuntimeError: if the weight's shape has changed since the noise was applied.
         """
         self.used = True
         # Autocast would search the nearest centroids in half precision, with other results.

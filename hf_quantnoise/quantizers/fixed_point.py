@@ -26,14 +26,10 @@ class FixedPointQuantizer(Quantizer):
     scalars, or of shape (rows, 1) if the observer is per channel. Eq. 2 writes z without the
     minus. (round(w / s + z) - z) s is the same for either sign, as z is an integer, and with the
     minus the codes count from 0.
-
-    Args:
-        bits: N, 1 to 8.
-        observer: how the range (min W, max W) is found (``observers.py``).
     """
 
-    bits: int = 8
-    observer: str = "minmax"
+    bits: int = 8  # N, 1 to 8
+    observer: str = "minmax"  # how the range (min W, max W) is found (observers.py)
 
     scheme: ClassVar[str] = "int"
     block_size: ClassVar[int] = 1

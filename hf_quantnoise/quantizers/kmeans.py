@@ -64,17 +64,12 @@ def _nearest(points: Tensor, columns: Tensor, weights: Tensor | None, scratch: T
 
 
 def assign(points: Tensor, centroids: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Return the nearest centroid of each point.
+    """Return the nearest centroid (K, d) of each point (N, d), shape (N,), int64.
 
-    Args:
-        points: shape (N, d); centered first, so a common offset costs no precision.
-        centroids: shape (K, d).
-        weights: positive, shape (N, d) or (N, 1); see :func:`kmeans`.
-
-    Returns:
-        Codes, shape (N,), int64. If a point's squared distances to two centroids differ by less
-        than a relative 2^-13, or by the float32 rounding of its squared norm, either may be
-        returned. Codes do not depend on other points.
+    Points are centered first, so a common offset costs no precision. If a point's squared distances
+    to two centroids differ by less than a relative 2^-13, or by the float32 rounding of its squared
+    norm, either may be returned. Codes do not depend on other points. ``weights`` are those of
+    :func:`kmeans`.
     """
     if weights is not None and weights.shape[1] == 1:
         weights = None  # a constant weight per point does not change its minimum
@@ -239,9 +234,6 @@ def kmeans(
 
     Returns:
         The centroids, shape (K, d), float32, and the codes of the points, shape (N,), int64.
-
-    Raises:
-        ValueError: if an argument is empty, not finite or of the wrong shape.
     """
     _check(points, weights, n_centroids, init)
     points = points.detach().float()

@@ -25,18 +25,13 @@ Range = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Observer:
-    """How the range of a weight is found.
+    """How the range of a weight is found."""
 
-    Attributes:
-        candidates: (matrix (rows, columns) in float32, bits, its extremes) -> ranges (low, high),
-            each a pair of scalars or of shape (rows, 1).
-        per_channel: whether each row (output feature) has its own range.
-        running: whether the extremes of earlier observations widen the range.
-    """
-
+    # (matrix (rows, columns) in float32, bits, its extremes) -> ranges (low, high), each a pair of
+    # scalars or of shape (rows, 1)
     candidates: Callable[[Tensor, int, Range], list[Range]]
-    per_channel: bool = False
-    running: bool = False
+    per_channel: bool = False  # whether each row (output feature) has its own range
+    running: bool = False  # whether the extremes of earlier observations widen the range
 
 
 def extremes(matrix: Tensor, running: Range | None = None) -> Range:

@@ -12,17 +12,9 @@ def code_dtype(bits: int) -> torch.dtype:
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """Pack codes into ceil(n * bits / 8) bytes.
+    """Pack codes of any shape into ceil(n * bits / 8) bytes, with 1 to 16 bits per code.
 
-    Args:
-        codes: integers from 0 to 2**bits - 1, any shape.
-        bits: bits per code, 1 to 16.
-
-    Returns:
-        uint8, one-dimensional; a view of ``codes`` if they are uint8 of 8 bits.
-
-    Raises:
-        ValueError: if ``bits`` or a code is out of range.
+    Returns uint8, one-dimensional; a view of ``codes`` if they are uint8 of 8 bits.
     """
     if not 1 <= bits <= 16:
         raise ValueError(f"invalid bits: got {bits}, expected 1 to 16")
@@ -42,14 +34,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_codes(packed: Tensor, bits: int, count: int) -> Tensor:
-    """Unpack codes; the inverse of :func:`pack_codes`.
-
-    Returns:
-        Codes of shape (count,), uint8 up to 8 bits and int32 above.
-
-    Raises:
-        ValueError: if the length of ``packed`` does not match ``count``.
-    """
+    """Unpack codes to shape (count,) and :func:`code_dtype`; the inverse of :func:`pack_codes`."""
     if packed.numel() != -(-count * bits // 8):
         raise ValueError(
             f"invalid packed codes: got {packed.numel()} bytes, expected {-(-count * bits // 8)} "

@@ -70,20 +70,13 @@ class ProductQuantizer(Quantizer):
     State: ``codebook``, shape (n_centroids, block_size); with 8 bits per centroid also the scalars
     ``codebook_scale`` and ``codebook_zero_point`` of Eq. 2 on the codebook (section 3.3); with a
     scale per row ``row_scale``, shape (rows, 1), stored and used in float16.
-
-    Args:
-        block_size: d, elements per block.
-        n_centroids: K; a code takes ceil(log2 K) bits.
-        codebook_bits: 32, 16 or 8: precision in which centroids are stored and used.
-        n_iter: maximum number of k-means iterations.
-        row_scale: whether each row has a scale, fitted with the codebook (``row_scale.py``).
     """
 
-    block_size: int = 8
-    n_centroids: int = 256
-    codebook_bits: int = 32
-    n_iter: int = 20
-    row_scale: bool = False
+    block_size: int = 8  # d, elements per block
+    n_centroids: int = 256  # K; a code takes ceil(log2 K) bits
+    codebook_bits: int = 32  # 32, 16 or 8: precision in which centroids are stored and used
+    n_iter: int = 20  # maximum number of k-means iterations
+    row_scale: bool = False  # whether each row has a scale, fitted with the codebook
 
     scheme: ClassVar[str] = "pq"
     not_trained: ClassVar[frozenset[str]] = frozenset(_PREFIX + key for key in _KEYS)

@@ -34,14 +34,9 @@ def fit_row_scale(
     """Fit a codebook and a scale per row; return both, the scale s as (rows, 1) with mean about 1.
 
     The squared error of a row is s^2 ||W_row / s - centroids||^2: its blocks are divided by s and
-    clustered with weight s^2.
-
-    Args:
-        matrix: shape (rows, columns), float32.
-        importance: as in ``Quantizer.fit``.
-        start: initial codebook, or None.
-        n_iter: iterations of the first clustering.
-        cluster: (matrix, importance, initial codebook, iterations) -> codebook, decoded matrix.
+    clustered with weight s^2. ``matrix`` is float32, ``start`` the initial codebook if any,
+    ``n_iter`` the iterations of the first clustering, and ``cluster`` maps (matrix, importance,
+    initial codebook, iterations) to a codebook and the decoded matrix.
     """
     scale = matrix.square().mean(1, keepdim=True).sqrt()
     scale = as_divisor(scale / as_divisor(scale.mean()))

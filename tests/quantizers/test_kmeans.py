@@ -1,7 +1,5 @@
 """k-means against scikit-learn and a float64 search, and its edge cases."""
 
-from importlib import import_module
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,10 +8,7 @@ from sklearn.cluster import KMeans
 from support.clustering import objective
 from support.memory import growth_of_process
 
-from hf_quantnoise.quantizers import assign, kmeans
-from hf_quantnoise.quantizers.kmeans import MAX_BYTES, chunk_rows
-
-KMEANS = import_module("hf_quantnoise.quantizers.kmeans")  # the package exports the function
+from hf_quantnoise.quantizers.kmeans import MAX_BYTES, assign, chunk_rows, kmeans
 
 
 def points_of(count, d, seed=0):
@@ -97,7 +92,7 @@ def test_assign_treats_points_independently(k, weighted, monkeypatch):
         weights[:, 3] = 8 - weights[:, :3].clamp_(max=2).sum(1)  # of mean 2
     codes = assign(points, centroids, weights=weights)
     with monkeypatch.context() as patch:
-        patch.setattr(KMEANS, "MAX_BYTES", 4 * k * 7)
+        patch.setattr("hf_quantnoise.quantizers.kmeans.MAX_BYTES", 4 * k * 7)
         assert torch.equal(codes, assign(points, centroids, weights=weights))
     alone = slice(1, 2000, 3)
     points[::3] *= 1024
@@ -146,7 +141,7 @@ def test_sampling_keeps_the_objective(monkeypatch):
     single local minima differ by 1%."""
     points = points_of(20_000, 4)
     full = sum(objective(points, kmeans(points, 16, seed=seed)) for seed in range(5))
-    monkeypatch.setattr(KMEANS, "SAMPLE_POINTS", 4096)
+    monkeypatch.setattr("hf_quantnoise.quantizers.kmeans.SAMPLE_POINTS", 4096)
     sampled = sum(objective(points, kmeans(points, 16, seed=seed)) for seed in range(5))
     assert sampled <= full * 1.01
     assert len(kmeans(points, 16)[1]) == len(points)
@@ -179,7 +174,7 @@ def test_chunk_rows_bounds_the_memory(monkeypatch):
         rows = chunk_rows(k)
         assert rows >= 1 and rows * k * 4 <= max(MAX_BYTES, 4 * k)
     assert chunk_rows(256) >= 1024
-    monkeypatch.setattr(KMEANS, "MAX_BYTES", 4096)
+    monkeypatch.setattr("hf_quantnoise.quantizers.kmeans.MAX_BYTES", 4096)
     assert chunk_rows(256) == 4
 
 
@@ -188,7 +183,7 @@ def test_assign_does_not_fragment_the_heap(k, count):
     """Scratch memory allocated per chunk would leave up to a gigabyte of them."""
     before = f"""
 import torch
-from hf_quantnoise.quantizers import assign
+from hf_quantnoise.quantizers.kmeans import assign
 points, centroids = torch.randn({count}, 4), torch.randn({k}, 4)
 assign(points[:2000], centroids)
 """

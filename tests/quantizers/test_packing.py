@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_quantnoise.quantizers import pack_codes, unpack_codes
+from hf_quantnoise.quantizers.packing import pack_codes, unpack_codes
 
 
 @settings(deadline=None, max_examples=60)

@@ -1,7 +1,5 @@
 """k-means with a weight per element, against float64 references."""
 
-from importlib import import_module
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,9 +7,8 @@ from hypothesis import strategies as st
 from sklearn.cluster import KMeans
 from support.clustering import objective
 
-from hf_quantnoise.quantizers import ProductQuantizer, assign, kmeans
-
-KMEANS = import_module("hf_quantnoise.quantizers.kmeans")  # the package exports the function
+from hf_quantnoise.quantizers import ProductQuantizer
+from hf_quantnoise.quantizers.kmeans import assign, kmeans
 
 
 def normal(*shape, seed=0):
@@ -109,7 +106,7 @@ def test_sampling_and_iterations_with_weights(monkeypatch):
     objectives = [fit(n_iter=n) for n in (1, 4, 20)]
     assert objectives == sorted(objectives, reverse=True)
     full = sum(fit(seed=seed) for seed in range(4))
-    monkeypatch.setattr(KMEANS, "SAMPLE_POINTS", 4096)
+    monkeypatch.setattr("hf_quantnoise.quantizers.kmeans.SAMPLE_POINTS", 4096)
     assert sum(fit(seed=seed) for seed in range(4)) <= full * 1.02
 
 
