@@ -59,16 +59,9 @@ def _one_line(error: Exception) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line.
+    """Run a command line; return 0, or 1 after an error, which is printed as one line on stderr.
 
-    Args:
-        argv: the words after ``hf-quantnoise``; None uses those of the process.
-
-    Returns:
-        0 on success, or 1 on failure, with one line on stderr.
-
-    Raises:
-        SystemExit: with 2 for an invalid command line, with 0 after ``--help``.
+    ``argv=None`` uses the words of the process. Exits with 2 if they are invalid.
     """
     args, unknown = build_parser().parse_known_args(argv)
     if unknown:  # reported by the parser of the command, whose --help lists its flags

@@ -102,11 +102,7 @@ class QuantNoiseCard:
     history: list[dict[str, Any]] = field(default_factory=list)
 
     def render(self, model: PreTrainedModel) -> ModelCard:
-        """Return the card of a model that was compressed, or only trained with noise.
-
-        Returns:
-            A ``huggingface_hub.ModelCard``: metadata and text.
-        """
+        """Return the card (metadata and text) of a model, compressed or only trained with noise."""
         config: Any = getattr(model.config, "quantization_config", None)
         packed = isinstance(config, QuantizedModelConfig) and bool(config.plan)
         parts = [START, f"# {self._title(model)}", self._introduction(model, packed)]

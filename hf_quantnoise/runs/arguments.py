@@ -59,7 +59,6 @@ class ModelArguments:
         return load_config(flag, getattr(self, flag), **self.hub())
 
     def load_tokenizer(self):
-        """Load the tokenizer."""
         name = self.tokenizer_name or self.model_name_or_path
         return AutoTokenizer.from_pretrained(name, **self.hub())
 
@@ -235,11 +234,7 @@ class RunParser(OneLineErrors, HfArgumentParser):
             )
 
     def parse(self, words: list[str]) -> Arguments:
-        """Parse a command line, or the single JSON file that it names.
-
-        Raises:
-            ValueError: if a value is invalid, or a flag is unknown.
-        """
+        """Parse a command line, or the single JSON file that it names."""
         if len(words) == 1 and words[0].endswith(".json"):
             return Arguments(words, *self._read_file(words[0]))
         names = {name: name for name in options_of(CompressionArguments)}

@@ -96,7 +96,6 @@ class SplitArguments(FileArguments):
 
     @property
     def has_train_data(self) -> bool:
-        """Whether there is training data."""
         return bool(self.train_file or self.dataset_name)
 
     def file(self, split: str) -> str | None:

@@ -49,12 +49,8 @@ class DataArguments(FileArguments):
         f"GLUE task: {', '.join(TASKS)}. Loaded from {HUB_DATASET} on the Hub, unless files are "
         "passed: then only its columns and metrics are used.",
     )
-    sentence1_key: str | None = option(
-        None, "Column of the (first) sentence; default: found by name."
-    )
-    sentence2_key: str | None = option(
-        None, "Column of the second sentence; default: found by name."
-    )
+    sentence1_key: str | None = option(None, "Column of the sentence; default: found by name.")
+    sentence2_key: str | None = option(None, "Column of a second sentence; default: found by name.")
     label_column: str = option(
         "label", "Column of the labels. Floats mean regression, other types classes."
     )
@@ -95,24 +91,18 @@ class DataArguments(FileArguments):
 
     @property
     def has_train_data(self) -> bool:
-        """Whether there is training data."""
         return bool(self.train_file or (self.task_name and not self.validation_file))
 
 
 @dataclass
 class GlueData:
-    """The datasets (or None), their columns, labels and metrics.
-
-    Attributes:
-        label_values: label in the data -> id in the model; None for regression.
-        label_names: name of each id, for ``id2label``; None for regression.
-    """
+    """The datasets (or None), their columns, labels and metrics."""
 
     train: Dataset | None
     validation: Dataset | None
     keys: tuple[str, str | None]
-    label_values: dict | None
-    label_names: list[str] | None
+    label_values: dict | None  # label in the data -> id in the model; None for regression
+    label_names: list[str] | None  # name of each id, for id2label; None for regression
     metrics: tuple[str, ...]
 
     @property
