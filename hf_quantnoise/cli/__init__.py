@@ -45,9 +45,7 @@ def build_parser() -> ArgumentParser:
             parents=[parent() for parent in command.parents],
         )
         command.add_arguments(subparser)
-        subparser.add_argument(
-            "--traceback", action="store_true", help="Show the traceback of an error."
-        )
+        subparser.add_argument("--traceback", action="store_true", help="Show error tracebacks.")
         subparser.set_defaults(command=command, parser=subparser)
     return parser
 

@@ -39,15 +39,11 @@ COMMANDS: Registry[type[Command]] = Registry("command")
 
 def add_model_argument(parser: ArgumentParser, kind: str) -> None:
     """Add ``model`` and ``revision``: the model that a command reads."""
-    parser.add_argument(
-        "model", metavar="PATH_OR_REPO", help=f"{kind}: a folder or a repository on the Hub."
-    )
+    parser.add_argument("model", metavar="PATH_OR_REPO", help=f"{kind}: folder or Hub repository.")
     parser.add_argument("--revision", default=None, help="Branch, tag or commit of the repository.")
 
 
 def add_output_arguments(parser: ArgumentParser) -> None:
     """Add ``out`` and ``overwrite``: the folder that a command writes."""
     parser.add_argument("out", metavar="OUT", help="Output folder.")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="Replace the model in OUT, if there is one."
-    )
+    parser.add_argument("--overwrite", action="store_true", help="Replace the model in OUT.")

@@ -26,9 +26,6 @@ def invalid_flag(flag: str, value: Any, expected: str) -> ValueError:
     return ValueError(f"invalid --{flag} {value!r}: expected {expected}")
 
 
-# ---- values written as text ----------------------------------------------------------------------
-
-
 def parse_int_or_dict(flag: str, value: Any) -> int | dict[str, int]:
     """Return ``8``, ``{"ffn": 8, "attention": 4}`` or ``ffn=8,attention=4`` as an int or dict."""
     text = value.strip() if isinstance(value, str) else json.dumps(value)
@@ -102,9 +99,6 @@ def read_quantization_config(file_name: str) -> QuantizedModelConfig:
         )
     settings = {name: value for name, value in config.items() if name not in RECORDS}
     return QuantizedModelConfig.from_dict(settings)
-
-
-# ---- flags of options ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

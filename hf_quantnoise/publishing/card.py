@@ -202,8 +202,7 @@ def _storage(config: QuantizedModelConfig, report: SizeReport) -> list[str]:
     if config.pruned_layers:
         parts += [f"Removed layers: {', '.join(f'`{name}`' for name in config.pruned_layers)}."]
     if config.shared_layers:
-        pairs = (
-            f"`{name}` uses those of `{source}`" for name, source in config.shared_layers.items()
-        )
+        shared = config.shared_layers.items()
+        pairs = (f"`{name}` uses those of `{source}`" for name, source in shared)
         parts += [f"Layers with shared weights: {', '.join(pairs)}."]
     return parts

@@ -45,9 +45,7 @@ class ModelArguments:
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = option(
         "float32", "Type that weights are loaded and finetuned in; auto: as stored."
     )
-    ignore_mismatched_sizes: bool = option(
-        False, "Replace the checkpoint's head if it is for other labels."
-    )
+    ignore_mismatched_sizes: bool = option(False, "Replace a head that is for other labels.")
 
     def hub(self) -> dict:
         """Return the keyword arguments of every ``from_pretrained``."""
@@ -114,9 +112,7 @@ def _noise_flags() -> list[tuple]:
 
 
 @dataclass
-class CompressionFlags(
-    make_dataclass("_CompressionFlags", _noise_flags(), bases=(QuantizationFlags,))
-):
+class CompressionFlags(make_dataclass("_Flags", _noise_flags(), bases=(QuantizationFlags,))):
     """Flags of noise and compressed model, and of the run."""
 
     compress: bool = option(True, "Compress the finetuned model.")

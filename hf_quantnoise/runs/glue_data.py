@@ -51,16 +51,12 @@ class DataArguments(FileArguments):
     )
     sentence1_key: str | None = option(None, "Column of the sentence; default: found by name.")
     sentence2_key: str | None = option(None, "Column of a second sentence; default: found by name.")
-    label_column: str = option(
-        "label", "Column of the labels. Floats mean regression, other types classes."
-    )
+    label_column: str = option("label", "Column of labels; floats mean regression, others classes.")
     max_seq_length: int = option(128, "Maximum number of tokens; longer examples are truncated.")
     pad_to_max_length: bool = option(
         False, "Pad to --max_seq_length instead of the longest example of the batch."
     )
-    shuffle_train_dataset: bool = option(
-        False, "Shuffle the training data before --max_train_samples truncates it."
-    )
+    shuffle_train_dataset: bool = option(False, "Shuffle before --max_train_samples is applied.")
     shuffle_seed: int = option(42, "Seed of --shuffle_train_dataset; independent of --seed.")
     overwrite_cache: bool = option(False, "Ignore cached data: read and tokenize again.")
 
@@ -75,9 +71,7 @@ class DataArguments(FileArguments):
         super().__post_init__()
         check_minimum(self, 1, "max_seq_length")
         if self.sentence2_key and not self.sentence1_key:
-            raise ValueError(
-                f"--sentence2_key {self.sentence2_key!r} requires --sentence1_key; pass both"
-            )
+            raise ValueError(f"--sentence2_key {self.sentence2_key!r} requires --sentence1_key")
 
     @property
     def task(self) -> Task | None:

@@ -70,9 +70,8 @@ def collate(rows: list[dict], processor, args: ImageArguments, ids: dict):
 
 def load_processor(args: Arguments):
     """Load the checkpoint's image processor, with the size of ``--image_size``."""
-    processor = AutoImageProcessor.from_pretrained(
-        args.model.model_name_or_path, **args.model.hub()
-    )
+    model = args.model
+    processor = AutoImageProcessor.from_pretrained(model.model_name_or_path, **model.hub())
     if (side := args.data.image_size) is None:
         return processor
     square = {"height": side, "width": side}
