@@ -45,9 +45,7 @@ def build_parser() -> ArgumentParser:
             parents=[parent() for parent in command.parents],
         )
         command.add_arguments(subparser)
-        subparser.add_argument(
-            "--traceback", action="store_true", help="Show the traceback of an error."
-        )
+        subparser.add_argument("--traceback", action="store_true", help="Show error tracebacks.")
         subparser.set_defaults(command=command, parser=subparser)
     return parser
 
@@ -59,16 +57,9 @@ def _one_line(error: Exception) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line.
+    """Run a command line; return 0, or 1 after an error, which is printed as one line on stderr.
 
-    Args:
-        argv: the words after ``hf-quantnoise``; None uses those of the process.
-
-    Returns:
-        0 on success, or 1 on failure, with one line on stderr.
-
-    Raises:
-        SystemExit: with 2 for an invalid command line, with 0 after ``--help``.
+    ``argv=None`` uses the words of the process. Exits with 2 if they are invalid.
     """
     args, unknown = build_parser().parse_known_args(argv)
     if unknown:  # reported by the parser of the command, whose --help lists its flags

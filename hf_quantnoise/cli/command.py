@@ -15,15 +15,10 @@ class UsageError(ValueError):
 
 
 class Command(ABC):
-    """A command of ``hf-quantnoise``. The first paragraph of its docstring is its help.
+    """A command of ``hf-quantnoise``. The first paragraph of its docstring is its help."""
 
-    Attributes:
-        examples: command lines at the end of ``--help``; a test runs them.
-        parents: return parsers whose flags the command has as well.
-    """
-
-    examples: ClassVar[tuple[str, ...]]
-    parents: ClassVar[tuple[Callable[[], ArgumentParser], ...]] = ()
+    examples: ClassVar[tuple[str, ...]]  # shown at the end of --help; a test runs them
+    parents: ClassVar[tuple[Callable[[], ArgumentParser], ...]] = ()  # parsers with shared flags
 
     @staticmethod
     @abstractmethod
@@ -35,9 +30,7 @@ class Command(ABC):
     def run(args: Namespace) -> None:
         """Run the command. Results go to stdout, everything else to stderr.
 
-        Raises:
-            UsageError: for exit code 2.
-            Exception: any other, for exit code 1.
+        A :class:`UsageError` exits with 2, any other exception with 1.
         """
 
 
@@ -46,15 +39,11 @@ COMMANDS: Registry[type[Command]] = Registry("command")
 
 def add_model_argument(parser: ArgumentParser, kind: str) -> None:
     """Add ``model`` and ``revision``: the model that a command reads."""
-    parser.add_argument(
-        "model", metavar="PATH_OR_REPO", help=f"{kind}: a folder or a repository on the Hub."
-    )
+    parser.add_argument("model", metavar="PATH_OR_REPO", help=f"{kind}: folder or Hub repository.")
     parser.add_argument("--revision", default=None, help="Branch, tag or commit of the repository.")
 
 
 def add_output_arguments(parser: ArgumentParser) -> None:
     """Add ``out`` and ``overwrite``: the folder that a command writes."""
     parser.add_argument("out", metavar="OUT", help="Output folder.")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="Replace the model in OUT, if there is one."
-    )
+    parser.add_argument("--overwrite", action="store_true", help="Replace the model in OUT.")

@@ -22,15 +22,10 @@ from ..hub.reading import FLOATS
 
 @dataclass(frozen=True)
 class Headers:
-    """Headers of the safetensors files of a model.
+    """Headers of the safetensors files of a model."""
 
-    Attributes:
-        tensors: name -> ``huggingface_hub``'s ``TensorInfo``: dtype, shape, offsets.
-        file_bytes: size of the files, headers included.
-    """
-
-    tensors: dict
-    file_bytes: int
+    tensors: dict  # name -> huggingface_hub's TensorInfo: dtype, shape, offsets
+    file_bytes: int  # size of the files, headers included
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -40,12 +35,6 @@ class Headers:
             if tensor.dtype in FLOATS:
                 counts[FLOATS[tensor.dtype]] += tensor.parameter_count
         return counts.most_common(1)[0][0] if counts else None
-
-
-def bytes_of(tensor) -> int:
-    """Return the bytes of a tensor in its file."""
-    begin, end = tensor.data_offsets
-    return end - begin
 
 
 def local_headers(folder: str) -> Headers | None:

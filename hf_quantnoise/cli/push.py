@@ -46,15 +46,10 @@ class Push(Command):
     def run(args: Namespace) -> None:
         check_packed(args.folder)
         with _explained(args.repo):
-            repo = create_repository(
-                args.repo, private=args.private or None, revision=args.revision
-            )
-            done = HfApi().create_commit(
-                repo,
-                _files(args.folder, repo),
-                revision=args.revision,
-                commit_message="Upload a model compressed by hf_quantnoise",
-            )
+            revision, message = args.revision, "Upload a model compressed by hf_quantnoise"
+            repo = create_repository(args.repo, private=args.private or None, revision=revision)
+            files = _files(args.folder, repo)
+            done = HfApi().create_commit(repo, files, revision=revision, commit_message=message)
         print(done.commit_url)
 
 

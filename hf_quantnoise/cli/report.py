@@ -28,9 +28,7 @@ class Report(Command):
     def add_arguments(parser: ArgumentParser) -> None:
         add_model_argument(parser, "Model")
         add_table_arguments(parser, per="group")
-        parser.add_argument(
-            "--png", metavar="FILE", help="Plot the sizes too; requires matplotlib."
-        )
+        parser.add_argument("--png", metavar="FILE", help="Plot the sizes (requires matplotlib).")
 
     @staticmethod
     def run(args: Namespace) -> None:

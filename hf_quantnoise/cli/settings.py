@@ -27,9 +27,8 @@ def quantization_parser() -> ArgumentParser:
 
 def quantization_config(args: Namespace) -> QuantizedModelConfig:
     """Return the config that the flags describe."""
-    flags = QuantizationFlags(
-        **{name: getattr(args, name) for name in options_of(QuantizationFlags)}
-    )
+    values = {name: getattr(args, name) for name in options_of(QuantizationFlags)}
+    flags = QuantizationFlags(**values)
     given = flags.given() + (["seed"] if args.seed else [])
     try:
         if args.config is None:

@@ -12,7 +12,7 @@ from ..hub.reading import FLOATS
 from ..size import SizeReport, SizeRow, aligned, kilobytes, size_report, total_of
 from ..structure import find_layers
 from .checkpoints import Checkpoint
-from .headers import Headers, bytes_of
+from .headers import Headers
 
 # If report and files differ by more than this fraction, the files are reported instead.
 TOLERANCE = 0.01
@@ -21,10 +21,9 @@ INTEGERS = ("I64", "BOOL")
 
 
 def report_of(checkpoint: Checkpoint) -> tuple[SizeReport, str | None]:
-    """Count the bytes of a model. Weights are loaded only if it has no safetensors files.
+    """Return the size of a model, and a note if it could not be counted layer by layer (else None).
 
-    Returns:
-        The report, and a note if it could not be made layer by layer (else None).
+    Weights are loaded only if it has no safetensors files.
     """
     headers = checkpoint.headers
     if headers is None:
@@ -52,7 +51,8 @@ def _as_in_files(headers: Headers, model) -> SizeReport:
     groups = {} if model is None else {f"{la.name}.weight": la.group for la in find_layers(model)}
     rows = []
     for name, tensor in headers.tensors.items():
-        size = bytes_of(tensor)
+        begin, end = tensor.data_offsets
+        size = end - begin
         kind = str(FLOATS.get(tensor.dtype, tensor.dtype)).removeprefix("torch.").lower()
         dense = size if tensor.dtype in INTEGERS else None  # None: codes of another package
         if tensor.dtype in FLOATS:

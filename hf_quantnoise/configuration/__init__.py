@@ -4,13 +4,7 @@ from .fixed_point import FixedPointConfig
 from .ipq import IPQConfig
 from .layer_quantizers import DENSE, LAYER_KEYS
 from .noise import NOISE_CONFIG_NAME, NOISES, QuantNoiseConfig
-from .storage import (
-    FORMAT_VERSION,
-    OBSERVERS,
-    QUANT_METHOD,
-    SCHEMES,
-    QuantizedModelConfig,
-)
+from .storage import FORMAT_VERSION, OBSERVERS, QUANT_METHOD, SCHEMES, QuantizedModelConfig
 
 __all__ = [
     "DENSE",

@@ -115,11 +115,7 @@ def layer_chunks(name: str, value: Any) -> None:
     chunks = value if isinstance(value, list | tuple) else []
     names = [layer for chunk in chunks if isinstance(chunk, list | tuple) for layer in chunk]
     if not names or not all(isinstance(layer, str) for layer in names):
-        raise invalid(
-            name,
-            value,
-            "the number of layers per chunk (1: no sharing), or a list of chunks, each a list of "
-            "layer names",
-        )
+        expected = "a number of layers per chunk (1: no sharing), or a list of lists of layer names"
+        raise invalid(name, value, expected)
     if repeated := sorted({layer for layer in names if names.count(layer) > 1}):
         raise ValueError(f"invalid {name}={value!r}: {repeated[0]!r} is listed more than once")

@@ -26,9 +26,6 @@ def invalid_flag(flag: str, value: Any, expected: str) -> ValueError:
     return ValueError(f"invalid --{flag} {value!r}: expected {expected}")
 
 
-# ---- values written as text ----------------------------------------------------------------------
-
-
 def parse_int_or_dict(flag: str, value: Any) -> int | dict[str, int]:
     """Return ``8``, ``{"ffn": 8, "attention": 4}`` or ``ffn=8,attention=4`` as an int or dict."""
     text = value.strip() if isinstance(value, str) else json.dumps(value)
@@ -41,11 +38,9 @@ def parse_int_or_dict(flag: str, value: Any) -> int | dict[str, int]:
         size = None
     if isinstance(size, int | dict) and not isinstance(size, bool):
         return size
-    raise invalid_flag(
-        flag,
-        value,
-        'an integer (8), pairs (ffn=8,attention=4) or JSON (\'{"ffn": 8, "attention": 4}\')',
-    )
+    json_form = '{"ffn": 8, "attention": 4}'
+    expected = f"an integer (8), pairs (ffn=8,attention=4) or JSON ('{json_form}')"
+    raise invalid_flag(flag, value, expected)
 
 
 def _parse_json(flag: str, value: Any) -> Any:
@@ -106,22 +101,14 @@ def read_quantization_config(file_name: str) -> QuantizedModelConfig:
     return QuantizedModelConfig.from_dict(settings)
 
 
-# ---- flags of options ----------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Form:
-    """How values of a type are written on a command line.
+    """How values of a type are written on a command line."""
 
-    Attributes:
-        type: type of the flag's dataclass field.
-        read: returns the value for the config, from flag name and argument.
-        hint: appended to the help.
-    """
-
-    type: Any
+    type: Any  # of the flag's dataclass field
+    # Returns the value for the config, from flag name and argument.
     read: Callable[[str, Any], Any] = lambda flag, value: value
-    hint: str = ""
+    hint: str = ""  # appended to the help
 
 
 _CHUNKS = Form(str | None, _parse_json, "Format: 2, or JSON.")
@@ -188,8 +175,7 @@ class QuantizationFlags(make_dataclass("_QuantizationFlags", _model_flags())):
     def config(self, seed: int, with_noise: bool = True) -> QuantizedModelConfig:
         """Return the config of the compressed model; flags of another scheme raise an error.
 
-        Args:
-            with_noise: whether noise reads the flags that it shares with another scheme.
+        ``with_noise`` allows flags of another scheme that noise reads too.
         """
         noise = options_of(QuantNoiseConfig) if with_noise else {}
         own = _SCHEME_OPTIONS[self.scheme]
@@ -208,9 +194,8 @@ def config_from_flags(
 ) -> Config:
     """Return a config with the values of flags; errors name the flag.
 
-    Args:
-        flags: option -> flag; options of other configs are skipped.
-        values: flag -> argument; None takes the default of the config.
+    ``flags`` maps options to flags (options of other configs are skipped), and ``values`` flags to
+    arguments (None takes the default of the config).
     """
     options = options_of(config)
     arguments = {

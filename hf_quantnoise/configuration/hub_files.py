@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from huggingface_hub import ModelCard, ModelCardData, upload_folder
 
@@ -16,10 +16,8 @@ class HubConfigMixin:
     """Mixin with ``save_pretrained``, ``from_pretrained`` and ``push_to_hub`` for a config."""
 
     file_name: ClassVar[str]
-
-    if TYPE_CHECKING:  # defined by the config
-        to_json_string: Any
-        from_dict: Any
+    to_json_string: Any  # a method of the config, as is from_dict
+    from_dict: Any
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
         """Write the config's JSON file into a folder, which is created if missing."""

@@ -36,18 +36,13 @@ def option(default: Any, help: str) -> Any:
 
 @dataclass(frozen=True)
 class Option:
-    """A declared option.
-
-    Attributes:
-        type: type of its values, without the checks.
-        checks: called with name and value, unless the value is an allowed None.
-    """
+    """A declared option."""
 
     name: str
-    type: Any
+    type: Any  # of its values, without the checks
     default: Any
     help: str
-    checks: tuple[Check, ...]
+    checks: tuple[Check, ...]  # called with name and value, unless the value is an allowed None
 
 
 @cache
@@ -66,13 +61,10 @@ def options_of(config: type) -> dict[str, Option]:
 
 
 class Options:
-    """Base of the config dataclasses: checks every value, and suggests the name of a misspelt one.
+    """Base of the config dataclasses: checks values, and suggests the name of a misspelt one."""
 
-    Attributes:
-        removed: options of earlier versions -> why they were removed. Files and command lines that
-            name one are read with a warning.
-    """
-
+    # Option of an earlier version -> why it was removed. Files and command lines that name one are
+    # read with a warning.
     removed: ClassVar[Mapping[str, str]] = {}
 
     def __new__(cls, *args: Any, **kwargs: Any):

@@ -102,11 +102,7 @@ class QuantNoiseCard:
     history: list[dict[str, Any]] = field(default_factory=list)
 
     def render(self, model: PreTrainedModel) -> ModelCard:
-        """Return the card of a model that was compressed, or only trained with noise.
-
-        Returns:
-            A ``huggingface_hub.ModelCard``: metadata and text.
-        """
+        """Return the card (metadata and text) of a model, compressed or only trained with noise."""
         config: Any = getattr(model.config, "quantization_config", None)
         packed = isinstance(config, QuantizedModelConfig) and bool(config.plan)
         parts = [START, f"# {self._title(model)}", self._introduction(model, packed)]
@@ -206,8 +202,7 @@ def _storage(config: QuantizedModelConfig, report: SizeReport) -> list[str]:
     if config.pruned_layers:
         parts += [f"Removed layers: {', '.join(f'`{name}`' for name in config.pruned_layers)}."]
     if config.shared_layers:
-        pairs = (
-            f"`{name}` uses those of `{source}`" for name, source in config.shared_layers.items()
-        )
+        shared = config.shared_layers.items()
+        pairs = (f"`{name}` uses those of `{source}`" for name, source in shared)
         parts += [f"Layers with shared weights: {', '.join(pairs)}."]
     return parts

@@ -33,11 +33,9 @@ def merge_cards(new: ModelCard, existing: ModelCard | None) -> ModelCard:
     if existing is None:
         return new
     data: Any = new.data
-    replaced: tuple[str, ...] = (
-        (*RESULT_FIELDS, "base_model_relation") if START in existing.text else ()
-    )
+    replaced = {*RESULT_FIELDS, "base_model_relation"} if START in existing.text else set()
     if data.eval_results:
-        replaced += RESULT_FIELDS
+        replaced.update(RESULT_FIELDS)
     for name, value in existing.data.__dict__.items():
         if name == "tags":
             data.tags += [tag for tag in value or [] if tag not in (*data.tags, *TAGS)]

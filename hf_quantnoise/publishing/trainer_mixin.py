@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from huggingface_hub import upload_folder
 from transformers import PreTrainedModel, Trainer
@@ -25,14 +25,7 @@ _TRAINING = (
 _NOT_ON_CARDS = ("plots", "teacher_device")
 
 
-# The mixin becomes part of a Trainer subclass.
-if TYPE_CHECKING:
-    _Trainer = Trainer
-else:
-    _Trainer = object
-
-
-class PublishingMixin(_Trainer):
+class PublishingMixin(Trainer):
     """Mixin for ``Trainer`` that writes this package's cards and uploads only the final model.
 
     A card reports metrics only if they were measured on the model in its current state.

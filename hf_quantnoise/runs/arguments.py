@@ -45,9 +45,7 @@ class ModelArguments:
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = option(
         "float32", "Type that weights are loaded and finetuned in; auto: as stored."
     )
-    ignore_mismatched_sizes: bool = option(
-        False, "Replace the checkpoint's head if it is for other labels."
-    )
+    ignore_mismatched_sizes: bool = option(False, "Replace a head that is for other labels.")
 
     def hub(self) -> dict:
         """Return the keyword arguments of every ``from_pretrained``."""
@@ -59,7 +57,6 @@ class ModelArguments:
         return load_config(flag, getattr(self, flag), **self.hub())
 
     def load_tokenizer(self):
-        """Load the tokenizer."""
         name = self.tokenizer_name or self.model_name_or_path
         return AutoTokenizer.from_pretrained(name, **self.hub())
 
@@ -115,9 +112,7 @@ def _noise_flags() -> list[tuple]:
 
 
 @dataclass
-class CompressionFlags(
-    make_dataclass("_CompressionFlags", _noise_flags(), bases=(QuantizationFlags,))
-):
+class CompressionFlags(make_dataclass("_Flags", _noise_flags(), bases=(QuantizationFlags,))):
     """Flags of noise and compressed model, and of the run."""
 
     compress: bool = option(True, "Compress the finetuned model.")
@@ -235,11 +230,7 @@ class RunParser(OneLineErrors, HfArgumentParser):
             )
 
     def parse(self, words: list[str]) -> Arguments:
-        """Parse a command line, or the single JSON file that it names.
-
-        Raises:
-            ValueError: if a value is invalid, or a flag is unknown.
-        """
+        """Parse a command line, or the single JSON file that it names."""
         if len(words) == 1 and words[0].endswith(".json"):
             return Arguments(words, *self._read_file(words[0]))
         names = {name: name for name in options_of(CompressionArguments)}

@@ -85,11 +85,8 @@ def split_into_examples(
     count = min(count, limit or count)
     predicted = count * (length - 1)  # the first token of an example is not predicted
     examples = [stream[i * length : (i + 1) * length] for i in range(count)]
-    return TokenizedText(
-        Dataset.from_dict({"input_ids": examples, "labels": examples}),
-        tokens=predicted,
-        words=words * predicted / len(stream),
-    )
+    rows = Dataset.from_dict({"input_ids": examples, "labels": examples})
+    return TokenizedText(rows, tokens=predicted, words=words * predicted / len(stream))
 
 
 def perplexities(scores: dict[str, float], text: TokenizedText) -> dict[str, float]:

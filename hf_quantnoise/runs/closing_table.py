@@ -20,9 +20,7 @@ def weights_mb(folder: str | Path) -> float:
     """Return the size of all ``*.safetensors`` files below a folder, in 10^6 bytes."""
     files = list(Path(folder).rglob("*.safetensors"))
     if not files:
-        raise FileNotFoundError(
-            f"{folder} has no *.safetensors file; write one with save_pretrained"
-        )
+        raise FileNotFoundError(f"{folder} has no *.safetensors file; run save_pretrained first")
     return sum(file.stat().st_size for file in files) / 1e6
 
 

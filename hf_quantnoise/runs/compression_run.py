@@ -33,23 +33,15 @@ DENSE, COMPRESSED = "dense", "compressed"
 
 @dataclass
 class Job:
-    """Model, data and metadata that an example prepares.
+    """Model, data and metadata that an example prepares."""
 
-    Attributes:
-        model: the checkpoint, with the head for the data.
-        parts: keyword arguments of any ``Trainer``: datasets, collator, metrics, processing class.
-        auto_class: the class that loads the compressed model.
-        metric: the metric of the closing table.
-        task, dataset: their names on the Hub, for the model card.
-        add_scores: computes more metrics from those of ``evaluate`` (perplexity from loss).
-    """
-
-    model: PreTrainedModel
-    parts: dict
-    auto_class: Any
-    metric: str
-    task: str
+    model: PreTrainedModel  # the checkpoint, with the head for the data
+    parts: dict  # arguments of any Trainer: datasets, collator, metrics, processing class
+    auto_class: Any  # loads the compressed model
+    metric: str  # of the closing table
+    task: str  # name on the Hub, for the model card, as is the dataset's
     dataset: str | None = None
+    # Computes more metrics from those of evaluate (perplexity from loss).
     add_scores: Callable[[dict[str, float]], dict[str, float]] = field(default=dict)
 
     def scores(self, trainer: Trainer) -> dict[str, float]:
@@ -127,7 +119,6 @@ class _Run:
             check_compression(self.trainer, self.quantization, args.compression)
 
     def folder(self, name: str) -> str:
-        """Return the folder of a model."""
         return os.path.join(self.training.output_dir, name)
 
     def carry_out(self) -> dict:
@@ -197,10 +188,9 @@ class _Run:
         if examples is not None:
             rows = examples.select(range(min(32, len(examples))))
             device, collator = self.training.device, parts["data_collator"]
-            results["logits_bit_equal"] = logits_equal(
-                self.trainer.model, loaded, collator, rows, device
-            )
-            if not results["logits_bit_equal"]:
+            equal = logits_equal(self.trainer.model, loaded, collator, rows, device)
+            results["logits_bit_equal"] = equal
+            if not equal:
                 raise RuntimeError(
                     f"the model loaded from {folder!r} has other logits than the model in memory"
                 )
@@ -218,7 +208,6 @@ class _Run:
         upload_folder(repo_id=repo, folder_path=folder, token=training.hub_token)
 
     def write_card(self, folder: str) -> None:
-        """Write the model card into a folder."""
         self.trainer.create_model_card(tasks=self.job.task, dataset=self.job.dataset)
         if self.training.should_save:
             os.replace(self.folder(CARD), os.path.join(folder, CARD))
@@ -259,5 +248,4 @@ class Example:
         return self.run(args)
 
     def main(self, argv: list[str] | None = None) -> dict:
-        """Parse and run a command line."""
         return self.start(self.parse(argv))

@@ -36,9 +36,7 @@ def read_table(flag: str, path: str, cache_dir: str | None = None, **options: An
     check_file(flag, path, kinds)
     extension = os.path.splitext(path)[1].lower()
     if extension not in READERS:
-        raise ValueError(
-            f"invalid --{flag} {path!r}: unknown extension {extension!r}, expected {kinds}"
-        )
+        raise ValueError(f"invalid --{flag} {path!r}: unknown type {extension!r}, expected {kinds}")
     reader = READERS[extension]
     options = {"cache_dir": cache_dir, **READER_OPTIONS.get(reader, {}), **options}
     try:
@@ -96,7 +94,6 @@ class SplitArguments(FileArguments):
 
     @property
     def has_train_data(self) -> bool:
-        """Whether there is training data."""
         return bool(self.train_file or self.dataset_name)
 
     def file(self, split: str) -> str | None:

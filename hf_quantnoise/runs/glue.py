@@ -1,8 +1,4 @@
-"""Finetune a text classifier with quantization noise, compress it, save it and load it again.
-
-A run finetunes with noise, evaluates, compresses stage by stage, saves, loads the compressed model,
-checks that its logits are bit-equal, evaluates again and prints a closing table.
-"""
+"""Finetune a text classifier with quantization noise, compress it, save it and load it again."""
 
 from __future__ import annotations
 
@@ -31,16 +27,10 @@ def tokenize(data: GlueData, tokenizer, args: DataArguments, model_limit: int | 
 
     def encode(examples):
         texts = [examples[key] for key in data.keys if key]
-        encoded = tokenizer(
-            *texts,
-            padding="max_length" if args.pad_to_max_length else False,
-            max_length=length,
-            truncation=True,
-        )
-        labels = examples[raw_label]
-        encoded["label"] = [
-            float(label) if data.is_regression else data.label_values[label] for label in labels
-        ]
+        padding = "max_length" if args.pad_to_max_length else False
+        encoded = tokenizer(*texts, padding=padding, max_length=length, truncation=True)
+        to_target = float if data.is_regression else data.label_values.__getitem__
+        encoded["label"] = [to_target(label) for label in examples[raw_label]]
         return encoded
 
     def apply(dataset: Dataset | None) -> Dataset | None:
@@ -93,8 +83,6 @@ def prepare(args: Arguments) -> Job:
 
 
 example = Example(
-    DataArguments,
-    "Finetune a text classifier with quantization noise and compress it.",
-    prepare,
+    DataArguments, "Finetune a text classifier with quantization noise and compress it.", prepare
 )
 parse, run, main = example.parse, example.run, example.main

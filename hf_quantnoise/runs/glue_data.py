@@ -49,22 +49,14 @@ class DataArguments(FileArguments):
         f"GLUE task: {', '.join(TASKS)}. Loaded from {HUB_DATASET} on the Hub, unless files are "
         "passed: then only its columns and metrics are used.",
     )
-    sentence1_key: str | None = option(
-        None, "Column of the (first) sentence; default: found by name."
-    )
-    sentence2_key: str | None = option(
-        None, "Column of the second sentence; default: found by name."
-    )
-    label_column: str = option(
-        "label", "Column of the labels. Floats mean regression, other types classes."
-    )
+    sentence1_key: str | None = option(None, "Column of the sentence; default: found by name.")
+    sentence2_key: str | None = option(None, "Column of a second sentence; default: found by name.")
+    label_column: str = option("label", "Column of labels; floats mean regression, others classes.")
     max_seq_length: int = option(128, "Maximum number of tokens; longer examples are truncated.")
     pad_to_max_length: bool = option(
         False, "Pad to --max_seq_length instead of the longest example of the batch."
     )
-    shuffle_train_dataset: bool = option(
-        False, "Shuffle the training data before --max_train_samples truncates it."
-    )
+    shuffle_train_dataset: bool = option(False, "Shuffle before --max_train_samples is applied.")
     shuffle_seed: int = option(42, "Seed of --shuffle_train_dataset; independent of --seed.")
     overwrite_cache: bool = option(False, "Ignore cached data: read and tokenize again.")
 
@@ -79,9 +71,7 @@ class DataArguments(FileArguments):
         super().__post_init__()
         check_minimum(self, 1, "max_seq_length")
         if self.sentence2_key and not self.sentence1_key:
-            raise ValueError(
-                f"--sentence2_key {self.sentence2_key!r} requires --sentence1_key; pass both"
-            )
+            raise ValueError(f"--sentence2_key {self.sentence2_key!r} requires --sentence1_key")
 
     @property
     def task(self) -> Task | None:
@@ -95,24 +85,18 @@ class DataArguments(FileArguments):
 
     @property
     def has_train_data(self) -> bool:
-        """Whether there is training data."""
         return bool(self.train_file or (self.task_name and not self.validation_file))
 
 
 @dataclass
 class GlueData:
-    """The datasets (or None), their columns, labels and metrics.
-
-    Attributes:
-        label_values: label in the data -> id in the model; None for regression.
-        label_names: name of each id, for ``id2label``; None for regression.
-    """
+    """The datasets (or None), their columns, labels and metrics."""
 
     train: Dataset | None
     validation: Dataset | None
     keys: tuple[str, str | None]
-    label_values: dict | None
-    label_names: list[str] | None
+    label_values: dict | None  # label in the data -> id in the model; None for regression
+    label_names: list[str] | None  # name of each id, for id2label; None for regression
     metrics: tuple[str, ...]
 
     @property

@@ -62,12 +62,9 @@ def find_labels(
 ) -> tuple[dict, list[str]] | tuple[None, None]:
     """Return the labels of the data: label -> id, and the name of each id.
 
-    Args:
-        sets: flag -> dataset; the first one defines the labels, the others must have the same.
-        config: config of the checkpoint; its label ids are used if its head has these labels.
-
-    Returns:
-        None twice for regression: numeric labels of a task without classes, or without a task.
+    The first of ``sets`` (flag -> dataset) defines the labels; the others must have the same. If
+    the head of the checkpoint (``config``) has these labels, its ids are used. For regression
+    (numeric labels of a task without classes, or without a task), return None twice.
     """
     first = next(iter(sets.values()))
     feature = first.features[column]
@@ -106,8 +103,7 @@ def check_labels(sets: dict[str, Dataset], column: str, ids: dict) -> None:
                 f"invalid --{flag}: column {column!r} has the label -1, which marks hidden labels "
                 "of GLUE's test sets; pass labelled data"
             )
-        unknown = [value for value in values if value not in ids]
-        if unknown:
+        if unknown := [value for value in values if value not in ids]:
             raise ValueError(
                 f"invalid --{flag}: column {column!r} has the labels {unknown[:5]}, expected those "
                 f"of the training data or the model, {list(ids)}; remove or map them"

@@ -37,7 +37,7 @@ class ImageArguments(SplitArguments):
 
 
 def load_images(args: ImageArguments, split: str, cache_dir: str | None) -> Dataset:
-    """Return the images and labels of a split; images are decoded when a row is read."""
+    """Return the encoded images, labels and row indices of a split."""
     if (path := args.file(split)) is None:
         name = "train" if split == "train" else args.validation_split
         rows = load_dataset(args.dataset_name, split=name, cache_dir=cache_dir)
@@ -46,21 +46,32 @@ def load_images(args: ImageArguments, split: str, cache_dir: str | None) -> Data
     check_column("image_column", args.image_column, rows, path or args.dataset_name)
     check_column("label_column", args.label_column, rows, path or args.dataset_name)
     rows = rows.select_columns([args.image_column, args.label_column])
-    return truncate(rows.cast_column(args.image_column, Image(mode="RGB")), args.limit(split))
+    rows = truncate(rows.cast_column(args.image_column, Image(decode=False)), args.limit(split))
+    return rows.add_column("row index", range(len(rows)))
+
+
+def decode(row: dict, column: str):
+    """Return the image of a row as a PIL image."""
+    try:
+        return Image(mode="RGB").decode_example(row[column])
+    except Exception as error:  # any type, depending on the format
+        raise ValueError(
+            f"invalid --image_column {column!r}: cannot decode the image in row {row['row index']} "
+            f"({error}); remove the row or replace the image"
+        ) from error
 
 
 def collate(rows: list[dict], processor, args: ImageArguments, ids: dict):
     """Return a batch of prepared images and their label ids."""
-    batch = processor([row[args.image_column] for row in rows], return_tensors="pt")
+    batch = processor([decode(row, args.image_column) for row in rows], return_tensors="pt")
     batch["labels"] = [ids[row[args.label_column]] for row in rows]
     return batch.convert_to_tensors("pt")
 
 
 def load_processor(args: Arguments):
     """Load the checkpoint's image processor, with the size of ``--image_size``."""
-    processor = AutoImageProcessor.from_pretrained(
-        args.model.model_name_or_path, **args.model.hub()
-    )
+    model = args.model
+    processor = AutoImageProcessor.from_pretrained(model.model_name_or_path, **model.hub())
     if (side := args.data.image_size) is None:
         return processor
     square = {"height": side, "width": side}
@@ -102,8 +113,6 @@ def prepare(args: Arguments) -> Job:
 
 
 example = Example(
-    ImageArguments,
-    "Finetune an image classifier with quantization noise and compress it.",
-    prepare,
+    ImageArguments, "Finetune an image classifier with quantization noise and compress it.", prepare
 )
 parse, run, main = example.parse, example.run, example.main

@@ -121,3 +121,12 @@ def test_files_that_are_not_parquet_are_named(checkpoint, files, tmp_path, chang
     given = flags(checkpoint, files, tmp_path)
     with pytest.raises(ValueError, match=r"--train_file .*images.parquet"):
         main(changed(given, {"--train_file": str(tmp_path / "images.parquet")}))
+
+
+def test_images_that_cannot_be_decoded_are_named(checkpoint, files, tmp_path):
+    rows = pq.read_table(files["validation"]).to_pydict()
+    rows["image"][5] = b"not an image"
+    pq.write_table(pa.table(rows), files["validation"])
+    given = flags(checkpoint, files, tmp_path, "--do_train", "False", "--stage_epochs", "0")
+    with pytest.raises(ValueError, match=r"--image_column 'image'.* row 5 "):
+        main(given)
