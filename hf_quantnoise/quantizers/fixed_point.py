@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..configuration import OBSERVERS
-from .base import QUANTIZERS, Quantizer, StraightThrough, require_finite
+from .base import QUANTIZERS, Quantizer, require_finite
 from .observers import CHUNK_ELEMENTS, Range, extremes
 from .packing import code_dtype
 
@@ -108,6 +108,20 @@ class FixedPointQuantizer(Quantizer):
         return {"scale": (shape, torch.float32), "zero_point": (shape, torch.float32)}
 
 
+class _RoundWithin(torch.autograd.Function):
+    """Rounded values forward; identity backward within the range, zero outside it."""
+
+    @staticmethod
+    def forward(ctx, values: Tensor, rounded: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        ctx.save_for_backward((values >= low) & (values <= high))
+        return rounded.view_as(rounded)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        (inside,) = ctx.saved_tensors
+        return gradient * inside, None, None, None
+
+
 def round_activations(values: Tensor, state: dict[str, Tensor], bits: int) -> Tensor:
     """Round activations to N-bit integers (Eq. 2, section 7.7); shape and dtype stay.
 
@@ -121,5 +135,4 @@ def round_activations(values: Tensor, state: dict[str, Tensor], bits: int) -> Te
     if not (torch.is_grad_enabled() and values.requires_grad):
         return rounded
     low, high = (quantizer.decode(torch.tensor(level), state) for level in (0, 2**bits - 1))
-    inside = (values >= low) & (values <= high)
-    return StraightThrough.apply(torch.where(inside, values, values.detach()), rounded)
+    return _RoundWithin.apply(values, rounded, low, high)

@@ -11,13 +11,17 @@ def code_dtype(bits: int) -> torch.dtype:
     return torch.uint8 if bits <= 8 else torch.int32
 
 
+def _check_bits(bits: int) -> None:
+    if not 1 <= bits <= 16:
+        raise ValueError(f"invalid bits: got {bits}, expected 1 to 16")
+
+
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
     """Pack codes of any shape into ceil(n * bits / 8) bytes, with 1 to 16 bits per code.
 
     Returns uint8, one-dimensional; a view of ``codes`` if they are uint8 of 8 bits.
     """
-    if not 1 <= bits <= 16:
-        raise ValueError(f"invalid bits: got {bits}, expected 1 to 16")
+    _check_bits(bits)
     codes = codes.reshape(-1)
     if bits == 8 and codes.dtype == torch.uint8:
         return codes
@@ -35,6 +39,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
 
 def unpack_codes(packed: Tensor, bits: int, count: int) -> Tensor:
     """Unpack codes to shape (count,) and :func:`code_dtype`; the inverse of :func:`pack_codes`."""
+    _check_bits(bits)
     if packed.numel() != -(-count * bits // 8):
         raise ValueError(
             f"invalid packed codes: got {packed.numel()} bytes, expected {-(-count * bits // 8)} "

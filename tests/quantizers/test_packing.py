@@ -39,6 +39,8 @@ def test_bytes_are_not_copied():
 def test_invalid_bits_codes_and_lengths_raise():
     with pytest.raises(ValueError, match=r"bits.*17"):
         pack_codes(torch.zeros(2, dtype=torch.int32), 17)
+    with pytest.raises(ValueError, match=r"bits.*17"):
+        unpack_codes(torch.zeros(5, dtype=torch.uint8), 17, 2)
     with pytest.raises(ValueError, match=r"codes.*0 to 16.*4 bits"):
         pack_codes(torch.tensor([0, 16]), 4)
     with pytest.raises(ValueError, match="6 bytes, expected 5"):
