@@ -370,7 +370,7 @@ def test_real_minilm_on_real_sentences(start, shared):
     results, folder = start(
         *("--train_file", str(data / "train.parquet"), "--shuffle_train_dataset"),
         *("--validation_file", str(data / "dev.parquet"), "--task_name", "sst2"),
-        *("--max_train_samples", "300", "--max_eval_samples", "200", "--max_seq_length", "64"),
+        *("--max_train_samples", "1000", "--max_eval_samples", "200", "--max_seq_length", "64"),
         *("--num_train_epochs", "2", "--learning_rate", "2e-4", "--stage_epochs", "0.5"),
         *("--block_size", "ffn=8,embeddings=8,attention=4", "--kmeans_iter", "10"),
         model=str(shared / "models" / "minilm"),
@@ -378,6 +378,7 @@ def test_real_minilm_on_real_sentences(start, shared):
     assert results["reloaded"]["logits_bit_equal"] is True
     assert results["dense"]["dtype"] == "float32"
     assert sizes(folder / "dense") > 13 * sizes(folder / "compressed")
-    # Chance is 0.5; 300 sentences gave 0.745 when this was written.
+    # Chance is 0.5. 1,000 sentences gave 0.77 dense and 0.72 compressed; with 300, the compressed
+    # accuracy was between 0.6 and 0.75, depending on the machine.
     assert results["dense"]["metrics"]["accuracy"] > 0.62
     assert results["reloaded"]["metrics"]["accuracy"] > 0.62
