@@ -14,6 +14,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..registry import Registry
 from ..version import __version__
 from .checks import integer, invalid, is_int, layer_chunks, patterns
+from .entries import plan_entries
 from .hub_files import HubConfigMixin
 from .options import Options, documented, option, values_of_file
 
@@ -77,7 +78,7 @@ class QuantizedModelConfig(HubConfigMixin, Options, QuantizationConfigMixin):
         "suffixes. The config of the model is adapted to the remaining layers.",
     )
     seed: Annotated[int, integer(0, 2**63 - 1)] = option(0, "Seed of the codebooks.")
-    plan: dict[str, dict[str, Any]] = option(
+    plan: Annotated[dict[str, dict[str, Any]], plan_entries] = option(
         {}, "Filled in by compression: layer name -> how it is stored."
     )
     left_dense: dict[str, str] = option(
