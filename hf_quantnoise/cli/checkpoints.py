@@ -20,6 +20,7 @@ from transformers.utils import CONFIG_NAME
 from ..compat import from_config
 from ..configuration import QUANT_METHOD, QuantizedModelConfig
 from ..hub.auto import class_of
+from ..hub.file_check import Stored
 from ..hub.quantizer import QuantNoiseHfQuantizer
 from ..sharing import share
 from .command import UsageError
@@ -147,7 +148,11 @@ class Checkpoint:
         if self.quantization is None:
             return
         quantizer = QuantNoiseHfQuantizer(self.quantization)
-        quantizer.preprocess_model(skeleton)
+        tensors = None
+        if self.headers is not None:
+            found = self.headers.tensors.items()
+            tensors = {name: Stored(info.dtype, tuple(info.shape)) for name, info in found}
+        quantizer.preprocess_model(skeleton, headers=tensors)
         stored = skeleton.config.quantization_config = quantizer.quantization_config
         skeleton.tie_weights()
         share(skeleton, [(source, name) for name, source in stored.shared_layers.items()])

@@ -86,9 +86,7 @@ def _check_entry(place: str, entry: Any) -> None:
         raise invalid(place, entry, "a dict with the keys scheme, group, rows and columns")
     for key in _REQUIRED:
         if key not in entry:
-            raise ValueError(
-                f"invalid {place}: {key} is missing; restore the original file"
-            )
+            raise ValueError(f"invalid {place}: {key} is missing; restore the original file")
     for key, check in _LAYER_CHECKS.items():
         if key in entry:
             check(f"{place}: {key}", entry[key])

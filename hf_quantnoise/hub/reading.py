@@ -99,28 +99,41 @@ def _can_read(model: PreTrainedModel, files: Sequence[str] | None, device_map: o
 def views_of_file(file: str) -> dict[str, Callable[[], Tensor]]:
     """Return, by name, functions that make the tensors of a safetensors file as views of the file.
 
-    Views are private: writes do not reach the file. A damaged file gives none; transformers reports
-    it. (``safetensors`` itself copies the header for each tensor.)
+    Views are private: writes do not reach the file. (``safetensors`` itself copies the header for
+    each tensor.)
     """
-    size = os.path.getsize(file)
+    tensors, start = header_of_file(file)
+    if not tensors:
+        return {}
     with open(file, "rb") as opened:
-        start = 8 + int.from_bytes(opened.read(8), "little")
-        if not 8 < start < size:
-            return {}
-        header = opened.read(start - 8)
         memory = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
-    try:
-        tensors = json.loads(header)
-    except ValueError:
-        return {}
-    tensors.pop("__metadata__", None)
-    if start + max((entry["data_offsets"][1] for entry in tensors.values()), default=0) > size:
-        return {}
     return {
         name: partial(_view, memory, start, entry)
         for name, entry in tensors.items()
         if entry["dtype"] in DTYPES
     }
+
+
+def header_of_file(file: str) -> tuple[dict[str, dict], int]:
+    """Return the header of a safetensors file, and where its data begins.
+
+    The header has ``dtype``, ``shape`` and ``data_offsets`` by name. That of a damaged file is
+    empty; transformers reports it.
+    """
+    size = os.path.getsize(file)
+    with open(file, "rb") as opened:
+        start = 8 + int.from_bytes(opened.read(8), "little")
+        if not 8 < start < size:
+            return {}, 0
+        header = opened.read(start - 8)
+    try:
+        tensors = json.loads(header)
+    except ValueError:
+        return {}, 0
+    tensors.pop("__metadata__", None)
+    if start + max((entry["data_offsets"][1] for entry in tensors.values()), default=0) > size:
+        return {}, 0
+    return tensors, start
 
 
 def _view(memory: mmap.mmap, start: int, entry: dict) -> Tensor:
