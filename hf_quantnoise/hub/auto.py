@@ -6,6 +6,7 @@ Like PEFT's AutoPeftModel they are dispatchers: they return a model of the real 
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from typing import Any
 
 import transformers
@@ -13,6 +14,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedModel
 
 from ..configuration import QUANT_METHOD
+from ..modeling.value_check import values_unchecked
 
 _CONFIG_KWARGS = (
     "cache_dir", "force_download", "local_files_only", "proxies",
@@ -35,12 +37,14 @@ class AutoQuantizedModel:
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+        cls, pretrained_model_name_or_path: str | os.PathLike, *, check: bool = True, **kwargs: Any
     ) -> PreTrainedModel:
         """Load a model from a folder or a repository of the Hub, in eval mode.
 
         Args:
             pretrained_model_name_or_path: the folder or repository.
+            check: whether the values of packed layers are checked: codes within the codebook,
+                finite centroids, scales above 0. Names, shapes and dtypes always are.
             kwargs: arguments of ``PreTrainedModel.from_pretrained``.
 
         Raises:
@@ -63,7 +67,8 @@ class AutoQuantizedModel:
                 "as AutoQuantizedModelForSequenceClassification"
             )
         try:
-            return loader.from_pretrained(path, **kwargs)
+            with nullcontext() if check else values_unchecked():
+                return loader.from_pretrained(path, **kwargs)
         except SafetensorError as error:
             raise ValueError(
                 f"cannot read a safetensors file of {path!r}, which is truncated or corrupted "

@@ -35,7 +35,7 @@ from ..modeling.ties import restore_ties
 from ..sharing import share, unshare
 from ..structure import is_layer
 from .card import CARD_ATTRIBUTE, TAGS
-from .file_check import check_files, stored_in
+from .file_check import check_files, require_valid_values, stored_in
 from .reading import read_packed, require_no_renaming
 from .skeleton import (
     Names,
@@ -126,6 +126,7 @@ class QuantNoiseHfQuantizer(HfQuantizer):
             if _is_offloaded(layer) and layer.quantizer.encodes_state:
                 raise _cannot_be_offloaded(name, "stores its centroids in 8 bits")
             self._require_read(name, layer)
+        require_valid_values(model)
         decode_stored_states(model)
         self._tie_shared(model)
         _align(model)
