@@ -16,6 +16,8 @@ LAYERS = (
     "version",
     "compat",
     "registry",
+    "text",
+    "patterns",
     "distributed",
     "dynamic_subclass",
     "layer_types",
