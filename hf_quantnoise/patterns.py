@@ -13,5 +13,5 @@ def compile_pattern(name: str, value: str) -> re.Pattern[str]:
         reason = str(error)
     except RecursionError:
         reason = "it is nested too deeply"
-    shown = value if len(value) <= 200 else f"{value[:200]}..."
-    raise ValueError(f"invalid {name}={shown!r}: expected a regular expression ({reason})")
+    shown = repr(value) if len(value) <= 200 else f"{value[:200]!r}..."
+    raise ValueError(f"invalid {name}={shown}: expected a regular expression ({reason})")

@@ -18,6 +18,7 @@ LAYERS = (
     "registry",
     "text",
     "patterns",
+    "files",
     "distributed",
     "dynamic_subclass",
     "layer_types",

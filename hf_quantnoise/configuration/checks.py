@@ -13,13 +13,11 @@ from contextvars import ContextVar
 from numbers import Real
 from typing import Any
 
+from ..files import MAX_ENTRIES, MAX_NAME_LENGTH
 from ..patterns import compile_pattern
 
 Check = Callable[[str, Any], None]
 
-# Limits on what a field may hold, far above any model's.
-MAX_ENTRIES = 200_000
-MAX_NAME_LENGTH = 1_000
 NAME = f"a layer name of up to {MAX_NAME_LENGTH:,} characters"
 MAX_SHOWN = 200  # characters of an invalid value in an error
 

@@ -11,10 +11,10 @@ from typing import Annotated, Any, ClassVar
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..files import MAX_NAME_LENGTH
 from ..registry import Registry
 from ..version import __version__
 from .checks import (
-    MAX_NAME_LENGTH,
     NAME,
     by_layer,
     integer,
