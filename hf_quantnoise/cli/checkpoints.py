@@ -122,25 +122,37 @@ class Checkpoint:
             )
         return model
 
+    @cached_property
+    def quantization(self) -> QuantizedModelConfig | None:
+        """How a model packed by this package is stored, or None if it is not packed."""
+        if self.quant_method != QUANT_METHOD:
+            return None
+        return QuantizedModelConfig.from_dict(self.config.quantization_config)
+
     def skeleton(self) -> PreTrainedModel:
-        """Return the model on the meta device, with packed layers if it is quantized."""
+        """Return the dense model on the meta device."""
         if self.quant_method not in (None, QUANT_METHOD):
             raise ValueError(f"quantized by {self.quant_method!r}")
         config = deepcopy(self.config)
-        stored = getattr(config, "quantization_config", None)
-        if stored is not None:
+        dtype = config.dtype
+        if self.quant_method is not None:
             del config.quantization_config
-        dtype = self.headers.dtype if self.headers and stored is None else config.dtype
+        elif self.headers:
+            dtype = self.headers.dtype
         with torch.device("meta"):
             model = from_config(self.model_class, config, dtype=dtype or torch.float32)
         model.tie_weights()
-        if stored is not None:
-            quantizer = QuantNoiseHfQuantizer(QuantizedModelConfig.from_dict(stored))
-            quantizer.preprocess_model(model)
-            stored = model.config.quantization_config = quantizer.quantization_config
-            model.tie_weights()
-            share(model, [(source, name) for name, source in stored.shared_layers.items()])
         return model
+
+    def pack(self, skeleton: PreTrainedModel) -> None:
+        """Give the layers of a skeleton their packed form, in place, if the model is packed."""
+        if self.quantization is None:
+            return
+        quantizer = QuantNoiseHfQuantizer(self.quantization)
+        quantizer.preprocess_model(skeleton)
+        stored = skeleton.config.quantization_config = quantizer.quantization_config
+        skeleton.tie_weights()
+        share(skeleton, [(source, name) for name, source in stored.shared_layers.items()])
 
 
 def checkpoint_of(args: Namespace) -> Checkpoint:

@@ -24,7 +24,8 @@ INTEGERS = ("I64", "BOOL")
 def report_of(checkpoint: Checkpoint) -> tuple[SizeReport, str | None]:
     """Return the size of a model, and a note if it could not be counted layer by layer (else None).
 
-    Weights are loaded only if it has no safetensors files.
+    Weights are loaded only if it has no safetensors files. Raises ValueError if the model is packed
+    and its plan is invalid.
     """
     headers = checkpoint.headers
     if headers is None:
@@ -38,6 +39,7 @@ def report_of(checkpoint: Checkpoint) -> tuple[SizeReport, str | None]:
         expected = isinstance(error, ValueError | FileNotFoundError)
         reason = str(error) if expected else f"{type(error).__name__}: {error}"
     else:
+        checkpoint.pack(model)  # its errors are those of the files
         report = size_report(model)
         counted = report.total.disk_bytes
         if abs(counted - headers.file_bytes) <= TOLERANCE * headers.file_bytes:

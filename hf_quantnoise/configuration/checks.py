@@ -91,7 +91,8 @@ def one_of(choices: Iterable) -> Check:
     """One of some values; a registry may get more of them later."""
 
     def check(name: str, value: Any) -> None:
-        if value not in (known := list(choices)):
+        known = list(choices)
+        if not any(type(value) is type(choice) and value == choice for choice in known):
             raise invalid(name, value, f"one of {', '.join(map(repr, known))}")
 
     return check

@@ -19,8 +19,8 @@ from .checks import (
     values_from_file,
     word_or_steps,
 )
+from .entries import MAX_BLOCK_SIZE, MAX_CENTROIDS
 from .hub_files import HubConfigMixin
-from .layer_quantizers import MAX_BLOCK_SIZE, MAX_CENTROIDS
 from .options import Options, documented, option, values_of_file
 from .storage import OBSERVERS, QuantizedModelConfig
 

@@ -24,6 +24,7 @@ from .checks import (
     patterns,
     values_from_file,
 )
+from .entries import plan_entries
 from .hub_files import HubConfigMixin
 from .options import Options, documented, option, values_of_file
 
@@ -99,7 +100,7 @@ class QuantizedModelConfig(HubConfigMixin, Options, QuantizationConfigMixin):
         "suffixes. The config of the model is adapted to the remaining layers.",
     )
     seed: Annotated[int, integer(0, 2**63 - 1)] = option(0, "Seed of the codebooks.")
-    plan: dict[str, dict[str, Any]] = option(
+    plan: Annotated[dict[str, dict[str, Any]], plan_entries] = option(
         {}, "Filled in by compression: layer name -> how it is stored."
     )
     left_dense: Annotated[dict[str, str], by_layer("a reason", _is_text)] = option(
