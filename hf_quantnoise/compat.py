@@ -50,6 +50,10 @@ OVERRIDDEN = {
     },
     "transformers.Trainer": {
         "_get_train_sampler": ["train_dataset"],
+        "_init_training_state": [
+            *("max_steps", "num_update_steps_per_epoch", "num_train_epochs"),
+            *("resume_from_checkpoint", "trial"),
+        ],
         "_load_optimizer_and_scheduler": ["checkpoint"],
         "_save": ["output_dir", "state_dict"],
     },
