@@ -74,7 +74,8 @@ def check_compression(
         _require_recreatable_optimizer(trainer)
     _require_stock_methods(trainer, config, args)
     noise_to_keep(trainer, args.keep_noise)
-    check_can_be_packed(trainer.accelerator.unwrap_model(trainer.model))
+    model = trainer.model
+    check_can_be_packed(None if model is None else trainer.accelerator.unwrap_model(model))
 
 
 def _require_known_lengths(
