@@ -123,7 +123,7 @@ def test_hyperparameter_search(noise, optuna, tmp_path, parity_data):
 
     trainer = make_init_trainer(tmp_path, parity_data, NOISES[noise])
     best = trainer.hyperparameter_search(space, n_trials=3, backend="optuna")
-    with pytest.raises(TypeError, match=r"got NoneType.*train\(\)"):
+    with pytest.raises(ValueError, match=r"has no model.*call train\(\)"):
         trainer.compress(SMALL, ONE_STEP)
     trainer.args.learning_rate = best.hyperparameters["learning_rate"]
     trainer.train()

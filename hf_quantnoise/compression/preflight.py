@@ -74,8 +74,12 @@ def check_compression(
         _require_recreatable_optimizer(trainer)
     _require_stock_methods(trainer, config, args)
     noise_to_keep(trainer, args.keep_noise)
-    model = trainer.model
-    check_can_be_packed(None if model is None else trainer.accelerator.unwrap_model(model))
+    if trainer.model is None:
+        raise ValueError(
+            "the trainer has no model, as after a hyperparameter search; call train() before "
+            "compress"
+        )
+    check_can_be_packed(trainer.accelerator.unwrap_model(trainer.model))
 
 
 def _require_known_lengths(

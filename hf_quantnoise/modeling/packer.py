@@ -197,18 +197,13 @@ def has_adapters(model: nn.Module) -> bool:
     return any(type(module).__module__.startswith("peft.") for module in model.modules())
 
 
-def check_can_be_packed(model: nn.Module | None) -> None:
+def check_can_be_packed(model: nn.Module) -> None:
     """Check that a model can be packed.
 
     Raises:
         TypeError: if it is not a ``PreTrainedModel``.
         ValueError: if it is quantized, or has adapters.
     """
-    if model is None:
-        raise TypeError(
-            "invalid model: got NoneType, expected a transformers PreTrainedModel; call train() "
-            "first, since a hyperparameter search leaves the trainer without a model"
-        )
     if isinstance(model, nn.Module) and has_adapters(model):
         raise ValueError(
             f"invalid model: {type(model).__name__} has PEFT adapters, which cannot be packed; "

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel, Trainer
-from transformers.trainer_utils import get_last_checkpoint, has_length
+from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import CONFIG_NAME, logging
 
 from ...compat import undo_accelerate_prepare, without_compile_wrapper
@@ -145,17 +145,15 @@ class PackedModelTrainer(Trainer):
         return result
 
     # Private: the only place that decides which epochs and batches a resumed training skips.
-    def _init_training_state(self, max_steps, steps_per_epoch, epochs, checkpoint, trial):
-        trained = super()._init_training_state(
-            max_steps, steps_per_epoch, epochs, checkpoint, trial
-        )
+    def _init_training_state(self, max_steps, epoch_steps, epochs, checkpoint, trial):
+        trained = super()._init_training_state(max_steps, epoch_steps, epochs, checkpoint, trial)
         if checkpoint is None or self.state.global_step == 0:
             return trained
         if self.state.global_step >= max_steps:
             return epochs, 0
-        if has_length(self.train_dataset) or self.args.ignore_data_skip:
-            return trained
         # Without a length, Trainer counts all steps as one epoch, also in the state's epoch.
+        if epoch_steps != max_steps or self.state.epoch < 1 or self.args.ignore_data_skip:
+            return trained
         share, epochs = math.modf(self.state.epoch)
         return int(epochs), round(share * max_steps * self.args.gradient_accumulation_steps)
 
