@@ -14,15 +14,17 @@ from typing import Any
 import torch
 from huggingface_hub import constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
 from ..compat import from_config
 from ..configuration import QUANT_METHOD, QuantizedModelConfig
-from ..hub.auto import class_of
+from ..configuration.checks import shown
+from ..hub.auto import class_of, method_of, read_config
 from ..hub.file_check import Stored
 from ..hub.quantizer import QuantNoiseHfQuantizer
 from ..sharing import share
+from ..text import printable
 from .command import UsageError
 from .headers import Headers, hub_headers, local_headers
 
@@ -40,7 +42,7 @@ class Checkpoint:
         if not self.has_config:
             raise FileNotFoundError(f"{self.path!r} has no {CONFIG_NAME}")
         with self._error_context():
-            return AutoConfig.from_pretrained(self.path, revision=self.revision)
+            return read_config(self.path, revision=self.revision)
 
     @cached_property
     def has_config(self) -> bool:
@@ -72,15 +74,15 @@ class Checkpoint:
     def quant_method(self) -> str | None:
         """Quantization method of the model, or None."""
         stored = getattr(self.config, "quantization_config", None)
-        return None if stored is None else str(stored.get("quant_method"))
+        return None if stored is None else printable(method_of(stored))
 
     @property
     def model_class(self) -> type[PreTrainedModel]:
         """The model class in ``architectures``."""
         if (found := class_of(self.config.architectures)) is None:
             raise ValueError(
-                f"{self.path!r}: invalid architectures={self.config.architectures!r} in "
-                "config.json: expected the name of a transformers class"
+                f"{self.path!r}: invalid architectures={shown(self.config.architectures)} in "
+                "config.json: expected the name of a transformers model class"
             )
         return found
 

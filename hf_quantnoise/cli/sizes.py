@@ -11,6 +11,7 @@ from typing import Any
 from ..hub.reading import FLOATS
 from ..size import SizeReport, SizeRow, aligned, kilobytes, size_report, total_of
 from ..structure import find_layers
+from ..text import printable
 from .checkpoints import Checkpoint
 from .headers import Headers
 
@@ -113,13 +114,15 @@ def draw(report: SizeReport, per: str, title: str, file_name: str) -> None:
         if row.disk_bytes:
             of_layer = per == "layer" and row.group != "other"
             name = row.name.removesuffix(".weight") if of_layer else row.group
+            name = printable(name).replace("$", r"\$")  # which begins a formula
             names[name] = 0.0
             kinds[row.stored][name] += row.disk_bytes
     figure = Figure(figsize=(8, 1.5 + 0.2 * len(names)))
     axes = figure.add_subplot()
     for kind, sizes in kinds.items():
         widths = [sizes[name] / 1e3 for name in names]
-        axes.barh(list(names), widths, left=list(names.values()), label=kind)
+        label = printable(kind).replace("$", r"\$")
+        axes.barh(list(names), widths, left=list(names.values()), label=label)
         names = {name: names[name] + sizes[name] / 1e3 for name in names}
     axes.invert_yaxis()
     axes.tick_params(axis="y", labelsize=7)

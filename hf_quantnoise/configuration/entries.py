@@ -11,7 +11,7 @@ from typing import Any
 
 from ..registry import Registry, suggestion
 from ..structure import GROUPS
-from .checks import Check, integer, invalid, one_of
+from .checks import Check, integer, invalid, layer_names, one_of
 from .options import options_of
 
 # Scheme of an entry -> its quantizer, a dataclass.
@@ -66,8 +66,8 @@ def plan_entries(name: str, value: Any) -> None:
     """
     if not isinstance(value, dict):
         raise invalid(name, value, "a dict from layer name to how it is stored")
+    layer_names(name, value)
     for layer, entry in value.items():
-        _name(f"layer in {name}", layer)
         _check_entry(f"{name}[{layer!r}]", entry)
     for layer, entry in value.items():
         source = entry.get("tied_to")
