@@ -7,7 +7,7 @@ codes are in the file. Only the headers of the files are read.
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -19,7 +19,7 @@ from ..compat import (
     own_parameters,
 )
 from ..configuration import QUANTIZERS, QuantizedModelConfig, settings_of
-from ..files import read_header
+from ..files import Header, TensorHeader, read_header
 from ..layer_types import known_layer_type
 from ..modeling.convert import packed_layers, packed_spec
 from ..modeling.packed import INDICES, INPUT_NAMES, PREFIX
@@ -31,37 +31,41 @@ from .skeleton import Names, quantizer_of
 _RESTORE = "restore config.json and the files from one save, or save the model again"
 
 
-class Stored(NamedTuple):
-    """What the header of a file says about a tensor."""
+def headers_of(files: Iterable[str] | None) -> dict[str, Header] | None:
+    """Return the headers of safetensors files by path, None without files.
 
-    dtype: str  # as in the header: "U8", "F32", ...
-    shape: tuple[int, ...]
-
-
-def stored_in(files: Iterable[str] | None) -> dict[str, Stored] | None:
-    """Return the tensors of safetensors files by name, None without files.
-
-    Raises ValueError if a file is damaged or of another format, or a tensor is in two of them.
+    Raises ValueError if a file is damaged or of another format.
     """
     if files is None:
         return None
-    found: dict[str, Stored] = {}
+    headers = {}
     for file in map(str, files):
         if not file.endswith(".safetensors"):
             raise ValueError(
                 f"invalid file {file!r}: packed models are stored as safetensors; save the model "
                 "again with save_pretrained"
             )
-        header = read_header(file).tensors
-        if repeated := found.keys() & header.keys():
-            raise ValueError(f"invalid file {file!r}: {min(repeated)} is in another file as well")
-        for name, tensor in header.items():
-            found[name] = Stored(tensor.dtype, tuple(tensor.shape))
+        headers[file] = read_header(file)
+    return headers
+
+
+def tensors_in(headers: Mapping[str, Header] | None) -> dict[str, TensorHeader] | None:
+    """Return the tensors of some files by name; ValueError if one is in two of them."""
+    if headers is None:
+        return None
+    found: dict[str, TensorHeader] = {}
+    for file, header in headers.items():
+        if repeated := found.keys() & header.tensors.keys():
+            raise ValueError(
+                f"invalid file {file!r}: {min(repeated)} is in another file as well; download or "
+                "save the model again"
+            )
+        found |= header.tensors
     return found
 
 
 def check_files(
-    names: Names, config: QuantizedModelConfig, stored: Mapping[str, Stored] | None
+    names: Names, config: QuantizedModelConfig, stored: Mapping[str, TensorHeader] | None
 ) -> set[str] | None:
     """Raise ValueError unless each packed tensor belongs to an entry of the plan, and vice versa.
 
@@ -148,13 +152,13 @@ def _entry_of(model: PreTrainedModel, layers: Iterable[str], plan: Mapping) -> s
 
 
 def _check_tensor(
-    names: Names, name: str, entry: dict[str, Any], leaf: str, key: str, tensor: Stored
+    names: Names, name: str, entry: dict[str, Any], leaf: str, key: str, tensor: TensorHeader
 ) -> None:
     """Raise ValueError if a stored tensor is not the one that the entry of its layer describes."""
     settings = settings_of(entry)
     field = f"invalid plan[{name!r}]"
     if leaf == "weight":
-        if tensor != ("U8", (1,)):  # a sentinel
+        if (tensor.dtype, tensor.shape) != ("U8", (1,)):  # a sentinel
             raise ValueError(f"{field}: the files hold {key}, a dense weight, too; {_RESTORE}")
         return
     spec = packed_spec(quantizer_of(entry), entry["rows"], entry["columns"])

@@ -36,13 +36,17 @@ def names(tmp_path_factory):
         BertForSequenceClassification(config), hf_quantnoise.FixedPointConfig()
     )
     small.save_pretrained(folder / "small")
-    for copy in ("truncated", "future"):
+    for copy in ("truncated", "future", "edited"):
         shutil.copytree(folder / "small", folder / copy)
     weights = folder / "truncated" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     file = folder / "future" / "config.json"
     values = json.loads(file.read_text())
     values["quantization_config"] |= {"format_version": 9, "requires": "hf-quantnoise>=9.0"}
+    file.write_text(json.dumps(values))
+    file = folder / "edited" / "config.json"
+    values = json.loads(file.read_text())
+    del values["quantization_config"]["plan"]["classifier"]
     file.write_text(json.dumps(values))
     args = TrainingArguments(str(folder / "out"), use_cpu=True, report_to="none")
     own = {"model": model, "small": small, "args": args, "data_collator": DefaultDataCollator()}
