@@ -14,7 +14,6 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from ..compat import own_parameters
 from ..configuration import QuantizedModelConfig
 from ..distributed import broadcast_from, is_distributed, is_own_task, rank_of_task, sum_over_ranks
 from ..quantizers.base import require_finite
@@ -184,8 +183,9 @@ class ModelPacker:
             return
         for number, planned in enumerate(self.stages[stage]):
             layer = planned.modules[0]
+            tensors = layer.tensors()
             for name in packed_names(layer):
-                tensor = own_parameters(layer)[name]
+                tensor = tensors[name]
                 tensor.copy_(broadcast_from(tensor.detach(), rank_of_task(number)))
         device = layer.weight_indices.device
         found = torch.tensor(list(errors.values()), device=device, dtype=torch.float32)

@@ -115,13 +115,13 @@ def take_from_rank_0(model: nn.Module) -> None:
         if not tensor.is_meta:
             tensor.copy_(values)
             continue
-        if isinstance(tensor, nn.Parameter):
-            values = nn.Parameter(values, tensor.requires_grad)
         module_name, _, attribute = name.rpartition(".")
         module = model.get_submodule(module_name)
-        parameters = own_parameters(module)
-        tensors = parameters if attribute in parameters else own_buffers(module)
-        tensors[attribute] = taken.setdefault(id(tensor), values)
+        if isinstance(tensor, nn.Parameter):
+            values = nn.Parameter(values, tensor.requires_grad)
+            module.register_parameter(attribute, taken.setdefault(id(tensor), values))
+        else:
+            own_buffers(module)[attribute] = taken.setdefault(id(tensor), values)
 
 
 def replicated_parameters(model: nn.Module) -> list[nn.Parameter]:
