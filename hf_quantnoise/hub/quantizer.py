@@ -24,6 +24,7 @@ from ..compat import (
     mark_quantized,
     offloaded_names,
     own_parameters,
+    set_table_of_prompts,
 )
 from ..configuration import QUANT_METHOD, QuantizedModelConfig
 from ..modeling import PackedLayer, packed_layers, stored_tensors
@@ -48,6 +49,13 @@ from .skeleton import (
 
 logger = logging.get_logger(__name__)
 register_quantization_config(QUANT_METHOD)(QuantizedModelConfig)
+
+
+def _table_of_packed(model: PreTrainedModel) -> nn.Module | None:
+    return model.get_input_embeddings() if any(packed_layers(model)) else None
+
+
+set_table_of_prompts(_table_of_packed)
 
 
 @register_quantizer(QUANT_METHOD)
@@ -117,7 +125,8 @@ class QuantNoiseHfQuantizer(HfQuantizer):
         require_shapes(model, self.__dict__.pop("_shapes"))
         model.add_model_tags(list(TAGS))
         for name, layer in packed_layers(model):
-            is_read, layer._loading = layer._loading.is_read, None
+            is_read = layer._loading.is_read
+            layer.finish_loading()
             if is_read:
                 continue
             if _is_offloaded(layer) and layer.quantizer.encodes_state:
@@ -130,7 +139,7 @@ class QuantNoiseHfQuantizer(HfQuantizer):
 
     def _require_read(self, name: str, layer: PackedLayer) -> None:
         """Raise ValueError if the checkpoint lacks a tensor of a layer."""
-        for key, tensor in layer.named_parameters(recurse=False):
+        for key, tensor in layer.tensors().items():
             is_read = key in offloaded_names(layer) if tensor.is_meta else is_initialized(tensor)
             if is_read:
                 continue
@@ -166,13 +175,13 @@ class QuantNoiseHfQuantizer(HfQuantizer):
         state_dict = model.state_dict()
         written: dict[int, Tensor] = {}  # tied layers must keep sharing one tensor
         for prefix, layer in packed_layers(model):
-            names = [name for name, _ in layer.named_parameters(recurse=False)]
-            tensors = {name: state_dict[f"{prefix}.{name}"] for name in names}
+            in_memory = layer.tensors()
+            tensors = {name: state_dict[f"{prefix}.{name}"] for name in in_memory}
             for key, tensor in tensors.items():
                 if tensor.is_meta:
                     tensors[key] = load_offloaded_parameter(model, f"{prefix}.{key}")
             for name, tensor in stored_tensors(layer, tensors).items():
-                identity = id(own_parameters(layer)[name])
+                identity = id(in_memory[name])
                 state_dict[f"{prefix}.{name}"] = written.setdefault(identity, tensor)
         sentinels = sentinel_names(self.quantization_config, model)
         for name in sentinels:
