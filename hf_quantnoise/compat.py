@@ -21,7 +21,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer
 from transformers.cache_utils import CacheLayerMixin
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightTransform, revert_weight_conversion
+from transformers.core_model_loading import (
+    PrefixChange,
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+    revert_weight_conversion,
+)
 from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -29,6 +35,8 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 __all__ = [
     "CacheLayerMixin",
     "GradientCheckpointingLayer",
+    "WeightConverter",
+    "WeightRenaming",
     "WeightTransform",
     "get_model_conversion_mapping",
     "load_offloaded_parameter",
@@ -56,6 +64,10 @@ OVERRIDDEN = {
     },
     "transformers.Trainer": {
         "_get_train_sampler": ["train_dataset"],
+        "_init_training_state": [
+            *("max_steps", "num_update_steps_per_epoch", "num_train_epochs"),
+            *("resume_from_checkpoint", "trial"),
+        ],
         "_load_optimizer_and_scheduler": ["checkpoint"],
         "_save": ["output_dir", "state_dict"],
     },
@@ -151,6 +163,20 @@ def ignored_on_save(model: nn.Module) -> set[str]:
 def weight_conversions(model: Any) -> list[WeightTransform]:
     """Return the renamings and conversions applied while a model was loaded."""
     return model._weight_conversions or []
+
+
+def weight_conversions_on_save(model: PreTrainedModel) -> list[WeightTransform]:
+    """Return the conversions that `save_pretrained` reverses."""
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None:  # the model was not loaded: as in revert_weight_conversion
+        conversions = get_model_conversion_mapping(model, add_legacy=False)
+        conversions = [each for each in conversions if not isinstance(each, PrefixChange)]
+    return conversions
+
+
+def set_weight_conversions(model: Any, conversions: list[WeightTransform]) -> None:
+    """Set the conversions that `save_pretrained` reverses."""
+    model._weight_conversions = conversions
 
 
 def dtype_plan(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:

@@ -37,6 +37,8 @@ from ..modeling.ties import restore_ties
 from ..sharing import share, unshare
 from ..structure import is_layer
 from .card import CARD_ATTRIBUTE, TAGS
+from .conversions import convert_all, convert_dense_only, names_kept_in_files, without
+from .parts import describe_parts, forget_parts
 from .reading import read_packed, require_no_renaming
 from .skeleton import (
     allow_sentinels,
@@ -72,13 +74,14 @@ class QuantNoiseHfQuantizer(HfQuantizer):
     is_qat_trainable = True
     is_compileable = True
 
-    # The defaults of these two list all names of the model, which takes time and changes nothing: a
-    # packed layer's tensors have the same names in files, and are not split among devices.
-
+    # The default lists all names of the model, which takes time and changes nothing: a packed
+    # layer's tensors are not split among devices.
     def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None: ...
 
     def update_weight_conversions(self, weight_conversions: list, model: PreTrainedModel) -> list:
-        return weight_conversions
+        """Return the conversions of names for the files that are being loaded."""
+        kept = self.__dict__.pop("_kept", None)
+        return without(weight_conversions, kept) if kept else weight_conversions
 
     def attach(self, model: PreTrainedModel) -> None:
         """Mark a model that was packed in memory as quantized."""
@@ -110,7 +113,8 @@ class QuantNoiseHfQuantizer(HfQuantizer):
         with DisableTorchFunction():
             self.quantization_config, layers, self._joined = build_skeleton(model, config)
             self._shapes = shapes_before_loading(model)
-            self._read = read_packed(model, layers, checkpoint_files, device_map)
+            self._kept = names_kept_in_files(model, config, checkpoint_files)
+            self._read = read_packed(model, layers, checkpoint_files, device_map, self._kept)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs):
         if not self.pre_quantized:
@@ -169,6 +173,7 @@ class QuantNoiseHfQuantizer(HfQuantizer):
         # With an adapter loaded, transformers writes only the adapter.
         if not has_adapter(model):
             _drop_replaced_layers(model, self.quantization_config)
+            describe_parts(model, self.quantization_config)
         state_dict = model.state_dict()
         written: dict[int, Tensor] = {}  # tied layers must keep sharing one tensor
         for prefix, layer in packed_layers(model):
@@ -180,8 +185,10 @@ class QuantNoiseHfQuantizer(HfQuantizer):
             for name, tensor in stored_tensors(layer, tensors).items():
                 identity = id(in_memory[name])
                 state_dict[f"{prefix}.{name}"] = written.setdefault(identity, tensor)
-        for name in sentinel_names(self.quantization_config, model):
+        sentinels = sentinel_names(self.quantization_config, model)
+        for name in sentinels:
             state_dict[name] = torch.zeros(1, dtype=torch.uint8)
+        convert_dense_only(model, sentinels)
         return state_dict, {}
 
     # ---- dequantizing ---------------------------------------------------------------------------
@@ -190,6 +197,8 @@ class QuantNoiseHfQuantizer(HfQuantizer):
         if isinstance(dtype, str):  # config.dtype is its name once the model was saved
             dtype = getattr(torch, dtype)
         unpack_model(model)
+        convert_all(model)
+        forget_parts(model)
         if dtype not in (None, model.dtype):  # otherwise each weight keeps the dtype it has
             for tensor in model.state_dict(keep_vars=True).values():
                 if tensor.is_floating_point():
