@@ -25,6 +25,7 @@ from ..compat import (
     offloaded_names,
     own_parameters,
     set_table_of_prompts,
+    stop_rescaling,
 )
 from ..configuration import QUANT_METHOD, QuantizedModelConfig
 from ..modeling import PackedLayer, packed_layers, stored_tensors
@@ -107,6 +108,7 @@ class QuantNoiseHfQuantizer(HfQuantizer):
                 "unknown; save the model again with save_pretrained"
             )
         allow_sentinels(model, config)
+        stop_rescaling(model)
         # transformers intercepts every torch function here to create tensors on the meta device.
         with DisableTorchFunction():
             self.quantization_config, layers, self._joined = build_skeleton(model, config)
