@@ -24,6 +24,7 @@ from ..compat import (
     mark_quantized,
     offloaded_names,
     set_table_of_prompts,
+    stop_rescaling,
 )
 from ..configuration import QUANT_METHOD, QuantizedModelConfig
 from ..modeling import PackedLayer, packed_layers, stored_tensors
@@ -109,6 +110,7 @@ class QuantNoiseHfQuantizer(HfQuantizer):
                 "unknown; save the model again with save_pretrained"
             )
         allow_sentinels(model, config)
+        stop_rescaling(model)
         # transformers intercepts every torch function here to create tensors on the meta device.
         with DisableTorchFunction():
             names, headers = Names(model), headers_of(checkpoint_files)
