@@ -35,10 +35,13 @@ from ..modeling.ties import restore_ties
 from ..sharing import share, unshare
 from ..structure import is_layer
 from .card import CARD_ATTRIBUTE, TAGS
+from .file_check import check_files, stored_in
 from .reading import read_packed, require_no_renaming
 from .skeleton import (
+    Names,
     allow_sentinels,
     build_skeleton,
+    remove_placeholders,
     require_shapes,
     sentinel_names,
     shapes_before_loading,
@@ -84,7 +87,7 @@ class QuantNoiseHfQuantizer(HfQuantizer):
     # ---- loading --------------------------------------------------------------------------------
 
     def _process_model_before_weight_loading(
-        self, model: PreTrainedModel, checkpoint_files=None, device_map=None, **kwargs
+        self, model: PreTrainedModel, checkpoint_files=None, device_map=None, headers=None, **kwargs
     ) -> None:
         config = self.quantization_config
         if not self.pre_quantized:
@@ -98,7 +101,10 @@ class QuantNoiseHfQuantizer(HfQuantizer):
         allow_sentinels(model, config)
         # transformers intercepts every torch function here to create tensors on the meta device.
         with DisableTorchFunction():
-            self.quantization_config, layers, self._joined = build_skeleton(model, config)
+            names, stored = Names(model), stored_in(checkpoint_files) or headers
+            found = None if stored is None else check_files(names, config, stored)
+            skeleton = build_skeleton(names, config, found)
+            self.quantization_config, layers, self._joined = skeleton
             self._shapes = shapes_before_loading(model)
             self._read = read_packed(model, layers, checkpoint_files, device_map)
 
@@ -111,6 +117,7 @@ class QuantNoiseHfQuantizer(HfQuantizer):
             return model
         require_no_renaming(model, self.__dict__.pop("_read"))
         require_shapes(model, self.__dict__.pop("_shapes"))
+        remove_placeholders(model)
         model.add_model_tags(list(TAGS))
         for name, layer in packed_layers(model):
             is_read, layer._loading = layer._loading.is_read, None

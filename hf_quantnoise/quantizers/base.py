@@ -41,6 +41,7 @@ class Quantizer(ABC):
         block_size: elements per block.
         code_bits: bits per code.
         codes_per_block: number of codes of a block, adjacent in the codes of its row.
+        state_names: all keys that a state can have.
         not_trained: keys of state tensors that get no gradient.
         short_name: for tables, e.g. ``"pq 256x4"``.
     """
@@ -48,6 +49,7 @@ class Quantizer(ABC):
     scheme: ClassVar[str]
     block_size: int
     codes_per_block: ClassVar[int] = 1
+    state_names: ClassVar[frozenset[str]] = frozenset()
     not_trained: ClassVar[frozenset[str]] = frozenset()
 
     @property

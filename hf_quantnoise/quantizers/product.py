@@ -88,6 +88,7 @@ class ProductQuantizer(Quantizer):
 
     scheme: ClassVar[str] = "pq"
     not_trained: ClassVar[frozenset[str]] = frozenset(_PREFIX + key for key in _KEYS)
+    state_names: ClassVar[frozenset[str]] = not_trained | {"codebook", "row_scale"}
 
     @property
     def _eight_bits(self) -> FixedPointQuantizer:
