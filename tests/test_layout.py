@@ -20,6 +20,7 @@ LAYERS = (
     "patterns",
     "files",
     "distributed",
+    "durable_files",
     "dynamic_subclass",
     "layer_types",
     "blocks",

@@ -19,8 +19,9 @@ from ..layer_types import known_layer_type
 from ..modeling.convert import packed_spec
 from ..modeling.packed import INDICES, INPUT_NAMES, PREFIX
 from ..sharing import parents_of
+from .conversions import spellings
 from .reading import DTYPES, FLOATS
-from .skeleton import Names, quantizer_of, spellings
+from .skeleton import Names, quantizer_of
 
 _RESTORE = "restore config.json and the files from one save, or save the model again"
 

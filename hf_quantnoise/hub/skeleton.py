@@ -25,6 +25,7 @@ from ..modeling.ties import renamed_ties
 from ..quantizers import Quantizer, quantizer_from_dict
 from ..sharing import require_same_shapes
 from ..structure import is_layer
+from .conversions import renamed_layer, renamings_of, spellings
 
 logger = logging.get_logger(__name__)
 
@@ -53,12 +54,6 @@ def allow_sentinels(model: PreTrainedModel, config: QuantizedModelConfig) -> Non
     for name in {*sentinel_names(config, model), f"{min(config.plan)}.weight"}:
         short = name.removeprefix(f"{model.base_model_prefix}.")
         ignored_if_unexpected(model).add(rf"(^|\.){re.escape(short)}$")
-
-
-def spellings(model: PreTrainedModel, name: str) -> tuple[str, str, str]:
-    """Return a name as it is, without and with the base model's prefix."""
-    prefix = f"{model.base_model_prefix}."
-    return name, name.removeprefix(prefix), prefix + name
 
 
 def quantizer_of(entry: dict) -> Quantizer:
@@ -124,7 +119,7 @@ def require_shapes(model: PreTrainedModel, shapes: dict[str, torch.Size]) -> Non
 
 
 class Names:
-    """Names in this class of a model, which may differ from the checkpoint's by the base prefix."""
+    """Names in this class of a model, of layers that another class may have saved."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -136,12 +131,14 @@ class Names:
             if parameter is not None
         }
         self.unsaved = ignored_on_save(model)
+        self.renamings = renamings_of(model)
 
     def find(self, name: str) -> str | None:
         """Return the local name for a name of the checkpoint, or None if this class lacks it."""
-        for candidate in spellings(self.model, name):
-            if candidate in self.modules or candidate in self.parameters:
-                return candidate
+        for known in (name, renamed_layer(name, self.renamings)):
+            for candidate in spellings(self.model, known):
+                if candidate in self.modules or candidate in self.parameters:
+                    return candidate
         return None
 
     def translate(self, entries: dict) -> dict:

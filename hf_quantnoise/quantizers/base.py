@@ -20,8 +20,11 @@ class StraightThrough(torch.autograd.Function):
     """Other values forward, identity backward (the STE of section 4.1). Saves nothing."""
 
     @staticmethod
-    def forward(ctx, tensor: Tensor, values: Tensor) -> Tensor:
+    def forward(tensor: Tensor, values: Tensor) -> Tensor:
         return values.view_as(values)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None: ...
 
     @staticmethod
     def backward(ctx, gradient: Tensor):

@@ -116,9 +116,13 @@ class _RoundWithin(torch.autograd.Function):
     """Rounded values forward; identity backward within the range, zero outside it."""
 
     @staticmethod
-    def forward(ctx, values: Tensor, rounded: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        ctx.save_for_backward((values >= low) & (values <= high))
+    def forward(values: Tensor, rounded: Tensor, low: Tensor, high: Tensor) -> Tensor:
         return rounded.view_as(rounded)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        values, _, low, high = inputs
+        ctx.save_for_backward((values >= low) & (values <= high))
 
     @staticmethod
     def backward(ctx, gradient: Tensor):

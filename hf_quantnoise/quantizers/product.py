@@ -29,10 +29,14 @@ class _Lookup(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, codebook: Tensor, codes: Tensor) -> Tensor:
+    def forward(codebook: Tensor, codes: Tensor) -> Tensor:
+        return F.embedding(codes.int(), codebook)  # much faster than indexing
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        codebook, codes = inputs
         ctx.save_for_backward(codes)
         ctx.n_centroids = len(codebook)
-        return F.embedding(codes.int(), codebook)  # much faster than indexing
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
