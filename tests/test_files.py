@@ -108,6 +108,7 @@ INDEXES = {
     "empty map": {"weight_map": {}},
     "shard is None": {"weight_map": {"a": None}},
     "shard is a list": {"weight_map": {"a": ["model.safetensors"]}},
+    "no metadata": {"weight_map": {"a": "a.safetensors"}},
     "metadata is a list": {"metadata": [], "weight_map": {"a": "a.safetensors"}},
     "other type": {"weight_map": {"a": "model.bin"}},
     "outside": {"weight_map": {"a": "../a.safetensors"}},

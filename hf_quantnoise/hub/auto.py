@@ -6,7 +6,7 @@ Like PEFT's AutoPeftModel they are dispatchers: they return a model of the real 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -69,7 +69,21 @@ class AutoQuantizedModel:
                 "head, such as AutoQuantizedModelForSequenceClassification"
             )
         with _damaged_files_named(path, kwargs):
-            return loader.from_pretrained(path, **kwargs)
+            loaded: Any = loader.from_pretrained(path, **{**kwargs, "output_loading_info": True})
+        model, info = loaded
+        _require_complete(path, model, info["missing_keys"])
+        return loaded if kwargs.get("output_loading_info") else model
+
+
+def _require_complete(path: str, model: PreTrainedModel, missing: Iterable[str]) -> None:
+    """Raise if tensors are missing, which are random, although this class saved the checkpoint."""
+    names = sorted(missing)
+    if names and type(model).__name__ in (model.config.architectures or ()):
+        raise ValueError(
+            f"{path!r} lacks {len(names)} tensors of {type(model).__name__} "
+            f"({', '.join(names[:3])}, ...): a file is missing or belongs to another model; "
+            "download or save the model again"
+        )
 
 
 def read_config(path: str, **kwargs: Any) -> PreTrainedConfig:
@@ -126,6 +140,11 @@ def _damaged_files_named(path: str, kwargs: dict[str, Any]) -> Iterator[None]:
             raise ValueError(
                 f"cannot read a safetensors file of {path!r}, which is truncated or corrupted "
                 f"({printable(error)}); download or save the model again"
+            ) from error
+        if isinstance(error, RuntimeError) and "mismatch" in str(error):
+            raise ValueError(
+                f"the tensors of {path!r} do not have the shapes of this model "
+                f"({printable(error)}); restore config.json and the files from one save"
             ) from error
         raise
 

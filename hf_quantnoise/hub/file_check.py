@@ -6,7 +6,8 @@ codes are in the file. Only the headers of the files are read.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +32,9 @@ class Stored(NamedTuple):
 
     dtype: str  # as in the header: "U8", "F32", ...
     shape: tuple[int, ...]
+
+
+_SENTINEL = Stored("U8", (1,))
 
 
 def stored_in(files: Iterable[str] | None) -> dict[str, Stored] | None:
@@ -70,7 +74,9 @@ def check_files(
     packed = _packed_tensor_names()
     candidates = _layer_names(model)
     found: set[str] = set()
+    require_kind = _kind_check(model)
     for key, tensor in stored.items():
+        require_kind(key, tensor)
         leaf = key.rpartition(".")[2]
         if leaf != "weight" and leaf not in packed:
             continue
@@ -96,6 +102,26 @@ def check_files(
                 "model again"
             )
     return found
+
+
+def _kind_check(model: PreTrainedModel) -> Callable[[str, Stored], None]:
+    """Return a check that floats of the model are stored as floats, and integers as integers.
+
+    transformers converts one to the other.
+    """
+    tensors = chain(model.named_parameters(remove_duplicate=False), model.named_buffers())
+    is_float = {name: tensor.is_floating_point() for name, tensor in tensors}
+
+    def check(key: str, tensor: Stored) -> None:
+        stored_as_float = tensor.dtype in FLOATS or tensor.dtype.startswith("F8")
+        for name in spellings(model, key):
+            if tensor != _SENTINEL and is_float.get(name, stored_as_float) != stored_as_float:
+                expected = "a float" if is_float[name] else "an integer"
+                raise ValueError(
+                    f"invalid dtype {tensor.dtype} of {key}: expected {expected}; {_RESTORE}"
+                )
+
+    return check
 
 
 def _packed_tensor_names() -> set[str]:
@@ -141,7 +167,7 @@ def _check_tensor(
     settings = settings_of(entry)
     field = f"invalid plan[{name!r}]"
     if leaf == "weight":
-        if tensor != ("U8", (1,)):  # a sentinel
+        if tensor != _SENTINEL:
             raise ValueError(f"{field}: the files hold {key}, a dense weight, too; {_RESTORE}")
         return
     spec = packed_spec(quantizer_of(entry), entry["rows"], entry["columns"])

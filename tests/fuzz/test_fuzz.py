@@ -9,7 +9,7 @@ import os
 import pytest
 import torch
 from golden.make import CASES
-from hypothesis import given
+from hypothesis import given, note
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from support.fuzzing import (
@@ -66,7 +66,7 @@ def sharded(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharded")
     model = AutoQuantizedModel.from_pretrained(original("ipq").folder)
     model.save_pretrained(folder, max_shard_size="2KB")
-    assert len(list(folder.glob("*.safetensors"))) > 2
+    assert len(list(folder.glob("*.safetensors"))) > 1
     return Original("ipq", folder)
 
 
@@ -107,6 +107,13 @@ DTYPES = [
 ]  # fmt: skip
 
 
+class Tensors(dict):
+    """Tensors by name, which are not shown when a test fails."""
+
+    def __repr__(self):
+        return f"{len(self)} tensors"
+
+
 @st.composite
 def damaged(draw, tensors):
     """Packed tensors, one or two of which have other values, another dtype or another shape."""
@@ -115,7 +122,9 @@ def damaged(draw, tensors):
     for _ in range(draw(st.integers(1, 2))):
         name = draw(st.sampled_from([name for name in names if name in tensors]))
         tensor = tensors[name].clone()
-        match draw(st.sampled_from(["bytes", "bytes", "fill", "dtype", "shape", "copy", "drop"])):
+        change = draw(st.sampled_from(["bytes", "bytes", "fill", "dtype", "shape", "copy", "drop"]))
+        note(f"{change} of {name}")
+        match change:
             case "bytes":
                 flat = tensor.view(-1).view(torch.uint8)
                 at = draw(st.integers(0, flat.numel() - 1))
@@ -137,7 +146,7 @@ def damaged(draw, tensors):
                 del tensors[name]
                 continue
         tensors[name] = tensor.contiguous()
-    return {name: tensor.clone() for name, tensor in tensors.items()}
+    return Tensors({name: tensor.clone() for name, tensor in tensors.items()})
 
 
 def require_valid(model):
@@ -148,8 +157,8 @@ def require_valid(model):
             assert "scale" not in key or (tensor > 0).all(), (name, key)
         if hasattr(layer.quantizer, "n_centroids"):
             assert layer.codes().max() < layer.quantizer.n_centroids, name
-        for parameter in layer.parameters(recurse=False):
-            assert parameter.dtype in (torch.uint8, torch.float32)
+        for tensor in layer.tensors().values():
+            assert tensor.dtype in (torch.uint8, torch.float32), name
 
 
 @every_kind

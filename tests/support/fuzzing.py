@@ -44,8 +44,8 @@ SPARE_ADDRESSES = 512 * 2**20
 
 HOSTILE: list[Any] = [
     None, True, False, 0, 1, -1, 2, 3, 7, 8, 16, 2**31, 10**10, 2**64, -(2**63), 10**400, 0.5, 4.0,
-    1e300, float("inf"), float("nan"), "", "x", "\x1b[2J", "\u202e", "a" * 2_000, "(" * 500, [], {},
-    [[]], [1], ["x"], {"x": 1}, {"x": "y"}, reduce(lambda inner, _: [inner], range(500), 0),
+    1e300, float("inf"), float("nan"), "", "x", "I32", "\x1b[2J", "\u202e", "a" * 2_000, "(" * 500,
+    [], {}, [[]], [1], ["x"], {"x": 1}, {"x": "y"}, reduce(lambda inner, _: [inner], range(500), 0),
 ]  # fmt: skip
 NAMES = ["", "x", "scheme", "plan", "bert", "\x1b[2J", "a" * 2_000, "__class__", "."]
 
