@@ -13,12 +13,18 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from ..compat import get_model_conversion_mapping, own_buffers, own_parameters
+from ..compat import (
+    get_model_conversion_mapping,
+    load_offloaded_parameter,
+    own_buffers,
+    own_parameters,
+)
 from ..configuration import QUANTIZERS, QuantizedModelConfig, settings_of
 from ..files import read_header
 from ..layer_types import known_layer_type
-from ..modeling.convert import packed_spec
+from ..modeling.convert import packed_layers, packed_spec
 from ..modeling.packed import INDICES, INPUT_NAMES, PREFIX
+from ..modeling.value_check import invalid_values
 from ..sharing import parents_of
 from .conversions import spellings
 from .reading import DTYPES, FLOATS
@@ -210,3 +216,25 @@ def _not_stored(config: QuantizedModelConfig, found: set[str]) -> Iterator[str]:
     for name, entry in config.plan.items():
         if entry.get("tied_to", name) not in weights and shared.isdisjoint(parents_of(name)):
             yield name
+
+
+def require_valid_values(model: PreTrainedModel) -> None:
+    """Raise ValueError if a packed layer of a model that was just loaded has invalid values.
+
+    Centroids of 8 bits are still codes. Tensors that are offloaded are read for it, one by one.
+    """
+    seen: set[int] = set()  # tensors of tied layers
+    for name, layer in packed_layers(model):
+        n_codes = layer.rows * layer.codes_per_row
+        for key, tensor in (own_parameters(layer) | own_buffers(layer)).items():
+            is_packed = key.startswith(PREFIX) or key in INPUT_NAMES
+            if tensor is None or id(tensor) in seen or not is_packed:
+                continue
+            seen.add(id(tensor))
+            value = load_offloaded_parameter(model, f"{name}.{key}") if tensor.is_meta else tensor
+            reason = invalid_values(layer.quantizer, n_codes, key.removeprefix(PREFIX), value)
+            if reason is not None:
+                raise ValueError(
+                    f"invalid {name}.{key}: {reason}; the file is damaged: download or save the "
+                    "model again, or load it with AutoQuantizedModel and check=False"
+                )

@@ -36,7 +36,7 @@ from ..sharing import share, unshare
 from ..structure import is_layer
 from .card import CARD_ATTRIBUTE, TAGS
 from .conversions import convert_all, convert_dense_only, names_kept_in_files, without
-from .file_check import check_files, stored_in
+from .file_check import check_files, require_valid_values, stored_in
 from .parts import describe_parts, forget_parts
 from .reading import align, read_packed, release_files, require_no_renaming
 from .skeleton import (
@@ -137,6 +137,7 @@ class QuantNoiseHfQuantizer(HfQuantizer):
             if _is_offloaded(layer) and layer.quantizer.encodes_state:
                 raise _cannot_be_offloaded(name, "stores its centroids in 8 bits")
             self._require_read(name, layer)
+        require_valid_values(model)
         decode_stored_states(model)
         self._tie_shared(model)
         align(model)

@@ -161,7 +161,10 @@ class Names:
                     f"invalid shared_layers[{name!r}]={source!r} in quantization_config: one of "
                     "them is a parameter, expected two layers; restore config.json"
                 )
-            require_same_shapes((found, name), self.modules)
+            try:
+                require_same_shapes((found, name), self.modules)
+            except ValueError as error:
+                raise ValueError(f"invalid shared_layers[{name!r}]={source!r}: {error}") from None
             local[name] = found
         return local
 
