@@ -154,7 +154,8 @@ def require_valid(model):
     for name, layer in packed_layers(model):
         for key, tensor in layer.state.items():
             assert torch.isfinite(tensor).all(), (name, key)
-            assert "scale" not in key or (tensor > 0).all(), (name, key)
+            if "scale" in key:  # that of a row is 0 for a row of zeros
+                assert (tensor >= 0 if key == "row_scale" else tensor > 0).all(), (name, key)
         if hasattr(layer.quantizer, "n_centroids"):
             assert layer.codes().max() < layer.quantizer.n_centroids, name
         for tensor in layer.tensors().values():
