@@ -6,7 +6,7 @@ codes are in the file. Only the headers of the files are read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -44,10 +44,9 @@ _SENTINEL = Stored("U8", (1,))
 
 
 def stored_in(files: Iterable[str] | None) -> dict[str, Stored] | None:
-    """Return the tensors of safetensors files by name, or None if there are no files.
+    """Return the tensors of safetensors files by name, None without files.
 
-    Raises ValueError for damaged files, for files of another format, and for a tensor that is in
-    two files.
+    Raises ValueError if a file is damaged or of another format, or a tensor is in two of them.
     """
     if files is None:
         return None
@@ -61,24 +60,27 @@ def stored_in(files: Iterable[str] | None) -> dict[str, Stored] | None:
         header = read_header(file).tensors
         if repeated := found.keys() & header.keys():
             raise ValueError(f"invalid file {file!r}: {min(repeated)} is in another file as well")
-        for name, entry in header.items():
-            found[name] = Stored(entry.dtype, entry.shape)
+        for name, tensor in header.items():
+            found[name] = Stored(tensor.dtype, tuple(tensor.shape))
     return found
 
 
 def check_files(
-    names: Names, config: QuantizedModelConfig, stored: Mapping[str, Stored]
-) -> set[str]:
+    names: Names, config: QuantizedModelConfig, stored: Mapping[str, Stored] | None
+) -> set[str] | None:
     """Raise ValueError unless each packed tensor belongs to an entry of the plan, and vice versa.
 
     A class may lack layers of the checkpoint (the head); those are checked if it is the class that
-    saved the checkpoint. Returns the names in the plan of the layers whose codes are stored.
+    saved the checkpoint. Returns the names in the plan of the layers whose codes are stored, or
+    None if ``stored`` is.
     """
+    if stored is None:
+        return None
     model, plan = names.model, config.plan
     by_layer = {names.find(name) or name: name for name in plan}
     lacks_nothing = type(model).__name__ in (model.config.architectures or ())
     packed = _packed_tensor_names()
-    candidates = _layer_names(model)
+    candidates = _layer_names(config, model, stored)
     found: set[str] = set()
     require_kind = _kind_check(model)
     for key, tensor in stored.items():
@@ -144,14 +146,20 @@ def _is_own(names: Names, layer: str | None, tensor: str) -> bool:
     return tensor in own_parameters(module) or tensor in own_buffers(module)
 
 
-def _layer_names(model: PreTrainedModel):
-    """Return a function from a tensor in the files to its layer: renamed by transformers, and not.
+def _layer_names(
+    config: QuantizedModelConfig, model: PreTrainedModel, stored: Container[str]
+) -> Callable[[str], tuple[str, ...]]:
+    """Return a function from a tensor in the files to the names that its layer may have.
 
-    transformers uses the second if the model has no tensor of the first.
+    These are the name that transformers gives to it and, if the model lacks that, its own. Files
+    that have all codes under the names of the plan (``conversions.py``) are not renamed.
     """
+    as_in_plan = {name for name in config.plan if f"{name}.{INDICES}" in stored}
+    if not any(_not_stored(config, as_in_plan)):
+        return lambda key: (key.rpartition(".")[0],)
     conversions = get_model_conversion_mapping(model)
 
-    def names(key: str) -> tuple[str, str]:
+    def names(key: str) -> tuple[str, ...]:
         renamed = key
         for conversion in conversions:
             renamed, _ = conversion.rename_source_key(renamed)

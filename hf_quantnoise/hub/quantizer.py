@@ -24,6 +24,7 @@ from ..compat import (
     mark_quantized,
     offloaded_names,
     set_table_of_prompts,
+    stop_rescaling,
 )
 from ..configuration import QUANT_METHOD, QuantizedModelConfig
 from ..modeling import PackedLayer, packed_layers, stored_tensors
@@ -38,7 +39,7 @@ from .card import CARD_ATTRIBUTE, TAGS
 from .conversions import convert_all, convert_dense_only, names_kept_in_files, without
 from .file_check import check_files, require_valid_values, stored_in
 from .parts import describe_parts, forget_parts
-from .reading import align, read_packed, release_files, require_no_renaming
+from .reading import align, read_packed, require_no_renaming
 from .skeleton import (
     Names,
     allow_sentinels,
@@ -109,11 +110,12 @@ class QuantNoiseHfQuantizer(HfQuantizer):
                 "unknown; save the model again with save_pretrained"
             )
         allow_sentinels(model, config)
+        stop_rescaling(model)
         # transformers intercepts every torch function here to create tensors on the meta device.
         with DisableTorchFunction():
-            names, stored = Names(model), stored_in(checkpoint_files) or headers
-            found = None if stored is None else check_files(names, config, stored)
-            self.quantization_config, layers, self._joined = build_skeleton(names, config, found)
+            names, stored = Names(model), headers or stored_in(checkpoint_files)
+            skeleton = build_skeleton(names, config, check_files(names, config, stored))
+            self.quantization_config, layers, self._joined = skeleton
             self._shapes = shapes_before_loading(model)
             self._kept = names_kept_in_files(model, config, checkpoint_files)
             self._read = read_packed(model, layers, checkpoint_files, device_map, self._kept)
@@ -123,7 +125,7 @@ class QuantNoiseHfQuantizer(HfQuantizer):
             _require_in_memory(model)
             model.is_quantized = False  # the packer takes dense models, and marks it
             ModelPacker(model, self.quantization_config).pack_all()
-            release_files(model)
+            _release_files(model)
             return model
         require_no_renaming(model, self.__dict__.pop("_read"))
         require_shapes(model, self.__dict__.pop("_shapes"))
@@ -276,3 +278,11 @@ def _require_in_memory(model: PreTrainedModel) -> None:
             "quantized; quantize without offloading, save_pretrained, and load the result with "
             "this device_map"
         )
+
+
+@torch.no_grad()
+def _release_files(model: PreTrainedModel) -> None:
+    """Copy tensors that are views of a memory-mapped file, which would keep all of it in memory."""
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()

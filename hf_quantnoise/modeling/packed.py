@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..compat import own_buffers, own_parameters
 from ..dynamic_subclass import DynamicSubclass, make_dynamic_subclass
-from ..layer_types import known_layer_type
+from ..layer_types import known_layer_type, records_gradients
 from ..quantizers import Quantizer
 from ..quantizers.fixed_point import round_activations
 from ..quantizers.packing import unpack_codes
@@ -164,7 +164,7 @@ class PackedLayer(DynamicSubclass):
     def decode_rows(self, rows: Tensor | slice | None = None) -> Tensor:
         """Return the decoded matrix (rows, columns), or some of its rows."""
         codes, state = self.codes(rows), self.state
-        if torch.is_grad_enabled() and "codebook" in state and state["codebook"].requires_grad:
+        if records_gradients() and "codebook" in state and state["codebook"].requires_grad:
             state["codebook"] = _AverageOverBlocks.apply(state["codebook"], self.block_counts())
         if rows is not None:
             state = self.quantizer.state_of_rows(state, rows)

@@ -8,7 +8,13 @@ from safetensors.torch import load_file
 from support.damage import edit_tensors
 from support.memory import live_bytes
 from support.stacked import inputs_of, make_stacked
-from transformers import AutoModel, AutoModelForSequenceClassification, Trainer, TrainingArguments
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    BertForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+)
 
 from hf_quantnoise import (
     AutoQuantizedModel,
@@ -162,7 +168,7 @@ def test_invalid_floats_are_refused(kind, saved, folder):
     for name in names:
         for value in WRONG.get(name.rpartition(".")[2], ()):
             original = load_file(path / "model.safetensors")[name].clone()
-            if original.dtype == torch.uint8 or abs(value) > torch.finfo(original.dtype).max < INF:
+            if original.dtype == torch.uint8 or torch.finfo(original.dtype).max < abs(value) < INF:
                 continue
             set_last(path, name, value)
             for loader in (AutoQuantizedModel, AutoModel):
@@ -171,7 +177,7 @@ def test_invalid_floats_are_refused(kind, saved, folder):
             AutoQuantizedModel.from_pretrained(path, check=False)
             edit_tensors(path, lambda t, n=name, o=original: t.update({n: o}))
             tried += 1
-    assert tried >= 3
+    assert tried >= 2
     AutoQuantizedModel.from_pretrained(path)
 
 
@@ -197,7 +203,7 @@ def test_every_way_of_loading_checks_values(way, folder, tmp_path, monkeypatch):
     if way == "state dict":
         model = AutoQuantizedModel.from_pretrained(path, check=False)
         settings = {"state_dict": load_file(path / "model.safetensors"), "config": model.config}
-    load = AutoModelForSequenceClassification.from_pretrained
+    load = BertForSequenceClassification.from_pretrained
     with pytest.raises(ValueError, match=rf"{LAYER}.weight_codebook: got NaN"):
         load(None if way == "state dict" else path, **settings)
     if way != "state dict":
