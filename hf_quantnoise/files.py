@@ -98,7 +98,7 @@ def _parse(place: object, content: bytes) -> dict[str, Any]:
     except ValueError as error:  # JSON, or its encoding
         raise _damaged(place, error) from None
     if not isinstance(values, dict):
-        raise _damaged(place, "its content is no JSON object")
+        raise _damaged(place, "its content is not a JSON object")
     return values
 
 
@@ -125,7 +125,7 @@ def read_index(file: str | os.PathLike) -> dict[str, str]:
     if not isinstance(shards, dict) or not shards or len(shards) > MAX_ENTRIES:
         raise _damaged(file, "weight_map does not map tensor names to files")
     if not isinstance(index.get("metadata"), dict):  # which transformers requires
-        raise _damaged(file, "metadata is no JSON object")
+        raise _damaged(file, "metadata is not a JSON object")
     for shard in shards.values():
         if not isinstance(shard, str) or not shard.endswith(".safetensors"):
             raise _damaged(file, f"weight_map has {shard!r:.200} in place of a safetensors file")

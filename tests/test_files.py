@@ -209,7 +209,7 @@ NO_MODELS = {
     "a private name": ["__builtins__"],
     "a string": "BertForSequenceClassification",
     "a number": 1,
-    "numbers": [1],
+    "a list of integers": [1],
     "dicts": [{"BertForSequenceClassification": 1}],
     "a list": [["BertForSequenceClassification"]],
     "nothing": [],

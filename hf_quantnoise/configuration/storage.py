@@ -124,6 +124,14 @@ class QuantizedModelConfig(HubConfigMixin, Options, QuantizationConfigMixin):
     def __post_init__(self) -> None:
         check_format(self.format_version)
         super().__post_init__()
+        for name, entry in self.plan.items():
+            if entry.get("activation_bits") not in (None, self.activation_bits):
+                raise invalid(
+                    f"plan[{name!r}]: activation_bits",
+                    entry["activation_bits"],
+                    f"{self.activation_bits!r}, as activation_bits of the config, or none; restore "
+                    "the original file",
+                )
 
     @property
     def weighs_errors(self) -> bool:

@@ -26,6 +26,7 @@ from ..modeling.convert import packed_layers, packed_spec
 from ..modeling.packed import INDICES, INPUT_NAMES, PREFIX
 from ..modeling.value_check import invalid_values
 from ..sharing import parents_of
+from ..text import printable
 from .conversions import spellings
 from .reading import DTYPES, FLOATS
 from .skeleton import Names, quantizer_of
@@ -105,7 +106,7 @@ def check_files(
     for name in _not_stored(config, found):
         if lacks_nothing or names.find(name) is not None:
             raise ValueError(
-                f"the checkpoint lacks {name}.{INDICES}, which is in its plan: the entry was "
+                f"the checkpoint lacks {printable(name)}.{INDICES}, which is in its plan: the entry was "
                 "renamed, or a file is missing or belongs to another model; download or save the "
                 "model again"
             )

@@ -49,7 +49,7 @@ def test_fuzz_quantization_config(kind, data, tmp_path, capsys):
 @given(data=st.data())
 @fuzz
 def test_fuzz_config_file(data, tmp_path, capsys):
-    """Cut or replaced as a whole: other changes may make another model."""
+    """Cut or replaced: other changes may describe another model."""
     source = original("ipq")
     folder = source.copy(tmp_path / "mutant")
     content = (folder / "config.json").read_bytes()
