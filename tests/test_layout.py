@@ -17,6 +17,8 @@ LAYERS = (
     "compat",
     "registry",
     "distributed",
+    "durable_files",
+    "model_folders",
     "dynamic_subclass",
     "layer_types",
     "blocks",

@@ -21,6 +21,7 @@ from ..compat import from_config
 from ..configuration import QUANT_METHOD, QuantizedModelConfig
 from ..hub.auto import class_of
 from ..hub.quantizer import QuantNoiseHfQuantizer
+from ..model_folders import require_not_interrupted
 from ..sharing import share
 from .command import UsageError
 from .headers import Headers, hub_headers, local_headers
@@ -36,6 +37,7 @@ class Checkpoint:
     @cached_property
     def config(self) -> PretrainedConfig:
         """The content of ``config.json``."""
+        require_not_interrupted(self.path)
         if not self.has_config:
             raise FileNotFoundError(f"{self.path!r} has no {CONFIG_NAME}")
         with self._error_context():

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedModel
 
 from ..configuration import QUANT_METHOD
+from ..model_folders import require_not_interrupted
 
 _CONFIG_KWARGS = (
     "cache_dir", "force_download", "local_files_only", "proxies",
@@ -48,6 +49,7 @@ class AutoQuantizedModel:
             OSError: if a file is missing.
         """
         path = os.fspath(pretrained_model_name_or_path)
+        require_not_interrupted(path)
         config_kwargs = {key: kwargs[key] for key in _CONFIG_KWARGS if key in kwargs}
         config, config_path = kwargs.get("config"), path
         if isinstance(config, str | os.PathLike):

@@ -36,6 +36,7 @@ from ..sharing import share, unshare
 from ..structure import is_layer
 from .card import CARD_ATTRIBUTE, TAGS
 from .reading import read_packed, require_no_renaming
+from .saving import attach_saving, detach_saving
 from .skeleton import (
     allow_sentinels,
     build_skeleton,
@@ -43,6 +44,7 @@ from .skeleton import (
     sentinel_names,
     shapes_before_loading,
 )
+from .weights_id import WEIGHTS_ID, id_of_weights, require_one_save
 
 logger = logging.get_logger(__name__)
 register_quantization_config(QUANT_METHOD)(QuantizedModelConfig)
@@ -80,6 +82,7 @@ class QuantNoiseHfQuantizer(HfQuantizer):
         model.config.quantization_config = config
         _set_quantized(model, True)
         model.add_model_tags(list(TAGS))
+        attach_saving(model)
 
     # ---- loading --------------------------------------------------------------------------------
 
@@ -95,6 +98,7 @@ class QuantNoiseHfQuantizer(HfQuantizer):
                 "invalid quantization_config: its plan is empty, so the storage of the layers is "
                 "unknown; save the model again with save_pretrained"
             )
+        require_one_save(checkpoint_files, config.weights_id)
         allow_sentinels(model, config)
         # transformers intercepts every torch function here to create tensors on the meta device.
         with DisableTorchFunction():
@@ -112,6 +116,7 @@ class QuantNoiseHfQuantizer(HfQuantizer):
         require_no_renaming(model, self.__dict__.pop("_read"))
         require_shapes(model, self.__dict__.pop("_shapes"))
         model.add_model_tags(list(TAGS))
+        attach_saving(model)
         for name, layer in packed_layers(model):
             is_read, layer._loading = layer._loading.is_read, None
             if is_read:
@@ -171,7 +176,11 @@ class QuantNoiseHfQuantizer(HfQuantizer):
                 state_dict[f"{prefix}.{name}"] = written.setdefault(identity, tensor)
         for name in sentinel_names(self.quantization_config, model):
             state_dict[name] = torch.zeros(1, dtype=torch.uint8)
-        return state_dict, {}
+        if has_adapter(model):
+            return state_dict, {}
+        self.quantization_config.weights_id = id_of_weights(model, state_dict)
+        # Sorted, since the order determines the shards and is another one after loading.
+        return dict(sorted(state_dict.items())), {WEIGHTS_ID: self.quantization_config.weights_id}
 
     # ---- dequantizing ---------------------------------------------------------------------------
 
@@ -179,6 +188,7 @@ class QuantNoiseHfQuantizer(HfQuantizer):
         if isinstance(dtype, str):  # config.dtype is its name once the model was saved
             dtype = getattr(torch, dtype)
         unpack_model(model)
+        detach_saving(model)
         if dtype not in (None, model.dtype):  # otherwise each weight keeps the dtype it has
             for tensor in model.state_dict(keep_vars=True).values():
                 if tensor.is_floating_point():
