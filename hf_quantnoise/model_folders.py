@@ -88,9 +88,8 @@ def require_not_interrupted(folder: str | os.PathLike) -> None:
     complete = os.path.join(folder, COMPLETE)
     if os.path.isdir(complete) and not os.path.isfile(os.path.join(folder, CONFIG_NAME)):
         raise OSError(
-            f"cannot load a model from {os.fspath(folder)!r}: a save to this folder was "
-            f"interrupted; the new model is complete in {complete!r}: load it from there, or move "
-            "its files up into the folder"
+            f"invalid folder {os.fspath(folder)!r}: a save to it was interrupted, and the complete "
+            f"new model is in {complete!r}; load it from there, or move its files to the folder"
         )
 
 

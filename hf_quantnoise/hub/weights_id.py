@@ -62,9 +62,8 @@ def require_one_save(files: Sequence[str] | None, weights_id: str | None) -> Non
     names = ", ".join([os.path.basename(file) for file in others][:3])
     raise ValueError(
         f"invalid {WEIGHTS_ID} in {folder!r}: got {next(iter(others.values()))!r} in {names}, "
-        f"expected {weights_id!r} as in config.json: the files belong to different saves, as after "
-        "an interrupted save or an incomplete copy; save or download the model again into an empty "
-        "folder"
+        f"expected {weights_id!r} as in config.json: the files are of different saves, as after an "
+        "incomplete copy; save or download the model again into an empty folder"
     )
 
 

@@ -40,7 +40,7 @@ def test_each_file_of_another_save_is_found(saves, shape, loader, tmp_path):
         shutil.copytree(saves[0, shape], folder, dirs_exist_ok=True)
         loader.from_pretrained(folder)
         shutil.copyfile(saves[1, shape] / file.name, folder / file.name)
-        with pytest.raises(ValueError, match=r"invalid weights_id.*different saves") as error:
+        with pytest.raises(ValueError, match=r"invalid weights_id.*of different saves") as error:
             loader.from_pretrained(folder)
         assert file.name in str(error.value)
     values = json.loads((folder / "config.json").read_text())
