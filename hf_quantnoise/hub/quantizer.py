@@ -23,7 +23,7 @@ from ..compat import (
     load_offloaded_parameter,
     mark_quantized,
     offloaded_names,
-    own_parameters,
+    set_table_of_prompts,
 )
 from ..configuration import QUANT_METHOD, QuantizedModelConfig
 from ..modeling import PackedLayer, packed_layers, stored_tensors
@@ -35,6 +35,9 @@ from ..modeling.ties import restore_ties
 from ..sharing import share, unshare
 from ..structure import is_layer
 from .card import CARD_ATTRIBUTE, TAGS
+from .conversions import convert_all, convert_dense_only, names_kept_in_files, without
+from .mapped import align, release_files
+from .parts import describe_parts, forget_parts
 from .reading import read_packed, require_no_renaming
 from .saving import attach_saving, detach_saving
 from .skeleton import (
@@ -44,10 +47,17 @@ from .skeleton import (
     sentinel_names,
     shapes_before_loading,
 )
-from .weights_id import WEIGHTS_ID, id_of_weights, require_one_save
+from .weights_id import WEIGHTS_ID, id_of_weights, in_fixed_order, require_one_save
 
 logger = logging.get_logger(__name__)
 register_quantization_config(QUANT_METHOD)(QuantizedModelConfig)
+
+
+def _table_of_packed(model: PreTrainedModel) -> nn.Module | None:
+    return model.get_input_embeddings() if any(packed_layers(model)) else None
+
+
+set_table_of_prompts(_table_of_packed)
 
 
 @register_quantizer(QUANT_METHOD)
@@ -65,13 +75,14 @@ class QuantNoiseHfQuantizer(HfQuantizer):
     is_qat_trainable = True
     is_compileable = True
 
-    # The defaults of these two list all names of the model, which takes time and changes nothing: a
-    # packed layer's tensors have the same names in files, and are not split among devices.
-
+    # The default lists all names of the model, which takes time and changes nothing: a packed
+    # layer's tensors are not split among devices.
     def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None: ...
 
     def update_weight_conversions(self, weight_conversions: list, model: PreTrainedModel) -> list:
-        return weight_conversions
+        """Return the conversions of names for the files that are being loaded."""
+        kept = self.__dict__.pop("_kept", None)
+        return without(weight_conversions, kept) if kept else weight_conversions
 
     def attach(self, model: PreTrainedModel) -> None:
         """Mark a model that was packed in memory as quantized."""
@@ -104,21 +115,23 @@ class QuantNoiseHfQuantizer(HfQuantizer):
         with DisableTorchFunction():
             self.quantization_config, layers, self._joined = build_skeleton(model, config)
             self._shapes = shapes_before_loading(model)
-            self._read = read_packed(model, layers, checkpoint_files, device_map)
+            self._kept = names_kept_in_files(model, config, checkpoint_files)
+            self._read = read_packed(model, layers, checkpoint_files, device_map, self._kept)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs):
         if not self.pre_quantized:
             _require_in_memory(model)
             model.is_quantized = False  # the packer takes dense models, and marks it
             ModelPacker(model, self.quantization_config).pack_all()
-            _release_files(model)
+            release_files(model)
             return model
         require_no_renaming(model, self.__dict__.pop("_read"))
         require_shapes(model, self.__dict__.pop("_shapes"))
         model.add_model_tags(list(TAGS))
         attach_saving(model)
         for name, layer in packed_layers(model):
-            is_read, layer._loading = layer._loading.is_read, None
+            is_read = layer._loading.is_read
+            layer.finish_loading()
             if is_read:
                 continue
             if _is_offloaded(layer) and layer.quantizer.encodes_state:
@@ -126,12 +139,12 @@ class QuantNoiseHfQuantizer(HfQuantizer):
             self._require_read(name, layer)
         decode_stored_states(model)
         self._tie_shared(model)
-        _align(model)
+        align(model)
         return model
 
     def _require_read(self, name: str, layer: PackedLayer) -> None:
         """Raise ValueError if the checkpoint lacks a tensor of a layer."""
-        for key, tensor in layer.named_parameters(recurse=False):
+        for key, tensor in layer.tensors().items():
             is_read = key in offloaded_names(layer) if tensor.is_meta else is_initialized(tensor)
             if is_read:
                 continue
@@ -166,21 +179,23 @@ class QuantNoiseHfQuantizer(HfQuantizer):
         state_dict = model.state_dict()
         written: dict[int, Tensor] = {}  # tied layers must keep sharing one tensor
         for prefix, layer in packed_layers(model):
-            names = [name for name, _ in layer.named_parameters(recurse=False)]
-            tensors = {name: state_dict[f"{prefix}.{name}"] for name in names}
+            in_memory = layer.tensors()
+            tensors = {name: state_dict[f"{prefix}.{name}"] for name in in_memory}
             for key, tensor in tensors.items():
                 if tensor.is_meta:
                     tensors[key] = load_offloaded_parameter(model, f"{prefix}.{key}")
             for name, tensor in stored_tensors(layer, tensors).items():
-                identity = id(own_parameters(layer)[name])
+                identity = id(in_memory[name])
                 state_dict[f"{prefix}.{name}"] = written.setdefault(identity, tensor)
-        for name in sentinel_names(self.quantization_config, model):
+        sentinels = sentinel_names(self.quantization_config, model)
+        for name in sentinels:
             state_dict[name] = torch.zeros(1, dtype=torch.uint8)
+        convert_dense_only(model, sentinels)
         if has_adapter(model):
             return state_dict, {}
-        self.quantization_config.weights_id = id_of_weights(model, state_dict)
-        # Sorted, since the order determines the shards and is another one after loading.
-        return dict(sorted(state_dict.items())), {WEIGHTS_ID: self.quantization_config.weights_id}
+        self.quantization_config.weights_id = weights_id = id_of_weights(model, state_dict)
+        describe_parts(model, self.quantization_config)
+        return in_fixed_order(model, state_dict), {WEIGHTS_ID: weights_id}
 
     # ---- dequantizing ---------------------------------------------------------------------------
 
@@ -189,6 +204,8 @@ class QuantNoiseHfQuantizer(HfQuantizer):
             dtype = getattr(torch, dtype)
         unpack_model(model)
         detach_saving(model)
+        convert_all(model)
+        forget_parts(model)
         if dtype not in (None, model.dtype):  # otherwise each weight keeps the dtype it has
             for tensor in model.state_dict(keep_vars=True).values():
                 if tensor.is_floating_point():
@@ -262,28 +279,3 @@ def _require_in_memory(model: PreTrainedModel) -> None:
             "quantized; quantize without offloading, save_pretrained, and load the result with "
             "this device_map"
         )
-
-
-@torch.no_grad()
-def _release_files(model: PreTrainedModel) -> None:
-    """Copy tensors that are views of a memory-mapped file, which would keep all of it in memory."""
-    for tensor in [*model.parameters(), *model.buffers()]:
-        if tensor.device.type == "cpu":
-            tensor.data = tensor.data.clone()
-
-
-@torch.no_grad()
-def _align(model: PreTrainedModel) -> None:
-    """Copy dense matrices that are not aligned to a cache line, as views of a file may be.
-
-    Products take another code path for these, whose last bits differ from the saved model's. Tables
-    and packed weights are copied when they are used, so their alignment does not matter.
-    """
-    for module in model.modules():
-        if isinstance(module, PackedLayer | nn.Embedding):
-            continue
-        for parameter in own_parameters(module).values():
-            if parameter is None or parameter.dim() < 2 or parameter.device.type != "cpu":
-                continue
-            if parameter.data_ptr() % 64:  # bytes of a cache line
-                parameter.data = parameter.data.clone()

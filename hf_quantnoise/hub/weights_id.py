@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..compat import ignored_on_save, load_offloaded_parameter
+from ..modeling import packed_layers
 
 logger = logging.get_logger(__name__)
 
@@ -40,6 +41,19 @@ def id_of_weights(model: PreTrainedModel, state_dict: dict[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
         digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:ID_LENGTH]
+
+
+def in_fixed_order(model: PreTrainedModel, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state dict with the tensors of each packed layer sorted by name.
+
+    The order determines the shards, and loading changes it.
+    """
+    packed = {name for name, _ in packed_layers(model)}
+    groups: dict[str, list[str]] = {}
+    for name in state_dict:
+        groups.setdefault(name.rpartition(".")[0], []).append(name)
+    names = (sorted(names) if module in packed else names for module, names in groups.items())
+    return {name: state_dict[name] for group in names for name in group}
 
 
 def require_one_save(files: Sequence[str] | None, weights_id: str | None) -> None:
