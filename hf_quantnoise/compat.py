@@ -228,11 +228,6 @@ def mark_quantized(config: PreTrainedConfig, quantized: bool) -> None:
     config._is_quantized = quantized
 
 
-def commit_of(config: PreTrainedConfig) -> str | None:
-    """Return the commit of the repository that a config was loaded from."""
-    return getattr(config, "_commit_hash", None)
-
-
 def attention_implementation(config: PreTrainedConfig) -> str | None:
     """Return the attention implementation of a config ("sdpa", "eager", ...)."""
     return config._attn_implementation

@@ -177,8 +177,6 @@ def test_config_attributes(bert):
     compat.mark_quantized(bert.config, True)
     assert bert.config._is_quantized
     compat.mark_quantized(bert.config, False)
-    assert compat.commit_of(bert.config) is None
-    assert "_commit_hash" in vars(bert.config)
     name = compat.attention_implementation(bert.config)
     bert.set_attn_implementation("eager")
     assert compat.attention_implementation(bert.config) == "eager"

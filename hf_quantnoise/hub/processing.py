@@ -17,8 +17,6 @@ from huggingface_hub.errors import HFValidationError
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, logging
 
-from ..compat import commit_of
-
 logger = logging.get_logger(__name__)
 
 # Attribute of a model that holds its tokenizer or processor.
@@ -107,7 +105,7 @@ def _source(model: PreTrainedModel) -> str:
     if not path or os.path.isdir(path):
         return path
     try:
-        cached = try_to_load_from_cache(path, CONFIG_NAME, revision=commit_of(model.config))
+        cached = try_to_load_from_cache(path, CONFIG_NAME)  # of main: no model knows its revision
     except HFValidationError:
         return ""
     return os.path.dirname(cached) if isinstance(cached, str) else ""

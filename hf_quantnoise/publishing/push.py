@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import ModelCard
 from transformers import PreTrainedModel
 
+from ..durable_files import new_file
 from ..hub.card import CARD_ATTRIBUTE, TAGS
 from ..hub.processing import save_processing
 from ..repository import CARD, create_repository, existing_card, read_card, upload_model
@@ -68,7 +69,9 @@ def write_model_card(
     """
     path = os.path.join(folder, CARD)
     existing = read_card(path) if os.path.isfile(path) else None
-    merge_cards((card or card_of(model)).render(model), existing).save(path)
+    merged = merge_cards((card or card_of(model)).render(model), existing)
+    with new_file(path) as part:
+        merged.save(part)
     return path
 
 
