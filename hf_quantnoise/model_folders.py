@@ -85,10 +85,11 @@ def finish_interrupted(folder: str) -> None:
 
 def require_not_interrupted(folder: str | os.PathLike) -> None:
     """Raise OSError if a folder has no model because a save to it was interrupted."""
+    folder = os.path.normpath(folder)
     complete = os.path.join(folder, COMPLETE)
     if os.path.isdir(complete) and not os.path.isfile(os.path.join(folder, CONFIG_NAME)):
         raise OSError(
-            f"invalid folder {os.fspath(folder)!r}: a save to it was interrupted, and the complete "
+            f"invalid folder {folder!r}: a save to it was interrupted, and the complete "
             f"new model is in {complete!r}; load it from there, or move its files to the folder"
         )
 

@@ -24,6 +24,7 @@ from ..compat import (
     mark_quantized,
     offloaded_names,
     set_table_of_prompts,
+    stop_rescaling,
 )
 from ..configuration import QUANT_METHOD, QuantizedModelConfig
 from ..modeling import PackedLayer, packed_layers, stored_tensors
@@ -36,13 +37,15 @@ from ..sharing import share, unshare
 from ..structure import is_layer
 from .card import CARD_ATTRIBUTE, TAGS
 from .conversions import convert_all, convert_dense_only, names_kept_in_files, without
-from .mapped import align, release_files
+from .file_check import check_files, require_valid_values, stored_in
 from .parts import describe_parts, forget_parts
-from .reading import read_packed, require_no_renaming
+from .reading import align, read_packed, release_files, require_no_renaming
 from .saving import attach_saving, detach_saving
 from .skeleton import (
+    Names,
     allow_sentinels,
     build_skeleton,
+    remove_placeholders,
     require_shapes,
     sentinel_names,
     shapes_before_loading,
@@ -98,7 +101,7 @@ class QuantNoiseHfQuantizer(HfQuantizer):
     # ---- loading --------------------------------------------------------------------------------
 
     def _process_model_before_weight_loading(
-        self, model: PreTrainedModel, checkpoint_files=None, device_map=None, **kwargs
+        self, model: PreTrainedModel, checkpoint_files=None, device_map=None, headers=None, **kwargs
     ) -> None:
         config = self.quantization_config
         if not self.pre_quantized:
@@ -111,9 +114,12 @@ class QuantNoiseHfQuantizer(HfQuantizer):
             )
         require_one_save(checkpoint_files, config.weights_id)
         allow_sentinels(model, config)
+        stop_rescaling(model)
         # transformers intercepts every torch function here to create tensors on the meta device.
         with DisableTorchFunction():
-            self.quantization_config, layers, self._joined = build_skeleton(model, config)
+            names, stored = Names(model), headers or stored_in(checkpoint_files)
+            skeleton = build_skeleton(names, config, check_files(names, config, stored))
+            self.quantization_config, layers, self._joined = skeleton
             self._shapes = shapes_before_loading(model)
             self._kept = names_kept_in_files(model, config, checkpoint_files)
             self._read = read_packed(model, layers, checkpoint_files, device_map, self._kept)
@@ -127,6 +133,7 @@ class QuantNoiseHfQuantizer(HfQuantizer):
             return model
         require_no_renaming(model, self.__dict__.pop("_read"))
         require_shapes(model, self.__dict__.pop("_shapes"))
+        remove_placeholders(model)
         model.add_model_tags(list(TAGS))
         attach_saving(model)
         for name, layer in packed_layers(model):
@@ -137,6 +144,7 @@ class QuantNoiseHfQuantizer(HfQuantizer):
             if _is_offloaded(layer) and layer.quantizer.encodes_state:
                 raise _cannot_be_offloaded(name, "stores its centroids in 8 bits")
             self._require_read(name, layer)
+        require_valid_values(model)
         decode_stored_states(model)
         self._tie_shared(model)
         align(model)
