@@ -11,6 +11,7 @@ from typing import Any
 
 from ..registry import Registry, suggestion
 from ..structure import GROUPS
+from ..text import printable
 from .checks import Check, integer, invalid, layer_names, one_of
 from .options import options_of
 
@@ -52,7 +53,9 @@ def check_settings(settings: dict[str, Any], place: str = "") -> None:
             continue
         if key not in declared:
             expected = f"only {', '.join(declared)} with scheme={scheme!r}"
-            raise invalid(f"{place}{key:.100}", value, expected + suggestion(key, declared))
+            raise invalid(
+                f"{place}{printable(key):.100}", value, expected + suggestion(key, declared)
+            )
         for check in declared[key].checks:
             check(f"{place}{key}", value)
 

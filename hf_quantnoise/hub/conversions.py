@@ -18,7 +18,6 @@ from ..compat import (
     WeightRenaming,
     WeightTransform,
     get_model_conversion_mapping,
-    own_parameters,
     set_weight_conversions,
     weight_conversions_on_save,
 )
@@ -26,6 +25,7 @@ from ..configuration import QuantizedModelConfig
 from ..dynamic_subclass import DynamicSubclass, make_dynamic_subclass
 from ..modeling import packed_layers
 from ..modeling.packed import INDICES, INPUT_NAMES, PREFIX
+from ..sharing import parents_of
 
 
 class _Names(frozenset):
@@ -101,7 +101,7 @@ def names_to_keep(model: PreTrainedModel) -> set[str]:
     kept = {
         f"{name}.{key}"
         for name, layer in packed
-        for key in own_parameters(layer)
+        for key in layer.tensors()
         if key.startswith(PREFIX) or key in INPUT_NAMES
     }
     fused_with_packed = {fused(f"{name}.weight") for name, _ in packed} - {None}
@@ -122,9 +122,10 @@ def names_kept_in_files(
     if not converts:
         return set()
     known = set(known)
-    shared = tuple(f"{name}." for name in config.shared_layers)
+    shared = config.shared_layers.keys()
     stored = (name for name, entry in config.plan.items() if "tied_to" not in entry)
-    if not all(f"{name}.{INDICES}" in known for name in stored if not name.startswith(shared)):
+    own_layers = (name for name in stored if shared.isdisjoint(parents_of(name)))
+    if not all(f"{name}.{INDICES}" in known for name in own_layers):
         return set()
     own = names_to_keep(model)
     kept = known.intersection(spelling for name in own for spelling in spellings(model, name))

@@ -7,6 +7,7 @@ codes are in the file. Only the headers of the files are read.
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from ..layer_types import known_layer_type
 from ..modeling.convert import packed_layers, packed_spec
 from ..modeling.packed import INDICES, INPUT_NAMES, PREFIX
 from ..modeling.value_check import invalid_values
+from ..sharing import parents_of
+from ..text import printable
 from .conversions import spellings
 from .reading import DTYPES, FLOATS
 from .skeleton import Names, quantizer_of
@@ -81,7 +84,9 @@ def check_files(
     packed = _packed_tensor_names()
     candidates = _layer_names(config, model, stored)
     found: set[str] = set()
+    require_kind = _kind_check(model)
     for key, tensor in stored.items():
+        require_kind(key, tensor)
         leaf = key.rpartition(".")[2]
         if leaf != "weight" and leaf not in packed:
             continue
@@ -102,11 +107,35 @@ def check_files(
     for name in _not_stored(config, found):
         if lacks_nothing or names.find(name) is not None:
             raise ValueError(
-                f"the checkpoint lacks {name}.{INDICES}, which is in its plan: the entry was "
-                "renamed, or a file is missing or belongs to another model; download or save the "
-                "model again"
+                f"the checkpoint lacks {printable(name)}.{INDICES}, which is in its plan: the "
+                "entry was renamed, or a file is missing or belongs to another model; download or "
+                "save the model again"
             )
     return found
+
+
+def _kind_check(model: PreTrainedModel) -> Callable[[str, TensorHeader], None]:
+    """Return a check that floats of the model are stored as floats, and integers as integers.
+
+    transformers converts one to the other.
+    """
+    tensors = chain(model.named_parameters(remove_duplicate=False), model.named_buffers())
+    is_float = {name: tensor.is_floating_point() for name, tensor in tensors}
+
+    def check(key: str, tensor: TensorHeader) -> None:
+        stored_as_float = tensor.dtype in FLOATS or tensor.dtype.startswith("F8")
+        for name in spellings(model, key):
+            if is_float.get(name, stored_as_float) != stored_as_float and not _is_sentinel(tensor):
+                expected = "a float" if is_float[name] else "an integer"
+                raise ValueError(
+                    f"invalid dtype {tensor.dtype} of {key}: expected {expected}; {_RESTORE}"
+                )
+
+    return check
+
+
+def _is_sentinel(tensor: TensorHeader) -> bool:
+    return (tensor.dtype, tensor.shape) == ("U8", (1,))
 
 
 def _packed_tensor_names() -> set[str]:
@@ -158,7 +187,7 @@ def _check_tensor(
     settings = settings_of(entry)
     field = f"invalid plan[{name!r}]"
     if leaf == "weight":
-        if (tensor.dtype, tensor.shape) != ("U8", (1,)):  # a sentinel
+        if not _is_sentinel(tensor):
             raise ValueError(f"{field}: the files hold {key}, a dense weight, too; {_RESTORE}")
         return
     spec = packed_spec(quantizer_of(entry), entry["rows"], entry["columns"])
@@ -196,10 +225,10 @@ def _text(settings: dict[str, Any]) -> str:
 
 def _not_stored(config: QuantizedModelConfig, found: set[str]) -> Iterator[str]:
     """Yield the layers of the plan whose codes are not stored, neither as those of another one."""
-    shared = tuple(f"{layer}." for layer in config.shared_layers)
+    shared = config.shared_layers.keys()
     weights = {config.plan[name].get("tied_to", name) for name in found}
     for name, entry in config.plan.items():
-        if entry.get("tied_to", name) not in weights and not name.startswith(shared):
+        if entry.get("tied_to", name) not in weights and shared.isdisjoint(parents_of(name)):
             yield name
 
 
@@ -211,9 +240,8 @@ def require_valid_values(model: PreTrainedModel) -> None:
     seen: set[int] = set()  # tensors of tied layers
     for name, layer in packed_layers(model):
         n_codes = layer.rows * layer.codes_per_row
-        for key, tensor in (own_parameters(layer) | own_buffers(layer)).items():
-            is_packed = key.startswith(PREFIX) or key in INPUT_NAMES
-            if tensor is None or id(tensor) in seen or not is_packed:
+        for key, tensor in layer.tensors().items():
+            if id(tensor) in seen or not (key.startswith(PREFIX) or key in INPUT_NAMES):
                 continue
             seen.add(id(tensor))
             value = load_offloaded_parameter(model, f"{name}.{key}") if tensor.is_meta else tensor
