@@ -93,6 +93,8 @@ class ProductQuantizer(Quantizer):
 
     scheme: ClassVar[str] = "pq"
     not_trained: ClassVar[frozenset[str]] = frozenset(_PREFIX + key for key in _KEYS)
+    state_names: ClassVar[frozenset[str]] = not_trained | {"codebook", "row_scale"}
+    positive: ClassVar[frozenset[str]] = frozenset({"codebook_scale"})
 
     @property
     def _eight_bits(self) -> FixedPointQuantizer:
@@ -106,6 +108,10 @@ class ProductQuantizer(Quantizer):
     @property
     def code_bits(self) -> int:
         return math.ceil(math.log2(self.n_centroids))
+
+    @property
+    def n_values(self) -> int:
+        return self.n_centroids
 
     @property
     def short_name(self) -> str:
