@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..blocks import to_blocks
-from .base import QUANTIZERS, Quantizer, StraightThrough, require_finite
+from .base import QUANTIZERS, Quantizer, StraightThrough, largest_magnitude, require_finite
 from .fixed_point import FixedPointQuantizer
 from .kmeans import assign, kmeans
 from .packing import code_dtype
-from .row_scale import as_divisor, fit_row_scale
+from .row_scale import as_divisor, fit_row_scale, lost_rows
 
 
 class _Lookup(torch.autograd.Function):
@@ -218,6 +218,24 @@ class ProductQuantizer(Quantizer):
         """Return the scale of each row as stored, shape (rows, 1); straight-through."""
         scale = state["row_scale"]
         return StraightThrough.apply(scale, _round_to_half(scale.detach()))
+
+    def check_values(self, matrix):
+        largest, half = float(largest_magnitude(matrix)), torch.finfo(torch.float16)
+        high = half.max / self.codes_per_block  # a centroid of a sum may be larger than the sum
+        if self.codebook_bits == 16 and largest and not half.tiny <= largest <= high:
+            return (
+                f"its largest magnitude is {largest:.6g}, and codebook_bits=16 stores centroids in "
+                f"float16, which has {half.tiny:.2g} to {high:g}; set codebook_bits=32"
+            )
+        if self.row_scale and (lost := lost_rows(matrix)):
+            return (
+                f"row_scale=True stores the scale of each row in float16, and {lost} of its "
+                f"{len(matrix)} rows are too small or too large for that, compared with the mean "
+                "row; set row_scale=False"
+            )
+        if self.codebook_bits == 8 and (reason := self._eight_bits.check_values(matrix)):
+            return reason
+        return super().check_values(matrix)
 
     def check(self, rows, columns):
         if columns % self.block_size:
