@@ -26,7 +26,7 @@ from ..distributed import (
     sum_over_ranks,
 )
 from ..quantizers.base import sum_of_squares
-from .activations import require_batches, require_runs, rounds_inputs
+from .activations import calibrate, require_batches, require_runs, rounds_inputs
 from .convert import pack_layer, pack_skeleton, packed_layers, packed_names
 from .importance import measure_importance, require_measurable
 from .plan import PlannedWeight, make_plan
@@ -154,7 +154,13 @@ class ModelPacker:
         """Prune and share layers, then pack every stage without training in between."""
         self.check_weights()
         self.change_structure()
-        return [self.pack_stage(stage, progress, batches) for stage in self.stages]
+        results = []
+        for stage in self.stages:
+            results.append(self.pack_stage(stage, progress, batches))
+            if self.config.weighs_errors:  # the next stage is measured on this one's outputs
+                layers = [self.model.get_submodule(name) for name in results[-1].layers]
+                calibrate(self.model, layers, batches)
+        return results
 
     def pack_skeletons(self) -> None:
         """Pack all layers with empty tensors, for the size of models on the meta device."""
