@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig
 
+from ..configuration import QuantizedModelConfig
 from ..pruning import configs_in
 
 _CONTAINERS = (dict, list, set)
@@ -67,11 +68,13 @@ def _is_container(value: Any) -> bool:
 
 def _modules_and_configs(model: nn.Module) -> Iterator[Any]:
     """Yield each module of a model, and each config that one of them has, once."""
-    seen: set[int] = set()
+    seen: dict[int, Any] = {}
     for module in model.modules():
         yield module
         for value in vars(module).values():
             for config in configs_in(value) if isinstance(value, PreTrainedConfig) else ():
-                if id(config) not in seen:
-                    seen.add(id(config))
-                    yield config
+                seen[id(config)] = config
+                plan = getattr(config, "quantization_config", None)  # it grows with each stage
+                if isinstance(plan, QuantizedModelConfig):
+                    seen[id(plan)] = plan
+    yield from seen.values()
