@@ -1,4 +1,4 @@
-"""Layers that are frozen (``requires_grad=False``) stay frozen when they are packed and unpacked."""
+"""Layers that are frozen (``requires_grad=False``) stay frozen, packed and unpacked."""
 
 import copy
 
