@@ -7,6 +7,7 @@ names in the ``state_dict``.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import TypeAlias
 
 import torch
@@ -75,11 +76,21 @@ def common_parameters(
 ) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
     """Return name -> (the layer's parameter, the source's parameter) of common parameters.
 
-    A first layer may have additional parameters (T5's position bias) or fewer (a norm).
+    A first layer may have additional parameters (T5's position bias) or fewer (a norm). The codes
+    of packed layers are Parameters among the buffers.
     """
-    shared = dict(source.named_parameters(remove_duplicate=False))
-    parameters = layer.named_parameters(remove_duplicate=False)
-    return {name: (parameter, shared[name]) for name, parameter in parameters if name in shared}
+    shared, parameters = (
+        {
+            name: tensor
+            for name, tensor in chain(
+                module.named_parameters(remove_duplicate=False),
+                module.named_buffers(remove_duplicate=False),
+            )
+            if isinstance(tensor, nn.Parameter)
+        }
+        for module in (source, layer)
+    )
+    return {name: (parameters[name], shared[name]) for name in parameters if name in shared}
 
 
 def sources_of(chunks: Sequence[Chunk]) -> dict[str, str]:

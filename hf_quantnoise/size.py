@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .compat import ignored_on_save, revert_weight_conversion
+from .hub.conversions import convert_dense_only
 from .hub.skeleton import sentinel_names
 from .layer_types import known_layer_type
 from .modeling import PackedLayer, packed_layers, packed_names, stored_tensors
 from .structure import find_layers
+from .text import printable
 
 # Names of dtypes in a safetensors header, in the order in which the file stores tensors.
 _DTYPES = {
@@ -111,7 +113,8 @@ class SizeReport:
             text = f"{ratio:.1f} times smaller than float32"
         if self.left_dense:
             text += "\nkept in floating point:"
-            text += "".join(f"\n  {name}: {reason}" for name, reason in self.left_dense.items())
+            for name, reason in self.left_dense.items():
+                text += f"\n  {printable(name)}: {printable(reason)}"
         return text
 
 
@@ -135,6 +138,7 @@ def kilobytes(*sizes: int | None) -> tuple[str, ...]:
 
 def aligned(lines: list[tuple[str, ...]], left: int = 2) -> str:
     """Format a table whose first ``left`` columns are aligned left, the others right."""
+    lines = [tuple(map(printable, line)) for line in lines]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join(
         "  ".join(
@@ -173,11 +177,14 @@ def _packed_row(name: str, layer: PackedLayer, group: str, disk: dict[str, Tenso
     )
 
 
-def _as_named_in_file(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _as_named_in_file(
+    model: nn.Module, tensors: dict[str, Tensor], sentinels: list[str]
+) -> dict[str, Tensor]:
     """Return the tensors, on the meta device, under the names that ``save_pretrained`` writes."""
     tensors = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
     if not isinstance(model, PreTrainedModel):
         return tensors
+    convert_dense_only(model, sentinels)
     return revert_weight_conversion(model, tensors)
 
 
@@ -248,8 +255,9 @@ def size_report(model: nn.Module) -> SizeReport:
                 rows.append(_packed_row(layer_name, layer, group, disk))
     for name, weights in (getattr(config, "pruned_layers", None) or {}).items():
         rows.append(SizeRow(name, "other", "pruned", (weights,), 0, 0, 0, 4 * weights))
-    for name in sentinel_names(config, model) if packed else ():
+    sentinels = sentinel_names(config, model) if packed else []
+    for name in sentinels:
         disk[name] = torch.zeros(1, dtype=torch.uint8)
         rows.append(SizeRow(name, "other", "sentinel", (1,), 1, 1, 0, 0))
-    header_bytes = _header_bytes(_as_named_in_file(model, disk))
+    header_bytes = _header_bytes(_as_named_in_file(model, disk, sentinels))
     return SizeReport(rows, header_bytes, dict(getattr(config, "left_dense", None) or {}))

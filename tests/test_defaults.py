@@ -5,8 +5,7 @@ import io
 
 import pytest
 import torch
-from support.trainers import Rows
-from support.trainers import make_trainer
+from support.trainers import Rows, make_trainer
 from support.zoo import ZOO, tensors_of
 from torch import nn
 
@@ -156,7 +155,9 @@ def test_named_stages_must_exist_and_pack_something():
 
 def test_sizes_by_group_must_cover_the_default_stages_except_convolutions_and_head():
     sizes = {"block_size": {"ffn": 8, "attention": 4}, "n_centroids": 8}
-    with pytest.raises(ValueError, match=r"invalid block_size.*no entry for the stage 'embeddings'"):
+    with pytest.raises(
+        ValueError, match=r"invalid block_size.*no entry for the stage 'embeddings'"
+    ):
         quantize_model(ZOO["BERT"].make(), IPQConfig(**sizes), progress=False)
     model = quantize_model(ZOO["ViT"].make(), IPQConfig(**sizes), progress=False)
     assert model.config.quantization_config.stages == ["ffn", "attention"]

@@ -59,6 +59,11 @@ def check_compression(
             f"invalid config: got {type(config).__name__}, expected an IPQConfig or a "
             "FixedPointConfig; call e.g. compress(IPQConfig(block_size=4))"
         )
+    if trainer.model is None:
+        raise ValueError(
+            "the trainer has no model, as after a hyperparameter search; call train() before "
+            "compress"
+        )
     model = trainer.accelerator.unwrap_model(trainer.model)
     check_can_be_packed(model)
     stages = stages_for(config, model)

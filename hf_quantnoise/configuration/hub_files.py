@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from typing import Any, ClassVar
 
 from huggingface_hub import ModelCard, ModelCardData, upload_folder
 
+from ..files import read_json
 from ..repository import CARD, TAG, create_repository, existing_card, find_file
 
 
@@ -36,12 +36,12 @@ class HubConfigMixin:
 
         Raises:
             FileNotFoundError: naming the missing file.
+            ValueError: naming the file, if it is damaged, or an invalid field.
             TypeError: if the file is a config of another class.
         """
         hint = f"write it with {cls.__name__}.save_pretrained(folder) or push_to_hub(repo_id)"
         file_name = find_file(path, cls.file_name, hint, **kwargs)
-        with open(file_name, encoding="utf-8") as file:
-            config = cls.from_dict(json.load(file))
+        config = cls.from_dict(read_json(file_name))
         if not isinstance(config, cls):
             kind = type(config).__name__
             raise TypeError(f"{file_name} is an {kind}; load it with {kind}.from_pretrained")

@@ -24,6 +24,7 @@ from ..compat import (
     mark_quantized,
     offloaded_names,
     own_parameters,
+    set_table_of_prompts,
 )
 from ..configuration import QUANT_METHOD, QuantizedModelConfig
 from ..modeling import PackedLayer, packed_layers, stored_tensors
@@ -35,6 +36,8 @@ from ..modeling.ties import restore_ties
 from ..sharing import share, unshare
 from ..structure import is_layer
 from .card import CARD_ATTRIBUTE, TAGS
+from .conversions import convert_all, convert_dense_only, names_kept_in_files, without
+from .parts import describe_parts, forget_parts
 from .reading import read_packed, require_no_renaming
 from .skeleton import (
     allow_sentinels,
@@ -46,6 +49,13 @@ from .skeleton import (
 
 logger = logging.get_logger(__name__)
 register_quantization_config(QUANT_METHOD)(QuantizedModelConfig)
+
+
+def _table_of_packed(model: PreTrainedModel) -> nn.Module | None:
+    return model.get_input_embeddings() if any(packed_layers(model)) else None
+
+
+set_table_of_prompts(_table_of_packed)
 
 
 @register_quantizer(QUANT_METHOD)
@@ -63,13 +73,14 @@ class QuantNoiseHfQuantizer(HfQuantizer):
     is_qat_trainable = True
     is_compileable = True
 
-    # The defaults of these two list all names of the model, which takes time and changes nothing: a
-    # packed layer's tensors have the same names in files, and are not split among devices.
-
+    # The default lists all names of the model, which takes time and changes nothing: a packed
+    # layer's tensors are not split among devices.
     def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None: ...
 
     def update_weight_conversions(self, weight_conversions: list, model: PreTrainedModel) -> list:
-        return weight_conversions
+        """Return the conversions of names for the files that are being loaded."""
+        kept = self.__dict__.pop("_kept", None)
+        return without(weight_conversions, kept) if kept else weight_conversions
 
     def attach(self, model: PreTrainedModel) -> None:
         """Mark a model that was packed in memory as quantized."""
@@ -100,7 +111,8 @@ class QuantNoiseHfQuantizer(HfQuantizer):
         with DisableTorchFunction():
             self.quantization_config, layers, self._joined = build_skeleton(model, config)
             self._shapes = shapes_before_loading(model)
-            self._read = read_packed(model, layers, checkpoint_files, device_map)
+            self._kept = names_kept_in_files(model, config, checkpoint_files)
+            self._read = read_packed(model, layers, checkpoint_files, device_map, self._kept)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs):
         if not self.pre_quantized:
@@ -113,7 +125,8 @@ class QuantNoiseHfQuantizer(HfQuantizer):
         require_shapes(model, self.__dict__.pop("_shapes"))
         model.add_model_tags(list(TAGS))
         for name, layer in packed_layers(model):
-            is_read, layer._loading = layer._loading.is_read, None
+            is_read = layer._loading.is_read
+            layer.finish_loading()
             if is_read:
                 continue
             if _is_offloaded(layer) and layer.quantizer.encodes_state:
@@ -126,7 +139,7 @@ class QuantNoiseHfQuantizer(HfQuantizer):
 
     def _require_read(self, name: str, layer: PackedLayer) -> None:
         """Raise ValueError if the checkpoint lacks a tensor of a layer."""
-        for key, tensor in layer.named_parameters(recurse=False):
+        for key, tensor in layer.tensors().items():
             is_read = key in offloaded_names(layer) if tensor.is_meta else is_initialized(tensor)
             if is_read:
                 continue
@@ -158,19 +171,22 @@ class QuantNoiseHfQuantizer(HfQuantizer):
         # With an adapter loaded, transformers writes only the adapter.
         if not has_adapter(model):
             _drop_replaced_layers(model, self.quantization_config)
+            describe_parts(model, self.quantization_config)
         state_dict = model.state_dict()
         written: dict[int, Tensor] = {}  # tied layers must keep sharing one tensor
         for prefix, layer in packed_layers(model):
-            names = [name for name, _ in layer.named_parameters(recurse=False)]
-            tensors = {name: state_dict[f"{prefix}.{name}"] for name in names}
+            in_memory = layer.tensors()
+            tensors = {name: state_dict[f"{prefix}.{name}"] for name in in_memory}
             for key, tensor in tensors.items():
                 if tensor.is_meta:
                     tensors[key] = load_offloaded_parameter(model, f"{prefix}.{key}")
             for name, tensor in stored_tensors(layer, tensors).items():
-                identity = id(own_parameters(layer)[name])
+                identity = id(in_memory[name])
                 state_dict[f"{prefix}.{name}"] = written.setdefault(identity, tensor)
-        for name in sentinel_names(self.quantization_config, model):
+        sentinels = sentinel_names(self.quantization_config, model)
+        for name in sentinels:
             state_dict[name] = torch.zeros(1, dtype=torch.uint8)
+        convert_dense_only(model, sentinels)
         return state_dict, {}
 
     # ---- dequantizing ---------------------------------------------------------------------------
@@ -179,6 +195,8 @@ class QuantNoiseHfQuantizer(HfQuantizer):
         if isinstance(dtype, str):  # config.dtype is its name once the model was saved
             dtype = getattr(torch, dtype)
         unpack_model(model)
+        convert_all(model)
+        forget_parts(model)
         if dtype not in (None, model.dtype):  # otherwise each weight keeps the dtype it has
             for tensor in model.state_dict(keep_vars=True).values():
                 if tensor.is_floating_point():

@@ -8,14 +8,11 @@ reads, the tensors are views of the memory-mapped file; memory holds only the pa
 
 from __future__ import annotations
 
-import json
-import math
 import mmap
-import os
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 
 import torch
@@ -33,8 +30,9 @@ from ..compat import (
     weight_conversions,
 )
 from ..distributed import is_distributed
+from ..files import TensorHeader, read_header
 from ..modeling import PackedLayer
-from .skeleton import spellings
+from .conversions import spellings, without
 
 # Names of dtypes in the header of a safetensors file.
 FLOATS = {
@@ -48,17 +46,18 @@ def read_packed(
     layers: dict[str, PackedLayer],
     files: Sequence[str] | None,
     device_map: object,
+    kept: Collection[str] = (),
 ) -> list[str]:
     """Fill the packed layers of a skeleton of which the files hold all tensors, on the CPU.
 
     The others are left to transformers: layers on other devices or of several processes, layers
-    whose names or precision transformers changes, and damaged ones, which it reports. Returns the
-    names of the tensors read, as they are in the files.
+    whose names or precision transformers changes (but for the names in ``kept``), and damaged ones,
+    which it reports. Returns the names of the tensors read, as they are in the files.
     """
     if not _can_read(model, files, device_map):
         return []
     source = {key: view for file in files for key, view in views_of_file(file).items()}
-    is_renamed = _renaming_test(get_model_conversion_mapping(model))
+    is_renamed = _renaming_test(without(get_model_conversion_mapping(model), kept))
     read: list[str] = []
     for name, layer in layers.items():
         keys = _keys_in_files(model, name, layer, source)
@@ -99,49 +98,33 @@ def _can_read(model: PreTrainedModel, files: Sequence[str] | None, device_map: o
 def views_of_file(file: str) -> dict[str, Callable[[], Tensor]]:
     """Return, by name, functions that make the tensors of a safetensors file as views of the file.
 
-    Views are private: writes do not reach the file. A damaged file gives none; transformers reports
-    it. (``safetensors`` itself copies the header for each tensor.)
+    Views are private: writes do not reach the file. Raises ValueError, naming the file, if it is
+    damaged. (``safetensors`` itself copies the header for each tensor.)
     """
-    size = os.path.getsize(file)
+    header = read_header(file)
     with open(file, "rb") as opened:
-        start = 8 + int.from_bytes(opened.read(8), "little")
-        if not 8 < start < size:
-            return {}
-        header = opened.read(start - 8)
         memory = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
-    try:
-        tensors = json.loads(header)
-    except ValueError:
-        return {}
-    tensors.pop("__metadata__", None)
-    if start + max((entry["data_offsets"][1] for entry in tensors.values()), default=0) > size:
-        return {}
     return {
-        name: partial(_view, memory, start, entry)
-        for name, entry in tensors.items()
-        if entry["dtype"] in DTYPES
+        name: partial(_view, memory, header.nbytes, tensor)
+        for name, tensor in header.tensors.items()
+        if tensor.dtype in DTYPES
     }
 
 
-def _view(memory: mmap.mmap, start: int, entry: dict) -> Tensor:
+def _view(memory: mmap.mmap, start: int, tensor: TensorHeader) -> Tensor:
+    dtype = DTYPES[tensor.dtype]
+    if tensor.parameter_count == 0:
+        return torch.empty(tensor.shape, dtype=dtype)
     flat = torch.frombuffer(
-        memory,
-        dtype=DTYPES[entry["dtype"]],
-        count=math.prod(entry["shape"]),
-        offset=start + entry["data_offsets"][0],
+        memory, dtype=dtype, count=tensor.parameter_count, offset=start + tensor.data_offsets[0]
     )
-    return flat.view(entry["shape"])
+    return flat.view(tensor.shape)
 
 
 def _renaming_test(conversions: Iterable[WeightTransform]) -> Callable[[str], bool]:
     """Return a function that tests whether transformers renames a tensor of the files."""
-    tests = [
-        conversion.compiled_sources.search
-        if conversion.scope_prefix is None
-        else lambda key, conversion=conversion: conversion.rename_source_key(key)[1]
-        for conversion in conversions
-    ]
-    return lambda key: any(test(key) for test in tests)
+    conversions = list(conversions)
+    return lambda key: any(each.rename_source_key(key)[1] for each in conversions)
 
 
 def _keys_in_files(

@@ -14,13 +14,14 @@ from transformers.utils import logging
 
 from ..blocks import matrix_shape
 from ..compat import ignored_if_missing, ignored_if_unexpected, ignored_on_save, own_parameters
-from ..configuration import LAYER_KEYS, QuantizedModelConfig
+from ..configuration import QuantizedModelConfig, settings_of
 from ..modeling import PackedLayer
 from ..modeling.convert import pack_skeleton
 from ..modeling.structural_changes import declare_shared, tied_after_loading
 from ..modeling.ties import renamed_ties
 from ..quantizers import quantizer_from_dict
 from ..structure import is_layer
+from .conversions import renamed_layer, renamings_of, spellings
 
 logger = logging.get_logger(__name__)
 
@@ -51,12 +52,6 @@ def allow_sentinels(model: PreTrainedModel, config: QuantizedModelConfig) -> Non
         ignored_if_unexpected(model).add(rf"(^|\.){re.escape(short)}$")
 
 
-def spellings(model: PreTrainedModel, name: str) -> tuple[str, str, str]:
-    """Return a name as it is, without and with the base model's prefix."""
-    prefix = f"{model.base_model_prefix}."
-    return name, name.removeprefix(prefix), prefix + name
-
-
 def build_skeleton(
     model: PreTrainedModel, config: QuantizedModelConfig
 ) -> tuple[QuantizedModelConfig, dict[str, PackedLayer], set[str]]:
@@ -82,7 +77,7 @@ def build_skeleton(
     layers = {name: names.modules[name] for name in plan}
     with renamed_ties(model, plan):
         for name, entry in plan.items():
-            quantizer = quantizer_from_dict({k: v for k, v in entry.items() if k not in LAYER_KEYS})
+            quantizer = quantizer_from_dict(settings_of(entry))
             pack_skeleton(layers[name], quantizer, entry.get("activation_bits"), loading=True)
     untied = tied_after_loading(model, local.shared_layers)
     declare_shared(model, local.shared_layers, without=untied)
@@ -109,7 +104,7 @@ def require_shapes(model: PreTrainedModel, shapes: dict[str, torch.Size]) -> Non
 
 
 class _Names:
-    """Names in this class of a model, which may differ from the checkpoint's by the base prefix."""
+    """Names in this class of a model, of layers that another class may have saved."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -121,12 +116,14 @@ class _Names:
             if parameter is not None
         }
         self.unsaved = ignored_on_save(model)
+        self.renamings = renamings_of(model)
 
     def find(self, name: str) -> str | None:
         """Return the local name for a name of the checkpoint, or None if this class lacks it."""
-        for candidate in spellings(self.model, name):
-            if candidate in self.modules or candidate in self.parameters:
-                return candidate
+        for known in (name, renamed_layer(name, self.renamings)):
+            for candidate in spellings(self.model, known):
+                if candidate in self.modules or candidate in self.parameters:
+                    return candidate
         return None
 
     def translate(self, entries: dict) -> dict:

@@ -13,9 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..registry import Registry
-
-QUANTIZERS: Registry[type[Quantizer]] = Registry("quantizer")
+from ..configuration import QUANTIZERS, check_settings
 
 # Range of the largest magnitude of a weight that is quantized. Fits sum squares in float32, which
 # ends at 3.4e38 and 1.2e-38; real weights are far from both.
@@ -28,8 +26,11 @@ class StraightThrough(torch.autograd.Function):
     """Other values forward, identity backward (the STE of section 4.1). Saves nothing."""
 
     @staticmethod
-    def forward(ctx, tensor: Tensor, values: Tensor) -> Tensor:
+    def forward(tensor: Tensor, values: Tensor) -> Tensor:
         return values.view_as(values)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None: ...
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
@@ -159,12 +160,10 @@ class Quantizer(ABC):
 
 
 def quantizer_from_dict(values: dict[str, Any]) -> Quantizer:
-    """Return the quantizer of a plan's entry; ValueError if its scheme or a field is unknown."""
-    cls = QUANTIZERS[values.get("scheme")]
-    try:
-        return cls(**{key: value for key, value in values.items() if key != "scheme"})
-    except TypeError as error:
-        raise ValueError(f"quantizer {cls.scheme!r}: {error}") from None
+    """Return the quantizer of some settings; ValueError if the scheme or a setting is invalid."""
+    check_settings(values)
+    settings = {key: value for key, value in values.items() if key != "scheme"}
+    return QUANTIZERS[values["scheme"]](**settings)
 
 
 def largest_magnitude(matrix: Tensor) -> Tensor:

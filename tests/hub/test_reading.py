@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from support.files import digest
 from support.stacked import inputs_of, make_stacked
-from support.stored import PQ, STORED
+from support.stored import PQ, STORED, tensors_of
 from support.tiny import make_model
 from transformers import (
     AutoModel,
@@ -76,7 +76,7 @@ def test_direct_read_matches_transformers(kind, name, dtype, tmp_path, monkeypat
     assert type(here) is type(there)
     assert list(here.state_dict()) == list(there.state_dict())
     for (own, parameter), (_, other) in zip(
-        here.named_parameters(), there.named_parameters(), strict=True
+        tensors_of(here).items(), tensors_of(there).items(), strict=True
     ):
         assert torch.equal(parameter, other), own
         assert parameter.dtype == other.dtype and type(parameter) is type(other), own
