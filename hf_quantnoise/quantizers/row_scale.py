@@ -30,7 +30,8 @@ def lost_rows(matrix: Tensor) -> int:
     Scales that are too large would be clamped. Rows that are too small are stored as zeros, which
     is harmless for a few (of unused words), but not if they are most: the mean is that of the rest.
     """
-    norms = torch.linalg.vector_norm(matrix, dim=1, dtype=torch.float32)
+    dtype = torch.promote_types(matrix.dtype, torch.float32)
+    norms = torch.linalg.vector_norm(matrix, dim=1, dtype=dtype)
     scale = (norms / as_divisor(norms.mean())).to(torch.float16)
     large, small = int((~torch.isfinite(scale)).sum()), int(((norms > 0) & (scale == 0)).sum())
     return large or (small if 2 * small > len(matrix) else 0)
