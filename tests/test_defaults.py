@@ -5,8 +5,8 @@ import io
 
 import pytest
 import torch
-from support.trainers import Rows, make_trainer
-from support.zoo import ZOO, tensors_of
+from support.trainers import make_trainer
+from support.zoo import ZOO, rows_of, tensors_of
 from torch import nn
 
 from hf_quantnoise import (
@@ -33,7 +33,7 @@ FEW_THEN_SLOW = [
 EXPECTED = {
     "BERT": ["ffn", "embeddings", "attention"],
     "GPT-2": ["ffn", "embeddings", "attention"],
-    "Mixtral": ["embeddings", "attention"],  # its experts are no layers
+    "Mixtral": ["embeddings", "attention"],  # its experts are bare parameters
     "Mamba": ["ffn", "embeddings", "conv"],
     "Wav2Vec2": ["ffn", "attention", "conv", "head"],
     "ViT": ["ffn", "attention", "conv", "head"],
@@ -104,7 +104,7 @@ def test_compress_with_defaults(name, config, tmp_path):
     model, batch = kind.make(), kind.batch()
     names = matrices(model)
     size = next(len(value) for value in batch.values() if isinstance(value, torch.Tensor))
-    trainer = make_trainer(tmp_path, model, Rows(batch), per_device_train_batch_size=size)
+    trainer = make_trainer(tmp_path, model, rows_of(batch), per_device_train_batch_size=size)
     trainer.compress(CONFIGS[config](), CompressionArguments())
     assert_listed(trainer.model, names)
 
@@ -147,7 +147,7 @@ def test_named_stages_must_exist_and_pack_something():
     model = ZOO["ViT"].make()
     with pytest.raises(ValueError, match="invalid stages: 'embeddings' matches no layer"):
         quantize_model(model, IPQConfig(stages=["ffn", "embeddings"]), progress=False)
-    with pytest.raises(ValueError, match="invalid block_size=3: the stage 'ffn' can pack none"):
+    with pytest.raises(ValueError, match="none of the 4 layers of the stage 'ffn'"):
         quantize_model(
             model, IPQConfig(block_size=3, n_centroids=8, stages=["ffn", "conv"]), progress=False
         )
@@ -165,12 +165,12 @@ def test_sizes_by_group_must_cover_the_default_stages_except_convolutions_and_he
 
 def test_default_stages_have_settings_of_their_own(tmp_path):
     kind = ZOO["ResNet"]
-    trainer = make_trainer(tmp_path, kind.make(), Rows(kind.batch()))
+    trainer = make_trainer(tmp_path, kind.make(), rows_of(kind.batch()))
     settings = {"conv": {"steps": 1}, "head": {"epochs": 0}}
     config = IPQConfig(n_centroids=8)
     trainer.compress(config, CompressionArguments(stage_settings=settings))
     assert [record["stage"] for record in trainer.compression_history] == ["dense", "conv", "head"]
     with pytest.raises(ValueError, match=r"unknown stage 'ffn'; .*'conv', 'head'"):
-        make_trainer(tmp_path, kind.make(), Rows(kind.batch())).compress(
+        make_trainer(tmp_path, kind.make(), rows_of(kind.batch())).compress(
             config, CompressionArguments(stage_settings={"ffn": {"steps": 1}})
         )

@@ -19,7 +19,7 @@ class LayerType:
     weights of a model is checked when its layers are found, before anything is changed.
 
     Attributes:
-        layer_class: the class; subclasses without a type of their own are covered too.
+        layer_class: the class; subclasses without a separate type are covered too.
         to_matrix: weight -> view of shape (rows, columns), see ``blocks.py``; by default itself.
         from_matrix: (matrix, shape of the weight) -> weight, again a view.
         packed_forward: the class that the packed layer inherits its forward from. It is
@@ -114,7 +114,7 @@ LAYER_TYPES: list[LayerType] = []
 def register_layer_type(layer_type: LayerType) -> None:
     """Add a layer type to the ones that can be noised and packed.
 
-    It applies to its class and subclasses, unless one of these has a type of its own.
+    It applies to its class and subclasses, unless one of these has a separate type.
     """
     LAYER_TYPES.append(layer_type)
 

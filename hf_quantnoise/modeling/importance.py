@@ -35,7 +35,7 @@ class _InputStatistics(TorchFunctionMode):
 
     Layers are observed with a forward pre-hook, :meth:`observe`. Lookups are observed in
     ``F.embedding``, by the table they read: a subclass may be called with something other than row
-    indices (OPT's positions). A table may also be read as a whole, without lookups (DeBERTa's
+    indices (OPT's positions). A table may also be read completely, without lookups (DeBERTa's
     relative positions). Padding does not count.
     """
 
@@ -97,7 +97,7 @@ class _InputStatistics(TorchFunctionMode):
     def of(self, key: int) -> list[Tensor]:
         """Return the sums for a weight that broadcast to its matrix: of columns, of rows, or both.
 
-        A table that is only read as a whole has one lookup of each row. The list is empty if the
+        A table that is only read without lookups has one lookup of each row. The list is empty if the
         model has not used the weight.
         """
         parts = []

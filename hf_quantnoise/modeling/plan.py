@@ -119,7 +119,7 @@ def make_plan(
     _require_known(config, model, layers)
     _require_known_keys(config, model)
     stages = stages_for(config, model)
-    if isinstance(config, IPQConfig):  # a convolution or head may be left out
+    if isinstance(config, IPQConfig):  # a convolution or head may stay dense
         config.check_covers([stage for stage in stages if stage not in ("conv", "head")])
     plan: dict[str | None, list[PlannedWeight]] = {stage: [] for stage in stages}
     skipped: dict[str, str] = {}
@@ -246,7 +246,7 @@ def _without_empty_stages(
         members = [layer for layer in layers if stage_of(layer, stages) is not False]
         if not members or _are_skipped_by_config(members, skipped):
             raise ValueError("layer_quantizers skips every layer, so there is nothing to quantize")
-        raise _nothing_fits(config, "quantization", members, skipped)
+        raise _nothing_fits(config, "the model", members, skipped)
     return {stage: weights for stage, weights in plan.items() if weights}
 
 
@@ -262,7 +262,7 @@ def _nothing_fits(
     setting = "block_size" if "block_size" in settings else "bits"
     reasons = "; ".join(f"{layer.name}: {skipped[layer.name]}" for layer in members[:3])
     return ValueError(
-        f"invalid {setting}={settings[setting]!r}: {what} can pack none of its {len(members)} "
-        f"layers ({reasons}), which have {widths} columns; choose a block_size that divides them, "
+        f"invalid {setting}={settings[setting]!r}: none of the {len(members)} layers of {what} "
+        f"can be packed ({reasons}), which have {widths} columns; choose a block_size that divides them, "
         "fewer n_centroids, or other stages"
     )

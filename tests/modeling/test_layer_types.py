@@ -166,8 +166,8 @@ BROKEN_RECORDS = {
     "layer_class": ({"layer_class": "Scale"}, "layer_class"),
     "packed forward of another class": ({"packed_forward": nn.Linear}, "packed_forward"),
     "packed forward that is a function": ({"packed_forward": lambda x: x}, "packed_forward"),
-    "to_matrix that is no function": ({"to_matrix": 3}, "to_matrix"),
-    "input_energy that is no function": ({"input_energy": 3}, "input_energy"),
+    "to_matrix that is a number": ({"to_matrix": 3}, "to_matrix"),
+    "input_energy that is a number": ({"input_energy": 3}, "input_energy"),
     "unknown group": ({"group": "experts"}, "group"),
 }
 BROKEN_FUNCTIONS = {
@@ -240,7 +240,7 @@ def test_input_energy_of_a_wrong_shape_is_named(no_scale_type):
 
 
 class NarrowLinear(nn.Linear):
-    """A subclass with a type of its own."""
+    """A subclass with a separate type."""
 
 
 def test_the_most_specific_layer_type_applies(no_scale_type):

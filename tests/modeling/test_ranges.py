@@ -96,7 +96,7 @@ def test_value_out_of_range_is_refused_by_name(name):
     pattern = rf"invalid bert\.encoder\.layer\.1\.output\.dense\.weight: .*{words}.*exclude_modules"
     with pytest.raises(ValueError, match=pattern):
         quantize_model(model, config, progress=False)
-    config.exclude_modules = ["layer.1.output.dense"]  # as the message says
+    config.exclude_modules = ["layer.1.output.dense"]  # the way out of the message
     quantize_model(model, config, progress=False)
     assert layer.weight.max().item() == pytest.approx(value)
 
@@ -106,9 +106,7 @@ def test_inputs_out_of_range_are_named(value):
     layer = nn.Linear(8, 4)
     inputs = torch.ones(2, 8)
     inputs[0, 3] = value
-    with pytest.raises(
-        ValueError, match=r"importance: the inputs of the layer .* NaN, infinite or"
-    ):
+    with pytest.raises(ValueError, match=r"inputs of the layer .* NaN, infinite or too"):
         measure_importance(layer, [[layer]], [inputs], layer)
 
 
