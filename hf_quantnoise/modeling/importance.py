@@ -97,7 +97,7 @@ class _InputStatistics(TorchFunctionMode):
     def of(self, key: int) -> list[Tensor]:
         """Return the sums for a weight that broadcast to its matrix: of columns, of rows, or both.
 
-        A table that is only read without lookups has one lookup of each row. The list is empty if the
+        A table that is only read without lookups counts each row once. The list is empty if the
         model has not used the weight.
         """
         parts = []

@@ -263,6 +263,6 @@ def _nothing_fits(
     reasons = "; ".join(f"{layer.name}: {skipped[layer.name]}" for layer in members[:3])
     return ValueError(
         f"invalid {setting}={settings[setting]!r}: none of the {len(members)} layers of {what} "
-        f"can be packed ({reasons}), which have {widths} columns; choose a block_size that divides them, "
-        "fewer n_centroids, or other stages"
+        f"can be packed ({reasons}), which have {widths} columns; choose a block_size that "
+        "divides them, fewer n_centroids, or other stages"
     )
