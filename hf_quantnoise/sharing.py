@@ -49,11 +49,12 @@ def chunks_of(model: nn.Module, share_layers: ShareLayers) -> list[Chunk]:
                 "from model.named_modules()"
             )
     for chunk in chunks:
-        _require_same_shapes(chunk, modules)
+        require_same_shapes(chunk, modules)
     return chunks
 
 
-def _require_same_shapes(chunk: Chunk, modules: dict[str, nn.Module]) -> None:
+def require_same_shapes(chunk: Chunk, modules: dict[str, nn.Module]) -> None:
+    """Raise ValueError if layers that share their weights differ in class, shapes or dtypes."""
     first = modules[chunk[0]]
     for name in chunk[1:]:
         different = [
@@ -96,6 +97,12 @@ def common_parameters(
 def sources_of(chunks: Sequence[Chunk]) -> dict[str, str]:
     """Return layer -> the layer whose weights it shares, except for the first of each chunk."""
     return {name: chunk[0] for chunk in chunks for name in chunk[1:]}
+
+
+def parents_of(name: str) -> Iterator[str]:
+    """Yield the names of the modules around a module or tensor: ``a.b.c`` -> ``a.b``, ``a``."""
+    while name := name.rpartition(".")[0]:
+        yield name
 
 
 def _common_in_model(

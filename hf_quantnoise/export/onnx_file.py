@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..hub.processing import save_processing
+from ..model_folders import replaced_model
 from ..modeling import packed_layers
 from ..modeling.packed import PREFIX
 from ..quantizers.product import ProductQuantizer
@@ -121,11 +123,12 @@ def export_onnx(
     onnxscript.optimizer.optimize_ir(program.model, should_fold=_may_fold)
     _strip_metadata(program.model)
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    program.save(folder / FILE_NAME)
     config = deepcopy(model.config)
     del config.quantization_config
-    config.save_pretrained(folder)
+    with replaced_model(folder) as part:
+        program.save(os.path.join(part, FILE_NAME))
+        config.save_pretrained(part)
+        save_processing(model, part, os.fspath(folder))
     return OnnxExport(folder, tuple(inputs), outputs, (folder / FILE_NAME).stat().st_size)
 
 

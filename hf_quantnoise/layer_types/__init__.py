@@ -10,6 +10,7 @@ from .record import (
     LayerType,
     known_layer_type,
     layer_type_of,
+    records_gradients,
     register_layer_type,
 )
 
@@ -19,5 +20,6 @@ __all__ = [
     "LayerType",
     "known_layer_type",
     "layer_type_of",
+    "records_gradients",
     "register_layer_type",
 ]

@@ -11,6 +11,14 @@ from torch import Tensor, nn
 GROUPS = ("ffn", "attention", "embeddings", "head", "conv")
 
 
+def records_gradients() -> bool:
+    """Return whether autograd records operations; never in ``torch.jit.trace``.
+
+    It checks a trace against a second one without gradients, where layers decode in another way.
+    """
+    return torch.is_grad_enabled() and not torch.jit.is_tracing()
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerType:
     """Everything the package needs to know about one type of layer.

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from ..blocks import weight_matrix
+from ..compat import stop_rescaling
 from ..configuration import IPQConfig, QuantizedModelConfig
 from ..distributed import (
     broadcast_from,
@@ -71,6 +72,7 @@ class ModelPacker:
         self.on_all_ranks = on_all_ranks
         check_can_be_packed(model)
         self.model = model
+        stop_rescaling(model)
         self.config = deepcopy(config)
         self.config.plan = {}
         self.structural_changes = plan_structural_changes(model, self.config)
