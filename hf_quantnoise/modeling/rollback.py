@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig
 
+from ..compat import stop_rescaling
 from ..configuration import QuantizedModelConfig
 from ..pruning import configs_in
 
@@ -25,10 +26,12 @@ class ModelSnapshot:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        stop_rescaling(model)  # the only model that writes to its weights, when it is evaluated
         self._saved = [_Attributes(each) for each in _modules_and_configs(model)]
 
     def release(self) -> None:
         """Keep the model as it is from now on."""
+        stop_rescaling(model)  # the only model that writes to its weights, when it is evaluated
         self._saved = []
 
     def __enter__(self) -> ModelSnapshot:
