@@ -31,7 +31,6 @@ class ModelSnapshot:
 
     def release(self) -> None:
         """Keep the model as it is from now on."""
-        stop_rescaling(model)  # the only model that writes to its weights, when it is evaluated
         self._saved = []
 
     def __enter__(self) -> ModelSnapshot:
