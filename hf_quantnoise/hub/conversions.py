@@ -19,7 +19,6 @@ from ..compat import (
     WeightRenaming,
     WeightTransform,
     get_model_conversion_mapping,
-    own_parameters,
     set_weight_conversions,
     weight_conversions_on_save,
 )
@@ -102,7 +101,7 @@ def names_to_keep(model: PreTrainedModel) -> set[str]:
     kept = {
         f"{name}.{key}"
         for name, layer in packed
-        for key in own_parameters(layer)
+        for key in layer.tensors()
         if key.startswith(PREFIX) or key in INPUT_NAMES
     }
     fused_with_packed = {fused(f"{name}.weight") for name, _ in packed} - {None}
