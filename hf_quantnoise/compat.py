@@ -238,6 +238,23 @@ def set_attention_implementation(config: PreTrainedConfig, name: str | None) -> 
     config._attn_implementation = name
 
 
+def stop_rescaling(model: nn.Module) -> None:
+    """Let RWKV compute with its weights as they are, in training and in evaluation.
+
+    It divides weights in place when it is evaluated, against overflows of float16, and multiplies
+    them when it is trained again. The weights of packed layers cannot be written to. The outputs
+    are the same, as the hidden states are normalized in the end.
+    """
+    for module in model.modules():
+        if not hasattr(module, "layers_are_rescaled"):
+            continue
+        if module.layers_are_rescaled:
+            training, module.training = module.training, True
+            module._rescale_layers()
+            module.training = training
+        module.config.rescale_every = 0
+
+
 # ---- transformers: Trainer -----------------------------------------------------------------------
 
 

@@ -49,11 +49,12 @@ def chunks_of(model: nn.Module, share_layers: ShareLayers) -> list[Chunk]:
                 "from model.named_modules()"
             )
     for chunk in chunks:
-        _require_same_shapes(chunk, modules)
+        require_same_shapes(chunk, modules)
     return chunks
 
 
-def _require_same_shapes(chunk: Chunk, modules: dict[str, nn.Module]) -> None:
+def require_same_shapes(chunk: Chunk, modules: dict[str, nn.Module]) -> None:
+    """Raise ValueError if layers that share their weights differ in class, shapes or dtypes."""
     first = modules[chunk[0]]
     for name in chunk[1:]:
         different = [

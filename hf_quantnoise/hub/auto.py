@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import transformers
@@ -18,6 +18,7 @@ from transformers.utils import CONFIG_NAME, cached_file
 from ..configuration import QUANT_METHOD
 from ..configuration.checks import shown
 from ..files import headers_in, read_json
+from ..modeling.value_check import values_unchecked
 from ..text import printable
 
 _CONFIG_KWARGS = (
@@ -41,12 +42,14 @@ class AutoQuantizedModel:
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+        cls, pretrained_model_name_or_path: str | os.PathLike, *, check: bool = True, **kwargs: Any
     ) -> PreTrainedModel:
         """Load a model from a folder or a repository of the Hub, in eval mode.
 
         Args:
             pretrained_model_name_or_path: the folder or repository.
+            check: whether the values of packed layers are checked: codes within the codebook,
+                finite centroids, scales above 0. Names, shapes and dtypes always are.
             kwargs: arguments of ``PreTrainedModel.from_pretrained``.
 
         Raises:
@@ -68,7 +71,8 @@ class AutoQuantizedModel:
                 "expected the name of a transformers model class; load it with a class for its "
                 "head, such as AutoQuantizedModelForSequenceClassification"
             )
-        with _damaged_files_named(path, kwargs):
+        checking = nullcontext() if check else values_unchecked()
+        with _damaged_files_named(path, kwargs), checking:
             return loader.from_pretrained(path, **kwargs)
 
 

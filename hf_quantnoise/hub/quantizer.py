@@ -23,8 +23,8 @@ from ..compat import (
     load_offloaded_parameter,
     mark_quantized,
     offloaded_names,
-    own_parameters,
     set_table_of_prompts,
+    stop_rescaling,
 )
 from ..configuration import QUANT_METHOD, QuantizedModelConfig
 from ..modeling import PackedLayer, packed_layers, stored_tensors
@@ -37,11 +37,14 @@ from ..sharing import share, unshare
 from ..structure import is_layer
 from .card import CARD_ATTRIBUTE, TAGS
 from .conversions import convert_all, convert_dense_only, names_kept_in_files, without
+from .file_check import check_files, require_valid_values, stored_in
 from .parts import describe_parts, forget_parts
-from .reading import read_packed, require_no_renaming
+from .reading import align, read_packed, require_no_renaming
 from .skeleton import (
+    Names,
     allow_sentinels,
     build_skeleton,
+    remove_placeholders,
     require_shapes,
     sentinel_names,
     shapes_before_loading,
@@ -95,7 +98,7 @@ class QuantNoiseHfQuantizer(HfQuantizer):
     # ---- loading --------------------------------------------------------------------------------
 
     def _process_model_before_weight_loading(
-        self, model: PreTrainedModel, checkpoint_files=None, device_map=None, **kwargs
+        self, model: PreTrainedModel, checkpoint_files=None, device_map=None, headers=None, **kwargs
     ) -> None:
         config = self.quantization_config
         if not self.pre_quantized:
@@ -107,9 +110,12 @@ class QuantNoiseHfQuantizer(HfQuantizer):
                 "unknown; save the model again with save_pretrained"
             )
         allow_sentinels(model, config)
+        stop_rescaling(model)
         # transformers intercepts every torch function here to create tensors on the meta device.
         with DisableTorchFunction():
-            self.quantization_config, layers, self._joined = build_skeleton(model, config)
+            names, stored = Names(model), headers or stored_in(checkpoint_files)
+            skeleton = build_skeleton(names, config, check_files(names, config, stored))
+            self.quantization_config, layers, self._joined = skeleton
             self._shapes = shapes_before_loading(model)
             self._kept = names_kept_in_files(model, config, checkpoint_files)
             self._read = read_packed(model, layers, checkpoint_files, device_map, self._kept)
@@ -123,6 +129,7 @@ class QuantNoiseHfQuantizer(HfQuantizer):
             return model
         require_no_renaming(model, self.__dict__.pop("_read"))
         require_shapes(model, self.__dict__.pop("_shapes"))
+        remove_placeholders(model)
         model.add_model_tags(list(TAGS))
         for name, layer in packed_layers(model):
             is_read = layer._loading.is_read
@@ -132,9 +139,10 @@ class QuantNoiseHfQuantizer(HfQuantizer):
             if _is_offloaded(layer) and layer.quantizer.encodes_state:
                 raise _cannot_be_offloaded(name, "stores its centroids in 8 bits")
             self._require_read(name, layer)
+        require_valid_values(model)
         decode_stored_states(model)
         self._tie_shared(model)
-        _align(model)
+        align(model)
         return model
 
     def _require_read(self, name: str, layer: PackedLayer) -> None:
@@ -278,20 +286,3 @@ def _release_files(model: PreTrainedModel) -> None:
     for tensor in [*model.parameters(), *model.buffers()]:
         if tensor.device.type == "cpu":
             tensor.data = tensor.data.clone()
-
-
-@torch.no_grad()
-def _align(model: PreTrainedModel) -> None:
-    """Copy dense matrices that are not aligned to a cache line, as views of a file may be.
-
-    Products take another code path for these, whose last bits differ from the saved model's. Tables
-    and packed weights are copied when they are used, so their alignment does not matter.
-    """
-    for module in model.modules():
-        if isinstance(module, PackedLayer | nn.Embedding):
-            continue
-        for parameter in own_parameters(module).values():
-            if parameter is None or parameter.dim() < 2 or parameter.device.type != "cpu":
-                continue
-            if parameter.data_ptr() % 64:  # bytes of a cache line
-                parameter.data = parameter.data.clone()

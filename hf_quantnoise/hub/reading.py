@@ -156,6 +156,23 @@ def _fill(layer: PackedLayer, tensors: dict[str, Tensor]) -> bool:
     return True
 
 
+@torch.no_grad()
+def align(model: PreTrainedModel) -> None:
+    """Copy dense matrices that are not aligned to a cache line, as views of a file may be.
+
+    Products take another code path for these, whose last bits differ from the saved model's. Tables
+    and packed weights are copied when they are used, so their alignment does not matter.
+    """
+    for module in model.modules():
+        if isinstance(module, PackedLayer | nn.Embedding):
+            continue
+        for parameter in own_parameters(module).values():
+            if parameter is None or parameter.dim() < 2 or parameter.device.type != "cpu":
+                continue
+            if parameter.data_ptr() % 64:  # bytes of a cache line
+                parameter.data = parameter.data.clone()
+
+
 def pattern_of(names: Iterable[str]) -> str:
     """Return a regex that matches exactly these names.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import TypeGuard
 
 import torch
@@ -37,17 +38,21 @@ def packed_names(layer: nn.Module) -> list[str]:
     return [name for name in tensors if name.startswith(PREFIX)]
 
 
-def _packed_shapes(quantizer: Quantizer, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each tensor that holds a packed (rows, columns) weight, by name.
+@cache
+def packed_spec(
+    quantizer: Quantizer, rows: int, columns: int
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Return shape and stored dtype of each tensor that holds a packed (rows, columns) weight.
 
-    Codes are (rows, bytes per row) if each row begins on a byte, else (bytes,).
+    Keys are names of the layer's tensors; the codes come first. Codes are (rows, bytes per row) if
+    each row begins on a byte, else (bytes,).
     """
     codes_per_row = columns // quantizer.block_size * quantizer.codes_per_block
     bits_per_row = codes_per_row * quantizer.code_bits
     is_aligned = bits_per_row % 8 == 0
     indices = (rows, bits_per_row // 8) if is_aligned else (-(-rows * bits_per_row // 8),)
-    states = quantizer.state_spec(rows, columns).items()
-    return {INDICES: indices, **{PREFIX + key: tuple(shape) for key, (shape, _) in states}}
+    state = {PREFIX + key: spec for key, spec in quantizer.state_spec(rows, columns).items()}
+    return {INDICES: (indices, torch.uint8), **state}
 
 
 def stored_tensors(
@@ -141,7 +146,7 @@ def pack_layer(
     decoded = quantizer.decode(codes, state)
     error = (matrix.float() - decoded.float()).square().sum() / matrix.float().square().sum()
     packed = pack_codes(codes.reshape(-1), quantizer.code_bits)
-    tensors = {INDICES: packed.reshape(_packed_shapes(quantizer, rows, columns)[INDICES]).clone()}
+    tensors = {INDICES: packed.reshape(packed_spec(quantizer, rows, columns)[INDICES][0]).clone()}
     for key, value in state.items():
         tensors[PREFIX + key] = value.to(device=weight.device, dtype=weight.dtype)
     _become_packed(layers, quantizer, tensors, activation_bits)
@@ -162,7 +167,7 @@ def pack_skeleton(
     weight = layers[0].weight
     rows, columns = matrix_shape(layers[0])
     tensors = {}
-    for name, shape in _packed_shapes(quantizer, rows, columns).items():
+    for name, (shape, _) in packed_spec(quantizer, rows, columns).items():
         dtype = torch.uint8 if name == INDICES else weight.dtype
         tensors[name] = torch.empty(shape, dtype=dtype, device=weight.device)
     _become_packed(layers, quantizer, tensors, activation_bits, loading)

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 
 from ..compat import own_buffers, own_parameters
 from ..dynamic_subclass import DynamicSubclass, make_dynamic_subclass
-from ..layer_types import known_layer_type
+from ..layer_types import known_layer_type, records_gradients
 from ..quantizers import Quantizer
 from ..quantizers.fixed_point import round_activations
 from ..quantizers.packing import unpack_codes
 from .non_trainable import NonTrainableParameter
 from .read_only_weight import ReadOnlyWeight, raise_read_only
 from .stored_state import decode_state_dict
+from .value_check import invalid_values
 
 PREFIX = "weight_"
 INDICES = "weight_indices"
@@ -163,7 +164,7 @@ class PackedLayer(DynamicSubclass):
     def decode_rows(self, rows: Tensor | slice | None = None) -> Tensor:
         """Return the decoded matrix (rows, columns), or some of its rows."""
         codes, state = self.codes(rows), self.state
-        if torch.is_grad_enabled() and "codebook" in state and state["codebook"].requires_grad:
+        if records_gradients() and "codebook" in state and state["codebook"].requires_grad:
             state["codebook"] = _AverageOverBlocks.apply(state["codebook"], self.block_counts())
         if rows is not None:
             state = self.quantizer.state_of_rows(state, rows)
@@ -250,15 +251,32 @@ class PackedLayer(DynamicSubclass):
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ):
         self._counts = None
+        if reasons := self._invalid_values(state_dict, prefix):
+            error_msgs += reasons
+            return None
         names = {key: f"{prefix}{PREFIX}{key}" for key in self.state}
         loading = self._loading = self._loading or LoadingState()
         assign = local_metadata.get("assign_to_params_buffers", False)
-        error_msgs += decode_state_dict(self, names, state_dict, loading.partial_state, assign)
+        decode_state_dict(self, names, state_dict, loading.partial_state, assign)
         if not loading.partial_state and not loading.is_skeleton:
             self._loading = None
         return super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+    def _invalid_values(self, state_dict: dict[str, Tensor], prefix: str) -> list[str]:
+        """Return what is wrong with the values of this layer in a state dict."""
+        keys = [INDICES, *INPUT_NAMES, *(PREFIX + key for key in self.state)]
+        n_codes = self.rows * self.codes_per_row
+        found = []
+        for key in keys:
+            own, tensor = getattr(self, key, None), state_dict.get(prefix + key)
+            if own is None or tensor is None or tensor.is_meta or tensor.shape != own.shape:
+                continue  # torch compares names and shapes
+            name = key.removeprefix(PREFIX)
+            if reason := invalid_values(self.quantizer, n_codes, name, tensor):
+                found.append(f"invalid {prefix}{key}: {reason}")
+        return found
 
     def extra_repr(self) -> str:
         original = super().extra_repr()

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
+from ..compat import stop_rescaling
 from ..configuration import QuantizedModelConfig
 from ..distributed import broadcast_from, is_distributed, is_own_task, rank_of_task, sum_over_ranks
 from ..quantizers.base import require_finite
@@ -63,6 +64,7 @@ class ModelPacker:
         self.on_all_ranks = on_all_ranks
         check_can_be_packed(model)
         self.model = model
+        stop_rescaling(model)
         self.config = deepcopy(config)
         self.config.plan = {}
         self.structural_changes = plan_structural_changes(model, self.config)

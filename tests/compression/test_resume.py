@@ -151,6 +151,7 @@ def test_files_are_flushed_before_their_folder_counts(tmp_path, parity_data, mon
         folder = Path(source) if Path(source).is_dir() else Path(source).parent
         files = {str(path) for path in folder.iterdir()}
         renames.append((Path(target).name, files - set(flushed)))
+        flushed.extend([str(target)] if str(source) in flushed else [])
         real(source, target)
 
     monkeypatch.setattr(os, "fsync", fsync)

@@ -281,7 +281,7 @@ def test_casts_keep_ties():
 
 
 def test_num_parameters_counts_trainable_values(model):
-    """Codes are no parameters; ``size_report`` has the sizes."""
+    """Codes are buffers; ``size_report`` has the sizes."""
     parameters = list(model.parameters())
     assert all(parameter.is_floating_point() for parameter in parameters)
     total = sum(parameter.numel() for parameter in parameters)
