@@ -99,6 +99,12 @@ def sources_of(chunks: Sequence[Chunk]) -> dict[str, str]:
     return {name: chunk[0] for chunk in chunks for name in chunk[1:]}
 
 
+def parents_of(name: str) -> Iterator[str]:
+    """Yield the names of the modules around a module or tensor: ``a.b.c`` -> ``a.b``, ``a``."""
+    while name := name.rpartition(".")[0]:
+        yield name
+
+
 def _common_in_model(
     model: nn.Module, shared_layers: Mapping[str, str]
 ) -> Iterator[tuple[nn.Module, str, nn.Parameter, nn.Parameter]]:

@@ -64,6 +64,6 @@ class Convert(Command):
         check_output(args.out, args.overwrite, args.model)
         model = checkpoint.load_packed()
         with new_folder(args.out) as folder:
-            TARGETS[args.to](model, folder)
             copy_companions(checkpoint, folder)
+            TARGETS[args.to](model, folder)
         print(f"{args.model} written to {args.out} as {args.to!r}")

@@ -6,7 +6,7 @@ Like PEFT's AutoPeftModel they are dispatchers: they return a model of the real 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
@@ -18,6 +18,7 @@ from transformers.utils import CONFIG_NAME, cached_file
 from ..configuration import QUANT_METHOD
 from ..configuration.checks import shown
 from ..files import headers_in, read_json
+from ..model_folders import require_not_interrupted
 from ..modeling.value_check import values_unchecked
 from ..text import printable
 from .model_classes import HUB_KWARGS, model_class_of
@@ -56,6 +57,7 @@ class AutoQuantizedModel:
             OSError: if a file is missing.
         """
         path = os.fspath(pretrained_model_name_or_path)
+        require_not_interrupted(os.path.join(path, kwargs.get("subfolder") or ""))
         # By default transformers would ask on the terminal, and wait for an answer.
         kwargs.setdefault(TRUST, False)
         config_kwargs = {key: kwargs[key] for key in (*HUB_KWARGS, TRUST) if key in kwargs}
@@ -74,9 +76,22 @@ class AutoQuantizedModel:
                 "next to the model and you have read it, or load the model with a class for its "
                 "head, such as AutoQuantizedModelForSequenceClassification"
             )
-        checking = nullcontext() if check else values_unchecked()
-        with _damaged_files_named(path, kwargs), checking:
-            return loader.from_pretrained(path, **kwargs)
+        with _damaged_files_named(path, kwargs), nullcontext() if check else values_unchecked():
+            loaded: Any = loader.from_pretrained(path, **{**kwargs, "output_loading_info": True})
+        model, info = loaded
+        _require_complete(path, model, info["missing_keys"])
+        return loaded if kwargs.get("output_loading_info") else model
+
+
+def _require_complete(path: str, model: PreTrainedModel, missing: Iterable[str]) -> None:
+    """Raise if tensors are missing, which are random, although this class saved the checkpoint."""
+    names = sorted(missing)
+    if names and type(model).__name__ in (model.config.architectures or ()):
+        raise ValueError(
+            f"{path!r} lacks {len(names)} tensors of {type(model).__name__} "
+            f"({', '.join(names[:3])}, ...): a file is missing or belongs to another model; "
+            "download or save the model again"
+        )
 
 
 def read_config(path: str, **kwargs: Any) -> PreTrainedConfig:
@@ -133,6 +148,11 @@ def _damaged_files_named(path: str, kwargs: dict[str, Any]) -> Iterator[None]:
             raise ValueError(
                 f"cannot read a safetensors file of {path!r}, which is truncated or corrupted "
                 f"({printable(error)}); download or save the model again"
+            ) from error
+        if isinstance(error, RuntimeError) and "mismatch" in str(error):
+            raise ValueError(
+                f"the tensors of {path!r} do not have the shapes of this model "
+                f"({printable(error)}); restore config.json and the files from one save"
             ) from error
         raise
 

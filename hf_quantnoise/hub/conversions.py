@@ -26,6 +26,7 @@ from ..configuration import QuantizedModelConfig
 from ..dynamic_subclass import DynamicSubclass, make_dynamic_subclass
 from ..modeling import packed_layers
 from ..modeling.packed import INDICES, INPUT_NAMES, PREFIX
+from ..sharing import parents_of
 
 
 class _Names(frozenset):
@@ -125,9 +126,10 @@ def names_kept_in_files(
     for file in files:
         with safe_open(file, framework="pt") as opened:
             known.update(opened.keys())
-    shared = tuple(f"{name}." for name in config.shared_layers)
+    shared = config.shared_layers.keys()
     stored = (name for name, entry in config.plan.items() if "tied_to" not in entry)
-    if not all(f"{name}.{INDICES}" in known for name in stored if not name.startswith(shared)):
+    own_layers = (name for name in stored if shared.isdisjoint(parents_of(name)))
+    if not all(f"{name}.{INDICES}" in known for name in own_layers):
         return set()
     own = names_to_keep(model)
     kept = known.intersection(spelling for name in own for spelling in spellings(model, name))

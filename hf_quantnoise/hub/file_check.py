@@ -7,6 +7,7 @@ codes are in the file. Only the headers of the files are read.
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,8 @@ from ..layer_types import known_layer_type
 from ..modeling.convert import packed_layers, packed_spec
 from ..modeling.packed import INDICES, INPUT_NAMES, PREFIX
 from ..modeling.value_check import invalid_values
+from ..sharing import parents_of
+from ..text import printable
 from .conversions import spellings
 from .reading import DTYPES, FLOATS
 from .skeleton import Names, quantizer_of
@@ -36,6 +39,9 @@ class Stored(NamedTuple):
 
     dtype: str  # as in the header: "U8", "F32", ...
     shape: tuple[int, ...]
+
+
+_SENTINEL = Stored("U8", (1,))
 
 
 def stored_in(files: Iterable[str] | None) -> dict[str, Stored] | None:
@@ -77,7 +83,9 @@ def check_files(
     packed = _packed_tensor_names()
     candidates = _layer_names(config, model, stored)
     found: set[str] = set()
+    require_kind = _kind_check(model)
     for key, tensor in stored.items():
+        require_kind(key, tensor)
         leaf = key.rpartition(".")[2]
         if leaf != "weight" and leaf not in packed:
             continue
@@ -98,11 +106,31 @@ def check_files(
     for name in _not_stored(config, found):
         if lacks_nothing or names.find(name) is not None:
             raise ValueError(
-                f"the checkpoint lacks {name}.{INDICES}, which is in its plan: the entry was "
-                "renamed, or a file is missing or belongs to another model; download or save the "
+                f"the checkpoint lacks {printable(name)}.{INDICES}, which is in its plan: the "
+                "entry was renamed, or a file is missing or belongs to another model; download or save the "
                 "model again"
             )
     return found
+
+
+def _kind_check(model: PreTrainedModel) -> Callable[[str, Stored], None]:
+    """Return a check that floats of the model are stored as floats, and integers as integers.
+
+    transformers converts one to the other.
+    """
+    tensors = chain(model.named_parameters(remove_duplicate=False), model.named_buffers())
+    is_float = {name: tensor.is_floating_point() for name, tensor in tensors}
+
+    def check(key: str, tensor: Stored) -> None:
+        stored_as_float = tensor.dtype in FLOATS or tensor.dtype.startswith("F8")
+        for name in spellings(model, key):
+            if tensor != _SENTINEL and is_float.get(name, stored_as_float) != stored_as_float:
+                expected = "a float" if is_float[name] else "an integer"
+                raise ValueError(
+                    f"invalid dtype {tensor.dtype} of {key}: expected {expected}; {_RESTORE}"
+                )
+
+    return check
 
 
 def _packed_tensor_names() -> set[str]:
@@ -154,7 +182,7 @@ def _check_tensor(
     settings = settings_of(entry)
     field = f"invalid plan[{name!r}]"
     if leaf == "weight":
-        if tensor != ("U8", (1,)):  # a sentinel
+        if tensor != _SENTINEL:
             raise ValueError(f"{field}: the files hold {key}, a dense weight, too; {_RESTORE}")
         return
     spec = packed_spec(quantizer_of(entry), entry["rows"], entry["columns"])
@@ -192,10 +220,10 @@ def _text(settings: dict[str, Any]) -> str:
 
 def _not_stored(config: QuantizedModelConfig, found: set[str]) -> Iterator[str]:
     """Yield the layers of the plan whose codes are not stored, neither as those of another one."""
-    shared = tuple(f"{layer}." for layer in config.shared_layers)
+    shared = config.shared_layers.keys()
     weights = {config.plan[name].get("tied_to", name) for name in found}
     for name, entry in config.plan.items():
-        if entry.get("tied_to", name) not in weights and not name.startswith(shared):
+        if entry.get("tied_to", name) not in weights and shared.isdisjoint(parents_of(name)):
             yield name
 
 

@@ -1,6 +1,7 @@
-"""Models of one's own code: in files next to the model, or registered with the auto classes."""
+"""Models of the user's code: in files next to the model, or registered with the auto classes."""
 
 import shutil
+import sys
 
 import pytest
 import torch
@@ -34,6 +35,8 @@ def own(tmp_path, monkeypatch):
     """Folders ``dense`` and ``packed`` of a model with its code, which has not run since."""
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.syspath_prepend(tmp_path / "modules")
+    for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
+        monkeypatch.delitem(sys.modules, name)  # of another test's folder
     mark = tmp_path / "mark"
     model = write_own_model(tmp_path / "dense", mark)
     quantize_model(model, PQ, progress=False)

@@ -1,6 +1,6 @@
 """Models may change a layer's output in place (BLIP adds positions to its embeddings).
 
-Outputs of noisy and packed layers are tensors of their own wherever those of dense layers are: the
+Outputs of noisy and packed layers are separate tensors wherever those of dense layers are: the
 result, and the gradients, are those of the same operation out of place.
 """
 

@@ -1,4 +1,4 @@
-"""A model of one's own code: a configuration and a modeling file in the folder of the model."""
+"""A model of the user's code: a configuration and a modeling file in the folder of the model."""
 
 from __future__ import annotations
 
