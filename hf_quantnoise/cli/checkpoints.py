@@ -144,6 +144,7 @@ class Checkpoint:
 
     def load_packed(self) -> PreTrainedModel:
         """Load a model that this package has packed."""
+        _ = self.config  # raises if --trust_remote_code is missing
         return AutoQuantizedModel.from_pretrained(self.path, **self._where)
 
     @cached_property

@@ -11,7 +11,7 @@ from transformers.models.auto import modeling_auto
 
 from ..compat import models_of
 
-# Arguments of from_pretrained that say where the files are.
+# Arguments of from_pretrained for the place of the files.
 HUB_KWARGS = (
     "cache_dir", "force_download", "local_files_only", "proxies",
     "revision", "subfolder", "token",
