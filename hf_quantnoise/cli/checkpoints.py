@@ -20,13 +20,8 @@ from transformers.utils import CONFIG_NAME
 from ..compat import from_config
 from ..configuration import QUANT_METHOD, QuantizedModelConfig
 from ..configuration.checks import shown
-<<<<<<< HEAD
 from ..hub.auto import AutoQuantizedModel, method_of, read_config
-from ..hub.file_check import Stored
 from ..hub.model_classes import model_class_of
-=======
-from ..hub.auto import class_of, method_of, read_config
->>>>>>> main
 from ..hub.quantizer import QuantNoiseHfQuantizer
 from ..model_folders import require_not_interrupted
 from ..sharing import share
