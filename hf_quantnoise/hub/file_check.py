@@ -107,8 +107,8 @@ def check_files(
         if lacks_nothing or names.find(name) is not None:
             raise ValueError(
                 f"the checkpoint lacks {printable(name)}.{INDICES}, which is in its plan: the "
-                "entry was renamed, or a file is missing or belongs to another model; download or save the "
-                "model again"
+                "entry was renamed, or a file is missing or belongs to another model; download or "
+                "save the model again"
             )
     return found
 
