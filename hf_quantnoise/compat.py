@@ -9,7 +9,7 @@ To support a new version, run those tests with it and fix what fails here.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from importlib.abc import MetaPathFinder
 from importlib.util import find_spec
@@ -245,7 +245,8 @@ def stop_rescaling(model: nn.Module) -> None:
     them when it is trained again. The weights of packed layers cannot be written to. The outputs
     are the same, as the hidden states are normalized in the end.
     """
-    for module in model.modules():
+    modules: Iterable[Any] = model.modules()
+    for module in modules:
         if not hasattr(module, "layers_are_rescaled"):
             continue
         if module.layers_are_rescaled:

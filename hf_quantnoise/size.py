@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from .compat import ignored_on_save, revert_weight_conversion
 from .hub.conversions import convert_dense_only
 from .hub.skeleton import sentinel_names
+from .hub.weights_id import ID_LENGTH, WEIGHTS_ID
 from .layer_types import known_layer_type
 from .modeling import PackedLayer, packed_layers, packed_names, stored_tensors
 from .structure import find_layers
@@ -188,12 +189,12 @@ def _as_named_in_file(
     return revert_weight_conversion(model, tensors)
 
 
-def _header_bytes(tensors: dict[str, Tensor]) -> int:
+def _header_bytes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> int:
     """Return the length of the safetensors header: 8 bytes, then JSON padded to a multiple of 8.
 
     It is exact if all dtypes are known, since the offsets have as many digits as in the file.
     """
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": metadata}
     offset = 0
     in_file = sorted(tensors.items(), key=lambda item: (_ORDER.get(item[1].dtype, 2), item[0]))
     for name, tensor in in_file:
@@ -259,5 +260,6 @@ def size_report(model: nn.Module) -> SizeReport:
     for name in sentinels:
         disk[name] = torch.zeros(1, dtype=torch.uint8)
         rows.append(SizeRow(name, "other", "sentinel", (1,), 1, 1, 0, 0))
-    header_bytes = _header_bytes(_as_named_in_file(model, disk, sentinels))
+    metadata = {"format": "pt", **({WEIGHTS_ID: "0" * ID_LENGTH} if packed else {})}
+    header_bytes = _header_bytes(_as_named_in_file(model, disk, sentinels), metadata)
     return SizeReport(rows, header_bytes, dict(getattr(config, "left_dense", None) or {}))

@@ -19,6 +19,8 @@ from .compression.reporting.plots import PLOTS, plot_compression
 from .compression.reporting.record import StageRecord
 from .compression.trainer_checkpoints import checkpoint_to_resume_from
 from .configuration import QuantizedModelConfig, QuantNoiseConfig
+from .hub.processing import remember_processing
+from .model_folders import UNPUBLISHED
 from .modeling import packed_layers
 from .modeling.packer import has_adapters
 from .noise import find_state
@@ -72,7 +74,7 @@ class QuantNoiseTrainer(PublishingMixin, PackedModelTrainer):
         >>> small.save_pretrained("out")
     """
 
-    unpublished = ("_*", f"{PREFIX_CHECKPOINT_DIR}-*", f"{FOLDER}/*")
+    unpublished = ("_*", f"{PREFIX_CHECKPOINT_DIR}-*", f"{FOLDER}/*", *UNPUBLISHED)
 
     def __init__(
         self,
@@ -216,6 +218,7 @@ class QuantNoiseTrainer(PublishingMixin, PackedModelTrainer):
         if self.noise_callback is not None:
             self.remove_callback(self.noise_callback)
             self.noise_callback = None
+        remember_processing(model, self.processing_to_save())
         self.model = self.model_wrapped = model
         self.optimizer = self.lr_scheduler = None
         self.accelerator.free_memory()

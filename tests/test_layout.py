@@ -21,6 +21,7 @@ LAYERS = (
     "files",
     "distributed",
     "durable_files",
+    "model_folders",
     "dynamic_subclass",
     "layer_types",
     "blocks",

@@ -23,6 +23,7 @@ from ..configuration.checks import shown
 from ..hub.auto import class_of, method_of, read_config
 from ..hub.file_check import Stored
 from ..hub.quantizer import QuantNoiseHfQuantizer
+from ..model_folders import require_not_interrupted
 from ..sharing import share
 from ..text import printable
 from .command import UsageError
@@ -39,6 +40,7 @@ class Checkpoint:
     @cached_property
     def config(self) -> PretrainedConfig:
         """The content of ``config.json``."""
+        require_not_interrupted(self.path)
         if not self.has_config:
             raise FileNotFoundError(f"{self.path!r} has no {CONFIG_NAME}")
         with self._error_context():

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from huggingface_hub import ModelCard, ModelCardData, upload_folder
 
+from ..durable_files import new_file
 from ..files import read_json
 from ..repository import CARD, TAG, create_repository, existing_card, find_file
 
@@ -22,7 +23,8 @@ class HubConfigMixin:
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
         """Write the config's JSON file into a folder, which is created if missing."""
         os.makedirs(save_directory, exist_ok=True)
-        with open(os.path.join(save_directory, self.file_name), "w", encoding="utf-8") as file:
+        path = os.path.join(save_directory, self.file_name)
+        with new_file(path) as part, open(part, "w", encoding="utf-8") as file:
             file.write(self.to_json_string())
 
     @classmethod

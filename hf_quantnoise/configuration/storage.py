@@ -35,7 +35,7 @@ FORMAT_VERSION = max(FORMATS)
 # Keys that are written into config.json next to the fields, partly for people who open it.
 HEAD = ("quant_method", "scheme", "how_to_load", "requires")
 # Fields that compression fills in.
-RECORDS = ("plan", "left_dense", "shared_layers", "pruned_layers")
+RECORDS = ("plan", "left_dense", "shared_layers", "pruned_layers", "weights_id")
 
 SCHEMES: Registry[type] = Registry("scheme")
 OBSERVERS: Registry = Registry("observer")
@@ -111,6 +111,11 @@ class QuantizedModelConfig(HubConfigMixin, Options, QuantizationConfigMixin):
     )
     pruned_layers: Annotated[dict[str, int], by_layer("a number of weights", _is_count)] = option(
         {}, "Filled in by compression: removed layer -> number of weights it had."
+    )
+    weights_id: str | None = option(
+        None,
+        "Filled in by saving: a checksum of the weights. Each file of weights has it too, so that "
+        "files of different saves are not loaded together.",
     )
     format_version: int = option(
         FORMAT_VERSION,

@@ -18,6 +18,7 @@ from transformers.utils import CONFIG_NAME, cached_file
 from ..configuration import QUANT_METHOD
 from ..configuration.checks import shown
 from ..files import headers_in, read_json
+from ..model_folders import require_not_interrupted
 from ..modeling.value_check import values_unchecked
 from ..text import printable
 
@@ -57,6 +58,7 @@ class AutoQuantizedModel:
             OSError: if a file is missing.
         """
         path = os.fspath(pretrained_model_name_or_path)
+        require_not_interrupted(os.path.join(path, kwargs.get("subfolder") or ""))
         config_kwargs = {key: kwargs[key] for key in _CONFIG_KWARGS if key in kwargs}
         config, config_path = kwargs.get("config"), path
         if isinstance(config, str | os.PathLike):

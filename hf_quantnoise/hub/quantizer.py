@@ -39,7 +39,8 @@ from .card import CARD_ATTRIBUTE, TAGS
 from .conversions import convert_all, convert_dense_only, names_kept_in_files, without
 from .file_check import check_files, require_valid_values, stored_in
 from .parts import describe_parts, forget_parts
-from .reading import align, read_packed, require_no_renaming
+from .reading import align, read_packed, release_files, require_no_renaming
+from .saving import attach_saving, detach_saving
 from .skeleton import (
     Names,
     allow_sentinels,
@@ -49,6 +50,7 @@ from .skeleton import (
     sentinel_names,
     shapes_before_loading,
 )
+from .weights_id import WEIGHTS_ID, id_of_weights, in_fixed_order, require_one_save
 
 logger = logging.get_logger(__name__)
 register_quantization_config(QUANT_METHOD)(QuantizedModelConfig)
@@ -94,6 +96,7 @@ class QuantNoiseHfQuantizer(HfQuantizer):
         model.config.quantization_config = config
         _set_quantized(model, True)
         model.add_model_tags(list(TAGS))
+        attach_saving(model)
 
     # ---- loading --------------------------------------------------------------------------------
 
@@ -109,6 +112,7 @@ class QuantNoiseHfQuantizer(HfQuantizer):
                 "invalid quantization_config: its plan is empty, so the storage of the layers is "
                 "unknown; save the model again with save_pretrained"
             )
+        require_one_save(checkpoint_files, config.weights_id)
         allow_sentinels(model, config)
         stop_rescaling(model)
         # transformers intercepts every torch function here to create tensors on the meta device.
@@ -125,12 +129,13 @@ class QuantNoiseHfQuantizer(HfQuantizer):
             _require_in_memory(model)
             model.is_quantized = False  # the packer takes dense models, and marks it
             ModelPacker(model, self.quantization_config).pack_all()
-            _release_files(model)
+            release_files(model)
             return model
         require_no_renaming(model, self.__dict__.pop("_read"))
         require_shapes(model, self.__dict__.pop("_shapes"))
         remove_placeholders(model)
         model.add_model_tags(list(TAGS))
+        attach_saving(model)
         for name, layer in packed_layers(model):
             is_read = layer._loading.is_read
             layer.finish_loading()
@@ -179,7 +184,6 @@ class QuantNoiseHfQuantizer(HfQuantizer):
         # With an adapter loaded, transformers writes only the adapter.
         if not has_adapter(model):
             _drop_replaced_layers(model, self.quantization_config)
-            describe_parts(model, self.quantization_config)
         state_dict = model.state_dict()
         written: dict[int, Tensor] = {}  # tied layers must keep sharing one tensor
         for prefix, layer in packed_layers(model):
@@ -195,7 +199,11 @@ class QuantNoiseHfQuantizer(HfQuantizer):
         for name in sentinels:
             state_dict[name] = torch.zeros(1, dtype=torch.uint8)
         convert_dense_only(model, sentinels)
-        return state_dict, {}
+        if has_adapter(model):
+            return state_dict, {}
+        self.quantization_config.weights_id = weights_id = id_of_weights(model, state_dict)
+        describe_parts(model, self.quantization_config)
+        return in_fixed_order(model, state_dict), {WEIGHTS_ID: weights_id}
 
     # ---- dequantizing ---------------------------------------------------------------------------
 
@@ -203,6 +211,7 @@ class QuantNoiseHfQuantizer(HfQuantizer):
         if isinstance(dtype, str):  # config.dtype is its name once the model was saved
             dtype = getattr(torch, dtype)
         unpack_model(model)
+        detach_saving(model)
         convert_all(model)
         forget_parts(model)
         if dtype not in (None, model.dtype):  # otherwise each weight keeps the dtype it has
@@ -278,11 +287,3 @@ def _require_in_memory(model: PreTrainedModel) -> None:
             "quantized; quantize without offloading, save_pretrained, and load the result with "
             "this device_map"
         )
-
-
-@torch.no_grad()
-def _release_files(model: PreTrainedModel) -> None:
-    """Copy tensors that are views of a memory-mapped file, which would keep all of it in memory."""
-    for tensor in [*model.parameters(), *model.buffers()]:
-        if tensor.device.type == "cpu":
-            tensor.data = tensor.data.clone()

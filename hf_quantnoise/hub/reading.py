@@ -157,6 +157,14 @@ def _fill(layer: PackedLayer, tensors: dict[str, Tensor]) -> bool:
 
 
 @torch.no_grad()
+def release_files(model: PreTrainedModel) -> None:
+    """Copy tensors that are views of a memory-mapped file, which would keep all of it in memory."""
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
+
+
+@torch.no_grad()
 def align(model: PreTrainedModel) -> None:
     """Copy dense matrices that are not aligned to a cache line, as views of a file may be.
 

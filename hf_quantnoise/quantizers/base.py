@@ -46,7 +46,8 @@ class Quantizer(ABC):
         codes_per_block: number of codes of a block, adjacent in the codes of its row.
         n_values: number of valid codes, from 0.
         state_names: all keys that a state can have.
-        positive: keys of state tensors whose values are above 0.
+        positive: keys of state tensors whose values are above 0. No tensor that is trained is one:
+            training can make a scale negative.
         not_trained: keys of state tensors that get no gradient.
         short_name: for tables, e.g. ``"pq 256x4"``.
     """

@@ -38,7 +38,6 @@ class FixedPointQuantizer(Quantizer):
     scheme: ClassVar[str] = "int"
     block_size: ClassVar[int] = 1
     state_names: ClassVar[frozenset[str]] = frozenset({"scale", "zero_point"})
-    positive: ClassVar[frozenset[str]] = frozenset({"scale"})
 
     @property
     def code_bits(self) -> int:

@@ -144,7 +144,7 @@ WRONG = {
     "weight_row_scale": [NAN, INF, -INF],
     "weight_codebook_scale": [NAN, INF, 0.0, -1.0],
     "weight_codebook_zero_point": [NAN, INF, -2 * MAX_ZERO_POINT],
-    "weight_scale": [NAN, INF, 0.0, -1.0],
+    "weight_scale": [NAN, INF, -INF],
     "weight_zero_point": [NAN, -INF, 2 * MAX_ZERO_POINT],
     "input_scale": [NAN, INF, 0.0, -1.0],
     "input_zero_point": [NAN, INF, 2 * MAX_ZERO_POINT],
@@ -178,6 +178,13 @@ def test_invalid_floats_are_refused(kind, saved, folder):
             edit_tensors(path, lambda t, n=name, o=original: t.update({n: o}))
             tried += 1
     assert tried >= 2
+    AutoQuantizedModel.from_pretrained(path)
+
+
+def test_scale_that_training_made_negative_loads(saved, folder):
+    """Adam moves a scale of 1e-4 below 0 in one step of 1e-3."""
+    path = folder("int")
+    set_last(path, f"{LAYER}.weight_scale", -1e-3)
     AutoQuantizedModel.from_pretrained(path)
 
 
@@ -254,7 +261,7 @@ def test_values_too_large_for_the_precision_are_refused(folder):
 
 @pytest.mark.parametrize(
     ("kind", "name", "value"),
-    [("pq", "weight_codebook", NAN), ("int", "weight_scale", 0.0),
+    [("pq", "weight_codebook", NAN), ("int", "weight_scale", NAN),
      ("8 bits", "weight_codebook_scale", NAN)],
 )  # fmt: skip
 def test_load_state_dict_refuses_invalid_values(kind, name, value, saved):
