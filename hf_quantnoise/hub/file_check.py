@@ -35,7 +35,7 @@ _RESTORE = "restore config.json and the files from one save, or save the model a
 
 
 class Stored(NamedTuple):
-    """What the header of a file says about a tensor."""
+    """A tensor as described in the header of a file."""
 
     dtype: str  # as in the header: "U8", "F32", ...
     shape: tuple[int, ...]
