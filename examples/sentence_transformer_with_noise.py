@@ -29,6 +29,7 @@ from trainer_data import RowFlags
 from transformers import HfArgumentParser
 
 from hf_quantnoise import QuantNoiseCallback, quantize_model, remove_quant_noise
+from hf_quantnoise.compat import undo_accelerate_prepare
 from hf_quantnoise.runs.arguments import CompressionFlags
 from hf_quantnoise.runs.closing_table import Row, closing_table, weights_mb
 
@@ -89,6 +90,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
         ).train()
     model.save_pretrained(compressed)
 
+    undo_accelerate_prepare(model)  # mixed precision, which the loaded model does not have
     fresh = SentenceTransformer(compressed)
     sentences = validation["sentence1"][:8]
     if not torch.equal(
