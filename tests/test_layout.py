@@ -16,6 +16,7 @@ LAYERS = (
     "version",
     "compat",
     "registry",
+    "argument_checks",
     "distributed",
     "dynamic_subclass",
     "layer_types",

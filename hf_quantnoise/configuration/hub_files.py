@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from huggingface_hub import ModelCard, ModelCardData, upload_folder
 
+from ..argument_checks import describe, require_output_folder, shorten
 from ..repository import CARD, TAG, create_repository, existing_card, find_file
 
 
@@ -21,6 +22,7 @@ class HubConfigMixin:
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
         """Write the config's JSON file into a folder, which is created if missing."""
+        save_directory = require_output_folder("save_directory", save_directory)
         os.makedirs(save_directory, exist_ok=True)
         with open(os.path.join(save_directory, self.file_name), "w", encoding="utf-8") as file:
             file.write(self.to_json_string())
@@ -36,12 +38,22 @@ class HubConfigMixin:
 
         Raises:
             FileNotFoundError: naming the missing file.
-            TypeError: if the file is a config of another class.
+            TypeError: if the file is a config of another class, or the path is something else.
+            ValueError: if the file is not JSON.
         """
         hint = f"write it with {cls.__name__}.save_pretrained(folder) or push_to_hub(repo_id)"
         file_name = find_file(path, cls.file_name, hint, **kwargs)
-        with open(file_name, encoding="utf-8") as file:
-            config = cls.from_dict(json.load(file))
+        try:
+            with open(file_name, encoding="utf-8") as file:
+                values = json.load(file)
+            if not isinstance(values, dict):
+                raise ValueError(f"got {describe(values)}")
+        except ValueError as error:  # not JSON, or not text
+            raise ValueError(
+                f"invalid path {file_name!r}: expected a JSON file with the fields of "
+                f"{cls.__name__} ({shorten(str(error))}); {hint}"
+            ) from None
+        config = cls.from_dict(values)
         if not isinstance(config, cls):
             kind = type(config).__name__
             raise TypeError(f"{file_name} is an {kind}; load it with {kind}.from_pretrained")

@@ -22,6 +22,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..argument_checks import (
+    require_instance,
+    require_output_folder,
+    require_tensors,
+    run_batch,
+)
 from ..modeling import packed_layers
 from ..modeling.packed import PREFIX
 from ..quantizers.product import ProductQuantizer
@@ -106,6 +112,11 @@ def export_onnx(
         ValueError: if the model is not packed, generates token by token, or needs ``inputs``.
     """
     require_packed(model, "export_onnx")
+    folder = Path(require_output_folder("folder", folder))
+    if inputs is not None:
+        expected, way_out = "a dict of tensors by name", "pass e.g. {'input_ids': ids}"
+        require_instance("inputs", inputs, Mapping, expected, way_out)
+        require_tensors("inputs", inputs)
     if model.config.is_encoder_decoder or model.can_generate():
         raise ValueError(
             f"export_onnx: {type(model).__name__} generates token by token, and a graph with a "
@@ -115,12 +126,12 @@ def export_onnx(
     onnxscript = _onnxscript()
     stored = _with_stored_state(model)
     inputs = dict(inputs or _example_inputs(model))
-    outputs = stored(**inputs, return_dict=True)
+    call = "pass inputs for which model(**inputs) works"
+    outputs = run_batch(stored, {**inputs, "return_dict": True}, "inputs", call)
     outputs = tuple(name for name, value in outputs.items() if isinstance(value, Tensor))
     program = _traced(stored, inputs, outputs)
     onnxscript.optimizer.optimize_ir(program.model, should_fold=_may_fold)
     _strip_metadata(program.model)
-    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     program.save(folder / FILE_NAME)
     config = deepcopy(model.config)

@@ -10,9 +10,12 @@ from typing import Any
 
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import CONFIG_NAME
 
+from ..argument_checks import require_path, shorten
 from ..configuration import QUANT_METHOD
+from ..repository import is_repository_name
 
 _CONFIG_KWARGS = (
     "cache_dir", "force_download", "local_files_only", "proxies",
@@ -46,14 +49,15 @@ class AutoQuantizedModel:
         Raises:
             ValueError: if the checkpoint is not from this package, or a file is corrupted.
             OSError: if a file is missing.
+            TypeError: if the path is something else.
         """
-        path = os.fspath(pretrained_model_name_or_path)
+        path = require_path("pretrained_model_name_or_path", pretrained_model_name_or_path)
         config_kwargs = {key: kwargs[key] for key in _CONFIG_KWARGS if key in kwargs}
         config, config_path = kwargs.get("config"), path
         if isinstance(config, str | os.PathLike):
             config_path = os.fspath(config)
             config = kwargs["config"] = AutoConfig.from_pretrained(config_path, **config_kwargs)
-        config = config or AutoConfig.from_pretrained(path, **config_kwargs)
+        config = config or _config_of(path, **config_kwargs)
         _check_method(config_path, getattr(config, "quantization_config", None))
         loader = cls.auto_class or class_of(config.architectures)
         if loader is None:
@@ -69,6 +73,30 @@ class AutoQuantizedModel:
                 f"cannot read a safetensors file of {path!r}, which is truncated or corrupted "
                 f"({error}); download or save the model again"
             ) from error
+
+
+def _config_of(path: str, **kwargs: Any) -> PreTrainedConfig:
+    """Return the config of a saved model; the error says what is at the path instead."""
+    if os.path.isfile(path):
+        raise ValueError(f"{path!r} is a file; pass the folder of the saved model")
+    if os.path.isdir(path):
+        file = os.path.join(path, kwargs.get("subfolder") or "", CONFIG_NAME)
+        if not os.path.isfile(file):
+            raise FileNotFoundError(
+                f"{file!r} is missing; pass the folder that save_pretrained has written"
+            )
+    elif not is_repository_name(path):
+        raise FileNotFoundError(
+            f"{path!r} is neither a folder nor a valid name of a repository; check the path"
+        )
+    try:
+        return AutoConfig.from_pretrained(path, **kwargs)
+    except OSError as error:
+        source = "its config.json" if os.path.isdir(path) else "the repository (and no such folder)"
+        raise OSError(
+            f"cannot load {path!r}: {source} cannot be read ({shorten(str(error))}); check the "
+            "name, or save the model again"
+        ) from error
 
 
 def _check_method(path: str, quantization: Any) -> None:

@@ -13,6 +13,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+from ..argument_checks import run_batch
 from ..distributed import broadcast_from_rank_0, on_any_rank, sum_over_ranks, widest_over_ranks
 from ..layer_types import known_layer_type
 from ..quantizers import FixedPointQuantizer
@@ -97,7 +98,7 @@ def require_runs(
         for batch in batches:
             if not waiting:
                 break
-            model(**batch)
+            run_batch(model, batch)
             waiting = [group for group in waiting if called.isdisjoint(group)]
     reached = on_any_rank([not called.isdisjoint(group) for group in groups])
     for group, is_reached in zip(groups, reached, strict=True):
@@ -123,7 +124,7 @@ def calibrate(
     if not observers:
         return
     require_batches(batches)
-    forward = forward or (lambda batch: model(**batch))
+    forward = forward or (lambda batch: run_batch(model, batch))
     with evaluating(model), ExitStack() as restored:
         for layer, observer in observers.items():
             hook = layer.register_forward_pre_hook(observer.observe, with_kwargs=True)

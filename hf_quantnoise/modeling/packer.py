@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
+from ..argument_checks import require_model
 from ..compat import own_parameters
 from ..configuration import QuantizedModelConfig
 from ..distributed import broadcast_from, is_distributed, is_own_task, rank_of_task, sum_over_ranks
@@ -194,17 +195,14 @@ class ModelPacker:
 
 def check_can_be_packed(model: nn.Module) -> None:
     """Raise TypeError if a model is not a ``PreTrainedModel``, ValueError if it is quantized."""
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(
-            f"invalid model: got {type(model).__name__}, expected a transformers PreTrainedModel; "
-            "unwrap it first, e.g. with accelerator.unwrap_model(model)"
-        )
+    require_model(model)
     if any(packed_layers(model)):
         raise ValueError(
             "the model is already quantized; call model.dequantize() first, or load the dense model"
         )
     if getattr(model, "is_quantized", False):
-        method = getattr(model, "quantization_method", "another method")
+        method = getattr(model, "quantization_method", None) or "another method"
         raise ValueError(
-            f"the model is already quantized with {method}; load the dense checkpoint instead"
+            f"the model is already quantized with {getattr(method, 'value', method)}; load the "
+            "dense checkpoint instead"
         )
