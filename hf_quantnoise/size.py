@@ -18,6 +18,7 @@ from .hub.skeleton import sentinel_names
 from .layer_types import known_layer_type
 from .modeling import PackedLayer, packed_layers, packed_names, stored_tensors
 from .structure import find_layers
+from .text import printable
 
 # Names of dtypes in a safetensors header, in the order in which the file stores tensors.
 _DTYPES = {
@@ -112,7 +113,8 @@ class SizeReport:
             text = f"{ratio:.1f} times smaller than float32"
         if self.left_dense:
             text += "\nkept in floating point:"
-            text += "".join(f"\n  {name}: {reason}" for name, reason in self.left_dense.items())
+            for name, reason in self.left_dense.items():
+                text += f"\n  {printable(name)}: {printable(reason)}"
         return text
 
 
@@ -136,6 +138,7 @@ def kilobytes(*sizes: int | None) -> tuple[str, ...]:
 
 def aligned(lines: list[tuple[str, ...]], left: int = 2) -> str:
     """Format a table whose first ``left`` columns are aligned left, the others right."""
+    lines = [tuple(map(printable, line)) for line in lines]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join(
         "  ".join(

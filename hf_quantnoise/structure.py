@@ -19,6 +19,7 @@ from transformers.utils import logging
 from .blocks import matrix_shape
 from .compat import GradientCheckpointingLayer, ignored_on_save, own_parameters
 from .layer_types import LAYER_TYPES, LayerType, known_layer_type, layer_type_of
+from .patterns import compile_pattern
 
 logger = logging.get_logger(__name__)
 
@@ -172,23 +173,32 @@ def _why_no_layer(model: nn.Module, name: str) -> str:
     return f"it is a bare parameter of {kind}, not the weight of a known layer type"
 
 
-def matches(name: str, patterns: str | Sequence[str]) -> bool:
-    """Match as PEFT: a string is a regex for the full name, a list has names and suffixes."""
-    if isinstance(patterns, str):
-        return re.fullmatch(patterns, name) is not None
-    return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
-
-
 def require_match(setting: str, patterns: str | Sequence[str], names: Sequence[str]) -> list[str]:
-    """Return the names that match, in order; raise ValueError if a pattern matches no name."""
-    is_regex = isinstance(patterns, str)
-    for pattern in [patterns] if is_regex else patterns:
-        if not any(matches(name, pattern if is_regex else [pattern]) for name in names):
-            raise ValueError(
-                f"{setting}={pattern!r} matches no layer of the model ({', '.join(names[:3])}, "
-                "...); use a string with a regex for the full name, or a list of names and suffixes"
-            )
-    return [name for name in names if matches(name, patterns)]
+    """Return the names that match, in order; raise ValueError if a pattern matches no name.
+
+    As in PEFT, a string is a regex for the full name, a list has names and suffixes.
+    """
+    if isinstance(patterns, str):
+        regex = compile_pattern(setting, patterns)
+        matching = [name for name in names if regex.fullmatch(name)]
+        unused = None if matching else patterns
+    else:
+        suffixes = {name: _suffixes(name) for name in names}
+        known, wanted = set().union(*suffixes.values()), set(patterns)
+        matching = [name for name in names if not wanted.isdisjoint(suffixes[name])]
+        unused = next((pattern for pattern in patterns if pattern not in known), None)
+    if unused is not None:
+        raise ValueError(
+            f"{setting}={unused!r} matches no layer of the model ({', '.join(names[:3])}, "
+            "...); use a string with a regex for the full name, or a list of names and suffixes"
+        )
+    return matching
+
+
+def _suffixes(name: str) -> set[str]:
+    """``a.b.c`` -> ``{"a.b.c", "b.c", "c"}``."""
+    parts = name.split(".")
+    return {".".join(parts[start:]) for start in range(len(parts))}
 
 
 def select_layers(
@@ -221,8 +231,10 @@ def select_layers(
 
 def _key_for(value: dict[str, int], layer: LayerInfo) -> str | None:
     for key in value:
-        if key not in GROUPS and any(re.fullmatch(key, n) for n in (layer.name, *layer.ties)):
-            return key
+        if key not in GROUPS:
+            regex = compile_pattern("key of block_size or n_centroids", key)
+            if any(map(regex.fullmatch, (layer.name, *layer.ties))):
+                return key
     return layer.group if layer.group in value else None
 
 

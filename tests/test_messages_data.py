@@ -139,7 +139,9 @@ MISTAKES = {
         "out",
     ),
     "JSON that is not a config": Mistake(
-        lambda folder: IPQConfig.from_pretrained(file_in(folder, "[1]")), "path", "[1]"
+        lambda folder: IPQConfig.from_pretrained(file_in(folder, "[1]")),
+        "file.json",
+        "out/file.json",
     ),
     "save a config in None": Mistake(
         lambda folder: SMALL.save_pretrained(None), "save_directory", "None"

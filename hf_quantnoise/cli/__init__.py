@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from inspect import getdoc
 
 from ..configuration.flags import HelpFormatter, OneLineErrors, unknown_flags
+from ..text import printable
 from . import compress, convert, finetune, plan, push, report  # noqa: F401
 from .command import COMMANDS, Command, UsageError
 
@@ -51,7 +52,7 @@ def build_parser() -> ArgumentParser:
 
 
 def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
+    text = printable(" ".join(str(error).split()))
     expected = isinstance(error, OSError | ValueError | TypeError | ImportError)
     return text if text and expected else f"{type(error).__name__}: {text}"
 

@@ -14,14 +14,16 @@ from typing import Any
 import torch
 from huggingface_hub import constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
 from ..compat import from_config
 from ..configuration import QUANT_METHOD, QuantizedModelConfig
-from ..hub.auto import class_of
+from ..configuration.checks import shown
+from ..hub.auto import class_of, method_of, read_config
 from ..hub.quantizer import QuantNoiseHfQuantizer
 from ..sharing import share
+from ..text import printable
 from .command import UsageError
 from .headers import Headers, hub_headers, local_headers
 
@@ -39,7 +41,7 @@ class Checkpoint:
         if not self.has_config:
             raise FileNotFoundError(f"{self.path!r} has no {CONFIG_NAME}")
         with self._error_context():
-            return AutoConfig.from_pretrained(self.path, revision=self.revision)
+            return read_config(self.path, revision=self.revision)
 
     @cached_property
     def has_config(self) -> bool:
@@ -71,15 +73,15 @@ class Checkpoint:
     def quant_method(self) -> str | None:
         """Quantization method of the model, or None."""
         stored = getattr(self.config, "quantization_config", None)
-        return None if stored is None else str(stored.get("quant_method"))
+        return None if stored is None else printable(method_of(stored))
 
     @property
     def model_class(self) -> type[PreTrainedModel]:
         """The model class in ``architectures``."""
         if (found := class_of(self.config.architectures)) is None:
             raise ValueError(
-                f"{self.path!r}: invalid architectures={self.config.architectures!r} in "
-                "config.json: expected the name of a transformers class"
+                f"{self.path!r}: invalid architectures={shown(self.config.architectures)} in "
+                "config.json: expected the name of a transformers model class"
             )
         return found
 
@@ -120,25 +122,37 @@ class Checkpoint:
             )
         return model
 
+    @cached_property
+    def quantization(self) -> QuantizedModelConfig | None:
+        """How a model packed by this package is stored, or None if it is not packed."""
+        if self.quant_method != QUANT_METHOD:
+            return None
+        return QuantizedModelConfig.from_dict(self.config.quantization_config)
+
     def skeleton(self) -> PreTrainedModel:
-        """Return the model on the meta device, with packed layers if it is quantized."""
+        """Return the dense model on the meta device."""
         if self.quant_method not in (None, QUANT_METHOD):
             raise ValueError(f"quantized by {self.quant_method!r}")
         config = deepcopy(self.config)
-        stored = getattr(config, "quantization_config", None)
-        if stored is not None:
+        dtype = config.dtype
+        if self.quant_method is not None:
             del config.quantization_config
-        dtype = self.headers.dtype if self.headers and stored is None else config.dtype
+        elif self.headers:
+            dtype = self.headers.dtype
         with torch.device("meta"):
             model = from_config(self.model_class, config, dtype=dtype or torch.float32)
         model.tie_weights()
-        if stored is not None:
-            quantizer = QuantNoiseHfQuantizer(QuantizedModelConfig.from_dict(stored))
-            quantizer.preprocess_model(model)
-            stored = model.config.quantization_config = quantizer.quantization_config
-            model.tie_weights()
-            share(model, [(source, name) for name, source in stored.shared_layers.items()])
         return model
+
+    def pack(self, skeleton: PreTrainedModel) -> None:
+        """Give the layers of a skeleton their packed form, in place, if the model is packed."""
+        if self.quantization is None:
+            return
+        quantizer = QuantNoiseHfQuantizer(self.quantization)
+        quantizer.preprocess_model(skeleton)
+        stored = skeleton.config.quantization_config = quantizer.quantization_config
+        skeleton.tie_weights()
+        share(skeleton, [(source, name) for name, source in stored.shared_layers.items()])
 
 
 def checkpoint_of(args: Namespace) -> Checkpoint:

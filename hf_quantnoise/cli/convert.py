@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from ..export import export_aqlm, export_onnx
 from ..hub import AutoQuantizedModel
 from ..registry import Registry
+from ..text import printable
 from .checkpoints import checkpoint_of
 from .command import COMMANDS, Command, add_model_argument, add_output_arguments
 from .folders import check_output, copy_companions, new_folder
@@ -30,7 +31,7 @@ def to_dense(model: PreTrainedModel, folder: str) -> None:
 def to_aqlm(model: PreTrainedModel, folder: str) -> None:
     """for transformers with aqlm installed; layers that do not fit its layout are written dense"""
     for name, reason in export_aqlm(model, folder).dense.items():
-        print(f"{name}: dense, {reason}")
+        print(printable(f"{name}: dense, {reason}"))
 
 
 @TARGETS.register("onnx")

@@ -8,15 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from huggingface_hub import (
-    HfApi,
-    get_hf_file_metadata,
-    get_local_safetensors_metadata,
-    hf_hub_url,
-    parse_local_safetensors_file_metadata,
-)
+from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import NotASafetensorsRepoError
 
+from ..files import TensorHeader, headers_in
 from ..hub.reading import FLOATS
 
 
@@ -24,7 +19,7 @@ from ..hub.reading import FLOATS
 class Headers:
     """Headers of the safetensors files of a model."""
 
-    tensors: dict  # name -> huggingface_hub's TensorInfo: dtype, shape, offsets
+    tensors: dict[str, TensorHeader]
     file_bytes: int  # size of the files, headers included
 
     @property
@@ -42,19 +37,8 @@ def local_headers(folder: str) -> Headers | None:
 
     If no file has the name of a model file, all safetensors files are used (those of an adapter).
     """
-    try:
-        files = get_local_safetensors_metadata(folder).files_metadata
-    except NotASafetensorsRepoError:
-        files = {
-            name: parse_local_safetensors_file_metadata(os.path.join(folder, name))
-            for name in _safetensors(os.listdir(folder))
-        }
-    paths = {name: os.path.join(folder, name) for name in files}
-    for name, path in paths.items():
-        with open(path, "rb") as file:
-            header_bytes = 8 + int.from_bytes(file.read(8), "little")
-        _check_size(path, files[name], os.path.getsize(path), header_bytes)
-    return _headers(files, sum(map(os.path.getsize, paths.values())))
+    files = {name: header.tensors for name, header in headers_in(folder).items()}
+    return _headers(files, sum(os.path.getsize(os.path.join(folder, name)) for name in files))
 
 
 def hub_headers(repo: str, revision: str | None) -> Headers | None:
@@ -67,13 +51,17 @@ def hub_headers(repo: str, revision: str | None) -> Headers | None:
             name: api.parse_safetensors_file_metadata(repo, name, revision=revision)
             for name in _safetensors(api.list_repo_files(repo, revision=revision))
         }
-    total = 0
-    for name, file in files.items():
-        url = hf_hub_url(repo, name, revision=revision)
+    total, tensors = 0, {}
+    for file_name, file in files.items():
+        url = hf_hub_url(repo, file_name, revision=revision)
+        tensors[file_name] = {
+            name: TensorHeader.of(url, name, info.dtype, info.shape, info.data_offsets)
+            for name, info in file.tensors.items()
+        }
         size = get_hf_file_metadata(url).size or 0
-        _check_size(url, file, size, header_bytes=8)  # a lower bound: the exact size is unknown
+        _check_size(url, tensors[file_name], size)
         total += size
-    return _headers(files, total)
+    return _headers(tensors, total)
 
 
 def _safetensors(names: list[str]) -> list[str]:
@@ -81,9 +69,9 @@ def _safetensors(names: list[str]) -> list[str]:
     return sorted(name for name in names if name.endswith(".safetensors") and "/" not in name)
 
 
-def _check_size(place: str, file, size: int, header_bytes: int) -> None:
-    ends = (info.data_offsets[1] for info in file.tensors.values())
-    expected = header_bytes + max(ends, default=0)
+def _check_size(place: str, tensors: Mapping[str, TensorHeader], size: int) -> None:
+    # A lower bound: the length of the header is unknown.
+    expected = 8 + max((tensor.data_offsets[1] for tensor in tensors.values()), default=0)
     if size < expected:
         raise ValueError(
             f"{place} is truncated: it has {size:,} bytes, its header describes {expected:,}; copy "
@@ -91,10 +79,10 @@ def _check_size(place: str, file, size: int, header_bytes: int) -> None:
         )
 
 
-def _headers(files: Mapping, size: int) -> Headers | None:
+def _headers(files: Mapping[str, Mapping[str, TensorHeader]], size: int) -> Headers | None:
     """Merge the headers of all files; a tensor name that occurs twice gets the file name."""
     tensors = {}
     for file_name, file in files.items():
-        for name, info in file.tensors.items():
+        for name, info in file.items():
             tensors[f"{file_name}:{name}" if name in tensors else name] = info
     return Headers(tensors, size) if files else None

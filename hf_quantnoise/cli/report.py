@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from argparse import ArgumentParser, Namespace
 
+from ..text import printable
 from .checkpoints import checkpoint_of
 from .command import COMMANDS, Command, add_model_argument
 from .folders import check_file
@@ -36,6 +37,6 @@ class Report(Command):
         report, note = report_of(checkpoint_of(args))
         show(report, args, note=note)
         if note and not args.json:
-            print(f"note: {note}", file=sys.stderr)
+            print(f"note: {printable(note)}", file=sys.stderr)
         if args.png:
             draw(report, args.per, args.model, args.png)

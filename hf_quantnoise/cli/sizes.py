@@ -11,6 +11,7 @@ from typing import Any
 from ..hub.reading import FLOATS
 from ..size import SizeReport, SizeRow, aligned, kilobytes, size_report, total_of
 from ..structure import find_layers
+from ..text import printable
 from .checkpoints import Checkpoint
 from .headers import Headers
 
@@ -23,7 +24,8 @@ INTEGERS = ("I64", "BOOL")
 def report_of(checkpoint: Checkpoint) -> tuple[SizeReport, str | None]:
     """Return the size of a model, and a note if it could not be counted layer by layer (else None).
 
-    Weights are loaded only if it has no safetensors files.
+    Weights are loaded only if it has no safetensors files. Raises ValueError if the model is packed
+    and its plan is invalid.
     """
     headers = checkpoint.headers
     if headers is None:
@@ -37,6 +39,7 @@ def report_of(checkpoint: Checkpoint) -> tuple[SizeReport, str | None]:
         expected = isinstance(error, ValueError | FileNotFoundError)
         reason = str(error) if expected else f"{type(error).__name__}: {error}"
     else:
+        checkpoint.pack(model)  # its errors are those of the files
         report = size_report(model)
         counted = report.total.disk_bytes
         if abs(counted - headers.file_bytes) <= TOLERANCE * headers.file_bytes:
@@ -111,13 +114,15 @@ def draw(report: SizeReport, per: str, title: str, file_name: str) -> None:
         if row.disk_bytes:
             of_layer = per == "layer" and row.group != "other"
             name = row.name.removesuffix(".weight") if of_layer else row.group
+            name = printable(name).replace("$", r"\$")  # which begins a formula
             names[name] = 0.0
             kinds[row.stored][name] += row.disk_bytes
     figure = Figure(figsize=(8, 1.5 + 0.2 * len(names)))
     axes = figure.add_subplot()
     for kind, sizes in kinds.items():
         widths = [sizes[name] / 1e3 for name in names]
-        axes.barh(list(names), widths, left=list(names.values()), label=kind)
+        label = printable(kind).replace("$", r"\$")
+        axes.barh(list(names), widths, left=list(names.values()), label=label)
         names = {name: names[name] + sizes[name] / 1e3 for name in names}
     axes.invert_yaxis()
     axes.tick_params(axis="y", labelsize=7)

@@ -1,8 +1,9 @@
 """Configs of training noise and of compressed models: dataclasses with checks and a JSON form."""
 
+from .entries import LAYER_KEYS, QUANTIZERS, check_settings, settings_of
 from .fixed_point import FixedPointConfig
 from .ipq import IPQConfig
-from .layer_quantizers import DENSE, LAYER_KEYS
+from .layer_quantizers import DENSE
 from .noise import NOISE_CONFIG_NAME, NOISES, QuantNoiseConfig
 from .storage import FORMAT_VERSION, OBSERVERS, QUANT_METHOD, SCHEMES, QuantizedModelConfig
 
@@ -13,10 +14,13 @@ __all__ = [
     "NOISES",
     "NOISE_CONFIG_NAME",
     "OBSERVERS",
+    "QUANTIZERS",
     "QUANT_METHOD",
     "SCHEMES",
     "FixedPointConfig",
     "IPQConfig",
     "QuantNoiseConfig",
     "QuantizedModelConfig",
+    "check_settings",
+    "settings_of",
 ]

@@ -6,17 +6,49 @@ what was expected. Functions with other parameters return such a check.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from numbers import Real
 from typing import Any
 
+from ..files import MAX_ENTRIES, MAX_NAME_LENGTH
+from ..patterns import compile_pattern
+
 Check = Callable[[str, Any], None]
+
+NAME = f"a layer name of up to {MAX_NAME_LENGTH:,} characters"
+MAX_SHOWN = 200  # characters of an invalid value in an error
+
+_reading_file: ContextVar[bool] = ContextVar("reading_file", default=False)
+
+
+@contextmanager
+def values_from_file() -> Iterator[None]:
+    """Check values of a saved config: its regexes are not compiled before they are used.
+
+    A packed model needs none of them, and a file can hold one that takes very long.
+    """
+    token = _reading_file.set(True)
+    try:
+        yield
+    finally:
+        _reading_file.reset(token)
 
 
 def invalid(name: str, value: Any, expected: str) -> ValueError:
     """Return the error of an invalid value, to be raised."""
-    return ValueError(f"invalid {name}={value!r}: expected {expected}")
+    return ValueError(f"invalid {name}={shown(value)}: expected {expected}")
+
+
+def shown(value: Any) -> str:
+    """Return the ``repr`` of a value for an error, shortened if it is long."""
+    try:
+        text = repr(value)
+    except RecursionError:
+        return f"a {type(value).__name__} that is nested too deeply"
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 def is_int(value: Any) -> bool:
@@ -59,7 +91,8 @@ def one_of(choices: Iterable) -> Check:
     """One of some values; a registry may get more of them later."""
 
     def check(name: str, value: Any) -> None:
-        if value not in (known := list(choices)):
+        known = list(choices)
+        if not any(type(value) is type(choice) and value == choice for choice in known):
             raise invalid(name, value, f"one of {', '.join(map(repr, known))}")
 
     return check
@@ -94,10 +127,8 @@ def regex(name: str, value: Any) -> None:
     """A structure group or regular expression."""
     if not isinstance(value, str):
         raise invalid(name, value, "a string (a structure group or a regex)")
-    try:
-        re.compile(value)
-    except re.error as error:
-        raise invalid(name, value, f"a regular expression ({error})") from None
+    if not _reading_file.get():
+        compile_pattern(name, value)
 
 
 def patterns(name: str, value: Any) -> None:
@@ -106,6 +137,30 @@ def patterns(name: str, value: Any) -> None:
         return regex(name, value)
     if not isinstance(value, list | tuple) or not all(isinstance(v, str) for v in value):
         raise invalid(name, value, "a regex, or a list of exact layer names and suffixes")
+    layer_names(name, value)
+
+
+def layer_names(name: str, values: Iterable[Any]) -> None:
+    """Names of layers or parameters, as strings of limited number and length."""
+    for count, layer in enumerate(values):
+        if not isinstance(layer, str) or len(layer) > MAX_NAME_LENGTH:
+            raise invalid(name, layer, NAME)
+        if count >= MAX_ENTRIES:
+            raise ValueError(f"invalid {name}: expected up to {MAX_ENTRIES:,} names; remove some")
+
+
+def by_layer(expected: str, is_valid: Callable[[Any], bool]) -> Check:
+    """A dict from the name of a layer or parameter to values for which a condition holds."""
+
+    def check(name: str, value: Any) -> None:
+        if not isinstance(value, dict):
+            raise invalid(name, value, f"a dict from layer name to {expected}")
+        layer_names(name, value)
+        for layer, entry in value.items():
+            if not is_valid(entry):
+                raise invalid(f"{name}[{layer!r}]", entry, expected)
+
+    return check
 
 
 def layer_chunks(name: str, value: Any) -> None:
@@ -117,5 +172,8 @@ def layer_chunks(name: str, value: Any) -> None:
     if not names or not all(isinstance(layer, str) for layer in names):
         expected = "a number of layers per chunk (1: no sharing), or a list of lists of layer names"
         raise invalid(name, value, expected)
-    if repeated := sorted({layer for layer in names if names.count(layer) > 1}):
-        raise ValueError(f"invalid {name}={value!r}: {repeated[0]!r} is listed more than once")
+    layer_names(name, names)
+    if repeated := sorted(layer for layer, count in Counter(names).items() if count > 1):
+        raise ValueError(
+            f"invalid {name}={shown(value)}: {repeated[0]!r} is listed more than once; remove one"
+        )

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from typing import Any, ClassVar
 
 from huggingface_hub import ModelCard, ModelCardData, upload_folder
 
-from ..argument_checks import describe, require_output_folder, shorten
+from ..argument_checks import require_output_folder
+from ..files import read_json
 from ..repository import CARD, TAG, create_repository, existing_card, find_file
 
 
@@ -38,22 +38,12 @@ class HubConfigMixin:
 
         Raises:
             FileNotFoundError: naming the missing file.
+            ValueError: naming the file, if it is damaged, or an invalid field.
             TypeError: if the file is a config of another class, or the path is something else.
-            ValueError: if the file is not JSON.
         """
         hint = f"write it with {cls.__name__}.save_pretrained(folder) or push_to_hub(repo_id)"
         file_name = find_file(path, cls.file_name, hint, **kwargs)
-        try:
-            with open(file_name, encoding="utf-8") as file:
-                values = json.load(file)
-            if not isinstance(values, dict):
-                raise ValueError(f"got {describe(values)}")
-        except ValueError as error:  # not JSON, or not text
-            raise ValueError(
-                f"invalid path {file_name!r}: expected a JSON file with the fields of "
-                f"{cls.__name__} ({shorten(str(error))}); {hint}"
-            ) from None
-        config = cls.from_dict(values)
+        config = cls.from_dict(read_json(file_name))
         if not isinstance(config, cls):
             kind = type(config).__name__
             raise TypeError(f"{file_name} is an {kind}; load it with {kind}.from_pretrained")

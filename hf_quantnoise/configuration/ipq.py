@@ -8,7 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from ..structure import GROUPS, block_size_of, entry_for
 from .checks import boolean, integer, invalid, one_of, positive, regex, sizes
-from .layer_quantizers import MAX_BLOCK_SIZE, MAX_CENTROIDS, checked_layer_quantizers
+from .entries import MAX_BLOCK_SIZE, MAX_CENTROIDS
+from .layer_quantizers import checked_layer_quantizers
 from .options import documented, option
 from .storage import SCHEMES, QuantizedModelConfig
 

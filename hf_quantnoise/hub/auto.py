@@ -6,16 +6,21 @@ Like PEFT's AutoPeftModel they are dispatchers: they return a model of the real 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.utils import CONFIG_NAME
+from transformers.utils import CONFIG_NAME, cached_file
 
 from ..argument_checks import require_path, shorten
 from ..configuration import QUANT_METHOD
+from ..configuration.checks import shown
+from ..files import headers_in, read_json
 from ..repository import is_repository_name
+from ..text import printable
 
 _CONFIG_KWARGS = (
     "cache_dir", "force_download", "local_files_only", "proxies",
@@ -56,23 +61,76 @@ class AutoQuantizedModel:
         config, config_path = kwargs.get("config"), path
         if isinstance(config, str | os.PathLike):
             config_path = os.fspath(config)
-            config = kwargs["config"] = AutoConfig.from_pretrained(config_path, **config_kwargs)
+            config = kwargs["config"] = read_config(config_path, **config_kwargs)
         config = config or _config_of(path, **config_kwargs)
         _check_method(config_path, getattr(config, "quantization_config", None))
         loader = cls.auto_class or class_of(config.architectures)
         if loader is None:
             raise ValueError(
-                f"invalid architectures={config.architectures!r} in config.json of {path!r}: "
-                "transformers has no class of that name; load it with a class for its head, such "
-                "as AutoQuantizedModelForSequenceClassification"
+                f"invalid architectures={shown(config.architectures)} in config.json of {path!r}: "
+                "expected the name of a transformers model class; load it with a class for its "
+                "head, such as AutoQuantizedModelForSequenceClassification"
             )
-        try:
+        with _damaged_files_named(path, kwargs):
             return loader.from_pretrained(path, **kwargs)
-        except SafetensorError as error:
+
+
+def read_config(path: str, **kwargs: Any) -> PreTrainedConfig:
+    """Return the config of a model.
+
+    Raises:
+        ValueError: if ``config.json`` is damaged or describes no model.
+        OSError: if it is missing.
+    """
+    if (file := _file_here(path, CONFIG_NAME, kwargs)) is not None:
+        read_json(file)
+    try:
+        return AutoConfig.from_pretrained(path, **kwargs)
+    except (OSError, ValueError, ImportError):
+        raise
+    except Exception as error:  # of any type, from the config class of any model
+        raise ValueError(
+            f"invalid config.json of {path!r} ({type(error).__name__}: {printable(error)}); "
+            "download or save it again"
+        ) from error
+
+
+def _file_here(path: str, name: str, kwargs: dict[str, Any]) -> str | None:
+    """Return the path of a model's file that is on this machine, or None."""
+    where = {key: kwargs[key] for key in ("cache_dir", "revision", "subfolder") if key in kwargs}
+    with suppress(OSError):
+        found: str | None = cached_file(path, name, local_files_only=True, **where)
+        return found
+    return None
+
+
+@contextmanager
+def _damaged_files_named(path: str, kwargs: dict[str, Any]) -> Iterator[None]:
+    """Raise a ``ValueError`` that names the file if the index or a header is damaged.
+
+    Those of a folder are checked before they are used, those of a repository, which are not here
+    yet, after an error.
+    """
+
+    def check() -> None:
+        config = _file_here(path, CONFIG_NAME, kwargs)
+        if config is not None and kwargs.get("variant") is None:
+            headers_in(os.path.dirname(config))
+
+    if is_folder := os.path.isdir(path):
+        check()
+    try:
+        yield
+    except Exception as error:
+        if not is_folder:
+            with suppress(OSError):  # not downloaded
+                check()
+        if isinstance(error, SafetensorError):
             raise ValueError(
                 f"cannot read a safetensors file of {path!r}, which is truncated or corrupted "
-                f"({error}); download or save the model again"
+                f"({printable(error)}); download or save the model again"
             ) from error
+        raise
 
 
 def _config_of(path: str, **kwargs: Any) -> PreTrainedConfig:
@@ -90,12 +148,11 @@ def _config_of(path: str, **kwargs: Any) -> PreTrainedConfig:
             f"{path!r} is neither a folder nor a valid name of a repository; check the path"
         )
     try:
-        return AutoConfig.from_pretrained(path, **kwargs)
+        return read_config(path, **kwargs)
     except OSError as error:
-        source = "its config.json" if os.path.isdir(path) else "the repository (and no such folder)"
         raise OSError(
-            f"cannot load {path!r}: {source} cannot be read ({shorten(str(error))}); check the "
-            "name, or save the model again"
+            f"cannot load {path!r}: it is not a folder, and cannot be read as a repository "
+            f"({shorten(str(error))}); check the name"
         ) from error
 
 
@@ -106,18 +163,35 @@ def _check_method(path: str, quantization: Any) -> None:
             "transformers' AutoModel, optionally with quantization_config=IPQConfig(), or compress "
             "it with quantize_model(model, IPQConfig())"
         )
-    is_json = isinstance(quantization, dict)
-    method = quantization.get("quant_method") if is_json else quantization.quant_method
-    if method != QUANT_METHOD:
+    if (method := method_of(quantization)) != QUANT_METHOD:
         raise ValueError(
-            f"invalid quant_method={method!r} in {path!r}, expected {QUANT_METHOD!r}; load it with "
-            "transformers' AutoModel and the package of that method"
+            f"invalid quant_method={shown(method)} in {path!r}, expected {QUANT_METHOD!r}; load it "
+            "with transformers' AutoModel and the package of that method"
         )
 
 
-def class_of(architectures: list[str] | None) -> type[PreTrainedModel] | None:
-    """Return the transformers class named by a config's ``architectures``, or None."""
-    return getattr(transformers, architectures[0], None) if architectures else None
+def method_of(quantization: Any) -> Any:
+    """Return the method of a ``quantization_config``, which may be a dict of any content."""
+    if isinstance(quantization, dict):
+        return quantization.get("quant_method")
+    return getattr(quantization, "quant_method", None)
+
+
+def class_of(architectures: Any) -> type[PreTrainedModel] | None:
+    """Return the transformers class named by a config's ``architectures``, or None.
+
+    Only models count: a file may name a tokenizer, an auto class or a function of transformers.
+    """
+    name = architectures[0] if isinstance(architectures, list) and architectures else None
+    if not isinstance(name, str):
+        return None
+    try:
+        found = getattr(transformers, name, None)
+    except (ImportError, RuntimeError):  # of its file, which transformers imports on demand
+        return None
+    if not isinstance(found, type) or not issubclass(found, PreTrainedModel):
+        return None
+    return found if found.forward is not PreTrainedModel.forward else None
 
 
 def _for_head(head: str) -> type[AutoQuantizedModel]:

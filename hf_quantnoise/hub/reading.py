@@ -8,10 +8,7 @@ reads, the tensors are views of the memory-mapped file; memory holds only the pa
 
 from __future__ import annotations
 
-import json
-import math
 import mmap
-import os
 import re
 import sys
 from collections import defaultdict
@@ -33,6 +30,7 @@ from ..compat import (
     weight_conversions,
 )
 from ..distributed import is_distributed
+from ..files import TensorHeader, read_header
 from ..modeling import PackedLayer
 from .skeleton import spellings
 
@@ -99,38 +97,27 @@ def _can_read(model: PreTrainedModel, files: Sequence[str] | None, device_map: o
 def views_of_file(file: str) -> dict[str, Callable[[], Tensor]]:
     """Return, by name, functions that make the tensors of a safetensors file as views of the file.
 
-    Views are private: writes do not reach the file. A damaged file gives none; transformers reports
-    it. (``safetensors`` itself copies the header for each tensor.)
+    Views are private: writes do not reach the file. Raises ValueError, naming the file, if it is
+    damaged. (``safetensors`` itself copies the header for each tensor.)
     """
-    size = os.path.getsize(file)
+    header = read_header(file)
     with open(file, "rb") as opened:
-        start = 8 + int.from_bytes(opened.read(8), "little")
-        if not 8 < start < size:
-            return {}
-        header = opened.read(start - 8)
         memory = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
-    try:
-        tensors = json.loads(header)
-    except ValueError:
-        return {}
-    tensors.pop("__metadata__", None)
-    if start + max((entry["data_offsets"][1] for entry in tensors.values()), default=0) > size:
-        return {}
     return {
-        name: partial(_view, memory, start, entry)
-        for name, entry in tensors.items()
-        if entry["dtype"] in DTYPES
+        name: partial(_view, memory, header.nbytes, tensor)
+        for name, tensor in header.tensors.items()
+        if tensor.dtype in DTYPES
     }
 
 
-def _view(memory: mmap.mmap, start: int, entry: dict) -> Tensor:
+def _view(memory: mmap.mmap, start: int, tensor: TensorHeader) -> Tensor:
+    dtype = DTYPES[tensor.dtype]
+    if tensor.parameter_count == 0:
+        return torch.empty(tensor.shape, dtype=dtype)
     flat = torch.frombuffer(
-        memory,
-        dtype=DTYPES[entry["dtype"]],
-        count=math.prod(entry["shape"]),
-        offset=start + entry["data_offsets"][0],
+        memory, dtype=dtype, count=tensor.parameter_count, offset=start + tensor.data_offsets[0]
     )
-    return flat.view(entry["shape"])
+    return flat.view(tensor.shape)
 
 
 def _renaming_test(conversions: Iterable[WeightTransform]) -> Callable[[str], bool]:

@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from ..blocks import matrix_shape
 from ..compat import ignored_if_missing, ignored_if_unexpected, ignored_on_save, own_parameters
-from ..configuration import LAYER_KEYS, QuantizedModelConfig
+from ..configuration import QuantizedModelConfig, settings_of
 from ..modeling import PackedLayer
 from ..modeling.convert import pack_skeleton
 from ..modeling.structural_changes import declare_shared, tied_after_loading
@@ -82,7 +82,7 @@ def build_skeleton(
     layers = {name: names.modules[name] for name in plan}
     with renamed_ties(model, plan):
         for name, entry in plan.items():
-            quantizer = quantizer_from_dict({k: v for k, v in entry.items() if k not in LAYER_KEYS})
+            quantizer = quantizer_from_dict(settings_of(entry))
             pack_skeleton(layers[name], quantizer, entry.get("activation_bits"), loading=True)
     untied = tied_after_loading(model, local.shared_layers)
     declare_shared(model, local.shared_layers, without=untied)

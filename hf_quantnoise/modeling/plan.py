@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..configuration import DENSE, QuantizedModelConfig
+from ..patterns import compile_pattern
 from ..quantizers import Quantizer, quantizer_from_dict
 from ..structure import (
     GROUPS,
@@ -60,7 +60,9 @@ class PlannedWeight:
 def stage_of(layer: LayerInfo, stages: Sequence[str | None]) -> str | bool | None:
     """Return the stage of a layer (a regex takes precedence over a group), or False if none."""
     for stage in stages:
-        if stage is not None and stage not in GROUPS and re.fullmatch(stage, layer.name):
+        if stage is None or stage in GROUPS:
+            continue
+        if compile_pattern("stages", stage).fullmatch(layer.name):
             return stage
     if layer.group in stages:
         return layer.group
@@ -174,7 +176,7 @@ def _require_known_keys(config: QuantizedModelConfig, model: nn.Module) -> None:
     for setting in ("block_size", "n_centroids"):
         value = getattr(config, setting, None)
         for key in value if isinstance(value, dict) else ():
-            if key not in GROUPS and not any(re.fullmatch(key, name) for name in names):
+            if key not in GROUPS and not any(map(compile_pattern(setting, key).fullmatch, names)):
                 raise ValueError(
                     f"invalid {setting}={value!r}: {key!r} is not a structure group "
                     f"({', '.join(GROUPS)}), and no full layer name matches it as a regex"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel
@@ -86,6 +86,12 @@ def _shared_tensors(model: PreTrainedModel, name: str, source: str) -> list[str]
     return [tensor for tensor in tensors if tensor.rpartition(".")[2] not in INPUT_NAMES]
 
 
+def _prefixes(name: str) -> Iterator[str]:
+    """Yield the names of the modules that hold a tensor: ``a.b.weight`` -> ``a.b``, ``a``."""
+    while name := name.rpartition(".")[0]:
+        yield name
+
+
 def declare_shared(
     model: PreTrainedModel, shared_layers: dict[str, str], without: Collection[str] = ()
 ) -> None:
@@ -113,6 +119,6 @@ def declare_shared(
             others = {
                 target: source
                 for target, source in (getattr(module, attribute, None) or {}).items()
-                if not any(target.startswith(f"{name}.") for name in inside)
+                if inside.keys().isdisjoint(_prefixes(target))
             }
             setattr(module, attribute, {**others, **ties})

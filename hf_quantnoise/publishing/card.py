@@ -14,6 +14,7 @@ from ..configuration import QuantizedModelConfig, QuantNoiseConfig
 from ..hub.card import TAGS, plain_metrics
 from ..repository import TAG, is_repository_name
 from ..size import SizeReport, size_report
+from ..text import markdown, markdown_code
 from ..version import __version__
 from .tables import (
     bullets,
@@ -105,11 +106,13 @@ class QuantNoiseCard:
         """Return the card (metadata and text) of a model, compressed or only trained with noise."""
         config: Any = getattr(model.config, "quantization_config", None)
         packed = isinstance(config, QuantizedModelConfig) and bool(config.plan)
-        parts = [START, f"# {self._title(model)}", self._introduction(model, packed)]
+        parts = [START, f"# {markdown(self._title(model))}", self._introduction(model, packed)]
         parts += ["## How to use", _usage(model, self.repo_id or REPO_PLACEHOLDER, packed)]
         report = size_report(model)
         before, after = plain_metrics(self.before), plain_metrics(self.after)
-        measured = f"Measured on {self.dataset}." if self.dataset and (before or after) else ""
+        measured = (
+            f"Measured on {markdown(self.dataset)}." if self.dataset and (before or after) else ""
+        )
         parts += ["## Results", measured, results_table(before, after, report, packed)]
         if packed:
             parts += _storage(config, report)
@@ -200,9 +203,9 @@ def _storage(config: QuantizedModelConfig, report: SizeReport) -> list[str]:
     if config.left_dense:
         parts += ["Not quantized:", skipped_layers(config.left_dense)]
     if config.pruned_layers:
-        parts += [f"Removed layers: {', '.join(f'`{name}`' for name in config.pruned_layers)}."]
+        parts += [f"Removed layers: {', '.join(map(markdown_code, config.pruned_layers))}."]
     if config.shared_layers:
         shared = config.shared_layers.items()
-        pairs = (f"`{name}` uses those of `{source}`" for name, source in shared)
+        pairs = (f"{markdown_code(a)} uses those of {markdown_code(b)}" for a, b in shared)
         parts += [f"Layers with shared weights: {', '.join(pairs)}."]
     return parts

@@ -9,14 +9,14 @@ from typing import Any
 from ..configuration import QuantizedModelConfig
 from ..hub.card import format_metrics
 from ..size import SizeReport, SizeRow
+from ..text import markdown, markdown_code
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Return a Markdown table; None is an empty cell, and ``|`` within a cell is escaped."""
+    """Return a Markdown table that shows each cell as it is; None is an empty cell."""
 
     def row(cells: Sequence[object]) -> str:
-        texts = ("" if cell is None else str(cell).replace("|", "\\|") for cell in cells)
-        return f"| {' | '.join(texts)} |"
+        return f"| {' | '.join('' if cell is None else markdown(cell) for cell in cells)} |"
 
     return "\n".join(map(row, [head, ["---"] * len(head), *rows]))
 
@@ -76,9 +76,9 @@ def skipped_layers(reasons: dict[str, str]) -> str:
         by_reason.setdefault(reason, []).append(name)
     lines = []
     for reason, names in by_reason.items():
-        shown = ", ".join(f"`{name}`" for name in names[:3])
+        shown = ", ".join(map(markdown_code, names[:3]))
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        lines.append(f"- {shown}{more}: {reason}")
+        lines.append(f"- {shown}{more}: {markdown(reason)}")
     return "\n".join(lines)
 
 
@@ -107,4 +107,6 @@ def changed_fields(config: Any, without: Iterable[str] = ()) -> dict[str, Any]:
 
 def bullets(values: dict[str, Any]) -> str:
     """Return settings as a Markdown list."""
-    return "\n".join(f"- {name}: `{value}`" for name, value in values.items())
+    return "\n".join(
+        f"- {markdown(name)}: {markdown_code(value)}" for name, value in values.items()
+    )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..blocks import to_blocks
-from .base import QUANTIZERS
+from ..configuration import QUANTIZERS
 from .kmeans import (
     SAMPLE_POINTS,
     assign,

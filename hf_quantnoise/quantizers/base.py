@@ -13,9 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..registry import Registry
-
-QUANTIZERS: Registry[type[Quantizer]] = Registry("quantizer")
+from ..configuration import QUANTIZERS, check_settings
 
 
 class StraightThrough(torch.autograd.Function):
@@ -142,12 +140,10 @@ class Quantizer(ABC):
 
 
 def quantizer_from_dict(values: dict[str, Any]) -> Quantizer:
-    """Return the quantizer of a plan's entry; ValueError if its scheme or a field is unknown."""
-    cls = QUANTIZERS[values.get("scheme")]
-    try:
-        return cls(**{key: value for key, value in values.items() if key != "scheme"})
-    except TypeError as error:
-        raise ValueError(f"quantizer {cls.scheme!r}: {error}") from None
+    """Return the quantizer of some settings; ValueError if the scheme or a setting is invalid."""
+    check_settings(values)
+    settings = {key: value for key, value in values.items() if key != "scheme"}
+    return QUANTIZERS[values["scheme"]](**settings)
 
 
 def require_finite(matrix: Tensor, name: str = "weight") -> None:

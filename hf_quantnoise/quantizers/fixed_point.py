@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..configuration import OBSERVERS
-from .base import QUANTIZERS, Quantizer, require_finite
+from ..configuration import OBSERVERS, QUANTIZERS
+from ..configuration.checks import integer, one_of
+from .base import Quantizer, require_finite
 from .observers import CHUNK_ELEMENTS, Range, extremes
 from .packing import code_dtype
 
@@ -28,8 +29,10 @@ class FixedPointQuantizer(Quantizer):
     minus the codes count from 0.
     """
 
-    bits: int = 8  # N, 1 to 8
-    observer: str = "minmax"  # how the range (min W, max W) is found (observers.py)
+    # N
+    bits: Annotated[int, integer(1, 8)] = 8
+    # how the range (min W, max W) is found (observers.py)
+    observer: Annotated[str, one_of(OBSERVERS)] = "minmax"
 
     scheme: ClassVar[str] = "int"
     block_size: ClassVar[int] = 1

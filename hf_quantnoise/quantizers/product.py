@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..blocks import to_blocks
-from .base import QUANTIZERS, Quantizer, StraightThrough, require_finite
+from ..configuration import QUANTIZERS
+from ..configuration.checks import boolean, integer, one_of
+from ..configuration.entries import MAX_BLOCK_SIZE, MAX_CENTROIDS
+from .base import Quantizer, StraightThrough, require_finite
 from .fixed_point import FixedPointQuantizer
 from .kmeans import assign, kmeans
 from .packing import code_dtype
@@ -72,11 +75,16 @@ class ProductQuantizer(Quantizer):
     scale per row ``row_scale``, shape (rows, 1), stored and used in float16.
     """
 
-    block_size: int = 8  # d, elements per block
-    n_centroids: int = 256  # K; a code takes ceil(log2 K) bits
-    codebook_bits: int = 32  # 32, 16 or 8: precision in which centroids are stored and used
-    n_iter: int = 20  # maximum number of k-means iterations
-    row_scale: bool = False  # whether each row has a scale, fitted with the codebook
+    # d, elements per block
+    block_size: Annotated[int, integer(1, MAX_BLOCK_SIZE)] = 8
+    # K; a code takes ceil(log2 K) bits
+    n_centroids: Annotated[int, integer(2, MAX_CENTROIDS)] = 256
+    # precision in which centroids are stored and used
+    codebook_bits: Annotated[int, one_of((32, 16, 8))] = 32
+    # maximum number of k-means iterations
+    n_iter: Annotated[int, integer(1, 100_000)] = 20
+    # whether each row has a scale, fitted with the codebook
+    row_scale: Annotated[bool, boolean] = False
 
     scheme: ClassVar[str] = "pq"
     not_trained: ClassVar[frozenset[str]] = frozenset(_PREFIX + key for key in _KEYS)

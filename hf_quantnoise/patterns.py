@@ -1,0 +1,17 @@
+"""Regular expressions of a config: compiled with errors that name field and value."""
+
+from __future__ import annotations
+
+import re
+
+
+def compile_pattern(name: str, value: str) -> re.Pattern[str]:
+    """Return the compiled regex of a field; raise ValueError if it is invalid or too complex."""
+    try:
+        return re.compile(value)
+    except (re.error, OverflowError) as error:  # OverflowError: a{99999999999}
+        reason = str(error)
+    except RecursionError:
+        reason = "it is nested too deeply"
+    shown = repr(value) if len(value) <= 200 else f"{value[:200]!r}..."
+    raise ValueError(f"invalid {name}={shown}: expected a regular expression ({reason})")
