@@ -24,7 +24,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig, SFTTrainer
 
 from hf_quantnoise import QuantNoiseCallback, quantize_model, remove_quant_noise
-from hf_quantnoise.runs.arguments import CompressionFlags
+from hf_quantnoise.runs.arguments import ConfigFlags
 from hf_quantnoise.runs.closing_table import Row, closing_table, weights_mb
 
 
@@ -74,10 +74,11 @@ def main(argv: list[str] | None = None) -> list[Row]:
         RuntimeError: if the loaded model has other logits than the saved one.
     """
     parser = HfArgumentParser(
-        [SftFlags, CompressionFlags, SftArguments],
+        [SftFlags, ConfigFlags, SftArguments],
         description=__doc__.splitlines()[0],
     )
     flags, compression, training = parser.parse_args_into_dataclasses(argv)
+    flags.check(training)
     noise_config = compression.noise_config(training.seed)
     small_config = compression.config(training.seed)
     dense, compressed = (os.path.join(training.output_dir, n) for n in ("dense", "compressed"))

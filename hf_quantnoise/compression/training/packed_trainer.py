@@ -16,6 +16,7 @@ from transformers.utils import CONFIG_NAME, logging
 from ...compat import undo_accelerate_prepare, without_compile_wrapper
 from ...modeling.packed import PREFIX
 from .fsdp import ShardedCopy, require_fsdp2, share_what_rank_0_read
+from .precision import check_trained_dtypes
 
 logger = logging.get_logger(__name__)
 
@@ -109,10 +110,12 @@ class PackedModelTrainer(Trainer):
         """``Trainer.train``, with the fixes of this class.
 
         Raises:
-            ValueError: if the checkpoint has other packed layers than the model.
+            ValueError: if the checkpoint has other packed layers than the model, or its weights
+                are float16 and ``fp16`` is set.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
+        check_trained_dtypes(self.model, self.args)
         if isinstance(resume_from_checkpoint, (str, os.PathLike)):
             _require_same_layers(self.model, resume_from_checkpoint)
         if without_compile_wrapper(self.model_wrapped) is self.model:  # and not inside DDP
