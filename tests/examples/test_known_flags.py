@@ -96,7 +96,7 @@ def test_block_size_of_finetune_clm_is_a_usage_error(tmp_path, capsys):
         ("glue", ["--prediction_loss_only"], "--prediction_loss_only True"),
         ("images", ["--prediction_loss_only"], "--prediction_loss_only True"),
         ("glue", ["--hub_model_id", "me/m"], "--hub_model_id me/m requires --push_to_hub"),
-        ("glue", ["--hub_private_repo"], "--hub_private_repo True requires --push_to_hub"),
+        ("glue", ["--hub_private_repo", "True"], "--hub_private_repo True requires --push_to_hub"),
         ("glue", ["--push_to_hub", "--hub_strategy", "all_checkpoints"], "--hub_strategy all_c"),
         ("glue", ["--push_to_hub", "--hub_always_push"], "--hub_always_push True"),
         (
