@@ -4,6 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
 WORKERS ?= 2
+FUZZ_EXAMPLES ?= 1000
 EXTRAS := examples,test,dev,docs,aqlm,onnx,trl,sentence-transformers
 # The oldest supported versions, with the extras that the tests require. Tests of other optional
 # packages are skipped there.
@@ -35,7 +36,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-oldest coverage lint format docs wheel clean
+.PHONY: help venv demo test test-slow test-oldest fuzz coverage lint format docs wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -72,6 +73,9 @@ test-slow: $(STAMP)  ## run the slow tests
 
 test-oldest: $(OLDEST_STAMP)  ## run the tests that depend on versions at the oldest supported ones
 	$(OLDEST)/bin/python $(PYTEST) -m "not slow" $(addprefix --ignore=,$(VERSION_INDEPENDENT)) $(ARGS)
+
+fuzz: $(STAMP)  ## load mutants of saved models, FUZZ_EXAMPLES=1000 for each kind of file and storage
+	FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python $(PYTEST) tests/fuzz $(ARGS)
 
 coverage: $(STAMP)  ## run the tests except the slow ones and print the coverage of each file
 	$(BIN)/python $(PYTEST) -m "not slow" --cov --cov-report=term-missing:skip-covered $(ARGS)

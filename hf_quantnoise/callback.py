@@ -51,7 +51,7 @@ class QuantNoiseCallback(TrainerCallback):
         self.config = config
         self.resume_folder: str | os.PathLike | None = None
         self._is_restored = False
-        self._first_step = 0
+        self._is_first_epoch = True  # of a call of train()
 
     def prepare(self, model: nn.Module) -> None:
         """Apply the noise, unless the model has noise already."""
@@ -112,7 +112,7 @@ class QuantNoiseCallback(TrainerCallback):
                 "creating the trainer"
             )
         self.prepare(model)
-        self._first_step = state.global_step
+        self._is_first_epoch = True
         if state.global_step > 0 and not self._is_restored:  # by a call to load()
             folder = self.resume_folder or checkpoint_folder(args, state)
             self.load(model, folder)
@@ -133,9 +133,10 @@ class QuantNoiseCallback(TrainerCallback):
         """Refresh the codebooks once per epoch (section 4.2)."""
         noise = find_state(kwargs["model"])
         is_new_epoch = state.global_step > 0
-        if state.global_step == self._first_step:
+        if self._is_first_epoch:
             # A run resumed within an epoch has the codebooks of its beginning already.
             is_new_epoch = is_new_epoch and math.isclose(state.epoch, round(state.epoch))
+        self._is_first_epoch = False
         if noise is not None and is_new_epoch and self.config.codebook_update == "epoch":
             noise.refresh_codebooks()
 

@@ -8,7 +8,12 @@ To support a new version, run those tests with it and fix what fails here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from functools import wraps
+from importlib.abc import MetaPathFinder
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,7 +21,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer
 from transformers.cache_utils import CacheLayerMixin
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightTransform, revert_weight_conversion
+from transformers.core_model_loading import (
+    PrefixChange,
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+    revert_weight_conversion,
+)
 from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -24,6 +35,8 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 __all__ = [
     "CacheLayerMixin",
     "GradientCheckpointingLayer",
+    "WeightConverter",
+    "WeightRenaming",
     "WeightTransform",
     "get_model_conversion_mapping",
     "load_offloaded_parameter",
@@ -42,6 +55,7 @@ SEEN_IN = {
 # class -> method -> parameters without self.
 OVERRIDDEN = {
     "torch.nn.Module": {
+        "_apply": ["fn", "recurse"],
         "_save_to_state_dict": ["destination", "prefix", "keep_vars"],
         "_load_from_state_dict": [
             *("state_dict", "prefix", "local_metadata", "strict"),
@@ -50,6 +64,10 @@ OVERRIDDEN = {
     },
     "transformers.Trainer": {
         "_get_train_sampler": ["train_dataset"],
+        "_init_training_state": [
+            *("max_steps", "num_update_steps_per_epoch", "num_train_epochs"),
+            *("resume_from_checkpoint", "trial"),
+        ],
         "_load_optimizer_and_scheduler": ["checkpoint"],
         "_save": ["output_dir", "state_dict"],
     },
@@ -147,6 +165,20 @@ def weight_conversions(model: Any) -> list[WeightTransform]:
     return model._weight_conversions or []
 
 
+def weight_conversions_on_save(model: PreTrainedModel) -> list[WeightTransform]:
+    """Return the conversions that `save_pretrained` reverses."""
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None:  # the model was not loaded: as in revert_weight_conversion
+        conversions = get_model_conversion_mapping(model, add_legacy=False)
+        conversions = [each for each in conversions if not isinstance(each, PrefixChange)]
+    return conversions
+
+
+def set_weight_conversions(model: Any, conversions: list[WeightTransform]) -> None:
+    """Set the conversions that `save_pretrained` reverses."""
+    model._weight_conversions = conversions
+
+
 def dtype_plan(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
     """Return the patterns of parameters that are loaded in another dtype."""
     return model._get_dtype_plan(dtype)
@@ -206,6 +238,24 @@ def set_attention_implementation(config: PreTrainedConfig, name: str | None) -> 
     config._attn_implementation = name
 
 
+def stop_rescaling(model: nn.Module) -> None:
+    """Let RWKV compute with its weights as they are, in training and in evaluation.
+
+    It divides weights in place when it is evaluated, against overflows of float16, and multiplies
+    them when it is trained again. The weights of packed layers cannot be written to. The outputs
+    are the same, as the hidden states are normalized in the end.
+    """
+    modules: Iterable[Any] = model.modules()
+    for module in modules:
+        if not hasattr(module, "layers_are_rescaled"):
+            continue
+        if module.layers_are_rescaled:
+            training, module.training = module.training, True
+            module._rescale_layers()
+            module.training = training
+        module.config.rescale_every = 0
+
+
 # ---- transformers: Trainer -----------------------------------------------------------------------
 
 
@@ -217,3 +267,60 @@ def prepare_inputs(trainer: Trainer, batch: Any) -> dict[str, Any]:
 def finish_current_push(trainer: Trainer) -> None:
     """Wait for an upload that is in progress."""
     trainer._finish_current_push()
+
+
+# ---- peft ----------------------------------------------------------------------------------------
+
+
+def call_after_import(name: str, function: Callable[[ModuleType], None]) -> None:
+    """Call a function with a module: at once if it has been imported, else when it is."""
+    if name in sys.modules:
+        function(sys.modules[name])
+        return
+
+    class Finder(MetaPathFinder):
+        def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
+            if fullname != name:
+                return None
+            sys.meta_path.remove(self)
+            spec: Any = find_spec(name)
+            if spec is None or spec.loader is None:
+                return None
+            execute = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                function(module)
+
+            spec.loader.exec_module = exec_module
+            return spec
+
+    sys.meta_path.insert(0, Finder())
+
+
+def set_table_of_prompts(table_of: Callable[[Any], nn.Module | None]) -> None:
+    """Let PEFT's prompt learning use the embedding table that a function returns for a model.
+
+    PEFT looks for a parameter of as many rows as the vocabulary, and takes its name without
+    ".weight" for that of the table. A packed table has no such parameter.
+    """
+
+    def patch(module: ModuleType) -> None:
+        original = module.PeftModel._setup_prompt_encoder
+
+        @wraps(original)
+        def setup(self: Any, adapter_name: str) -> None:
+            model, table = self.base_model, table_of(self.base_model)
+            if table is None:
+                return original(self, adapter_name)
+            regular = model.get_submodule
+            first = "embeddings.word_embeddings"  # what PEFT tries before it searches
+            model.get_submodule = lambda name: table if name == first else regular(name)
+            try:
+                return original(self, adapter_name)
+            finally:
+                del model.get_submodule
+
+        module.PeftModel._setup_prompt_encoder = setup
+
+    call_after_import("peft.peft_model", patch)

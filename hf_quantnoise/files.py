@@ -124,7 +124,7 @@ def read_index(file: str | os.PathLike) -> dict[str, str]:
     shards = index.get("weight_map")
     if not isinstance(shards, dict) or not shards or len(shards) > MAX_ENTRIES:
         raise _damaged(file, "weight_map does not map tensor names to files")
-    if not isinstance(index.get("metadata", {}), dict):
+    if not isinstance(index.get("metadata"), dict):  # which transformers requires
         raise _damaged(file, "metadata is not a JSON object")
     for shard in shards.values():
         if not isinstance(shard, str) or not shard.endswith(".safetensors"):
@@ -179,7 +179,12 @@ def headers_in(folder: str) -> dict[str, Header]:
     if os.path.isfile(os.path.join(folder, WEIGHTS)):
         names = [WEIGHTS]
     elif os.path.isfile(index := os.path.join(folder, INDEX)):
-        names = sorted(set(read_index(index).values()))
+        shards = read_index(index)
+        headers = {name: read_header(os.path.join(folder, name)) for name in {*shards.values()}}
+        stored = {name: shard for shard, header in headers.items() for name in header.tensors}
+        if stored != shards or len(stored) < sum(len(each.tensors) for each in headers.values()):
+            raise _damaged(index, "weight_map does not match the tensors in its shards")
+        return headers
     else:
         names = sorted(name for name in os.listdir(folder) if name.endswith(".safetensors"))
     return {name: read_header(os.path.join(folder, name)) for name in names}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCard, hf_hub_download
+from huggingface_hub import HfApi, ModelCard, hf_hub_download, upload_folder
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HFValidationError,
@@ -17,6 +18,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from .argument_checks import require_path, require_repo_id
+from .model_folders import stale_weights
 
 # Tag of all repositories with files of this package.
 TAG = "quant-noise"
@@ -95,3 +97,39 @@ def create_repository(
     if revision is not None and not create_pr:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     return repo_id
+
+
+def stale_weights_in_repository(
+    repo_id: str, folder: str, revision: str | None = None, token: str | None = None
+) -> list[str]:
+    """Return the weight files of a repository that the model in a folder replaces."""
+    try:
+        names = HfApi(token=token).list_repo_files(repo_id, revision=revision)
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        return []
+    return stale_weights(names, os.listdir(folder))
+
+
+def upload_model(
+    repo_id: str,
+    folder: str,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    ignore_patterns: Sequence[str] = (),
+    **kwargs: Any,
+) -> Any:
+    """Upload the model in a folder, and delete the repository's old weights in the same commit.
+
+    ``kwargs`` are further arguments of ``upload_folder``, whose result is returned.
+    """
+    return upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        revision=revision,
+        token=token,
+        ignore_patterns=list(ignore_patterns),
+        # None rather than an empty list: then the repository is not listed again.
+        delete_patterns=stale_weights_in_repository(repo_id, folder, revision, token) or None,
+        **kwargs,
+    )

@@ -7,6 +7,7 @@ names in the ``state_dict``.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import TypeAlias
 
 import torch
@@ -48,11 +49,12 @@ def chunks_of(model: nn.Module, share_layers: ShareLayers) -> list[Chunk]:
                 "from model.named_modules()"
             )
     for chunk in chunks:
-        _require_same_shapes(chunk, modules)
+        require_same_shapes(chunk, modules)
     return chunks
 
 
-def _require_same_shapes(chunk: Chunk, modules: dict[str, nn.Module]) -> None:
+def require_same_shapes(chunk: Chunk, modules: dict[str, nn.Module]) -> None:
+    """Raise ValueError if layers that share their weights differ in class, shapes or dtypes."""
     first = modules[chunk[0]]
     for name in chunk[1:]:
         different = [
@@ -75,16 +77,32 @@ def common_parameters(
 ) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
     """Return name -> (the layer's parameter, the source's parameter) of common parameters.
 
-    A first layer may have additional parameters (T5's position bias) or fewer (a norm).
+    A first layer may have additional parameters (T5's position bias) or fewer (a norm). The codes
+    of packed layers are Parameters among the buffers.
     """
-    shared = dict(source.named_parameters(remove_duplicate=False))
-    parameters = layer.named_parameters(remove_duplicate=False)
-    return {name: (parameter, shared[name]) for name, parameter in parameters if name in shared}
+    shared, parameters = (
+        {
+            name: tensor
+            for name, tensor in chain(
+                module.named_parameters(remove_duplicate=False),
+                module.named_buffers(remove_duplicate=False),
+            )
+            if isinstance(tensor, nn.Parameter)
+        }
+        for module in (source, layer)
+    )
+    return {name: (parameters[name], shared[name]) for name in parameters if name in shared}
 
 
 def sources_of(chunks: Sequence[Chunk]) -> dict[str, str]:
     """Return layer -> the layer whose weights it shares, except for the first of each chunk."""
     return {name: chunk[0] for chunk in chunks for name in chunk[1:]}
+
+
+def parents_of(name: str) -> Iterator[str]:
+    """Yield the names of the modules around a module or tensor: ``a.b.c`` -> ``a.b``, ``a``."""
+    while name := name.rpartition(".")[0]:
+        yield name
 
 
 def _common_in_model(

@@ -14,7 +14,9 @@ from transformers import PreTrainedModel
 
 from .argument_checks import require_model
 from .compat import ignored_on_save, revert_weight_conversion
+from .hub.conversions import convert_dense_only
 from .hub.skeleton import sentinel_names
+from .hub.weights_id import ID_LENGTH, WEIGHTS_ID
 from .layer_types import known_layer_type
 from .modeling import PackedLayer, packed_layers, packed_names, stored_tensors
 from .structure import find_layers
@@ -177,20 +179,23 @@ def _packed_row(name: str, layer: PackedLayer, group: str, disk: dict[str, Tenso
     )
 
 
-def _as_named_in_file(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _as_named_in_file(
+    model: nn.Module, tensors: dict[str, Tensor], sentinels: list[str]
+) -> dict[str, Tensor]:
     """Return the tensors, on the meta device, under the names that ``save_pretrained`` writes."""
     tensors = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
     if not isinstance(model, PreTrainedModel):
         return tensors
+    convert_dense_only(model, sentinels)
     return revert_weight_conversion(model, tensors)
 
 
-def _header_bytes(tensors: dict[str, Tensor]) -> int:
+def _header_bytes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> int:
     """Return the length of the safetensors header: 8 bytes, then JSON padded to a multiple of 8.
 
     It is exact if all dtypes are known, since the offsets have as many digits as in the file.
     """
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": metadata}
     offset = 0
     in_file = sorted(tensors.items(), key=lambda item: (_ORDER.get(item[1].dtype, 2), item[0]))
     for name, tensor in in_file:
@@ -256,8 +261,10 @@ def size_report(model: nn.Module) -> SizeReport:
                 rows.append(_packed_row(layer_name, layer, group, disk))
     for name, weights in (getattr(config, "pruned_layers", None) or {}).items():
         rows.append(SizeRow(name, "other", "pruned", (weights,), 0, 0, 0, 4 * weights))
-    for name in sentinel_names(config, model) if packed else ():
+    sentinels = sentinel_names(config, model) if packed else []
+    for name in sentinels:
         disk[name] = torch.zeros(1, dtype=torch.uint8)
         rows.append(SizeRow(name, "other", "sentinel", (1,), 1, 1, 0, 0))
-    header_bytes = _header_bytes(_as_named_in_file(model, disk))
+    metadata = {"format": "pt", **({WEIGHTS_ID: "0" * ID_LENGTH} if packed else {})}
+    header_bytes = _header_bytes(_as_named_in_file(model, disk, sentinels), metadata)
     return SizeReport(rows, header_bytes, dict(getattr(config, "left_dense", None) or {}))

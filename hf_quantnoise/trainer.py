@@ -10,6 +10,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+from transformers.utils import logging
 
 from .argument_checks import describe, require_instance, require_model, require_weights
 from .callback import QuantNoiseCallback
@@ -21,9 +22,15 @@ from .compression.trainer_checkpoints import checkpoint_to_resume_from
 from .configuration import QuantizedModelConfig, QuantNoiseConfig
 from .configuration.checks import boolean
 from .distributed import is_distributed
+from .hub.processing import remember_processing
+from .model_folders import UNPUBLISHED
+from .modeling import packed_layers
+from .modeling.packer import has_adapters
 from .noise import find_state
 from .publishing.trainer_mixin import PublishingMixin
 from .size import size_report
+
+logger = logging.get_logger(__name__)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,7 +77,7 @@ class QuantNoiseTrainer(PublishingMixin, PackedModelTrainer):
         >>> small.save_pretrained("out")
     """
 
-    unpublished = ("_*", f"{PREFIX_CHECKPOINT_DIR}-*", f"{FOLDER}/*")
+    unpublished = ("_*", f"{PREFIX_CHECKPOINT_DIR}-*", f"{FOLDER}/*", *UNPUBLISHED)
 
     def __init__(
         self,
@@ -91,6 +98,8 @@ class QuantNoiseTrainer(PublishingMixin, PackedModelTrainer):
         preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None,
     ) -> None:
         _check_arguments(model, args, qn_config, model_init)
+        self.qn_config: QuantNoiseConfig | None = None  # until the trainer exists
+        self.noise_callback: QuantNoiseCallback | None = None
         super().__init__(
             model,
             args,
@@ -108,11 +117,26 @@ class QuantNoiseTrainer(PublishingMixin, PackedModelTrainer):
         )
         self.qn_config = qn_config
         self.compression_history: list[dict[str, Any]] = []
-        self.noise_callback: QuantNoiseCallback | None = None
-        if qn_config is not None:
-            self.noise_callback = QuantNoiseCallback(qn_config)
-            self.noise_callback.prepare(self.model)
+        self._add_noise(self.model)
+        if has_adapters(self.model) and not any(packed_layers(self.model)):
+            logger.warning(
+                "the model has PEFT adapters, which compress() cannot pack: after train(), set "
+                "trainer.model = trainer.model.merge_and_unload()"
+            )
+
+    def _add_noise(self, model: nn.Module) -> None:
+        if self.qn_config is None:
+            return
+        if self.noise_callback is None:
+            self.noise_callback = QuantNoiseCallback(self.qn_config)
             self.add_callback(self.noise_callback)
+        self.noise_callback.prepare(model)
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """``Trainer.call_model_init``; the new model of each ``train`` has noise, too."""
+        model = super().call_model_init(trial)
+        self._add_noise(model)  # before the optimizer holds weights that layers have to share
+        return model
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
@@ -126,7 +150,9 @@ class QuantNoiseTrainer(PublishingMixin, PackedModelTrainer):
         """
         if resume_from_checkpoint is True:
             callback = self.noise_callback
-            noise_files = () if callback is None else callback.checkpoint_files(self.model)
+            noise_files: tuple[str, ...] = ()
+            if callback is not None and self.model is not None:
+                noise_files = callback.checkpoint_files(self.model)
             checkpoint = checkpoint_to_resume_from(str(self.args.output_dir), noise_files)
             resume_from_checkpoint = checkpoint or True  # without any, Trainer raises
         if self.noise_callback is not None and isinstance(
@@ -193,6 +219,7 @@ class QuantNoiseTrainer(PublishingMixin, PackedModelTrainer):
         if self.noise_callback is not None:
             self.remove_callback(self.noise_callback)
             self.noise_callback = None
+        remember_processing(model, self.processing_to_save())
         self.model = self.model_wrapped = model
         self.optimizer = self.lr_scheduler = None
         self.accelerator.free_memory()

@@ -1,5 +1,6 @@
 """Fixtures: tiny models, and data to train them on."""
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -20,6 +21,15 @@ from support.tiny import MAKERS, TIED, VOCABULARY, make_model
 def _quick_disk(monkeypatch):
     """Skip fsync: tests kill processes, but never the machine."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_collection():
+    """Keep modules out of garbage collection, which trainers start and wait for many times."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(params=list(MAKERS))

@@ -1,6 +1,7 @@
 """Checks each private name of other libraries against the installed versions."""
 
 import ast
+import importlib
 import inspect
 from pathlib import Path
 
@@ -12,7 +13,13 @@ from packaging.version import Version
 from support.tiny import make_model
 from test_dependencies import pins
 from torch import nn
-from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForSequenceClassification,
+    RwkvConfig,
+    RwkvModel,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.quantizers import HfQuantizer
 
 import hf_quantnoise
@@ -189,6 +196,42 @@ def test_trainer_methods(tmp_path, bert):
     batch = {"input_ids": torch.ones(1, 2, dtype=torch.long)}
     assert compat.prepare_inputs(trainer, batch).keys() == batch.keys()
     compat.finish_current_push(trainer)
+
+
+# ---- peft ----------------------------------------------------------------------------------------
+
+
+def test_set_table_of_prompts():
+    """It replaces a method that peft still has, once, and also before peft is imported."""
+    peft_model = pytest.importorskip("peft.peft_model", reason="peft is not installed")
+    setup = peft_model.PeftModel._setup_prompt_encoder
+    assert inspect.signature(setup.__wrapped__).parameters.keys() == {"self", "adapter_name"}
+    assert not hasattr(setup.__wrapped__, "__wrapped__")
+    assert 'get_submodule("embeddings.word_embeddings")' in inspect.getsource(setup.__wrapped__)
+
+
+def test_call_after_import(tmp_path, monkeypatch):
+    (tmp_path / "imported_later.py").write_text("value = 1")
+    monkeypatch.syspath_prepend(tmp_path)
+    seen = []
+    compat.call_after_import("imported_later", lambda module: seen.append(module.value))
+    assert not seen
+    importlib.import_module("imported_later")
+    compat.call_after_import("imported_later", lambda module: seen.append(module.value))
+    assert seen == [1, 1]
+
+
+def test_stop_rescaling():
+    settings = {"hidden_size": 8, "attention_hidden_size": 8, "intermediate_size": 8}
+    model = RwkvModel(RwkvConfig(vocab_size=8, num_hidden_layers=2, rescale_every=1, **settings))
+    weight = model.blocks[1].attention.output.weight
+    before = weight.detach().clone()
+    model.eval()(torch.ones(1, 2, dtype=torch.long))
+    assert torch.equal(weight, before / 2)
+    compat.stop_rescaling(model)
+    assert torch.equal(weight, before) and not model.training
+    model(torch.ones(1, 2, dtype=torch.long))
+    assert torch.equal(weight, before)
 
 
 # ---- no other file -------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support.stacked import make_stacked
+from support.stored import tensors_of
 from support.trainers import make_trainer
 from torch import nn
 from torch._dynamo.utils import counters
@@ -124,7 +125,7 @@ def test_compiled_training_equals_eager_mode(bits, tmp_path, parity_data, monkey
         monkeypatch.setattr(stages.StageTrainer, "__init__", real)
         assert type(small).__name__ == "BertForSequenceClassification"
         losses = [record["metric"]["eval_loss"] for record in trainer.compression_history]
-        results[name] = dict(small.named_parameters()), losses, count.graphs
+        results[name] = tensors_of(small), losses, count.graphs
     eager, compiled = results["eager"], results["compiled"]
     assert eager[2] == [0, 0, 0]
     assert all(compiled[2]), "a stage was trained without torch_compile"

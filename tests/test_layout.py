@@ -21,6 +21,8 @@ LAYERS = (
     "patterns",
     "files",
     "distributed",
+    "durable_files",
+    "model_folders",
     "dynamic_subclass",
     "layer_types",
     "blocks",

@@ -21,7 +21,9 @@ from ..compat import from_config
 from ..configuration import QUANT_METHOD, QuantizedModelConfig
 from ..configuration.checks import shown
 from ..hub.auto import class_of, method_of, read_config
+from ..hub.file_check import Stored
 from ..hub.quantizer import QuantNoiseHfQuantizer
+from ..model_folders import require_not_interrupted
 from ..sharing import share
 from ..text import printable
 from .command import UsageError
@@ -38,6 +40,7 @@ class Checkpoint:
     @cached_property
     def config(self) -> PretrainedConfig:
         """The content of ``config.json``."""
+        require_not_interrupted(self.path)
         if not self.has_config:
             raise FileNotFoundError(f"{self.path!r} has no {CONFIG_NAME}")
         with self._error_context():
@@ -149,7 +152,11 @@ class Checkpoint:
         if self.quantization is None:
             return
         quantizer = QuantNoiseHfQuantizer(self.quantization)
-        quantizer.preprocess_model(skeleton)
+        tensors = None
+        if self.headers is not None:
+            found = self.headers.tensors.items()
+            tensors = {name: Stored(info.dtype, tuple(info.shape)) for name, info in found}
+        quantizer.preprocess_model(skeleton, headers=tensors)
         stored = skeleton.config.quantization_config = quantizer.quantization_config
         skeleton.tie_weights()
         share(skeleton, [(source, name) for name, source in stored.shared_layers.items()])

@@ -52,6 +52,7 @@ class Compress(Command):
         config = resolve_target(model, config, progress=progress, table=False)
         model = quantize_model(model, config, progress)
         with new_folder(args.out) as folder:
+            source = copy_companions(checkpoint, folder)
             model.save_pretrained(folder)
-            write_card(model, copy_companions(checkpoint, folder), folder)
+            write_card(model, source, folder)
         print(size_report(model))

@@ -65,6 +65,6 @@ class Convert(Command):
         check_output(args.out, args.overwrite, args.model)
         model = AutoQuantizedModel.from_pretrained(args.model, revision=args.revision)
         with new_folder(args.out) as folder:
-            TARGETS[args.to](model, folder)
             copy_companions(checkpoint, folder)
+            TARGETS[args.to](model, folder)
         print(f"{args.model} written to {args.out} as {args.to!r}")

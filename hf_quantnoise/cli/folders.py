@@ -3,33 +3,27 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from fnmatch import fnmatch
+from contextlib import AbstractContextManager
 from typing import Any
 
 from huggingface_hub import snapshot_download
 from transformers import PreTrainedModel
 
+from ..hub.processing import PROCESSING, copy_processing, processing_files, warn_unknown
+from ..model_folders import PART, finish_interrupted, replaced_model
 from ..publishing.push import card_of, merge_cards
 from ..repository import CARD, read_card
 from .checkpoints import Checkpoint
-
-# Files of tokenizers and processors.
-PROCESSING = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
-    "*.model", "*.tiktoken", "chat_template*", "preprocessor_config.json", "processor_config.json",
-    "video_preprocessor_config.json",
-)  # fmt: skip
 
 
 def check_output(out: str, overwrite: bool, source: str) -> None:
     """Raise a ``ValueError`` if a folder must not or cannot be written."""
     if os.path.isfile(out):
         raise ValueError(f"output {out!r} is a file; choose a folder")
-    names = sorted(os.listdir(out)) if os.path.isdir(out) else []
+    if overwrite:
+        finish_interrupted(out)
+    names = sorted({*os.listdir(out)} - {PART}) if os.path.isdir(out) else []
     if names and os.path.isdir(source) and os.path.samefile(out, source):
         raise ValueError(f"output folder {out!r} is the model itself; choose another")
     if names and not overwrite:
@@ -43,8 +37,7 @@ def check_output(out: str, overwrite: bool, source: str) -> None:
             "which --overwrite does not delete; choose another"
         )
     try:
-        with new_folder(out, keep=False):
-            pass
+        _require_writable(out)
     except OSError as error:
         raise ValueError(
             f"output folder {out!r} cannot be written ({error}); choose another"
@@ -63,35 +56,33 @@ def check_file(flag: str, path: str | None) -> None:
         raise ValueError(f"invalid {flag} {path!r}: no permission to write; choose another file")
 
 
-@contextmanager
-def new_folder(out: str, keep: bool = True) -> Iterator[str]:
-    """Yield a temporary folder that replaces ``out`` if the block succeeds.
+def _require_writable(out: str) -> None:
+    """Raise OSError if files cannot be created in a folder, which may not exist."""
+    existed = os.path.isdir(out)
+    os.makedirs(out, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=PART, dir=out):
+        pass
+    if not existed:
+        os.rmdir(out)
 
-    With ``keep=False`` it is deleted instead, which tests that ``out`` can be written.
-    """
-    parent = os.path.dirname(os.path.abspath(out))
-    os.makedirs(parent, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".hf-quantnoise-", dir=parent) as scratch:
-        folder = os.path.join(scratch, "model")
-        os.mkdir(folder)
-        yield folder
-        if not keep:
-            return
-        if os.path.isdir(out):
-            shutil.rmtree(out)
-        os.replace(folder, out)
+
+def new_folder(out: str) -> AbstractContextManager[str]:
+    """Yield a folder whose files replace all of ``out`` if the block succeeds."""
+    return replaced_model(out, keep_others=False)
 
 
 def copy_companions(checkpoint: Checkpoint, folder: str) -> str:
-    """Copy the files of tokenizer and processor; return the folder that they are from."""
+    """Copy the files of tokenizer and processor; return the folder that they are from.
+
+    A warning is issued if there are none.
+    """
     source = checkpoint.path
     if not os.path.isdir(source):
         patterns = [*PROCESSING, CARD]
         source = snapshot_download(source, revision=checkpoint.revision, allow_patterns=patterns)
-    for name in sorted(os.listdir(source)):
-        path = os.path.join(source, name)
-        if os.path.isfile(path) and any(fnmatch(name, pattern) for pattern in PROCESSING):
-            shutil.copyfile(path, os.path.join(folder, name))
+    copy_processing(source, folder)
+    if not processing_files(folder):
+        warn_unknown(checkpoint.model_class)
     return source
 
 

@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi, constants
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 
 from ..configuration import QUANT_METHOD
+from ..hub.processing import processing_files, warn_unknown
 from ..publishing.card import REPO_PLACEHOLDER
-from ..repository import CARD, create_repository
+from ..repository import CARD, create_repository, stale_weights_in_repository
 from ..trainer import QuantNoiseTrainer
 from .checkpoints import Checkpoint
 from .command import COMMANDS, Command
@@ -48,24 +49,27 @@ class Push(Command):
         with _explained(args.repo):
             revision, message = args.revision, "Upload a model compressed by hf_quantnoise"
             repo = create_repository(args.repo, private=args.private or None, revision=revision)
-            files = _files(args.folder, repo)
+            files = _operations(args.folder, repo, revision)
             done = HfApi().create_commit(repo, files, revision=revision, commit_message=message)
         print(done.commit_url)
 
 
-def _files(folder: str, repo: str) -> list[CommitOperationAdd]:
-    """Return the files to upload, with the name of the repository in the card."""
+def _operations(
+    folder: str, repo: str, revision: str | None
+) -> list[CommitOperationAdd | CommitOperationDelete]:
+    """Return the files to upload, with the repository's name in the card, and those to delete."""
     found = (path for path in sorted(Path(folder).rglob("*")) if path.is_file())
     paths = {path.relative_to(folder).as_posix(): path for path in found}
     ignored = [*DEFAULT_IGNORE_PATTERNS, *QuantNoiseTrainer.unpublished]
-    files = []
+    files: list[CommitOperationAdd | CommitOperationDelete] = []
     for name in filter_repo_objects(paths, ignore_patterns=ignored):
         content: Path | bytes = paths[name]
         if name == CARD:
             text = paths[name].read_text(encoding="utf-8")
             content = text.replace(REPO_PLACEHOLDER, repo).encode()
         files.append(CommitOperationAdd(name, content))
-    return files
+    stale = stale_weights_in_repository(repo, folder, revision)
+    return files + [CommitOperationDelete(name) for name in stale]
 
 
 @contextmanager
@@ -87,7 +91,8 @@ def _explained(repo: str) -> Iterator[None]:
 def check_packed(folder: str) -> None:
     """Raise a ``ValueError`` unless a folder is a packed model.
 
-    The layers of its plan are created and compared with the size of the files.
+    The layers of its plan are created and compared with the size of the files. A warning is issued
+    if the folder has no tokenizer or processor.
     """
     if not os.path.isdir(folder):
         raise ValueError(f"invalid FOLDER {folder!r}: expected a folder written by save_pretrained")
@@ -105,3 +110,5 @@ def check_packed(folder: str) -> None:
             f"invalid FOLDER {folder!r}: the files do not match config.json ({note}); save the "
             "model again"
         )
+    if not processing_files(folder):
+        warn_unknown(checkpoint.model_class)

@@ -4,11 +4,13 @@
     <output_dir>/compression/stage-2/      the model after its second stage, as it was in memory
     <output_dir>/compression/run-3/        checkpoints of the third stage's finetuning
 
-A stage's folder is written under a temporary name and renamed once it is complete. A checkpoint
-counts once its last file exists. Both happen after all files have been flushed to the disk, since
-machines stop as well as processes. Incomplete folders are skipped with a warning. Tensors are
-stored as they are in memory (a file of the compressed model has 16-bit centroids, but training
-continues with 32-bit ones), so that a resumed run is equal bit for bit.
+A stage's folder is written under a temporary name and renamed once it is complete. A checkpoint is
+complete once its last file exists, the list of its files (``durable_files.py``). A stage or a
+checkpoint with a file that is missing or not as listed is skipped with a warning for an older one;
+if the dense model has such a file, resuming raises. Folders of earlier releases have no list; their
+files are only checked for truncation. Tensors are stored as they are in memory (a file of the
+compressed model has 16-bit centroids, but training continues with 32-bit ones), so that a resumed
+run is equal bit for bit.
 
 Rank 0 decides where a run resumes. All ranks read the files, so all machines must share the folder.
 """
@@ -29,7 +31,18 @@ from transformers.utils import logging
 
 from ..callback import checkpoint_folder
 from ..distributed import broadcast_object, copy_into, is_rank_0, raise_on_all_ranks
+from ..durable_files import (
+    PART,
+    find_defect,
+    flush,
+    flush_folder,
+    has_list,
+    new_file,
+    write_json,
+    write_list,
+)
 from .trainer_checkpoints import (
+    checkpoint_defect,
     folder_not_shared,
     is_complete,
     newest_complete_checkpoint,
@@ -42,9 +55,9 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 FOLDER = "compression"
-_STAGE, _RUN, _PART = "stage-", "run-", ".part"
+_STAGE, _RUN = "stage-", "run-"
 _CONTENT, _TENSORS = "stage.json", "tensors.safetensors"
-# The last file of a complete checkpoint.
+_KEYS = {"asked", "config", "history"}  # of the content
 MEMORY_NAME = "memory.safetensors"
 
 
@@ -77,37 +90,14 @@ def load_in_memory_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None
         copy_into(tensor, tensors[name])
 
 
-def _write_tensors(tensors: dict[str, Tensor], path: str) -> None:
-    """Write a safetensors file that is complete whenever it exists."""
-    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(on_cpu, path + _PART)
-    _flush(path + _PART)
-    os.replace(path + _PART, path)
-    _flush(os.path.dirname(path))
-
-
-def _flush_folder(folder: str) -> None:
-    """Wait until all files of a folder are on the disk."""
-    for inside, _, names in os.walk(folder):
-        for name in names:
-            _flush(os.path.join(inside, name))
-        _flush(inside)
-
-
-def _flush(path: str) -> None:
-    if os.name != "posix":  # elsewhere folders have no descriptors
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _save_tensors(tensors: dict[str, Tensor], path: str) -> None:
+    save_file({name: each.detach().cpu().contiguous() for name, each in tensors.items()}, path)
 
 
 class MemoryCheckpoint(TrainerCallback):
     """Adds the tensors as they are in memory to a trainer's checkpoints, and restores them.
 
-    The file is written last; a checkpoint without it is incomplete.
+    Only the list of files is written after them; a checkpoint without the tensors is incomplete.
     """
 
     def __init__(self, trainer: PackedModelTrainer) -> None:
@@ -119,8 +109,10 @@ class MemoryCheckpoint(TrainerCallback):
         self.trainer.accelerator.wait_for_everyone()
         if state.is_world_process_zero:
             folder = checkpoint_folder(args, state)
-            _flush_folder(folder)
-            _write_tensors(in_memory_tensors(model), os.path.join(folder, MEMORY_NAME))
+            flush_folder(folder)
+            with new_file(os.path.join(folder, MEMORY_NAME)) as part:
+                _save_tensors(in_memory_tensors(model), part)
+            write_list(folder)
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Restore the tensors in a resumed run."""
@@ -159,10 +151,12 @@ class StageCheckpoints:
     def stages(self) -> list[SavedStage]:
         """Return the complete stages in order, as rank 0 finds them, on all ranks.
 
-        Empty without the dense model, which every later stage needs. If a rank finds other stages,
-        all ranks raise a ``ValueError``.
+        Empty without the dense model, which every later stage needs. All ranks raise a
+        ``ValueError`` if a file of the dense model is damaged, or a rank finds other stages.
         """
-        found: list[SavedStage] = broadcast_object(self._find_stages() if is_rank_0() else None)
+        with raise_on_all_ranks():
+            found = self._find_stages() if is_rank_0() else []
+        found = broadcast_object(found)
         stages = [
             replace(stage, folder=os.path.join(self.folder, os.path.basename(stage.folder)))
             for stage in found
@@ -177,15 +171,21 @@ class StageCheckpoints:
     def _find_stages(self) -> list[SavedStage]:
         found = []
         for number, folder in numbered_folders(self.folder, _STAGE):
-            content = _read_content(folder)
-            if content is None:
-                self._skip(folder)
+            defect = _stage_defect(folder)
+            if defect is None:
+                found.append(SavedStage(number, _read_content(folder), folder))
+            elif number > 0:
+                self._skip(folder, defect)
             else:
-                found.append(SavedStage(number, content, folder))
+                raise ValueError(
+                    f"cannot resume: {os.path.join(folder, defect)} is missing or damaged, and all "
+                    "stages need the dense model; restore the file, or start from scratch without "
+                    "resume_from_checkpoint"
+                )
         return found if found and found[0].number == 0 else []
 
-    def _skip(self, folder: str) -> None:
-        logger.warning(f"skipping {folder}: it is incomplete")
+    def _skip(self, folder: str, defect: str) -> None:
+        logger.warning(f"skipping {folder}: {defect} is missing or damaged")
         if self.writes:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -194,16 +194,15 @@ class StageCheckpoints:
         if not self.writes:
             return
         folder = os.path.join(self.folder, f"{_STAGE}{number}")
-        part = folder + _PART
+        part = folder + PART
         shutil.rmtree(part, ignore_errors=True)
         os.makedirs(part)
-        _write_tensors(in_memory_tensors(model), os.path.join(part, _TENSORS))
-        with open(os.path.join(part, _CONTENT), "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=2)
-        _flush_folder(part)
+        write_json(content, os.path.join(part, _CONTENT))
+        _save_tensors(in_memory_tensors(model), os.path.join(part, _TENSORS))
+        write_list(part)
         shutil.rmtree(folder, ignore_errors=True)  # incomplete on a machine other than rank 0's
         os.replace(part, folder)
-        _flush(self.folder)
+        flush(self.folder)
         done = [old for n, old in numbered_folders(self.folder, _STAGE) if 0 < n < number]
         done += [old for n, old in numbered_folders(self.folder, _RUN) if n <= number]
         for old in done:
@@ -213,10 +212,12 @@ class StageCheckpoints:
         """Remove the files of an earlier run."""
         if self.writes and os.path.isdir(self.folder):
             logger.warning(f"removing the files of an earlier compression run in {self.folder}")
-            # First the file that all others build on, so that no run resumes from the rest.
-            dense = os.path.join(self.folder, f"{_STAGE}0", _CONTENT)
-            if os.path.isfile(dense):
-                os.unlink(dense)
+            # First the folder that all others build on, so that no run resumes from the rest.
+            dense = os.path.join(self.folder, f"{_STAGE}0")
+            if os.path.isdir(dense):
+                if os.path.isdir(dense + PART):
+                    shutil.rmtree(dense + PART)
+                os.replace(dense, dense + PART)
             shutil.rmtree(self.folder)
 
     def run_folder(self, number: int) -> str:
@@ -227,21 +228,34 @@ class StageCheckpoints:
         """Return the newest complete checkpoint of a stage's finetuning, if any, on all ranks."""
         if self.folder is None:
             return None
-        checkpoint, defects = newest_complete_checkpoint(self.run_folder(number), _memory_defect)
-        for incomplete in defects:
-            self._skip(incomplete)
+        folder = self.run_folder(number)
+        checkpoint, defects = newest_complete_checkpoint(folder, _checkpoint_defect)
+        for damaged, defect in defects.items():
+            self._skip(damaged, defect)
         return checkpoint
 
 
-def _memory_defect(folder: str) -> str | None:
-    """The last file of a checkpoint proves that the others are complete."""
-    return None if is_complete(os.path.join(folder, MEMORY_NAME)) else MEMORY_NAME
+def _checkpoint_defect(folder: str) -> str | None:
+    """Return the file of a checkpoint that is missing or damaged, if any."""
+    if has_list(folder):
+        return find_defect(folder, checksums=is_rank_0())  # the other ranks read the same files
+    return checkpoint_defect(folder, required=(MEMORY_NAME,))
 
 
-def _read_content(folder: str) -> dict[str, Any] | None:
-    """Return the content of a saved stage; None if one of its files is incomplete."""
-    path = os.path.join(folder, _CONTENT)
-    if not (is_complete(path) and is_complete(os.path.join(folder, _TENSORS))):
+def _stage_defect(folder: str) -> str | None:
+    """Return the file of a stage that is missing or damaged, if any."""
+    if has_list(folder):
+        return find_defect(folder)
+    content = _read_content(folder)
+    if not (isinstance(content, dict) and content.keys() >= _KEYS):
+        return _CONTENT
+    return None if is_complete(os.path.join(folder, _TENSORS)) else _TENSORS
+
+
+def _read_content(folder: str) -> Any:
+    """Return the content of a stage; None if there is none."""
+    try:
+        with open(os.path.join(folder, _CONTENT), encoding="utf-8") as file:
+            return json.load(file)
+    except (OSError, ValueError, RecursionError):
         return None
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)

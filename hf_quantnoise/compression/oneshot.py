@@ -9,11 +9,11 @@ from dataclasses import replace
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..argument_checks import read_batches, require_instance, require_model, require_weights
+from ..argument_checks import read_batches, require_instance, require_weights
 from ..configuration import QuantizedModelConfig
 from ..modeling import packed_layers
 from ..modeling.activations import calibrate, require_batches
-from ..modeling.packer import ModelPacker
+from ..modeling.packer import ModelPacker, check_can_be_packed
 from ..noise import find_state, remove_quant_noise
 from .bit_allocation.allocate import resolve_target
 
@@ -58,7 +58,7 @@ def quantize_model(
             met, or calibration data is required and missing, or does not reach a layer. The model
             is not changed then.
     """
-    require_model(model)
+    check_can_be_packed(model)
     require_instance(
         "config", config, QuantizedModelConfig, "an IPQConfig or a FixedPointConfig",
         "call e.g. quantize_model(model, IPQConfig(block_size=4))",

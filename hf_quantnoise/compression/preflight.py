@@ -87,6 +87,11 @@ def check_compression(
         _require_recreatable_optimizer(trainer)
     _require_stock_methods(trainer, config, args)
     noise_to_keep(trainer, args.keep_noise)
+    if trainer.model is None:
+        raise ValueError(
+            "the trainer has no model, as after a hyperparameter search; call train() before "
+            "compress"
+        )
     check_can_be_packed(trainer.accelerator.unwrap_model(trainer.model))
 
 

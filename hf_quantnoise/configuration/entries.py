@@ -11,7 +11,8 @@ from typing import Any
 
 from ..registry import Registry, suggestion
 from ..structure import GROUPS
-from .checks import Check, integer, invalid, layer_names, one_of
+from ..text import printable
+from .checks import Check, integer, invalid, layer_names, one_of, shown
 from .options import options_of
 
 # Scheme of an entry -> its quantizer, a dataclass.
@@ -52,7 +53,8 @@ def check_settings(settings: dict[str, Any], place: str = "") -> None:
         if key not in declared:
             hint = suggestion(key, declared) or f"; known: {', '.join(declared)}"
             raise ValueError(
-                f"invalid {place}{key}={value!r}: the scheme {scheme!r} has no such setting{hint}"
+                f"invalid {place}{printable(key)}={shown(value)}: the scheme {scheme!r} has no "
+                f"such setting{hint}"
             )
         for check in declared[key].checks:
             check(f"{place}{key}", value)

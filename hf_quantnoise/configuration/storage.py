@@ -36,7 +36,7 @@ FORMAT_VERSION = max(FORMATS)
 # Keys that are written into config.json next to the fields, partly for people who open it.
 HEAD = ("quant_method", "scheme", "how_to_load", "requires")
 # Fields that compression fills in.
-RECORDS = ("plan", "left_dense", "shared_layers", "pruned_layers")
+RECORDS = ("plan", "left_dense", "shared_layers", "pruned_layers", "weights_id")
 
 SCHEMES: Registry[type] = Registry("scheme")
 OBSERVERS: Registry = Registry("observer")
@@ -115,6 +115,11 @@ class QuantizedModelConfig(HubConfigMixin, Options, QuantizationConfigMixin):
     pruned_layers: Annotated[dict[str, int], by_layer("a number of weights", _is_count)] = option(
         {}, "Filled in by compression: removed layer -> number of weights it had."
     )
+    weights_id: str | None = option(
+        None,
+        "Filled in by saving: a checksum of the weights. Each file of weights has it too, so that "
+        "files of different saves are not loaded together.",
+    )
     format_version: int = option(
         FORMAT_VERSION,
         "Version of the layout on disk. A newer one is an error that names the version to install.",
@@ -127,6 +132,14 @@ class QuantizedModelConfig(HubConfigMixin, Options, QuantizationConfigMixin):
     def __post_init__(self) -> None:
         check_format(self.format_version)
         super().__post_init__()
+        for name, entry in self.plan.items():
+            if entry.get("activation_bits") not in (None, self.activation_bits):
+                raise invalid(
+                    f"plan[{name!r}]: activation_bits",
+                    entry["activation_bits"],
+                    f"{self.activation_bits!r}, as activation_bits of the config, or none; restore "
+                    "the original file",
+                )
 
     @property
     def weighs_errors(self) -> bool:

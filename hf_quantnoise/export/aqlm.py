@@ -23,6 +23,8 @@ from transformers import AqlmConfig, PreTrainedModel
 
 from ..argument_checks import require_output_folder
 from ..compat import init_weights_function, should_convert_module
+from ..hub.processing import save_processing
+from ..model_folders import replaced_model
 from ..modeling import PackedLayer, packed_layers
 from ..quantizers.product import ProductQuantizer
 from .checks import require_packed
@@ -136,7 +138,9 @@ def export_aqlm(model: PreTrainedModel, folder: str | os.PathLike) -> AqlmExport
     exported.config.quantization_config = AqlmConfig(
         **setting._asdict(), linear_weights_not_to_quantize=_dense_patterns(exported, names)
     )
-    exported.save_pretrained(folder)
+    with replaced_model(folder) as part:
+        exported.save_pretrained(part)
+        save_processing(model, part, os.fspath(folder))
     disk_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     return AqlmExport(folder, setting, names, dense, disk_bytes)
 

@@ -28,6 +28,8 @@ from ..argument_checks import (
     require_tensors,
     run_batch,
 )
+from ..hub.processing import save_processing
+from ..model_folders import replaced_model
 from ..modeling import packed_layers
 from ..modeling.packed import PREFIX
 from ..quantizers.product import ProductQuantizer
@@ -38,10 +40,17 @@ FILE_NAME = "model.onnx"
 # are used by several inputs on purpose.
 _IGNORED_WARNINGS = (
     (FutureWarning, r"`isinstance\(treespec, LeafSpec\)` is deprecated"),
-    (UserWarning, r"# The axis name: (batch|length) will not be used"),
+    (UserWarning, r"# The axis name: (batch|choices|length) will not be used"),
 )
 _EXPORTER_LOGGER = "torch.onnx._internal.exporter._registration"
 _IGNORED_LOG = "torchvision is not installed. Skipping"
+
+_TOKENS = {"input_ids", "attention_mask", "token_type_ids"}
+# Inputs of models that read more than text, or more than pixels.
+_OTHER_INPUTS = {
+    *("bbox", "image", "image_embeds", "input_features", "input_ids", "input_values"),
+    *("pixel_values", "visual_embeds", "visual_feats"),
+}
 
 
 @dataclass(frozen=True)
@@ -100,16 +109,19 @@ def export_onnx(
     Args:
         model: a packed model that runs in one forward pass, e.g. a classifier, tagger or encoder.
         folder: output folder; created if it does not exist.
-        inputs: example inputs by name. The first dimension is the batch; the second dimension of
-            integer tensors is the sequence length. Default: input ids, attention mask and, if the
-            model has several, token types; or pixels of the image size in the config.
+        inputs: example inputs by name. The first dimension is the batch, the second one of integer
+            tensors and waveforms (batch, samples) the length; both are dynamic. So are all three of
+            multiple choice (batch, choices, length). Other sizes are fixed.
+            Default: input ids, attention mask and, if the model has several, token types; or
+            pixels of the image size in the config.
 
     Returns:
         The folder, the names of inputs and outputs, and the file's size.
 
     Raises:
         ImportError: if ``onnx`` or ``onnxscript`` is not installed.
-        ValueError: if the model is not packed, generates token by token, or needs ``inputs``.
+        ValueError: if the model is not packed, generates token by token, needs ``inputs``, or does
+            not run on them.
     """
     require_packed(model, "export_onnx")
     folder = Path(require_output_folder("folder", folder))
@@ -119,24 +131,25 @@ def export_onnx(
         require_tensors("inputs", inputs)
     if model.config.is_encoder_decoder or model.can_generate():
         raise ValueError(
-            f"export_onnx: {type(model).__name__} generates token by token, and a graph with a "
-            "cache is not supported; export a model that runs in one forward pass, e.g. from "
-            "AutoModelForSequenceClassification"
+            f"export_onnx: {type(model).__name__} has a decoder that generates token by token, and "
+            "a graph with a cache is not supported; export a model that runs in one forward pass, "
+            "e.g. from AutoModelForSequenceClassification"
         )
     onnxscript = _onnxscript()
     stored = _with_stored_state(model)
     inputs = dict(inputs or _example_inputs(model))
-    call = "pass inputs for which model(**inputs) works"
+    call = "pass a batch that it takes, inputs={name: tensor}"
     outputs = run_batch(stored, {**inputs, "return_dict": True}, "inputs", call)
     outputs = tuple(name for name, value in outputs.items() if isinstance(value, Tensor))
     program = _traced(stored, inputs, outputs)
     onnxscript.optimizer.optimize_ir(program.model, should_fold=_may_fold)
     _strip_metadata(program.model)
-    folder.mkdir(parents=True, exist_ok=True)
-    program.save(folder / FILE_NAME)
     config = deepcopy(model.config)
     del config.quantization_config
-    config.save_pretrained(folder)
+    with replaced_model(folder) as part:
+        program.save(os.path.join(part, FILE_NAME))
+        config.save_pretrained(part)
+        save_processing(model, part, os.fspath(folder))
     return OnnxExport(folder, tuple(inputs), outputs, (folder / FILE_NAME).stat().st_size)
 
 
@@ -150,7 +163,7 @@ def _traced(model: PreTrainedModel, inputs: dict[str, Tensor], outputs: tuple[st
             verbose=False,
             input_names=list(inputs),
             output_names=list(outputs),
-            dynamic_shapes=(tuple(_dynamic_axes(tensor) for tensor in inputs.values()),),
+            dynamic_shapes=(tuple(_dynamic_axes(name, tensor) for name, tensor in inputs.items()),),
             custom_translation_table={torch.ops.aten.__rshift__.Tensor: _shift_right},
         )
 
@@ -210,8 +223,14 @@ def _with_stored_state(model: PreTrainedModel) -> PreTrainedModel:
 def _example_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
     """Return a batch of two examples to trace the graph with."""
     config, parameters = model.config, inspect.signature(model.forward).parameters
+    if others := _OTHER_INPUTS & parameters.keys() - {model.main_input_name}:
+        raise ValueError(
+            f"export_onnx: {type(model).__name__} also takes {', '.join(sorted(others))}, and a "
+            "graph has the inputs of its example batch only; pass one, inputs={name: tensor}"
+        )
     if model.main_input_name == "input_ids":
-        ids = (torch.arange(16) % config.vocab_size).view(2, 8)
+        shape = (2, 2, 4) if type(model).__name__.endswith("ForMultipleChoice") else (2, 8)
+        ids = (torch.arange(16) % config.vocab_size).view(shape)
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if "token_type_ids" in parameters and getattr(config, "type_vocab_size", 0) > 1:
             batch["token_type_ids"] = torch.zeros_like(ids)
@@ -226,9 +245,13 @@ def _example_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
     )
 
 
-def _dynamic_axes(tensor: Tensor) -> dict[int, str]:
-    is_tokens = not tensor.is_floating_point() and tensor.dim() > 1
-    return {0: "batch", 1: "length"} if is_tokens else {0: "batch"}
+def _dynamic_axes(name: str, tensor: Tensor) -> dict[int, str]:
+    is_waveform = name == "input_values" and tensor.dim() == 2
+    if tensor.dim() == 1 or (tensor.is_floating_point() and not is_waveform):
+        return {0: "batch"}
+    if tensor.dim() == 3 and name in _TOKENS:  # of multiple choice
+        return {0: "batch", 1: "choices", 2: "length"}
+    return {0: "batch", 1: "length"}
 
 
 def _shift_right(values: Any, bits: Any) -> Any:

@@ -6,8 +6,8 @@ Like PEFT's AutoPeftModel they are dispatchers: they return a model of the real 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import transformers
@@ -19,6 +19,8 @@ from ..argument_checks import require_path, shorten
 from ..configuration import QUANT_METHOD
 from ..configuration.checks import shown
 from ..files import headers_in, read_json
+from ..model_folders import require_not_interrupted
+from ..modeling.value_check import values_unchecked
 from ..repository import is_repository_name
 from ..text import printable
 
@@ -43,12 +45,14 @@ class AutoQuantizedModel:
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+        cls, pretrained_model_name_or_path: str | os.PathLike, *, check: bool = True, **kwargs: Any
     ) -> PreTrainedModel:
         """Load a model from a folder or a repository of the Hub, in eval mode.
 
         Args:
             pretrained_model_name_or_path: the folder or repository.
+            check: whether the values of packed layers are checked: codes within the codebook,
+                finite centroids, scales above 0. Names, shapes and dtypes always are.
             kwargs: arguments of ``PreTrainedModel.from_pretrained``.
 
         Raises:
@@ -57,6 +61,7 @@ class AutoQuantizedModel:
             TypeError: if the path is something else.
         """
         path = require_path("pretrained_model_name_or_path", pretrained_model_name_or_path)
+        require_not_interrupted(os.path.join(path, kwargs.get("subfolder") or ""))
         config_kwargs = {key: kwargs[key] for key in _CONFIG_KWARGS if key in kwargs}
         config, config_path = kwargs.get("config"), path
         if isinstance(config, str | os.PathLike):
@@ -71,8 +76,22 @@ class AutoQuantizedModel:
                 "expected the name of a transformers model class; load it with a class for its "
                 "head, such as AutoQuantizedModelForSequenceClassification"
             )
-        with _damaged_files_named(path, kwargs):
-            return loader.from_pretrained(path, **kwargs)
+        with _damaged_files_named(path, kwargs), nullcontext() if check else values_unchecked():
+            loaded: Any = loader.from_pretrained(path, **{**kwargs, "output_loading_info": True})
+        model, info = loaded
+        _require_complete(path, model, info["missing_keys"])
+        return loaded if kwargs.get("output_loading_info") else model
+
+
+def _require_complete(path: str, model: PreTrainedModel, missing: Iterable[str]) -> None:
+    """Raise if tensors are missing, which are random, although this class saved the checkpoint."""
+    names = sorted(missing)
+    if names and type(model).__name__ in (model.config.architectures or ()):
+        raise ValueError(
+            f"{path!r} lacks {len(names)} tensors of {type(model).__name__} "
+            f"({', '.join(names[:3])}, ...): a file is missing or belongs to another model; "
+            "download or save the model again"
+        )
 
 
 def read_config(path: str, **kwargs: Any) -> PreTrainedConfig:
@@ -129,6 +148,11 @@ def _damaged_files_named(path: str, kwargs: dict[str, Any]) -> Iterator[None]:
             raise ValueError(
                 f"cannot read a safetensors file of {path!r}, which is truncated or corrupted "
                 f"({printable(error)}); download or save the model again"
+            ) from error
+        if isinstance(error, RuntimeError) and "mismatch" in str(error):
+            raise ValueError(
+                f"the tensors of {path!r} do not have the shapes of this model "
+                f"({printable(error)}); restore config.json and the files from one save"
             ) from error
         raise
 

@@ -26,7 +26,8 @@ from ..compat import (
     load_offloaded_parameter,
     mark_quantized,
     offloaded_names,
-    own_parameters,
+    set_table_of_prompts,
+    stop_rescaling,
 )
 from ..configuration import QUANT_METHOD, QuantizedModelConfig
 from ..modeling import PackedLayer, packed_layers, stored_tensors
@@ -38,17 +39,31 @@ from ..modeling.ties import restore_ties
 from ..sharing import share, unshare
 from ..structure import is_layer
 from .card import CARD_ATTRIBUTE, TAGS
-from .reading import read_packed, require_no_renaming
+from .conversions import convert_all, convert_dense_only, names_kept_in_files, without
+from .file_check import check_files, require_valid_values, stored_in
+from .parts import describe_parts, forget_parts
+from .reading import align, read_packed, release_files, require_no_renaming
+from .saving import attach_saving, detach_saving
 from .skeleton import (
+    Names,
     allow_sentinels,
     build_skeleton,
+    remove_placeholders,
     require_shapes,
     sentinel_names,
     shapes_before_loading,
 )
+from .weights_id import WEIGHTS_ID, id_of_weights, in_fixed_order, require_one_save
 
 logger = logging.get_logger(__name__)
 register_quantization_config(QUANT_METHOD)(QuantizedModelConfig)
+
+
+def _table_of_packed(model: PreTrainedModel) -> nn.Module | None:
+    return model.get_input_embeddings() if any(packed_layers(model)) else None
+
+
+set_table_of_prompts(_table_of_packed)
 
 
 @register_quantizer(QUANT_METHOD)
@@ -71,13 +86,14 @@ class QuantNoiseHfQuantizer(HfQuantizer):
     is_qat_trainable = True
     is_compileable = True
 
-    # The defaults of these two list all names of the model, which takes time and changes nothing: a
-    # packed layer's tensors have the same names in files, and are not split among devices.
-
+    # The default lists all names of the model, which takes time and changes nothing: a packed
+    # layer's tensors are not split among devices.
     def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None: ...
 
     def update_weight_conversions(self, weight_conversions: list, model: PreTrainedModel) -> list:
-        return weight_conversions
+        """Return the conversions of names for the files that are being loaded."""
+        kept = self.__dict__.pop("_kept", None)
+        return without(weight_conversions, kept) if kept else weight_conversions
 
     def attach(self, model: PreTrainedModel) -> None:
         """Mark a model that was packed in memory as quantized."""
@@ -88,11 +104,12 @@ class QuantNoiseHfQuantizer(HfQuantizer):
         model.config.quantization_config = config
         _set_quantized(model, True)
         model.add_model_tags(list(TAGS))
+        attach_saving(model)
 
     # ---- loading --------------------------------------------------------------------------------
 
     def _process_model_before_weight_loading(
-        self, model: PreTrainedModel, checkpoint_files=None, device_map=None, **kwargs
+        self, model: PreTrainedModel, checkpoint_files=None, device_map=None, headers=None, **kwargs
     ) -> None:
         config = self.quantization_config
         if not self.pre_quantized:
@@ -103,38 +120,47 @@ class QuantNoiseHfQuantizer(HfQuantizer):
                 "invalid quantization_config: its plan is empty, so the storage of the layers is "
                 "unknown; save the model again with save_pretrained"
             )
+        require_one_save(checkpoint_files, config.weights_id)
         allow_sentinels(model, config)
+        stop_rescaling(model)
         # transformers intercepts every torch function here to create tensors on the meta device.
         with DisableTorchFunction():
-            self.quantization_config, layers, self._joined = build_skeleton(model, config)
+            names, stored = Names(model), headers or stored_in(checkpoint_files)
+            skeleton = build_skeleton(names, config, check_files(names, config, stored))
+            self.quantization_config, layers, self._joined = skeleton
             self._shapes = shapes_before_loading(model)
-            self._read = read_packed(model, layers, checkpoint_files, device_map)
+            self._kept = names_kept_in_files(model, config, checkpoint_files)
+            self._read = read_packed(model, layers, checkpoint_files, device_map, self._kept)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs):
         if not self.pre_quantized:
             _require_in_memory(model)
             model.is_quantized = False  # the packer takes dense models, and marks it
             ModelPacker(model, self.quantization_config).pack_all()
-            _release_files(model)
+            release_files(model)
             return model
         require_no_renaming(model, self.__dict__.pop("_read"))
         require_shapes(model, self.__dict__.pop("_shapes"))
+        remove_placeholders(model)
         model.add_model_tags(list(TAGS))
+        attach_saving(model)
         for name, layer in packed_layers(model):
-            is_read, layer._loading = layer._loading.is_read, None
+            is_read = layer._loading.is_read
+            layer.finish_loading()
             if is_read:
                 continue
             if _is_offloaded(layer) and layer.quantizer.encodes_state:
                 raise _cannot_be_offloaded(name, "stores its centroids in 8 bits")
             self._require_read(name, layer)
+        require_valid_values(model)
         decode_stored_states(model)
         self._tie_shared(model)
-        _align(model)
+        align(model)
         return model
 
     def _require_read(self, name: str, layer: PackedLayer) -> None:
         """Raise ValueError if the checkpoint lacks a tensor of a layer."""
-        for key, tensor in layer.named_parameters(recurse=False):
+        for key, tensor in layer.tensors().items():
             is_read = key in offloaded_names(layer) if tensor.is_meta else is_initialized(tensor)
             if is_read:
                 continue
@@ -169,17 +195,23 @@ class QuantNoiseHfQuantizer(HfQuantizer):
         state_dict = model.state_dict()
         written: dict[int, Tensor] = {}  # tied layers must keep sharing one tensor
         for prefix, layer in packed_layers(model):
-            names = [name for name, _ in layer.named_parameters(recurse=False)]
-            tensors = {name: state_dict[f"{prefix}.{name}"] for name in names}
+            in_memory = layer.tensors()
+            tensors = {name: state_dict[f"{prefix}.{name}"] for name in in_memory}
             for key, tensor in tensors.items():
                 if tensor.is_meta:
                     tensors[key] = load_offloaded_parameter(model, f"{prefix}.{key}")
             for name, tensor in stored_tensors(layer, tensors).items():
-                identity = id(own_parameters(layer)[name])
+                identity = id(in_memory[name])
                 state_dict[f"{prefix}.{name}"] = written.setdefault(identity, tensor)
-        for name in sentinel_names(self.quantization_config, model):
+        sentinels = sentinel_names(self.quantization_config, model)
+        for name in sentinels:
             state_dict[name] = torch.zeros(1, dtype=torch.uint8)
-        return state_dict, {}
+        convert_dense_only(model, sentinels)
+        if has_adapter(model):
+            return state_dict, {}
+        self.quantization_config.weights_id = weights_id = id_of_weights(model, state_dict)
+        describe_parts(model, self.quantization_config)
+        return in_fixed_order(model, state_dict), {WEIGHTS_ID: weights_id}
 
     # ---- dequantizing ---------------------------------------------------------------------------
 
@@ -187,6 +219,9 @@ class QuantNoiseHfQuantizer(HfQuantizer):
         if isinstance(dtype, str):  # config.dtype is its name once the model was saved
             dtype = getattr(torch, dtype)
         unpack_model(model)
+        detach_saving(model)
+        convert_all(model)
+        forget_parts(model)
         if dtype not in (None, model.dtype):  # otherwise each weight keeps the dtype it has
             for tensor in model.state_dict(keep_vars=True).values():
                 if tensor.is_floating_point():
@@ -260,28 +295,3 @@ def _require_in_memory(model: PreTrainedModel) -> None:
             "quantized; quantize without offloading, save_pretrained, and load the result with "
             "this device_map"
         )
-
-
-@torch.no_grad()
-def _release_files(model: PreTrainedModel) -> None:
-    """Copy tensors that are views of a memory-mapped file, which would keep all of it in memory."""
-    for tensor in [*model.parameters(), *model.buffers()]:
-        if tensor.device.type == "cpu":
-            tensor.data = tensor.data.clone()
-
-
-@torch.no_grad()
-def _align(model: PreTrainedModel) -> None:
-    """Copy dense matrices that are not aligned to a cache line, as views of a file may be.
-
-    Products take another code path for these, whose last bits differ from the saved model's. Tables
-    and packed weights are copied when they are used, so their alignment does not matter.
-    """
-    for module in model.modules():
-        if isinstance(module, PackedLayer | nn.Embedding):
-            continue
-        for parameter in own_parameters(module).values():
-            if parameter is None or parameter.dim() < 2 or parameter.device.type != "cpu":
-                continue
-            if parameter.data_ptr() % 64:  # bytes of a cache line
-                parameter.data = parameter.data.clone()

@@ -12,7 +12,7 @@ import mmap
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 
 import torch
@@ -32,7 +32,7 @@ from ..compat import (
 from ..distributed import is_distributed
 from ..files import TensorHeader, read_header
 from ..modeling import PackedLayer
-from .skeleton import spellings
+from .conversions import spellings, without
 
 # Names of dtypes in the header of a safetensors file.
 FLOATS = {
@@ -46,17 +46,18 @@ def read_packed(
     layers: dict[str, PackedLayer],
     files: Sequence[str] | None,
     device_map: object,
+    kept: Collection[str] = (),
 ) -> list[str]:
     """Fill the packed layers of a skeleton of which the files hold all tensors, on the CPU.
 
     The others are left to transformers: layers on other devices or of several processes, layers
-    whose names or precision transformers changes, and damaged ones, which it reports. Returns the
-    names of the tensors read, as they are in the files.
+    whose names or precision transformers changes (but for the names in ``kept``), and damaged ones,
+    which it reports. Returns the names of the tensors read, as they are in the files.
     """
     if not _can_read(model, files, device_map):
         return []
     source = {key: view for file in files for key, view in views_of_file(file).items()}
-    is_renamed = _renaming_test(get_model_conversion_mapping(model))
+    is_renamed = _renaming_test(without(get_model_conversion_mapping(model), kept))
     read: list[str] = []
     for name, layer in layers.items():
         keys = _keys_in_files(model, name, layer, source)
@@ -122,13 +123,8 @@ def _view(memory: mmap.mmap, start: int, tensor: TensorHeader) -> Tensor:
 
 def _renaming_test(conversions: Iterable[WeightTransform]) -> Callable[[str], bool]:
     """Return a function that tests whether transformers renames a tensor of the files."""
-    tests = [
-        conversion.compiled_sources.search
-        if conversion.scope_prefix is None
-        else lambda key, conversion=conversion: conversion.rename_source_key(key)[1]
-        for conversion in conversions
-    ]
-    return lambda key: any(test(key) for test in tests)
+    conversions = list(conversions)
+    return lambda key: any(each.rename_source_key(key)[1] for each in conversions)
 
 
 def _keys_in_files(
@@ -158,6 +154,31 @@ def _fill(layer: PackedLayer, tensors: dict[str, Tensor]) -> bool:
         layer.register_parameter(name, parameter)
     layer._loading.is_read = True
     return True
+
+
+@torch.no_grad()
+def release_files(model: PreTrainedModel) -> None:
+    """Copy tensors that are views of a memory-mapped file, which would keep all of it in memory."""
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
+
+
+@torch.no_grad()
+def align(model: PreTrainedModel) -> None:
+    """Copy dense matrices that are not aligned to a cache line, as views of a file may be.
+
+    Products take another code path for these, whose last bits differ from the saved model's. Tables
+    and packed weights are copied when they are used, so their alignment does not matter.
+    """
+    for module in model.modules():
+        if isinstance(module, PackedLayer | nn.Embedding):
+            continue
+        for parameter in own_parameters(module).values():
+            if parameter is None or parameter.dim() < 2 or parameter.device.type != "cpu":
+                continue
+            if parameter.data_ptr() % 64:  # bytes of a cache line
+                parameter.data = parameter.data.clone()
 
 
 def pattern_of(names: Iterable[str]) -> str:

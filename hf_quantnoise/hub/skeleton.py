@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from copy import copy
+from functools import cache
 
 import torch
 import transformers
@@ -17,10 +19,13 @@ from ..compat import ignored_if_missing, ignored_if_unexpected, ignored_on_save,
 from ..configuration import QuantizedModelConfig, settings_of
 from ..modeling import PackedLayer
 from ..modeling.convert import pack_skeleton
+from ..modeling.packed import INDICES
 from ..modeling.structural_changes import declare_shared, tied_after_loading
 from ..modeling.ties import renamed_ties
-from ..quantizers import quantizer_from_dict
+from ..quantizers import Quantizer, quantizer_from_dict
+from ..sharing import require_same_shapes
 from ..structure import is_layer
+from .conversions import renamed_layer, renamings_of, spellings
 
 logger = logging.get_logger(__name__)
 
@@ -51,43 +56,48 @@ def allow_sentinels(model: PreTrainedModel, config: QuantizedModelConfig) -> Non
         ignored_if_unexpected(model).add(rf"(^|\.){re.escape(short)}$")
 
 
-def spellings(model: PreTrainedModel, name: str) -> tuple[str, str, str]:
-    """Return a name as it is, without and with the base model's prefix."""
-    prefix = f"{model.base_model_prefix}."
-    return name, name.removeprefix(prefix), prefix + name
+def quantizer_of(entry: dict) -> Quantizer:
+    """Return the quantizer of an entry that has been checked."""
+    return _quantizer(tuple(settings_of(entry).items()))
+
+
+@cache
+def _quantizer(settings: tuple) -> Quantizer:
+    return quantizer_from_dict(dict(settings))
 
 
 def build_skeleton(
-    model: PreTrainedModel, config: QuantizedModelConfig
+    names: Names, config: QuantizedModelConfig, stored: Collection[str] | None = None
 ) -> tuple[QuantizedModelConfig, dict[str, PackedLayer], set[str]]:
     """Turn the layers of a plan into empty packed ones, in place, with ties and sharing declared.
 
-    The model is on the meta device, of any class that has a part of the plan's layers. Returns the
+    The model is on the meta device, of any class that has a part of the plan's layers. ``stored``
+    names those whose codes are in the files (``file_check.py``), None if unknown. Returns the
     config with the names of this class; its packed layers by name; the names of those that the
     class of the checkpoint lacks, which are tied to a packed layer.
     """
-    names = _Names(model)
+    model = names.model
     local = copy(config)
     local.left_dense = {
         name: reason
         for name, reason in names.translate(config.left_dense).items()
         if name in names.parameters or names.is_layer(name)
     }
-    local.shared_layers = {
-        name: names.find(source) for name, source in names.translate(config.shared_layers).items()
-    }
-    stored, reshaped = _translate_plan(names, config.plan)
+    local.shared_layers = names.translate_shared(config.shared_layers)
+    kept, reshaped = _translate_plan(names, config.plan, stored)
     local.left_dense |= reshaped
-    local.plan = plan = _close_over_ties(stored, names)
+    local.plan = plan = _close_over_ties(kept, names)
     layers = {name: names.modules[name] for name in plan}
     with renamed_ties(model, plan):
         for name, entry in plan.items():
-            quantizer = quantizer_from_dict(settings_of(entry))
-            pack_skeleton(layers[name], quantizer, entry.get("activation_bits"), loading=True)
+            pack_skeleton(
+                layers[name], quantizer_of(entry), entry.get("activation_bits"), loading=True
+            )
     untied = tied_after_loading(model, local.shared_layers)
     declare_shared(model, local.shared_layers, without=untied)
     ignored_if_missing(model).update(f"^{re.escape(name)}$" for name in untied)
-    return local, layers, plan.keys() - stored.keys()
+    _require_equal_settings(model, plan)
+    return local, layers, plan.keys() - kept.keys()
 
 
 def shapes_before_loading(model: PreTrainedModel) -> dict[str, torch.Size]:
@@ -108,8 +118,8 @@ def require_shapes(model: PreTrainedModel, shapes: dict[str, torch.Size]) -> Non
             )
 
 
-class _Names:
-    """Names in this class of a model, which may differ from the checkpoint's by the base prefix."""
+class Names:
+    """Names in this class of a model, of layers that another class may have saved."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -121,12 +131,14 @@ class _Names:
             if parameter is not None
         }
         self.unsaved = ignored_on_save(model)
+        self.renamings = renamings_of(model)
 
     def find(self, name: str) -> str | None:
         """Return the local name for a name of the checkpoint, or None if this class lacks it."""
-        for candidate in spellings(self.model, name):
-            if candidate in self.modules or candidate in self.parameters:
-                return candidate
+        for known in (name, renamed_layer(name, self.renamings)):
+            for candidate in spellings(self.model, known):
+                if candidate in self.modules or candidate in self.parameters:
+                    return candidate
         return None
 
     def translate(self, entries: dict) -> dict:
@@ -134,20 +146,52 @@ class _Names:
         found = ((self.find(name), entry) for name, entry in entries.items())
         return {name: entry for name, entry in found if name is not None}
 
+    def translate_shared(self, shared_layers: dict[str, str]) -> dict[str, str]:
+        """Return shared layers under their local names; ValueError if two cannot share weights."""
+        local = {}
+        for name, source in self.translate(shared_layers).items():
+            found = self.find(source)
+            if found is None or found == name or source in shared_layers:
+                raise ValueError(
+                    f"invalid shared_layers[{name!r}]={source!r} in quantization_config: expected "
+                    "another layer, which has its own weights; restore config.json"
+                )
+            if not self.modules.keys() >= {name, found}:
+                raise ValueError(
+                    f"invalid shared_layers[{name!r}]={source!r} in quantization_config: one of "
+                    "them is a parameter, expected two layers; restore config.json"
+                )
+            try:
+                require_same_shapes((found, name), self.modules)
+            except ValueError as error:
+                raise ValueError(f"invalid shared_layers[{name!r}]={source!r}: {error}") from None
+            local[name] = found
+        return local
+
     def is_layer(self, name: str) -> bool:
         """Return whether there is a layer of this name that can be packed."""
         module = self.modules.get(name)
         return module is not None and is_layer(module) and f"{name}.weight" not in self.unsaved
 
 
-def _translate_plan(names: _Names, plan: dict[str, dict]) -> tuple[dict[str, dict], dict[str, str]]:
+def _translate_plan(
+    names: Names, plan: dict[str, dict], stored: Collection[str] | None
+) -> tuple[dict[str, dict], dict[str, str]]:
     """Return the plan with local names, and why layers of another shape (a new head) stay dense."""
-    local, reshaped = {}, {}
-    for name, entry in names.translate(plan).items():
+    local: dict[str, dict] = {}
+    reshaped: dict[str, str] = {}
+    for original, entry in plan.items():
+        if (name := names.find(original)) is None:
+            continue
         if not names.is_layer(name):
             raise ValueError(
                 f"invalid plan in quantization_config: {name} is not a layer that can be packed in "
                 f"{type(names.model).__name__}"
+            )
+        if name in local or name in reshaped:
+            raise ValueError(
+                f"invalid plan in quantization_config: it has two entries for {name}, one of them "
+                f"as {original}; restore config.json"
             )
         rows, columns = matrix_shape(names.modules[name])
         if (rows, columns) != (entry["rows"], entry["columns"]):
@@ -156,6 +200,8 @@ def _translate_plan(names: _Names, plan: dict[str, dict]) -> tuple[dict[str, dic
                 f"{entry['columns']} in the checkpoint, so it was initialised from scratch"
             )
             logger.warning(f"{name} stays dense: {reshaped[name]}.")
+            if original in stored if stored is not None else "tied_to" not in entry:
+                _add_placeholder(names.modules[name])
             continue
         local[name] = {key: value for key, value in entry.items() if key != "tied_to"}
         if (partner := entry.get("tied_to")) is not None:
@@ -163,7 +209,38 @@ def _translate_plan(names: _Names, plan: dict[str, dict]) -> tuple[dict[str, dic
     return local, reshaped
 
 
-def _close_over_ties(plan: dict[str, dict], names: _Names) -> dict[str, dict]:
+def _add_placeholder(layer: nn.Module) -> None:
+    """Give a dense layer a parameter that no codes in the files fit.
+
+    transformers then raises, unless ``ignore_mismatched_sizes`` is passed, as it does for dense
+    weights of another shape.
+    """
+    placeholder = torch.empty(*matrix_shape(layer), 1, dtype=torch.uint8, device="meta")
+    layer.register_parameter(INDICES, nn.Parameter(placeholder, False))
+
+
+def remove_placeholders(model: nn.Module) -> None:
+    """Remove what :func:`build_skeleton` has added to dense layers, after loading."""
+    for module in model.modules():
+        if not isinstance(module, PackedLayer):
+            own_parameters(module).pop(INDICES, None)
+
+
+def _require_equal_settings(model: PreTrainedModel, plan: dict[str, dict]) -> None:
+    """Raise ValueError if layers of the plan that hold one weight are stored differently."""
+    for names in model.all_tied_weights_keys.items():
+        layer, source = (name.removesuffix(f".{INDICES}") for name in names)
+        if layer not in plan or source not in plan:
+            continue
+        if quantizer_of(plan[layer]) != quantizer_of(plan[source]):
+            raise ValueError(
+                f"invalid plan in quantization_config: {layer} and {source} hold one weight and "
+                f"have different settings, {settings_of(plan[layer])} and "
+                f"{settings_of(plan[source])}; restore config.json"
+            )
+
+
+def _close_over_ties(plan: dict[str, dict], names: Names) -> dict[str, dict]:
     """Add tied partners that the class of the checkpoint lacks (an LM head).
 
     Their inputs were never measured, so they are not rounded.

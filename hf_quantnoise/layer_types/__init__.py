@@ -4,6 +4,20 @@ A new type needs a file here that calls :func:`register_layer_type`, and its imp
 """
 
 from . import convolution, embedding, linear  # noqa: F401
-from .record import LAYER_TYPES, LayerType, known_layer_type, layer_type_of, register_layer_type
+from .record import (
+    LAYER_TYPES,
+    LayerType,
+    known_layer_type,
+    layer_type_of,
+    records_gradients,
+    register_layer_type,
+)
 
-__all__ = ["LAYER_TYPES", "LayerType", "known_layer_type", "layer_type_of", "register_layer_type"]
+__all__ = [
+    "LAYER_TYPES",
+    "LayerType",
+    "known_layer_type",
+    "layer_type_of",
+    "records_gradients",
+    "register_layer_type",
+]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .record import LayerType, register_layer_type
+from .record import LayerType, records_gradients, register_layer_type
 
 
 class PackedEmbeddingForward(nn.Embedding):
@@ -15,7 +15,7 @@ class PackedEmbeddingForward(nn.Embedding):
         if self.max_norm is not None or not self.rows_are_aligned:
             return super().forward(input)
         rows = self.decode_rows(input.reshape(-1)).view(*input.shape, self.columns)
-        if self.padding_idx is None or not rows.requires_grad:
+        if self.padding_idx is None or not (records_gradients() and rows.requires_grad):
             return rows
         # As in nn.Embedding, the padding row gives no gradient.
         return torch.where((input == self.padding_idx)[..., None], rows.detach(), rows)

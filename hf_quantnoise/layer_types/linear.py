@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .record import LayerType, register_layer_type
+from .record import LayerType, records_gradients, register_layer_type
 
 
 class PackedLinearForward(nn.Linear):
     """Forward of a packed Linear: without gradients the weight is never fully decoded."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input) if torch.is_grad_enabled() else self.linear(input)
+        return super().forward(input) if records_gradients() else self.linear(input)
 
 
 class PackedConv1DForward(Conv1D):
     """Forward of a packed ``Conv1D``: without gradients the weight is never fully decoded."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if torch.is_grad_enabled() else self.linear(x)
+        return super().forward(x) if records_gradients() else self.linear(x)
 
 
 def _input_energy(layer: nn.Module, inputs: Tensor) -> Tensor:

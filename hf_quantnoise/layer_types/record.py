@@ -9,6 +9,14 @@ import torch
 from torch import Tensor, nn
 
 
+def records_gradients() -> bool:
+    """Return whether autograd records operations; never in ``torch.jit.trace``.
+
+    It checks a trace against a second one without gradients, where layers decode in another way.
+    """
+    return torch.is_grad_enabled() and not torch.jit.is_tracing()
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerType:
     """Everything the package needs to know about one type of layer.

@@ -20,6 +20,15 @@ from ..quantizers import FixedPointQuantizer
 from ..quantizers.observers import BINS, extremes, histogram, range_of_histogram
 
 
+def first_input(args: tuple, kwargs: dict) -> Tensor | None:
+    """Return the first argument of a layer's forward; None if it is empty, and counts for nothing.
+
+    Experts and adapters are called without rows if a batch has none for them.
+    """
+    inputs = args[0] if args else next(iter(kwargs.values()))
+    return inputs if inputs.numel() else None
+
+
 class InputObserver:
     """Statistics of the inputs of one layer: first their extremes, then their histogram."""
 
@@ -30,7 +39,8 @@ class InputObserver:
 
     def observe(self, layer: nn.Module | None, args: tuple, kwargs: dict) -> None:
         """Add the first argument of one forward; a forward pre-hook."""
-        inputs = args[0] if args else next(iter(kwargs.values()))
+        if (inputs := first_input(args, kwargs)) is None:
+            return
         values = inputs.detach().float()
         if not self.bins_are_fixed:
             self.range = extremes(values, self.range)
@@ -92,9 +102,14 @@ def require_runs(
     """
     called: set[nn.Module] = set()
     waiting = list(groups)
+
+    def note_call(layer: nn.Module, args: tuple, kwargs: dict) -> None:
+        if first_input(args, kwargs) is not None:
+            called.add(layer)
+
     with evaluating(model), ExitStack() as hooks:
         for layer in chain.from_iterable(groups):
-            hooks.enter_context(layer.register_forward_pre_hook(lambda layer, _: called.add(layer)))
+            hooks.enter_context(layer.register_forward_pre_hook(note_call, with_kwargs=True))
         for batch in batches:
             if not waiting:
                 break

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import TypeGuard
 
 import torch
@@ -32,21 +33,26 @@ def packed_layers(model: nn.Module) -> Iterator[tuple[str, PackedLayer]]:
 
 
 def packed_names(layer: nn.Module) -> list[str]:
-    """Return the names of the tensors that hold a packed layer's weight."""
-    return [name for name in own_parameters(layer) if name.startswith(PREFIX)]
+    """Return the names of the tensors that hold a packed layer's weight; none if it is dense."""
+    tensors = layer.tensors() if is_packed(layer) else ()
+    return [name for name in tensors if name.startswith(PREFIX)]
 
 
-def _packed_shapes(quantizer: Quantizer, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each tensor that holds a packed (rows, columns) weight, by name.
+@cache
+def packed_spec(
+    quantizer: Quantizer, rows: int, columns: int
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Return shape and stored dtype of each tensor that holds a packed (rows, columns) weight.
 
-    Codes are (rows, bytes per row) if each row begins on a byte, else (bytes,).
+    Keys are names of the layer's tensors; the codes come first. Codes are (rows, bytes per row) if
+    each row begins on a byte, else (bytes,).
     """
     codes_per_row = columns // quantizer.block_size * quantizer.codes_per_block
     bits_per_row = codes_per_row * quantizer.code_bits
     is_aligned = bits_per_row % 8 == 0
     indices = (rows, bits_per_row // 8) if is_aligned else (-(-rows * bits_per_row // 8),)
-    states = quantizer.state_spec(rows, columns).items()
-    return {INDICES: indices, **{PREFIX + key: tuple(shape) for key, (shape, _) in states}}
+    state = {PREFIX + key: spec for key, spec in quantizer.state_spec(rows, columns).items()}
+    return {INDICES: (indices, torch.uint8), **state}
 
 
 def stored_tensors(
@@ -56,7 +62,7 @@ def stored_tensors(
 
     ``tensors`` are those in memory, if the layer itself does not hold them (offloaded).
     """
-    tensors = dict(own_parameters(layer)) if tensors is None else tensors
+    tensors = layer.tensors() if tensors is None else tensors
     state = {key: tensors[PREFIX + key] for key in layer.quantizer.state_spec(1, 1)}
     stored = layer.quantizer.to_storage(state)
     return {**tensors, **{PREFIX + key: tensor for key, tensor in stored.items()}}
@@ -84,6 +90,7 @@ def _become_packed(
     quantizer: Quantizer,
     tensors: dict[str, Tensor],
     activation_bits: int | None,
+    loading: bool = False,
 ) -> None:
     """Turn layers that share one weight into packed layers that share one set of tensors."""
     rows, columns = matrix_shape(layers[0])
@@ -96,8 +103,11 @@ def _become_packed(
     for layer in layers:
         del own_parameters(layer)["weight"]
         layer.__class__ = packed_class(type(layer))
+        has_buffers = bool(own_buffers(layer))
         # Past nn.Module.__setattr__: none of these is a tensor or a module.
         vars(layer).update(quantizer=quantizer, rows=rows, columns=columns, weight_shape=shape)
+        if loading:
+            layer._loading = LoadingState(is_skeleton=True)
         for name, parameter in parameters.items():
             layer.register_parameter(name, parameter)
         if rounds_inputs(layer, activation_bits):
@@ -107,7 +117,7 @@ def _become_packed(
                 layer.register_parameter(name, nn.Parameter(scalar))
         # Otherwise transformers' _init_weights decodes the weight to initialise a temporary.
         # Buffers of the layer (the scale of Gemma's table) are in no file and need it.
-        mark_initialized(layer, not own_buffers(layer))
+        mark_initialized(layer, not has_buffers)
 
 
 @torch.no_grad()
@@ -136,7 +146,7 @@ def pack_layer(
     decoded = quantizer.decode(codes, state)
     error = (matrix.float() - decoded.float()).square().sum() / matrix.float().square().sum()
     packed = pack_codes(codes.reshape(-1), quantizer.code_bits)
-    tensors = {INDICES: packed.reshape(_packed_shapes(quantizer, rows, columns)[INDICES]).clone()}
+    tensors = {INDICES: packed.reshape(packed_spec(quantizer, rows, columns)[INDICES][0]).clone()}
     for key, value in state.items():
         tensors[PREFIX + key] = value.to(device=weight.device, dtype=weight.dtype)
     _become_packed(layers, quantizer, tensors, activation_bits)
@@ -157,13 +167,10 @@ def pack_skeleton(
     weight = layers[0].weight
     rows, columns = matrix_shape(layers[0])
     tensors = {}
-    for name, shape in _packed_shapes(quantizer, rows, columns).items():
+    for name, (shape, _) in packed_spec(quantizer, rows, columns).items():
         dtype = torch.uint8 if name == INDICES else weight.dtype
         tensors[name] = torch.empty(shape, dtype=dtype, device=weight.device)
-    _become_packed(layers, quantizer, tensors, activation_bits)
-    if loading:
-        for layer in layers:
-            layer._loading = LoadingState(is_skeleton=True)
+    _become_packed(layers, quantizer, tensors, activation_bits, loading)
 
 
 def _packable(layers: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:
@@ -184,6 +191,7 @@ def unpack_model(model: nn.Module) -> nn.Module:
             weights[key] = nn.Parameter(layer.decode().contiguous())
         for name in [*packed_names(layer), *INPUT_NAMES]:
             own_parameters(layer).pop(name, None)
+            own_buffers(layer).pop(name, None)
         for name in _ATTRIBUTES:
             layer.__dict__.pop(name, None)
         layer.__class__ = type(layer).original_class

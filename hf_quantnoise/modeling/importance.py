@@ -23,7 +23,7 @@ from ..argument_checks import run_batch
 from ..blocks import matrix_shape
 from ..distributed import broadcast_from_rank_0, on_any_rank, sum_over_ranks
 from ..layer_types import known_layer_type
-from .activations import evaluating, never_ran
+from .activations import evaluating, first_input, never_ran
 from .padding import PaddingMasks
 
 # Features that are zero on the calibration batches may be non-zero later: this share of the mean is
@@ -59,7 +59,8 @@ class _InputStatistics(TorchFunctionMode):
 
     def observe(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
         layer_type, key = known_layer_type(layer), id(layer.weight)
-        inputs = args[0] if args else next(iter(kwargs.values()))
+        if (inputs := first_input(args, kwargs)) is None:
+            return
         # (batch, features) has no positions, even if it has the shape of the mask.
         if inputs.dim() == 3 and layer_type.features_last:
             inputs = self.padding.without_padding(inputs)

@@ -7,6 +7,8 @@ from copy import deepcopy
 from torch import nn
 from transformers import PreTrainedModel
 
+from .non_trainable import NonTrainableParameter
+
 
 def copy_sharing_tensors(model: PreTrainedModel) -> PreTrainedModel:
     """Return a copy with new modules and configs that holds the model's parameters and buffers."""
@@ -15,12 +17,15 @@ def copy_sharing_tensors(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def copy_with_own_parameters(model: nn.Module) -> nn.Module:
-    """Return a copy whose new Parameters use the model's memory; buffers are copied."""
-    parameters = {
+    """Return a copy whose new Parameters and codes use the model's memory; buffers are copied."""
+    tensors: dict[int, nn.Parameter] = {
         id(parameter): nn.Parameter(parameter.detach(), parameter.requires_grad)
         for parameter in model.parameters()
     }
-    return deepcopy(model, parameters)
+    for buffer in model.buffers():
+        if isinstance(buffer, NonTrainableParameter):
+            tensors[id(buffer)] = NonTrainableParameter(buffer.data)
+    return deepcopy(model, tensors)
 
 
 def copy_on_meta(model: PreTrainedModel) -> PreTrainedModel:

@@ -1,13 +1,15 @@
 """Packed layers: codes and a codebook instead of a weight, in a subclass of the layer's class.
 
-A packed layer holds two kinds of parameters: ``weight_indices`` (uint8, the packed codes, without
-gradient) and the float state of its quantizer, e.g. ``weight_codebook``. ``weight`` becomes a
-property that decodes, so the forward of the original class still works. The packed forwards of
-``layer_types/`` decode only what they need: looked-up rows of a table, a bounded slice of a matrix.
+A packed layer holds ``weight_indices``, a buffer with the packed codes (uint8), and the float state
+of its quantizer, e.g. ``weight_codebook``: parameters, except for scales that are never trained
+(``non_trainable.py``). ``weight`` becomes a property that decodes, so the forward of the original
+class still works. The packed forwards of ``layer_types/`` decode only what they need: looked-up
+rows of a table, a bounded slice of a matrix.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -16,13 +18,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..compat import own_buffers, own_parameters
 from ..dynamic_subclass import DynamicSubclass, make_dynamic_subclass
-from ..layer_types import known_layer_type
+from ..layer_types import known_layer_type, records_gradients
 from ..quantizers import Quantizer
 from ..quantizers.fixed_point import round_activations
 from ..quantizers.packing import unpack_codes
+from .non_trainable import NonTrainableParameter
 from .read_only_weight import ReadOnlyWeight, raise_read_only
 from .stored_state import decode_state_dict
+from .value_check import invalid_values
 
 PREFIX = "weight_"
 INDICES = "weight_indices"
@@ -46,23 +51,6 @@ class LoadingState:
     partial_state: dict[str, Tensor] = field(default_factory=dict)
 
 
-class NonTrainableParameter(nn.Parameter):
-    """Codes, scales and zero points: ``requires_grad_`` does nothing.
-
-    Callers enable the gradients of all parameters of a module (PEFT those of ``modules_to_save``);
-    for codes, which are integers, torch would raise.
-    """
-
-    def __new__(cls, data: Tensor, requires_grad: bool = False) -> NonTrainableParameter:
-        return super().__new__(cls, data, False)
-
-    def requires_grad_(self, requires_grad: bool = True) -> NonTrainableParameter:
-        return self
-
-    def __reduce_ex__(self, protocol):
-        return NonTrainableParameter, (self.data,)  # nn.Parameter would restore its own class
-
-
 class _AverageOverBlocks(torch.autograd.Function):
     """Identity whose gradient is divided by the number of blocks of each centroid.
 
@@ -71,9 +59,12 @@ class _AverageOverBlocks(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, codebook: Tensor, counts: Tensor) -> Tensor:
-        ctx.save_for_backward(counts)
+    def forward(codebook: Tensor, counts: Tensor) -> Tensor:
         return codebook.view_as(codebook)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
@@ -116,7 +107,11 @@ class PackedLayer(DynamicSubclass):
             # a tied weight, and would cut that of a Conv1D.
             return torch.empty(self.rows, self.columns, device="meta")
         weight = self.decode()
-        return weight if torch.compiler.is_compiling() else weight.as_subclass(ReadOnlyWeight)
+        if torch.compiler.is_compiling():
+            return weight
+        weight = weight.as_subclass(ReadOnlyWeight)
+        weight._trained = self.state.values()
+        return weight
 
     @weight.setter
     def weight(self, value: Tensor) -> None:
@@ -169,7 +164,7 @@ class PackedLayer(DynamicSubclass):
     def decode_rows(self, rows: Tensor | slice | None = None) -> Tensor:
         """Return the decoded matrix (rows, columns), or some of its rows."""
         codes, state = self.codes(rows), self.state
-        if torch.is_grad_enabled() and "codebook" in state and state["codebook"].requires_grad:
+        if records_gradients() and "codebook" in state and state["codebook"].requires_grad:
             state["codebook"] = _AverageOverBlocks.apply(state["codebook"], self.block_counts())
         if rows is not None:
             state = self.quantizer.state_of_rows(state, rows)
@@ -197,20 +192,56 @@ class PackedLayer(DynamicSubclass):
             parts.append(F.linear(inputs, self.decode_rows(rows), bias))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Register a parameter; one that is never trained becomes a :class:`NonTrainableParameter`.
+    def is_never_trained(self, name: str) -> bool:
+        """Return whether a tensor of this name holds codes, or a scale that is not trained."""
+        is_state = name.removeprefix(PREFIX) in self.quantizer.not_trained
+        return is_state or name in (INDICES, *INPUT_NAMES)
 
-        Its class is replaced in place, as tied layers hold the same object.
-        """
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the layer's tensors by name, without buffers of its original class."""
+        buffers = own_buffers(self).items()
+        fixed = {name: tensor for name, tensor in buffers if self.is_never_trained(name)}
+        tensors: dict[str, Any] = {**own_parameters(self), **fixed}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register a parameter, or a buffer if it is never trained (``non_trainable.py``)."""
         if name == INDICES:
             self._counts = None
-        if type(param) is nn.Parameter and (
-            name in (INDICES, *INPUT_NAMES)
-            or name.removeprefix(PREFIX) in self.quantizer.not_trained
-        ):
+        if param is None or not self.is_never_trained(name):
+            super().register_parameter(name, param)
+            return
+        if type(param) is nn.Parameter:
             param.requires_grad = False
-            param.__class__ = NonTrainableParameter
-        super().register_parameter(name, param)
+            param.__class__ = NonTrainableParameter  # in place, as tied layers hold it as well
+        elif type(param) is not NonTrainableParameter:
+            param = NonTrainableParameter(param)
+        if self._loading is not None and self._loading.is_skeleton:
+            own_parameters(self)[name] = param
+        else:
+            own_parameters(self).pop(name, None)
+            own_buffers(self)[name] = param
+
+    def finish_loading(self) -> None:
+        """Put the layer in use: what is never trained becomes a buffer, unless it is offloaded."""
+        self._loading = None
+        for name, parameter in list(own_parameters(self).items()):
+            if self.is_never_trained(name) and not parameter.is_meta:
+                self.register_parameter(name, parameter)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """Convert in place what is never trained, so that tied layers continue to share it."""
+        buffers = own_buffers(self)
+        fixed = {name: buffers.pop(name) for name in list(buffers) if self.is_never_trained(name)}
+        super()._apply(fn, recurse)
+        for name, tensor in fixed.items():
+            converted = fn(tensor)
+            if tensor.is_meta == converted.is_meta:
+                tensor.data = converted
+            else:
+                tensor = NonTrainableParameter(converted)
+            buffers[name] = tensor
+        return self
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         if self._loading is None or not self._loading.is_read:
@@ -220,15 +251,32 @@ class PackedLayer(DynamicSubclass):
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ):
         self._counts = None
+        if reasons := self._invalid_values(state_dict, prefix):
+            error_msgs += reasons
+            return None
         names = {key: f"{prefix}{PREFIX}{key}" for key in self.state}
         loading = self._loading = self._loading or LoadingState()
         assign = local_metadata.get("assign_to_params_buffers", False)
-        error_msgs += decode_state_dict(self, names, state_dict, loading.partial_state, assign)
+        decode_state_dict(self, names, state_dict, loading.partial_state, assign)
         if not loading.partial_state and not loading.is_skeleton:
             self._loading = None
         return super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+    def _invalid_values(self, state_dict: dict[str, Tensor], prefix: str) -> list[str]:
+        """Return what is wrong with the values of this layer in a state dict."""
+        keys = [INDICES, *INPUT_NAMES, *(PREFIX + key for key in self.state)]
+        n_codes = self.rows * self.codes_per_row
+        found = []
+        for key in keys:
+            own, tensor = getattr(self, key, None), state_dict.get(prefix + key)
+            if own is None or tensor is None or tensor.is_meta or tensor.shape != own.shape:
+                continue  # torch compares names and shapes
+            name = key.removeprefix(PREFIX)
+            if reason := invalid_values(self.quantizer, n_codes, name, tensor):
+                found.append(f"invalid {prefix}{key}: {reason}")
+        return found
 
     def extra_repr(self) -> str:
         original = super().extra_repr()

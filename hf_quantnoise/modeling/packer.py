@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from ..argument_checks import require_model
-from ..compat import own_parameters
+from ..compat import stop_rescaling
 from ..configuration import QuantizedModelConfig
 from ..distributed import broadcast_from, is_distributed, is_own_task, rank_of_task, sum_over_ranks
 from ..quantizers.base import require_finite
@@ -65,6 +65,7 @@ class ModelPacker:
         self.on_all_ranks = on_all_ranks
         check_can_be_packed(model)
         self.model = model
+        stop_rescaling(model)
         self.config = deepcopy(config)
         self.config.plan = {}
         self.structural_changes = plan_structural_changes(model, self.config)
@@ -185,16 +186,33 @@ class ModelPacker:
             return
         for number, planned in enumerate(self.stages[stage]):
             layer = planned.modules[0]
+            tensors = layer.tensors()
             for name in packed_names(layer):
-                tensor = own_parameters(layer)[name]
+                tensor = tensors[name]
                 tensor.copy_(broadcast_from(tensor.detach(), rank_of_task(number)))
         device = layer.weight_indices.device
         found = torch.tensor(list(errors.values()), device=device, dtype=torch.float32)
         errors.update(zip(errors, sum_over_ranks(found).tolist(), strict=True))
 
 
+def has_adapters(model: nn.Module) -> bool:
+    """Return whether PEFT has wrapped a model, or some of its layers."""
+    return any(type(module).__module__.startswith("peft.") for module in model.modules())
+
+
 def check_can_be_packed(model: nn.Module) -> None:
-    """Raise TypeError if a model is not a ``PreTrainedModel``, ValueError if it is quantized."""
+    """Check that a model can be packed.
+
+    Raises:
+        TypeError: if it is not a ``PreTrainedModel``.
+        ValueError: if it is quantized, or has adapters.
+    """
+    if isinstance(model, nn.Module) and has_adapters(model):
+        raise ValueError(
+            f"invalid model: {type(model).__name__} has PEFT adapters, which cannot be packed; "
+            "merge them first, and use the result of peft_model.merge_and_unload() (in a trainer: "
+            "trainer.model = trainer.model.merge_and_unload())"
+        )
     require_model(model)
     if any(packed_layers(model)):
         raise ValueError(

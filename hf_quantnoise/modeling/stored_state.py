@@ -15,7 +15,7 @@ def decode_state_dict(
     state_dict: dict[str, Tensor],
     partial_state: dict[str, Tensor],
     assign: bool,
-) -> list[str]:
+) -> None:
     """Replace stored centroids by working ones, before a state dict is copied into a layer.
 
     ``Trainer`` loads the shards of a checkpoint one by one, so scale and zero point may be in
@@ -24,30 +24,24 @@ def decode_state_dict(
 
     ``names`` maps keys of the quantizer's state to names in the state dict; ``partial_state`` holds
     the tensors of earlier shards. Both dicts of tensors are changed in place. With ``assign`` the
-    layer will hold the tensors of the state dict, which keep their dtype. Returns error messages.
+    layer will hold the tensors of the state dict, which keep their dtype.
     """
     state, quantizer = layer.state, layer.quantizer
     found = {key: state_dict[name] for key, name in names.items() if name in state_dict}
     if any(tensor.shape != state[key].shape for key, tensor in found.items()):
-        return []  # torch raises
-    codes = [key for key, tensor in found.items() if not tensor.is_floating_point()]
-    for key in codes:
-        del state_dict[names[key]]
+        return  # torch raises
     if not quantizer.encodes_state:
-        return [
-            f"invalid {names[key]}: got {found[key].dtype}, expected floats ({quantizer.short_name}"
-            "); load the model that the file belongs to with from_pretrained"
-            for key in codes
-        ]
+        return
+    if "codebook" in found and not found["codebook"].is_floating_point():
+        del state_dict[names["codebook"]]
     known = {**partial_state, **found}
     partial_state.clear()
     if "codebook" in known and known["codebook"].is_floating_point():
-        return []
+        return
     if known.keys() < names.keys():
         partial_state.update(known)
-        return []
+        return
     if not assign:  # as transformers casts the tensors that it loads
         for key, tensor in known.items():
             known[key] = tensor.to(state[key].dtype) if tensor.is_floating_point() else tensor
     state_dict[names["codebook"]] = quantizer.from_storage(known)["codebook"]
-    return []

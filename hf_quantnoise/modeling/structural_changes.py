@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel
@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from ..compat import TIED_WEIGHTS
 from ..configuration import QuantizedModelConfig
 from ..pruning import Pruning, layers_to_prune, plan_pruning
-from ..sharing import Chunk, chunks_of, common_parameters, share, sources_of
+from ..sharing import Chunk, chunks_of, common_parameters, parents_of, share, sources_of
 from .convert import is_packed
 from .model_copies import copy_sharing_tensors
 from .packed import INPUT_NAMES
@@ -86,12 +86,6 @@ def _shared_tensors(model: PreTrainedModel, name: str, source: str) -> list[str]
     return [tensor for tensor in tensors if tensor.rpartition(".")[2] not in INPUT_NAMES]
 
 
-def _prefixes(name: str) -> Iterator[str]:
-    """Yield the names of the modules that hold a tensor: ``a.b.weight`` -> ``a.b``, ``a``."""
-    while name := name.rpartition(".")[0]:
-        yield name
-
-
 def declare_shared(
     model: PreTrainedModel, shared_layers: dict[str, str], without: Collection[str] = ()
 ) -> None:
@@ -119,6 +113,6 @@ def declare_shared(
             others = {
                 target: source
                 for target, source in (getattr(module, attribute, None) or {}).items()
-                if inside.keys().isdisjoint(_prefixes(target))
+                if inside.keys().isdisjoint(parents_of(target))
             }
             setattr(module, attribute, {**others, **ties})

@@ -44,7 +44,7 @@ def renamed_ties(model: PreTrainedModel, names: Iterable[str]) -> Iterator[None]
         renamed = _rename(ties, packed)
         if renamed != ties:
             setattr(module, TIED_WEIGHTS, renamed)  # on the instance; the class keeps its own
-        module.all_tied_weights_keys = _rename(module.all_tied_weights_keys, packed)
+        module.all_tied_weights_keys = _rename(getattr(module, "all_tied_weights_keys", {}), packed)
 
 
 def restore_ties(model: PreTrainedModel) -> None:

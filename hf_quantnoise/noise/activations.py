@@ -31,7 +31,12 @@ class ActivationNoise:
     _pending_rounded: int = 0
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        """Return the inputs, rounded once calibration is over; shape and dtype stay."""
+        """Return the inputs, rounded once calibration is over; shape and dtype stay.
+
+        Empty inputs, of experts and adapters that a batch has no rows for, count for nothing.
+        """
+        if not inputs.numel():
+            return inputs
         if self.range is not None and self.range[0].device != inputs.device:
             low, high = self.range
             self.range = low.to(inputs.device), high.to(inputs.device)

@@ -84,7 +84,9 @@ class WeightNoise:
                 function.distort(copy, _as_blocks(function, chosen, flat), rows=flat)
             if not tied:
                 copy = copy[_first_occurrences(flat, self.rows)]
-        return StraightThrough.apply(values, copy.view(values.shape))
+        # A copy, since the model may change the rows in place: autograd refuses that for views made
+        # in a function of its own, and the dense layer gives no view.
+        return StraightThrough.apply(values, copy.view(values.shape)).clone()
 
     def _sample(
         self, rows: int, device: torch.device, member: int

@@ -7,12 +7,14 @@ import tempfile
 from dataclasses import replace
 from typing import Any
 
-from huggingface_hub import ModelCard, upload_folder
+from huggingface_hub import ModelCard
 from transformers import PreTrainedModel
 
 from ..argument_checks import require_instance, require_model, require_output_folder
+from ..durable_files import new_file
 from ..hub.card import CARD_ATTRIBUTE, TAGS
-from ..repository import CARD, create_repository, existing_card, read_card
+from ..hub.processing import save_processing
+from ..repository import CARD, create_repository, existing_card, read_card, upload_model
 from .card import END, START, QuantNoiseCard
 
 # Metadata fields of a card that hold evaluation results.
@@ -81,7 +83,9 @@ def write_model_card(
     _require_card_of_model(model, card)
     path = os.path.join(require_output_folder("folder", folder), CARD)
     existing = read_card(path) if os.path.isfile(path) else None
-    merge_cards((card or card_of(model)).render(model), existing).save(path)
+    merged = merge_cards((card or card_of(model)).render(model), existing)
+    with new_file(path) as part:
+        merged.save(part)
     return path
 
 
@@ -108,7 +112,8 @@ def push_to_hub(
         repo_id: the repository; created if it does not exist. In an existing card, text outside the
             package's markers is kept.
         card: facts for the card. Default: ``model.quantnoise_card``, set by compression.
-        processing_class: tokenizer or image processor to upload with the model.
+        processing_class: tokenizer or image processor to upload with the model. Default: the one
+            that the model was compressed with, or that of the folder it was loaded from.
         commit_message, private, token, create_pr: as in ``model.push_to_hub``.
         revision: the branch; created if it does not exist.
         max_shard_size: maximum size of one weight file.
@@ -126,14 +131,15 @@ def push_to_hub(
     )
     existing = existing_card(repo_id, revision, token)
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
         if processing_class is not None:
             processing_class.save_pretrained(folder)
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        save_processing(model, folder)
         card = replace(card or card_of(model), repo_id=repo_id)
         merge_cards(card.render(model), existing).save(os.path.join(folder, CARD))
-        return upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
+        return upload_model(
+            repo_id,
+            folder,
             token=token,
             commit_message=commit_message or f"Upload {type(model).__name__}",
             revision=revision,

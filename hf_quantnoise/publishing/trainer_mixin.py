@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import inspect
 import os
+import shutil
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from huggingface_hub import upload_folder
 from transformers import PreTrainedModel, Trainer
 
 from ..compat import finish_current_push
 from ..configuration import QuantNoiseConfig
 from ..hub.card import CARD_ATTRIBUTE
-from ..repository import CARD, read_card
+from ..hub.processing import remember_processing
+from ..model_folders import replaced_model
+from ..repository import CARD, read_card, upload_model
 from .card import QuantNoiseCard
 from .push import RESULT_FIELDS, merge_cards, write_model_card
 from .tables import changed_fields
@@ -82,11 +84,26 @@ class PublishingMixin(Trainer):
         return metrics
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save as ``Trainer`` does, with a card if the model is compressed."""
-        super().save_model(output_dir, _internal_call)
-        if self.compression_history and not _internal_call and self.is_world_process_zero():
-            folder = output_dir or str(self.args.output_dir)
-            write_model_card(self.model, folder, self.quantnoise_card())
+        """Save as ``Trainer`` does, all or nothing, with a card if the model is compressed."""
+        folder = str(output_dir or self.args.output_dir)
+        remember_processing(self.model, self.processing_to_save())
+        if not self.args.should_save or self.is_deepspeed_enabled:  # it writes on all ranks
+            super().save_model(folder, True)
+        else:
+            with replaced_model(folder) as part:
+                super().save_model(part, True)
+                if self.compression_history and not _internal_call and self.is_world_process_zero():
+                    if os.path.isfile(existing := os.path.join(folder, CARD)):
+                        shutil.copyfile(existing, os.path.join(part, CARD))
+                    write_model_card(self.model, part, self.quantnoise_card())
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def processing_to_save(self) -> Any:
+        """Return the tokenizer or processor that ``Trainer`` saves with the model, or None."""
+        if self.processing_class is not None:
+            return self.processing_class
+        return getattr(self.data_collator, "tokenizer", None)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write this package's card to ``output_dir``, with the arguments of ``Trainer``'s method.
@@ -136,11 +153,11 @@ class PublishingMixin(Trainer):
         self.create_model_card(**kwargs)
         finish_current_push(self)
         run_as_future: Any = not blocking  # upload_folder has an overload for each value
-        return upload_folder(
-            repo_id=str(self.hub_model_id),
-            folder_path=str(self.args.output_dir),
+        return upload_model(
+            str(self.hub_model_id),
+            str(self.args.output_dir),
             token=token,
-            ignore_patterns=[*self.unpublished],
+            ignore_patterns=self.unpublished,
             commit_message=commit_message,
             revision=self.args.hub_revision if revision is None else revision,
             run_as_future=run_as_future,

@@ -20,8 +20,11 @@ class StraightThrough(torch.autograd.Function):
     """Other values forward, identity backward (the STE of section 4.1). Saves nothing."""
 
     @staticmethod
-    def forward(ctx, tensor: Tensor, values: Tensor) -> Tensor:
+    def forward(tensor: Tensor, values: Tensor) -> Tensor:
         return values.view_as(values)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None: ...
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
@@ -41,6 +44,10 @@ class Quantizer(ABC):
         block_size: elements per block.
         code_bits: bits per code.
         codes_per_block: number of codes of a block, adjacent in the codes of its row.
+        n_values: number of valid codes, from 0.
+        state_names: all keys that a state can have.
+        positive: keys of state tensors whose values are above 0. No tensor that is trained is one:
+            training can make a scale negative.
         not_trained: keys of state tensors that get no gradient.
         short_name: for tables, e.g. ``"pq 256x4"``.
     """
@@ -48,11 +55,17 @@ class Quantizer(ABC):
     scheme: ClassVar[str]
     block_size: int
     codes_per_block: ClassVar[int] = 1
+    state_names: ClassVar[frozenset[str]] = frozenset()
+    positive: ClassVar[frozenset[str]] = frozenset()
     not_trained: ClassVar[frozenset[str]] = frozenset()
 
     @property
     @abstractmethod
     def code_bits(self) -> int: ...
+
+    @property
+    def n_values(self) -> int:
+        return 2**self.code_bits
 
     @property
     @abstractmethod

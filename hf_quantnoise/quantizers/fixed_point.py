@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..configuration import OBSERVERS, QUANTIZERS
 from ..configuration.checks import integer, one_of
+from ..layer_types import records_gradients
 from .base import Quantizer, require_finite
 from .observers import CHUNK_ELEMENTS, Range, extremes
 from .packing import code_dtype
@@ -36,6 +37,7 @@ class FixedPointQuantizer(Quantizer):
 
     scheme: ClassVar[str] = "int"
     block_size: ClassVar[int] = 1
+    state_names: ClassVar[frozenset[str]] = frozenset({"scale", "zero_point"})
 
     @property
     def code_bits(self) -> int:
@@ -115,9 +117,13 @@ class _RoundWithin(torch.autograd.Function):
     """Rounded values forward; identity backward within the range, zero outside it."""
 
     @staticmethod
-    def forward(ctx, values: Tensor, rounded: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        ctx.save_for_backward((values >= low) & (values <= high))
+    def forward(values: Tensor, rounded: Tensor, low: Tensor, high: Tensor) -> Tensor:
         return rounded.view_as(rounded)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        values, _, low, high = inputs
+        ctx.save_for_backward((values >= low) & (values <= high))
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
@@ -135,7 +141,7 @@ def round_activations(values: Tensor, state: dict[str, Tensor], bits: int) -> Te
     state = {key: value.float() for key, value in state.items()}
     with torch.no_grad(), torch.autocast(values.device.type, enabled=False):
         rounded = quantizer.decode(quantizer.levels(values, state), state).to(values.dtype)
-    if not (torch.is_grad_enabled() and values.requires_grad):
+    if not (records_gradients() and values.requires_grad):
         return rounded
     low, high = (quantizer.decode(torch.tensor(level), state) for level in (0, 2**bits - 1))
     return _RoundWithin.apply(values, rounded, low, high)

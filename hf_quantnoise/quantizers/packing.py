@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
+
+# Codes that are unpacked at a time, a multiple of 8.
+PART = 2**17
 
 
 def code_dtype(bits: int) -> torch.dtype:
@@ -35,6 +40,52 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     stream = torch.nn.functional.pad(stream, (0, -stream.numel() % 8)).view(-1, 8)
     positions = torch.arange(8, device=codes.device, dtype=torch.uint8)
     return (stream << positions).sum(1, dtype=torch.uint8)
+
+
+def largest_code(packed: Tensor, bits: int, count: int) -> int:
+    """Return the largest of ``count`` packed codes, which are unpacked in parts."""
+    packed = packed.reshape(-1)
+    if bits == 8:
+        return int(packed.max())
+    largest = [
+        unpack_codes(packed[_bytes(start, end, bits)], bits, end - start).max()
+        for start, end in _parts(count)
+    ]
+    return int(torch.stack(largest).max())
+
+
+def has_code_from(packed: Tensor, bits: int, count: int, limit: int) -> bool:
+    """Return whether one of ``count`` packed codes is ``limit`` or more.
+
+    Below 8 bits, eight codes are compared at a time: every second one is taken out of a 64-bit
+    word, which leaves room for the carry of an addition that overflows from ``limit`` on.
+    """
+    if bits >= 8:
+        return largest_code(packed, bits, count) >= limit
+    packed = packed.reshape(-1)
+    mask, addend, carry = (
+        sum(value << 2 * bits * field for field in range(4))
+        for value in (2**bits - 1, 2**bits - limit, 2**bits)
+    )
+    whole = count // 8 * 8
+    for start, end in _parts(whole):
+        groups = packed[_bytes(start, end, bits)].view(-1, bits)  # eight codes each
+        words = torch.nn.functional.pad(groups, (0, 8 - bits)).view(torch.int64)
+        even, odd = ((words >> shift).bitwise_and_(mask).add_(addend) for shift in (0, bits))
+        if bool(even.bitwise_or_(odd).bitwise_and_(carry).any()):
+            return True
+    rest = packed[_bytes(whole, count, bits)]
+    return whole < count and int(unpack_codes(rest, bits, count - whole).max()) >= limit
+
+
+def _parts(count: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, count, PART):
+        yield start, min(start + PART, count)
+
+
+def _bytes(start: int, end: int, bits: int) -> slice:
+    """Return the bytes of the codes from ``start``, a multiple of 8, to ``end``."""
+    return slice(start * bits // 8, -(-end * bits // 8))
 
 
 def unpack_codes(packed: Tensor, bits: int, count: int) -> Tensor:

@@ -15,6 +15,7 @@ from ..blocks import to_blocks
 from ..configuration import QUANTIZERS
 from ..configuration.checks import boolean, integer, one_of
 from ..configuration.entries import MAX_BLOCK_SIZE, MAX_CENTROIDS
+from ..layer_types import records_gradients
 from .base import Quantizer, StraightThrough, require_finite
 from .fixed_point import FixedPointQuantizer
 from .kmeans import assign, kmeans
@@ -29,10 +30,14 @@ class _Lookup(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, codebook: Tensor, codes: Tensor) -> Tensor:
+    def forward(codebook: Tensor, codes: Tensor) -> Tensor:
+        return F.embedding(codes.int(), codebook)  # much faster than indexing
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        codebook, codes = inputs
         ctx.save_for_backward(codes)
         ctx.n_centroids = len(codebook)
-        return F.embedding(codes.int(), codebook)  # much faster than indexing
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
@@ -88,6 +93,8 @@ class ProductQuantizer(Quantizer):
 
     scheme: ClassVar[str] = "pq"
     not_trained: ClassVar[frozenset[str]] = frozenset(_PREFIX + key for key in _KEYS)
+    state_names: ClassVar[frozenset[str]] = not_trained | {"codebook", "row_scale"}
+    positive: ClassVar[frozenset[str]] = frozenset({"codebook_scale"})
 
     @property
     def _eight_bits(self) -> FixedPointQuantizer:
@@ -101,6 +108,10 @@ class ProductQuantizer(Quantizer):
     @property
     def code_bits(self) -> int:
         return math.ceil(math.log2(self.n_centroids))
+
+    @property
+    def n_values(self) -> int:
+        return self.n_centroids
 
     @property
     def short_name(self) -> str:
@@ -159,7 +170,8 @@ class ProductQuantizer(Quantizer):
         return codes
 
     def decode(self, codes, state):
-        blocks = _Lookup.apply(self.centroids(state), self.codebook_rows(codes))
+        lookup = _Lookup.apply if records_gradients() else _Lookup.forward
+        blocks = lookup(self.centroids(state), self.codebook_rows(codes))
         if self.codes_per_block > 1:
             blocks = blocks.unflatten(-2, (-1, self.codes_per_block)).sum(-2)
         matrix = blocks.flatten(-2)
@@ -204,7 +216,7 @@ class ProductQuantizer(Quantizer):
         codebook = state["codebook"]
         if self.codebook_bits == 32:
             return codebook
-        trained = torch.is_grad_enabled() and codebook.requires_grad
+        trained = records_gradients() and codebook.requires_grad
         with torch.no_grad():
             if self.codebook_bits == 16:
                 stored = _round_to_half(codebook)
@@ -220,12 +232,13 @@ class ProductQuantizer(Quantizer):
                         on_codebook[key].copy_(torch.where(exact, on_codebook[key], value))
                     stored = self._eight_bits.quantize(books, on_codebook)
                 stored = stored.view_as(codebook)
-        return StraightThrough.apply(codebook, stored)
+        return StraightThrough.apply(codebook, stored) if records_gradients() else stored
 
     def scales(self, state: dict[str, Tensor]) -> Tensor:
         """Return the scale of each row as stored, shape (rows, 1); straight-through."""
         scale = state["row_scale"]
-        return StraightThrough.apply(scale, _round_to_half(scale.detach()))
+        stored = _round_to_half(scale.detach())
+        return StraightThrough.apply(scale, stored) if records_gradients() else stored
 
     def check(self, rows, columns):
         if columns % self.block_size:

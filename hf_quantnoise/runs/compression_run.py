@@ -18,11 +18,10 @@ import datasets
 import torch
 import transformers
 from datasets import Dataset
-from huggingface_hub import upload_folder
 from transformers import PreTrainedModel, Trainer, set_seed
 
 from ..compression import check_compression, check_plan
-from ..repository import CARD, create_repository
+from ..repository import CARD, create_repository, upload_model
 from ..size import size_report
 from ..trainer import QuantNoiseTrainer
 from .arguments import Arguments, RunParser, load_config
@@ -179,8 +178,7 @@ class _Run:
         del self.results.values["stages_so_far"]  # now part of the results below
         results = {"seconds": time.perf_counter() - start, "stages": trainer.compression_history}
         if self.training.should_save:
-            model.save_pretrained(folder)
-            trainer.processing_class.save_pretrained(folder)
+            model.save_pretrained(folder)  # with the trainer's processing_class
         self.write_card(folder)
         self.training.distributed_state.wait_for_everyone()
         report = size_report(model)
@@ -231,7 +229,7 @@ class _Run:
         repo = create_repository(name, private=training.hub_private_repo, token=training.hub_token)
         self.trainer.hub_model_id = repo
         self.write_card(folder)
-        upload_folder(repo_id=repo, folder_path=folder, token=training.hub_token)
+        upload_model(repo, folder, token=training.hub_token)
 
     def write_card(self, folder: str) -> None:
         self.trainer.create_model_card(tasks=self.job.task, dataset=self.job.dataset)

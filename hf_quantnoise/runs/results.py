@@ -10,6 +10,7 @@ import datasets
 import torch
 import transformers
 
+from ..durable_files import new_file
 from ..version import __version__
 
 
@@ -30,10 +31,9 @@ class ResultsFile:
         if not self.enabled:
             return
         os.makedirs(os.path.dirname(self.path), exist_ok=True)
-        with open(f"{self.path}.part", "w", encoding="utf-8") as file:
+        with new_file(self.path) as part, open(part, "w", encoding="utf-8") as file:
             json.dump(self.values, file, indent=2, default=str)
             file.write("\n")
-        os.replace(f"{self.path}.part", self.path)
 
     def read_dense(self) -> None:
         """Read the results of the dense model from the file of an interrupted run."""

@@ -55,6 +55,11 @@ def session(made, tmp_path_factory):
     with HubServer() as hub:
         hub.repos["me/adapter"] = {"adapter_model.safetensors": weights}
         hub.repos["me/words"] = {"README.md": b"not a model"}
+        hub.repos["me/small"] = {
+            "model-00001-of-00002.safetensors": b"of an older model",
+            "model.safetensors.index.json": b"of an older model",
+            "notes.txt": b"mine",
+        }
         done = run_lines(hub.url, home, made, *COMMANDS["push"].examples, *reports)
     # Only the beginning of the weights was requested, and they are not cached.
     assert not list(home.rglob("model.safetensors"))
@@ -71,6 +76,7 @@ def test_push_uploads_the_files_and_names_the_repository(session, made):
     local, uploaded = (folder / CARD).read_text(), sent[CARD].decode()
     assert 'from_pretrained("this/repository")' in local and "this/repository" not in uploaded
     assert uploaded == local.replace("this/repository", "me/small")
+    assert "notes.txt" in sent and not any("-of-" in name or "index" in name for name in sent)
     requested = [path for method, path in hub.requests if method == "POST"]
     assert "/api/models/me/small/commit/main" in requested
     assert "/api/models/me/small/branch/ipq-8" in requested

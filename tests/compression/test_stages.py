@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from support.stacked import logits, make_stacked
+from support.stored import tensors_of
 from support.tiny import make_model
 from support.trainers import make_trainer, training_arguments
 
@@ -41,7 +42,7 @@ def make_bert_trainer(tmp_path, data, noise=None, **arguments):
 
 
 def assert_only_indices_are_unchanged(model, before):
-    after = dict(model.named_parameters())
+    after = tensors_of(model)
     assert after.keys() == before.keys()
     for name, parameter in after.items():
         assert torch.equal(parameter, before[name]) == name.endswith("weight_indices"), name
@@ -77,7 +78,7 @@ def test_finetuning_changes_everything_but_the_codes(tmp_path, parity_data):
     trainer = make_bert_trainer(tmp_path, parity_data)
     one_shot = quantize_model(copy.deepcopy(trainer.model), FFN, progress=False)
     trainer.compress(FFN, SHORT)
-    assert_only_indices_are_unchanged(trainer.model, dict(one_shot.named_parameters()))
+    assert_only_indices_are_unchanged(trainer.model, tensors_of(one_shot))
 
 
 def test_zero_epochs_equal_quantize_model(tmp_path, parity_data, input_ids):
@@ -193,7 +194,7 @@ def test_training_continues_after_compression_and_after_loading(tmp_path, parity
     small = trainer.compress(CONFIG, NOT_TRAINED)
     small.save_pretrained(tmp_path / "small")
     for model in (small, AutoQuantizedModel.from_pretrained(tmp_path / "small")):
-        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        before = {name: p.detach().clone() for name, p in tensors_of(model).items()}
         make_trainer(tmp_path / "b", model, parity_data, max_steps=2).train()
         assert_only_indices_are_unchanged(model, before)
 
@@ -208,7 +209,7 @@ def test_training_of_a_packed_model_resumes_exactly_and_a_dense_model_is_refused
     )
     uninterrupted.train()
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    for name, parameter in resumed.model.named_parameters():
+    for name, parameter in tensors_of(resumed.model).items():
         assert torch.equal(parameter, uninterrupted.model.get_parameter(name)), name
     dense = make_bert_trainer(tmp_path, parity_data, **settings)
     with pytest.raises(ValueError, match=r"resume_from_checkpoint=.*checkpoint-3.* 14 .* 0;"):

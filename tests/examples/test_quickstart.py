@@ -7,6 +7,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 pytest.importorskip("hf_quantnoise")
 
@@ -36,14 +37,22 @@ def names(tmp_path_factory):
         BertForSequenceClassification(config), hf_quantnoise.FixedPointConfig()
     )
     small.save_pretrained(folder / "small")
-    for copy in ("truncated", "future"):
+    for copy in ("truncated", "future", "mixed"):
         shutil.copytree(folder / "small", folder / copy)
     weights = folder / "truncated" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
-    file = folder / "future" / "config.json"
-    values = json.loads(file.read_text())
-    values["quantization_config"] |= {"format_version": 9, "requires": "hf-quantnoise>=9.0"}
-    file.write_text(json.dumps(values))
+    changes = {
+        "future": {"format_version": 9, "requires": "hf-quantnoise>=9.0"},
+        "mixed": {"weights_id": "90b2d7e4"},
+    }
+    for copy, change in changes.items():
+        file = folder / copy / "config.json"
+        values = json.loads(file.read_text())
+        values["quantization_config"] |= change
+        file.write_text(json.dumps(values))
+    weights = folder / "mixed" / "model.safetensors"
+    save_file(load_file(weights), weights, {"format": "pt", "weights_id": "5e3c0a1f"})
+    shutil.copytree(folder / "small", folder / "killed" / "interrupted-save")
     args = TrainingArguments(str(folder / "out"), use_cpu=True, report_to="none")
     own = {"model": model, "small": small, "args": args, "data_collator": DefaultDataCollator()}
     return folder, {**vars(hf_quantnoise), **own}

@@ -18,6 +18,8 @@ from transformers import (
     GPT2LMHeadModel,
     ResNetConfig,
     ResNetForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
 )
 
 from hf_quantnoise import FixedPointConfig, IPQConfig, quantize_model
@@ -55,6 +57,14 @@ def resnet():
     return model
 
 
+def vit():
+    config = ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        image_size=8, patch_size=4, num_labels=3, initializer_range=0.5,
+    )  # fmt: skip
+    return ViTForImageClassification(config)
+
+
 def words():
     return torch.randint(0, WORDS, (2, 7), generator=torch.Generator().manual_seed(1))
 
@@ -83,6 +93,8 @@ CASES = {
         IPQConfig(n_centroids=8, share_layers=2, prune_layers="every_other"),
     ),
     "conv": (resnet, IPQConfig(n_centroids=8, block_size=9, stages=["conv"])),
+    # Its packed tensors have other names in the file than in the model, as dense ones have.
+    "renamed": (vit, IPQConfig(n_centroids=8, stages=["ffn", "attention"])),
 }
 
 
@@ -95,7 +107,7 @@ def make(name):
     torch.manual_seed(0)
     make_model, config = CASES[name]
     model = make_model().eval()
-    inputs = {"pixel_values": images()} if name == "conv" else {"input_ids": words()}
+    inputs = {"pixel_values": images()} if name in ("conv", "renamed") else {"input_ids": words()}
     data = [inputs] if config.reads_data else None
     model = quantize_model(model, config, calibration_data=data, progress=False)
     model.save_pretrained(folder)

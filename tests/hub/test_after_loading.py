@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from support.stacked import inputs_of, make_stacked
-from support.stored import PQ, stored
+from support.stored import PQ, stored, tensors_of
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
@@ -46,12 +46,12 @@ def test_trainer_moves_centroids_keeps_codes_and_resumes(kind, parity_data, tmp_
         return Trainer(model, arguments, train_dataset=parity_data, eval_dataset=parity_data)
 
     model = load(tmp_path / "model", "bert", CONFIGS[kind])
-    before = {name: tensor.clone() for name, tensor in model.named_parameters()}
+    before = {name: tensor.clone() for name, tensor in tensors_of(model).items()}
     first = trainer(model, "run")
     first.train()
     assert first.evaluate()["eval_loss"] > 0
     layers = dict(packed_layers(model))
-    for name, tensor in model.named_parameters():
+    for name, tensor in tensors_of(model).items():
         layer, _, leaf = name.rpartition(".")
         if leaf in ("weight_indices", "weight_codebook") and "position" not in layer:
             assert torch.equal(tensor, before[name]) == (leaf == "weight_indices"), name
@@ -72,14 +72,14 @@ def test_trainer_in_bfloat16_with_gradient_checkpointing(parity_data, tmp_path):
 
     def trained(**more):
         model = load(tmp_path / "model", "bert")
-        before = {name: tensor.clone() for name, tensor in model.named_parameters()}
+        before = {name: tensor.clone() for name, tensor in tensors_of(model).items()}
         arguments = TrainingArguments(
             output_dir=str(tmp_path / "run"), max_steps=2, learning_rate=1e-2, bf16=True,
             per_device_train_batch_size=8, use_cpu=True, disable_tqdm=True, save_strategy="no",
             **more,
         )  # fmt: skip
         Trainer(model, arguments, train_dataset=data).train()
-        for name, tensor in model.named_parameters():
+        for name, tensor in tensors_of(model).items():
             if name.endswith("weight_indices"):
                 assert torch.equal(tensor, before[name]), name
         layer = "bert.encoder.layer.0.output.dense.weight_codebook"

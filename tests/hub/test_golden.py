@@ -29,10 +29,17 @@ def test_golden_checkpoint_loads_with_same_logits(name, tmp_path):
         load_file(HERE / name / "model.safetensors"),
         load_file(tmp_path / "model.safetensors"),
     )
+    if name == "renamed":  # newer files have packed tensors under the model's own names
+        assert stored_values(old) == stored_values(new) and old.keys() != new.keys()
+        return
     for key, tensor in old.items():
         if tensor.numel() == 1 and key.endswith(".weight"):
             continue  # the sentinel; newer files have one for each part
         assert new[key].dtype == tensor.dtype and torch.equal(new[key], tensor), key
+
+
+def stored_values(tensors):
+    return sorted((str(t.dtype), t.shape, t.numpy().tobytes()) for t in tensors.values())
 
 
 def test_golden_cases_cover_all_kinds_of_storage():

@@ -10,7 +10,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from support.memory import live_bytes
 from support.stacked import inputs_of, make_stacked
-from support.stored import PQ, STORED
+from support.stored import PQ, STORED, tensors_of
 from support.tiny import SIZES, make_model
 from transformers import (
     AutoModelForCausalLM,
@@ -114,7 +114,7 @@ def test_dtype_casts_floats_and_keeps_codes(kind, dtype, saved):
     )
     wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     stored = load_file(folder / "model.safetensors")
-    for name, tensor in model.named_parameters():
+    for name, tensor in tensors_of(model).items():
         if name.endswith("weight_indices"):
             assert tensor.dtype == torch.uint8 and torch.equal(tensor, stored[name])
         else:
@@ -148,7 +148,7 @@ def test_modules_kept_in_float32_stay_float32(tmp_path):
     loaded = require_loaded(
         AutoQuantizedModel.from_pretrained(tmp_path / "packed", **half, output_loading_info=True)
     )
-    for name, tensor in loaded.named_parameters():
+    for name, tensor in tensors_of(loaded).items():
         if tensor.is_floating_point():
             assert tensor.dtype == (torch.float32 if ".wo." in name else torch.float16), name
     torch.testing.assert_close(
@@ -189,7 +189,8 @@ def test_device_map_on_one_device(device_map, saved):
 def test_device_map_auto_offloads_to_disk(name, saved, tmp_path):
     """The sizes of packed layers count, and blocks stay on one device."""
     folder, expected, inputs = saved(name=name)
-    size = sum(tensor.nbytes for tensor in AutoQuantizedModel.from_pretrained(folder).parameters())
+    tensors = tensors_of(AutoQuantizedModel.from_pretrained(folder)).values()
+    size = sum({id(tensor): tensor.nbytes for tensor in tensors}.values())
     room = size * 4 // 5
     model = require_loaded(
         AutoQuantizedModel.from_pretrained(
@@ -201,8 +202,8 @@ def test_device_map_auto_offloads_to_disk(name, saved, tmp_path):
     assert set(places.values()) == {"cpu", "disk"}
     whole_blocks = {"bert": r"layer\.\d+\.", "gpt2": r"h\.\d+\."}[name]
     assert not any(re.search(whole_blocks, place) for place in places)
-    in_memory = [tensor for tensor in model.parameters() if not tensor.is_meta]
-    assert 0 < sum(tensor.nbytes for tensor in in_memory) <= room
+    in_memory = {id(t): t.nbytes for t in tensors_of(model).values() if not t.is_meta}
+    assert 0 < sum(in_memory.values()) <= room
     torch.testing.assert_close(output(model, inputs), expected)
     model.save_pretrained(tmp_path / "again")
     for file in ("config.json", "model.safetensors"):

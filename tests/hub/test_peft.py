@@ -3,7 +3,7 @@
 import pytest
 import torch
 from support.stacked import inputs_of, logits, make_stacked
-from support.stored import STORED
+from support.stored import STORED, tensors_of
 from support.tiny import make_model
 from transformers import Trainer, TrainingArguments
 
@@ -41,7 +41,7 @@ def test_adapter_trains_saves_and_reloads(case, tmp_path):
     plain = logits(load(), name)
     model = peft.get_peft_model(load(), adapter)
     assert not torch.equal(logits(model, name), plain)
-    packed = {k: v.clone() for k, v in model.named_parameters() if "base_layer" in k}
+    packed = {k: v.clone() for k, v in tensors_of(model).items() if "base_layer" in k}
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=10.0)
     model.train()(**inputs_of(name)).logits.sum().backward()
@@ -50,7 +50,7 @@ def test_adapter_trains_saves_and_reloads(case, tmp_path):
     optimizer.step()
     expected = logits(model, name)
     assert not torch.equal(expected, before)
-    assert all(torch.equal(v, packed[k]) for k, v in model.named_parameters() if k in packed)
+    assert all(torch.equal(v, packed[k]) for k, v in tensors_of(model).items() if k in packed)
 
     model.save_pretrained(tmp_path / "adapter")
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
@@ -126,7 +126,7 @@ def test_task_adapter_trains_dense_or_packed_head(head, tmp_path, parity_data):
     base = quantize_model(make_model(name), config, progress=False)
     base.save_pretrained(tmp_path / "base")
     plain = logits(base, "bert")
-    codes = {n: p.clone() for n, p in base.named_parameters() if n.endswith("weight_indices")}
+    codes = {n: p.clone() for n, p in tensors_of(base).items() if n.endswith("weight_indices")}
     assert any("classifier" in n for n in codes) == (head != "dense")
 
     adapter = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query"], r=2)
@@ -155,7 +155,7 @@ def test_task_adapter_trains_dense_or_packed_head(head, tmp_path, parity_data):
         assert torch.equal(logits(again, "bert"), plain)
     by_itself = peft.AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter")
     assert torch.equal(logits(by_itself, "bert"), expected)
-    for key, tensor in again.named_parameters():
+    for key, tensor in tensors_of(again).items():
         if key.endswith("weight_indices"):
             inner = key.removeprefix("base_model.model.").replace("base_layer.", "")
             inner = inner.replace("original_module.", "").replace("modules_to_save.default.", "")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.stacked import BY_PLACE, STACKED, inputs_of, logits, make_stacked
-from support.stored import PQ
+from support.stored import PQ, tensors_of
 from support.tiny import make_vision_model
 from transformers import AutoModel, AutoModelForSequenceClassification
 
@@ -59,8 +59,8 @@ def test_reload_is_bit_equal_and_size_is_reported(name, fields, tmp_path):
     dense = size_report(make_stacked(name, 6)).total.dense_bytes
     assert size_report(again).total.dense_bytes == dense
     for left, source in again.config.quantization_config.shared_layers.items():
-        first = dict(again.get_submodule(source).named_parameters())
-        second = dict(again.get_submodule(left).named_parameters())
+        first = tensors_of(again.get_submodule(source))
+        second = tensors_of(again.get_submodule(left))
         assert all(second[key] is first[key] for key in first.keys() & second.keys())
 
 

@@ -111,12 +111,33 @@ trainer = QuantNoiseTrainer(
     train_dataset=data,
     eval_dataset=data,
     compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
+    processing_class=words(),
 )
 settings = CompressionArguments(stage_epochs=0, plots=False)
 small = trainer.compress(IPQConfig(n_centroids=16), settings)
 trainer.push_to_hub(dataset="three lines", finetuned_from="google-bert/bert-base-uncased")
 trainer.save_model(folder + "/saved")
 push_to_hub(small, "me/by-hand")
+small.push_to_hub("me/by-transformers")
+
+# The pushed tokenizer is used, and travels on with the loaded model.
+texts = [text, "w9 w10", "w11"]
+with torch.no_grad():
+    scores = [small(**words()(each, return_tensors="pt")).logits[0].tolist() for each in texts]
+for repo in ("me/trained", "me/by-hand", "me/by-transformers"):
+    classify = pipeline(
+        "text-classification", model=repo, device="cpu", top_k=None, function_to_apply="none"
+    )
+    for answers, expected in zip(classify(texts), scores, strict=True):
+        assert sorted(answer["score"] for answer in answers) == sorted(expected), repo
+    classify.model.save_pretrained(folder + "/" + repo)
+
+# Shards replace a single file, and the other way round.
+push_to_hub(small, "me/reshaped")
+push_to_hub(small, "me/reshaped", max_shard_size="8KB")
+assert torch.equal(AutoQuantizedModel.from_pretrained("me/reshaped")(ids).logits, small(ids).logits)
+HfApi().create_branch("me/reshaped", branch="sharded")
+push_to_hub(small, "me/reshaped")
 """
 
 PLAIN_TRAINER = """
@@ -256,6 +277,12 @@ def test_trainer_pushes_model_and_card_only(hub, run, tmp_path):
         assert each.data.eval_results[0].metric_type == "accuracy"
     assert trained.data.eval_results[0].dataset_name == "three lines"
     assert trained.data.base_model_relation == "quantized"
+    for repo in ("me/trained", "me/by-hand", "me/by-transformers"):
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            assert (tmp_path / repo / name).read_bytes() == hub.repos[repo][name], "was cached"
+    assert "model.safetensors" in hub.repos["me/reshaped"]
+    assert not any("-of-" in name or "index" in name for name in hub.repos["me/reshaped"])
+    assert "model.safetensors" not in hub.branches["me/reshaped", "sharded"]
     saved = tmp_path / "saved"
     assert "import hf_quantnoise" in (saved / "README.md").read_text()
     AutoQuantizedModel.from_pretrained(saved)

@@ -191,7 +191,7 @@ def test_truncated_file_raises(saved):
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(ValueError, match="truncated or corrupted"):
         AutoQuantizedModel.from_pretrained(saved)
-    with pytest.raises(Exception, match=r"incomplete|invalid|deserializ"):
+    with pytest.raises(Exception, match=r"truncated|incomplete|invalid|deserializ"):
         AutoModelForSequenceClassification.from_pretrained(saved)
 
 

@@ -6,10 +6,11 @@ import io
 import pytest
 import torch
 from support.stacked import make_stacked
-from support.stored import PQ
+from support.stored import PQ, tensors_of
+from torch import nn
 
 from hf_quantnoise import IPQConfig, quantize_model
-from hf_quantnoise.modeling.packed import NonTrainableParameter
+from hf_quantnoise.modeling.non_trainable import NonTrainableParameter
 
 FIXED = ("weight_indices", "weight_codebook_scale", "weight_codebook_zero_point", "input_scale",
          "input_zero_point")  # fmt: skip
@@ -51,7 +52,7 @@ def test_requires_grad_leaves_non_trainable_parameters(way, packed):
     model = COPIES[way](packed)
     seen = set()
     for flag in (False, True):
-        for name, tensor in model.named_parameters():
+        for name, tensor in tensors_of(model).items():
             tensor.requires_grad_(flag)  # one by one, as PEFT does
             leaf = name.rpartition(".")[2]
             assert isinstance(tensor, NonTrainableParameter) == (leaf in FIXED), name
@@ -59,9 +60,21 @@ def test_requires_grad_leaves_non_trainable_parameters(way, packed):
             seen.add(leaf)
     assert seen >= set(FIXED)
     assert model.lm_head.weight_indices is model.transformer.wte.weight_indices
-    assert all(type(tensor) is torch.Tensor for tensor in model.state_dict().values())
+    assert not any(isinstance(each, nn.Parameter) for each in model.state_dict().values())
+    trained = {name.rpartition(".")[2] for name, _ in model.named_parameters()}
+    assert trained.isdisjoint(FIXED)
 
 
 def test_dequantized_model_has_no_non_trainable_parameters(packed):
     dense = copy.deepcopy(packed).dequantize()
-    assert {type(tensor) for tensor in dense.parameters()} == {torch.nn.Parameter}
+    assert {type(tensor) for tensor in dense.parameters()} == {nn.Parameter}
+    assert not any(isinstance(buffer, nn.Parameter) for buffer in dense.buffers())
+
+
+def test_state_dict_pickles_as_regular_tensors(packed):
+    file = io.BytesIO()
+    torch.save(packed.state_dict(), file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)
+    assert all(type(tensor) is torch.Tensor for tensor in loaded.values())
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors_of(packed).items())

@@ -71,7 +71,7 @@ def test_render_metadata_can_be_loaded(packed, tmp_path):
 
 def test_table_escapes_bars_in_cells():
     row = table(("stage", "MB"), [(r".*(pooler|classifier)", 1)]).splitlines()[-1]
-    assert re.split(r"(?<!\\)\|", row)[1:-1] == [r" .*(pooler\|classifier) ", " 1 "]
+    assert re.split(r"(?<!\\)\|", row)[1:-1] == [r" .\*(pooler\|classifier) ", " 1 "]
 
 
 def test_storage_table_adds_up_to_the_size_report(packed):

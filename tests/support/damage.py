@@ -13,9 +13,9 @@ def edit_config(folder, change):
     path.write_text(json.dumps(values))
 
 
-def edit_tensors(folder, change):
-    """Apply a function to the tensors of a folder's model.safetensors, a dict, in place."""
-    path = folder / "model.safetensors"
+def edit_tensors(folder, change, file="model.safetensors"):
+    """Apply a function to the tensors of a file in a folder, a dict, in place."""
+    path = folder / file
     tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
     change(tensors)
     save_file({name: t.contiguous() for name, t in tensors.items()}, path, {"format": "pt"})

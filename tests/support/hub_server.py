@@ -105,6 +105,8 @@ class Handler(BaseHTTPRequestHandler):
                 if entry["key"] == "file":
                     value = entry["value"]
                     files[value["path"]] = base64.b64decode(value["content"])
+                elif entry["key"] == "deletedFile":
+                    del files[entry["value"]["path"]]
             url = f"{self.server.url}/{repo}/commit/{self.commit}"
             return self.reply({"commitUrl": url, "commitOid": self.commit, "pullRequestUrl": None})
         return self.reply({}, 200)

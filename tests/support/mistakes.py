@@ -21,8 +21,8 @@ MAX_LENGTH = 300
 # The allowed values, a suggestion, or an instruction after the semicolon.
 WAY_OUT = re.compile(
     r"\b(must be|expected|one of|known|did you mean|(stages|groups) are)\b|"
-    r"; (add|call|check|choose|compress|download|export|give|install|load|make|name|pass|quantize|"
-    r"read|remove|run|save|see|set|train|update|use|write)\b"
+    r"; (add|call|check|choose|compress|download|export|give|install|load|make|merge|name|pass|"
+    r"quantize|read|remove|run|save|see|set|train|update|use|write)\b"
 )
 SECOND_SENTENCE = re.compile(r"(?<!e\.g)(?<!i\.e)[.!?]\s+\S|\n.")
 

@@ -1,5 +1,7 @@
 """Quantization configs that several tests use, by name."""
 
+from torch import Tensor, nn
+
 from hf_quantnoise import FixedPointConfig, IPQConfig
 
 PQ = {"block_size": 4, "n_centroids": 16}
@@ -15,3 +17,8 @@ STORED = {
 def stored(*names: str) -> dict:
     """Return some of them."""
     return {name: STORED[name] for name in names}
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return parameters and codes (which are buffers) by name, tied ones under each name."""
+    return dict(model.state_dict(keep_vars=True))

@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 from ...argument_checks import (
     read_batches,
     require_instance,
-    require_model,
     require_weights,
 )
 from ...configuration import IPQConfig, QuantizedModelConfig
@@ -112,7 +111,7 @@ def plan_bit_allocation(
         ValueError: if it has no target or does not fit the model, or if the target cannot be
             reached or needs no quantization.
     """
-    require_model(model)
+    check_can_be_packed(model)
     require_instance("config", config, IPQConfig, "an IPQConfig", "set a target size in it")
     require_weights(model)
     with raise_on_all_ranks():
@@ -121,7 +120,6 @@ def plan_bit_allocation(
         raise ValueError(
             "invalid config: it has no target; set target_size_mb or target_bits_per_weight"
         )
-    check_can_be_packed(model)
     if find_state(model) is not None:
         raise ValueError("the model has quantization noise; call remove_quant_noise(model) first")
     target = check_target_reachable(model, config)

@@ -61,6 +61,11 @@ def require_fsdp2(trainer: Trainer) -> None:
         )
     if not trainer.is_fsdp_enabled:
         return
+    if trainer.model_init is not None:
+        raise ValueError(
+            "unsupported model_init with fsdp: the model that train() makes would not be sharded; "
+            "pass model=model_init() instead"
+        )
     if trainer.accelerator.state.fsdp_plugin.activation_checkpointing:
         raise ValueError(
             "unsupported fsdp_config={'activation_checkpointing': True}: accelerate recomputes "
@@ -84,6 +89,11 @@ def share_what_rank_0_read(trainer: Trainer, *models: nn.Module) -> None:
     """
     if not trainer.is_fsdp_enabled:
         return
+    if trainer.model_init is not None:
+        raise ValueError(
+            "unsupported model_init with fsdp: the model that train() makes would not be sharded; "
+            "pass model=model_init() instead"
+        )
     for model in models:
         empty = any(tensor.is_meta for tensor in model.state_dict().values())
         if sum_over_ranks(torch.tensor(float(empty), device=trainer.args.device)) > 0:
@@ -105,13 +115,13 @@ def take_from_rank_0(model: nn.Module) -> None:
         if not tensor.is_meta:
             tensor.copy_(values)
             continue
-        if isinstance(tensor, nn.Parameter):
-            values = nn.Parameter(values, tensor.requires_grad)
         module_name, _, attribute = name.rpartition(".")
         module = model.get_submodule(module_name)
-        parameters = own_parameters(module)
-        tensors = parameters if attribute in parameters else own_buffers(module)
-        tensors[attribute] = taken.setdefault(id(tensor), values)
+        if isinstance(tensor, nn.Parameter):
+            values = nn.Parameter(values, tensor.requires_grad)
+            module.register_parameter(attribute, taken.setdefault(id(tensor), values))
+        else:
+            own_buffers(module)[attribute] = taken.setdefault(id(tensor), values)
 
 
 def replicated_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import os
 import re
+from typing import Any
 
 import torch
 from torch import nn
@@ -64,12 +66,14 @@ def _describe_bound_optimizer(trainer: Trainer) -> str | None:
 
 
 class PackedModelTrainer(Trainer):
-    """``Trainer`` with five fixes.
+    """``Trainer`` with these fixes.
 
     * Gradient accumulation does not multiply the loss of heads that compute a plain mean.
     * Centroids get no weight decay: it would pull them to zero, not regularize a weight.
     * A checkpoint of another structure (dense, or another stage) is refused. ``Trainer`` would load
       it with a warning and pass optimizer state of other shapes to a fused kernel.
+    * A training resumed from its last checkpoint takes no step. ``Trainer`` takes one if the last
+      step did not end an epoch. With streamed data it resumes at the right batch.
     * A model that was evaluated or trained before is trained with all processes, and compiled.
       accelerate (1.15) considers it prepared already and skips DDP and ``torch_compile``; then each
       rank silently trains alone.
@@ -87,6 +91,7 @@ class PackedModelTrainer(Trainer):
     model: PreTrainedModel
 
     def __init__(self, *args, **kwargs) -> None:
+        self._checkpoint: str | os.PathLike | None = None
         super().__init__(*args, **kwargs)
         self.bound_optimizer = _describe_bound_optimizer(self)
         require_fsdp2(self)
@@ -94,6 +99,12 @@ class PackedModelTrainer(Trainer):
         self._sharded: ShardedCopy | None = None
         if self.model_accepts_loss_kwargs and not loss_reads_num_items(self.model):
             self.model_accepts_loss_kwargs = False
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """``Trainer.call_model_init``, with the check of the checkpoint that is resumed."""
+        model = super().call_model_init(trial)
+        self._require_same_layers(model)
+        return model
 
     @property
     def unsharded_model(self) -> nn.Module:
@@ -115,9 +126,12 @@ class PackedModelTrainer(Trainer):
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
+        by_path = isinstance(resume_from_checkpoint, (str, os.PathLike))
+        self._checkpoint = resume_from_checkpoint if by_path else None
+        if self.model_init is not None:  # Trainer replaces the model, which may be None by now
+            return super().train(resume_from_checkpoint, *args, **kwargs)
         check_trained_dtypes(self.model, self.args)
-        if isinstance(resume_from_checkpoint, (str, os.PathLike)):
-            _require_same_layers(self.model, resume_from_checkpoint)
+        self._require_same_layers(self.model)
         if without_compile_wrapper(self.model_wrapped) is self.model:  # and not inside DDP
             self.model = self.model_wrapped = undo_accelerate_prepare(
                 self.accelerator.unwrap_model(self.model)
@@ -132,6 +146,19 @@ class PackedModelTrainer(Trainer):
         self.optimizer = self.lr_scheduler = self._sharded = None
         self.accelerator.free_memory()
         return result
+
+    # Private: the only place that decides which epochs and batches a resumed training skips.
+    def _init_training_state(self, max_steps, epoch_steps, epochs, checkpoint, trial):
+        trained = super()._init_training_state(max_steps, epoch_steps, epochs, checkpoint, trial)
+        if checkpoint is None or self.state.global_step == 0:
+            return trained
+        if self.state.global_step >= max_steps:
+            return epochs, 0
+        # Without a length, Trainer counts all steps as one epoch, also in the state's epoch.
+        if epoch_steps != max_steps or self.state.epoch < 1 or self.args.ignore_data_skip:
+            return trained
+        share, epochs = math.modf(self.state.epoch)
+        return int(epochs), round(share * max_steps * self.args.gradient_accumulation_steps)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """``Trainer.create_optimizer``; under FSDP2 with separate groups for replicated parameters.
@@ -189,6 +216,10 @@ class PackedModelTrainer(Trainer):
         """``Trainer.get_decay_parameter_names`` without the parameters of packed layers."""
         names = super().get_decay_parameter_names(model)
         return [name for name in names if not name.rpartition(".")[2].startswith(PREFIX)]
+
+    def _require_same_layers(self, model: nn.Module) -> None:
+        if self._checkpoint is not None:
+            _require_same_layers(model, self._checkpoint)
 
 
 def _require_same_layers(model: nn.Module, checkpoint: str | os.PathLike) -> None:

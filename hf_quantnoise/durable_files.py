@@ -1,0 +1,104 @@
+"""Files that are complete whenever they exist, and folders whose files are listed and checked.
+
+A file is written under a temporary name and renamed once its content is on the disk. A folder is
+complete once it has its list of files (``files.json``: size and SHA-256 of each), which is written
+last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+LIST_NAME = "files.json"
+PART = ".part"
+
+
+def flush(path: str) -> None:
+    """Wait until a file or the names in a folder are on the disk, since machines stop, too."""
+    if os.name != "posix":  # elsewhere folders have no descriptors
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def flush_folder(folder: str) -> None:
+    """Wait until all files of a folder are on the disk."""
+    for inside, _, names in os.walk(folder):
+        for name in names:
+            flush(os.path.join(inside, name))
+        flush(inside)
+
+
+@contextmanager
+def new_file(path: str) -> Iterator[str]:
+    """Yield a temporary path; what is written there becomes ``path``, which is never incomplete."""
+    yield path + PART
+    flush(path + PART)
+    os.replace(path + PART, path)
+    flush(os.path.dirname(os.path.abspath(path)))
+
+
+def write_json(value: Any, path: str) -> None:
+    """Write a JSON file that is complete whenever it exists."""
+    with new_file(path) as part, open(part, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2)
+        file.write("\n")
+
+
+def checksum(path: str) -> str:
+    """Return the SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _files_of(folder: str) -> Iterator[str]:
+    """Yield the paths, relative to a folder, of the files in it and in its subfolders."""
+    for inside, _, names in os.walk(folder):
+        for name in names:
+            yield os.path.relpath(os.path.join(inside, name), folder).replace(os.sep, "/")
+
+
+def write_list(folder: str) -> None:
+    """Flush the files of a folder, then list them: the last step of writing it."""
+    flush_folder(folder)
+    files = {
+        name: {"size": os.path.getsize(path), "sha256": checksum(path)}
+        for name in sorted(_files_of(folder))
+        if name != LIST_NAME and (path := os.path.join(folder, name))
+    }
+    write_json({"files": files}, os.path.join(folder, LIST_NAME))
+
+
+def has_list(folder: str) -> bool:
+    """Return whether a folder has a list; folders of earlier releases have none."""
+    return os.path.lexists(os.path.join(folder, LIST_NAME))
+
+
+def find_defect(folder: str, checksums: bool = True) -> str | None:
+    """Return the first file that is missing, or not as it was listed; None if there is none.
+
+    Files that are not listed may be in any state. Without ``checksums`` only sizes are compared.
+    """
+    try:
+        with open(os.path.join(folder, LIST_NAME), encoding="utf-8") as file:
+            entries = [
+                (str(name), int(entry["size"]), str(entry["sha256"]))
+                for name, entry in json.load(file)["files"].items()
+            ]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return LIST_NAME
+    for name, size, digest in entries:
+        path = os.path.join(folder, name)
+        if not os.path.isfile(path) or os.path.getsize(path) != size:
+            return name
+        if checksums and checksum(path) != digest:
+            return name
+    return None

@@ -1,0 +1,101 @@
+"""The id of saved weights: a checksum in ``config.json`` and in the metadata of each file.
+
+Files of different saves have different ids, so an interrupted save or an incomplete copy, which may
+mix them, is found when the model is loaded. It is a checksum, not a random number, so that saving a
+loaded model writes identical files. Files written before there were ids have none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Sequence
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..compat import ignored_on_save, load_offloaded_parameter
+from ..modeling import packed_layers
+
+logger = logging.get_logger(__name__)
+
+WEIGHTS_ID = "weights_id"
+_SUFFIX = ".safetensors"
+ID_LENGTH = 32
+
+
+def id_of_weights(model: PreTrainedModel, state_dict: dict[str, Tensor]) -> str:
+    """Return the id of the tensors that a model saves: their names, types, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name in sorted(state_dict.keys() - ignored_on_save(model)):
+        tensor = state_dict[name].detach()
+        if tensor.is_meta:
+            tensor = load_offloaded_parameter(model, name)
+        if hasattr(tensor, "to_local"):  # sharded: the part of this rank
+            tensor = tensor.to_local()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:ID_LENGTH]
+
+
+def in_fixed_order(model: PreTrainedModel, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state dict with the tensors of each packed layer sorted by name.
+
+    The order determines the shards, and loading changes it.
+    """
+    packed = {name for name, _ in packed_layers(model)}
+    groups: dict[str, list[str]] = {}
+    for name in state_dict:
+        groups.setdefault(name.rpartition(".")[0], []).append(name)
+    names = (sorted(names) if module in packed else names for module, names in groups.items())
+    return {name: state_dict[name] for group in names for name in group}
+
+
+def require_one_save(files: Sequence[str] | None, weights_id: str | None) -> None:
+    """Raise ValueError if files have another id than their ``config.json``.
+
+    If none of them has an id, another program may have rewritten them, so this is only a warning.
+    Raises SafetensorError if a file is damaged.
+    """
+    ids = {file: _id_of_file(file) for file in map(str, files or ()) if file.endswith(_SUFFIX)}
+    others = {file: found for file, found in ids.items() if found != weights_id}
+    if not others:
+        return
+    folder = os.path.dirname(next(iter(others)))
+    if not any(ids.values()):
+        logger.warning(
+            f"the files of weights in {folder!r} have no {WEIGHTS_ID}, but config.json has one: "
+            "another program has rewritten them, or config.json belongs to another save"
+        )
+        return
+    names = ", ".join([os.path.basename(file) for file in others][:3])
+    raise ValueError(
+        f"invalid {WEIGHTS_ID} in {folder!r}: got {next(iter(others.values()))!r} in {names}, "
+        f"expected {weights_id!r} as in config.json: the files are of different saves, as after an "
+        "incomplete copy; save or download the model again into an empty folder"
+    )
+
+
+def _id_of_file(file: str) -> str | None:
+    with safe_open(file, framework="pt") as opened:
+        return (opened.metadata() or {}).get(WEIGHTS_ID)
+
+
+def sort_metadata(folder: str) -> None:
+    """Sort the metadata in safetensors files, which safetensors writes in a random order."""
+    for name in os.listdir(folder):
+        if not name.endswith(_SUFFIX):
+            continue
+        with open(os.path.join(folder, name), "r+b") as file:
+            match = re.match(rb'.{8}{"__metadata__":({[^{}]*})', file.read(1000), re.DOTALL)
+            if match is None:
+                continue
+            metadata = json.dumps(json.loads(match[1]), sort_keys=True, separators=(",", ":"))
+            if len(metadata.encode()) == len(match[1]):
+                file.seek(match.start(1))
+                file.write(metadata.encode())
