@@ -76,7 +76,7 @@ def require_instance(
 def require_model(
     model: Any, kind: type[nn.Module] = PreTrainedModel, field: str = "model"
 ) -> None:
-    """Raise a ``TypeError`` that says what to pass instead, unless the object is a model.
+    """Raise a ``TypeError`` that names what to pass instead, unless the object is a model.
 
     ``kind`` is ``PreTrainedModel``, or ``nn.Module`` for functions that take any module.
     """

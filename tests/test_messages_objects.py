@@ -216,7 +216,7 @@ MISTAKES = {
         "resume_from_checkpoint",
         "'out/stage-1'",
     ),
-    "compress with a report that is no function": Mistake(
+    "compress with a report that is not a function": Mistake(
         lambda folder: trainer(folder).compress(SMALL, ARGUMENTS, report="yes"), "report", "'yes'"
     ),
     "teacher with other inputs": Mistake(

@@ -98,7 +98,7 @@ def check_training_flags(args: Any) -> None:
         )  # fmt: skip
 
 
-# Training flag that the metrics or the end of a run do not heed -> its default.
+# Training flag that the metrics or the end of a run do not use -> its default.
 _IGNORED = {
     "batch_eval_metrics": False,
     "eval_do_concat_batches": True,

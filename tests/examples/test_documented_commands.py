@@ -115,7 +115,7 @@ def place_sentence_transformer_with_noise(folder, fixture):
     write_dataset(folder, "sentence-transformers/stsb", "default", splits)
 
 
-SLOW = [name for name in EXAMPLES if name.startswith("run_")]  # with tests of their own
+SLOW = [name for name in EXAMPLES if name.startswith("run_")]  # with own tests
 
 
 @pytest.mark.parametrize("number", [0, 1])
