@@ -29,7 +29,8 @@ from trainer_data import RowFlags
 from transformers import HfArgumentParser
 
 from hf_quantnoise import QuantNoiseCallback, quantize_model, remove_quant_noise
-from hf_quantnoise.runs.arguments import CompressionFlags
+from hf_quantnoise.compat import undo_accelerate_prepare
+from hf_quantnoise.runs.arguments import ConfigFlags
 from hf_quantnoise.runs.closing_table import Row, closing_table, weights_mb
 
 
@@ -54,10 +55,11 @@ def main(argv: list[str] | None = None) -> list[Row]:
         RuntimeError: if the loaded model has other embeddings than the saved one.
     """
     parser = HfArgumentParser(
-        [PairFlags, CompressionFlags, SentenceTransformerTrainingArguments],
+        [PairFlags, ConfigFlags, SentenceTransformerTrainingArguments],
         description=__doc__.splitlines()[0],
     )
     flags, compression, training = parser.parse_args_into_dataclasses(argv)
+    flags.check(training)
     noise_config = compression.noise_config(training.seed)
     small_config = compression.config(training.seed)
     dense, compressed = (os.path.join(training.output_dir, n) for n in ("dense", "compressed"))
@@ -70,11 +72,12 @@ def main(argv: list[str] | None = None) -> list[Row]:
     def score(model: SentenceTransformer) -> float:
         return float(evaluator(model)["spearman_cosine"])
 
-    model = SentenceTransformer(flags.model_name_or_path)
+    model = SentenceTransformer(flags.model_name_or_path, model_kwargs={"dtype": "float32"})
     callbacks = [QuantNoiseCallback(noise_config)] if noise_config else []
     trainer = SentenceTransformerTrainer(
-        model, training, train_dataset=train, loss=CosineSimilarityLoss(model), callbacks=callbacks
-    )
+        model, training, train_dataset=train, eval_dataset=validation,
+        loss=CosineSimilarityLoss(model), callbacks=callbacks,
+    )  # fmt: skip
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     dense_score = score(model)
     remove_quant_noise(model)
@@ -85,10 +88,12 @@ def main(argv: list[str] | None = None) -> list[Row]:
     if flags.centroid_epochs > 0:
         second = flags.for_centroids(training)
         SentenceTransformerTrainer(
-            model, second, train_dataset=train, loss=CosineSimilarityLoss(model)
-        ).train()
+            model, second, train_dataset=train, eval_dataset=validation,
+            loss=CosineSimilarityLoss(model),
+        ).train()  # fmt: skip
     model.save_pretrained(compressed)
 
+    undo_accelerate_prepare(model)  # mixed precision, which the loaded model does not have
     fresh = SentenceTransformer(compressed)
     sentences = validation["sentence1"][:8]
     if not torch.equal(

@@ -8,7 +8,8 @@
 The noise is a callback. ``compress`` is a method of ``QuantNoiseTrainer``, so the finetuned model
 is quantized in one shot, and a second ``SFTTrainer`` finetunes its centroids and dense layers.
 Files have the columns of SFTTrainer: ``text``, or ``messages``, or ``prompt`` and ``completion``.
-All flags of ``SFTConfig`` are accepted. Requires ``pip install hf-quantnoise[examples,trl]``.
+All flags of ``SFTConfig`` are accepted; its default is mixed precision with bfloat16, where the
+hardware has it. Requires ``pip install hf-quantnoise[examples,trl]``.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from dataclasses import dataclass, field
 import torch
 from trainer_data import RowFlags
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedModel
+from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig, SFTTrainer
 
 from hf_quantnoise import QuantNoiseCallback, quantize_model, remove_quant_noise
-from hf_quantnoise.runs.arguments import CompressionFlags
+from hf_quantnoise.runs.arguments import ConfigFlags
 from hf_quantnoise.runs.closing_table import Row, closing_table, weights_mb
 
 
@@ -39,11 +41,30 @@ class SftFlags(RowFlags):
     )
 
 
+@dataclass
+class SftArguments(SFTConfig):
+    """``SFTConfig`` whose defaults also work without a GPU, or with one that lacks bfloat16.
+
+    TRL trains in bfloat16 (mixed precision) unless ``--bf16`` or ``--fp16`` is passed.
+    """
+
+    def __post_init__(self) -> None:
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # required for bfloat16 there
+        elif self.bf16 is None and not self.use_cpu and not is_torch_bf16_gpu_available():
+            self.bf16 = False
+        super().__post_init__()
+
+
 @torch.no_grad()
 def logits(model: PreTrainedModel) -> torch.Tensor:
-    """Return the logits of the first tokens of the vocabulary."""
+    """Return the logits of the first tokens of the vocabulary, in the precision of the weights.
+
+    The forward of the class is called, since a trainer replaces that of its model, for example by
+    one in mixed precision.
+    """
     ids = torch.arange(min(32, model.config.vocab_size))[None]
-    return model.eval()(input_ids=ids.to(model.device)).logits.cpu()
+    return type(model).forward(model.eval(), input_ids=ids.to(model.device)).logits.cpu()
 
 
 def main(argv: list[str] | None = None) -> list[Row]:
@@ -53,10 +74,11 @@ def main(argv: list[str] | None = None) -> list[Row]:
         RuntimeError: if the loaded model has other logits than the saved one.
     """
     parser = HfArgumentParser(
-        [SftFlags, CompressionFlags, SFTConfig],
+        [SftFlags, ConfigFlags, SftArguments],
         description=__doc__.splitlines()[0],
     )
     flags, compression, training = parser.parse_args_into_dataclasses(argv)
+    flags.check(training)
     noise_config = compression.noise_config(training.seed)
     small_config = compression.config(training.seed)
     dense, compressed = (os.path.join(training.output_dir, n) for n in ("dense", "compressed"))

@@ -32,6 +32,14 @@ class RowFlags:
                 "must be used together; pass both, or none to use --dataset_name"
             )
 
+    def check(self, training: TrainingArguments) -> None:
+        """Raise a ``ValueError`` for a training flag that the examples would ignore."""
+        for name in ("do_predict", "push_to_hub"):
+            if getattr(training, name):
+                raise ValueError(
+                    f"--{name} is not supported; remove it (hf-quantnoise push uploads a model)"
+                )
+
     def read(self, name: str) -> Dataset:
         """Return the data of ``"train"`` or ``"validation"``."""
         path = getattr(self, f"{name}_file")

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .argument_checks import require_instance
 from .configuration import NOISE_CONFIG_NAME, QuantNoiseConfig
 from .noise import apply_quant_noise, find_state
 
@@ -43,11 +44,10 @@ class QuantNoiseCallback(TrainerCallback):
     """
 
     def __init__(self, config: QuantNoiseConfig) -> None:
-        if not isinstance(config, QuantNoiseConfig):
-            raise TypeError(
-                f"invalid config: got {type(config).__name__}, expected a QuantNoiseConfig; pass "
-                "e.g. QuantNoiseConfig(noise='proxy', p=0.1)"
-            )
+        require_instance(
+            "config", config, QuantNoiseConfig, "a QuantNoiseConfig",
+            "pass e.g. QuantNoiseConfig(noise='proxy', p=0.1)",
+        )  # fmt: skip
         self.config = config
         self.resume_folder: str | os.PathLike | None = None
         self._is_restored = False
@@ -55,7 +55,7 @@ class QuantNoiseCallback(TrainerCallback):
 
     def prepare(self, model: nn.Module) -> None:
         """Apply the noise, unless the model has noise already."""
-        if find_state(model) is None:
+        if not isinstance(model, nn.Module) or find_state(model) is None:
             apply_quant_noise(model, self.config)
 
     def save(self, model: nn.Module, folder: str | os.PathLike) -> None:

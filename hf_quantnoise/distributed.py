@@ -89,7 +89,8 @@ def raise_on_all_ranks() -> Iterator[None]:
     """If any rank raises inside this context, raise on all ranks, so that none hangs.
 
     A rank that raised raises its own error. The others repeat that of the first rank that raised: a
-    ValueError with the same message, any other error as a RuntimeError that names rank and error.
+    ValueError or TypeError with the same message, any other error as a RuntimeError that names rank
+    and error.
     The code inside must not wait for another rank.
     """
     own: Exception | None = None
@@ -104,8 +105,9 @@ def raise_on_all_ranks() -> Iterator[None]:
     if own is not None:
         raise own
     for rank, (name, message) in ((rank, error) for rank, error in enumerate(errors) if error):
-        if name == ValueError.__name__:
-            raise ValueError(message)
+        for kind in (ValueError, TypeError):
+            if name == kind.__name__:
+                raise kind(message)
         raise RuntimeError(f"rank {rank} stopped with {name}: {message}")
 
 

@@ -17,6 +17,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
+from .argument_checks import require_path, require_repo_id
 from .model_folders import stale_weights
 
 # Tag of all repositories with files of this package.
@@ -33,7 +34,7 @@ def find_file(path: str | os.PathLike, file_name: str, hint: str, **kwargs: Any)
     ``hint`` ends the FileNotFoundError with how to create the file; ``kwargs`` are those of
     ``hf_hub_download``.
     """
-    path = os.fspath(path)
+    path = require_path("path", path)
     if os.path.isfile(path):
         return path
     if os.path.isdir(path):
@@ -41,6 +42,10 @@ def find_file(path: str | os.PathLike, file_name: str, hint: str, **kwargs: Any)
         if not os.path.isfile(found):
             raise FileNotFoundError(f"{found} is missing; {hint}")
         return found
+    if not is_repository_name(path):
+        raise FileNotFoundError(
+            f"{path!r} is neither a folder nor a valid name of a repository; {hint}"
+        )
     try:
         return hf_hub_download(path, file_name, **kwargs)
     except _NOT_THERE as error:
@@ -86,6 +91,7 @@ def create_repository(
     create_pr: bool = False,
 ) -> str:
     """Create a repository and a branch if they are missing; return its full name."""
+    require_repo_id(repo_id)
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None and not create_pr:

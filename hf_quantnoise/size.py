@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .argument_checks import require_model
 from .compat import ignored_on_save, revert_weight_conversion
 from .hub.conversions import convert_dense_only
 from .hub.skeleton import sentinel_names
@@ -224,7 +225,11 @@ def size_report(model: nn.Module) -> SizeReport:
 
     Args:
         model: any module; a model packed by this package is reported by layer.
+
+    Raises:
+        TypeError: if the model is not a module.
     """
+    require_model(model, nn.Module)
     packed = dict(packed_layers(model))
     config: Any = getattr(getattr(model, "config", None), "quantization_config", None)
     groups = _groups(model, config)

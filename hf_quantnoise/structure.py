@@ -215,7 +215,9 @@ def select_layers(
     layers = find_layers(model)
     if not layers:
         known = ", ".join(known.layer_class.__name__ for known in LAYER_TYPES)
-        raise ValueError(f"{type(model).__name__} has no layer of a known type ({known})")
+        raise ValueError(
+            f"{type(model).__name__} has no layer of a known type, expected at least one of {known}"
+        )
     names = [layer.name for layer in layers]
     chosen, excluded = set(names), set()
     if target_modules is not None:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import logging
 
+from .argument_checks import describe, require_instance, require_model, require_weights
 from .callback import QuantNoiseCallback
 from .compression import CompressionArguments, CompressionPipeline, PackedModelTrainer
 from .compression.checkpoints import FOLDER
@@ -19,6 +20,8 @@ from .compression.reporting.plots import PLOTS, plot_compression
 from .compression.reporting.record import StageRecord
 from .compression.trainer_checkpoints import checkpoint_to_resume_from
 from .configuration import QuantizedModelConfig, QuantNoiseConfig
+from .configuration.checks import boolean
+from .distributed import is_distributed
 from .hub.processing import remember_processing
 from .model_folders import UNPUBLISHED
 from .modeling import packed_layers
@@ -65,7 +68,7 @@ class QuantNoiseTrainer(PublishingMixin, PackedModelTrainer):
             see :class:`~hf_quantnoise.compression.StageRecord`.
 
     Raises:
-        TypeError: if ``qn_config`` is not a :class:`QuantNoiseConfig`.
+        TypeError: if ``model``, ``args`` or ``qn_config`` is something else.
 
     Example:
         >>> trainer = QuantNoiseTrainer(model, args, QuantNoiseConfig(noise="proxy", p=0.1), ...)
@@ -94,12 +97,7 @@ class QuantNoiseTrainer(PublishingMixin, PackedModelTrainer):
         optimizer_cls_and_kwargs: tuple[type[Optimizer], dict[str, Any]] | None = None,
         preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None,
     ) -> None:
-        if qn_config is not None and not isinstance(qn_config, QuantNoiseConfig):
-            raise TypeError(
-                f"invalid qn_config: got {type(qn_config).__name__}, expected a QuantNoiseConfig "
-                "as third argument, e.g. QuantNoiseConfig(noise='proxy', p=0.1); pass "
-                "data_collator and the rest by name"
-            )
+        _check_arguments(model, args, qn_config, model_init)
         self.qn_config: QuantNoiseConfig | None = None  # until the trainer exists
         self.noise_callback: QuantNoiseCallback | None = None
         super().__init__(
@@ -190,10 +188,13 @@ class QuantNoiseTrainer(PublishingMixin, PackedModelTrainer):
             The packed model, which is also ``self.model``.
 
         Raises:
-            TypeError: if ``config`` is something else.
+            TypeError: if an argument is something else.
             ValueError: before anything is changed, if the settings cannot be carried out.
         """
-        compression_args = compression_args or CompressionArguments()
+        compression_args = CompressionArguments() if compression_args is None else compression_args
+        boolean("resume_from_checkpoint", resume_from_checkpoint)
+        if report is not None and not callable(report):
+            raise TypeError(f"invalid report: got {describe(report)}, expected a function or None")
 
         def report_stage(record: StageRecord) -> None:
             if self.is_world_process_zero():
@@ -229,3 +230,22 @@ class QuantNoiseTrainer(PublishingMixin, PackedModelTrainer):
         if state is not None and "loss" in logs:
             logs = {**logs, **state.figures(self.model)}
         super().log(logs, start_time)
+
+
+def _check_arguments(model: Any, args: Any, qn_config: Any, model_init: Any) -> None:
+    """Raise an error that says what the first arguments of the trainer must be."""
+    order = "call e.g. QuantNoiseTrainer(model, TrainingArguments(...), QuantNoiseConfig(...))"
+    if model is None and model_init is None:
+        raise TypeError(f"invalid model: got None, expected a model, or model_init; {order}")
+    if args is not None:
+        require_instance("args", args, TrainingArguments, "TrainingArguments", order)
+    if qn_config is not None:
+        require_instance(
+            "qn_config", qn_config, QuantNoiseConfig,
+            "a QuantNoiseConfig as third argument, e.g. QuantNoiseConfig(noise='proxy', p=0.1)",
+            "pass data_collator and the rest by name",
+        )  # fmt: skip
+    if model is not None:
+        require_model(model, nn.Module)
+        if not is_distributed():  # ranks of FSDP may have no values yet
+            require_weights(model)

@@ -16,6 +16,7 @@ LAYERS = (
     "version",
     "compat",
     "registry",
+    "argument_checks",
     "text",
     "patterns",
     "files",

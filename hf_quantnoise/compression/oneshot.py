@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import replace
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..argument_checks import read_batches, require_instance, require_weights
 from ..configuration import QuantizedModelConfig
 from ..modeling import packed_layers
 from ..modeling.activations import calibrate, require_batches
@@ -15,6 +17,8 @@ from ..modeling.packer import ModelPacker, check_can_be_packed
 from ..modeling.rollback import ModelSnapshot
 from ..noise import find_state, remove_quant_noise
 from .bit_allocation.allocate import resolve_target
+
+logger = logging.getLogger(__name__)
 
 
 def remove_noise(model: nn.Module, config: QuantizedModelConfig) -> QuantizedModelConfig:
@@ -49,7 +53,8 @@ def quantize_model(
         The same object, packed. ``save_pretrained``, ``push_to_hub`` and ``Trainer`` work as usual.
 
     Raises:
-        TypeError: if the model is not a ``PreTrainedModel``, or the config has another type.
+        TypeError: if the model is not a ``PreTrainedModel``, the config has another type, or the
+            calibration data is not a list of dicts of tensors.
         ValueError: if it is quantized already, the config does not fit it, the target cannot be
             met, a weight cannot be stored (NaN, too large), or calibration data is required and
             missing, or does not reach a layer.
@@ -57,16 +62,22 @@ def quantize_model(
     If it fails or is interrupted for any reason, the model is what it was before, noise included.
     Until it is finished the dense weights stay in memory, beside the packed ones.
     """
-    if not isinstance(config, QuantizedModelConfig):
-        raise TypeError(
-            f"invalid config: got {type(config).__name__}, expected an IPQConfig or "
-            "FixedPointConfig"
+    check_can_be_packed(model)
+    require_instance(
+        "config", config, QuantizedModelConfig, "an IPQConfig or a FixedPointConfig",
+        "call e.g. quantize_model(model, IPQConfig(block_size=4))",
+    )  # fmt: skip
+    require_weights(model)
+    batches = []
+    if config.reads_data or config.target:
+        batches = read_batches("calibration_data", calibration_data)
+    elif calibration_data is not None:
+        logger.warning(
+            "calibration_data is not used: the config has neither activation_bits, nor "
+            "importance='activations', nor a target size"
         )
-    reads_batches = config.reads_data or config.target
-    batches = list(calibration_data or []) if reads_batches else []
     if config.reads_data:
         require_batches(batches, config.reads_data)
-    check_can_be_packed(model)
     with ModelSnapshot(model):
         config = resolve_target(model, remove_noise(model, config), batches, progress)
         packer = ModelPacker(model, config)

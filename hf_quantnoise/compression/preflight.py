@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import SchedulerType, has_length
 
+from ..argument_checks import require_instance, require_model, require_weights
 from ..configuration import QuantizedModelConfig
 from ..modeling.activations import require_batches
 from ..modeling.packer import check_can_be_packed
@@ -44,21 +46,32 @@ _KNOWN_PACKAGES = ("transformers.", __name__.partition(".")[0] + ".")
 
 
 def check_compression(
-    trainer: Trainer, config: QuantizedModelConfig, args: CompressionArguments
+    trainer: Trainer,
+    config: QuantizedModelConfig,
+    args: CompressionArguments,
+    teacher: nn.Module | None = None,
 ) -> None:
     """Check the settings of a compression run; can be called before training, too.
 
     Raises:
-        TypeError: if the config is not one for storage, or the model not a ``PreTrainedModel``.
+        TypeError: if the config is not one for storage, the model not a ``PreTrainedModel``, or
+            another argument something else.
         ValueError: if a stage has no training data or an unknown length, the settings contradict
             each other, the config or the trainer, or the trainer has something that stages cannot
             use.
     """
-    if not isinstance(config, QuantizedModelConfig):
-        raise TypeError(
-            f"invalid config: got {type(config).__name__}, expected an IPQConfig or a "
-            "FixedPointConfig; call e.g. compress(IPQConfig(block_size=4))"
-        )
+    require_instance(
+        "config", config, QuantizedModelConfig, "an IPQConfig or a FixedPointConfig",
+        "call e.g. compress(IPQConfig(block_size=4))",
+    )  # fmt: skip
+    require_instance(
+        "compression_args", args, CompressionArguments, "CompressionArguments",
+        "pass e.g. CompressionArguments(stage_epochs=1), since batch size and optimizer are those "
+        "of the trainer's TrainingArguments",
+    )  # fmt: skip
+    if teacher is not None:
+        require_model(teacher, nn.Module, "teacher")
+        require_weights(teacher, "teacher")
     if trainer.model is None:
         raise ValueError(
             "the trainer has no model, as after a hyperparameter search; call train() before "

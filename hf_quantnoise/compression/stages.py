@@ -70,8 +70,8 @@ class CompressionPipeline:
         report: Callable[[StageRecord], None] | None = None,
     ) -> None:
         self.trainer, self.config = trainer, config
-        self.args = compression_args or CompressionArguments()
-        check_compression(trainer, config, self.args)
+        self.args = CompressionArguments() if compression_args is None else compression_args
+        check_compression(trainer, config, self.args, teacher)
         self.given_teacher = teacher
         self.teacher: Teacher | None = None
         self.report = report

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from huggingface_hub import ModelCard, ModelCardData, upload_folder
 
+from ..argument_checks import require_output_folder
 from ..durable_files import new_file
 from ..files import read_json
 from ..repository import CARD, TAG, create_repository, existing_card, find_file
@@ -22,6 +23,7 @@ class HubConfigMixin:
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
         """Write the config's JSON file into a folder, which is created if missing."""
+        save_directory = require_output_folder("save_directory", save_directory)
         os.makedirs(save_directory, exist_ok=True)
         path = os.path.join(save_directory, self.file_name)
         with new_file(path) as part, open(part, "w", encoding="utf-8") as file:
@@ -39,7 +41,7 @@ class HubConfigMixin:
         Raises:
             FileNotFoundError: naming the missing file.
             ValueError: naming the file, if it is damaged, or an invalid field.
-            TypeError: if the file is a config of another class.
+            TypeError: if the file is a config of another class, or the path is something else.
         """
         hint = f"write it with {cls.__name__}.save_pretrained(folder) or push_to_hub(repo_id)"
         file_name = find_file(path, cls.file_name, hint, **kwargs)

@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, ClassVar
 
+from ..argument_checks import require_instance
 from ..registry import Registry
 from .checks import (
     boolean,
@@ -176,6 +177,10 @@ class QuantNoiseConfig(HubConfigMixin, Options):
         The noise is ``"proxy"`` for an :class:`IPQConfig`, ``"intN"`` for a
         :class:`FixedPointConfig`. ``overrides`` are fields of this class.
         """
+        require_instance(
+            "quantization_config", quantization_config, QuantizedModelConfig,
+            "an IPQConfig or a FixedPointConfig", "pass the config of the compressed model",
+        )  # fmt: skip
         return cls(**{**quantization_config.noise_settings(), **overrides})
 
     def to_dict(self) -> dict[str, Any]:

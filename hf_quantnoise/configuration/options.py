@@ -19,6 +19,7 @@ from functools import cache
 from inspect import getdoc
 from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
+from ..argument_checks import describe, require_instance
 from ..registry import suggestion
 from .checks import Check
 
@@ -67,7 +68,16 @@ class Options:
     # read with a warning.
     removed: ClassVar[Mapping[str, str]] = {}
 
+    # Whether arguments need a name: the first field of a subclass is that of its base.
+    keywords_only: ClassVar[bool] = False
+
     def __new__(cls, *args: Any, **kwargs: Any):
+        if args and cls.keywords_only:
+            first = next(name for name in options_of(cls) if name in cls.__annotations__)
+            raise TypeError(
+                f"invalid argument of {cls.__name__}: got {describe(args[0])} without a name, "
+                f"expected keywords only; write e.g. {cls.__name__}({first}=...)"
+            )
         for name in kwargs.keys() - options_of(cls).keys():
             hint = unknown_option(cls, name)
             raise TypeError(f"{cls.__name__}() got an unexpected keyword argument {name!r}{hint}")
@@ -104,6 +114,7 @@ def warn_removed(name: str, reason: str) -> None:
 
 def values_of_file(config: type[Options], values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the keyword arguments that a config's JSON holds; unknown fields raise an error."""
+    require_instance(config.__name__, values, Mapping, "a dict of its fields", "see to_dict()")
     values = drop_removed(config.removed, values)
     for name in values.keys() - options_of(config).keys():
         hint = unknown_option(config, name)

@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..argument_checks import require_instance
 from ..files import MAX_NAME_LENGTH
 from ..registry import Registry
 from ..structure import GROUPS
@@ -76,6 +77,8 @@ def _is_count(value: Any) -> bool:
 @dataclass(repr=False)
 class QuantizedModelConfig(HubConfigMixin, Options, QuantizationConfigMixin):
     """Base of the quantization configs of all schemes."""
+
+    keywords_only: ClassVar[bool] = True
 
     target_modules: Annotated[str | list[str] | None, patterns] = option(
         None, "Layers to quantize: a regex for full names, or a list of names and suffixes."
@@ -195,6 +198,7 @@ class QuantizedModelConfig(HubConfigMixin, Options, QuantizationConfigMixin):
         cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
     ) -> Any:
         """Return the config of :meth:`to_dict`, of any scheme; unknown fields raise an error."""
+        require_instance(cls.__name__, config_dict, dict, "a dict of its fields", "see to_dict()")
         # First: a newer format may have schemes and fields that are unknown here.
         check_format(config_dict.get("format_version", FORMAT_VERSION), config_dict.get("requires"))
         values = {key: value for key, value in config_dict.items() if key not in HEAD}

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from transformers import AqlmConfig, PreTrainedModel
 
+from ..argument_checks import require_output_folder
 from ..compat import init_weights_function, should_convert_module
 from ..hub.processing import save_processing
 from ..model_folders import replaced_model
@@ -111,6 +112,7 @@ def export_aqlm(model: PreTrainedModel, folder: str | os.PathLike) -> AqlmExport
             layer that fits AQLM's layout.
     """
     require_packed(model, "export_aqlm")
+    folder = Path(require_output_folder("folder", folder))
     layers_by_setting, dense = _group_by_setting(model)
     if not layers_by_setting:
         reason = Counter(dense.values()).most_common(1)[0][0]
@@ -139,7 +141,6 @@ def export_aqlm(model: PreTrainedModel, folder: str | os.PathLike) -> AqlmExport
     with replaced_model(folder) as part:
         exported.save_pretrained(part)
         save_processing(model, part, os.fspath(folder))
-    folder = Path(folder)
     disk_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     return AqlmExport(folder, setting, names, dense, disk_bytes)
 

@@ -22,6 +22,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..argument_checks import (
+    require_instance,
+    require_output_folder,
+    require_tensors,
+    run_batch,
+)
 from ..hub.processing import save_processing
 from ..model_folders import replaced_model
 from ..modeling import packed_layers
@@ -118,6 +124,11 @@ def export_onnx(
             not run on them.
     """
     require_packed(model, "export_onnx")
+    folder = Path(require_output_folder("folder", folder))
+    if inputs is not None:
+        expected, way_out = "a dict of tensors by name", "pass e.g. {'input_ids': ids}"
+        require_instance("inputs", inputs, Mapping, expected, way_out)
+        require_tensors("inputs", inputs)
     if model.config.is_encoder_decoder or model.can_generate():
         raise ValueError(
             f"export_onnx: {type(model).__name__} has a decoder that generates token by token, and "
@@ -127,19 +138,12 @@ def export_onnx(
     onnxscript = _onnxscript()
     stored = _with_stored_state(model)
     inputs = dict(inputs or _example_inputs(model))
-    try:
-        outputs = stored(**inputs, return_dict=True)
-    except Exception as error:  # whatever the model raises
-        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in inputs.items())
-        raise ValueError(
-            f"export_onnx: {type(model).__name__} does not run on the example batch ({shapes}): "
-            f"{error}; pass a batch that it takes, inputs={{name: tensor}}"
-        ) from error
+    call = "pass a batch that it takes, inputs={name: tensor}"
+    outputs = run_batch(stored, {**inputs, "return_dict": True}, "inputs", call)
     outputs = tuple(name for name, value in outputs.items() if isinstance(value, Tensor))
     program = _traced(stored, inputs, outputs)
     onnxscript.optimizer.optimize_ir(program.model, should_fold=_may_fold)
     _strip_metadata(program.model)
-    folder = Path(folder)
     config = deepcopy(model.config)
     del config.quantization_config
     with replaced_model(folder) as part:

@@ -15,11 +15,13 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, cached_file
 
+from ..argument_checks import require_path, shorten
 from ..configuration import QUANT_METHOD
 from ..configuration.checks import shown
 from ..files import headers_in, read_json
 from ..model_folders import require_not_interrupted
 from ..modeling.value_check import values_unchecked
+from ..repository import is_repository_name
 from ..text import printable
 from .model_classes import HUB_KWARGS, model_class_of
 
@@ -55,8 +57,9 @@ class AutoQuantizedModel:
         Raises:
             ValueError: if the checkpoint is not from this package, or a file is corrupted.
             OSError: if a file is missing.
+            TypeError: if the path is something else.
         """
-        path = os.fspath(pretrained_model_name_or_path)
+        path = require_path("pretrained_model_name_or_path", pretrained_model_name_or_path)
         require_not_interrupted(os.path.join(path, kwargs.get("subfolder") or ""))
         # By default transformers would ask on the terminal, and wait for an answer.
         kwargs.setdefault(TRUST, False)
@@ -65,7 +68,7 @@ class AutoQuantizedModel:
         if isinstance(config, str | os.PathLike):
             config_path = os.fspath(config)
             config = kwargs["config"] = read_config(config_path, **config_kwargs)
-        config = config or read_config(path, **config_kwargs)
+        config = config or _config_of(path, **config_kwargs)
         _check_method(config_path, getattr(config, "quantization_config", None))
         loader = cls.auto_class or model_class_of(config, config_path, **config_kwargs)
         if loader is None:
@@ -155,6 +158,29 @@ def _damaged_files_named(path: str, kwargs: dict[str, Any]) -> Iterator[None]:
                 f"({printable(error)}); restore config.json and the files from one save"
             ) from error
         raise
+
+
+def _config_of(path: str, **kwargs: Any) -> PreTrainedConfig:
+    """Return the config of a saved model; the error says what is at the path instead."""
+    if os.path.isfile(path):
+        raise ValueError(f"{path!r} is a file; pass the folder of the saved model")
+    if os.path.isdir(path):
+        file = os.path.join(path, kwargs.get("subfolder") or "", CONFIG_NAME)
+        if not os.path.isfile(file):
+            raise FileNotFoundError(
+                f"{file!r} is missing; pass the folder that save_pretrained has written"
+            )
+    elif not is_repository_name(path):
+        raise FileNotFoundError(
+            f"{path!r} is neither a folder nor a valid name of a repository; check the path"
+        )
+    try:
+        return read_config(path, **kwargs)
+    except OSError as error:
+        raise OSError(
+            f"cannot load {path!r}: it is not a folder, and cannot be read as a repository "
+            f"({shorten(str(error))}); check the name"
+        ) from error
 
 
 def _check_method(path: str, quantization: Any) -> None:

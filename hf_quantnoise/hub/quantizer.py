@@ -9,6 +9,8 @@ instead of starting from random weights.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -16,6 +18,7 @@ from transformers.quantizers import register_quantization_config, register_quant
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
+from ..argument_checks import require_instance
 from ..compat import (
     DisableTorchFunction,
     has_adapter,
@@ -68,6 +71,11 @@ class QuantNoiseHfQuantizer(HfQuantizer):
     """Loads, saves and dequantizes models compressed by this package."""
 
     quantization_config: QuantizedModelConfig
+
+    def __init__(self, quantization_config: QuantizedModelConfig, **kwargs: Any) -> None:
+        kinds = "an IPQConfig or a FixedPointConfig"
+        require_instance("quantization_config", quantization_config, QuantizedModelConfig, kinds)
+        super().__init__(quantization_config, **kwargs)
 
     # ---- asked by transformers before it trains, saves or compiles -------------------------------
 

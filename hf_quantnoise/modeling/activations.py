@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
+from ..argument_checks import run_batch
 from ..distributed import broadcast_from_rank_0, on_any_rank, sum_over_ranks, widest_over_ranks
 from ..layer_types import known_layer_type
 from ..quantizers import FixedPointQuantizer
@@ -143,7 +144,7 @@ def calibrate(
     if not observers:
         return
     require_batches(batches)
-    forward = forward or (lambda batch: model(**batch))
+    forward = forward or (lambda batch: run_batch(model, batch))
     with evaluating(model), ExitStack() as restored:
         for layer, observer in observers.items():
             hook = layer.register_forward_pre_hook(observer.observe, with_kwargs=True)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..argument_checks import run_batch
 from ..blocks import matrix_shape
 from ..distributed import broadcast_from_rank_0, on_any_rank, sum_over_ranks
 from ..layer_types import known_layer_type
@@ -141,7 +142,7 @@ def measure_importance(
         (1, columns), (rows, 1) for a table, (rows, columns) for a grouped convolution and for a
         table that is also a head.
     """
-    forward = forward or (lambda batch: model(**batch))
+    forward = forward or (lambda batch: run_batch(model, batch))
     with _measuring(model, weights) as statistics:
         for batch in batches:
             statistics.padding.begin(batch)

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
+from ..argument_checks import require_model, run_batch
 from ..blocks import weight_matrix
 from ..compat import stop_rescaling
 from ..configuration import IPQConfig, QuantizedModelConfig
@@ -101,7 +102,7 @@ class ModelPacker:
             return
         require_batches(batches, self.config.reads_data)
         weights = list(chain.from_iterable(self.stages.values()))
-        forward = forward or (lambda batch: self.planned(**batch))
+        forward = forward or (lambda batch: run_batch(self.planned, batch))
         rounded = [
             layer
             for planned in weights
@@ -254,17 +255,14 @@ def check_can_be_packed(model: nn.Module) -> None:
             "merge them first, and use the result of peft_model.merge_and_unload() (in a trainer: "
             "trainer.model = trainer.model.merge_and_unload())"
         )
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(
-            f"invalid model: got {type(model).__name__}, expected a transformers PreTrainedModel; "
-            "unwrap it first, e.g. with accelerator.unwrap_model(model)"
-        )
+    require_model(model)
     if any(packed_layers(model)):
         raise ValueError(
             "the model is already quantized; call model.dequantize() first, or load the dense model"
         )
     if getattr(model, "is_quantized", False):
-        method = getattr(model, "quantization_method", "another method")
+        method = getattr(model, "quantization_method", None) or "another method"
         raise ValueError(
-            f"the model is already quantized with {method}; load the dense checkpoint instead"
+            f"the model is already quantized with {getattr(method, 'value', method)}; load the "
+            "dense checkpoint instead"
         )

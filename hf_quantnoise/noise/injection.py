@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from ..argument_checks import require_instance, require_model
 from ..configuration import NOISES, QuantNoiseConfig
 from ..sharing import LayerSharing, chunks_of
 from ..structure import (
@@ -52,15 +53,15 @@ def apply_quant_noise(model: nn.Module, qn_config: QuantNoiseConfig) -> nn.Modul
         The same object.
 
     Raises:
-        TypeError: if ``qn_config`` is not a QuantNoiseConfig.
+        TypeError: if the model is not a module, or ``qn_config`` not a QuantNoiseConfig.
         ValueError: if the model has noise already, is fully quantized, or has no layer that can
             get the noise; the model is unchanged then.
     """
-    if not isinstance(qn_config, QuantNoiseConfig):
-        raise TypeError(
-            f"invalid qn_config: got {type(qn_config).__name__}, expected a QuantNoiseConfig, "
-            "e.g. apply_quant_noise(model, QuantNoiseConfig(noise='proxy', p=0.1))"
-        )
+    require_model(model, nn.Module)
+    require_instance(
+        "qn_config", qn_config, QuantNoiseConfig, "a QuantNoiseConfig",
+        "call e.g. apply_quant_noise(model, QuantNoiseConfig(noise='proxy', p=0.1))",
+    )  # fmt: skip
     if find_state(model) is not None or any(map(is_noisy, model.modules())):
         raise ValueError(
             "the model has quantization noise already; call remove_quant_noise(model) first, or "
@@ -120,7 +121,11 @@ def remove_quant_noise(model: nn.Module) -> nn.Module:
 
     Objects, classes, keys and parameters are those from before the noise was applied; layers that
     shared weights get a copy each. A model without noise is returned unchanged.
+
+    Raises:
+        TypeError: if the model is not a module.
     """
+    require_model(model, nn.Module)
     if (state := find_state(model)) is not None:
         state.sharing.undo()
     for module in model.modules():

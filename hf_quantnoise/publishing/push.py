@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import ModelCard
 from transformers import PreTrainedModel
 
+from ..argument_checks import require_instance, require_model, require_output_folder
 from ..durable_files import new_file
 from ..hub.card import CARD_ATTRIBUTE, TAGS
 from ..hub.processing import save_processing
@@ -52,6 +53,15 @@ def merge_cards(new: ModelCard, existing: ModelCard | None) -> ModelCard:
     return new
 
 
+def _require_card_of_model(model: Any, card: Any) -> None:
+    """Raise a ``TypeError`` unless both are what their names say; adapters are allowed."""
+    if not hasattr(model, "get_base_model"):
+        require_model(model)
+    if card is not None:
+        way_out = "pass e.g. QuantNoiseCard(title='...')"
+        require_instance("card", card, QuantNoiseCard, "a QuantNoiseCard", way_out)
+
+
 def write_model_card(
     model: PreTrainedModel, folder: str | os.PathLike, card: QuantNoiseCard | None = None
 ) -> str:
@@ -66,8 +76,12 @@ def write_model_card(
 
     Returns:
         The path of the file.
+
+    Raises:
+        TypeError: if an argument is something else.
     """
-    path = os.path.join(folder, CARD)
+    _require_card_of_model(model, card)
+    path = os.path.join(require_output_folder("folder", folder), CARD)
     existing = read_card(path) if os.path.isfile(path) else None
     merged = merge_cards((card or card_of(model)).render(model), existing)
     with new_file(path) as part:
@@ -106,7 +120,12 @@ def push_to_hub(
 
     Returns:
         A ``huggingface_hub.CommitInfo``.
+
+    Raises:
+        TypeError: if an argument is something else.
+        ValueError: if ``repo_id`` is not a valid name.
     """
+    _require_card_of_model(model, card)
     repo_id = create_repository(
         repo_id, private=private, token=token, revision=revision, create_pr=create_pr
     )

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from argparse import SUPPRESS, Action
 from dataclasses import dataclass, field, make_dataclass
 from typing import Any, Literal
 
+import torch
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -30,6 +32,10 @@ from ..configuration.flags import (
 )
 from ..configuration.options import drop_removed, option, options_of, warn_removed
 from ..registry import suggestion
+from .example_data import FileArguments
+from .known_flags import ELSEWHERE, check_training_flags, elsewhere
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -62,6 +68,9 @@ class ModelArguments:
 
     def load_model(self, auto_class: Any, config: PretrainedConfig) -> PreTrainedModel:
         """Load the checkpoint with the head of a config."""
+        stored = config.dtype
+        if self.dtype == "float32" and stored not in (None, torch.float32):
+            logger.warning("The checkpoint's weights are %s; they are loaded as float32.", stored)
         return auto_class.from_pretrained(
             self.model_name_or_path,
             config=config,
@@ -111,15 +120,8 @@ def _noise_flags() -> list[tuple]:
     return flags
 
 
-@dataclass
-class CompressionFlags(make_dataclass("_Flags", _noise_flags(), bases=(QuantizationFlags,))):
-    """Flags of noise and compressed model, and of the run."""
-
-    compress: bool = option(True, "Compress the finetuned model.")
-    resume_compression: bool = option(False, "Resume a run that was interrupted in compression.")
-    teacher_name_or_path: str | None = option(
-        None, "Teacher of the stages, with the same labels; default: the finetuned model."
-    )
+class ConfigFlags(make_dataclass("_Flags", _noise_flags(), bases=(QuantizationFlags,))):
+    """Flags of noise and compressed model."""
 
     def noise_config(self, seed: int) -> QuantNoiseConfig | None:
         """Return the noise to train with; None for ``--noise none``."""
@@ -134,10 +136,22 @@ class CompressionFlags(make_dataclass("_Flags", _noise_flags(), bases=(Quantizat
 
 
 @dataclass
+class CompressionFlags(ConfigFlags):
+    """Flags of noise and compressed model, and of the run."""
+
+    compress: bool = option(True, "Compress the finetuned model.")
+    resume_compression: bool = option(False, "Resume a run that was interrupted in compression.")
+    teacher_name_or_path: str | None = option(
+        None, "Teacher of the stages, with the same labels; default: the finetuned model."
+    )
+
+
+@dataclass
 class RunTrainingArguments(TrainingArguments):
     """``TrainingArguments`` in which ``--do_train`` and ``--do_eval`` have other defaults.
 
-    Without both flags a run does both. If only one is passed, the other is its opposite.
+    Without both flags a run does both, unless ``--do_predict`` is passed. If only one is passed,
+    the other is its opposite.
     """
 
     do_train: bool | None = field(
@@ -149,6 +163,8 @@ class RunTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         given_train, given_eval = self.do_train, self.do_eval
+        if given_train is None and given_eval is None and self.do_predict:
+            given_train = given_eval = False
         self.do_train = not given_eval if given_train is None else given_train
         self.do_eval = not given_train if given_eval is None else given_eval
         super().__post_init__()
@@ -168,8 +184,10 @@ class Arguments:
     quantization: QuantizedModelConfig = field(init=False)
 
     def __post_init__(self) -> None:
+        self.data.check_quantization(self.flags)
         self.noise = self.flags.noise_config(self.training.seed)
         self.quantization = self.flags.config(self.training.seed)
+        check_training_flags(self)
 
     @property
     def finetunes_stages(self) -> bool:
@@ -178,10 +196,11 @@ class Arguments:
 
     @property
     def splits(self) -> list[str]:
-        """The splits that the run needs: ``"train"``, ``"validation"``, or both."""
+        """The splits that the run needs, of ``"train"``, ``"validation"`` and ``"test"``."""
         needed = {
             "train": self.training.do_train or self.finetunes_stages,
             "validation": self.training.do_eval,
+            "test": self.training.do_predict,
         }
         return [split for split, is_needed in needed.items() if is_needed]
 
@@ -220,7 +239,8 @@ class _RemovedFlag(Action):
 class RunParser(OneLineErrors, HfArgumentParser):
     """Parser of an example's dataclasses, or of one JSON file with their fields."""
 
-    def __init__(self, data_class: type, **kwargs: Any) -> None:
+    def __init__(self, data_class: type[FileArguments], **kwargs: Any) -> None:
+        self.elsewhere = {**ELSEWHERE, **data_class.elsewhere}
         flags = (ModelArguments, data_class, CompressionFlags, CompressionArguments)
         super().__init__([*flags, RunTrainingArguments], formatter_class=HelpFormatter, **kwargs)
         for name in CompressionArguments.removed:
@@ -237,7 +257,8 @@ class RunParser(OneLineErrors, HfArgumentParser):
         with errors_name_flags(names):
             *parts, unknown = self.parse_args_into_dataclasses(words, return_remaining_strings=True)
         if unknown:
-            raise ValueError(unknown_flags(unknown, self._option_string_actions))
+            other = elsewhere(unknown, self.elsewhere)
+            raise ValueError(other or unknown_flags(unknown, self._option_string_actions))
         return Arguments(words, *parts)
 
     def _read_file(self, file_name: str) -> tuple:
@@ -250,5 +271,7 @@ class RunParser(OneLineErrors, HfArgumentParser):
         known = {f.name for kind in self.dataclass_types for f in dataclasses.fields(kind)}
         for name in values:
             if name not in known:
-                raise ValueError(f"unknown field {name!r} in {file_name}{suggestion(name, known)}")
+                hint = elsewhere([name], self.elsewhere)
+                hint = f": {hint}" if hint else suggestion(name, known)
+                raise ValueError(f"unknown field {name!r} in {file_name}{hint}")
         return self.parse_dict(values)

@@ -9,16 +9,22 @@ counts as a word).
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from datasets import Dataset, load_dataset
 from transformers import AutoModelForCausalLM, default_data_collator
 
+from ..configuration.flags import parse_int_or_dict
 from ..configuration.options import option
 from .arguments import Arguments
 from .compression_run import Example, Job
 from .example_data import SplitArguments, check_column, check_minimum
+from .known_flags import TEXT_ELSEWHERE
+
+# Larger ones are lengths of sequences: that is what transformers' run_clm.py calls a block.
+MAX_BLOCK_SIZE = 32
 
 
 @dataclass
@@ -26,6 +32,8 @@ class TextArguments(SplitArguments):
     """Data to train and evaluate on."""
 
     file_kind: ClassVar[str] = "a UTF-8 text file"
+    elsewhere: ClassVar[Mapping[str, str]] = TEXT_ELSEWHERE
+    needs_predictions: ClassVar[bool] = False
 
     dataset_config_name: str | None = option(None, "Configuration of the dataset on the Hub.")
     text_column: str = option("text", "Text column of the dataset on the Hub.")
@@ -34,6 +42,16 @@ class TextArguments(SplitArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_minimum(self, 2, "sequence_length")
+
+    def check_quantization(self, flags: Any) -> None:
+        """Refuse a ``--block_size`` that looks like the one of other scripts."""
+        size = parse_int_or_dict("block_size", flags.block_size)
+        if isinstance(size, int) and size > MAX_BLOCK_SIZE:
+            raise ValueError(
+                f"invalid --block_size {size}: it is the number of weights per quantization block, "
+                f"expected at most {MAX_BLOCK_SIZE} for this task; use --sequence_length {size} "
+                "for the number of tokens per example"
+            )
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ class Row:
     model: str
     megabytes: float  # of weights on disk, see :func:`weights_mb`
     score: float | None = None  # None: not evaluated
+    more: tuple[float | None, ...] = ()  # scores of further columns
 
 
 def weights_mb(folder: str | Path) -> float:
@@ -24,13 +25,13 @@ def weights_mb(folder: str | Path) -> float:
     return sum(file.stat().st_size for file in files) / 1e6
 
 
-def closing_table(rows: Sequence[Row], metric: str = "accuracy") -> str:
+def closing_table(rows: Sequence[Row], *metrics: str) -> str:
     """Return the table of an uncompressed model (the first row) and of compressed ones."""
-    lines = [("model", "MB on disk", "times smaller", metric)]
+    lines = [("model", "MB on disk", "times smaller", *(metrics or ("accuracy",)))]
     for row in rows:
         smaller = rows[0].megabytes / row.megabytes
-        score = "" if row.score is None else f"{row.score:.4f}"
-        lines.append((row.model, f"{row.megabytes:.3f}", f"{smaller:.1f}", score))
+        scores = ("" if score is None else f"{score:.4f}" for score in (row.score, *row.more))
+        lines.append((row.model, f"{row.megabytes:.3f}", f"{smaller:.1f}", *scores))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     aligned = [
         "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])

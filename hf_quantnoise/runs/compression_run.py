@@ -17,6 +17,7 @@ from typing import Any
 import datasets
 import torch
 import transformers
+from datasets import Dataset
 from transformers import PreTrainedModel, Trainer, set_seed
 
 from ..compression import check_compression, check_plan
@@ -40,13 +41,20 @@ class Job:
     metric: str  # of the closing table
     task: str  # name on the Hub, for the model card, as is the dataset's
     dataset: str | None = None
+    # Evaluated besides eval_dataset, by the suffix of their metrics.
+    more_eval_datasets: dict[str, Dataset] = field(default_factory=dict)
+    # Predicted by --do_predict, by the name of the file; and the text of each prediction.
+    test_datasets: dict[str, Dataset] = field(default_factory=dict)
+    prediction_texts: Callable[[Any], list[str]] = list
     # Computes more metrics from those of evaluate (perplexity from loss).
     add_scores: Callable[[dict[str, float]], dict[str, float]] = field(default=dict)
 
     def scores(self, trainer: Trainer) -> dict[str, float]:
         """Evaluate; return the metrics without prefix, and those that the example adds."""
-        metrics = trainer.evaluate().items()
-        scores = {name.removeprefix("eval_"): value for name, value in metrics}
+        scores = {}
+        for suffix, rows in {"": None, **self.more_eval_datasets}.items():
+            for name, value in trainer.evaluate(rows).items():
+                scores[name.removeprefix("eval_") + suffix] = value
         return {**scores, **self.add_scores(scores)}
 
 
@@ -127,6 +135,8 @@ class _Run:
         if self.quantization is not None:
             self.results.add(compressed=self.compress())
             self.results.add(reloaded=self.reload())
+        elif self.training.do_predict:
+            self.results.add(predictions=self.predict(self.trainer))
         if self.push_at_end and self.training.should_save:
             self.push(self.folder(DENSE if self.quantization is None else COMPRESSED))
         if self.training.process_index == 0:
@@ -192,9 +202,25 @@ class _Run:
                 raise RuntimeError(
                     f"the model loaded from {folder!r} has other logits than the model in memory"
                 )
+        trainer = Trainer(loaded, self.training, **parts)
         if self.training.do_eval:
-            results["metrics"] = self.job.scores(Trainer(loaded, self.training, **parts))
+            results["metrics"] = self.job.scores(trainer)
+        if self.training.do_predict:
+            results["predictions"] = self.predict(trainer)
         return results
+
+    def predict(self, trainer: Trainer) -> list[str]:
+        """Write a file of predictions for each test set; return the files."""
+        files = []
+        for name, rows in self.job.test_datasets.items():
+            predictions = trainer.predict(rows, metric_key_prefix="predict").predictions
+            texts = enumerate(self.job.prediction_texts(predictions))
+            lines = ["index\tprediction", *(f"{index}\t{text}" for index, text in texts)]
+            files.append(os.path.join(self.training.output_dir, f"{name}.txt"))
+            if self.training.should_save:
+                with open(files[-1], "w", encoding="utf-8") as file:
+                    file.write("\n".join(lines) + "\n")
+        return files
 
     def push(self, folder: str) -> None:
         """Upload the files that were checked, with a model card that names the repository."""
@@ -215,12 +241,17 @@ class _Run:
         values, metric = self.results.values, self.job.metric
         dense, compressed = values["dense"], values.get("compressed")
         kind = "finetuned" if "training" in dense else "given"
-        score = dense.get("metrics", {}).get(metric)
-        rows = [Row(f"{kind}, {dense['dtype']}", dense["bytes"] / 1e6, score)]
+        metrics = [metric, *(metric + suffix for suffix in self.job.more_eval_datasets)]
+
+        def row(name: str, size: int, scores: dict) -> Row:
+            score, *more = map(scores.get, metrics)
+            return Row(name, size / 1e6, score, tuple(more))
+
+        rows = [row(f"{kind}, {dense['dtype']}", dense["bytes"], dense.get("metrics", {}))]
         if compressed is not None:
-            score = values["reloaded"].get("metrics", {}).get(metric)
-            rows.append(Row("compressed, reloaded", compressed["bytes"] / 1e6, score))
-        return closing_table(rows, metric)
+            scores = values["reloaded"].get("metrics", {})
+            rows.append(row("compressed, reloaded", compressed["bytes"], scores))
+        return closing_table(rows, *metrics)
 
 
 @dataclass(frozen=True)
@@ -233,8 +264,11 @@ class Example:
 
     def parse(self, argv: list[str] | None = None, prog: str | None = None) -> Arguments:
         """Parse a command line; ``argv`` and ``prog`` default to those of the process."""
-        parser = RunParser(self.data_class, description=self.description, prog=prog)
-        return parser.parse(sys.argv[1:] if argv is None else list(argv))
+        return self.parser(prog).parse(sys.argv[1:] if argv is None else list(argv))
+
+    def parser(self, prog: str | None = None) -> RunParser:
+        """Return the parser of the example's command line."""
+        return RunParser(self.data_class, description=self.description, prog=prog)
 
     def run(self, args: Arguments) -> dict:
         """Run a command line; return the content of ``results.json``."""

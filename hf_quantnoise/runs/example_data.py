@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -66,6 +67,10 @@ def truncate(rows: Dataset | None, count: int | None) -> Dataset | None:
 class FileArguments:
     """Training and validation data in files."""
 
+    elsewhere: ClassVar[Mapping[str, str]] = {}  # flag of other scripts -> what to do instead
+    predicts: ClassVar[bool] = False  # whether --do_predict is supported
+    needs_predictions: ClassVar[bool] = True  # for the metrics of the closing table
+
     train_file: str | None = option(None, "File of training data.")
     validation_file: str | None = option(None, "File of validation data.")
     max_train_samples: int | None = option(None, "Truncate the training data to N examples.")
@@ -73,6 +78,9 @@ class FileArguments:
 
     def __post_init__(self) -> None:
         check_minimum(self, 1, "max_train_samples", "max_eval_samples")
+
+    def check_quantization(self, flags: Any) -> None:
+        """Raise a ``ValueError`` for a quantization flag with another meaning in other scripts."""
 
     def limit(self, split: str) -> int | None:
         """Return the maximum number of examples of a split."""

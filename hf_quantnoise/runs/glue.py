@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from functools import partial
 
 from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
@@ -11,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, DataCollatorWithPad
 from .arguments import Arguments
 from .compression_run import Example, Job
 from .glue_data import DataArguments, GlueData, load_glue_data
-from .glue_labels import metrics_function
+from .glue_labels import metrics_function, prediction_texts
 
 logger = logging.getLogger(__name__)
 
@@ -30,14 +31,14 @@ def tokenize(data: GlueData, tokenizer, args: DataArguments, model_limit: int | 
         padding = "max_length" if args.pad_to_max_length else False
         encoded = tokenizer(*texts, padding=padding, max_length=length, truncation=True)
         to_target = float if data.is_regression else data.label_values.__getitem__
-        encoded["label"] = [to_target(label) for label in examples[raw_label]]
+        if raw_label in examples:
+            encoded["label"] = [to_target(label) for label in examples[raw_label]]
         return encoded
 
-    def apply(dataset: Dataset | None) -> Dataset | None:
-        if dataset is None:
-            return None
+    def apply(dataset: Dataset, has_labels: bool = True) -> Dataset:
         # Under the old name, map would cast the ids to the type of the labels in the file.
-        dataset = dataset.rename_column(args.label_column, raw_label)
+        if has_labels:
+            dataset = dataset.rename_column(args.label_column, raw_label)
         return dataset.map(
             encode,
             batched=True,
@@ -46,7 +47,13 @@ def tokenize(data: GlueData, tokenizer, args: DataArguments, model_limit: int | 
             desc="Tokenizing",
         )
 
-    return replace(data, train=apply(data.train), validation=apply(data.validation))
+    return replace(
+        data,
+        train=data.train and apply(data.train),
+        validation=data.validation and apply(data.validation),
+        mismatched={suffix: apply(rows) for suffix, rows in data.mismatched.items()},
+        test={suffix: apply(rows, False) for suffix, rows in data.test.items()},
+    )
 
 
 def prepare(args: Arguments) -> Job:
@@ -79,6 +86,13 @@ def prepare(args: Arguments) -> Job:
         metric=data.metrics[0],
         task="text-classification",
         dataset=args.data.task_name,
+        more_eval_datasets=data.mismatched,
+        test_datasets={
+            "_".join(filter(None, ("predict_results", args.data.task_name)))
+            + suffix.replace("_", "-"): rows
+            for suffix, rows in data.test.items()
+        },
+        prediction_texts=partial(prediction_texts, label_names=data.label_names),
     )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 from datasets import Dataset, load_dataset
 from transformers import PretrainedConfig
@@ -11,7 +12,8 @@ from transformers import PretrainedConfig
 from ..configuration.options import option
 from .arguments import ModelArguments
 from .example_data import FileArguments, check_column, check_minimum, read_table, truncate
-from .glue_labels import find_labels
+from .glue_labels import find_labels, labels_of_checkpoint
+from .known_flags import GLUE_ELSEWHERE
 
 HUB_DATASET = "nyu-mll/glue"
 
@@ -22,12 +24,21 @@ class Task:
 
     keys: tuple[str, str | None]
     metrics: tuple[str, ...] = ("accuracy",)
-    validation_split: str = "validation"
+    # Splits on the Hub besides those of the usual names: split -> suffix of metrics -> name.
+    splits: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+    def hub_splits(self, split: str) -> Mapping[str, str]:
+        """Return the names on the Hub of a split, by the suffix of their metrics."""
+        return self.splits.get(split, {"": split})
 
 
+_MNLI = {
+    split: {"": f"{split}_matched", "_mm": f"{split}_mismatched"}
+    for split in ("validation", "test")
+}
 TASKS = {
     "cola": Task(("sentence", None), ("matthews_correlation",)),
-    "mnli": Task(("premise", "hypothesis"), validation_split="validation_matched"),
+    "mnli": Task(("premise", "hypothesis"), splits=_MNLI),
     "mrpc": Task(("sentence1", "sentence2"), ("f1", "accuracy")),
     "qnli": Task(("question", "sentence")),
     "qqp": Task(("question1", "question2"), ("f1", "accuracy")),
@@ -42,8 +53,15 @@ KNOWN_KEYS += (("sentence", None), ("text", None))
 
 @dataclass
 class DataArguments(FileArguments):
-    """Data to train and evaluate on."""
+    """Data to train and evaluate on, and to predict."""
 
+    elsewhere: ClassVar[Mapping[str, str]] = GLUE_ELSEWHERE
+    predicts: ClassVar[bool] = True
+
+    test_file: str | None = option(
+        None, "File of --do_predict, which writes predict_results_TASK.txt. Needs no labels."
+    )
+    max_predict_samples: int | None = option(None, "Truncate the test data to N examples.")
     task_name: str | None = option(
         None,
         f"GLUE task: {', '.join(TASKS)}. Loaded from {HUB_DATASET} on the Hub, unless files are "
@@ -69,7 +87,7 @@ class DataArguments(FileArguments):
                     "without it, pass --train_file and --validation_file"
                 )
         super().__post_init__()
-        check_minimum(self, 1, "max_seq_length")
+        check_minimum(self, 1, "max_seq_length", "max_predict_samples")
         if self.sentence2_key and not self.sentence1_key:
             raise ValueError(f"--sentence2_key {self.sentence2_key!r} requires --sentence1_key")
 
@@ -81,19 +99,27 @@ class DataArguments(FileArguments):
     @property
     def from_files(self) -> bool:
         """Whether the data comes from local files."""
-        return bool(self.train_file or self.validation_file)
+        return bool(self.train_file or self.validation_file or self.test_file)
 
     @property
     def has_train_data(self) -> bool:
-        return bool(self.train_file or (self.task_name and not self.validation_file))
+        return bool(self.train_file or (self.task_name and not self.from_files))
+
+    def limit(self, split: str) -> int | None:
+        return self.max_predict_samples if split == "test" else super().limit(split)
 
 
 @dataclass
 class GlueData:
-    """The datasets (or None), their columns, labels and metrics."""
+    """The datasets (or None), their columns, labels and metrics.
+
+    ``mismatched`` and ``test`` have more than one set for MNLI, by the suffix of their metrics.
+    """
 
     train: Dataset | None
     validation: Dataset | None
+    mismatched: dict[str, Dataset]
+    test: dict[str, Dataset]
     keys: tuple[str, str | None]
     label_values: dict | None  # label in the data -> id in the model; None for regression
     label_names: list[str] | None  # name of each id, for id2label; None for regression
@@ -105,8 +131,7 @@ class GlueData:
         return self.label_names is None
 
 
-def _read_hub(args: DataArguments, split: str, model: ModelArguments) -> Dataset:
-    name = "train" if split == "train" else args.task.validation_split
+def _read_hub(args: DataArguments, name: str, model: ModelArguments) -> Dataset:
     try:
         return load_dataset(
             HUB_DATASET, args.task_name, split=name, cache_dir=model.cache_dir, token=model.token
@@ -128,13 +153,15 @@ def _read_sets(
             f"{', '.join(TASKS)}) to load {HUB_DATASET} from the Hub"
         )
     sets = {}
-    for split, switch in (("train", "--do_train"), ("validation", "--do_eval")):
+    switches = {"train": "--do_train", "validation": "--do_eval", "test": "--do_predict"}
+    for split, switch in switches.items():
         flag = f"{split}_file"
         if (path := getattr(args, flag)) is not None:
             options = {"download_mode": "force_redownload"} if args.overwrite_cache else {}
             sets[flag] = read_table(flag, path, model.cache_dir, **options)
         elif split in splits and not args.from_files:
-            sets[flag] = _read_hub(args, split, model)
+            for suffix, name in args.task.hub_splits(split).items():
+                sets[flag + suffix] = _read_hub(args, name, model)
         elif split in splits:
             raise ValueError(f"missing --{flag}: {switch} needs it; pass it, or {switch} False")
     return sets
@@ -164,7 +191,10 @@ def _sentence_keys(data: Dataset, flag: str, args: DataArguments) -> tuple[str, 
 def _check_columns(sets: dict[str, Dataset], keys, args: DataArguments) -> None:
     for flag, data in sets.items():
         source = f"--{flag} {getattr(args, flag)!r}" if args.from_files else HUB_DATASET
-        check_column("label_column", args.label_column, data, source)
+        columns = [*filter(None, keys)]
+        if not flag.startswith("test"):
+            check_column("label_column", args.label_column, data, source)
+            columns.append(args.label_column)
         for i, key in enumerate(filter(None, keys), 1):
             if key not in data.column_names:
                 raise ValueError(
@@ -176,7 +206,7 @@ def _check_columns(sets: dict[str, Dataset], keys, args: DataArguments) -> None:
                     f"invalid --sentence{i}_key {key!r}: the column of {source} has "
                     f"{data.features[key]}, expected text"
                 )
-        for key in (*filter(None, keys), args.label_column):
+        for key in columns:
             if empty := data.data.column(key).null_count:
                 raise ValueError(
                     f"{source} has {empty} of {len(data)} rows with an empty column {key!r}; "
@@ -195,9 +225,13 @@ def load_glue_data(
     first = next(iter(sets))
     keys = _sentence_keys(sets[first], first, args)
     _check_columns(sets, keys, args)
-    values, names = find_labels(
-        sets, args.label_column, args.task_name, config, model.ignore_mismatched_sizes
-    )
+    labelled = {flag: rows for flag, rows in sets.items() if not flag.startswith("test")}
+    if labelled:
+        values, names = find_labels(
+            labelled, args.label_column, args.task_name, config, model.ignore_mismatched_sizes
+        )
+    else:
+        values, names = labels_of_checkpoint(args.task_name, config)
     default = ("pearson", "spearmanr") if names is None else ("accuracy",)
     metrics = args.task.metrics if args.task else default
     if "f1" in metrics and len(names) != 2:
@@ -205,14 +239,24 @@ def load_glue_data(
             f"invalid --task_name {args.task_name!r}: its metric F1 needs 2 labels, the data has "
             f"{names}"
         )
-    train_set, validation_set = sets.get("train_file"), sets.get("validation_file")
-    if train_set is not None and args.shuffle_train_dataset:
-        train_set = train_set.shuffle(seed=args.shuffle_seed)
+    if args.shuffle_train_dataset and "train_file" in sets:
+        sets["train_file"] = sets["train_file"].shuffle(seed=args.shuffle_seed)
+    for flag, rows in sets.items():
+        sets[flag] = truncate(rows, args.limit(flag.partition("_")[0]))
     return GlueData(
-        train=truncate(train_set, args.max_train_samples),
-        validation=truncate(validation_set, args.max_eval_samples),
+        train=sets.get("train_file"),
+        validation=sets.get("validation_file"),
+        mismatched=_by_suffix(sets, "validation_file_"),
+        test=_by_suffix(sets, "test_file"),
         keys=keys,
         label_values=values,
         label_names=names,
         metrics=metrics,
     )
+
+
+def _by_suffix(sets: dict[str, Dataset], start: str) -> dict[str, Dataset]:
+    """Return the sets of one split, by the suffix of their metrics: ``""``, ``"_mm"``."""
+    return {
+        flag.partition("_file")[2]: rows for flag, rows in sets.items() if flag.startswith(start)
+    }

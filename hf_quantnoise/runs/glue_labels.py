@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from datasets import ClassLabel, Dataset
@@ -14,18 +15,36 @@ from transformers import EvalPrediction, PretrainedConfig
 logger = logging.getLogger(__name__)
 
 REGRESSION_TASKS = ("stsb",)
+# Names of the labels of GLUE tasks, in the order of their ids on the Hub.
+LABELS = {
+    "cola": ("unacceptable", "acceptable"),
+    "mnli": ("entailment", "neutral", "contradiction"),
+    "mrpc": ("not_equivalent", "equivalent"),
+    "qnli": ("entailment", "not_entailment"),
+    "qqp": ("not_duplicate", "duplicate"),
+    "rte": ("entailment", "not_entailment"),
+    "sst2": ("negative", "positive"),
+    "wnli": ("not_entailment", "entailment"),
+}
 
 
 def _has_head(config: PretrainedConfig) -> bool:
     return any("ForSequenceClassification" in name for name in config.architectures or [])
 
 
-def labels_in(data: Dataset, column: str) -> tuple[list, list[str]]:
-    """Return the distinct labels of a dataset in order, and their names."""
+def labels_in(data: Dataset, column: str, task_name: str | None = None) -> tuple[list, list[str]]:
+    """Return the distinct labels of a dataset in order, and their names.
+
+    If they are ids or names of a GLUE task, these are all labels of the task.
+    """
     feature = data.features[column]
     if isinstance(feature, ClassLabel):
         return list(range(feature.num_classes)), list(feature.names)
     values = sorted(data.unique(column))
+    names = list(LABELS.get(task_name or "", ()))
+    for known in (list(range(len(names))), names):
+        if known and all(value in known for value in values):
+            return known, names
     return values, [str(value) for value in values]
 
 
@@ -89,9 +108,24 @@ def find_labels(
             f"--task_name {task_name!r} has classes, but column {column!r} has {kind}; "
             "store the labels as integers or strings"
         )
-    ids, names = _order_as_in_checkpoint(*labels_in(first, column), config, ignore_mismatched_sizes)
+    found = labels_in(first, column, task_name)
+    ids, names = _order_as_in_checkpoint(*found, config, ignore_mismatched_sizes)
     check_labels(sets, column, ids)
     return ids, names
+
+
+def labels_of_checkpoint(
+    task_name: str | None, config: PretrainedConfig
+) -> tuple[dict, list[str]] | tuple[None, None]:
+    """Return the labels of a finetuned checkpoint, as :func:`find_labels` does for data."""
+    if not _has_head(config):
+        raise ValueError(
+            "--do_predict needs a finetuned --model_name_or_path; pass one, or --do_train"
+        )
+    if task_name in REGRESSION_TASKS or config.num_labels == 1:
+        return None, None
+    names = [str(config.id2label[i]) for i in range(config.num_labels)]
+    return {name: i for i, name in enumerate(names)}, names
 
 
 def check_labels(sets: dict[str, Dataset], column: str, ids: dict) -> None:
@@ -108,6 +142,14 @@ def check_labels(sets: dict[str, Dataset], column: str, ids: dict) -> None:
                 f"invalid --{flag}: column {column!r} has the labels {unknown[:5]}, expected those "
                 f"of the training data or the model, {list(ids)}; remove or map them"
             )
+
+
+def prediction_texts(predictions: Any, label_names: list[str] | None) -> list[str]:
+    """Return the predicted label of each example, or its value for regression (None)."""
+    logits = predictions[0] if isinstance(predictions, tuple) else predictions
+    if label_names is None:
+        return [f"{value:3.3f}" for value in np.squeeze(logits, -1)]
+    return [label_names[index] for index in np.argmax(logits, axis=-1)]
 
 
 # ---- metrics -------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ Convolutions have the paper's blocks: ``--block_size`` for 1 x 1 kernels, the ar
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -18,6 +19,7 @@ from .arguments import Arguments
 from .compression_run import Example, Job
 from .example_data import SplitArguments, check_column, check_minimum, read_table, truncate
 from .glue_labels import check_labels, labels_in, metrics_function
+from .known_flags import IMAGES_ELSEWHERE
 
 
 @dataclass
@@ -25,6 +27,7 @@ class ImageArguments(SplitArguments):
     """Data to train and evaluate on."""
 
     file_kind: ClassVar[str] = "a parquet file of images"
+    elsewhere: ClassVar[Mapping[str, str]] = IMAGES_ELSEWHERE
 
     validation_split: str = option("test", "Validation split of the dataset on the Hub.")
     image_column: str = option("image", "Column of the images.")

@@ -180,8 +180,9 @@ found |= {"layers": config.layer_quantizers, "printed": printed.getvalue(), "bat
 
 model = make_stacked("gpt2", 2)
 config = IPQConfig(target_size_mb=0.03, codebook_bits=16)
-batches = [] if rank else [{"labels": None}]
+batches = [] if rank else [{"labels": torch.zeros(2)}]
 found["error"] = error_of(allocate_bits, model, config, batches, False)
+found["type_error"] = error_of(allocate_bits, model, config, [] if rank else ["text"], False)
 """
 
 
@@ -196,8 +197,10 @@ def test_allocation_uses_the_batches_of_all_ranks(tmp_path):
     assert alone.layer_quantizers == first["layers"]
     assert "total file size" in first["printed"] and not second["printed"]
     # If a forward fails on one rank, all ranks raise.
-    assert first["error"].startswith("ValueError: You ")
+    assert first["error"].startswith("ValueError: invalid batches: ")
     assert second["error"] == first["error"]
+    assert first["type_error"].startswith("TypeError: invalid batches[0]: got str 'text'")
+    assert second["type_error"] == first["type_error"]
 
 
 # ---- errors ----------------------------------------------------------------------------------

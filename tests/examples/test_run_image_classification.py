@@ -25,17 +25,19 @@ PROCESSOR = {
 ALIKE = ["mobilenet_v2.layer.7", "mobilenet_v2.layer.8"]
 
 
-@pytest.fixture
-def checkpoint(tmp_path):
-    folder = tmp_path / "model"
+def write_checkpoint(folder):
     make_vision_model("mobilenet-v2").save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
     return folder
 
 
 @pytest.fixture
-def files(tmp_path):
-    """Images of one of four colours; the label is the colour."""
+def checkpoint(tmp_path):
+    return write_checkpoint(tmp_path / "model")
+
+
+def write_images(folder):
+    """Write images of one of four colours; the label is the colour."""
     rng = np.random.default_rng(0)
     paths = {}
     for split, count in (("train", 24), ("validation", 16)):
@@ -47,10 +49,15 @@ def files(tmp_path):
             buffer = io.BytesIO()
             Image.fromarray(pixels.astype(np.uint8)).save(buffer, "PNG")
             images.append(buffer.getvalue())
-        paths[split] = tmp_path / f"{split}.parquet"
+        paths[split] = folder / f"{split}.parquet"
         table = pa.table({"image": pa.array(images, pa.binary()), "label": labels})
         pq.write_table(table, paths[split])
     return paths
+
+
+@pytest.fixture
+def files(tmp_path):
+    return write_images(tmp_path)
 
 
 def flags(checkpoint, files, tmp_path, *more):

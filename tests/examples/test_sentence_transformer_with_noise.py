@@ -29,14 +29,15 @@ def pair_files(sentences, write):
     return flags
 
 
-def test_example_finetunes_compresses_and_reloads(tiny_model, pair_files, tmp_path, capsys):
+@pytest.mark.parametrize("bf16", ["False", "True"])
+def test_example_finetunes_compresses_and_reloads(bf16, tiny_model, pair_files, tmp_path, capsys):
     out = tmp_path / "out"
     rows = main([
         *("--model_name_or_path", tiny_model, *pair_files, "--output_dir", str(out)),
         *("--noise", "pq", "--noise_rate", "0.3", "--n_centroids", "8", "--codebook_update", "2"),
         *("--max_steps", "4", "--save_steps", "2", "--per_device_train_batch_size", "8"),
         *("--learning_rate", "1e-3", "--use_cpu", "--disable_tqdm", "True"),
-        *("--report_to", "none"),
+        *("--report_to", "none", "--bf16", bf16),
     ])  # fmt: skip
     dense, _one_shot, small = rows
     assert small.megabytes < dense.megabytes

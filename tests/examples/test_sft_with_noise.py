@@ -1,4 +1,7 @@
-"""sft_with_noise.py on a tiny model: noise as a callback of TRL's SFTTrainer."""
+"""sft_with_noise.py on a tiny model: noise as a callback of TRL's SFTTrainer.
+
+TRL's default precision, mixed with bfloat16, is used everywhere.
+"""
 
 import json
 
@@ -34,7 +37,7 @@ def test_example_finetunes_compresses_and_reloads(text_checkpoint, files, tmp_pa
         *("--model_name_or_path", str(text_checkpoint), *files, "--output_dir", str(out)),
         *("--noise", "pq", "--noise_rate", "0.3", "--n_centroids", "8", "--codebook_update", "2"),
         *("--max_steps", "4", "--save_steps", "2", "--per_device_train_batch_size", "8"),
-        *("--learning_rate", "1e-3", "--max_length", "16", "--use_cpu", "--bf16", "False"),
+        *("--learning_rate", "1e-3", "--max_length", "16"),
         *("--disable_tqdm", "True", "--report_to", "none"),
     ])  # fmt: skip
     dense, one_shot, small = rows
@@ -63,7 +66,7 @@ def test_resumed_runs_are_bit_equal(tied, text_checkpoint, files, tmp_path, capl
     def train(checkpoint=None):
         args = SFTConfig(
             output_dir=str(tmp_path / "out"), max_steps=6, save_steps=3, max_length=16,
-            per_device_train_batch_size=8, learning_rate=1e-2, use_cpu=True, bf16=False,
+            per_device_train_batch_size=8, learning_rate=1e-2, use_cpu=True,
             report_to="none", disable_tqdm=True,
         )  # fmt: skip
         torch.manual_seed(0)

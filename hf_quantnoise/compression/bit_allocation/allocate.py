@@ -15,9 +15,14 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ...argument_checks import (
+    read_batches,
+    require_instance,
+    require_weights,
+)
 from ...blocks import weight_matrix
 from ...configuration import IPQConfig, QuantizedModelConfig
-from ...distributed import broadcast_object, is_rank_0, on_any_rank
+from ...distributed import broadcast_object, is_rank_0, on_any_rank, raise_on_all_ranks
 from ...modeling.packer import check_can_be_packed
 from ...modeling.structural_changes import changed_copy
 from ...noise import find_state
@@ -104,17 +109,19 @@ def plan_bit_allocation(
         progress: show progress bars.
 
     Raises:
-        TypeError: if the config is not an :class:`IPQConfig`.
+        TypeError: if the config is not an :class:`IPQConfig`, or another argument something else.
         ValueError: if it has no target or does not fit the model, or if the target cannot be
             reached or needs no quantization.
     """
-    if not isinstance(config, IPQConfig):
-        raise TypeError(f"invalid config: got {type(config).__name__}, expected an IPQConfig")
+    check_can_be_packed(model)
+    require_instance("config", config, IPQConfig, "an IPQConfig", "set a target size in it")
+    require_weights(model)
+    with raise_on_all_ranks():
+        batches = read_batches("batches", batches)
     if config.target is None:
         raise ValueError(
             "invalid config: it has no target; set target_size_mb or target_bits_per_weight"
         )
-    check_can_be_packed(model)
     if find_state(model) is not None:
         raise ValueError("the model has quantization noise; call remove_quant_noise(model) first")
     target = check_target_reachable(model, config)
@@ -126,7 +133,7 @@ def plan_bit_allocation(
         candidates_for(layers, config)
         for layers in tqdm(groups, desc="quantization errors", unit="weight", disable=not progress)
     ]
-    options = _options(weights, copy, list(batches or []), target, progress)
+    options = _options(weights, copy, batches, target, progress)
     chosen = broadcast_object(_choose(model, config, weights, options, target))
     rows = []
     for weight, choices, index in zip(weights, options, chosen, strict=True):
@@ -251,7 +258,7 @@ def resolve_target(
     if config.target is None or not isinstance(config, IPQConfig):
         return config
     if not config.settings_by_name():
-        return allocate_bits(model, config, batches, progress, table)
+        return allocate_bits(model, config, list(batches or []), progress, table)
     check_can_be_packed(model)
     check_within_target(model, config)
     return config

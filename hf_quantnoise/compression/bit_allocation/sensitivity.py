@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm.auto import tqdm
 
+from ...argument_checks import run_batch
 from ...blocks import weight_matrix
 from ...distributed import raise_on_all_ranks, sum_over_ranks
 from ...quantizers.base import sum_of_squares
@@ -75,7 +76,9 @@ class SensitivityMeter:
     def __init__(self, model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> None:
         self.model, self.batches = model, batches
         with raise_on_all_ranks():
-            self.reference = [comparable_outputs(model(**batch)) for batch in batches]
+            self.reference = [
+                comparable_outputs(run_batch(model, batch, "batches")) for batch in batches
+            ]
 
     def measure(self, layers: Sequence[LayerInfo], matrix: Tensor) -> float:
         """Return the mean divergence over the batches of all ranks with a replaced weight.

@@ -12,6 +12,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import Trainer
 
+from ...argument_checks import run_batch
 from ...compat import prepare_inputs
 from ...distributed import raise_on_all_ranks
 from ...modeling.activations import evaluating
@@ -69,7 +70,12 @@ class Teacher:
         """Return the teacher's outputs for a batch (labels are ignored), on the batch's device."""
         device = next(x.device for x in inputs.values() if isinstance(x, Tensor))
         batch = send_to_device(self.model_inputs(inputs, label_names), self.device)
-        outputs = self.model(**batch, **self.forward_kwargs)
+        outputs = run_batch(
+            self.model,
+            {**batch, **self.forward_kwargs},
+            "teacher",
+            "pass a model that takes the same inputs as the student",
+        )
         tensors = {n: value for n, value in outputs.items() if isinstance(value, Tensor | tuple)}
         return send_to_device(tensors, device)
 

@@ -18,6 +18,7 @@ from transformers.utils import CONFIG_NAME, logging
 from ...compat import undo_accelerate_prepare, without_compile_wrapper
 from ...modeling.packed import PREFIX
 from .fsdp import ShardedCopy, require_fsdp2, share_what_rank_0_read
+from .precision import check_trained_dtypes
 
 logger = logging.get_logger(__name__)
 
@@ -120,7 +121,8 @@ class PackedModelTrainer(Trainer):
         """``Trainer.train``, with the fixes of this class.
 
         Raises:
-            ValueError: if the checkpoint has other packed layers than the model.
+            ValueError: if the checkpoint has other packed layers than the model, or its weights
+                are float16 and ``fp16`` is set.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
@@ -128,6 +130,7 @@ class PackedModelTrainer(Trainer):
         self._checkpoint = resume_from_checkpoint if by_path else None
         if self.model_init is not None:  # Trainer replaces the model, which may be None by now
             return super().train(resume_from_checkpoint, *args, **kwargs)
+        check_trained_dtypes(self.model, self.args)
         self._require_same_layers(self.model)
         if without_compile_wrapper(self.model_wrapped) is self.model:  # and not inside DDP
             self.model = self.model_wrapped = undo_accelerate_prepare(
