@@ -46,5 +46,4 @@ def matrix_shape(module: nn.Module) -> tuple[int, int]:
 
 @cache
 def _matrix_shape(layer_type: LayerType, shape: torch.Size) -> tuple[int, int]:
-    rows, columns = layer_type.to_matrix(torch.empty(shape, device="meta")).shape
-    return rows, columns
+    return layer_type.matrix_shape(shape)

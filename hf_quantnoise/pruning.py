@@ -105,12 +105,12 @@ def _skeleton(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> P
         return model_class(type(config).from_dict(config.to_dict()))
 
 
-def _configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+def configs_in(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
     """Yield a config and its nested configs (``text_config``, ...)."""
     yield config
     for value in vars(config).values():
         if isinstance(value, PreTrainedConfig):
-            yield from _configs(value)
+            yield from configs_in(value)
 
 
 def _config_with(
@@ -120,12 +120,12 @@ def _config_with(
     stacks = find_stacks(_skeleton(type(model), config))
     lengths = {_stack_name(stack): len(stack) for stack in stacks}
     wanted = {**lengths, prefix: len(kept)}
-    for number, part in enumerate(_configs(config)):
+    for number, part in enumerate(configs_in(config)):
         for field, value in vars(part).items():
             if value != count or type(value) is not int or not _counts_layers(field):
                 continue
             trial = deepcopy(config)
-            _shorten(list(_configs(trial))[number], field, count, kept)
+            _shorten(list(configs_in(trial))[number], field, count, kept)
             try:
                 built = _skeleton(type(model), trial)
             except Exception:  # a class may reject a count with any error
@@ -191,7 +191,7 @@ def _update_config(model: PreTrainedModel, skeleton: PreTrainedModel) -> None:
     fresh_modules = dict(skeleton.named_modules())
     for name, module in model.named_modules():
         if isinstance(getattr(module, "config", None), PreTrainedConfig):
-            configs = _configs(module.config), _configs(fresh_modules[name].config)
+            configs = configs_in(module.config), configs_in(fresh_modules[name].config)
             for config, fresh in zip(*configs, strict=True):
                 for field, value in vars(fresh).items():
                     if _counts_layers(field) and vars(config).get(field) != value:

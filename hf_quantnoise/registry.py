@@ -7,11 +7,14 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
+MAX_LENGTH = 100  # of a name that is compared with the known ones
 
 
 def suggestion(name: object, known: Iterable[str]) -> str:
     """Return "; did you mean 'x'?" for the closest known name, or an empty string."""
-    close = difflib.get_close_matches(str(name), list(known), n=1)
+    if not isinstance(name, str) or len(name) > MAX_LENGTH:
+        return ""
+    close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 

@@ -18,12 +18,11 @@ from transformers.utils import logging
 
 from .blocks import matrix_shape
 from .compat import GradientCheckpointingLayer, ignored_on_save, own_parameters
-from .layer_types import LAYER_TYPES, LayerType, known_layer_type, layer_type_of
+from .layer_types import GROUPS, LAYER_TYPES, LayerType, known_layer_type, layer_type_of
 from .patterns import compile_pattern
 
 logger = logging.get_logger(__name__)
 
-GROUPS = ("ffn", "attention", "embeddings", "head", "conv")
 _ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
 
 

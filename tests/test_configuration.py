@@ -64,7 +64,10 @@ def test_noise_config_checks(values, words):
         ({"stages": []}, ["stages=[]"]),
         ({"stages": 3}, ["stages=3"]),
         ({"stages": ["ffn", "ffn"]}, ["stages=['ffn', 'ffn']", "twice"]),
-        ({"block_size": {"ffn": 8}}, ["block_size", "'embeddings'", "stages"]),
+        (
+            {"block_size": {"ffn": 8}, "stages": ["ffn", "embeddings"]},
+            ["block_size", "'embeddings'", "stages"],
+        ),
         ({"format_version": FORMAT_VERSION + 1}, ["newer", "pip install -U"]),
         ({"format_version": 0}, ["format_version=0"]),
         ({"target_size_mb": 0}, ["target_size_mb=0", "above 0"]),

@@ -21,7 +21,6 @@ from ..compat import from_config
 from ..configuration import QUANT_METHOD, QuantizedModelConfig
 from ..configuration.checks import shown
 from ..hub.auto import class_of, method_of, read_config
-from ..hub.file_check import Stored
 from ..hub.quantizer import QuantNoiseHfQuantizer
 from ..model_folders import require_not_interrupted
 from ..sharing import share
@@ -152,14 +151,11 @@ class Checkpoint:
         if self.quantization is None:
             return
         quantizer = QuantNoiseHfQuantizer(self.quantization)
-        tensors = None
-        if self.headers is not None:
-            found = self.headers.tensors.items()
-            tensors = {name: Stored(info.dtype, tuple(info.shape)) for name, info in found}
-        quantizer.preprocess_model(skeleton, headers=tensors)
-        stored = skeleton.config.quantization_config = quantizer.quantization_config
+        stored = None if self.headers is None else self.headers.tensors
+        quantizer.preprocess_model(skeleton, stored=stored)
+        config = skeleton.config.quantization_config = quantizer.quantization_config
         skeleton.tie_weights()
-        share(skeleton, [(source, name) for name, source in stored.shared_layers.items()])
+        share(skeleton, [(source, name) for name, source in config.shared_layers.items()])
 
 
 def checkpoint_of(args: Namespace) -> Checkpoint:

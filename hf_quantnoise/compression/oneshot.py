@@ -14,6 +14,7 @@ from ..configuration import QuantizedModelConfig
 from ..modeling import packed_layers
 from ..modeling.activations import calibrate, require_batches
 from ..modeling.packer import ModelPacker, check_can_be_packed
+from ..modeling.rollback import ModelSnapshot
 from ..noise import find_state, remove_quant_noise
 from .bit_allocation.allocate import resolve_target
 
@@ -55,8 +56,11 @@ def quantize_model(
         TypeError: if the model is not a ``PreTrainedModel``, the config has another type, or the
             calibration data is not a list of dicts of tensors.
         ValueError: if it is quantized already, the config does not fit it, the target cannot be
-            met, or calibration data is required and missing, or does not reach a layer. The model
-            is not changed then.
+            met, a weight cannot be stored (NaN, too large), or calibration data is required and
+            missing, or does not reach a layer.
+
+    If it fails or is interrupted for any reason, the model is what it was before, noise included.
+    Until it is finished the dense weights stay in memory, beside the packed ones.
     """
     check_can_be_packed(model)
     require_instance(
@@ -74,10 +78,10 @@ def quantize_model(
         )
     if config.reads_data:
         require_batches(batches, config.reads_data)
-    config = resolve_target(model, remove_noise(model, config), batches, progress)
-    packer = ModelPacker(model, config)
-    if config.reads_data:
+    with ModelSnapshot(model):
+        config = resolve_target(model, remove_noise(model, config), batches, progress)
+        packer = ModelPacker(model, config)
         packer.require_runs(batches)
-    packer.pack_all(progress, batches)
-    calibrate(model, [layer for _, layer in packed_layers(model)], batches)
+        packer.pack_all(progress, batches)
+        calibrate(model, [layer for _, layer in packed_layers(model)], batches)
     return model

@@ -17,6 +17,7 @@ from ..argument_checks import require_instance, require_model, require_weights
 from ..configuration import QuantizedModelConfig
 from ..modeling.activations import require_batches
 from ..modeling.packer import check_can_be_packed
+from ..modeling.plan import stages_for
 from .arguments import CompressionArguments
 from .training.pending_noise import noise_to_keep
 
@@ -71,7 +72,14 @@ def check_compression(
     if teacher is not None:
         require_model(teacher, nn.Module, "teacher")
         require_weights(teacher, "teacher")
-    stages = config.stage_groups()
+    if trainer.model is None:
+        raise ValueError(
+            "the trainer has no model, as after a hyperparameter search; call train() before "
+            "compress"
+        )
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    check_can_be_packed(model)
+    stages = stages_for(config, model)
     args.check_stages(stages)
     trains = args.trains(stages)
     if trainer.train_dataset is None:
@@ -87,12 +95,6 @@ def check_compression(
         _require_recreatable_optimizer(trainer)
     _require_stock_methods(trainer, config, args)
     noise_to_keep(trainer, args.keep_noise)
-    if trainer.model is None:
-        raise ValueError(
-            "the trainer has no model, as after a hyperparameter search; call train() before "
-            "compress"
-        )
-    check_can_be_packed(trainer.accelerator.unwrap_model(trainer.model))
 
 
 def _require_known_lengths(

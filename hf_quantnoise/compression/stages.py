@@ -22,11 +22,13 @@ from transformers.utils import logging
 
 from ..compat import prepare_inputs, undo_accelerate_prepare
 from ..configuration import QuantizedModelConfig, QuantNoiseConfig
-from ..modeling.activations import calibrate
-from ..modeling.packer import ModelPacker, StageResult
+from ..modeling.packer import ModelPacker
+from ..modeling.plan import stages_for
+from ..modeling.rollback import ModelSnapshot
 from ..noise import apply_quant_noise, noised_layers, remove_quant_noise
 from .arguments import CompressionArguments
 from .bit_allocation.allocate import resolve_target
+from .calibration import calibrate_stage, calibration_data, check_before_stages
 from .checkpoints import FOLDER, SavedStage, StageCheckpoints, load_in_memory_tensors
 from .distillation.teacher import Teacher
 from .fingerprint import Fingerprint, require_same_settings, settings_fingerprint
@@ -74,11 +76,11 @@ class CompressionPipeline:
         self.teacher: Teacher | None = None
         self.report = report
         self.history: list[dict[str, Any]] = []
-        self.stages = config.stage_groups()
         self.noise_config = noise_to_keep(trainer, self.args.keep_noise)
         self.model: PreTrainedModel = undo_accelerate_prepare(
             trainer.accelerator.unwrap_model(trainer.model)
         )
+        self.stages = stages_for(config, self.model)
         if trainer.is_fsdp_enabled:  # otherwise Trainer has moved it
             self.model.to(trainer.args.device)
         writes = trainer.args.save_strategy != SaveStrategy.NO
@@ -95,7 +97,16 @@ class CompressionPipeline:
 
         Returns:
             The packed model.
+
+        If a stage cannot be packed, or is interrupted while it is, the model is restored to what it
+        was before: for the first stage the dense model with its noise, for a later one the result
+        of the stage before. Nothing undoes the training of a stage.
         """
+        self._before = ModelSnapshot(self.model)
+        with self._before:
+            return self._run(resume)
+
+    def _run(self, resume: bool) -> PreTrainedModel:
         saved = self._saved_stages() if resume else []
         if not saved:
             self.files.clear()
@@ -117,8 +128,9 @@ class CompressionPipeline:
         batches = self._budget_batches()
         config = resolve_target(self.model, config, batches, self._progress, table=True)
         self.packer = ModelPacker(self.model, config, on_all_ranks=True)
-        start = time.perf_counter()
         self.evaluator = self._make_trainer(None, 0)
+        check_before_stages(self.evaluator, self.packer, self.args.calibration_batches)
+        start = time.perf_counter()
         self._evaluate("dense", self.evaluator, start)
         self._save(0)
         self._make_teacher()
@@ -190,16 +202,18 @@ class CompressionPipeline:
 
     def _run_stage(self, number: int, stage: str | None) -> None:
         start = time.perf_counter()
-        data = ()
-        if self.config.weighs_errors:
-            set_seed(self.trainer.args.seed)  # a resumed run has to draw the same batches
-            data = self._calibration_data(self.evaluator)
-        packed = self.packer.pack_stage(stage, self._progress, *data)
-        log_errors(self.trainer, packed.errors, number)
         pending = [name for later in self.stages[number:] for name in self.packer.layers_of(later)]
         noise = pending_noise(self.noise_config, self.noised, pending)
-        stage_trainer = self._make_trainer(stage, number, noise)
-        self._calibrate(stage_trainer, packed)
+        with ModelSnapshot(self.model):
+            data, n_batches = (), self.args.calibration_batches
+            if self.config.weighs_errors:
+                set_seed(self.trainer.args.seed)  # a resumed run has to draw the same batches
+                data = calibration_data(self.evaluator, self.packer, n_batches)
+            packed = self.packer.pack_stage(stage, self._progress, *data)
+            stage_trainer = self._make_trainer(stage, number, noise)
+            calibrate_stage(stage_trainer, self.packer, packed, n_batches)
+        self._before.release()  # training changes the tensors that it holds
+        log_errors(self.trainer, packed.errors, number)
         finetuning = packed_metric = {}
         if self.args.settings_of(stage).trains:
             packed_metric = evaluate_packed(stage_trainer)
@@ -210,17 +224,6 @@ class CompressionPipeline:
             remove_quant_noise(self.model).eval()
         self._evaluate(_name(stage), stage_trainer, start, packed, finetuning, packed_metric)
         self._save(number)
-
-    def _calibrate(self, stage_trainer: StageTrainer, packed: StageResult) -> None:
-        """Set the scales of the inputs of a stage's layers, on its training data (section 7.7)."""
-        layers = [self.model.get_submodule(name) for name in packed.layers]
-        if any(layer.activation_bits is not None for layer in layers):
-            calibrate(self.model, layers, *self._calibration_data(stage_trainer))
-
-    def _calibration_data(self, trainer: StageTrainer) -> tuple[list, Callable[[object], object]]:
-        """Return the first training batches, and a function that runs the model on one of them."""
-        batches = list(islice(trainer.get_train_dataloader(), self.args.calibration_batches))
-        return batches, lambda batch: trainer.prediction_step(self.model, batch, False)
 
     # ---- records and files ----------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from typing import Any
 from ..registry import Registry, suggestion
 from ..structure import GROUPS
 from ..text import printable
-from .checks import Check, integer, invalid, layer_names, one_of, shown
+from .checks import Check, integer, invalid, layer_names, one_of
 from .options import options_of
 
 # Scheme of an entry -> its quantizer, a dataclass.
@@ -45,16 +45,16 @@ def check_settings(settings: dict[str, Any], place: str = "") -> None:
     ``place`` comes before the name of the setting in the error.
     """
     if (scheme := settings.get("scheme")) not in QUANTIZERS:
-        raise ValueError(f"invalid {place}scheme={scheme!r}: {QUANTIZERS.unknown(scheme)}")
+        expected = f"one of {', '.join(QUANTIZERS)}{suggestion(scheme, QUANTIZERS)}"
+        raise invalid(f"{place}scheme", scheme, expected)
     declared = options_of(QUANTIZERS[scheme])
     for key, value in settings.items():
         if key == "scheme":
             continue
         if key not in declared:
-            hint = suggestion(key, declared) or f"; known: {', '.join(declared)}"
-            raise ValueError(
-                f"invalid {place}{printable(key)}={shown(value)}: the scheme {scheme!r} has no "
-                f"such setting{hint}"
+            expected = f"only {', '.join(declared)} with scheme={scheme!r}"
+            raise invalid(
+                f"{place}{printable(key):.100}", value, expected + suggestion(key, declared)
             )
         for check in declared[key].checks:
             check(f"{place}{key}", value)

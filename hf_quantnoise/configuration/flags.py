@@ -123,7 +123,7 @@ FORMS: dict[Any, Form] = {
     str | int: Form(str, _parse_json),
     str | list[str]: Form(list[str], _one_or_list),
     float | list[float]: Form(list[float], _one_or_list),
-    list[str] | tuple[str, ...]: Form(list[str]),
+    list[str] | tuple[str, ...] | None: Form(list[str] | None),
     dict[str, dict[str, Any]]: Form(
         str | None,
         _read_layer_quantizers,

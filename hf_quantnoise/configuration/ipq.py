@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -12,6 +13,9 @@ from .entries import MAX_BLOCK_SIZE, MAX_CENTROIDS
 from .layer_quantizers import checked_layer_quantizers
 from .options import documented, option
 from .storage import SCHEMES, QuantizedModelConfig
+
+# Stages in their order if a config names none; see IPQConfig.stage_groups.
+DEFAULT_STAGES = ("ffn", "embeddings", "attention", "conv", "head")
 
 
 def _stages(name: str, value: Any) -> None:
@@ -40,10 +44,11 @@ class IPQConfig(QuantizedModelConfig):
         "Centroids per codebook, 2 to 65,536; codes take ceil(log2 n_centroids) bits. Int or dict, "
         "like block_size.",
     )
-    stages: Annotated[list[str] | tuple[str, ...], _stages] = option(
-        ["ffn", "embeddings", "attention"],
+    stages: Annotated[list[str] | tuple[str, ...] | None, _stages] = option(
+        None,
         "Structure groups, or regexes for full layer names, in the order of quantization. Layers "
-        "of no stage stay dense.",
+        "of no stage stay dense. None: the groups that the model has of ffn, embeddings, "
+        "attention, conv; and, in models with convolutions, head (section 7.8).",
     )
     codebook_bits: Annotated[int, one_of((32, 16, 8))] = option(
         32, "Bits per stored centroid value: 32, 16, or 8 (Eq. 2 on the codebook; section 3.3)."
@@ -88,9 +93,9 @@ class IPQConfig(QuantizedModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.stages = list(self.stages)
-        self._check_covers_stages("block_size", self.block_size)
-        self._check_covers_stages("n_centroids", self.n_centroids)
+        if self.stages is not None:
+            self.stages = list(self.stages)
+            self.check_covers(self.stages)
         if self.target_size_mb is not None and self.target_bits_per_weight is not None:
             raise ValueError(
                 f"target_size_mb={self.target_size_mb!r} and target_bits_per_weight="
@@ -104,15 +109,18 @@ class IPQConfig(QuantizedModelConfig):
                 'layer_quantizers ({"scheme": "additive", ...} has two codebooks)'
             )
 
-    def _check_covers_stages(self, name: str, value: int | dict[str, int]) -> None:
-        if not isinstance(value, dict) or not set(value) <= set(GROUPS):
-            return  # a regex may match any layer
-        for stage in self.stages:
-            if stage in GROUPS and stage not in value:
-                raise ValueError(
-                    f"invalid {name}={value!r}: no entry for the stage {stage!r}; add one, or "
-                    f"remove {stage!r} from stages={self.stages!r}"
-                )
+    def check_covers(self, stages: Sequence[str]) -> None:
+        """Raise if ``block_size`` or ``n_centroids`` is a dict without an entry for a stage."""
+        for name in ("block_size", "n_centroids"):
+            value = getattr(self, name)
+            if not isinstance(value, dict) or not set(value) <= set(GROUPS):
+                continue  # a regex may match any layer
+            for stage in stages:
+                if stage in GROUPS and stage not in value:
+                    raise ValueError(
+                        f"invalid {name}={value!r}: no entry for the stage {stage!r}; add one, or "
+                        f"remove {stage!r} from stages={list(stages)!r}"
+                    )
 
     @property
     def weighs_errors(self) -> bool:
@@ -172,5 +180,15 @@ class IPQConfig(QuantizedModelConfig):
             "row_scale": self.row_scale,
         }
 
-    def stage_groups(self) -> list[str | None]:
-        return list(self.stages)
+    @property
+    def has_default_stages(self) -> bool:
+        return self.stages is None
+
+    def stage_groups(self, groups: Collection[str] = GROUPS) -> list[str | None]:
+        if self.stages is not None:
+            return list(self.stages)
+        return [
+            stage
+            for stage in DEFAULT_STAGES
+            if stage in groups and (stage != "head" or "conv" in groups)
+        ]

@@ -6,6 +6,7 @@ After compression these configs, with the plan, are the ``quantization_config`` 
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -14,6 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..argument_checks import require_instance
 from ..files import MAX_NAME_LENGTH
 from ..registry import Registry
+from ..structure import GROUPS
 from ..version import __version__
 from .checks import (
     NAME,
@@ -172,8 +174,16 @@ class QuantizedModelConfig(HubConfigMixin, Options, QuantizationConfigMixin):
         """The target size as ``"field=value"``, or None."""
         return None
 
-    def stage_groups(self) -> list[str | None]:
-        """Return the stages in order: structure groups or regexes; None means all layers."""
+    @property
+    def has_default_stages(self) -> bool:
+        """Whether the stages follow from the model, so that none of them has to pack a layer."""
+        return False
+
+    def stage_groups(self, groups: Collection[str] = GROUPS) -> list[str | None]:
+        """Return the stages in order: structure groups or regexes; None means all layers.
+
+        ``groups`` are those that the model has.
+        """
         return [None]
 
     def to_dict(self) -> dict[str, Any]:

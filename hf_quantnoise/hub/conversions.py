@@ -8,10 +8,9 @@ tensors are stored as in the dense model's files.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import cache
 
-from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from ..compat import (
@@ -19,7 +18,6 @@ from ..compat import (
     WeightRenaming,
     WeightTransform,
     get_model_conversion_mapping,
-    own_parameters,
     set_weight_conversions,
     weight_conversions_on_save,
 )
@@ -103,7 +101,7 @@ def names_to_keep(model: PreTrainedModel) -> set[str]:
     kept = {
         f"{name}.{key}"
         for name, layer in packed
-        for key in own_parameters(layer)
+        for key in layer.tensors()
         if key.startswith(PREFIX) or key in INPUT_NAMES
     }
     fused_with_packed = {fused(f"{name}.weight") for name, _ in packed} - {None}
@@ -113,20 +111,17 @@ def names_to_keep(model: PreTrainedModel) -> set[str]:
 
 
 def names_kept_in_files(
-    model: PreTrainedModel, config: QuantizedModelConfig, files: Sequence[str] | None
+    model: PreTrainedModel, config: QuantizedModelConfig, known: Iterable[str]
 ) -> set[str]:
-    """Return the names of tensors in the files that are not to be converted on loading.
+    """Return the names of tensors in the files, of ``known``, that are not converted on loading.
 
     ``model`` is the skeleton, of any class; ``config`` that of the files. Files of earlier releases
     have packed tensors under converted names, which are converted back.
     """
     converts = get_model_conversion_mapping(model, add_legacy=False)
-    if not converts or not files or not str(files[0]).endswith(".safetensors"):
+    if not converts:
         return set()
-    known: set[str] = set()
-    for file in files:
-        with safe_open(file, framework="pt") as opened:
-            known.update(opened.keys())
+    known = set(known)
     shared = config.shared_layers.keys()
     stored = (name for name, entry in config.plan.items() if "tied_to" not in entry)
     own_layers = (name for name in stored if shared.isdisjoint(parents_of(name)))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -20,7 +20,7 @@ from ..compat import (
     own_parameters,
 )
 from ..configuration import QUANTIZERS, QuantizedModelConfig, settings_of
-from ..files import read_header
+from ..files import Header, TensorHeader, read_header
 from ..layer_types import known_layer_type
 from ..modeling.convert import packed_layers, packed_spec
 from ..modeling.packed import INDICES, INPUT_NAMES, PREFIX
@@ -34,40 +34,41 @@ from .skeleton import Names, quantizer_of
 _RESTORE = "restore config.json and the files from one save, or save the model again"
 
 
-class Stored(NamedTuple):
-    """What the header of a file says about a tensor."""
+def headers_of(files: Iterable[str] | None) -> dict[str, Header] | None:
+    """Return the headers of safetensors files by path, None without files.
 
-    dtype: str  # as in the header: "U8", "F32", ...
-    shape: tuple[int, ...]
-
-
-_SENTINEL = Stored("U8", (1,))
-
-
-def stored_in(files: Iterable[str] | None) -> dict[str, Stored] | None:
-    """Return the tensors of safetensors files by name, None without files.
-
-    Raises ValueError if a file is damaged or of another format, or a tensor is in two of them.
+    Raises ValueError if a file is damaged or of another format.
     """
     if files is None:
         return None
-    found: dict[str, Stored] = {}
+    headers = {}
     for file in map(str, files):
         if not file.endswith(".safetensors"):
             raise ValueError(
                 f"invalid file {file!r}: packed models are stored as safetensors; save the model "
                 "again with save_pretrained"
             )
-        header = read_header(file).tensors
-        if repeated := found.keys() & header.keys():
-            raise ValueError(f"invalid file {file!r}: {min(repeated)} is in another file as well")
-        for name, tensor in header.items():
-            found[name] = Stored(tensor.dtype, tuple(tensor.shape))
+        headers[file] = read_header(file)
+    return headers
+
+
+def tensors_in(headers: Mapping[str, Header] | None) -> dict[str, TensorHeader] | None:
+    """Return the tensors of some files by name; ValueError if one is in two of them."""
+    if headers is None:
+        return None
+    found: dict[str, TensorHeader] = {}
+    for file, header in headers.items():
+        if repeated := found.keys() & header.tensors.keys():
+            raise ValueError(
+                f"invalid file {file!r}: {min(repeated)} is in another file as well; download or "
+                "save the model again"
+            )
+        found |= header.tensors
     return found
 
 
 def check_files(
-    names: Names, config: QuantizedModelConfig, stored: Mapping[str, Stored] | None
+    names: Names, config: QuantizedModelConfig, stored: Mapping[str, TensorHeader] | None
 ) -> set[str] | None:
     """Raise ValueError unless each packed tensor belongs to an entry of the plan, and vice versa.
 
@@ -107,13 +108,13 @@ def check_files(
         if lacks_nothing or names.find(name) is not None:
             raise ValueError(
                 f"the checkpoint lacks {printable(name)}.{INDICES}, which is in its plan: the "
-                "entry was renamed, or a file is missing or belongs to another model; download or save the "
-                "model again"
+                "entry was renamed, or a file is missing or belongs to another model; download or "
+                "save the model again"
             )
     return found
 
 
-def _kind_check(model: PreTrainedModel) -> Callable[[str, Stored], None]:
+def _kind_check(model: PreTrainedModel) -> Callable[[str, TensorHeader], None]:
     """Return a check that floats of the model are stored as floats, and integers as integers.
 
     transformers converts one to the other.
@@ -121,16 +122,20 @@ def _kind_check(model: PreTrainedModel) -> Callable[[str, Stored], None]:
     tensors = chain(model.named_parameters(remove_duplicate=False), model.named_buffers())
     is_float = {name: tensor.is_floating_point() for name, tensor in tensors}
 
-    def check(key: str, tensor: Stored) -> None:
+    def check(key: str, tensor: TensorHeader) -> None:
         stored_as_float = tensor.dtype in FLOATS or tensor.dtype.startswith("F8")
         for name in spellings(model, key):
-            if tensor != _SENTINEL and is_float.get(name, stored_as_float) != stored_as_float:
+            if is_float.get(name, stored_as_float) != stored_as_float and not _is_sentinel(tensor):
                 expected = "a float" if is_float[name] else "an integer"
                 raise ValueError(
                     f"invalid dtype {tensor.dtype} of {key}: expected {expected}; {_RESTORE}"
                 )
 
     return check
+
+
+def _is_sentinel(tensor: TensorHeader) -> bool:
+    return (tensor.dtype, tensor.shape) == ("U8", (1,))
 
 
 def _packed_tensor_names() -> set[str]:
@@ -176,13 +181,13 @@ def _entry_of(model: PreTrainedModel, layers: Iterable[str], plan: Mapping) -> s
 
 
 def _check_tensor(
-    names: Names, name: str, entry: dict[str, Any], leaf: str, key: str, tensor: Stored
+    names: Names, name: str, entry: dict[str, Any], leaf: str, key: str, tensor: TensorHeader
 ) -> None:
     """Raise ValueError if a stored tensor is not the one that the entry of its layer describes."""
     settings = settings_of(entry)
     field = f"invalid plan[{name!r}]"
     if leaf == "weight":
-        if tensor != _SENTINEL:
+        if not _is_sentinel(tensor):
             raise ValueError(f"{field}: the files hold {key}, a dense weight, too; {_RESTORE}")
         return
     spec = packed_spec(quantizer_of(entry), entry["rows"], entry["columns"])
@@ -235,9 +240,8 @@ def require_valid_values(model: PreTrainedModel) -> None:
     seen: set[int] = set()  # tensors of tied layers
     for name, layer in packed_layers(model):
         n_codes = layer.rows * layer.codes_per_row
-        for key, tensor in (own_parameters(layer) | own_buffers(layer)).items():
-            is_packed = key.startswith(PREFIX) or key in INPUT_NAMES
-            if tensor is None or id(tensor) in seen or not is_packed:
+        for key, tensor in layer.tensors().items():
+            if id(tensor) in seen or not (key.startswith(PREFIX) or key in INPUT_NAMES):
                 continue
             seen.add(id(tensor))
             value = load_offloaded_parameter(model, f"{name}.{key}") if tensor.is_meta else tensor

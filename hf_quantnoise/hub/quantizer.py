@@ -40,7 +40,7 @@ from ..sharing import share, unshare
 from ..structure import is_layer
 from .card import CARD_ATTRIBUTE, TAGS
 from .conversions import convert_all, convert_dense_only, names_kept_in_files, without
-from .file_check import check_files, require_valid_values, stored_in
+from .file_check import check_files, headers_of, require_valid_values, tensors_in
 from .parts import describe_parts, forget_parts
 from .reading import align, read_packed, release_files, require_no_renaming
 from .saving import attach_saving, detach_saving
@@ -109,7 +109,7 @@ class QuantNoiseHfQuantizer(HfQuantizer):
     # ---- loading --------------------------------------------------------------------------------
 
     def _process_model_before_weight_loading(
-        self, model: PreTrainedModel, checkpoint_files=None, device_map=None, headers=None, **kwargs
+        self, model: PreTrainedModel, checkpoint_files=None, device_map=None, stored=None, **kwargs
     ) -> None:
         config = self.quantization_config
         if not self.pre_quantized:
@@ -125,12 +125,13 @@ class QuantNoiseHfQuantizer(HfQuantizer):
         stop_rescaling(model)
         # transformers intercepts every torch function here to create tensors on the meta device.
         with DisableTorchFunction():
-            names, stored = Names(model), headers or stored_in(checkpoint_files)
+            names, headers = Names(model), headers_of(checkpoint_files)
+            stored = stored or tensors_in(headers)
             skeleton = build_skeleton(names, config, check_files(names, config, stored))
             self.quantization_config, layers, self._joined = skeleton
             self._shapes = shapes_before_loading(model)
-            self._kept = names_kept_in_files(model, config, checkpoint_files)
-            self._read = read_packed(model, layers, checkpoint_files, device_map, self._kept)
+            self._kept = names_kept_in_files(model, config, stored or {})
+            self._read = read_packed(model, layers, headers, device_map, self._kept)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs):
         if not self.pre_quantized:

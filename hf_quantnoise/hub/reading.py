@@ -12,7 +12,7 @@ import mmap
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 
 import torch
@@ -30,7 +30,7 @@ from ..compat import (
     weight_conversions,
 )
 from ..distributed import is_distributed
-from ..files import TensorHeader, read_header
+from ..files import Header, TensorHeader
 from ..modeling import PackedLayer
 from .conversions import spellings, without
 
@@ -44,7 +44,7 @@ DTYPES = {**FLOATS, "U8": torch.uint8}
 def read_packed(
     model: PreTrainedModel,
     layers: dict[str, PackedLayer],
-    files: Sequence[str] | None,
+    headers: Mapping[str, Header] | None,
     device_map: object,
     kept: Collection[str] = (),
 ) -> list[str]:
@@ -52,11 +52,13 @@ def read_packed(
 
     The others are left to transformers: layers on other devices or of several processes, layers
     whose names or precision transformers changes (but for the names in ``kept``), and damaged ones,
-    which it reports. Returns the names of the tensors read, as they are in the files.
+    which it reports. ``headers`` are those of the files by path. Returns the names of the tensors
+    read, as they are in the files.
     """
-    if not _can_read(model, files, device_map):
+    if headers is None or not _can_read(model, device_map):
         return []
-    source = {key: view for file in files for key, view in views_of_file(file).items()}
+    views = (views_of_file(file, header) for file, header in headers.items())
+    source = {key: view for file in views for key, view in file.items()}
     is_renamed = _renaming_test(without(get_model_conversion_mapping(model), kept))
     read: list[str] = []
     for name, layer in layers.items():
@@ -80,7 +82,7 @@ def require_no_renaming(model: PreTrainedModel, read: Iterable[str]) -> None:
         )
 
 
-def _can_read(model: PreTrainedModel, files: Sequence[str] | None, device_map: object) -> bool:
+def _can_read(model: PreTrainedModel, device_map: object) -> bool:
     # With a map of several parts transformers may give the model to accelerate before we see it.
     on_the_cpu = device_map is None or (
         isinstance(device_map, dict) and [*map(str, device_map.values())] == ["cpu"]
@@ -88,20 +90,17 @@ def _can_read(model: PreTrainedModel, files: Sequence[str] | None, device_map: o
     return (
         on_the_cpu
         and sys.platform != "win32"  # a mapped file cannot be overwritten there
-        and files is not None
-        and all(str(file).endswith(".safetensors") for file in files)
         and not dtype_plan(model, model.dtype)
         and not is_distributed()
     )
 
 
-def views_of_file(file: str) -> dict[str, Callable[[], Tensor]]:
+def views_of_file(file: str, header: Header) -> dict[str, Callable[[], Tensor]]:
     """Return, by name, functions that make the tensors of a safetensors file as views of the file.
 
-    Views are private: writes do not reach the file. Raises ValueError, naming the file, if it is
-    damaged. (``safetensors`` itself copies the header for each tensor.)
+    Views are private: writes do not reach the file. (``safetensors`` itself copies the header for
+    each tensor.)
     """
-    header = read_header(file)
     with open(file, "rb") as opened:
         memory = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
     return {

@@ -5,6 +5,7 @@ A new type needs a file here that calls :func:`register_layer_type`, and its imp
 
 from . import convolution, embedding, linear  # noqa: F401
 from .record import (
+    GROUPS,
     LAYER_TYPES,
     LayerType,
     known_layer_type,
@@ -14,6 +15,7 @@ from .record import (
 )
 
 __all__ = [
+    "GROUPS",
     "LAYER_TYPES",
     "LayerType",
     "known_layer_type",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -70,9 +69,14 @@ def rounds_inputs(layer: nn.Module, bits: int | None) -> bool:
     return bits is not None and not known_layer_type(layer).is_table
 
 
+def name_of(model: nn.Module, layer: nn.Module) -> str:
+    """Return the name of a layer in a model; ``"the layer"`` for the model itself."""
+    return next(name for name, module in model.named_modules() if module is layer) or "the layer"
+
+
 def never_ran(field: str, model: nn.Module, layer: nn.Module) -> ValueError:
     """Return the error for a layer whose inputs a field needs and that never ran."""
-    name = next(name for name, module in model.named_modules() if module is layer)
+    name = name_of(model, layer)
     return ValueError(
         f"{field}: {name} never ran on the calibration data, so its inputs are unknown; exclude it "
         f"with exclude_modules=[{name!r}]"
@@ -93,32 +97,33 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def require_runs(
-    model: nn.Module, groups: Sequence[Sequence[nn.Module]], batches: Sequence, field: str
+    model: nn.Module,
+    layers: Sequence[nn.Module],
+    batches: Sequence,
+    forward: Callable[[object], object],
 ) -> None:
-    """Run batches until a layer of each group was called; for most models one batch is enough.
+    """Run batches until each of some layers was called; for most models one batch is enough.
 
-    The batches of all ranks count, and all ranks must call it. Raises ValueError, naming ``field``
-    and a layer that no batch reaches.
+    The batches of all ranks count, and all ranks must call it. Raises ValueError, naming a layer
+    that no batch reaches.
     """
     called: set[nn.Module] = set()
-    waiting = list(groups)
 
     def note_call(layer: nn.Module, args: tuple, kwargs: dict) -> None:
         if first_input(args, kwargs) is not None:
             called.add(layer)
 
     with evaluating(model), ExitStack() as hooks:
-        for layer in chain.from_iterable(groups):
+        for layer in layers:
             hooks.enter_context(layer.register_forward_pre_hook(note_call, with_kwargs=True))
         for batch in batches:
-            if not waiting:
+            if called.issuperset(layers):
                 break
-            run_batch(model, batch)
-            waiting = [group for group in waiting if called.isdisjoint(group)]
-    reached = on_any_rank([not called.isdisjoint(group) for group in groups])
-    for group, is_reached in zip(groups, reached, strict=True):
+            forward(batch)
+    reached = on_any_rank([layer in called for layer in layers])
+    for layer, is_reached in zip(layers, reached, strict=True):
         if not is_reached:
-            raise never_ran(field, model, group[0])
+            raise never_ran("activation_bits", model, layer)
 
 
 @torch.no_grad()
@@ -154,7 +159,14 @@ def calibrate(
     for layer, observer in observers.items():
         sum_over_ranks(observer.counts)
         for key, value in observer.state(layer.activation_bits).items():
-            layer.get_parameter(f"input_{key}").copy_(broadcast_from_rank_0(value))
+            stored = layer.get_parameter(f"input_{key}")
+            if not bool(torch.isfinite(stored.copy_(broadcast_from_rank_0(value)))):
+                dtype = str(stored.dtype).removeprefix("torch.")
+                raise ValueError(
+                    f"activation_bits: the input {key} of {name_of(model, layer)} is {value:g} on "
+                    f"the calibration data and {float(stored)} in {dtype}; check the data, load "
+                    "the model with dtype=torch.float32, or exclude the layer (exclude_modules)"
+                )
 
 
 def _share_ranges(model: nn.Module, observers: Mapping[nn.Module, InputObserver]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import TypeGuard
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from ..blocks import matrix_shape, weight_matrix
 from ..compat import mark_initialized, own_buffers, own_parameters
 from ..quantizers import Quantizer
+from ..quantizers.base import sum_of_squares
 from ..quantizers.packing import pack_codes
 from .activations import rounds_inputs
 from .packed import INDICES, INPUT_NAMES, PREFIX, LoadingState, PackedLayer, packed_class
@@ -95,9 +97,10 @@ def _become_packed(
     """Turn layers that share one weight into packed layers that share one set of tensors."""
     rows, columns = matrix_shape(layers[0])
     shape, dtype = layers[0].weight.shape, layers[0].weight.dtype
+    trained = layers[0].weight.requires_grad  # a frozen layer stays frozen
     # Floats before codes: callers take the dtype of a model from its first parameter.
     parameters = {
-        name: nn.Parameter(tensors[name], tensors[name].is_floating_point())
+        name: nn.Parameter(tensors[name], trained and tensors[name].is_floating_point())
         for name in sorted(tensors, key=INDICES.__eq__)
     }
     for layer in layers:
@@ -144,13 +147,28 @@ def pack_layer(
     state = quantizer.fit(matrix, seed=seed, importance=importance)
     codes = quantizer.encode(matrix, state, importance)
     decoded = quantizer.decode(codes, state)
-    error = (matrix.float() - decoded.float()).square().sum() / matrix.float().square().sum()
+    error = _relative_error(matrix, decoded, quantizer)
     packed = pack_codes(codes.reshape(-1), quantizer.code_bits)
     tensors = {INDICES: packed.reshape(packed_spec(quantizer, rows, columns)[INDICES][0]).clone()}
     for key, value in state.items():
         tensors[PREFIX + key] = value.to(device=weight.device, dtype=weight.dtype)
     _become_packed(layers, quantizer, tensors, activation_bits)
-    return float(error.nan_to_num())
+    return error
+
+
+def _relative_error(matrix: Tensor, decoded: Tensor, quantizer: Quantizer) -> float:
+    """Return ||W - W_q||^2 / ||W||^2; raise ValueError if nothing of the weight is left in W_q.
+
+    ``Quantizer.check_values`` refuses most such weights before they are quantized.
+    """
+    energy, error = sum_of_squares(matrix), sum_of_squares(matrix, decoded)
+    if not math.isfinite(error) or (energy > 0 and not decoded.any()):
+        dtype = str(matrix.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"its {quantizer.short_name} values are not finite or all zero in {dtype}; load the "
+            "model with dtype=torch.float32, or use other settings"
+        )
+    return error / energy if energy else 0.0
 
 
 def pack_skeleton(
@@ -188,7 +206,8 @@ def unpack_model(model: nn.Module) -> nn.Module:
     for _, layer in list(packed_layers(model)):
         key = id(layer.weight_indices)
         if key not in weights:
-            weights[key] = nn.Parameter(layer.decode().contiguous())
+            trained = any(tensor.requires_grad for tensor in layer.state.values())
+            weights[key] = nn.Parameter(layer.decode().contiguous(), trained)
         for name in [*packed_names(layer), *INPUT_NAMES]:
             own_parameters(layer).pop(name, None)
             own_buffers(layer).pop(name, None)

@@ -11,8 +11,8 @@ inputs of a table are one-hot words: X^T X is exactly diagonal, and h counts eac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ from ..argument_checks import run_batch
 from ..blocks import matrix_shape
 from ..distributed import broadcast_from_rank_0, on_any_rank, sum_over_ranks
 from ..layer_types import known_layer_type
-from .activations import evaluating, first_input, never_ran
+from .activations import evaluating, first_input, name_of, never_ran
 from .padding import PaddingMasks
 
 # Features that are zero on the calibration batches may be non-zero later: this share of the mean is
@@ -36,7 +36,8 @@ class _InputStatistics(TorchFunctionMode):
 
     Layers are observed with a forward pre-hook, :meth:`observe`. Lookups are observed in
     ``F.embedding``, by the table they read: a subclass may be called with something other than row
-    indices (OPT's positions). Padding does not count.
+    indices (OPT's positions). A table may also be read completely, without lookups (DeBERTa's
+    relative positions). Padding does not count.
     """
 
     def __init__(self, layers: Sequence[nn.Module], padding: PaddingMasks) -> None:
@@ -47,6 +48,7 @@ class _InputStatistics(TorchFunctionMode):
         self.columns: dict[int, Tensor] = {}
         self.rows: dict[int, Tensor] = {}
         self.ran: set[int] = set()  # the weights whose ``columns`` have inputs
+        self.read: set[int] = set()  # the tables that some operation other than a lookup has read
         for layer in layers:
             layer_type, (rows, columns) = known_layer_type(layer), matrix_shape(layer)
             sizes = {"dtype": torch.float64, "device": layer.weight.device}
@@ -64,22 +66,58 @@ class _InputStatistics(TorchFunctionMode):
         # (batch, features) has no positions, even if it has the shape of the mask.
         if inputs.dim() == 3 and layer_type.features_last:
             inputs = self.padding.without_padding(inputs)
-        self.columns[key] += layer_type.input_energy(layer, inputs).double()
+        energy, total = layer_type.input_energy(layer, inputs), self.columns[key]
+        if energy.shape != total.shape:
+            raise ValueError(
+                f"invalid input_energy of the layer type {layer_type.layer_class.__name__}: got "
+                f"shape {tuple(energy.shape)}, expected {tuple(total.shape)}; correct its record"
+            )
+        total += energy.double()
         self.ran.add(key)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
         if func is F.embedding and len(args) > 1 and id(args[1]) in self.rows:
             counts = self.rows[id(args[1])]
             words = self.padding.without_padding(args[0]).reshape(-1)
             counts += torch.bincount(words, minlength=len(counts))
-        return func(*args, **(kwargs or {}))
+        elif isinstance(result, Tensor):  # not the dtype or shape of a table
+            for arg in (*args, *(kwargs or {}).values()):
+                operands = arg if isinstance(arg, list | tuple) else (arg,)
+                self.read.update(self.rows.keys() & set(map(id, operands)))
+        return result
 
     def sum_over_ranks(self) -> None:
         """Add the statistics of all ranks, which have the same layers."""
         for total in (*self.columns.values(), *self.rows.values()):
             sum_over_ranks(total)
-        ran = on_any_rank([key in self.ran for key in self.columns])
-        self.ran = {key for key, has_run in zip(self.columns, ran, strict=True) if has_run}
+        for found, keys in ((self.ran, self.columns), (self.read, self.rows)):
+            on_ranks = on_any_rank([key in found for key in keys])
+            found.update(key for key, is_found in zip(keys, on_ranks, strict=True) if is_found)
+
+    def of(self, key: int) -> list[Tensor]:
+        """Return the sums for a weight that broadcast to its matrix: of columns, of rows, or both.
+
+        A table that is only read without lookups counts each row once. The list is empty if the
+        model has not used the weight.
+        """
+        parts = []
+        if (rows := self.rows.get(key)) is not None and rows.any():
+            parts.append(rows[:, None] + 1)
+        if key in self.ran:
+            columns = self.columns[key]
+            mean = columns.mean()
+            # If all inputs are zero, all weights count alike.
+            parts.append(torch.ones_like(columns) if mean == 0 else columns + DAMPING * mean)
+        if not parts and key in self.read:
+            parts.append(torch.ones_like(rows[:, None]))
+        return parts
+
+    def reached(self, key: int) -> bool:
+        """Return whether this rank's batches have used a weight so far."""
+        return (
+            key in self.ran or key in self.read or bool(key in self.rows and self.rows[key].any())
+        )
 
 
 @torch.no_grad()
@@ -105,34 +143,65 @@ def measure_importance(
         table that is also a head.
     """
     forward = forward or (lambda batch: run_batch(model, batch))
-    padding = PaddingMasks(model)
-    all_layers = [layer for layers in weights for layer in layers]
-    statistics = _InputStatistics(all_layers, padding)
-    with evaluating(model), padding, statistics, ExitStack() as hooks:
-        for layer in all_layers:
-            if known_layer_type(layer).input_energy is not None:
-                hook = layer.register_forward_pre_hook(statistics.observe, with_kwargs=True)
-                hooks.enter_context(hook)
+    with _measuring(model, weights) as statistics:
         for batch in batches:
-            padding.begin(batch)
+            statistics.padding.begin(batch)
             forward(batch)
     statistics.sum_over_ranks()
     return [_importance(model, layers, statistics) for layers in weights]
 
 
+@torch.no_grad()
+def require_measurable(
+    model: nn.Module,
+    weights: Sequence[Sequence[nn.Module]],
+    batches: Sequence,
+    forward: Callable[[object], object],
+) -> None:
+    """Run batches until each weight was used, as :func:`measure_importance` needs it.
+
+    All ranks must call it. Raises ValueError, naming a layer that the batches of no rank reach.
+    """
+    keys = [id(layers[0].weight) for layers in weights]
+    with _measuring(model, weights) as statistics:
+        for batch in batches:
+            if all(map(statistics.reached, keys)):
+                break
+            statistics.padding.begin(batch)
+            forward(batch)
+    reached = on_any_rank([statistics.reached(key) for key in keys])
+    for layers, is_reached in zip(weights, reached, strict=True):
+        if not is_reached:
+            raise never_ran("importance", model, layers[0])
+
+
+@contextmanager
+def _measuring(
+    model: nn.Module, weights: Sequence[Sequence[nn.Module]]
+) -> Iterator[_InputStatistics]:
+    """Collect statistics of some weights inside the context, with the model in eval mode."""
+    layers = [layer for members in weights for layer in members]
+    statistics = _InputStatistics(layers, PaddingMasks(model))
+    with evaluating(model), statistics.padding, statistics, ExitStack() as hooks:
+        for layer in layers:
+            if known_layer_type(layer).input_energy is not None:
+                hook = layer.register_forward_pre_hook(statistics.observe, with_kwargs=True)
+                hooks.enter_context(hook)
+        yield statistics
+
+
 def _importance(
     model: nn.Module, layers: Sequence[nn.Module], statistics: _InputStatistics
 ) -> Tensor:
-    key, parts = id(layers[0].weight), []
-    if (rows := statistics.rows.get(key)) is not None and rows.any():
-        parts.append(rows[:, None] + 1)
-    if key in statistics.ran:
-        columns = statistics.columns[key]
-        mean = columns.mean()
-        # If all inputs are zero, all weights count alike.
-        parts.append(columns + DAMPING * mean if mean > 0 else torch.ones_like(columns))
+    parts = statistics.of(id(layers[0].weight))
     if not parts:
         raise never_ran("importance", model, layers[0])
-    total = sum(part / part.mean() for part in parts)
+    total = (sum(part / part.mean() for part in parts) / len(parts)).float()
+    if not bool(torch.isfinite(total).all() and (total > 0).all()):
+        raise ValueError(
+            f"importance: the inputs of {name_of(model, layers[0])} on the calibration data are "
+            "NaN, infinite or too large for float32 (their squares are summed); check the data and "
+            'the output of the dense model, or set importance="none"'
+        )
     # Sums may be rounded differently on other ranks; k-means needs the same bits.
-    return broadcast_from_rank_0((total / len(parts)).float())
+    return broadcast_from_rank_0(total)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import chain
@@ -14,14 +14,22 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from ..argument_checks import require_model
+from ..argument_checks import require_model, run_batch
+from ..blocks import weight_matrix
 from ..compat import stop_rescaling
-from ..configuration import QuantizedModelConfig
-from ..distributed import broadcast_from, is_distributed, is_own_task, rank_of_task, sum_over_ranks
-from ..quantizers.base import require_finite
-from .activations import require_batches, require_runs, rounds_inputs
+from ..configuration import IPQConfig, QuantizedModelConfig
+from ..distributed import (
+    broadcast_from,
+    is_distributed,
+    is_own_task,
+    raise_on_all_ranks,
+    rank_of_task,
+    sum_over_ranks,
+)
+from ..quantizers.base import sum_of_squares
+from .activations import calibrate, require_batches, require_runs, rounds_inputs
 from .convert import pack_layer, pack_skeleton, packed_layers, packed_names
-from .importance import measure_importance
+from .importance import measure_importance, require_measurable
 from .plan import PlannedWeight, make_plan
 from .structural_changes import changed_copy, declare_shared, plan_structural_changes
 from .ties import renamed_ties
@@ -73,17 +81,38 @@ class ModelPacker:
         if self.structural_changes:
             self.planned = changed_copy(model, self.config)
         self.stages, self.config.left_dense = make_plan(self.planned, self.config)
+        if isinstance(self.config, IPQConfig) and self.config.has_default_stages:
+            self.config.stages = [stage for stage in self.stages if stage is not None]
 
-    def require_runs(self, batches: Sequence) -> None:
-        """Raise ValueError, before packing starts, if a layer to be measured never runs."""
-        groups: list[list[nn.Module]] = []
-        for planned in chain.from_iterable(self.stages.values()):
-            modules = planned.modules
-            groups += [[m] for m in modules if rounds_inputs(m, planned.activation_bits)]
-            # Lookups are counted in F.embedding, which may run without a call of the layer.
-            if self.config.weighs_errors and not any(isinstance(m, nn.Embedding) for m in modules):
-                groups.append(modules)
-        require_runs(self.planned, groups, batches, self.config.reads_data)
+    def check_weights(self, *stages: str | None) -> None:
+        """Raise ValueError, naming the layer, if a weight (by default of all stages) is invalid."""
+        with self._raising_together():
+            for stage in stages or self.stages:
+                for planned in self.stages[stage]:
+                    planned.check_values()
+
+    def require_runs(
+        self, batches: Sequence, forward: Callable[[object], object] | None = None
+    ) -> None:
+        """Raise ValueError, before packing starts, if inputs to be measured do not exist.
+
+        ``forward`` runs a batch through :attr:`planned`; None is ``planned(**batch)``.
+        """
+        if not self.config.reads_data:
+            return
+        require_batches(batches, self.config.reads_data)
+        weights = list(chain.from_iterable(self.stages.values()))
+        forward = forward or (lambda batch: run_batch(self.planned, batch))
+        rounded = [
+            layer
+            for planned in weights
+            for layer in planned.modules
+            if rounds_inputs(layer, planned.activation_bits)
+        ]
+        require_runs(self.planned, rounded, batches, forward)
+        if self.config.weighs_errors:
+            layers = [planned.modules for planned in weights]
+            require_measurable(self.planned, layers, batches, forward)
 
     def change_structure(self) -> None:
         """Prune and share layers by the config (section 7.9). Call before the first stage."""
@@ -106,16 +135,17 @@ class ModelPacker:
         With ``importance`` in the config, ``batches`` and ``forward`` are the calibration data of
         :func:`measure_importance`; the earlier stages are packed when it is measured.
         """
+        self.check_weights(stage)
         importance = self._importance(stage, batches, forward)
         errors: dict[str, float] = {}
         norms: list[float] = []
         bar = tqdm(self.stages[stage], desc=f"quantize {stage or 'all layers'}", unit="layer",
                    disable=not progress, leave=False)  # fmt: skip
         with self._transformers_updated(stage):
-            for number, planned in enumerate(bar):
-                weight = planned.modules[0].weight
-                norms.append(float(weight.detach().float().square().sum()))
-                errors[planned.layers[0].name] = self._pack(planned, number, importance[number])
+            with self._raising_together():
+                for number, planned in enumerate(bar):
+                    norms.append(sum_of_squares(weight_matrix(planned.modules[0])))
+                    errors[planned.layers[0].name] = self._pack(planned, number, importance[number])
             self._exchange(stage, errors)
         energy = sum(norms)
         error = sum(norm * relative for norm, relative in zip(norms, errors.values(), strict=True))
@@ -124,8 +154,15 @@ class ModelPacker:
 
     def pack_all(self, progress: bool = False, batches: Sequence = ()) -> list[StageResult]:
         """Prune and share layers, then pack every stage without training in between."""
+        self.check_weights()
         self.change_structure()
-        return [self.pack_stage(stage, progress, batches) for stage in self.stages]
+        results = []
+        for stage in self.stages:
+            results.append(self.pack_stage(stage, progress, batches))
+            if self.config.weighs_errors:  # the next stage is measured on this one's outputs
+                layers = [self.model.get_submodule(name) for name in results[-1].layers]
+                calibrate(self.model, layers, batches)
+        return results
 
     def pack_skeletons(self) -> None:
         """Pack all layers with empty tensors, for the size of models on the meta device."""
@@ -138,6 +175,9 @@ class ModelPacker:
         with self._transformers_updated(stage):
             for planned in self.stages[stage]:
                 self._pack_empty(planned)
+
+    def _raising_together(self) -> AbstractContextManager:
+        return raise_on_all_ranks() if self.on_all_ranks else nullcontext()
 
     def layers_of(self, stage: str | None) -> list[str]:
         """Return the names of a stage's layers; empty if the plan has no such stage."""
@@ -164,16 +204,18 @@ class ModelPacker:
         if self.on_all_ranks and not is_own_task(number):
             self._pack_empty(planned)
             return 0.0
-        first = planned.layers[0]
-        require_finite(first.module.weight, f"{first.name}.weight")
+        try:
+            error = pack_layer(
+                planned.modules,
+                planned.quantizer,
+                seed=self.config.seed + number,
+                activation_bits=planned.activation_bits,
+                importance=importance,
+            )
+        except ValueError as reason:
+            raise ValueError(f"cannot quantize {planned.layers[0].name}: {reason}") from reason
         self.config.plan.update(planned.entries())
-        return pack_layer(
-            planned.modules,
-            planned.quantizer,
-            seed=self.config.seed + number,
-            activation_bits=planned.activation_bits,
-            importance=importance,
-        )
+        return error
 
     def _pack_empty(self, planned: PlannedWeight) -> None:
         pack_skeleton(planned.modules, planned.quantizer, planned.activation_bits)

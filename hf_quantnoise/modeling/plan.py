@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
-from ..configuration import DENSE, QuantizedModelConfig
+from ..blocks import weight_matrix
+from ..configuration import DENSE, IPQConfig, QuantizedModelConfig
 from ..patterns import compile_pattern
 from ..quantizers import Quantizer, quantizer_from_dict
+from ..quantizers.base import require_finite
 from ..structure import (
     GROUPS,
     LayerInfo,
@@ -23,6 +26,8 @@ from ..structure import (
 
 # The reason of layers that a config skips by name.
 SKIPPED_BY_CONFIG = "layer_quantizers skips it"
+# Of weights that can be packed; states have the dtype of the weight.
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,20 @@ class PlannedWeight:
         """Return the same for another model with layers of the same names."""
         layers = (replace(layer, module=model.get_submodule(layer.name)) for layer in self.layers)
         return replace(self, layers=tuple(layers))
+
+    def check_values(self) -> None:
+        """Raise ValueError, naming the layer, if the weight's values cannot be quantized."""
+        first = self.layers[0]
+        weight = first.module.weight.detach()
+        if weight.is_meta:  # only sizes are asked for
+            return
+        require_finite(weight, f"{first.name}.weight")
+        first.layer_type.require_inverse(weight)
+        if reason := self.quantizer.check_values(weight_matrix(first.module)):
+            raise ValueError(
+                f"invalid {first.name}.weight: {reason}, or exclude the layer "
+                f"(exclude_modules=[{first.name!r}])"
+            )
 
     def entries(self) -> dict[str, dict[str, Any]]:
         """Return the entries of the plan in JSON form, one per layer."""
@@ -71,6 +90,8 @@ def stage_of(layer: LayerInfo, stages: Sequence[str | None]) -> str | bool | Non
 
 def _why_not(layer: LayerInfo, quantizer: Quantizer, dense_bytes: int) -> str | None:
     """Return why a layer cannot be stored with a quantizer, or None if it can."""
+    if (dtype := layer.module.weight.dtype) not in DTYPES:
+        return f"its weight is stored as {dtype}"
     if layer.layer_type.packed_forward is None:
         return f"layers of type {layer.layer_type.layer_class.__name__} cannot be packed"
     if reason := quantizer.check(layer.rows, layer.columns):
@@ -78,6 +99,12 @@ def _why_not(layer: LayerInfo, quantizer: Quantizer, dense_bytes: int) -> str | 
     if (packed := quantizer.packed_bytes(layer.rows, layer.columns)) >= dense_bytes:
         return f"it would take {packed} bytes packed and takes {dense_bytes} dense"
     return None
+
+
+def stages_for(config: QuantizedModelConfig, model: nn.Module) -> list[str | None]:
+    """Return the stages of a config for a model, also those that turn out to pack nothing."""
+    layers = select_layers(model, config.target_modules, config.exclude_modules)
+    return config.stage_groups({layer.group for layer in layers})
 
 
 def make_plan(
@@ -91,7 +118,10 @@ def make_plan(
     layers = select_layers(model, config.target_modules, config.exclude_modules)
     _require_known(config, model, layers)
     _require_known_keys(config, model)
-    plan: dict[str | None, list[PlannedWeight]] = {stage: [] for stage in config.stage_groups()}
+    stages = stages_for(config, model)
+    if isinstance(config, IPQConfig):  # a convolution or head may stay dense
+        config.check_covers([stage for stage in stages if stage not in ("conv", "head")])
+    plan: dict[str | None, list[PlannedWeight]] = {stage: [] for stage in stages}
     skipped: dict[str, str] = {}
     for members in weights_of(layers):
         layer = members[0]
@@ -156,7 +186,7 @@ def _require_known(
                 f"{field}: {type(model).__name__} has no such layer after prune_layers and "
                 f"share_layers{_hint(name, known)}"
             )
-        layer, stages = chosen[name], config.stage_groups()
+        layer, stages = chosen[name], stages_for(config, model)
         if settings["scheme"] != DENSE and stage_of(layer, stages) is False:
             raise ValueError(
                 f"{field}: its group {layer.group!r} is in no stage; add it to stages={stages!r}, "
@@ -198,25 +228,41 @@ def _without_empty_stages(
     skipped: dict[str, str],
     layers: Sequence[LayerInfo],
 ) -> dict[str | None, list[PlannedWeight]]:
-    """Return the stages that pack something; only ``layer_quantizers`` may leave one empty."""
-    for stage in [stage for stage, weights in plan.items() if not weights]:
-        members = [layer for layer in layers if stage_of(layer, list(plan)) == stage]
+    """Return the stages that pack something.
+
+    A stage that the config names may be empty only by ``layer_quantizers``, default ones always.
+    """
+    stages = list(plan)
+    for stage in [] if config.has_default_stages else stages:
+        members = [layer for layer in layers if stage_of(layer, stages) == stage]
         if not members:
             groups = sorted({layer.group for layer in layers})
             raise ValueError(
                 f"invalid stages: {stage!r} matches no layer of the model; its groups are {groups}"
             )
-        if all(skipped[layer.name] == SKIPPED_BY_CONFIG for layer in members):
-            continue
-        widths = sorted({layer.columns for layer in members})
-        settings = config.quantizer_settings(members[0]) or vars(config)
-        setting = "block_size" if "block_size" in settings else "bits"
-        reasons = "; ".join(f"{layer.name}: {skipped[layer.name]}" for layer in members[:3])
-        raise ValueError(
-            f"invalid {setting}={settings[setting]!r}: the stage {stage!r} can pack none of its "
-            f"{len(members)} layers ({reasons}), which have {widths} columns; choose a block_size "
-            "that divides them, fewer n_centroids, or remove the stage"
-        )
+        if not plan[stage] and not _are_skipped_by_config(members, skipped):
+            raise _nothing_fits(config, f"the stage {stage!r}", members, skipped)
     if not any(plan.values()):
-        raise ValueError("layer_quantizers skips every layer, so there is nothing to quantize")
+        members = [layer for layer in layers if stage_of(layer, stages) is not False]
+        if not members or _are_skipped_by_config(members, skipped):
+            raise ValueError("layer_quantizers skips every layer, so there is nothing to quantize")
+        raise _nothing_fits(config, "the model", members, skipped)
     return {stage: weights for stage, weights in plan.items() if weights}
+
+
+def _are_skipped_by_config(members: Sequence[LayerInfo], skipped: dict[str, str]) -> bool:
+    return all(skipped[layer.name] == SKIPPED_BY_CONFIG for layer in members)
+
+
+def _nothing_fits(
+    config: QuantizedModelConfig, what: str, members: Sequence[LayerInfo], skipped: dict[str, str]
+) -> ValueError:
+    widths = sorted({layer.columns for layer in members})
+    settings = config.quantizer_settings(members[0]) or vars(config)
+    setting = "block_size" if "block_size" in settings else "bits"
+    reasons = "; ".join(f"{layer.name}: {skipped[layer.name]}" for layer in members[:3])
+    return ValueError(
+        f"invalid {setting}={settings[setting]!r}: none of the {len(members)} layers of {what} "
+        f"can be packed ({reasons}), which have {widths} columns; choose a block_size that "
+        "divides them, fewer n_centroids, or other stages"
+    )

@@ -75,7 +75,7 @@ def apply_quant_noise(model: nn.Module, qn_config: QuantNoiseConfig) -> nn.Modul
     sharing = LayerSharing(model, chunks_of(model, qn_config.share_layers))
     try:
         state = _fitted_state(model, qn_config, sharing)
-    except Exception:
+    except BaseException:  # also an interrupt
         sharing.undo()
         raise
     sharing.release()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from ..distributed import (
     max_over_ranks,
     widest_over_ranks,
 )
+from ..quantizers.base import require_finite
 from ..sharing import LayerSharing
 from .activations import ActivationNoise
 from .functions import NoiseFunction
@@ -220,11 +222,13 @@ class QuantNoiseState:
 
     @torch.no_grad()
     def _refresh(self, kind: str) -> None:
-        functions = [(w.modules[0], f) for w in self.weights for _, f in w.noise.functions]
-        for position, (module, function) in enumerate(functions):
+        functions = [(weight, f) for weight in self.weights for _, f in weight.noise.functions]
+        for position, (weight, function) in enumerate(functions):
             if function.refreshed != kind:
                 continue
+            module: Any = weight.modules[0]
             matrix = weight_matrix(module, full_tensor(module.weight))
+            require_finite(matrix, f"{weight.names[0]}.weight")
             with torch.autocast(matrix.device.type, enabled=False):
                 function.refresh(matrix, self.config.seed + position)
             for key, tensor in function.state.items():

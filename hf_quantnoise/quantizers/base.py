@@ -15,6 +15,12 @@ from torch import Tensor
 
 from ..configuration import QUANTIZERS, check_settings
 
+# Range of the largest magnitude of a weight that is quantized. Fits sum squares in float32, which
+# ends at 3.4e38 and 1.2e-38; real weights are far from both.
+MAGNITUDES = (1e-16, 1e16)
+# Elements that are converted to float64 at a time.
+CHUNK_ELEMENTS = 2**20
+
 
 class StraightThrough(torch.autograd.Function):
     """Other values forward, identity backward (the STE of section 4.1). Saves nothing."""
@@ -115,6 +121,17 @@ class Quantizer(ABC):
         """Return why a (rows, columns) matrix cannot be quantized, or None if it can."""
         return None
 
+    def check_values(self, matrix: Tensor) -> str | None:
+        """Return why the values of a finite matrix cannot be quantized, or None if they can."""
+        largest = float(largest_magnitude(matrix))
+        low, high = MAGNITUDES
+        if largest and not low <= largest <= high:
+            return (
+                f"its largest magnitude is {largest:.3g}, expected {low:g} to {high:g} (squares "
+                "must fit into float32); rescale the weight"
+            )
+        return None
+
     def state_of_rows(self, state: dict[str, Tensor], rows: Tensor | slice) -> dict[str, Tensor]:
         """Return the part of a state that decodes some rows; the state itself if rows share it."""
         return state
@@ -159,8 +176,28 @@ def quantizer_from_dict(values: dict[str, Any]) -> Quantizer:
     return QUANTIZERS[values["scheme"]](**settings)
 
 
+def largest_magnitude(matrix: Tensor) -> Tensor:
+    """Return max |w| in the matrix's dtype, without a copy of the matrix."""
+    low, high = torch.aminmax(matrix.detach())
+    return torch.maximum(-low, high)
+
+
+def sum_of_squares(matrix: Tensor, other: Tensor | None = None) -> float:
+    """Return ||matrix - other||^2 in float64; ``other`` is zero by default."""
+    total, step = 0.0, max(1, CHUNK_ELEMENTS // max(1, matrix.shape[1]))
+    for start in range(0, len(matrix), step):
+        part = matrix[start : start + step].double()
+        if other is not None:
+            part = part - other[start : start + step].double()
+        total += float(part.square().sum())
+    return total
+
+
 def require_finite(matrix: Tensor, name: str = "weight") -> None:
     """Raise ValueError if a matrix has NaN or infinite entries, with their number."""
+    # One reduction for nearly all matrices: a sum is finite only if all terms are.
+    if bool(torch.isfinite(matrix.sum(dtype=torch.float32))):
+        return
     finite = torch.isfinite(matrix)
     if not finite.all():
         raise ValueError(

@@ -91,6 +91,21 @@ class FixedPointQuantizer(Quantizer):
         scale = torch.where(scale > 0, scale, constant)
         return {"scale": scale, "zero_point": -torch.round(low / scale)}
 
+    def check_values(self, matrix):
+        if reason := super().check_values(matrix):
+            return reason
+        per_channel = OBSERVERS[self.observer].per_channel
+        low, high = torch.aminmax(matrix, dim=1) if per_channel else torch.aminmax(matrix)
+        state = self.state_of_range(low.float(), high.float())
+        scale, zero_point = (state[key].to(matrix.dtype) for key in ("scale", "zero_point"))
+        if bool((scale > 0).any()) and bool(torch.isfinite(zero_point).all()):
+            return None
+        return (
+            f"its values from {float(low.min()):g} to {float(high.max()):g} need a scale or zero "
+            f"point outside of {str(matrix.dtype).removeprefix('torch.')}; load the model with "
+            "dtype=torch.float32"
+        )
+
     def state_of_rows(self, state, rows):
         if not OBSERVERS[self.observer].per_channel:
             return state

@@ -57,7 +57,7 @@ def largest_code(packed: Tensor, bits: int, count: int) -> int:
 def has_code_from(packed: Tensor, bits: int, count: int, limit: int) -> bool:
     """Return whether one of ``count`` packed codes is ``limit`` or more.
 
-    Below 8 bits, eight codes are compared at a time: every second one is taken out of a 64-bit
+    Below 8 bits, eight codes are compared at a time: every second one is masked in a 64-bit
     word, which leaves room for the carry of an addition that overflows from ``limit`` on.
     """
     if bits >= 8:

@@ -16,11 +16,11 @@ from ..configuration import QUANTIZERS
 from ..configuration.checks import boolean, integer, one_of
 from ..configuration.entries import MAX_BLOCK_SIZE, MAX_CENTROIDS
 from ..layer_types import records_gradients
-from .base import Quantizer, StraightThrough, require_finite
+from .base import Quantizer, StraightThrough, largest_magnitude, require_finite
 from .fixed_point import FixedPointQuantizer
 from .kmeans import assign, kmeans
 from .packing import code_dtype
-from .row_scale import as_divisor, fit_row_scale
+from .row_scale import as_divisor, fit_row_scale, lost_rows
 
 
 class _Lookup(torch.autograd.Function):
@@ -239,6 +239,24 @@ class ProductQuantizer(Quantizer):
         scale = state["row_scale"]
         stored = _round_to_half(scale.detach())
         return StraightThrough.apply(scale, stored) if records_gradients() else stored
+
+    def check_values(self, matrix):
+        largest, half = float(largest_magnitude(matrix)), torch.finfo(torch.float16)
+        high = half.max / self.codes_per_block  # a centroid of a sum may be larger than the sum
+        if self.codebook_bits == 16 and largest and not half.tiny <= largest <= high:
+            return (
+                f"its largest magnitude is {largest:.6g}, and codebook_bits=16 stores centroids in "
+                f"float16, which has {half.tiny:.2g} to {high:g}; set codebook_bits=32"
+            )
+        if self.row_scale and (lost := lost_rows(matrix)):
+            return (
+                f"row_scale=True stores the scale of each row in float16, and {lost} of its "
+                f"{len(matrix)} rows are too small or too large for that, compared with the mean "
+                "row; set row_scale=False"
+            )
+        if self.codebook_bits == 8 and (reason := self._eight_bits.check_values(matrix)):
+            return reason
+        return super().check_values(matrix)
 
     def check(self, rows, columns):
         if columns % self.block_size:

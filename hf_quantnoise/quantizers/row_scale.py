@@ -24,6 +24,19 @@ def as_divisor(scale: Tensor) -> Tensor:
     return torch.where(scale == 0, torch.ones_like(scale), scale)
 
 
+def lost_rows(matrix: Tensor) -> int:
+    """Return how many rows have a scale that float16 cannot hold, or 0 if that does no harm.
+
+    Scales that are too large would be clamped. Rows that are too small are stored as zeros, which
+    is harmless for a few (of unused words), but not if they are most: the mean is that of the rest.
+    """
+    dtype = torch.promote_types(matrix.dtype, torch.float32)
+    norms = torch.linalg.vector_norm(matrix, dim=1, dtype=dtype)
+    scale = (norms / as_divisor(norms.mean())).to(torch.float16)
+    large, small = int((~torch.isfinite(scale)).sum()), int(((norms > 0) & (scale == 0)).sum())
+    return large or (small if 2 * small > len(matrix) else 0)
+
+
 def fit_row_scale(
     matrix: Tensor,
     importance: Tensor | None,

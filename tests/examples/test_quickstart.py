@@ -37,7 +37,7 @@ def names(tmp_path_factory):
         BertForSequenceClassification(config), hf_quantnoise.FixedPointConfig()
     )
     small.save_pretrained(folder / "small")
-    for copy in ("truncated", "future", "mixed"):
+    for copy in ("truncated", "future", "mixed", "edited"):
         shutil.copytree(folder / "small", folder / copy)
     weights = folder / "truncated" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
@@ -50,6 +50,10 @@ def names(tmp_path_factory):
         values = json.loads(file.read_text())
         values["quantization_config"] |= change
         file.write_text(json.dumps(values))
+    file = folder / "edited" / "config.json"
+    values = json.loads(file.read_text())
+    del values["quantization_config"]["plan"]["classifier"]
+    file.write_text(json.dumps(values))
     weights = folder / "mixed" / "model.safetensors"
     save_file(load_file(weights), weights, {"format": "pt", "weights_id": "5e3c0a1f"})
     shutil.copytree(folder / "small", folder / "killed" / "interrupted-save")

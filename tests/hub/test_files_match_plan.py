@@ -205,7 +205,7 @@ def test_tied_layers_with_different_settings_are_refused(tied):
 
 
 def test_either_tied_entry_may_be_missing(tied):
-    """The class ties the layers whatever the plan says."""
+    """The class ties the layers whatever is in the plan."""
     ids = torch.arange(5)[None]
     with torch.no_grad():
         expected = AutoModelForCausalLM.from_pretrained(tied)(ids).logits

@@ -171,3 +171,12 @@ def test_report_checks_entries(field, damaged, capsys):
     assert main(["report", str(folder)]) == 1
     out, err = capsys.readouterr()
     assert not out and f"plan[{LAYER!r}]" in err and field in err
+
+
+@pytest.mark.parametrize("field", ["scheme", "x" * 10**6, "n_centroids", "tied_to"])
+def test_errors_about_long_values_are_short(field, stored):
+    values = stored("pq")
+    values["plan"][LAYER][field] = "pq" * 10**6
+    with pytest.raises(ValueError, match=r"plan\['bert") as error:
+        QuantizedModelConfig.from_dict(values)
+    assert len(str(error.value)) < 700

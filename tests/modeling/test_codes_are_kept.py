@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from support.stacked import inputs_of, make_stacked
 from support.stored import PQ, tensors_of
 from support.tiny import make_model
+from support.zoo import ZOO, ipq_config
 from torch import nn
 from torch.optim.swa_utils import (
     AveragedModel,
@@ -151,6 +152,24 @@ def test_average_of_different_codes_raises():
     averaged.update_parameters(one)
     with pytest.raises(ValueError, match=r"average of different codes.*dequantize"):
         averaged.update_parameters(other)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ZOO)
+def test_zoo_trains_with_average(kind):
+    dense = ZOO[kind].make()
+    for config in (ipq_config(dense), CONFIGS["int4 per channel"]):
+        model = quantize_model(copy.deepcopy(dense), config, progress=False)
+        before = fixed_of(model)
+        for parameter in model.parameters():
+            parameter.requires_grad = True
+        averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9999))
+        model.train()(**ZOO[kind].batch()).loss.backward()
+        torch.optim.SGD(model.parameters(), lr=1e-3, weight_decay=0.5).step()
+        for _ in range(3):
+            averaged.update_parameters(model)
+        assert_kept(model, before)
+        assert_kept(averaged.module, before)
 
 
 # ---- gradients, casts and copies -----------------------------------------------------------------

@@ -1,14 +1,17 @@
 """Layer types: ``nn.Conv1d``, registered in one file, and types that cannot be packed."""
 
 import copy
+import re
 
 import pytest
 import torch
+from support.tiny import make_model
 from support.zoo import ZOO, ipq_config
 from torch import nn
 
 from hf_quantnoise import (
     FixedPointConfig,
+    IPQConfig,
     QuantNoiseConfig,
     apply_quant_noise,
     quantize_model,
@@ -146,3 +149,112 @@ def test_layer_type_without_packed_forward_gets_noise(scale_type):
     assert set(find_state(model).layers) == {"linear", "scale"}
     assert not model.scale(torch.ones(16, 64)).any()
     assert not any(packed_layers(model))
+
+
+def test_quantize_model_with_layer_without_packed_forward_keeps_its_weight(scale_type):
+    model = make_model("bert")
+    model.scale = Scale()
+    weight = model.scale.weight
+    quantize_model(model, FixedPointConfig(bits=8), progress=False)
+    assert model.scale.weight is weight and type(model.scale) is Scale
+    assert "Scale cannot be packed" in model.config.quantization_config.left_dense["scale"]
+
+
+# ---- broken types of others ----------------------------------------------------------------------
+
+BROKEN_RECORDS = {
+    "layer_class": ({"layer_class": "Scale"}, "layer_class"),
+    "packed forward of another class": ({"packed_forward": nn.Linear}, "packed_forward"),
+    "packed forward that is a function": ({"packed_forward": lambda x: x}, "packed_forward"),
+    "to_matrix that is a number": ({"to_matrix": 3}, "to_matrix"),
+    "input_energy that is a number": ({"input_energy": 3}, "input_energy"),
+    "unknown group": ({"group": "experts"}, "group"),
+}
+BROKEN_FUNCTIONS = {
+    "to_matrix flattens": ({"to_matrix": torch.flatten}, "to_matrix"),
+    "to_matrix drops values": ({"to_matrix": lambda weight: weight[1:]}, "to_matrix"),
+    "to_matrix raises": ({"to_matrix": lambda weight: weight.view(7, -1)}, "to_matrix"),
+    "to_matrix returns nothing": ({"to_matrix": lambda weight: None}, "to_matrix"),
+    "from_matrix transposes": ({"from_matrix": lambda matrix, shape: matrix.t()}, "from_matrix"),
+    "from_matrix takes no shape": ({"from_matrix": lambda matrix: matrix}, "from_matrix"),
+}
+BROKEN_VALUES = {
+    "not the inverse": ({"from_matrix": lambda matrix, shape: matrix.flip(0)}, "from_matrix"),
+}
+
+
+def broken_model(settings):
+    register_layer_type(LayerType(**{"layer_class": Scale, "packed_forward": Scale, **settings}))
+    model = make_model("bert")
+    model.scale = Scale()
+    return model, model.scale.weight
+
+
+def assert_names_the_type(error, field):
+    assert re.match(rf"invalid {field} of the layer type Scale: got .*, expected .*", str(error))
+
+
+@pytest.fixture
+def no_scale_type(monkeypatch):
+    monkeypatch.setattr("hf_quantnoise.layer_types.record.LAYER_TYPES", [*LAYER_TYPES])
+
+
+@pytest.mark.parametrize("name", BROKEN_RECORDS)
+def test_record_of_a_wrong_type_is_refused(name, no_scale_type):
+    settings, field = BROKEN_RECORDS[name]
+    with pytest.raises(ValueError) as error:
+        LayerType(**{"layer_class": Scale, "packed_forward": Scale, **settings})
+    assert_names_the_type(error.value, field)
+
+
+@pytest.mark.parametrize("name", {**BROKEN_FUNCTIONS, **BROKEN_VALUES})
+def test_broken_layer_type_is_named_before_a_weight_is_touched(name, no_scale_type):
+    settings, field = {**BROKEN_FUNCTIONS, **BROKEN_VALUES}[name]
+    model, weight = broken_model(settings)
+    with pytest.raises(ValueError) as error:
+        quantize_model(model, FixedPointConfig(bits=8), progress=False)
+    assert_names_the_type(error.value, field)
+    assert model.scale.weight is weight and type(model.scale) is Scale
+    assert not any(packed_layers(model))
+    if name in BROKEN_FUNCTIONS:  # noise and reports need the matrix, too
+        with pytest.raises(ValueError) as error:
+            apply_quant_noise(model, QuantNoiseConfig())
+        assert_names_the_type(error.value, field)
+
+
+def test_input_energy_of_a_wrong_shape_is_named(no_scale_type):
+    model, weight = broken_model({"input_energy": lambda layer, inputs: inputs.sum()})
+    model.__dict__["forward"] = lambda input_ids: (
+        type(model).forward(model, input_ids),
+        model.scale(torch.ones(16, 64)),
+    )
+    with pytest.raises(ValueError) as error:
+        quantize_model(
+            model,
+            IPQConfig(n_centroids=8, importance="activations", stages=["head"]),
+            progress=False,
+            calibration_data=[{"input_ids": torch.ones(1, 4, dtype=torch.long)}],
+        )
+    assert_names_the_type(error.value, "input_energy")
+    assert model.scale.weight is weight and not any(packed_layers(model))
+
+
+class NarrowLinear(nn.Linear):
+    """A subclass with a separate type."""
+
+
+def test_the_most_specific_layer_type_applies(no_scale_type):
+    own = LayerType(layer_class=NarrowLinear, packed_forward=NarrowLinear, group="conv")
+    register_layer_type(own)
+    assert known_layer_type(NarrowLinear(4, 4)) is own
+    assert known_layer_type(nn.Linear(4, 4)) is not own
+
+
+def test_layer_type_of_others_is_packed_saved_and_trained(no_scale_type):
+    model, _ = broken_model({})
+    quantize_model(model, FixedPointConfig(bits=8), progress=False)
+    layer, inputs = model.scale, torch.randn(16, 64)
+    assert is_packed(layer)
+    assert torch.equal(layer(inputs), inputs * layer.weight)
+    model.dequantize()
+    assert type(model.scale) is Scale and model.scale.weight.shape == (16, 64)

@@ -49,9 +49,9 @@ plain, tied = Branching(), Tied()
 found["own"] = importance(plain, [[plain.up], [plain.down]], both[rank])
 found["tied"] = importance(tied, [[tied.table, tied.head]], words[rank])
 found["refused"] = error_of(importance, plain, [[plain.up], [plain.idle]], both[rank])
-batch = [{"x": both[rank]}]
-found["runs"] = error_of(require_runs, plain, [[plain.up], [plain.down]], batch, "importance")
-found["runs not"] = error_of(require_runs, plain, [[plain.up], [plain.idle]], batch, "importance")
+batch, runs = [{"x": both[rank]}], lambda batch: plain(**batch)
+found["runs"] = error_of(require_runs, plain, [plain.up, plain.down], batch, runs)
+found["runs not"] = error_of(require_runs, plain, [plain.up, plain.idle], batch, runs)
 found["batches"] = error_of(require_batches, [1] * rank)
 found["no batches"] = error_of(require_batches, [])
 
@@ -100,7 +100,7 @@ found["tied"] = importance(tied, [[tied.table, tied.head]], *words)
 def test_layer_that_no_rank_reaches_raises_on_all_ranks(ranks):
     for name, words in {
         "refused": "ValueError: importance: idle never ran",
-        "runs not": "ValueError: importance: idle never ran",
+        "runs not": "ValueError: activation_bits: idle never ran",
         "no batches": "ValueError: activation_bits needs calibration data",
         "none runs": "ValueError: activation_bits: ",
     }.items():

@@ -187,6 +187,13 @@ TIED = {"BERT": 2, "RoBERTa": 2, "DistilBERT": 2, "ALBERT": 2, "ModernBERT": 2, 
         "Whisper": 2}  # fmt: skip
 
 
+def rows_of(batch: dict[str, Any]) -> list[dict[str, Tensor]]:
+    """Return the examples of a batch, as training data."""
+    tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+    size = len(next(iter(tensors.values())))
+    return [{name: value[row] for name, value in tensors.items()} for row in range(size)]
+
+
 def users_of_table(model: nn.Module) -> list[str]:
     """Return the names of the layers that use the input embeddings of a dense model."""
     table = next(layer for layer in find_layers(model) if layer.input_table)

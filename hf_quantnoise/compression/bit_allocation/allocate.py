@@ -20,11 +20,13 @@ from ...argument_checks import (
     require_instance,
     require_weights,
 )
+from ...blocks import weight_matrix
 from ...configuration import IPQConfig, QuantizedModelConfig
 from ...distributed import broadcast_object, is_rank_0, on_any_rank, raise_on_all_ranks
 from ...modeling.packer import check_can_be_packed
 from ...modeling.structural_changes import changed_copy
 from ...noise import find_state
+from ...quantizers.base import require_finite
 from ...size import aligned
 from .candidates import WeightCandidates, candidates_for
 from .knapsack import Option, allocate_bytes
@@ -125,6 +127,8 @@ def plan_bit_allocation(
     target = check_target_reachable(model, config)
     copy = changed_copy(model, config).eval()
     groups = weights_to_store(copy, config)
+    for layers in groups:
+        require_finite(weight_matrix(layers[0].module), f"{layers[0].name}.weight")
     weights = [
         candidates_for(layers, config)
         for layers in tqdm(groups, desc="quantization errors", unit="weight", disable=not progress)

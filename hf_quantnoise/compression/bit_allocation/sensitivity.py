@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from ...argument_checks import run_batch
 from ...blocks import weight_matrix
 from ...distributed import raise_on_all_ranks, sum_over_ranks
+from ...quantizers.base import sum_of_squares
 from ...structure import LayerInfo
 from ..distillation.logits import logits_divergence
 from .candidates import Candidate, WeightCandidates
@@ -140,12 +141,12 @@ def _measure(
 ) -> list[tuple[float, float]]:
     """Return (relative error, divergence) of the fitted candidates that are measured."""
     matrix = weight_matrix(weight.layer.module)
-    energy = float(matrix.float().square().sum())
+    energy = sum_of_squares(matrix)
     points = []
     for candidate in _measured_candidates(weight, bits):
         state = candidate.state or candidate.quantizer.fit(matrix)
         quantized = candidate.quantizer.quantize(matrix, state)
-        error = float((matrix.float() - quantized.float()).square().sum()) / energy if energy else 0
+        error = sum_of_squares(matrix, quantized) / energy if energy else 0
         if error > 0:
             divergence = meter.measure(weight.layers, quantized)
             if not math.isfinite(divergence):  # max(0, NaN) is 0, which would count as harmless

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from ...configuration import IPQConfig, QuantizedModelConfig
 from ...modeling.model_copies import copy_on_meta
 from ...modeling.packer import ModelPacker
-from ...modeling.plan import stage_of
+from ...modeling.plan import stage_of, stages_for
 from ...modeling.structural_changes import changed_copy
 from ...size import size_report
 from ...structure import LayerInfo, select_layers, weights_of
@@ -47,7 +47,7 @@ def check_plan(model: PreTrainedModel, config: QuantizedModelConfig) -> None:
         ValueError: under the conditions of :func:`hf_quantnoise.quantize_model`.
     """
     if config.target is None:
-        ModelPacker(model, config)
+        ModelPacker(model, config).check_weights()
     elif config.settings_by_name():
         check_within_target(model, config)
     else:
@@ -96,7 +96,7 @@ def _ways_to_reduce(shapes: nn.Module, config: IPQConfig) -> str:
     stored = {id(layers[0].module.weight) for layers in weights_to_store(shapes, config)}
     rest = sum(p.numel() * p.element_size() for p in shapes.parameters() if id(p) not in stored)
     groups = {layer.group for layer in select_layers(shapes)}
-    missing = sorted(group for group in groups if group not in config.stage_groups())
+    missing = sorted(group for group in groups if group not in stages_for(config, shapes))
     ways = [f"add {', '.join(missing)} to stages"] if missing else []
     if config.codebook_bits == 32:
         ways.append("set codebook_bits=16 or 8")
@@ -107,5 +107,5 @@ def _ways_to_reduce(shapes: nn.Module, config: IPQConfig) -> str:
 def weights_to_store(model: nn.Module, config: IPQConfig) -> list[tuple[LayerInfo, ...]]:
     """Return the layers that hold each weight of a stage."""
     layers = select_layers(model, config.target_modules, config.exclude_modules)
-    stages = config.stage_groups()
+    stages = stages_for(config, model)
     return [group for group in weights_of(layers) if stage_of(group[0], stages) is not False]
