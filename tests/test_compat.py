@@ -156,6 +156,9 @@ def test_loaded_model_has_conversions_and_initialized_tensors(tmp_path, bert):
     loaded = type(bert).from_pretrained(tmp_path)
     assert isinstance(loaded._weight_conversions, list)
     assert isinstance(compat.weight_conversions(loaded), list)
+    compat.set_weight_conversions(loaded, [compat.WeightRenaming("a", "b")])
+    assert compat.weight_conversions_on_save(loaded) == compat.weight_conversions(loaded) != []
+    assert compat.weight_conversions_on_save(bert) == []
     assert compat.dtype_plan(loaded, torch.float16) == {}
 
 

@@ -20,7 +20,8 @@ from transformers.utils import CONFIG_NAME
 from ..compat import from_config
 from ..configuration import QUANT_METHOD, QuantizedModelConfig
 from ..configuration.checks import shown
-from ..hub.auto import class_of, method_of, read_config
+from ..hub.auto import AutoQuantizedModel, method_of, read_config
+from ..hub.model_classes import model_class_of
 from ..hub.quantizer import QuantNoiseHfQuantizer
 from ..model_folders import require_not_interrupted
 from ..sharing import share
@@ -35,6 +36,7 @@ class Checkpoint:
 
     path: str
     revision: str | None = None
+    trust_remote_code: bool = False
 
     @cached_property
     def config(self) -> PretrainedConfig:
@@ -43,7 +45,19 @@ class Checkpoint:
         if not self.has_config:
             raise FileNotFoundError(f"{self.path!r} has no {CONFIG_NAME}")
         with self._error_context():
-            return read_config(self.path, revision=self.revision)
+            try:
+                return read_config(self.path, **self._where)
+            except ValueError as error:
+                if "trust_remote_code" not in str(error):
+                    raise
+                raise ValueError(
+                    f"{self.path!r} needs code that is stored with the model; read it, then pass "
+                    "--trust_remote_code to run it"
+                ) from error
+
+    @property
+    def _where(self) -> dict[str, Any]:
+        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
 
     @cached_property
     def has_config(self) -> bool:
@@ -80,10 +94,13 @@ class Checkpoint:
     @property
     def model_class(self) -> type[PreTrainedModel]:
         """The model class in ``architectures``."""
-        if (found := class_of(self.config.architectures)) is None:
+        if (found := model_class_of(self.config, self.path, **self._where)) is None:
+            hint = ""
+            if getattr(self.config, "auto_map", None) and not self.trust_remote_code:
+                hint = "; read the code stored with the model, then pass --trust_remote_code"
             raise ValueError(
                 f"{self.path!r}: invalid architectures={shown(self.config.architectures)} in "
-                "config.json: expected the name of a transformers model class"
+                f"config.json: expected the name of a transformers model class{hint}"
             )
         return found
 
@@ -113,7 +130,7 @@ class Checkpoint:
     def load(self) -> PreTrainedModel:
         """Load the model, in the dtype of its file."""
         loaded: Any = self.model_class.from_pretrained(
-            self.path, revision=self.revision, output_loading_info=True
+            self.path, output_loading_info=True, **self._where
         )
         model, found = loaded
         if missing := sorted(found["missing_keys"]):
@@ -123,6 +140,11 @@ class Checkpoint:
                 "first, or correct architectures in its config.json"
             )
         return model
+
+    def load_packed(self) -> PreTrainedModel:
+        """Load a model that this package has packed."""
+        _ = self.config  # raises if --trust_remote_code is missing
+        return AutoQuantizedModel.from_pretrained(self.path, **self._where)
 
     @cached_property
     def quantization(self) -> QuantizedModelConfig | None:
@@ -165,4 +187,4 @@ def checkpoint_of(args: Namespace) -> Checkpoint:
             f"--revision {args.revision!r} requires a repository, {args.model!r} is a folder; "
             "remove it"
         )
-    return Checkpoint(args.model, args.revision)
+    return Checkpoint(args.model, args.revision, args.trust_remote_code)

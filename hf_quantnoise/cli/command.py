@@ -38,9 +38,19 @@ COMMANDS: Registry[type[Command]] = Registry("command")
 
 
 def add_model_argument(parser: ArgumentParser, kind: str) -> None:
-    """Add ``model`` and ``revision``: the model that a command reads."""
+    """Add ``model`` and what belongs to it: the model that a command reads."""
     parser.add_argument("model", metavar="PATH_OR_REPO", help=f"{kind}: folder or Hub repository.")
     parser.add_argument("--revision", default=None, help="Branch, tag or commit of the repository.")
+    add_trust_argument(parser)
+
+
+def add_trust_argument(parser: ArgumentParser) -> None:
+    """Add ``trust_remote_code``."""
+    parser.add_argument(
+        "--trust_remote_code",
+        action="store_true",
+        help="Run the model's own code, which is stored with it (auto_map in config.json).",
+    )
 
 
 def add_output_arguments(parser: ArgumentParser) -> None:

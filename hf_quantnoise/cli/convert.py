@@ -9,7 +9,6 @@ from inspect import getdoc
 from transformers import PreTrainedModel
 
 from ..export import export_aqlm, export_onnx
-from ..hub import AutoQuantizedModel
 from ..registry import Registry
 from ..text import printable
 from .checkpoints import checkpoint_of
@@ -63,7 +62,7 @@ class Convert(Command):
     def run(args: Namespace) -> None:
         checkpoint = checkpoint_of(args)
         check_output(args.out, args.overwrite, args.model)
-        model = AutoQuantizedModel.from_pretrained(args.model, revision=args.revision)
+        model = checkpoint.load_packed()
         with new_folder(args.out) as folder:
             copy_companions(checkpoint, folder)
             TARGETS[args.to](model, folder)

@@ -18,7 +18,7 @@ from ..publishing.card import REPO_PLACEHOLDER
 from ..repository import CARD, create_repository, stale_weights_in_repository
 from ..trainer import QuantNoiseTrainer
 from .checkpoints import Checkpoint
-from .command import COMMANDS, Command
+from .command import COMMANDS, Command, add_trust_argument
 from .sizes import report_of
 
 
@@ -42,10 +42,11 @@ class Push(Command):
         parser.add_argument("repo", metavar="REPO", help="Repository; created if missing.")
         parser.add_argument("--private", action="store_true", help="Make the repository private.")
         parser.add_argument("--revision", help="Branch; created if missing.")
+        add_trust_argument(parser)
 
     @staticmethod
     def run(args: Namespace) -> None:
-        check_packed(args.folder)
+        check_packed(args.folder, args.trust_remote_code)
         with _explained(args.repo):
             revision, message = args.revision, "Upload a model compressed by hf_quantnoise"
             repo = create_repository(args.repo, private=args.private or None, revision=revision)
@@ -88,7 +89,7 @@ def _explained(repo: str) -> Iterator[None]:
         ) from error
 
 
-def check_packed(folder: str) -> None:
+def check_packed(folder: str, trust_remote_code: bool = False) -> None:
     """Raise a ``ValueError`` unless a folder is a packed model.
 
     The layers of its plan are created and compared with the size of the files. A warning is issued
@@ -96,7 +97,7 @@ def check_packed(folder: str) -> None:
     """
     if not os.path.isdir(folder):
         raise ValueError(f"invalid FOLDER {folder!r}: expected a folder written by save_pretrained")
-    checkpoint = Checkpoint(folder)
+    checkpoint = Checkpoint(folder, trust_remote_code=trust_remote_code)
     if checkpoint.quant_method != QUANT_METHOD:
         raise ValueError(
             f"invalid FOLDER {folder!r}: not a model packed by {QUANT_METHOD} (quant_method="

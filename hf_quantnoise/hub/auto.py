@@ -23,11 +23,9 @@ from ..model_folders import require_not_interrupted
 from ..modeling.value_check import values_unchecked
 from ..repository import is_repository_name
 from ..text import printable
+from .model_classes import HUB_KWARGS, model_class_of
 
-_CONFIG_KWARGS = (
-    "cache_dir", "force_download", "local_files_only", "proxies",
-    "revision", "subfolder", "token", "trust_remote_code",
-)  # fmt: skip
+TRUST = "trust_remote_code"
 
 
 class AutoQuantizedModel:
@@ -53,7 +51,8 @@ class AutoQuantizedModel:
             pretrained_model_name_or_path: the folder or repository.
             check: whether the values of packed layers are checked: codes within the codebook,
                 finite centroids, scales above 0. Names, shapes and dtypes always are.
-            kwargs: arguments of ``PreTrainedModel.from_pretrained``.
+            kwargs: arguments of ``PreTrainedModel.from_pretrained``. ``trust_remote_code=True``
+                runs the code that ``auto_map`` in ``config.json`` names.
 
         Raises:
             ValueError: if the checkpoint is not from this package, or a file is corrupted.
@@ -62,18 +61,22 @@ class AutoQuantizedModel:
         """
         path = require_path("pretrained_model_name_or_path", pretrained_model_name_or_path)
         require_not_interrupted(os.path.join(path, kwargs.get("subfolder") or ""))
-        config_kwargs = {key: kwargs[key] for key in _CONFIG_KWARGS if key in kwargs}
+        # By default transformers would ask on the terminal, and wait for an answer.
+        kwargs.setdefault(TRUST, False)
+        config_kwargs = {key: kwargs[key] for key in (*HUB_KWARGS, TRUST) if key in kwargs}
         config, config_path = kwargs.get("config"), path
         if isinstance(config, str | os.PathLike):
             config_path = os.fspath(config)
             config = kwargs["config"] = read_config(config_path, **config_kwargs)
         config = config or _config_of(path, **config_kwargs)
         _check_method(config_path, getattr(config, "quantization_config", None))
-        loader = cls.auto_class or class_of(config.architectures)
+        loader = cls.auto_class or model_class_of(config, config_path, **config_kwargs)
         if loader is None:
             raise ValueError(
                 f"invalid architectures={shown(config.architectures)} in config.json of {path!r}: "
-                "expected the name of a transformers model class; load it with a class for its "
+                "expected the name of a model class of transformers, or of one registered with an "
+                "auto class; register it, pass trust_remote_code=True if the file of the class is "
+                "next to the model and you have read it, or load the model with a class for its "
                 "head, such as AutoQuantizedModelForSequenceClassification"
             )
         with _damaged_files_named(path, kwargs), nullcontext() if check else values_unchecked():
@@ -199,23 +202,6 @@ def method_of(quantization: Any) -> Any:
     if isinstance(quantization, dict):
         return quantization.get("quant_method")
     return getattr(quantization, "quant_method", None)
-
-
-def class_of(architectures: Any) -> type[PreTrainedModel] | None:
-    """Return the transformers class named by a config's ``architectures``, or None.
-
-    Only models count: a file may name a tokenizer, an auto class or a function of transformers.
-    """
-    name = architectures[0] if isinstance(architectures, list) and architectures else None
-    if not isinstance(name, str):
-        return None
-    try:
-        found = getattr(transformers, name, None)
-    except (ImportError, RuntimeError):  # of its file, which transformers imports on demand
-        return None
-    if not isinstance(found, type) or not issubclass(found, PreTrainedModel):
-        return None
-    return found if found.forward is not PreTrainedModel.forward else None
 
 
 def _for_head(head: str) -> type[AutoQuantizedModel]:

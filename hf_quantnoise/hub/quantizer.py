@@ -120,14 +120,15 @@ class QuantNoiseHfQuantizer(HfQuantizer):
                 "invalid quantization_config: its plan is empty, so the storage of the layers is "
                 "unknown; save the model again with save_pretrained"
             )
-        require_one_save(checkpoint_files, config.weights_id)
         allow_sentinels(model, config)
         stop_rescaling(model)
         # transformers intercepts every torch function here to create tensors on the meta device.
         with DisableTorchFunction():
             names, headers = Names(model), headers_of(checkpoint_files)
             stored = stored or tensors_in(headers)
-            skeleton = build_skeleton(names, config, check_files(names, config, stored))
+            in_files = check_files(names, config, stored)
+            require_one_save(checkpoint_files, config.weights_id)
+            skeleton = build_skeleton(names, config, in_files)
             self.quantization_config, layers, self._joined = skeleton
             self._shapes = shapes_before_loading(model)
             self._kept = names_kept_in_files(model, config, stored or {})
@@ -212,7 +213,7 @@ class QuantNoiseHfQuantizer(HfQuantizer):
             return state_dict, {}
         self.quantization_config.weights_id = weights_id = id_of_weights(model, state_dict)
         describe_parts(model, self.quantization_config)
-        return in_fixed_order(model, state_dict), {WEIGHTS_ID: weights_id}
+        return in_fixed_order(state_dict), {WEIGHTS_ID: weights_id}
 
     # ---- dequantizing ---------------------------------------------------------------------------
 

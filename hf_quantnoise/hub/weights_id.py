@@ -17,10 +17,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.core_model_loading import dot_natural_key
 from transformers.utils import logging
 
 from ..compat import ignored_on_save, load_offloaded_parameter
-from ..modeling import packed_layers
 
 logger = logging.get_logger(__name__)
 
@@ -43,17 +43,12 @@ def id_of_weights(model: PreTrainedModel, state_dict: dict[str, Tensor]) -> str:
     return digest.hexdigest()[:ID_LENGTH]
 
 
-def in_fixed_order(model: PreTrainedModel, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return a state dict with the tensors of each packed layer sorted by name.
+def in_fixed_order(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state dict in the order in which transformers saves some of the loaded models.
 
-    The order determines the shards, and loading changes it.
+    The order determines the shards. In memory it is another one before and after loading.
     """
-    packed = {name for name, _ in packed_layers(model)}
-    groups: dict[str, list[str]] = {}
-    for name in state_dict:
-        groups.setdefault(name.rpartition(".")[0], []).append(name)
-    names = (sorted(names) if module in packed else names for module, names in groups.items())
-    return {name: state_dict[name] for group in names for name in group}
+    return {name: state_dict[name] for name in sorted(state_dict, key=dot_natural_key)}
 
 
 def require_one_save(files: Sequence[str] | None, weights_id: str | None) -> None:

@@ -120,6 +120,7 @@ class DroppableLayer(DynamicSubclass):
             hidden = StraightThrough.apply(computed, hidden)
         elif is_distributed():
             hidden = _Skip.apply(hidden, *(p for p in self.parameters() if p.requires_grad))
+        hidden = hidden.clone()  # the model may change a layer's output in place
         if plan.passed_through is None:
             return hidden
         inputs = _inputs(args, kwargs)

@@ -85,7 +85,7 @@ class WeightNoise:
             if not tied:
                 copy = copy[_first_occurrences(flat, self.rows)]
         # A copy, since the model may change the rows in place: autograd refuses that for views made
-        # in a function of its own, and the dense layer gives no view.
+        # in a custom function, and the dense layer gives no view.
         return StraightThrough.apply(values, copy.view(values.shape)).clone()
 
     def _sample(

@@ -193,12 +193,16 @@ def test_push_uploads_the_checked_files(full, start, monkeypatch):
             assert private is None and exist_ok
             return type("Url", (), {"repo_id": f"me/{name}"})
 
-    def upload_folder(repo_id, folder_path, token):
+        def list_repo_files(self, name, revision):
+            return ["model-00001-of-00002.safetensors", "model.safetensors", "notes.txt"]
+
+    def upload_folder(repo_id, folder_path, token, delete_patterns, **_):
         assert token == "secret"
+        assert delete_patterns == ["model-00001-of-00002.safetensors"]
         pushed.append((repo_id, sorted(os.listdir(folder_path)), folder_path))
 
     monkeypatch.setattr("hf_quantnoise.repository.HfApi", Hub)
-    monkeypatch.setattr("hf_quantnoise.runs.compression_run.upload_folder", upload_folder)
+    monkeypatch.setattr("hf_quantnoise.repository.upload_folder", upload_folder)
     push = ["--push_to_hub", "--hub_model_id", "small", "--hub_token", "secret"]
     flags = [*full[0][2:], "--do_train", "False", *ONE_SHOT, *push]
     _, folder = start(*flags, model=str(full[2] / "dense"))

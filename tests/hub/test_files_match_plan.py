@@ -82,9 +82,9 @@ DAMAGES = {
     ),
     "activation_bits": entry(
         lambda plan: (
-            [e.update(activation_bits=8) for e in plan.values()]
-            if "activation_bits" not in plan[LAYER]
-            else [e.pop("activation_bits") for e in plan.values()]
+            plan[LAYER].pop("activation_bits")
+            if "activation_bits" in plan[LAYER]
+            else plan[LAYER].update(activation_bits=8)
         )
     ),
     "codes deleted": tensors(lambda t: t.pop(f"{LAYER}.weight_indices")),

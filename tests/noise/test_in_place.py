@@ -1,6 +1,6 @@
 """Models may change a layer's output in place (BLIP adds positions to its embeddings).
 
-Outputs of noisy and packed layers are tensors of their own wherever those of dense layers are: the
+Outputs of noisy and packed layers are separate tensors wherever those of dense layers are: the
 result, and the gradients, are those of the same operation out of place.
 """
 
@@ -8,6 +8,7 @@ import copy
 
 import pytest
 import torch
+from support.stacked import make_stacked
 from torch import nn
 from transformers import BlipTextConfig, BlipTextModel
 from transformers.pytorch_utils import Conv1D
@@ -134,3 +135,24 @@ def test_blip_trains_with_noise():
     model = apply_quant_noise(BlipTextModel(config), QuantNoiseConfig(p=0.5)).train()
     model(input_ids=IDS).last_hidden_state.square().mean().backward()
     assert model.embeddings.word_embeddings.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("straight_through", [False, True])
+def test_output_of_skipped_layer_can_be_changed_in_place(straight_through):
+    def gradients(hook):
+        torch.manual_seed(0)
+        model = make_stacked("bert", 4).train()
+        config = QuantNoiseConfig(p=0.5, layerdrop=0.6, layerdrop_ste=straight_through)
+        apply_quant_noise(model, config)
+        for layer in model.base_model.encoder.layer:
+            layer.register_forward_hook(hook)
+        for _ in range(3):  # the first forwards are trials
+            output = model(IDS, output_hidden_states=True)
+        (output.logits.square().mean() + output.hidden_states[1].square().mean()).backward()
+        return [parameter.grad for parameter in model.parameters()]
+
+    changed = gradients(lambda layer, args, output: output.add_(1).mul_(2))
+    expected = gradients(lambda layer, args, output: (output + 1) * 2)
+    for one, other in zip(changed, expected, strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or torch.equal(one, other)

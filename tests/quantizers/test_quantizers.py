@@ -223,7 +223,7 @@ def test_check_returns_the_reason(shape, reason):
 
 
 def test_unknown_scheme_and_field_raise():
-    with pytest.raises(ValueError, match="unknown quantizer 'lattice'"):
+    with pytest.raises(ValueError, match="invalid scheme='lattice'"):
         quantizer_from_dict({"scheme": "lattice"})
     with pytest.raises(ValueError, match="rotation"):
         quantizer_from_dict({"scheme": "pq", "rotation": True})

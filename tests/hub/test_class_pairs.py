@@ -1,0 +1,80 @@
+"""Every class that loads from a dense folder loads from the packed one of the same model."""
+
+import inspect
+import sys
+
+import pytest
+import torch
+import transformers
+from hub.test_conversions import config_of, state_of
+from support.conversions import build_tiny
+from transformers import CLIPModel, CLIPTextModel, CLIPVisionModel, PreTrainedModel
+
+from hf_quantnoise import quantize_model
+from hf_quantnoise.modeling import packed_layers
+
+# Saved class -> number of classes of its file that load from the dense folder.
+FAMILIES = {
+    "CLIPModel": 6, "SiglipModel": 4, "BlipForConditionalGeneration": 4,
+    "T5ForConditionalGeneration": 6, "BertForPreTraining": 9, "BertModel": 9,
+    "LlavaForConditionalGeneration": 2, "ViTMAEForPreTraining": 2,
+    "BartForConditionalGeneration": 4, "NomicBertForMaskedLM": 4,
+}  # fmt: skip
+
+
+def classes_beside(name):
+    """Return the public model classes in the file of a class."""
+    members = vars(sys.modules[getattr(transformers, name).__module__])
+    public = (member for key, member in members.items() if hasattr(transformers, key))
+    models = [cls for cls in public if inspect.isclass(cls) and issubclass(cls, PreTrainedModel)]
+    return [cls for cls in models if not cls.__name__.endswith("PreTrainedModel")]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_classes_load_from_packed_as_from_dense(name, tmp_path):
+    model = build_tiny(name)
+    quantize_model(model, config_of(model, "mixed"), progress=False)
+    model.save_pretrained(tmp_path / "packed")
+    dense = type(model).from_pretrained(tmp_path / "packed").dequantize()
+    dense.save_pretrained(tmp_path / "dense")
+    loaded = 0
+    for cls in classes_beside(name):
+        try:
+            expected, info = cls.from_pretrained(tmp_path / "dense", output_loading_info=True)
+        except Exception:  # a class for another kind of config
+            continue
+        expected = expected.state_dict()
+        known = expected.keys() - info["missing_keys"]
+        if len(known) < 3:
+            continue
+        again, info_packed = cls.from_pretrained(tmp_path / "packed", output_loading_info=True)
+        assert any(packed_layers(again)), cls
+        found = state_of(again)
+        assert not [key for key in known if not torch.equal(expected[key], found[key])], cls
+        assert info_packed["missing_keys"] <= info["missing_keys"], cls
+        loaded += 1
+    assert loaded >= FAMILIES[name]
+
+
+def test_parts_of_clip_give_its_outputs(tmp_path):
+    model = build_tiny("CLIPModel")
+    quantize_model(model, config_of(model, "mixed"), progress=False)
+    model.save_pretrained(tmp_path / "1")
+    ids = torch.arange(10).view(2, 5)
+    images = torch.randn(2, 3, 32, 32)
+    inputs = {CLIPTextModel: {"input_ids": ids}, CLIPVisionModel: {"pixel_values": images}}
+    with torch.no_grad():
+        whole = model(input_ids=ids, pixel_values=images)
+        for cls, output in zip(
+            inputs, (whole.text_model_output, whole.vision_model_output), strict=True
+        ):
+            part = cls.from_pretrained(tmp_path / "1")
+            assert torch.equal(part(**inputs[cls]).last_hidden_state, output.last_hidden_state)
+            part.save_pretrained(tmp_path / cls.__name__)
+            again = cls.from_pretrained(tmp_path / cls.__name__)
+            assert torch.equal(again(**inputs[cls]).last_hidden_state, output.last_hidden_state)
+    CLIPModel.from_pretrained(tmp_path / "1").save_pretrained(tmp_path / "2")
+    for file in ("config.json", "model.safetensors"):
+        assert (tmp_path / "1" / file).read_bytes() == (tmp_path / "2" / file).read_bytes()
+    dense = CLIPModel.from_pretrained(tmp_path / "1").dequantize()
+    assert "quantization_config" not in str(dense.config.to_dict())
