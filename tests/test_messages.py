@@ -144,7 +144,9 @@ MISTAKES = {
     "target n_centroids": Mistake(ipq(n_centroids=100_000), "n_centroids", "100000"),
     "stages as a string": Mistake(ipq(stages="ffn"), "stages", "'ffn'"),
     "stage twice": Mistake(ipq(stages=["ffn", "ffn"]), "stages", "['ffn', 'ffn']"),
-    "stage without block size": Mistake(ipq(block_size={"ffn": 4}), "block_size", "'embeddings'"),
+    "stage without block size": Mistake(
+        lambda folder: quantize(IPQConfig(block_size={"ffn": 4})), "block_size", "'embeddings'"
+    ),
     "codebook_bits": Mistake(ipq(codebook_bits=12), "codebook_bits", "12"),
     "n_codebooks": Mistake(ipq(n_codebooks=3), "n_codebooks", "3"),
     "kmeans_iter": Mistake(ipq(kmeans_iter=0), "kmeans_iter", "0"),
