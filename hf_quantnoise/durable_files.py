@@ -59,7 +59,7 @@ def checksum(path: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _files_of(folder: str) -> Iterator[str]:
+def files_of(folder: str) -> Iterator[str]:
     """Yield the paths, relative to a folder, of the files in it and in its subfolders."""
     for inside, _, names in os.walk(folder):
         for name in names:
@@ -71,7 +71,7 @@ def write_list(folder: str) -> None:
     flush_folder(folder)
     files = {
         name: {"size": os.path.getsize(path), "sha256": checksum(path)}
-        for name in sorted(_files_of(folder))
+        for name in sorted(files_of(folder))
         if name != LIST_NAME and (path := os.path.join(folder, name))
     }
     write_json({"files": files}, os.path.join(folder, LIST_NAME))

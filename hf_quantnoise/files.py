@@ -13,7 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .text import printable
+import torch
+
+from .text import printable, shown
 
 # Limits far above any model's.
 MAX_NAME_LENGTH = 1_000
@@ -22,11 +24,15 @@ MAX_HEADER_BYTES = 100_000_000  # as in safetensors
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
-# Bytes per value of dtypes in a safetensors header. Others (of 4 bits) are not checked.
-_ITEM_BYTES = {
-    "F64": 8, "I64": 8, "U64": 8, "C64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2,
-    "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
+# Dtypes in the header of a safetensors file, in the order in which a file stores its tensors. The
+# size of tensors of other dtypes (4 bits, float8_e8m0) is not checked.
+DTYPES = {
+    "U64": torch.uint64, "I64": torch.int64, "F64": torch.float64, "C64": torch.complex64,
+    "F32": torch.float32, "U32": torch.uint32, "I32": torch.int32, "BF16": torch.bfloat16,
+    "F16": torch.float16, "U16": torch.uint16, "I16": torch.int16, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+FLOATS = {name: DTYPES[name] for name in ("F64", "F32", "BF16", "F16")}
 
 
 def _damaged(place: object, reason: object) -> ValueError:
@@ -50,6 +56,11 @@ class TensorHeader:
         """Number of values."""
         return math.prod(self.shape)
 
+    @property
+    def nbytes(self) -> int:
+        """Size in the file."""
+        return self.data_offsets[1] - self.data_offsets[0]
+
     @classmethod
     def of(cls, place: object, name: str, dtype: Any, shape: Any, offsets: Any) -> TensorHeader:
         """Return the description of a tensor; ``place`` names the file in errors."""
@@ -63,8 +74,8 @@ class TensorHeader:
         if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
             raise _damaged(place, f"{tensor} no valid data_offsets")
         found = cls(dtype, tuple(shape), tuple(offsets))
-        size = _ITEM_BYTES.get(dtype)
-        if size is not None and size * found.parameter_count != offsets[1] - offsets[0]:
+        nbytes = DTYPES[dtype].itemsize * found.parameter_count if dtype in DTYPES else found.nbytes
+        if nbytes != found.nbytes:
             raise _damaged(place, f"{tensor} another size than dtype and shape give")
         return found
 
@@ -77,9 +88,10 @@ def _are_sizes(values: Any) -> bool:
 
 @dataclass(frozen=True)
 class Header:
-    """The header of a safetensors file: its length in bytes, and its tensors by name."""
+    """The header of a safetensors file: its length in bytes, metadata, and tensors by name."""
 
     nbytes: int
+    metadata: Mapping[str, str]
     tensors: Mapping[str, TensorHeader]
 
 
@@ -128,9 +140,9 @@ def read_index(file: str | os.PathLike) -> dict[str, str]:
         raise _damaged(file, "metadata is not a JSON object")
     for shard in shards.values():
         if not isinstance(shard, str) or not shard.endswith(".safetensors"):
-            raise _damaged(file, f"weight_map has {shard!r:.200} in place of a safetensors file")
+            raise _damaged(file, f"weight_map has {shown(shard)} in place of a safetensors file")
         if os.path.basename(shard) != shard or "\\" in shard or not shard.isprintable():
-            raise _damaged(file, f"weight_map has {shard!r:.200}, which is not in its folder")
+            raise _damaged(file, f"weight_map has {shown(shard)}, which is not in its folder")
     return shards
 
 
@@ -148,7 +160,9 @@ def read_header(file: str | os.PathLike) -> Header:
         if length > min(MAX_HEADER_BYTES, size - 8):
             raise _damaged(file, f"it has {size:,} bytes and its header would have {length:,}")
         values = _parse(file, opened.read(length))
-    values.pop("__metadata__", None)
+    metadata = values.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise _damaged(file, "its metadata does not map names to strings")
     if len(values) > MAX_ENTRIES:
         raise _damaged(file, f"its header has more than {MAX_ENTRIES:,} tensors")
     tensors = {}
@@ -157,7 +171,7 @@ def read_header(file: str | os.PathLike) -> Header:
         described = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
         tensors[name] = TensorHeader.of(file, name, *described)
     _require_contiguous(file, tensors, size - 8 - length)
-    return Header(8 + length, tensors)
+    return Header(8 + length, metadata, tensors)
 
 
 def _require_contiguous(file: object, tensors: Mapping[str, TensorHeader], nbytes: int) -> None:

@@ -19,13 +19,12 @@ from transformers.utils import CONFIG_NAME
 
 from ..compat import from_config
 from ..configuration import QUANT_METHOD, QuantizedModelConfig
-from ..configuration.checks import shown
 from ..hub.auto import AutoQuantizedModel, method_of, read_config
 from ..hub.model_classes import model_class_of
 from ..hub.quantizer import QuantNoiseHfQuantizer
 from ..model_folders import require_not_interrupted
 from ..sharing import share
-from ..text import printable
+from ..text import printable, shown
 from .command import UsageError
 from .headers import Headers, hub_headers, local_headers
 
@@ -170,11 +169,10 @@ class Checkpoint:
 
     def pack(self, skeleton: PreTrainedModel) -> None:
         """Give the layers of a skeleton their packed form, in place, if the model is packed."""
-        if self.quantization is None:
+        if self.quantization is None or self.headers is None:
             return
         quantizer = QuantNoiseHfQuantizer(self.quantization)
-        stored = None if self.headers is None else self.headers.tensors
-        quantizer.preprocess_model(skeleton, stored=stored)
+        quantizer.preprocess_model(skeleton, stored=self.headers.tensors)
         config = skeleton.config.quantization_config = quantizer.quantization_config
         skeleton.tie_weights()
         share(skeleton, [(source, name) for name, source in config.shared_layers.items()])

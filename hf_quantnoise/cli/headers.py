@@ -11,8 +11,7 @@ import torch
 from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import NotASafetensorsRepoError
 
-from ..files import TensorHeader, headers_in
-from ..hub.reading import FLOATS
+from ..files import FLOATS, TensorHeader, headers_in
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,10 @@ from typing import Any
 
 from ..files import MAX_ENTRIES, MAX_NAME_LENGTH
 from ..patterns import compile_pattern
+from ..text import shown
 
 Check = Callable[[str, Any], None]
 
-NAME = f"a layer name of up to {MAX_NAME_LENGTH:,} characters"
-MAX_SHOWN = 200  # characters of an invalid value in an error
 
 _reading_file: ContextVar[bool] = ContextVar("reading_file", default=False)
 
@@ -40,15 +39,6 @@ def values_from_file() -> Iterator[None]:
 def invalid(name: str, value: Any, expected: str) -> ValueError:
     """Return the error of an invalid value, to be raised."""
     return ValueError(f"invalid {name}={shown(value)}: expected {expected}")
-
-
-def shown(value: Any) -> str:
-    """Return the ``repr`` of a value for an error, shortened if it is long."""
-    try:
-        text = repr(value)
-    except RecursionError:
-        return f"a {type(value).__name__} that is nested too deeply"
-    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 def is_int(value: Any) -> bool:
@@ -140,25 +130,35 @@ def patterns(name: str, value: Any) -> None:
     layer_names(name, value)
 
 
+def reason(name: str, value: Any) -> None:
+    """A text that says why something was done."""
+    if not isinstance(value, str):
+        raise invalid(name, value, "a reason, as a string")
+
+
+def layer_name(name: str, value: Any) -> None:
+    """The name of a layer or parameter."""
+    if not isinstance(value, str) or len(value) > MAX_NAME_LENGTH:
+        raise invalid(name, value, f"a layer name of up to {MAX_NAME_LENGTH:,} characters")
+
+
 def layer_names(name: str, values: Iterable[Any]) -> None:
-    """Names of layers or parameters, as strings of limited number and length."""
+    """Names of layers or parameters, of limited number."""
     for count, layer in enumerate(values):
-        if not isinstance(layer, str) or len(layer) > MAX_NAME_LENGTH:
-            raise invalid(name, layer, NAME)
+        layer_name(name, layer)
         if count >= MAX_ENTRIES:
             raise ValueError(f"invalid {name}: expected up to {MAX_ENTRIES:,} names; remove some")
 
 
-def by_layer(expected: str, is_valid: Callable[[Any], bool]) -> Check:
-    """A dict from the name of a layer or parameter to values for which a condition holds."""
+def by_layer(of_value: Check) -> Check:
+    """A dict from the name of a layer or parameter to values that pass a check."""
 
     def check(name: str, value: Any) -> None:
         if not isinstance(value, dict):
-            raise invalid(name, value, f"a dict from layer name to {expected}")
+            raise invalid(name, value, "a dict with the names of layers as keys")
         layer_names(name, value)
         for layer, entry in value.items():
-            if not is_valid(entry):
-                raise invalid(f"{name}[{layer!r}]", entry, expected)
+            of_value(f"{name}[{layer!r}]", entry)
 
     return check
 

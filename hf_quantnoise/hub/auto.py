@@ -17,12 +17,11 @@ from transformers.utils import CONFIG_NAME, cached_file
 
 from ..argument_checks import require_path, shorten
 from ..configuration import QUANT_METHOD
-from ..configuration.checks import shown
 from ..files import headers_in, read_json
 from ..model_folders import require_not_interrupted
 from ..modeling.value_check import values_unchecked
 from ..repository import is_repository_name
-from ..text import printable
+from ..text import printable, shown
 from .model_classes import HUB_KWARGS, model_class_of
 
 TRUST = "trust_remote_code"

@@ -126,12 +126,15 @@ class QuantNoiseHfQuantizer(HfQuantizer):
         with DisableTorchFunction():
             names, headers = Names(model), headers_of(checkpoint_files)
             stored = stored or tensors_in(headers)
-            in_files = check_files(names, config, stored)
-            require_one_save(checkpoint_files, config.weights_id)
+            if headers or stored:
+                in_files = check_files(names, config, stored)
+            else:  # the tensors are in a state dict that was passed to from_pretrained
+                in_files = {name for name, entry in config.plan.items() if "tied_to" not in entry}
+            require_one_save(headers, config.weights_id)
             skeleton = build_skeleton(names, config, in_files)
             self.quantization_config, layers, self._joined = skeleton
             self._shapes = shapes_before_loading(model)
-            self._kept = names_kept_in_files(model, config, stored or {})
+            self._kept = names_kept_in_files(model, config, stored)
             self._read = read_packed(model, layers, headers, device_map, self._kept)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs):

@@ -67,14 +67,14 @@ def _quantizer(settings: tuple) -> Quantizer:
 
 
 def build_skeleton(
-    names: Names, config: QuantizedModelConfig, stored: Collection[str] | None = None
+    names: Names, config: QuantizedModelConfig, stored: Collection[str]
 ) -> tuple[QuantizedModelConfig, dict[str, PackedLayer], set[str]]:
     """Turn the layers of a plan into empty packed ones, in place, with ties and sharing declared.
 
     The model is on the meta device, of any class that has a part of the plan's layers. ``stored``
-    names those whose codes are in the files (``file_check.py``), None if unknown. Returns the
-    config with the names of this class; its packed layers by name; the names of those that the
-    class of the checkpoint lacks, which are tied to a packed layer.
+    names those whose codes are in the files (``file_check.py``). Returns the config with the names
+    of this class; its packed layers by name; the names of those that the class of the checkpoint
+    lacks, which are tied to a packed layer.
     """
     model = names.model
     local = copy(config)
@@ -175,7 +175,7 @@ class Names:
 
 
 def _translate_plan(
-    names: Names, plan: dict[str, dict], stored: Collection[str] | None
+    names: Names, plan: dict[str, dict], stored: Collection[str]
 ) -> tuple[dict[str, dict], dict[str, str]]:
     """Return the plan with local names, and why layers of another shape (a new head) stay dense."""
     local: dict[str, dict] = {}
@@ -200,7 +200,7 @@ def _translate_plan(
                 f"{entry['columns']} in the checkpoint, so it was initialised from scratch"
             )
             logger.warning(f"{name} stays dense: {reshaped[name]}.")
-            if original in stored if stored is not None else "tied_to" not in entry:
+            if original in stored:
                 _add_placeholder(names.modules[name])
             continue
         local[name] = {key: value for key, value in entry.items() if key != "tied_to"}
