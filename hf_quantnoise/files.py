@@ -9,7 +9,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +35,7 @@ DTYPES = {
 FLOATS = {name: DTYPES[name] for name in ("F64", "F32", "BF16", "F16")}
 
 
-def _damaged(place: object, reason: object) -> ValueError:
+def damaged(place: object, reason: object) -> ValueError:
     """Return the error of a damaged file, to be raised."""
     return ValueError(
         f"{printable(place)} is truncated or corrupted: {printable(reason)}; download or save it "
@@ -66,17 +66,17 @@ class TensorHeader:
         """Return the description of a tensor; ``place`` names the file in errors."""
         tensor = f"the tensor {name[:MAX_NAME_LENGTH]!r} has"
         if not name.isprintable() or len(name) > MAX_NAME_LENGTH:
-            raise _damaged(place, f"{tensor} a name that is too long or cannot be printed")
+            raise damaged(place, f"{tensor} a name that is too long or cannot be printed")
         if not isinstance(dtype, str) or not re.fullmatch(r"\w{1,20}", dtype, re.ASCII):
-            raise _damaged(place, f"{tensor} no valid dtype")
+            raise damaged(place, f"{tensor} no valid dtype")
         if not _are_sizes(shape):
-            raise _damaged(place, f"{tensor} no valid shape")
+            raise damaged(place, f"{tensor} no valid shape")
         if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-            raise _damaged(place, f"{tensor} no valid data_offsets")
+            raise damaged(place, f"{tensor} no valid data_offsets")
         found = cls(dtype, tuple(shape), tuple(offsets))
         nbytes = DTYPES[dtype].itemsize * found.parameter_count if dtype in DTYPES else found.nbytes
         if nbytes != found.nbytes:
-            raise _damaged(place, f"{tensor} another size than dtype and shape give")
+            raise damaged(place, f"{tensor} another size than dtype and shape give")
         return found
 
 
@@ -106,11 +106,11 @@ def _parse(place: object, content: bytes) -> dict[str, Any]:
     try:
         values = json.loads(content, object_pairs_hook=_unique)
     except RecursionError:
-        raise _damaged(place, "it is nested too deeply") from None
+        raise damaged(place, "it is nested too deeply") from None
     except ValueError as error:  # JSON, or its encoding
-        raise _damaged(place, error) from None
+        raise damaged(place, error) from None
     if not isinstance(values, dict):
-        raise _damaged(place, "its content is not a JSON object")
+        raise damaged(place, "its content is not a JSON object")
     return values
 
 
@@ -135,14 +135,14 @@ def read_index(file: str | os.PathLike) -> dict[str, str]:
     index = read_json(file)
     shards = index.get("weight_map")
     if not isinstance(shards, dict) or not shards or len(shards) > MAX_ENTRIES:
-        raise _damaged(file, "weight_map does not map tensor names to files")
+        raise damaged(file, "weight_map does not map tensor names to files")
     if not isinstance(index.get("metadata"), dict):  # which transformers requires
-        raise _damaged(file, "metadata is not a JSON object")
+        raise damaged(file, "metadata is not a JSON object")
     for shard in shards.values():
         if not isinstance(shard, str) or not shard.endswith(".safetensors"):
-            raise _damaged(file, f"weight_map has {shown(shard)} in place of a safetensors file")
+            raise damaged(file, f"weight_map has {shown(shard)} in place of a safetensors file")
         if os.path.basename(shard) != shard or "\\" in shard or not shard.isprintable():
-            raise _damaged(file, f"weight_map has {shown(shard)}, which is not in its folder")
+            raise damaged(file, f"weight_map has {shown(shard)}, which is not in its folder")
     return shards
 
 
@@ -154,17 +154,17 @@ def read_header(file: str | os.PathLike) -> Header:
         OSError: if it is missing.
     """
     if (size := os.path.getsize(file)) < 8:  # also of a pipe, which would block
-        raise _damaged(file, f"it has {size:,} bytes")
+        raise damaged(file, f"it has {size:,} bytes")
     with open(file, "rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         if length > min(MAX_HEADER_BYTES, size - 8):
-            raise _damaged(file, f"it has {size:,} bytes and its header would have {length:,}")
+            raise damaged(file, f"it has {size:,} bytes and its header would have {length:,}")
         values = _parse(file, opened.read(length))
     metadata = values.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise _damaged(file, "its metadata does not map names to strings")
+        raise damaged(file, "its metadata does not map names to strings")
     if len(values) > MAX_ENTRIES:
-        raise _damaged(file, f"its header has more than {MAX_ENTRIES:,} tensors")
+        raise damaged(file, f"its header has more than {MAX_ENTRIES:,} tensors")
     tensors = {}
     for name, entry in values.items():
         fields = entry if isinstance(entry, dict) else {}
@@ -179,10 +179,39 @@ def _require_contiguous(file: object, tensors: Mapping[str, TensorHeader], nbyte
     end = 0
     for begin, following in sorted(tensor.data_offsets for tensor in tensors.values()):
         if begin != end:
-            raise _damaged(file, f"its header has a gap or an overlap at byte {end:,}")
+            raise damaged(file, f"its header has a gap or an overlap at byte {end:,}")
         end = following
     if end != nbytes:
-        raise _damaged(file, f"it has {nbytes:,} bytes of data and its header describes {end:,}")
+        raise damaged(file, f"it has {nbytes:,} bytes of data and its header describes {end:,}")
+
+
+def headers_of(files: Iterable[str] | None) -> dict[str, Header]:
+    """Return the headers of safetensors files by path.
+
+    Raises ValueError if a file is damaged or of another format.
+    """
+    headers = {}
+    for file in map(str, files or ()):
+        if not file.endswith(".safetensors"):
+            raise ValueError(
+                f"invalid file {file!r}: packed models are stored as safetensors; save the model "
+                "again with save_pretrained"
+            )
+        headers[file] = read_header(file)
+    return headers
+
+
+def tensors_in(headers: Mapping[str, Header]) -> dict[str, TensorHeader]:
+    """Return the tensors of some files by name; ValueError if one is in two of them."""
+    found: dict[str, TensorHeader] = {}
+    for file, header in headers.items():
+        if repeated := found.keys() & header.tensors.keys():
+            raise ValueError(
+                f"invalid file {file!r}: {min(repeated)} is in another file as well; download or "
+                "save the model again"
+            )
+        found |= header.tensors
+    return found
 
 
 def headers_in(folder: str) -> dict[str, Header]:
@@ -194,10 +223,12 @@ def headers_in(folder: str) -> dict[str, Header]:
         names = [WEIGHTS]
     elif os.path.isfile(index := os.path.join(folder, INDEX)):
         shards = read_index(index)
-        headers = {name: read_header(os.path.join(folder, name)) for name in {*shards.values()}}
+        names = sorted({*shards.values()})
+        headers = {name: read_header(os.path.join(folder, name)) for name in names}
+        tensors_in(headers)
         stored = {name: shard for shard, header in headers.items() for name in header.tensors}
-        if stored != shards or len(stored) < sum(len(each.tensors) for each in headers.values()):
-            raise _damaged(index, "weight_map does not match the tensors in its shards")
+        if stored != shards:
+            raise damaged(index, "weight_map does not match the tensors in its shards")
         return headers
     else:
         names = sorted(name for name in os.listdir(folder) if name.endswith(".safetensors"))

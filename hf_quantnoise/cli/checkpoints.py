@@ -24,7 +24,7 @@ from ..hub.model_classes import model_class_of
 from ..hub.quantizer import QuantNoiseHfQuantizer
 from ..model_folders import require_not_interrupted
 from ..sharing import share
-from ..text import printable, shown
+from ..text import printable
 from .command import UsageError
 from .headers import Headers, hub_headers, local_headers
 
@@ -93,15 +93,7 @@ class Checkpoint:
     @property
     def model_class(self) -> type[PreTrainedModel]:
         """The model class in ``architectures``."""
-        if (found := model_class_of(self.config, self.path, **self._where)) is None:
-            hint = ""
-            if getattr(self.config, "auto_map", None) and not self.trust_remote_code:
-                hint = "; read the code stored with the model, then pass --trust_remote_code"
-            raise ValueError(
-                f"{self.path!r}: invalid architectures={shown(self.config.architectures)} in "
-                f"config.json: expected the name of a transformers model class{hint}"
-            )
-        return found
+        return model_class_of(self.config, self.path, **self._where)
 
     @cached_property
     def headers(self) -> Headers | None:

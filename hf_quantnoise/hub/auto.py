@@ -70,14 +70,6 @@ class AutoQuantizedModel:
         config = config or _config_of(path, **config_kwargs)
         _check_method(config_path, getattr(config, "quantization_config", None))
         loader = cls.auto_class or model_class_of(config, config_path, **config_kwargs)
-        if loader is None:
-            raise ValueError(
-                f"invalid architectures={shown(config.architectures)} in config.json of {path!r}: "
-                "expected the name of a model class of transformers, or of one registered with an "
-                "auto class; register it, pass trust_remote_code=True if the file of the class is "
-                "next to the model and you have read it, or load the model with a class for its "
-                "head, such as AutoQuantizedModelForSequenceClassification"
-            )
         with _damaged_files_named(path, kwargs), nullcontext() if check else values_unchecked():
             loaded: Any = loader.from_pretrained(path, **{**kwargs, "output_loading_info": True})
         model, info = loaded

@@ -20,7 +20,7 @@ from ..compat import (
     own_parameters,
 )
 from ..configuration import QUANTIZERS, QuantizedModelConfig, settings_of
-from ..files import FLOATS, Header, TensorHeader, read_header
+from ..files import FLOATS, TensorHeader
 from ..layer_types import known_layer_type
 from ..modeling.convert import packed_layers, packed_spec
 from ..modeling.packed import INDICES, INPUT_NAMES, PREFIX
@@ -32,35 +32,6 @@ from .skeleton import Names, quantizer_of
 _RESTORE = "restore config.json and the files from one save, or save the model again"
 
 
-def headers_of(files: Iterable[str] | None) -> dict[str, Header]:
-    """Return the headers of safetensors files by path.
-
-    Raises ValueError if a file is damaged or of another format.
-    """
-    headers = {}
-    for file in map(str, files or ()):
-        if not file.endswith(".safetensors"):
-            raise ValueError(
-                f"invalid file {file!r}: packed models are stored as safetensors; save the model "
-                "again with save_pretrained"
-            )
-        headers[file] = read_header(file)
-    return headers
-
-
-def tensors_in(headers: Mapping[str, Header]) -> dict[str, TensorHeader]:
-    """Return the tensors of some files by name; ValueError if one is in two of them."""
-    found: dict[str, TensorHeader] = {}
-    for file, header in headers.items():
-        if repeated := found.keys() & header.tensors.keys():
-            raise ValueError(
-                f"invalid file {file!r}: {min(repeated)} is in another file as well; download or "
-                "save the model again"
-            )
-        found |= header.tensors
-    return found
-
-
 def check_files(
     names: Names, config: QuantizedModelConfig, stored: Mapping[str, TensorHeader]
 ) -> set[str]:
@@ -70,6 +41,8 @@ def check_files(
     saved the checkpoint. Returns the names in the plan of the layers whose codes are stored.
     """
     model, plan = names.model, config.plan
+    if not stored:  # the tensors are in a state dict that was passed to from_pretrained
+        return {name for name, entry in plan.items() if "tied_to" not in entry}
     by_layer = {names.find(name) or name: name for name in plan}
     lacks_nothing = type(model).__name__ in (model.config.architectures or ())
     packed = _packed_tensor_names()
