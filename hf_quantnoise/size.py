@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from .argument_checks import require_model
 from .compat import ignored_on_save, revert_weight_conversion
-from .files import DTYPES
+from .files.reading import DTYPES
 from .hub.conversions import convert_dense_only
 from .hub.skeleton import sentinel_names
 from .hub.weights_id import ID_LENGTH, WEIGHTS_ID

@@ -19,10 +19,10 @@ from transformers.utils import CONFIG_NAME
 
 from ..compat import from_config
 from ..configuration import QUANT_METHOD, QuantizedModelConfig
+from ..files.model_folders import require_not_interrupted
 from ..hub.auto import AutoQuantizedModel, method_of, read_config
 from ..hub.model_classes import model_class_of
 from ..hub.quantizer import QuantNoiseHfQuantizer
-from ..model_folders import require_not_interrupted
 from ..sharing import share
 from ..text import printable
 from .command import UsageError

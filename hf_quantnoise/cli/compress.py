@@ -7,7 +7,7 @@ from argparse import ArgumentParser, Namespace
 
 from ..compression import check_plan, quantize_model
 from ..compression.bit_allocation.allocate import resolve_target
-from ..model_folders import replaced_model
+from ..files.model_folders import replaced_model
 from ..size import size_report
 from .checkpoints import checkpoint_of
 from .command import COMMANDS, Command, UsageError, add_model_argument, add_output_arguments

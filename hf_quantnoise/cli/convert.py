@@ -9,7 +9,7 @@ from inspect import getdoc
 from transformers import PreTrainedModel
 
 from ..export import export_aqlm, export_onnx
-from ..model_folders import replaced_model
+from ..files.model_folders import replaced_model
 from ..registry import Registry
 from ..text import printable
 from .checkpoints import checkpoint_of

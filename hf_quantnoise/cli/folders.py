@@ -9,8 +9,8 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from transformers import PreTrainedModel
 
+from ..files.model_folders import PART, finish_interrupted
 from ..hub.processing import PROCESSING, copy_processing, processing_files, warn_unknown
-from ..model_folders import PART, finish_interrupted
 from ..publishing.push import card_of, merge_cards
 from ..repository import CARD, read_card
 from .checkpoints import Checkpoint

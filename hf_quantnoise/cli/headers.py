@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import NotASafetensorsRepoError
 
-from ..files import FLOATS, TensorHeader, damaged, headers_in
+from ..files.reading import FLOATS, TensorHeader, damaged, headers_in
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from dataclasses import asdict
 from typing import Any
 
-from ..files import FLOATS
+from ..files.reading import FLOATS
 from ..size import SizeReport, SizeRow, aligned, kilobytes, size_report, total_of
 from ..structure import find_layers
 from ..text import printable

@@ -13,7 +13,7 @@ from contextvars import ContextVar
 from numbers import Real
 from typing import Any
 
-from ..files import MAX_ENTRIES, MAX_NAME_LENGTH
+from ..files.reading import MAX_ENTRIES, MAX_NAME_LENGTH
 from ..patterns import compile_pattern
 from ..text import shown
 

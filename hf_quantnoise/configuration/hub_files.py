@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 from huggingface_hub import ModelCard, ModelCardData, upload_folder
 
 from ..argument_checks import require_output_folder
-from ..durable_files import new_file
-from ..files import read_json
+from ..files.durable import new_file
+from ..files.reading import read_json
 from ..repository import CARD, TAG, create_repository, existing_card, find_file
 
 

@@ -17,8 +17,8 @@ from transformers.utils import CONFIG_NAME, cached_file
 
 from ..argument_checks import require_path, shorten
 from ..configuration import QUANT_METHOD
-from ..files import headers_in, read_json
-from ..model_folders import require_not_interrupted
+from ..files.model_folders import require_not_interrupted
+from ..files.reading import headers_in, read_json
 from ..modeling.value_check import values_unchecked
 from ..repository import is_repository_name
 from ..text import printable, shown

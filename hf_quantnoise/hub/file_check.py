@@ -20,7 +20,7 @@ from ..compat import (
     own_parameters,
 )
 from ..configuration import QUANTIZERS, QuantizedModelConfig, settings_of
-from ..files import FLOATS, TensorHeader
+from ..files.reading import FLOATS, TensorHeader
 from ..layer_types import known_layer_type
 from ..modeling.convert import packed_layers, packed_spec
 from ..modeling.packed import INDICES, INPUT_NAMES, PREFIX

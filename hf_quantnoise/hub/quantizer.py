@@ -30,7 +30,7 @@ from ..compat import (
     stop_rescaling,
 )
 from ..configuration import QUANT_METHOD, QuantizedModelConfig
-from ..files import headers_of, tensors_in
+from ..files.reading import headers_of, tensors_in
 from ..modeling import PackedLayer, packed_layers, stored_tensors
 from ..modeling.convert import decode_stored_states, is_packed, unpack_model
 from ..modeling.packed import PREFIX

@@ -30,7 +30,7 @@ from ..compat import (
     weight_conversions,
 )
 from ..distributed import is_distributed
-from ..files import DTYPES, Header, TensorHeader
+from ..files.reading import DTYPES, Header, TensorHeader
 from ..modeling import PackedLayer
 from .conversions import spellings, without
 

@@ -20,7 +20,7 @@ from transformers.core_model_loading import dot_natural_key
 from transformers.utils import logging
 
 from ..compat import ignored_on_save, load_offloaded_parameter
-from ..files import Header
+from ..files.reading import Header
 from ..text import shown
 
 logger = logging.get_logger(__name__)

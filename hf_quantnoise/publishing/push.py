@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from transformers import PreTrainedModel
 
 from ..argument_checks import require_instance, require_model, require_output_folder
-from ..durable_files import new_file
+from ..files.durable import new_file
 from ..hub.card import CARD_ATTRIBUTE, TAGS
 from ..hub.processing import remember_processing, save_processing
 from ..repository import CARD, create_repository, existing_card, read_card, upload_model

@@ -10,7 +10,7 @@ import datasets
 import torch
 import transformers
 
-from ..durable_files import new_file
+from ..files.durable import new_file
 from ..version import __version__
 
 

@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 
 from transformers.utils import CONFIG_NAME
 
-from .durable_files import files_of, flush, flush_folder
+from .durable import files_of, flush, flush_folder
 
 PART, COMPLETE, _NEW = ".hf-quantnoise-part", "interrupted-save", ".new"
 # What is not part of a model, as patterns of huggingface_hub.

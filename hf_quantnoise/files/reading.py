@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .text import printable, shown
+from ..text import printable, shown
 
 # Limits far above any model's.
 MAX_NAME_LENGTH = 1_000
