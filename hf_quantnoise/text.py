@@ -1,7 +1,7 @@
 """Text and values that come from files, made safe to show in a terminal, a log or Markdown.
 
 Names, reasons and groups of a checkpoint are data of a stranger. Control characters in them could
-clear a terminal, and marks that reverse the direction of text or HTML could hide what is there.
+clear a terminal; HTML, or marks that reverse the direction of text, could hide a part of it.
 """
 
 from __future__ import annotations

@@ -20,20 +20,20 @@ from ..text import shown
 Check = Callable[[str, Any], None]
 
 
-_reading_file: ContextVar[bool] = ContextVar("reading_file", default=False)
+_compiles: ContextVar[bool] = ContextVar("compiles", default=True)
 
 
 @contextmanager
-def values_from_file() -> Iterator[None]:
-    """Check values of a saved config: its regexes are not compiled before they are used.
+def regexes_not_compiled() -> Iterator[None]:
+    """Accept any regex in this context, for the values of a saved config.
 
-    A packed model needs none of them, and a file can hold one that takes very long.
+    A packed model uses none of its regexes, and one of a stranger may take very long to compile.
     """
-    token = _reading_file.set(True)
+    token = _compiles.set(False)
     try:
         yield
     finally:
-        _reading_file.reset(token)
+        _compiles.reset(token)
 
 
 def invalid(name: str, value: Any, expected: str) -> ValueError:
@@ -117,7 +117,7 @@ def regex(name: str, value: Any) -> None:
     """A structure group or regular expression."""
     if not isinstance(value, str):
         raise invalid(name, value, "a string (a structure group or a regex)")
-    if not _reading_file.get():
+    if _compiles.get():
         compile_pattern(name, value)
 
 

@@ -25,11 +25,10 @@ from .checks import (
     layer_name,
     patterns,
     reason,
-    values_from_file,
 )
 from .entries import plan_entries
 from .hub_files import HubConfigMixin
-from .options import Options, documented, option, values_of_file
+from .options import Options, documented, from_file, option
 
 QUANT_METHOD = "hf_quantnoise"
 # Layout on disk -> the first version of the package that reads it.
@@ -191,6 +190,5 @@ class QuantizedModelConfig(HubConfigMixin, Options, QuantizationConfigMixin):
         check_format(config_dict.get("format_version", FORMAT_VERSION), config_dict.get("requires"))
         values = {key: value for key, value in config_dict.items() if key not in HEAD}
         target = SCHEMES[config_dict.get("scheme", cls.scheme)]
-        with values_from_file():
-            config = target(**values_of_file(target, values))
+        config = from_file(target, values)
         return (config, kwargs) if return_unused_kwargs else config

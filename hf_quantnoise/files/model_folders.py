@@ -116,7 +116,7 @@ def _place_files(folder: str, keep_others: bool = True) -> None:
 
 
 def _place(source: str, target: str) -> None:
-    """Make a file also appear at another path, where it replaces the old one at once."""
+    """Link (or copy) a file to another path, where it replaces the old one at once."""
     if os.path.exists(target) and os.path.samefile(source, target):
         return
     os.makedirs(os.path.dirname(target), exist_ok=True)

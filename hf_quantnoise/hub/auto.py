@@ -95,7 +95,7 @@ def read_config(path: str, **kwargs: Any) -> PreTrainedConfig:
         ValueError: if ``config.json`` is damaged or describes no model.
         OSError: if it is missing.
     """
-    if (file := _file_here(path, CONFIG_NAME, kwargs)) is not None:
+    if (file := _config_file_here(path, kwargs)) is not None:
         read_json(file)
     try:
         return AutoConfig.from_pretrained(path, **kwargs)
@@ -108,11 +108,11 @@ def read_config(path: str, **kwargs: Any) -> PreTrainedConfig:
         ) from error
 
 
-def _file_here(path: str, name: str, kwargs: dict[str, Any]) -> str | None:
-    """Return the path of a model's file that is on this machine, or None."""
+def _config_file_here(path: str, kwargs: dict[str, Any]) -> str | None:
+    """Return the path of a model's ``config.json`` if it is on this machine, or None."""
     where = {key: kwargs[key] for key in ("cache_dir", "revision", "subfolder") if key in kwargs}
     with suppress(OSError):
-        found: str | None = cached_file(path, name, local_files_only=True, **where)
+        found: str | None = cached_file(path, CONFIG_NAME, local_files_only=True, **where)
         return found
     return None
 
@@ -126,7 +126,7 @@ def _damaged_files_named(path: str, kwargs: dict[str, Any]) -> Iterator[None]:
     """
 
     def check() -> None:
-        config = _file_here(path, CONFIG_NAME, kwargs)
+        config = _config_file_here(path, kwargs)
         if config is not None and kwargs.get("variant") is None:
             headers_in(os.path.dirname(config))
 

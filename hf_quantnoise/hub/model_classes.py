@@ -53,7 +53,7 @@ def model_class_of(
     if (name := _name_in(config.architectures)) is not None:
         found = _class_in_files(config, name, path, kwargs) if trust_remote_code else None
         if found is None and type(config).__module__.startswith("transformers."):
-            found = class_of([name])
+            found = class_of(config.architectures)
         found = found or _registered_class(config, name)
     if found is None:
         raise ValueError(

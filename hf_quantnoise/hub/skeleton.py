@@ -23,7 +23,7 @@ from ..modeling.packed import INDICES
 from ..modeling.structural_changes import declare_shared, tied_after_loading
 from ..modeling.ties import renamed_ties
 from ..quantizers import Quantizer, quantizer_from_dict
-from ..sharing import require_same_shapes
+from ..sharing import difference
 from ..structure import is_layer
 from .conversions import renamed_layer, renamings_of, spellings
 
@@ -50,7 +50,7 @@ def sentinel_names(config: QuantizedModelConfig, model: nn.Module) -> list[str]:
 
 def allow_sentinels(model: PreTrainedModel, config: QuantizedModelConfig) -> None:
     """Allow the sentinels in the file, with and without the base model's prefix."""
-    # The first files had a single one, whatever its part.
+    # Files of the first releases have a single one, of any part.
     for name in {*sentinel_names(config, model), f"{min(config.plan)}.weight"}:
         short = name.removeprefix(f"{model.base_model_prefix}.")
         ignored_if_unexpected(model).add(rf"(^|\.){re.escape(short)}$")
@@ -157,14 +157,14 @@ class Names:
                     "another layer, which has its own weights; restore config.json"
                 )
             if not self.modules.keys() >= {name, found}:
+                reason = "kind (a parameter and a layer)"
+            else:
+                reason = difference(self.modules[name], self.modules[found])
+            if reason:
                 raise ValueError(
-                    f"invalid shared_layers[{name!r}]={source!r} in quantization_config: one of "
-                    "them is a parameter, expected two layers; restore config.json"
+                    f"invalid shared_layers[{name!r}]={source!r} in quantization_config: expected "
+                    f"two similar layers, they differ in {reason}; restore config.json"
                 )
-            try:
-                require_same_shapes((found, name), self.modules)
-            except ValueError as error:
-                raise ValueError(f"invalid shared_layers[{name!r}]={source!r}: {error}") from None
             local[name] = found
         return local
 
@@ -210,7 +210,7 @@ def _translate_plan(
 
 
 def _add_placeholder(layer: nn.Module) -> None:
-    """Give a dense layer a parameter that no codes in the files fit.
+    """Add a parameter to a dense layer, of a shape that no codes in the files have.
 
     transformers then raises, unless ``ignore_mismatched_sizes`` is passed, as it does for dense
     weights of another shape.

@@ -1,8 +1,8 @@
 """The id of saved weights: a checksum in ``config.json`` and in the metadata of each file.
 
-Files of different saves have different ids, so an interrupted save or an incomplete copy, which may
-mix them, is found when the model is loaded. It is a checksum, not a random number, so that saving a
-loaded model writes identical files. Files written before there were ids have none.
+Files of different saves have different ids, so files that an interrupted save or an incomplete copy
+has mixed are found when the model is loaded. It is a checksum, not a random number, so that saving
+a loaded model writes identical files. Files of earlier releases have none.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def id_of_weights(model: PreTrainedModel, state_dict: dict[str, Tensor]) -> str:
 def in_fixed_order(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return a state dict in the order in which transformers saves some of the loaded models.
 
-    The order determines the shards. In memory it is another one before and after loading.
+    The order determines the shards. In memory it differs before and after loading.
     """
     return {name: state_dict[name] for name in sorted(state_dict, key=dot_natural_key)}
 
