@@ -170,7 +170,7 @@ def _config_of(path: str, **kwargs: Any) -> PreTrainedConfig:
     except OSError as error:
         raise OSError(
             f"cannot load {path!r}: it is not a folder, and cannot be read as a repository "
-            f"({shorten(str(error))}); check the name"
+            f"({printable(str(error).partition(chr(10))[0])}); check the name"
         ) from error
 
 
