@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from copy import copy
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -28,7 +29,7 @@ from .checks import (
 )
 from .entries import plan_entries
 from .hub_files import HubConfigMixin
-from .options import Options, documented, from_file, option
+from .options import Options, documented, from_file, option, options_of
 
 QUANT_METHOD = "hf_quantnoise"
 # Layout on disk -> the first version of the package that reads it.
@@ -129,6 +130,12 @@ class QuantizedModelConfig(HubConfigMixin, Options, QuantizationConfigMixin):
                     f"{self.activation_bits!r}, as activation_bits of the config, or none; restore "
                     "the original file",
                 )
+
+    def clear_records(self) -> None:
+        """Reset the fields that compression fills in."""
+        options = options_of(type(self))
+        for name in RECORDS:
+            setattr(self, name, copy(options[name].default))
 
     @property
     def weighs_errors(self) -> bool:
