@@ -73,7 +73,6 @@ class ModelPacker:
         self.on_all_ranks = on_all_ranks
         check_can_be_packed(model)
         self.model = model
-        stop_rescaling(model)
         self.config = deepcopy(config)
         self.config.plan = {}
         self.structural_changes = plan_structural_changes(model, self.config)
@@ -248,6 +247,9 @@ def check_can_be_packed(model: nn.Module) -> None:
     Raises:
         TypeError: if it is not a ``PreTrainedModel``.
         ValueError: if it is quantized, or has adapters.
+
+    An RWKV model stops rescaling its weights, here and not later, since each entry point calls this
+    before it copies or evaluates the model (:func:`stop_rescaling`).
     """
     if isinstance(model, nn.Module) and has_adapters(model):
         raise ValueError(
@@ -266,3 +268,4 @@ def check_can_be_packed(model: nn.Module) -> None:
             f"the model is already quantized with {getattr(method, 'value', method)}; load the "
             "dense checkpoint instead"
         )
+    stop_rescaling(model)
