@@ -129,12 +129,11 @@ class ModelPacker:
         batches: Sequence = (),
         forward: Callable[[object], object] | None = None,
     ) -> StageResult:
-        """Pack the layers of one stage, bottom-up.
+        """Pack the layers of one stage, bottom-up. Call :meth:`check_weights` before it.
 
         With ``importance`` in the config, ``batches`` and ``forward`` are the calibration data of
         :func:`measure_importance`; the earlier stages are packed when it is measured.
         """
-        self.check_weights(stage)
         importance = self._importance(stage, batches, forward)
         errors: dict[str, float] = {}
         norms: list[float] = []
@@ -195,7 +194,6 @@ class ModelPacker:
         weights = [planned.modules for planned in self.stages[stage]]
         if not self.config.weighs_errors:
             return [None] * len(weights)
-        require_batches(batches, "importance")
         return measure_importance(self.model, weights, batches, forward)
 
     def _pack(self, planned: PlannedWeight, number: int, importance: Tensor | None) -> float:
