@@ -20,9 +20,10 @@ from ..quantizers.observers import BINS, extremes, histogram, range_of_histogram
 
 
 def first_input(args: tuple, kwargs: dict) -> Tensor | None:
-    """Return the first argument of a layer's forward; None if it is empty, and counts for nothing.
+    """Return the first argument of a layer's forward, or None if it is empty.
 
-    Experts and adapters are called without rows if a batch has none for them.
+    Experts and adapters are called without rows if a batch has none for them. Such a call does not
+    count as a run of the layer.
     """
     inputs = args[0] if args else next(iter(kwargs.values()))
     return inputs if inputs.numel() else None
