@@ -223,6 +223,7 @@ class CompressionPipeline:
                 apply_quant_noise(self.model, noise)
             finetuning = stage_trainer.train(resume_from_checkpoint=checkpoint).metrics
             remove_quant_noise(self.model).eval()
+            self.packer.config.weights_id = None  # a checkpoint's, which training has left behind
         self._evaluate(_name(stage), stage_trainer, start, packed, finetuning, packed_metric)
         self._save(number)
 

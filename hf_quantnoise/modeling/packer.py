@@ -74,7 +74,7 @@ class ModelPacker:
         check_can_be_packed(model)
         self.model = model
         self.config = deepcopy(config)
-        self.config.plan = {}
+        self.config.clear_records()  # it may be of another compressed model
         self.structural_changes = plan_structural_changes(model, self.config)
         self.planned = model
         if self.structural_changes:
