@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..argument_checks import run_batch
+from ..argument_checks import FoundWhileRunning, run_batch
 from ..blocks import matrix_shape
 from ..distributed import broadcast_from_rank_0, on_any_rank, sum_over_ranks
 from ..layer_types import known_layer_type
@@ -68,7 +68,7 @@ class _InputStatistics(TorchFunctionMode):
             inputs = self.padding.without_padding(inputs)
         energy, total = layer_type.input_energy(layer, inputs), self.columns[key]
         if energy.shape != total.shape:
-            raise ValueError(
+            raise FoundWhileRunning(
                 f"invalid input_energy of the layer type {layer_type.layer_class.__name__}: got "
                 f"shape {tuple(energy.shape)}, expected {tuple(total.shape)}; correct its record"
             )
