@@ -171,6 +171,19 @@ def _require_contiguous(file: object, tensors: Mapping[str, TensorHeader], nbyte
         raise _damaged(file, f"it has {nbytes:,} bytes of data and its header describes {end:,}")
 
 
+def tensors_in(headers: Mapping[str, Header]) -> dict[str, TensorHeader]:
+    """Return the tensors of some files by name; ValueError if one is in two of them."""
+    found: dict[str, TensorHeader] = {}
+    for file, header in headers.items():
+        if repeated := found.keys() & header.tensors.keys():
+            raise ValueError(
+                f"invalid file {file!r}: {printable(min(repeated))} is in another file as well; "
+                "download or save the model again"
+            )
+        found |= header.tensors
+    return found
+
+
 def headers_in(folder: str) -> dict[str, Header]:
     """Return the header of each safetensors file of the model in a folder, by file name.
 
@@ -180,9 +193,10 @@ def headers_in(folder: str) -> dict[str, Header]:
         names = [WEIGHTS]
     elif os.path.isfile(index := os.path.join(folder, INDEX)):
         shards = read_index(index)
-        headers = {name: read_header(os.path.join(folder, name)) for name in {*shards.values()}}
-        stored = {name: shard for shard, header in headers.items() for name in header.tensors}
-        if stored != shards or len(stored) < sum(len(each.tensors) for each in headers.values()):
+        names = sorted({*shards.values()})
+        headers = {name: read_header(os.path.join(folder, name)) for name in names}
+        tensors_in({os.path.join(folder, name): header for name, header in headers.items()})
+        if shards != {name: shard for shard, header in headers.items() for name in header.tensors}:
             raise _damaged(index, "weight_map does not match the tensors in its shards")
         return headers
     else:

@@ -52,21 +52,6 @@ def headers_of(files: Iterable[str] | None) -> dict[str, Header] | None:
     return headers
 
 
-def tensors_in(headers: Mapping[str, Header] | None) -> dict[str, TensorHeader] | None:
-    """Return the tensors of some files by name; ValueError if one is in two of them."""
-    if headers is None:
-        return None
-    found: dict[str, TensorHeader] = {}
-    for file, header in headers.items():
-        if repeated := found.keys() & header.tensors.keys():
-            raise ValueError(
-                f"invalid file {file!r}: {min(repeated)} is in another file as well; download or "
-                "save the model again"
-            )
-        found |= header.tensors
-    return found
-
-
 def check_files(
     names: Names, config: QuantizedModelConfig, stored: Mapping[str, TensorHeader] | None
 ) -> set[str] | None:
