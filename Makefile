@@ -26,7 +26,7 @@ VERSION_INDEPENDENT := \
 	tests/compression/test_stage_order.py tests/compression/test_stage_settings.py \
 	tests/test_compile.py tests/test_docs.py tests/test_layout.py tests/test_paper_map.py \
 	tests/fuzz tests/noise/test_in_place.py tests/modeling/test_ranges.py \
-	tests/modeling/test_tracing.py tests/test_durable_files.py tests/test_files.py \
+	tests/modeling/test_tracing.py tests/files \
 	tests/test_patterns.py tests/test_text.py
 PYTEST := -m pytest -n $(WORKERS) --dist worksteal
 # A clean environment for the built wheel.
