@@ -133,7 +133,8 @@ class QuantizedModelConfig(HubConfigMixin, Options, QuantizationConfigMixin):
 
     def clear_records(self) -> None:
         """Reset the fields that compression fills in."""
-        options = options_of(type(self))
+        kind: type = type(self)
+        options = options_of(kind)
         for name in RECORDS:
             setattr(self, name, copy(options[name].default))
 
