@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, cached_file
 
-from ..argument_checks import require_path, shorten
+from ..argument_checks import require_path
 from ..configuration import QUANT_METHOD
 from ..files.model_folders import require_not_interrupted
 from ..files.reading import headers_in, read_json
@@ -152,7 +152,7 @@ def _damaged_files_named(path: str, kwargs: dict[str, Any]) -> Iterator[None]:
 
 
 def _config_of(path: str, **kwargs: Any) -> PreTrainedConfig:
-    """Return the config of a saved model; the error says what is at the path instead."""
+    """Return the config of a saved model; raise an error that names what is at the path instead."""
     if os.path.isfile(path):
         raise ValueError(f"{path!r} is a file; pass the folder of the saved model")
     if os.path.isdir(path):
@@ -170,7 +170,7 @@ def _config_of(path: str, **kwargs: Any) -> PreTrainedConfig:
     except OSError as error:
         raise OSError(
             f"cannot load {path!r}: it is not a folder, and cannot be read as a repository "
-            f"({shorten(str(error))}); check the name"
+            f"({printable(str(error).partition(chr(10))[0])}); check the name"
         ) from error
 
 

@@ -54,7 +54,7 @@ def merge_cards(new: ModelCard, existing: ModelCard | None) -> ModelCard:
 
 
 def _require_card_of_model(model: Any, card: Any) -> None:
-    """Raise a ``TypeError`` unless both are what their names say; adapters are allowed."""
+    """Raise a ``TypeError`` unless these are a model (or an adapter) and a card."""
     if not hasattr(model, "get_base_model"):
         require_model(model)
     if card is not None:
