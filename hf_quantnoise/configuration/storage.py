@@ -133,9 +133,9 @@ class QuantizedModelConfig(HubConfigMixin, Options, QuantizationConfigMixin):
 
     def clear_records(self) -> None:
         """Reset the fields that compression fills in."""
-        options = options_of(type(self))
+        cls: Any = type(self)
         for name in RECORDS:
-            setattr(self, name, copy(options[name].default))
+            setattr(self, name, copy(options_of(cls)[name].default))
 
     @property
     def weighs_errors(self) -> bool:
