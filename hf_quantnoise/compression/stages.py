@@ -209,6 +209,7 @@ class CompressionPipeline:
             if self.config.weighs_errors:
                 set_seed(self.trainer.args.seed)  # a resumed run has to draw the same batches
                 data = calibration_data(self.evaluator, self.packer, n_batches)
+            self.packer.check_weights(stage)  # training has changed them
             packed = self.packer.pack_stage(stage, self._progress, *data)
             stage_trainer = self._make_trainer(stage, number, noise)
             calibrate_stage(stage_trainer, self.packer, packed, n_batches)

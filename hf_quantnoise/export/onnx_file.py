@@ -22,12 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..argument_checks import (
-    require_instance,
-    require_output_folder,
-    require_tensors,
-    run_batch,
-)
+from ..argument_checks import require_instance, require_output_folder, require_tensors, run_batch
 from ..files.model_folders import replaced_model
 from ..hub.processing import save_processing
 from ..modeling import packed_layers
