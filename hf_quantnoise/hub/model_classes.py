@@ -58,9 +58,8 @@ def model_class_of(
     if found is None:
         raise ValueError(
             f"invalid architectures={shown(config.architectures)} in config.json of {path!r}: "
-            "expected the name of a model class of transformers, or of one registered with an auto "
-            "class; register it, pass trust_remote_code=True (--trust_remote_code) if the code of "
-            "the class is stored with the model and you have read it, or load the model with a "
+            "expected a class of transformers or of an auto class; register it, pass "
+            "trust_remote_code=True (--trust_remote_code) if you trust the model's code, or use a "
             "class for its head, such as AutoQuantizedModelForSequenceClassification"
         )
     return found
