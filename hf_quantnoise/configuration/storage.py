@@ -132,9 +132,9 @@ class QuantizedModelConfig(HubConfigMixin, Options, QuantizationConfigMixin):
 
     def clear_records(self) -> None:
         """Reset the fields that compression fills in."""
-        empty = self.from_dict({})
+        cls: Any = type(self)
         for name in RECORDS:
-            setattr(self, name, getattr(empty, name))
+            setattr(self, name, copy(options_of(cls)[name].default))
 
     @property
     def weighs_errors(self) -> bool:
