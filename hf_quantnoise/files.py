@@ -148,7 +148,9 @@ def read_header(file: str | os.PathLike) -> Header:
         if length > min(MAX_HEADER_BYTES, size - 8):
             raise _damaged(file, f"it has {size:,} bytes and its header would have {length:,}")
         values = _parse(file, opened.read(length))
-    values.pop("__metadata__", None)
+    metadata = values.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise _damaged(file, "its metadata does not map texts to texts")
     if len(values) > MAX_ENTRIES:
         raise _damaged(file, f"its header has more than {MAX_ENTRIES:,} tensors")
     tensors = {}
