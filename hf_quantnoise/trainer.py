@@ -241,7 +241,7 @@ class QuantNoiseTrainer(PublishingMixin, PackedModelTrainer):
 
 
 def _check_arguments(model: Any, args: Any, qn_config: Any, model_init: Any) -> None:
-    """Raise an error that says what the first arguments of the trainer must be."""
+    """Raise an error if the first arguments of the trainer have the wrong types."""
     order = "call e.g. QuantNoiseTrainer(model, TrainingArguments(...), QuantNoiseConfig(...))"
     if model is None and model_init is None:
         raise TypeError(f"invalid model: got None, expected a model, or model_init; {order}")

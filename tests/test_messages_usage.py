@@ -22,7 +22,7 @@ QUERY = "bert.encoder.layer.0.attention.self.query"
 
 
 def only_a_head():
-    """A model whose only layer of a known type is its head: I-BERT has layers of its own."""
+    """A model whose only layer of a known type is its head: I-BERT defines the others itself."""
     return IBertForSequenceClassification(IBertConfig(**SIZES))
 
 

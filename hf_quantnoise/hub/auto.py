@@ -162,7 +162,7 @@ def _damaged_files_named(path: str, kwargs: dict[str, Any]) -> Iterator[None]:
 
 
 def _config_of(path: str, **kwargs: Any) -> PreTrainedConfig:
-    """Return the config of a saved model; the error says what is at the path instead."""
+    """Return the config of a saved model; the error names what is at the path instead."""
     if os.path.isfile(path):
         raise ValueError(f"{path!r} is a file; pass the folder of the saved model")
     if os.path.isdir(path):

@@ -54,7 +54,7 @@ def merge_cards(new: ModelCard, existing: ModelCard | None) -> ModelCard:
 
 
 def _require_card_of_model(model: Any, card: Any) -> None:
-    """Raise a ``TypeError`` unless both are what their names say; adapters are allowed."""
+    """Raise a ``TypeError`` unless both have the type of their name; adapters are allowed."""
     if not hasattr(model, "get_base_model"):
         require_model(model)
     if card is not None:
