@@ -176,6 +176,10 @@ def require_tensors(field: str, inputs: Mapping[str, Any]) -> None:
         )
 
 
+class FoundWhileRunning(ValueError):
+    """An invalid setting that is found while a model runs, which is no fault of the batch."""
+
+
 def _has_tensor(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return any(map(_has_tensor, value))
@@ -191,7 +195,7 @@ def run_batch(
     """Return ``model(**batch)``; the error of a batch that does not fit names the field."""
     try:
         return model(**batch)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, FoundWhileRunning):
         raise
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         shapes = (

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .argument_checks import require_instance
+from .argument_checks import require_instance, require_model
 from .configuration import NOISE_CONFIG_NAME, QuantNoiseConfig
 from .noise import apply_quant_noise, find_state
 
@@ -55,7 +55,8 @@ class QuantNoiseCallback(TrainerCallback):
 
     def prepare(self, model: nn.Module) -> None:
         """Apply the noise, unless the model has noise already."""
-        if not isinstance(model, nn.Module) or find_state(model) is None:
+        require_model(model, nn.Module)
+        if find_state(model) is None:
             apply_quant_noise(model, self.config)
 
     def save(self, model: nn.Module, folder: str | os.PathLike) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from .text import shown
+
 
 def compile_pattern(name: str, value: str) -> re.Pattern[str]:
     """Return the compiled regex of a field; raise ValueError if it is invalid or too complex."""
@@ -13,5 +15,4 @@ def compile_pattern(name: str, value: str) -> re.Pattern[str]:
         reason = str(error)
     except RecursionError:
         reason = "it is nested too deeply"
-    shown = repr(value) if len(value) <= 200 else f"{value[:200]!r}..."
-    raise ValueError(f"invalid {name}={shown}: expected a regular expression ({reason})")
+    raise ValueError(f"invalid {name}={shown(value)}: expected a regular expression ({reason})")

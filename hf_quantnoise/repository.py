@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from .argument_checks import require_path, require_repo_id
-from .model_folders import stale_weights
+from .files.model_folders import stale_weights
 
 # Tag of all repositories with files of this package.
 TAG = "quant-noise"

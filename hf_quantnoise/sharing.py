@@ -48,28 +48,25 @@ def chunks_of(model: nn.Module, share_layers: ShareLayers) -> list[Chunk]:
                 f"invalid share_layers: {type(model).__name__} has no layer {name!r}; use names "
                 "from model.named_modules()"
             )
-    for chunk in chunks:
-        require_same_shapes(chunk, modules)
+    for name, source in sources_of(chunks).items():
+        if different := difference(modules[name], modules[source]):
+            raise ValueError(
+                f"invalid share_layers: {name} cannot share the weights of {source}, they differ "
+                f"in {different}; name chunks of similar layers: [['blocks.1', 'blocks.2'], ...]"
+            )
     return chunks
 
 
-def require_same_shapes(chunk: Chunk, modules: dict[str, nn.Module]) -> None:
-    """Raise ValueError if layers that share their weights differ in class, shapes or dtypes."""
-    first = modules[chunk[0]]
-    for name in chunk[1:]:
-        different = [
-            f"{key} ({tuple(shared.shape)} and {tuple(parameter.shape)})"
-            for key, (parameter, shared) in common_parameters(modules[name], first).items()
-            if (parameter.shape, parameter.dtype) != (shared.shape, shared.dtype)
-        ]
-        if type(modules[name]) is not type(first):
-            different = [f"class ({type(first).__name__} and {type(modules[name]).__name__})"]
-        if different:
-            raise ValueError(
-                f"invalid share_layers: {name} cannot share the weights of {chunk[0]}, they differ "
-                f"in {', '.join(different[:3])}; name chunks of similar layers: "
-                "[['blocks.1', 'blocks.2'], ...]"
-            )
+def difference(layer: nn.Module, source: nn.Module) -> str:
+    """Return in which class, shapes or dtypes layers differ, "" if they can share weights."""
+    if type(layer) is not type(source):
+        return f"class ({type(layer).__name__} and {type(source).__name__})"
+    different = [
+        f"{key} ({tuple(own.shape)} and {tuple(shared.shape)})"
+        for key, (own, shared) in common_parameters(layer, source).items()
+        if (own.shape, own.dtype) != (shared.shape, shared.dtype)
+    ]
+    return ", ".join(different[:3])
 
 
 def common_parameters(

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from .argument_checks import require_model
 from .compat import ignored_on_save, revert_weight_conversion
+from .files.reading import DTYPES
 from .hub.conversions import convert_dense_only
 from .hub.skeleton import sentinel_names
 from .hub.weights_id import ID_LENGTH, WEIGHTS_ID
@@ -22,13 +23,8 @@ from .modeling import PackedLayer, packed_layers, packed_names, stored_tensors
 from .structure import find_layers
 from .text import printable
 
-# Names of dtypes in a safetensors header, in the order in which the file stores tensors.
-_DTYPES = {
-    torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.int32: "I32",
-    torch.bfloat16: "BF16", torch.float16: "F16", torch.int16: "I16", torch.int8: "I8",
-    torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
-_ORDER = {dtype: index for index, dtype in enumerate(_DTYPES)}
+_NAME_OF = {dtype: name for name, dtype in DTYPES.items()}
+_ORDER = list(DTYPES)
 
 
 @dataclass(frozen=True)
@@ -197,11 +193,12 @@ def _header_bytes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> int:
     """
     header: dict[str, object] = {"__metadata__": metadata}
     offset = 0
-    in_file = sorted(tensors.items(), key=lambda item: (_ORDER.get(item[1].dtype, 2), item[0]))
-    for name, tensor in in_file:
+    dtypes = {name: _NAME_OF.get(tensor.dtype, "F32") for name, tensor in tensors.items()}
+    for name in sorted(tensors, key=lambda name: (_ORDER.index(dtypes[name]), name)):
+        tensor = tensors[name]
         end = offset + tensor.nbytes
         header[name] = {
-            "dtype": _DTYPES.get(tensor.dtype, "F32"),
+            "dtype": dtypes[name],
             "shape": list(tensor.shape),
             "data_offsets": [offset, end],
         }

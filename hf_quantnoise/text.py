@@ -1,12 +1,14 @@
-"""Text that comes from files, made safe to show in a terminal, a log or Markdown.
+"""Text and values that come from files, made safe to show in a terminal, a log or Markdown.
 
 Names, reasons and groups of a checkpoint are data of a stranger. Control characters in them could
-clear a terminal, and marks that reverse the direction of text or HTML could hide what is there.
+clear a terminal; HTML, or marks that reverse the direction of text, could hide a part of it.
 """
 
 from __future__ import annotations
 
 import re
+
+MAX_SHOWN = 200  # characters of a value in an error
 
 # Characters of Markdown and HTML that change how the text around them is shown.
 _MARKDOWN = re.compile(r"[\\`*\[\]<>|~]")
@@ -22,6 +24,15 @@ def printable(text: object) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def shown(value: object) -> str:
+    """Return the ``repr`` of a value for an error, shortened if it is long."""
+    try:
+        text = repr(value)
+    except RecursionError:
+        return f"a {type(value).__name__} that is nested too deeply"
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 def markdown(text: object) -> str:

@@ -28,8 +28,8 @@ from .compression.trainer_checkpoints import checkpoint_to_resume_from
 from .configuration import QuantizedModelConfig, QuantNoiseConfig
 from .configuration.checks import boolean
 from .distributed import is_distributed
+from .files.model_folders import UNPUBLISHED
 from .hub.processing import remember_processing
-from .model_folders import UNPUBLISHED
 from .modeling import packed_layers
 from .modeling.packer import has_adapters
 from .noise import find_state

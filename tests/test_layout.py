@@ -21,8 +21,6 @@ LAYERS = (
     "patterns",
     "files",
     "distributed",
-    "durable_files",
-    "model_folders",
     "dynamic_subclass",
     "layer_types",
     "blocks",

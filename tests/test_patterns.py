@@ -22,7 +22,7 @@ from hf_quantnoise import (
 from hf_quantnoise.cli import main
 from hf_quantnoise.configuration import QuantizedModelConfig
 from hf_quantnoise.configuration.checks import layer_chunks
-from hf_quantnoise.files import MAX_ENTRIES, MAX_NAME_LENGTH
+from hf_quantnoise.files.reading import MAX_ENTRIES, MAX_NAME_LENGTH
 from hf_quantnoise.modeling.structural_changes import declare_shared
 
 INVALID = {

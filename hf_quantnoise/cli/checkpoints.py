@@ -19,11 +19,10 @@ from transformers.utils import CONFIG_NAME
 
 from ..compat import from_config
 from ..configuration import QUANT_METHOD, QuantizedModelConfig
-from ..configuration.checks import shown
+from ..files.model_folders import require_not_interrupted
 from ..hub.auto import AutoQuantizedModel, method_of, read_config
 from ..hub.model_classes import model_class_of
 from ..hub.quantizer import QuantNoiseHfQuantizer
-from ..model_folders import require_not_interrupted
 from ..sharing import share
 from ..text import printable
 from .command import UsageError
@@ -94,15 +93,7 @@ class Checkpoint:
     @property
     def model_class(self) -> type[PreTrainedModel]:
         """The model class in ``architectures``."""
-        if (found := model_class_of(self.config, self.path, **self._where)) is None:
-            hint = ""
-            if getattr(self.config, "auto_map", None) and not self.trust_remote_code:
-                hint = "; read the code stored with the model, then pass --trust_remote_code"
-            raise ValueError(
-                f"{self.path!r}: invalid architectures={shown(self.config.architectures)} in "
-                f"config.json: expected the name of a transformers model class{hint}"
-            )
-        return found
+        return model_class_of(self.config, self.path, **self._where)
 
     @cached_property
     def headers(self) -> Headers | None:
@@ -170,11 +161,10 @@ class Checkpoint:
 
     def pack(self, skeleton: PreTrainedModel) -> None:
         """Give the layers of a skeleton their packed form, in place, if the model is packed."""
-        if self.quantization is None:
+        if self.quantization is None or self.headers is None:
             return
         quantizer = QuantNoiseHfQuantizer(self.quantization)
-        stored = None if self.headers is None else self.headers.tensors
-        quantizer.preprocess_model(skeleton, stored=stored)
+        quantizer.preprocess_model(skeleton, stored=self.headers.tensors)
         config = skeleton.config.quantization_config = quantizer.quantization_config
         skeleton.tie_weights()
         share(skeleton, [(source, name) for name, source in config.shared_layers.items()])

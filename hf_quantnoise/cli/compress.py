@@ -7,10 +7,11 @@ from argparse import ArgumentParser, Namespace
 
 from ..compression import check_plan, quantize_model
 from ..compression.bit_allocation.allocate import resolve_target
+from ..files.model_folders import replaced_model
 from ..size import size_report
 from .checkpoints import checkpoint_of
 from .command import COMMANDS, Command, UsageError, add_model_argument, add_output_arguments
-from .folders import check_output, copy_companions, new_folder, write_card
+from .folders import check_output, copy_companions, write_card
 from .settings import quantization_config, quantization_parser
 
 
@@ -51,7 +52,7 @@ class Compress(Command):
         progress = sys.stderr.isatty()
         config = resolve_target(model, config, progress=progress, table=False)
         model = quantize_model(model, config, progress)
-        with new_folder(args.out) as folder:
+        with replaced_model(args.out, keep_others=False) as folder:
             source = copy_companions(checkpoint, folder)
             model.save_pretrained(folder)
             write_card(model, source, folder)

@@ -9,11 +9,12 @@ from inspect import getdoc
 from transformers import PreTrainedModel
 
 from ..export import export_aqlm, export_onnx
+from ..files.model_folders import replaced_model
 from ..registry import Registry
 from ..text import printable
 from .checkpoints import checkpoint_of
 from .command import COMMANDS, Command, add_model_argument, add_output_arguments
-from .folders import check_output, copy_companions, new_folder
+from .folders import check_output, copy_companions
 
 # Format -> function that writes a packed model in it: (model, folder) -> None. Its docstring is its
 # help. If it raises, the output folder is not changed.
@@ -63,7 +64,7 @@ class Convert(Command):
         checkpoint = checkpoint_of(args)
         check_output(args.out, args.overwrite, args.model)
         model = checkpoint.load_packed()
-        with new_folder(args.out) as folder:
+        with replaced_model(args.out, keep_others=False) as folder:
             copy_companions(checkpoint, folder)
             TARGETS[args.to](model, folder)
         print(f"{args.model} written to {args.out} as {args.to!r}")

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import tempfile
-from contextlib import AbstractContextManager
 from typing import Any
 
 from huggingface_hub import snapshot_download
 from transformers import PreTrainedModel
 
+from ..files.model_folders import PART, finish_interrupted
 from ..hub.processing import PROCESSING, copy_processing, processing_files, warn_unknown
-from ..model_folders import PART, finish_interrupted, replaced_model
 from ..publishing.push import card_of, merge_cards
 from ..repository import CARD, read_card
 from .checkpoints import Checkpoint
@@ -64,11 +63,6 @@ def _require_writable(out: str) -> None:
         pass
     if not existed:
         os.rmdir(out)
-
-
-def new_folder(out: str) -> AbstractContextManager[str]:
-    """Yield a folder whose files replace all of ``out`` if the block succeeds."""
-    return replaced_model(out, keep_others=False)
 
 
 def copy_companions(checkpoint: Checkpoint, folder: str) -> str:

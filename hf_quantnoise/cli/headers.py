@@ -11,8 +11,7 @@ import torch
 from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import NotASafetensorsRepoError
 
-from ..files import TensorHeader, headers_in
-from ..hub.reading import FLOATS
+from ..files.reading import FLOATS, TensorHeader, damaged, headers_in
 
 
 @dataclass(frozen=True)
@@ -33,10 +32,7 @@ class Headers:
 
 
 def local_headers(folder: str) -> Headers | None:
-    """Return the headers of the model in a folder, or None if it has no safetensors files.
-
-    If no file has the name of a model file, all safetensors files are used (those of an adapter).
-    """
+    """Return the headers of the model (or adapter) in a folder, or None without such files."""
     files = {name: header.tensors for name, header in headers_in(folder).items()}
     return _headers(files, sum(os.path.getsize(os.path.join(folder, name)) for name in files))
 
@@ -49,7 +45,8 @@ def hub_headers(repo: str, revision: str | None) -> Headers | None:
     except NotASafetensorsRepoError:
         files = {
             name: api.parse_safetensors_file_metadata(repo, name, revision=revision)
-            for name in _safetensors(api.list_repo_files(repo, revision=revision))
+            for name in sorted(api.list_repo_files(repo, revision=revision))
+            if name.endswith(".safetensors") and "/" not in name
         }
     total, tensors = 0, {}
     for file_name, file in files.items():
@@ -59,24 +56,12 @@ def hub_headers(repo: str, revision: str | None) -> Headers | None:
             for name, info in file.tensors.items()
         }
         size = get_hf_file_metadata(url).size or 0
-        _check_size(url, tensors[file_name], size)
+        # A lower bound: the length of the header is unknown.
+        least = 8 + max((each.data_offsets[1] for each in tensors[file_name].values()), default=0)
+        if size < least:
+            raise damaged(url, f"it has {size:,} bytes, its header describes {least:,}")
         total += size
     return _headers(tensors, total)
-
-
-def _safetensors(names: list[str]) -> list[str]:
-    """Return the names of safetensors files that are not in subfolders."""
-    return sorted(name for name in names if name.endswith(".safetensors") and "/" not in name)
-
-
-def _check_size(place: str, tensors: Mapping[str, TensorHeader], size: int) -> None:
-    # A lower bound: the length of the header is unknown.
-    expected = 8 + max((tensor.data_offsets[1] for tensor in tensors.values()), default=0)
-    if size < expected:
-        raise ValueError(
-            f"{place} is truncated: it has {size:,} bytes, its header describes {expected:,}; copy "
-            "or download it again"
-        )
 
 
 def _headers(files: Mapping[str, Mapping[str, TensorHeader]], size: int) -> Headers | None:

@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from dataclasses import asdict
 from typing import Any
 
-from ..hub.reading import FLOATS
+from ..files.reading import FLOATS
 from ..size import SizeReport, SizeRow, aligned, kilobytes, size_report, total_of
 from ..structure import find_layers
 from ..text import printable
@@ -54,8 +54,7 @@ def _as_in_files(headers: Headers, model) -> SizeReport:
     groups = {} if model is None else {f"{la.name}.weight": la.group for la in find_layers(model)}
     rows = []
     for name, tensor in headers.tensors.items():
-        begin, end = tensor.data_offsets
-        size = end - begin
+        size = tensor.nbytes
         kind = str(FLOATS.get(tensor.dtype, tensor.dtype)).removeprefix("torch.").lower()
         dense = size if tensor.dtype in INTEGERS else None  # None: codes of another package
         if tensor.dtype in FLOATS:

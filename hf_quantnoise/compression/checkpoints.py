@@ -5,7 +5,7 @@
     <output_dir>/compression/run-3/        checkpoints of the third stage's finetuning
 
 A stage's folder is written under a temporary name and renamed once it is complete. A checkpoint is
-complete once its last file exists, the list of its files (``durable_files.py``). A stage or a
+complete once its last file exists, the list of its files (``files/durable.py``). A stage or a
 checkpoint with a file that is missing or not as listed is skipped with a warning for an older one;
 if the dense model has such a file, resuming raises. Folders of earlier releases have no list; their
 files are only checked for truncation. Tensors are stored as they are in memory (a file of the
@@ -31,7 +31,7 @@ from transformers.utils import logging
 
 from ..callback import checkpoint_folder
 from ..distributed import broadcast_object, copy_into, is_rank_0, raise_on_all_ranks
-from ..durable_files import (
+from ..files.durable import (
     PART,
     find_defect,
     flush,

@@ -99,7 +99,7 @@ def check_compression(
             )
         _require_known_lengths(trainer, args, stages)
         _require_recreatable_optimizer(trainer)
-    _require_stock_methods(trainer, config, args)
+    _require_stock_methods(trainer, config, args, trains)
     noise_to_keep(trainer, args.keep_noise)
 
 
@@ -134,10 +134,9 @@ def _require_recreatable_optimizer(trainer: Trainer) -> None:
 
 
 def _require_stock_methods(
-    trainer: Trainer, config: QuantizedModelConfig, args: CompressionArguments
+    trainer: Trainer, config: QuantizedModelConfig, args: CompressionArguments, trains: bool
 ) -> None:
     """Refuse a subclass of the trainer with overridden methods that a stage would have to call."""
-    trains = args.trains(config.stage_groups())
     methods: dict[str, str] = {}
     if trains:
         methods |= _TRAINING

@@ -209,6 +209,7 @@ class CompressionPipeline:
             if self.config.weighs_errors:
                 set_seed(self.trainer.args.seed)  # a resumed run has to draw the same batches
                 data = calibration_data(self.evaluator, self.packer, n_batches)
+            self.packer.check_weights(stage)  # training has changed them
             packed = self.packer.pack_stage(stage, self._progress, *data)
             stage_trainer = self._make_trainer(stage, number, noise)
             calibrate_stage(stage_trainer, self.packer, packed, n_batches)
@@ -222,6 +223,7 @@ class CompressionPipeline:
                 apply_quant_noise(self.model, noise)
             finetuning = stage_trainer.train(resume_from_checkpoint=checkpoint).metrics
             remove_quant_noise(self.model).eval()
+            self.packer.config.weights_id = None  # a checkpoint's, which training has left behind
         self._evaluate(_name(stage), stage_trainer, start, packed, finetuning, packed_metric)
         self._save(number)
 

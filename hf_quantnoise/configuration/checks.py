@@ -13,42 +13,32 @@ from contextvars import ContextVar
 from numbers import Real
 from typing import Any
 
-from ..files import MAX_ENTRIES, MAX_NAME_LENGTH
+from ..files.reading import MAX_ENTRIES, MAX_NAME_LENGTH
 from ..patterns import compile_pattern
+from ..text import shown
 
 Check = Callable[[str, Any], None]
 
-NAME = f"a layer name of up to {MAX_NAME_LENGTH:,} characters"
-MAX_SHOWN = 200  # characters of an invalid value in an error
 
-_reading_file: ContextVar[bool] = ContextVar("reading_file", default=False)
+_compiles: ContextVar[bool] = ContextVar("compiles", default=True)
 
 
 @contextmanager
-def values_from_file() -> Iterator[None]:
-    """Check values of a saved config: its regexes are not compiled before they are used.
+def regexes_not_compiled() -> Iterator[None]:
+    """Accept any regex in this context, for the values of a saved config.
 
-    A packed model needs none of them, and a file can hold one that takes very long.
+    A packed model uses none of its regexes, and one of a stranger may take very long to compile.
     """
-    token = _reading_file.set(True)
+    token = _compiles.set(False)
     try:
         yield
     finally:
-        _reading_file.reset(token)
+        _compiles.reset(token)
 
 
 def invalid(name: str, value: Any, expected: str) -> ValueError:
     """Return the error of an invalid value, to be raised."""
     return ValueError(f"invalid {name}={shown(value)}: expected {expected}")
-
-
-def shown(value: Any) -> str:
-    """Return the ``repr`` of a value for an error, shortened if it is long."""
-    try:
-        text = repr(value)
-    except RecursionError:
-        return f"a {type(value).__name__} that is nested too deeply"
-    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 def is_int(value: Any) -> bool:
@@ -127,7 +117,7 @@ def regex(name: str, value: Any) -> None:
     """A structure group or regular expression."""
     if not isinstance(value, str):
         raise invalid(name, value, "a string (a structure group or a regex)")
-    if not _reading_file.get():
+    if _compiles.get():
         compile_pattern(name, value)
 
 
@@ -140,25 +130,35 @@ def patterns(name: str, value: Any) -> None:
     layer_names(name, value)
 
 
+def reason(name: str, value: Any) -> None:
+    """A text that says why something was done."""
+    if not isinstance(value, str):
+        raise invalid(name, value, "a reason, as a string")
+
+
+def layer_name(name: str, value: Any) -> None:
+    """The name of a layer or parameter."""
+    if not isinstance(value, str) or len(value) > MAX_NAME_LENGTH:
+        raise invalid(name, value, f"a layer name of up to {MAX_NAME_LENGTH:,} characters")
+
+
 def layer_names(name: str, values: Iterable[Any]) -> None:
-    """Names of layers or parameters, as strings of limited number and length."""
+    """Names of layers or parameters, of limited number."""
     for count, layer in enumerate(values):
-        if not isinstance(layer, str) or len(layer) > MAX_NAME_LENGTH:
-            raise invalid(name, layer, NAME)
+        layer_name(name, layer)
         if count >= MAX_ENTRIES:
             raise ValueError(f"invalid {name}: expected up to {MAX_ENTRIES:,} names; remove some")
 
 
-def by_layer(expected: str, is_valid: Callable[[Any], bool]) -> Check:
-    """A dict from the name of a layer or parameter to values for which a condition holds."""
+def by_layer(of_value: Check) -> Check:
+    """A dict from the name of a layer or parameter to values that pass a check."""
 
     def check(name: str, value: Any) -> None:
         if not isinstance(value, dict):
-            raise invalid(name, value, f"a dict from layer name to {expected}")
+            raise invalid(name, value, "a dict with the names of layers as keys")
         layer_names(name, value)
         for layer, entry in value.items():
-            if not is_valid(entry):
-                raise invalid(f"{name}[{layer!r}]", entry, expected)
+            of_value(f"{name}[{layer!r}]", entry)
 
     return check
 

@@ -12,7 +12,7 @@ from typing import Any
 from ..registry import Registry, suggestion
 from ..structure import GROUPS
 from ..text import printable
-from .checks import Check, integer, invalid, layer_names, one_of
+from .checks import Check, by_layer, integer, invalid, layer_name, one_of
 from .options import options_of
 
 # Scheme of an entry -> its quantizer, a dataclass.
@@ -23,18 +23,13 @@ MAX_CENTROIDS = 65_536
 _REQUIRED = ("scheme", "group", "rows", "columns")
 
 
-def _name(name: str, value: Any) -> None:
-    if not isinstance(value, str):
-        raise invalid(name, value, "the name of a layer")
-
-
 # The keys of an entry that describe the layer and not how its weight is stored.
 _LAYER_CHECKS: dict[str, Check] = {
     "group": one_of(GROUPS),
     "rows": integer(1),
     "columns": integer(1),
     "activation_bits": integer(1, 8),
-    "tied_to": _name,
+    "tied_to": layer_name,
 }
 LAYER_KEYS = tuple(_LAYER_CHECKS)
 
@@ -66,11 +61,7 @@ def plan_entries(name: str, value: Any) -> None:
     An entry has the keys of ``LAYER_KEYS`` and the fields of its quantizer, and no others: a layout
     with more of them gets another ``format_version``.
     """
-    if not isinstance(value, dict):
-        raise invalid(name, value, "a dict from layer name to how it is stored")
-    layer_names(name, value)
-    for layer, entry in value.items():
-        _check_entry(f"{name}[{layer!r}]", entry)
+    by_layer(_check_entry)(name, value)
     for layer, entry in value.items():
         source = entry.get("tied_to")
         if source is None:

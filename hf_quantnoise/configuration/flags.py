@@ -8,9 +8,9 @@ from argparse import Action, ArgumentDefaultsHelpFormatter, ArgumentParser
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, make_dataclass
-from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
+from ..files.reading import read_json
 from ..registry import suggestion
 from .fixed_point import FixedPointConfig
 from .ipq import IPQConfig
@@ -64,12 +64,11 @@ def _one_or_list(flag: str, values: Any) -> Any:
 def _read_json(flag: str, file_name: str) -> tuple[dict, dict]:
     """Return the content of a JSON file, and the quantization config that it is or has."""
     try:
-        content = json.loads(Path(file_name).read_text(encoding="utf-8"))
+        content = read_json(file_name)
     except (OSError, ValueError) as error:
         raise invalid_flag(flag, file_name, f"a JSON file ({error})") from None
-    values = content if isinstance(content, dict) else {}
-    own = values if "quant_method" in values else {}
-    return content, values.get("quantization_config") or own
+    own = content if "quant_method" in content else {}
+    return content, content.get("quantization_config") or own
 
 
 def _read_layer_quantizers(flag: str, value: Any) -> dict[str, dict]:

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 from huggingface_hub import ModelCard, ModelCardData, upload_folder
 
 from ..argument_checks import require_output_folder
-from ..durable_files import new_file
-from ..files import read_json
+from ..files.durable import write_text
+from ..files.reading import read_json
 from ..repository import CARD, TAG, create_repository, existing_card, find_file
 
 
@@ -25,9 +25,7 @@ class HubConfigMixin:
         """Write the config's JSON file into a folder, which is created if missing."""
         save_directory = require_output_folder("save_directory", save_directory)
         os.makedirs(save_directory, exist_ok=True)
-        path = os.path.join(save_directory, self.file_name)
-        with new_file(path) as part, open(part, "w", encoding="utf-8") as file:
-            file.write(self.to_json_string())
+        write_text(self.to_json_string(), os.path.join(save_directory, self.file_name))
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike, **kwargs: Any) -> Any:

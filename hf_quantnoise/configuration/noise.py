@@ -17,12 +17,11 @@ from .checks import (
     one_of,
     patterns,
     sizes,
-    values_from_file,
     word_or_steps,
 )
 from .entries import MAX_BLOCK_SIZE, MAX_CENTROIDS
 from .hub_files import HubConfigMixin
-from .options import Options, documented, option, values_of_file
+from .options import Options, documented, from_file, option
 from .storage import OBSERVERS, QuantizedModelConfig
 
 NOISE_CONFIG_NAME = "quant_noise_config.json"
@@ -190,8 +189,8 @@ class QuantNoiseConfig(HubConfigMixin, Options):
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> QuantNoiseConfig:
         """Return the config of :meth:`to_dict`; unknown fields raise a ``ValueError``."""
-        with values_from_file():
-            return cls(**values_of_file(cls, values))
+        config: QuantNoiseConfig = from_file(cls, values)
+        return config
 
     def to_json_string(self) -> str:
         """Return indented JSON with sorted keys."""

@@ -21,7 +21,7 @@ from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_origin, get_
 
 from ..argument_checks import describe, require_instance
 from ..registry import suggestion
-from .checks import Check
+from .checks import Check, regexes_not_compiled
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +110,12 @@ def drop_removed(removed: Mapping[str, str], values: Mapping[str, Any]) -> dict[
 def warn_removed(name: str, reason: str) -> None:
     """Warn that an option of an earlier version no longer has an effect."""
     logger.warning("%s was removed and has no effect: %s.", name, reason)
+
+
+def from_file(config: type[Any], values: Mapping[str, Any]) -> Any:
+    """Return the config that a JSON file holds; unknown fields raise an error."""
+    with regexes_not_compiled():
+        return config(**values_of_file(config, values))
 
 
 def values_of_file(config: type[Options], values: Mapping[str, Any]) -> dict[str, Any]:

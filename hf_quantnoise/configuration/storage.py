@@ -7,29 +7,29 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from copy import copy
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, ClassVar
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..argument_checks import require_instance
-from ..files import MAX_NAME_LENGTH
 from ..registry import Registry
 from ..structure import GROUPS
 from ..version import __version__
 from .checks import (
-    NAME,
     by_layer,
     integer,
     invalid,
     is_int,
     layer_chunks,
+    layer_name,
     patterns,
-    values_from_file,
+    reason,
 )
 from .entries import plan_entries
 from .hub_files import HubConfigMixin
-from .options import Options, documented, option, values_of_file
+from .options import Options, documented, from_file, option, options_of
 
 QUANT_METHOD = "hf_quantnoise"
 # Layout on disk -> the first version of the package that reads it.
@@ -59,18 +59,6 @@ def check_format(version: Any, requires: object = None) -> None:
             f"{__version__}, reads up to {FORMAT_VERSION}; install it with pip install -U "
             + (f"'{requires}'" if plain else "hf-quantnoise")
         )
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_name(value: Any) -> bool:
-    return isinstance(value, str) and len(value) <= MAX_NAME_LENGTH
-
-
-def _is_count(value: Any) -> bool:
-    return is_int(value) and 0 <= value < 2**63
 
 
 @documented
@@ -108,13 +96,13 @@ class QuantizedModelConfig(HubConfigMixin, Options, QuantizationConfigMixin):
     plan: Annotated[dict[str, dict[str, Any]], plan_entries] = option(
         {}, "Filled in by compression: layer name -> how it is stored."
     )
-    left_dense: Annotated[dict[str, str], by_layer("a reason", _is_text)] = option(
+    left_dense: Annotated[dict[str, str], by_layer(reason)] = option(
         {}, "Filled in by compression: name of a dense layer or parameter -> why it is dense."
     )
-    shared_layers: Annotated[dict[str, str], by_layer(NAME, _is_name)] = option(
+    shared_layers: Annotated[dict[str, str], by_layer(layer_name)] = option(
         {}, "Filled in by compression: layer -> the layer that holds its weights."
     )
-    pruned_layers: Annotated[dict[str, int], by_layer("a number of weights", _is_count)] = option(
+    pruned_layers: Annotated[dict[str, int], by_layer(integer(0, 2**63 - 1))] = option(
         {}, "Filled in by compression: removed layer -> number of weights it had."
     )
     weights_id: str | None = option(
@@ -142,6 +130,12 @@ class QuantizedModelConfig(HubConfigMixin, Options, QuantizationConfigMixin):
                     f"{self.activation_bits!r}, as activation_bits of the config, or none; restore "
                     "the original file",
                 )
+
+    def clear_records(self) -> None:
+        """Reset the fields that compression fills in."""
+        options = options_of(type(self))
+        for name in RECORDS:
+            setattr(self, name, copy(options[name].default))
 
     @property
     def weighs_errors(self) -> bool:
@@ -203,6 +197,5 @@ class QuantizedModelConfig(HubConfigMixin, Options, QuantizationConfigMixin):
         check_format(config_dict.get("format_version", FORMAT_VERSION), config_dict.get("requires"))
         values = {key: value for key, value in config_dict.items() if key not in HEAD}
         target = SCHEMES[config_dict.get("scheme", cls.scheme)]
-        with values_from_file():
-            config = target(**values_of_file(target, values))
+        config = from_file(target, values)
         return (config, kwargs) if return_unused_kwargs else config

@@ -23,8 +23,8 @@ from transformers import AqlmConfig, PreTrainedModel
 
 from ..argument_checks import require_output_folder
 from ..compat import init_weights_function, should_convert_module
+from ..files.model_folders import replaced_model
 from ..hub.processing import save_processing
-from ..model_folders import replaced_model
 from ..modeling import PackedLayer, packed_layers
 from ..quantizers.product import ProductQuantizer
 from .checks import require_packed

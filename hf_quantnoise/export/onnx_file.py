@@ -22,14 +22,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..argument_checks import (
-    require_instance,
-    require_output_folder,
-    require_tensors,
-    run_batch,
-)
+from ..argument_checks import require_instance, require_output_folder, require_tensors, run_batch
+from ..files.model_folders import replaced_model
 from ..hub.processing import save_processing
-from ..model_folders import replaced_model
 from ..modeling import packed_layers
 from ..modeling.packed import PREFIX
 from ..quantizers.product import ProductQuantizer

@@ -15,14 +15,13 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, cached_file
 
-from ..argument_checks import require_path, shorten
+from ..argument_checks import require_path
 from ..configuration import QUANT_METHOD
-from ..configuration.checks import shown
-from ..files import headers_in, read_json
-from ..model_folders import require_not_interrupted
+from ..files.model_folders import require_not_interrupted
+from ..files.reading import headers_in, read_json
 from ..modeling.value_check import values_unchecked
 from ..repository import is_repository_name
-from ..text import printable
+from ..text import printable, shown
 from .model_classes import HUB_KWARGS, model_class_of
 
 TRUST = "trust_remote_code"
@@ -71,14 +70,6 @@ class AutoQuantizedModel:
         config = config or _config_of(path, **config_kwargs)
         _check_method(config_path, getattr(config, "quantization_config", None))
         loader = cls.auto_class or model_class_of(config, config_path, **config_kwargs)
-        if loader is None:
-            raise ValueError(
-                f"invalid architectures={shown(config.architectures)} in config.json of {path!r}: "
-                "expected the name of a model class of transformers, or of one registered with an "
-                "auto class; register it, pass trust_remote_code=True if the file of the class is "
-                "next to the model and you have read it, or load the model with a class for its "
-                "head, such as AutoQuantizedModelForSequenceClassification"
-            )
         with _damaged_files_named(path, kwargs), nullcontext() if check else values_unchecked():
             loaded: Any = loader.from_pretrained(path, **{**kwargs, "output_loading_info": True})
         model, info = loaded
@@ -104,7 +95,7 @@ def read_config(path: str, **kwargs: Any) -> PreTrainedConfig:
         ValueError: if ``config.json`` is damaged or describes no model.
         OSError: if it is missing.
     """
-    if (file := _file_here(path, CONFIG_NAME, kwargs)) is not None:
+    if (file := _config_file_here(path, kwargs)) is not None:
         read_json(file)
     try:
         return AutoConfig.from_pretrained(path, **kwargs)
@@ -117,11 +108,11 @@ def read_config(path: str, **kwargs: Any) -> PreTrainedConfig:
         ) from error
 
 
-def _file_here(path: str, name: str, kwargs: dict[str, Any]) -> str | None:
-    """Return the path of a model's file that is on this machine, or None."""
+def _config_file_here(path: str, kwargs: dict[str, Any]) -> str | None:
+    """Return the path of a model's ``config.json`` if it is on this machine, or None."""
     where = {key: kwargs[key] for key in ("cache_dir", "revision", "subfolder") if key in kwargs}
     with suppress(OSError):
-        found: str | None = cached_file(path, name, local_files_only=True, **where)
+        found: str | None = cached_file(path, CONFIG_NAME, local_files_only=True, **where)
         return found
     return None
 
@@ -135,7 +126,7 @@ def _damaged_files_named(path: str, kwargs: dict[str, Any]) -> Iterator[None]:
     """
 
     def check() -> None:
-        config = _file_here(path, CONFIG_NAME, kwargs)
+        config = _config_file_here(path, kwargs)
         if config is not None and kwargs.get("variant") is None:
             headers_in(os.path.dirname(config))
 
@@ -162,7 +153,7 @@ def _damaged_files_named(path: str, kwargs: dict[str, Any]) -> Iterator[None]:
 
 
 def _config_of(path: str, **kwargs: Any) -> PreTrainedConfig:
-    """Return the config of a saved model; the error names what is at the path instead."""
+    """Return the config of a saved model; raise an error that names what is at the path instead."""
     if os.path.isfile(path):
         raise ValueError(f"{path!r} is a file; pass the folder of the saved model")
     if os.path.isdir(path):
@@ -180,7 +171,7 @@ def _config_of(path: str, **kwargs: Any) -> PreTrainedConfig:
     except OSError as error:
         raise OSError(
             f"cannot load {path!r}: it is not a folder, and cannot be read as a repository "
-            f"({shorten(str(error))}); check the name"
+            f"({printable(str(error).partition(chr(10))[0])}); check the name"
         ) from error
 
 

@@ -8,7 +8,7 @@ tensors are stored as in the dense model's files.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Container, Iterable, Iterator
 from functools import cache
 
 from transformers import PreTrainedModel
@@ -111,7 +111,7 @@ def names_to_keep(model: PreTrainedModel) -> set[str]:
 
 
 def names_kept_in_files(
-    model: PreTrainedModel, config: QuantizedModelConfig, known: Iterable[str]
+    model: PreTrainedModel, config: QuantizedModelConfig, known: Collection[str]
 ) -> set[str]:
     """Return the names of tensors in the files, of ``known``, that are not converted on loading.
 
@@ -119,17 +119,26 @@ def names_kept_in_files(
     have packed tensors under converted names, which are converted back.
     """
     converts = get_model_conversion_mapping(model, add_legacy=False)
-    if not converts:
+    if not converts or not has_names_of_plan(config, known):
         return set()
-    known = set(known)
+    own = {spelling for name in names_to_keep(model) for spelling in spellings(model, name)}
+    sentinels = {f"{name}.weight" for name in config.plan}
+    return (own | sentinels).intersection(known)
+
+
+def has_names_of_plan(config: QuantizedModelConfig, stored: Container[str]) -> bool:
+    """Return whether all codes are stored under the names that their layers have in the plan."""
+    found = {name for name in config.plan if f"{name}.{INDICES}" in stored}
+    return not any(not_stored(config, found))
+
+
+def not_stored(config: QuantizedModelConfig, found: Iterable[str]) -> Iterator[str]:
+    """Yield the layers of the plan that have codes neither in ``found`` nor from another layer."""
     shared = config.shared_layers.keys()
-    stored = (name for name, entry in config.plan.items() if "tied_to" not in entry)
-    own_layers = (name for name in stored if shared.isdisjoint(parents_of(name)))
-    if not all(f"{name}.{INDICES}" in known for name in own_layers):
-        return set()
-    own = names_to_keep(model)
-    kept = known.intersection(spelling for name in own for spelling in spellings(model, name))
-    return kept | known.intersection(f"{name}.weight" for name in config.plan)  # sentinels
+    weights = {config.plan[name].get("tied_to", name) for name in found}
+    for name, entry in config.plan.items():
+        if entry.get("tied_to", name) not in weights and shared.isdisjoint(parents_of(name)):
+            yield name
 
 
 def spellings(model: PreTrainedModel, name: str) -> tuple[str, str, str]:

@@ -6,7 +6,7 @@ codes are in the file. Only the headers of the files are read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from itertools import chain
 from typing import Any
 
@@ -20,65 +20,29 @@ from ..compat import (
     own_parameters,
 )
 from ..configuration import QUANTIZERS, QuantizedModelConfig, settings_of
-from ..files import Header, TensorHeader, read_header
+from ..files.reading import FLOATS, TensorHeader
 from ..layer_types import known_layer_type
 from ..modeling.convert import packed_layers, packed_spec
 from ..modeling.packed import INDICES, INPUT_NAMES, PREFIX
 from ..modeling.value_check import invalid_values
-from ..sharing import parents_of
 from ..text import printable
-from .conversions import spellings
-from .reading import DTYPES, FLOATS
+from .conversions import has_names_of_plan, not_stored, spellings
 from .skeleton import Names, quantizer_of
 
 _RESTORE = "restore config.json and the files from one save, or save the model again"
 
 
-def headers_of(files: Iterable[str] | None) -> dict[str, Header] | None:
-    """Return the headers of safetensors files by path, None without files.
-
-    Raises ValueError if a file is damaged or of another format.
-    """
-    if files is None:
-        return None
-    headers = {}
-    for file in map(str, files):
-        if not file.endswith(".safetensors"):
-            raise ValueError(
-                f"invalid file {file!r}: packed models are stored as safetensors; save the model "
-                "again with save_pretrained"
-            )
-        headers[file] = read_header(file)
-    return headers
-
-
-def tensors_in(headers: Mapping[str, Header] | None) -> dict[str, TensorHeader] | None:
-    """Return the tensors of some files by name; ValueError if one is in two of them."""
-    if headers is None:
-        return None
-    found: dict[str, TensorHeader] = {}
-    for file, header in headers.items():
-        if repeated := found.keys() & header.tensors.keys():
-            raise ValueError(
-                f"invalid file {file!r}: {min(repeated)} is in another file as well; download or "
-                "save the model again"
-            )
-        found |= header.tensors
-    return found
-
-
 def check_files(
-    names: Names, config: QuantizedModelConfig, stored: Mapping[str, TensorHeader] | None
-) -> set[str] | None:
+    names: Names, config: QuantizedModelConfig, stored: Mapping[str, TensorHeader]
+) -> set[str]:
     """Raise ValueError unless each packed tensor belongs to an entry of the plan, and vice versa.
 
     A class may lack layers of the checkpoint (the head); those are checked if it is the class that
-    saved the checkpoint. Returns the names in the plan of the layers whose codes are stored, or
-    None if ``stored`` is.
+    saved the checkpoint. Returns the names in the plan of the layers whose codes are stored.
     """
-    if stored is None:
-        return None
     model, plan = names.model, config.plan
+    if not stored:  # the tensors are in a state dict that was passed to from_pretrained
+        return {name for name, entry in plan.items() if "tied_to" not in entry}
     by_layer = {names.find(name) or name: name for name in plan}
     lacks_nothing = type(model).__name__ in (model.config.architectures or ())
     packed = _packed_tensor_names()
@@ -104,7 +68,7 @@ def check_files(
                 f"invalid plan in quantization_config: it has no entry for {layers[-1]}, whose "
                 f"{leaf} is in the files; {_RESTORE} (key_mapping cannot rename packed tensors)"
             )
-    for name in _not_stored(config, found):
+    for name in not_stored(config, found):
         if lacks_nothing or names.find(name) is not None:
             raise ValueError(
                 f"the checkpoint lacks {printable(name)}.{INDICES}, which is in its plan: the "
@@ -160,8 +124,7 @@ def _layer_names(
     These are the name that transformers gives to it and, if the model lacks that, its own. Files
     that have all codes under the names of the plan (``conversions.py``) are not renamed.
     """
-    as_in_plan = {name for name in config.plan if f"{name}.{INDICES}" in stored}
-    if not any(_not_stored(config, as_in_plan)):
+    if has_names_of_plan(config, stored):
         return lambda key: (key.rpartition(".")[0],)
     conversions = get_model_conversion_mapping(model)
 
@@ -204,7 +167,7 @@ def _check_tensor(
             f"{field}: with rows={entry['rows']}, columns={entry['columns']}, {_text(settings)}, "
             f"{leaf} has shape {shape}, but {tensor.shape} in the files; {_RESTORE}"
         )
-    allowed = FLOATS if dtype.is_floating_point else [d for d in DTYPES if DTYPES[d] == dtype]
+    allowed = FLOATS if dtype.is_floating_point else ["U8"]
     if tensor.dtype not in allowed:
         raise ValueError(
             f"invalid dtype {tensor.dtype} of {key}: expected {' or '.join(allowed)} with "
@@ -221,15 +184,6 @@ def _rounds_inputs(names: Names, name: str, entry: dict[str, Any]) -> bool:
 
 def _text(settings: dict[str, Any]) -> str:
     return ", ".join(f"{key}={value!r}" for key, value in settings.items())
-
-
-def _not_stored(config: QuantizedModelConfig, found: set[str]) -> Iterator[str]:
-    """Yield the layers of the plan whose codes are not stored, neither as those of another one."""
-    shared = config.shared_layers.keys()
-    weights = {config.plan[name].get("tied_to", name) for name in found}
-    for name, entry in config.plan.items():
-        if entry.get("tied_to", name) not in weights and shared.isdisjoint(parents_of(name)):
-            yield name
 
 
 def require_valid_values(model: PreTrainedModel) -> None:

@@ -10,6 +10,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto import modeling_auto
 
 from ..compat import models_of
+from ..text import shown
 
 # Arguments of from_pretrained for the place of the files.
 HUB_KWARGS = (
@@ -36,22 +37,32 @@ def class_of(architectures: Any) -> type[PreTrainedModel] | None:
 
 def model_class_of(
     config: PreTrainedConfig, path: str, trust_remote_code: bool = False, **kwargs: Any
-) -> type[PreTrainedModel] | None:
-    """Return the class that a config names, or None if it is not known.
+) -> type[PreTrainedModel]:
+    """Return the class that a config names.
 
     Args:
         config: read with the same ``trust_remote_code``.
         path: folder or repository of the model.
         trust_remote_code: whether to run the code that ``auto_map`` names.
         kwargs: where the files are (``HUB_KWARGS``).
+
+    Raises:
+        ValueError: if the class is not known.
     """
-    name = _name_in(config.architectures)
-    if name is None:
-        return None
-    if trust_remote_code and (found := _class_in_files(config, name, path, kwargs)) is not None:
-        return found
-    is_native = type(config).__module__.startswith("transformers.")
-    return (class_of([name]) if is_native else None) or _registered_class(config, name)
+    found = None
+    if (name := _name_in(config.architectures)) is not None:
+        found = _class_in_files(config, name, path, kwargs) if trust_remote_code else None
+        if found is None and type(config).__module__.startswith("transformers."):
+            found = class_of(config.architectures)
+        found = found or _registered_class(config, name)
+    if found is None:
+        raise ValueError(
+            f"invalid architectures={shown(config.architectures)} in config.json of {path!r}: "
+            "expected a model class of transformers, or a registered one; register it, read its "
+            "code and pass trust_remote_code=True (--trust_remote_code), or load a class for the "
+            "head, e.g. AutoQuantizedModelForSequenceClassification"
+        )
+    return found
 
 
 def _name_in(architectures: Any) -> str | None:

@@ -50,7 +50,7 @@ def copy_processing(source: str, folder: str) -> None:
 
 def remember_processing(model: Any, processing_class: Any) -> None:
     """Let a model save a tokenizer or processor when it is packed; None keeps the last one."""
-    if isinstance(model, PreTrainedModel) and hasattr(processing_class, "save_pretrained"):
+    if hasattr(processing_class, "save_pretrained"):
         setattr(model, PROCESSING_ATTRIBUTE, processing_class)
 
 

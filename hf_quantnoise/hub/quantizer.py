@@ -30,6 +30,7 @@ from ..compat import (
     stop_rescaling,
 )
 from ..configuration import QUANT_METHOD, QuantizedModelConfig
+from ..files.reading import headers_of, tensors_in
 from ..modeling import PackedLayer, packed_layers, stored_tensors
 from ..modeling.convert import decode_stored_states, is_packed, unpack_model
 from ..modeling.packed import PREFIX
@@ -40,7 +41,7 @@ from ..sharing import share, unshare
 from ..structure import is_layer
 from .card import CARD_ATTRIBUTE, TAGS
 from .conversions import convert_all, convert_dense_only, names_kept_in_files, without
-from .file_check import check_files, headers_of, require_valid_values, tensors_in
+from .file_check import check_files, require_valid_values
 from .parts import describe_parts, forget_parts
 from .reading import align, read_packed, release_files, require_no_renaming
 from .saving import attach_saving, detach_saving
@@ -127,11 +128,11 @@ class QuantNoiseHfQuantizer(HfQuantizer):
             names, headers = Names(model), headers_of(checkpoint_files)
             stored = stored or tensors_in(headers)
             in_files = check_files(names, config, stored)
-            require_one_save(checkpoint_files, config.weights_id)
+            require_one_save(headers, config.weights_id)
             skeleton = build_skeleton(names, config, in_files)
             self.quantization_config, layers, self._joined = skeleton
             self._shapes = shapes_before_loading(model)
-            self._kept = names_kept_in_files(model, config, stored or {})
+            self._kept = names_kept_in_files(model, config, stored)
             self._read = read_packed(model, layers, headers, device_map, self._kept)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs):

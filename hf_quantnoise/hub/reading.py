@@ -30,23 +30,17 @@ from ..compat import (
     weight_conversions,
 )
 from ..distributed import is_distributed
-from ..files import Header, TensorHeader
+from ..files.reading import DTYPES, Header, TensorHeader
 from ..modeling import PackedLayer
 from .conversions import spellings, without
-
-# Names of dtypes in the header of a safetensors file.
-FLOATS = {
-    "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
-}  # fmt: skip
-DTYPES = {**FLOATS, "U8": torch.uint8}
 
 
 def read_packed(
     model: PreTrainedModel,
     layers: dict[str, PackedLayer],
-    headers: Mapping[str, Header] | None,
+    headers: Mapping[str, Header],
     device_map: object,
-    kept: Collection[str] = (),
+    kept: Collection[str],
 ) -> list[str]:
     """Fill the packed layers of a skeleton of which the files hold all tensors, on the CPU.
 
@@ -55,7 +49,7 @@ def read_packed(
     which it reports. ``headers`` are those of the files by path. Returns the names of the tensors
     read, as they are in the files.
     """
-    if headers is None or not _can_read(model, device_map):
+    if not headers or not _can_read(model, device_map):
         return []
     views = (views_of_file(file, header) for file, header in headers.items())
     source = {key: view for file in views for key, view in file.items()}

@@ -1,7 +1,7 @@
 """``save_pretrained`` of packed models.
 
 It does what the method of transformers does, and in addition replaces an older model at once
-(``model_folders.py``) and saves the tokenizer or processor. ``push_to_hub`` calls it as well.
+(``files/model_folders.py``) and saves the tokenizer or processor. ``push_to_hub`` calls it as well.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ..compat import has_adapter
 from ..distributed import is_rank_0
-from ..model_folders import replaced_model
+from ..files.model_folders import replaced_model
 from .processing import save_processing
 from .weights_id import sort_metadata
 

@@ -23,7 +23,7 @@ from ..modeling.packed import INDICES
 from ..modeling.structural_changes import declare_shared, tied_after_loading
 from ..modeling.ties import renamed_ties
 from ..quantizers import Quantizer, quantizer_from_dict
-from ..sharing import require_same_shapes
+from ..sharing import difference
 from ..structure import is_layer
 from .conversions import renamed_layer, renamings_of, spellings
 
@@ -50,7 +50,7 @@ def sentinel_names(config: QuantizedModelConfig, model: nn.Module) -> list[str]:
 
 def allow_sentinels(model: PreTrainedModel, config: QuantizedModelConfig) -> None:
     """Allow the sentinels in the file, with and without the base model's prefix."""
-    # The first files had a single one, whatever its part.
+    # Files of the first releases have a single one, of any part.
     for name in {*sentinel_names(config, model), f"{min(config.plan)}.weight"}:
         short = name.removeprefix(f"{model.base_model_prefix}.")
         ignored_if_unexpected(model).add(rf"(^|\.){re.escape(short)}$")
@@ -67,14 +67,14 @@ def _quantizer(settings: tuple) -> Quantizer:
 
 
 def build_skeleton(
-    names: Names, config: QuantizedModelConfig, stored: Collection[str] | None = None
+    names: Names, config: QuantizedModelConfig, stored: Collection[str]
 ) -> tuple[QuantizedModelConfig, dict[str, PackedLayer], set[str]]:
     """Turn the layers of a plan into empty packed ones, in place, with ties and sharing declared.
 
     The model is on the meta device, of any class that has a part of the plan's layers. ``stored``
-    names those whose codes are in the files (``file_check.py``), None if unknown. Returns the
-    config with the names of this class; its packed layers by name; the names of those that the
-    class of the checkpoint lacks, which are tied to a packed layer.
+    names those whose codes are in the files (``file_check.py``). Returns the config with the names
+    of this class; its packed layers by name; the names of those that the class of the checkpoint
+    lacks, which are tied to a packed layer.
     """
     model = names.model
     local = copy(config)
@@ -157,14 +157,14 @@ class Names:
                     "another layer, which has its own weights; restore config.json"
                 )
             if not self.modules.keys() >= {name, found}:
+                reason = "kind (a parameter and a layer)"
+            else:
+                reason = difference(self.modules[name], self.modules[found])
+            if reason:
                 raise ValueError(
-                    f"invalid shared_layers[{name!r}]={source!r} in quantization_config: one of "
-                    "them is a parameter, expected two layers; restore config.json"
+                    f"invalid shared_layers[{name!r}]={source!r} in quantization_config: expected "
+                    f"two similar layers, they differ in {reason}; restore config.json"
                 )
-            try:
-                require_same_shapes((found, name), self.modules)
-            except ValueError as error:
-                raise ValueError(f"invalid shared_layers[{name!r}]={source!r}: {error}") from None
             local[name] = found
         return local
 
@@ -175,7 +175,7 @@ class Names:
 
 
 def _translate_plan(
-    names: Names, plan: dict[str, dict], stored: Collection[str] | None
+    names: Names, plan: dict[str, dict], stored: Collection[str]
 ) -> tuple[dict[str, dict], dict[str, str]]:
     """Return the plan with local names, and why layers of another shape (a new head) stay dense."""
     local: dict[str, dict] = {}
@@ -200,7 +200,7 @@ def _translate_plan(
                 f"{entry['columns']} in the checkpoint, so it was initialised from scratch"
             )
             logger.warning(f"{name} stays dense: {reshaped[name]}.")
-            if original in stored if stored is not None else "tied_to" not in entry:
+            if original in stored:
                 _add_placeholder(names.modules[name])
             continue
         local[name] = {key: value for key, value in entry.items() if key != "tied_to"}
@@ -210,7 +210,7 @@ def _translate_plan(
 
 
 def _add_placeholder(layer: nn.Module) -> None:
-    """Give a dense layer a parameter that no codes in the files fit.
+    """Add a parameter to a dense layer, of a shape that no codes in the files have.
 
     transformers then raises, unless ``ignore_mismatched_sizes`` is passed, as it does for dense
     weights of another shape.

@@ -1,8 +1,8 @@
 """The id of saved weights: a checksum in ``config.json`` and in the metadata of each file.
 
-Files of different saves have different ids, so an interrupted save or an incomplete copy, which may
-mix them, is found when the model is loaded. It is a checksum, not a random number, so that saving a
-loaded model writes identical files. Files written before there were ids have none.
+Files of different saves have different ids, so files that an interrupted save or an incomplete copy
+has mixed are found when the model is loaded. It is a checksum, not a random number, so that saving
+a loaded model writes identical files. Files of earlier releases have none.
 """
 
 from __future__ import annotations
@@ -11,21 +11,21 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import dot_natural_key
 from transformers.utils import logging
 
 from ..compat import ignored_on_save, load_offloaded_parameter
+from ..files.reading import Header
+from ..text import shown
 
 logger = logging.get_logger(__name__)
 
 WEIGHTS_ID = "weights_id"
-_SUFFIX = ".safetensors"
 ID_LENGTH = 32
 
 
@@ -46,18 +46,17 @@ def id_of_weights(model: PreTrainedModel, state_dict: dict[str, Tensor]) -> str:
 def in_fixed_order(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return a state dict in the order in which transformers saves some of the loaded models.
 
-    The order determines the shards. In memory it is another one before and after loading.
+    The order determines the shards. In memory it differs before and after loading.
     """
     return {name: state_dict[name] for name in sorted(state_dict, key=dot_natural_key)}
 
 
-def require_one_save(files: Sequence[str] | None, weights_id: str | None) -> None:
-    """Raise ValueError if files have another id than their ``config.json``.
+def require_one_save(headers: Mapping[str, Header], weights_id: str | None) -> None:
+    """Raise ValueError if files, by path, have another id than their ``config.json``.
 
     If none of them has an id, another program may have rewritten them, so this is only a warning.
-    Raises SafetensorError if a file is damaged.
     """
-    ids = {file: _id_of_file(file) for file in map(str, files or ()) if file.endswith(_SUFFIX)}
+    ids = {file: header.metadata.get(WEIGHTS_ID) for file, header in headers.items()}
     others = {file: found for file, found in ids.items() if found != weights_id}
     if not others:
         return
@@ -69,22 +68,18 @@ def require_one_save(files: Sequence[str] | None, weights_id: str | None) -> Non
         )
         return
     names = ", ".join([os.path.basename(file) for file in others][:3])
+    got, expected = shown(next(iter(others.values()))), shown(weights_id)
     raise ValueError(
-        f"invalid {WEIGHTS_ID} in {folder!r}: got {next(iter(others.values()))!r} in {names}, "
-        f"expected {weights_id!r} as in config.json: the files are of different saves, as after an "
-        "incomplete copy; save or download the model again into an empty folder"
+        f"invalid {WEIGHTS_ID} in {folder!r}: got {got} in {names}, expected {expected} as in "
+        "config.json: the files are of different saves, as after an incomplete copy; save or "
+        "download the model again into an empty folder"
     )
-
-
-def _id_of_file(file: str) -> str | None:
-    with safe_open(file, framework="pt") as opened:
-        return (opened.metadata() or {}).get(WEIGHTS_ID)
 
 
 def sort_metadata(folder: str) -> None:
     """Sort the metadata in safetensors files, which safetensors writes in a random order."""
     for name in os.listdir(folder):
-        if not name.endswith(_SUFFIX):
+        if not name.endswith(".safetensors"):
             continue
         with open(os.path.join(folder, name), "r+b") as file:
             match = re.match(rb'.{8}{"__metadata__":({[^{}]*})', file.read(1000), re.DOTALL)

@@ -112,7 +112,8 @@ class LayerType:
 
     def require_inverse(self, weight: Tensor) -> None:
         """Raise ValueError if ``from_matrix`` does not undo ``to_matrix``; no work for views."""
-        if not torch.equal(self.from_matrix(self.to_matrix(weight), weight.shape), weight):
+        back = self.from_matrix(self.to_matrix(weight), weight.shape)
+        if not (back.is_set_to(weight) or torch.equal(back, weight)):
             raise self._invalid("from_matrix", "other values", "the inverse of to_matrix")
 
 

@@ -20,9 +20,10 @@ from ..quantizers.observers import BINS, extremes, histogram, range_of_histogram
 
 
 def first_input(args: tuple, kwargs: dict) -> Tensor | None:
-    """Return the first argument of a layer's forward; None if it is empty, and counts for nothing.
+    """Return the first argument of a layer's forward, or None if it is empty.
 
-    Experts and adapters are called without rows if a batch has none for them.
+    Experts and adapters are called without rows if a batch has none for them. Such a call does not
+    count as a run of the layer.
     """
     inputs = args[0] if args else next(iter(kwargs.values()))
     return inputs if inputs.numel() else None
@@ -74,13 +75,17 @@ def name_of(model: nn.Module, layer: nn.Module) -> str:
     return next(name for name, module in model.named_modules() if module is layer) or "the layer"
 
 
-def never_ran(field: str, model: nn.Module, layer: nn.Module) -> ValueError:
-    """Return the error for a layer whose inputs a field needs and that never ran."""
-    name = name_of(model, layer)
-    return ValueError(
-        f"{field}: {name} never ran on the calibration data, so its inputs are unknown; exclude it "
-        f"with exclude_modules=[{name!r}]"
-    )
+def require_reached(
+    field: str, model: nn.Module, layers: Iterable[nn.Module], reached: Sequence[bool]
+) -> None:
+    """Raise ValueError if a layer whose inputs a field needs ran on no rank; all must call it."""
+    for layer, is_reached in zip(layers, on_any_rank(reached), strict=True):
+        if not is_reached:
+            name = name_of(model, layer)
+            raise ValueError(
+                f"{field}: {name} never ran on the calibration data, so its inputs are unknown; "
+                f"exclude it with exclude_modules=[{name!r}]"
+            )
 
 
 @contextmanager
@@ -120,10 +125,7 @@ def require_runs(
             if called.issuperset(layers):
                 break
             forward(batch)
-    reached = on_any_rank([layer in called for layer in layers])
-    for layer, is_reached in zip(layers, reached, strict=True):
-        if not is_reached:
-            raise never_ran("activation_bits", model, layer)
+    require_reached("activation_bits", model, layers, [layer in called for layer in layers])
 
 
 @torch.no_grad()
@@ -171,10 +173,8 @@ def calibrate(
 
 def _share_ranges(model: nn.Module, observers: Mapping[nn.Module, InputObserver]) -> None:
     """Give the observers of all ranks the same empty bins, if each layer ran on some rank."""
-    ran = on_any_rank([observer.range is not None for observer in observers.values()])
-    for layer, has_run in zip(observers, ran, strict=True):
-        if not has_run:
-            raise never_ran("activation_bits", model, layer)
+    have_run = [observer.range is not None for observer in observers.values()]
+    require_reached("activation_bits", model, observers, have_run)
     widest = widest_over_ranks([observer.range for observer in observers.values()])
     for (layer, observer), (low, high) in zip(observers.items(), widest, strict=True):
         device = layer.get_parameter("input_scale").device

@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..argument_checks import run_batch
+from ..argument_checks import FoundWhileRunning, run_batch
 from ..blocks import matrix_shape
 from ..distributed import broadcast_from_rank_0, on_any_rank, sum_over_ranks
 from ..layer_types import known_layer_type
-from .activations import evaluating, first_input, name_of, never_ran
+from .activations import evaluating, first_input, name_of, require_reached
 from .padding import PaddingMasks
 
 # Features that are zero on the calibration batches may be non-zero later: this share of the mean is
@@ -68,7 +68,7 @@ class _InputStatistics(TorchFunctionMode):
             inputs = self.padding.without_padding(inputs)
         energy, total = layer_type.input_energy(layer, inputs), self.columns[key]
         if energy.shape != total.shape:
-            raise ValueError(
+            raise FoundWhileRunning(
                 f"invalid input_energy of the layer type {layer_type.layer_class.__name__}: got "
                 f"shape {tuple(energy.shape)}, expected {tuple(total.shape)}; correct its record"
             )
@@ -113,12 +113,6 @@ class _InputStatistics(TorchFunctionMode):
             parts.append(torch.ones_like(rows[:, None]))
         return parts
 
-    def reached(self, key: int) -> bool:
-        """Return whether this rank's batches have used a weight so far."""
-        return (
-            key in self.ran or key in self.read or bool(key in self.rows and self.rows[key].any())
-        )
-
 
 @torch.no_grad()
 def measure_importance(
@@ -148,7 +142,10 @@ def measure_importance(
             statistics.padding.begin(batch)
             forward(batch)
     statistics.sum_over_ranks()
-    return [_importance(model, layers, statistics) for layers in weights]
+    parts = [statistics.of(id(layers[0].weight)) for layers in weights]
+    layers = [members[0] for members in weights]
+    require_reached("importance", model, layers, [bool(found) for found in parts])
+    return [_importance(model, *each) for each in zip(layers, parts, strict=True)]
 
 
 @torch.no_grad()
@@ -165,14 +162,12 @@ def require_measurable(
     keys = [id(layers[0].weight) for layers in weights]
     with _measuring(model, weights) as statistics:
         for batch in batches:
-            if all(map(statistics.reached, keys)):
+            if all(map(statistics.of, keys)):
                 break
             statistics.padding.begin(batch)
             forward(batch)
-    reached = on_any_rank([statistics.reached(key) for key in keys])
-    for layers, is_reached in zip(weights, reached, strict=True):
-        if not is_reached:
-            raise never_ran("importance", model, layers[0])
+    layers = [members[0] for members in weights]
+    require_reached("importance", model, layers, [bool(statistics.of(key)) for key in keys])
 
 
 @contextmanager
@@ -190,16 +185,12 @@ def _measuring(
         yield statistics
 
 
-def _importance(
-    model: nn.Module, layers: Sequence[nn.Module], statistics: _InputStatistics
-) -> Tensor:
-    parts = statistics.of(id(layers[0].weight))
-    if not parts:
-        raise never_ran("importance", model, layers[0])
+def _importance(model: nn.Module, layer: nn.Module, parts: list[Tensor]) -> Tensor:
+    """Return the mean of the sums for one weight, each scaled to mean 1."""
     total = (sum(part / part.mean() for part in parts) / len(parts)).float()
     if not bool(torch.isfinite(total).all() and (total > 0).all()):
         raise ValueError(
-            f"importance: the inputs of {name_of(model, layers[0])} on the calibration data are "
+            f"importance: the inputs of {name_of(model, layer)} on the calibration data are "
             "NaN, infinite or too large for float32 (their squares are summed); check the data and "
             'the output of the dense model, or set importance="none"'
         )

@@ -22,6 +22,7 @@ from ..compat import own_buffers, own_parameters
 from ..dynamic_subclass import DynamicSubclass, make_dynamic_subclass
 from ..layer_types import known_layer_type, records_gradients
 from ..quantizers import Quantizer
+from ..quantizers.base import with_known_signature
 from ..quantizers.fixed_point import round_activations
 from ..quantizers.packing import unpack_codes
 from .non_trainable import NonTrainableParameter
@@ -51,6 +52,7 @@ class LoadingState:
     partial_state: dict[str, Tensor] = field(default_factory=dict)
 
 
+@with_known_signature
 class _AverageOverBlocks(torch.autograd.Function):
     """Identity whose gradient is divided by the number of blocks of each centroid.
 

@@ -73,9 +73,8 @@ class ModelPacker:
         self.on_all_ranks = on_all_ranks
         check_can_be_packed(model)
         self.model = model
-        stop_rescaling(model)
         self.config = deepcopy(config)
-        self.config.plan = {}
+        self.config.clear_records()  # it may be of another compressed model
         self.structural_changes = plan_structural_changes(model, self.config)
         self.planned = model
         if self.structural_changes:
@@ -130,12 +129,11 @@ class ModelPacker:
         batches: Sequence = (),
         forward: Callable[[object], object] | None = None,
     ) -> StageResult:
-        """Pack the layers of one stage, bottom-up.
+        """Pack the layers of one stage, bottom-up. Call :meth:`check_weights` before it.
 
         With ``importance`` in the config, ``batches`` and ``forward`` are the calibration data of
         :func:`measure_importance`; the earlier stages are packed when it is measured.
         """
-        self.check_weights(stage)
         importance = self._importance(stage, batches, forward)
         errors: dict[str, float] = {}
         norms: list[float] = []
@@ -196,7 +194,6 @@ class ModelPacker:
         weights = [planned.modules for planned in self.stages[stage]]
         if not self.config.weighs_errors:
             return [None] * len(weights)
-        require_batches(batches, "importance")
         return measure_importance(self.model, weights, batches, forward)
 
     def _pack(self, planned: PlannedWeight, number: int, importance: Tensor | None) -> float:
@@ -248,6 +245,9 @@ def check_can_be_packed(model: nn.Module) -> None:
     Raises:
         TypeError: if it is not a ``PreTrainedModel``.
         ValueError: if it is quantized, or has adapters.
+
+    An RWKV model stops rescaling its weights, here and not later, since each entry point calls this
+    before it copies or evaluates the model (:func:`stop_rescaling`).
     """
     if isinstance(model, nn.Module) and has_adapters(model):
         raise ValueError(
@@ -266,3 +266,4 @@ def check_can_be_packed(model: nn.Module) -> None:
             f"the model is already quantized with {getattr(method, 'value', method)}; load the "
             "dense checkpoint instead"
         )
+    stop_rescaling(model)

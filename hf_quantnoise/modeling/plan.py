@@ -116,9 +116,9 @@ def make_plan(
     layer (or bare parameter) to the reason.
     """
     layers = select_layers(model, config.target_modules, config.exclude_modules)
-    _require_known(config, model, layers)
+    stages = config.stage_groups({layer.group for layer in layers})
+    _require_known(config, model, layers, stages)
     _require_known_keys(config, model)
-    stages = stages_for(config, model)
     if isinstance(config, IPQConfig):  # a convolution or head may stay dense
         config.check_covers([stage for stage in stages if stage not in ("conv", "head")])
     plan: dict[str | None, list[PlannedWeight]] = {stage: [] for stage in stages}
@@ -170,7 +170,10 @@ def _quantizer_for(
 
 
 def _require_known(
-    config: QuantizedModelConfig, model: nn.Module, layers: Sequence[LayerInfo]
+    config: QuantizedModelConfig,
+    model: nn.Module,
+    layers: Sequence[LayerInfo],
+    stages: Sequence[str | None],
 ) -> None:
     """Raise if settings are for unknown or excluded layers, or differ between tied layers."""
     by_name, chosen = config.settings_by_name(), {layer.name: layer for layer in layers}
@@ -186,7 +189,7 @@ def _require_known(
                 f"{field}: {type(model).__name__} has no such layer after prune_layers and "
                 f"share_layers{_hint(name, known)}"
             )
-        layer, stages = chosen[name], stages_for(config, model)
+        layer = chosen[name]
         if settings["scheme"] != DENSE and stage_of(layer, stages) is False:
             raise ValueError(
                 f"{field}: its group {layer.group!r} is in no stage; add it to stages={stages!r}, "

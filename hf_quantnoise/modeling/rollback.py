@@ -9,11 +9,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig
 
-from ..compat import stop_rescaling
 from ..configuration import QuantizedModelConfig
 from ..pruning import configs_in
-
-_CONTAINERS = (dict, list, set)
 
 
 class ModelSnapshot:
@@ -26,7 +23,6 @@ class ModelSnapshot:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        stop_rescaling(model)  # the only model that writes to its weights, when it is evaluated
         self._saved = [_Attributes(each) for each in _modules_and_configs(model)]
 
     def release(self) -> None:
@@ -50,7 +46,9 @@ class _Attributes:
         self.owner, self.kind = owner, type(owner)
         self.values = dict(vars(owner))
         self.items = {
-            name: copy(value) for name, value in self.values.items() if _is_container(value)
+            name: copy(value)
+            for name, value in self.values.items()
+            if isinstance(value, dict | list | set)
         }
 
     def restore(self) -> None:
@@ -62,10 +60,6 @@ class _Attributes:
             value = self.values[name]  # others may refer to it, as handles do to hooks
             value.clear()
             value.extend(items) if isinstance(value, list) else value.update(items)
-
-
-def _is_container(value: Any) -> bool:
-    return isinstance(value, _CONTAINERS) and not isinstance(value, nn.Module)
 
 
 def _modules_and_configs(model: nn.Module) -> Iterator[Any]:

@@ -1,7 +1,7 @@
 """Checks of the values that packed layers are loaded with, which come from a file.
 
 A code beyond the codebook would fail in the first forward, or read another centroid; NaN would
-spread silently. Codes are read only if not every one of their values is valid.
+spread silently. Codes are read only if their bits can hold an invalid one.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ class ActivationNoise:
     def __call__(self, inputs: Tensor) -> Tensor:
         """Return the inputs, rounded once calibration is over; shape and dtype stay.
 
-        Empty inputs, of experts and adapters that a batch has no rows for, count for nothing.
+        Empty inputs are not counted: experts and adapters get them if a batch has no rows for them.
         """
         if not inputs.numel():
             return inputs

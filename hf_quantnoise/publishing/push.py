@@ -11,9 +11,9 @@ from huggingface_hub import ModelCard
 from transformers import PreTrainedModel
 
 from ..argument_checks import require_instance, require_model, require_output_folder
-from ..durable_files import new_file
+from ..files.durable import new_file
 from ..hub.card import CARD_ATTRIBUTE, TAGS
-from ..hub.processing import save_processing
+from ..hub.processing import remember_processing, save_processing
 from ..repository import CARD, create_repository, existing_card, read_card, upload_model
 from .card import END, START, QuantNoiseCard
 
@@ -54,7 +54,7 @@ def merge_cards(new: ModelCard, existing: ModelCard | None) -> ModelCard:
 
 
 def _require_card_of_model(model: Any, card: Any) -> None:
-    """Raise a ``TypeError`` unless both have the type of their name; adapters are allowed."""
+    """Raise a ``TypeError`` unless these are a model (or an adapter) and a card."""
     if not hasattr(model, "get_base_model"):
         require_model(model)
     if card is not None:
@@ -130,9 +130,8 @@ def push_to_hub(
         repo_id, private=private, token=token, revision=revision, create_pr=create_pr
     )
     existing = existing_card(repo_id, revision, token)
+    remember_processing(model, processing_class)
     with tempfile.TemporaryDirectory() as folder:
-        if processing_class is not None:
-            processing_class.save_pretrained(folder)
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         save_processing(model, folder)
         card = replace(card or card_of(model), repo_id=repo_id)

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel, Trainer
 
 from ..compat import finish_current_push
 from ..configuration import QuantNoiseConfig
+from ..files.model_folders import replaced_model
 from ..hub.card import CARD_ATTRIBUTE
 from ..hub.processing import remember_processing
-from ..model_folders import replaced_model
 from ..repository import CARD, read_card, upload_model
 from .card import QuantNoiseCard
 from .push import RESULT_FIELDS, merge_cards, write_model_card

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..configuration import OBSERVERS, QUANTIZERS
 from ..configuration.checks import integer, one_of
 from ..layer_types import records_gradients
-from .base import Quantizer, require_finite
+from .base import Quantizer, require_finite, with_known_signature
 from .observers import CHUNK_ELEMENTS, Range, extremes
 from .packing import code_dtype
 
@@ -128,6 +128,7 @@ class FixedPointQuantizer(Quantizer):
         return {"scale": (shape, torch.float32), "zero_point": (shape, torch.float32)}
 
 
+@with_known_signature
 class _RoundWithin(torch.autograd.Function):
     """Rounded values forward; identity backward within the range, zero outside it."""
 

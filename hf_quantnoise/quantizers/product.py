@@ -16,13 +16,20 @@ from ..configuration import QUANTIZERS
 from ..configuration.checks import boolean, integer, one_of
 from ..configuration.entries import MAX_BLOCK_SIZE, MAX_CENTROIDS
 from ..layer_types import records_gradients
-from .base import Quantizer, StraightThrough, largest_magnitude, require_finite
+from .base import (
+    Quantizer,
+    StraightThrough,
+    largest_magnitude,
+    require_finite,
+    with_known_signature,
+)
 from .fixed_point import FixedPointQuantizer
 from .kmeans import assign, kmeans
 from .packing import code_dtype
 from .row_scale import as_divisor, fit_row_scale, lost_rows
 
 
+@with_known_signature
 class _Lookup(torch.autograd.Function):
     """codebook[codes], with a backward that sums the gradient over each centroid's blocks.
 

@@ -28,7 +28,8 @@ def lost_rows(matrix: Tensor) -> int:
     """Return how many rows have a scale that float16 cannot hold, or 0 if that does no harm.
 
     Scales that are too large would be clamped. Rows that are too small are stored as zeros, which
-    is harmless for a few (of unused words), but not if they are most: the mean is that of the rest.
+    is harmless for a few of them (unused words). If they are most of the rows, the mean that scales
+    are relative to is that of a few large rows, and the weight would be lost.
     """
     dtype = torch.promote_types(matrix.dtype, torch.float32)
     norms = torch.linalg.vector_norm(matrix, dim=1, dtype=dtype)

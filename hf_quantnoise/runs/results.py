@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 
@@ -10,7 +9,8 @@ import datasets
 import torch
 import transformers
 
-from ..durable_files import new_file
+from ..files.durable import write_json
+from ..files.reading import read_json
 from ..version import __version__
 
 
@@ -31,9 +31,7 @@ class ResultsFile:
         if not self.enabled:
             return
         os.makedirs(os.path.dirname(self.path), exist_ok=True)
-        with new_file(self.path) as part, open(part, "w", encoding="utf-8") as file:
-            json.dump(self.values, file, indent=2, default=str)
-            file.write("\n")
+        write_json(self.values, self.path, default=str)
 
     def read_dense(self) -> None:
         """Read the results of the dense model from the file of an interrupted run."""
@@ -42,8 +40,7 @@ class ResultsFile:
                 f"--resume_compression: {self.path} is missing, so there is no run to resume; pass "
                 "the --output_dir of the interrupted run, or remove the flag"
             )
-        with open(self.path, encoding="utf-8") as file:
-            values = json.load(file)
+        values = read_json(self.path)
         if "dense" not in values:
             raise ValueError(
                 f"--resume_compression: the run of {self.path} was interrupted before compression; "

@@ -91,7 +91,7 @@ def test_usage_errors_are_one_line_with_exit_code_2(line, words, made, monkeypat
         ("plan out/dense --stages conv", "'conv'"),
         ("plan out/dense --block_size fnn=8", "'fnn'"),
         ("plan out/dense --n_centroids ffn=9,embeddings=9,attention=9,haed=9", "'haed'"),
-        ("plan out/dense --block_size .*query=8", "block_size={'.*query': 8}"),
+        ("plan out/dense --stages ffn --block_size .*query=8", "block_size={'.*query': 8}"),
         ("plan out/dense --target_size_mb 0.001", "target_size_mb=0.001"),
         ("compress out/dense out/compressed", "--overwrite"),
         ("compress out/dense out/dense --overwrite", "is the model itself"),

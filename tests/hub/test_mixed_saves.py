@@ -5,11 +5,13 @@ import shutil
 
 import pytest
 from support.files import digest
+from support.stacked import make_stacked
 from support.stored import STORED
 from support.tiny import make_model
+from support.trainers import ONE_STAGE, make_trainer
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from hf_quantnoise import AutoQuantizedModel, quantize_model
+from hf_quantnoise import AutoQuantizedModel, CompressionArguments, IPQConfig, quantize_model
 
 SHARDED = {"max_shard_size": "8KB"}
 SHAPES = {"single file": {}, "shards": SHARDED}
@@ -84,3 +86,25 @@ def test_stale_file_that_transformers_would_load_is_found(saves, tmp_path):
     PreTrainedModel.save_pretrained(model, tmp_path, **SHARDED)
     with pytest.raises(ValueError, match=r"in model.safetensors, expected"):
         AutoQuantizedModel.from_pretrained(tmp_path)
+
+
+def test_compressed_model_has_no_id_of_its_last_checkpoint(parity_data, tmp_path):
+    arguments = {"save_strategy": "steps", "save_steps": 2, "max_steps": 3}
+    trainer = make_trainer(tmp_path, make_model("bert"), parity_data, **arguments)
+    trainer.compress(ONE_STAGE, CompressionArguments(stage_steps=3, plots=False))
+    assert trainer.model.config.quantization_config.weights_id is None
+    stage = json.loads((tmp_path / "compression" / "stage-1" / "stage.json").read_text())
+    assert stage["config"]["weights_id"] is None
+
+
+def test_reused_config_has_no_records_of_the_other_model(tmp_path):
+    shared = IPQConfig(n_centroids=4, share_layers=2, prune_layers=["3"])
+    model = quantize_model(make_stacked("bert", 4), shared, progress=False)
+    model.save_pretrained(tmp_path)
+    config = model.config.quantization_config
+    assert config.shared_layers and config.pruned_layers and config.weights_id
+    config.share_layers = config.prune_layers = None
+    reused = quantize_model(make_model("bert", 1), config, progress=False)
+    fresh = quantize_model(make_model("bert", 1), IPQConfig(n_centroids=4), progress=False)
+    written, expected = (each.config.quantization_config.to_dict() for each in (reused, fresh))
+    assert written | {"stages": None} == expected | {"stages": None}

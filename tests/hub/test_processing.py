@@ -35,6 +35,7 @@ from hf_quantnoise.cli import main
 from hf_quantnoise.cli.push import check_packed
 from hf_quantnoise.hub import processing
 from hf_quantnoise.hub.processing import PROCESSING_ATTRIBUTE, processing_files
+from hf_quantnoise.publishing import push
 
 # What a trainer gets as processing_class -> the files that it writes.
 KINDS = {
@@ -148,6 +149,22 @@ def test_tokenizer_saved_before_the_model_is_kept(tmp_path, warnings):
     model.save_pretrained(tmp_path / "own")
     assert len(AutoTokenizer.from_pretrained(tmp_path / "own")) == len(tokenizer)
     assert len(warnings) == 1 and "differs from the one in" in warnings[0]
+
+
+def test_push_uploads_the_tokenizer_that_is_passed(monkeypatch, tmp_path):
+    """Not the one that the model was compressed with."""
+    model = quantized()
+    setattr(model, PROCESSING_ATTRIBUTE, words())
+    other = words()
+    other.add_tokens(["new"])
+    monkeypatch.setattr(push, "create_repository", lambda repo_id, **_: repo_id)
+    monkeypatch.setattr(push, "existing_card", lambda *_: None)
+    uploaded = tmp_path / "uploaded"
+    monkeypatch.setattr(
+        push, "upload_model", lambda _, folder, **__: shutil.copytree(folder, uploaded)
+    )
+    push.push_to_hub(model, "me/small", processing_class=other)
+    assert len(AutoTokenizer.from_pretrained(uploaded)) == len(other)
 
 
 @pytest.mark.parametrize("command", ["compress", "convert"])

@@ -21,7 +21,7 @@ from hf_quantnoise import (
 from hf_quantnoise.modeling import packed_layers
 from hf_quantnoise.modeling.activations import InputObserver, calibrate, require_runs
 from hf_quantnoise.modeling.convert import pack_layer
-from hf_quantnoise.modeling.importance import measure_importance
+from hf_quantnoise.modeling.importance import measure_importance, require_measurable
 from hf_quantnoise.noise import find_state
 from hf_quantnoise.quantizers.additive import AdditiveQuantizer
 from hf_quantnoise.quantizers.fixed_point import FixedPointQuantizer
@@ -143,9 +143,15 @@ def test_experts_without_rows_are_not_measured():
     model = Routed()
     batches = [routed_batch(0, 0, 1), routed_batch(0, 0)]
     groups = [[expert] for expert in model.experts]
-    require_runs(model, groups[:2], batches, "importance")
+
+    def forward(batch):
+        return model(**batch)
+
+    require_runs(model, model.experts[:2], batches, forward)
+    require_measurable(model, groups[:2], batches, forward)
     for measure in (
-        lambda: require_runs(model, groups, batches, "importance"),
+        lambda: require_runs(model, model.experts, batches, forward),
+        lambda: require_measurable(model, groups, batches, forward),
         lambda: measure_importance(model, groups, batches),
     ):
         with pytest.raises(ValueError, match=r"experts.2 never ran.*exclude_modules"):

@@ -9,7 +9,13 @@ from support.tiny import SIZES
 from support.zoo import ipq_config
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hf_quantnoise import AutoQuantizedModel, FixedPointConfig, IPQConfig, quantize_model
+from hf_quantnoise import (
+    AutoQuantizedModel,
+    FixedPointConfig,
+    IPQConfig,
+    allocate_bits,
+    quantize_model,
+)
 
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 STATES = {"state_size": 4, "time_step_rank": 4}
@@ -68,6 +74,15 @@ def test_rwkv_that_was_evaluated_packs_its_own_weights(tmp_path):
         quantize_model(each, IPQConfig(**PQ), progress=False) for each in (fresh, evaluated)
     )
     assert torch.equal(logits(one), logits(other))
+
+
+def test_allocating_bits_leaves_the_weights_of_rwkv_as_they_are():
+    """The sensitivities are measured on a copy in eval mode that shares the weights."""
+    model = make("rwkv").train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    config = IPQConfig(target_bits_per_weight=12)
+    allocate_bits(model, config, [{"input_ids": IDS}], progress=False)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_packed_rwkv_computes_nearly_as_the_dense_one_that_is_rescaled():

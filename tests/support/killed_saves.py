@@ -24,7 +24,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from hf_quantnoise import AutoQuantizedModel, FixedPointConfig, QuantNoiseTrainer, quantize_model
 from hf_quantnoise.cli import main as command_line
-from hf_quantnoise.model_folders import COMPLETE
+from hf_quantnoise.files.model_folders import COMPLETE
 from support.kills import each_kill
 from support.tiny import make_model
 from support.words import words
@@ -37,7 +37,7 @@ OF_TRANSFORMERS = "transformers' own method"
 
 def tokenizer(number):
     made = words()
-    made.model_max_length = 16 + number  # tells whose it is
+    made.model_max_length = 16 + number  # differs between models
     return made
 
 

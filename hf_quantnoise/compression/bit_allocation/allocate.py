@@ -15,11 +15,7 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ...argument_checks import (
-    read_batches,
-    require_instance,
-    require_weights,
-)
+from ...argument_checks import read_batches, require_instance, require_weights
 from ...blocks import weight_matrix
 from ...configuration import IPQConfig, QuantizedModelConfig
 from ...distributed import broadcast_object, is_rank_0, on_any_rank, raise_on_all_ranks

@@ -96,7 +96,7 @@ def _ways_to_reduce(shapes: nn.Module, config: IPQConfig) -> str:
     stored = {id(layers[0].module.weight) for layers in weights_to_store(shapes, config)}
     rest = sum(p.numel() * p.element_size() for p in shapes.parameters() if id(p) not in stored)
     groups = {layer.group for layer in select_layers(shapes)}
-    missing = sorted(group for group in groups if group not in stages_for(config, shapes))
+    missing = sorted(groups - set(stages_for(config, shapes)))
     ways = [f"add {', '.join(missing)} to stages"] if missing else []
     if config.codebook_bits == 32:
         ways.append("set codebook_bits=16 or 8")

@@ -89,11 +89,6 @@ def share_what_rank_0_read(trainer: Trainer, *models: nn.Module) -> None:
     """
     if not trainer.is_fsdp_enabled:
         return
-    if trainer.model_init is not None:
-        raise ValueError(
-            "unsupported model_init with fsdp: the model that train() makes would not be sharded; "
-            "pass model=model_init() instead"
-        )
     for model in models:
         empty = any(tensor.is_meta for tensor in model.state_dict().values())
         if sum_over_ranks(torch.tensor(float(empty), device=trainer.args.device)) > 0:

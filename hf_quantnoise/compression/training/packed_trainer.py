@@ -103,7 +103,7 @@ class PackedModelTrainer(Trainer):
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """``Trainer.call_model_init``, with the check of the checkpoint that is resumed."""
         model = super().call_model_init(trial)
-        self._require_same_layers(model)
+        _require_same_layers(model, self._checkpoint)
         return model
 
     @property
@@ -131,7 +131,7 @@ class PackedModelTrainer(Trainer):
         if self.model_init is not None:  # Trainer replaces the model, which may be None by now
             return super().train(resume_from_checkpoint, *args, **kwargs)
         check_trained_dtypes(self.model, self.args)
-        self._require_same_layers(self.model)
+        _require_same_layers(self.model, self._checkpoint)
         if without_compile_wrapper(self.model_wrapped) is self.model:  # and not inside DDP
             self.model = self.model_wrapped = undo_accelerate_prepare(
                 self.accelerator.unwrap_model(self.model)
@@ -217,15 +217,10 @@ class PackedModelTrainer(Trainer):
         names = super().get_decay_parameter_names(model)
         return [name for name in names if not name.rpartition(".")[2].startswith(PREFIX)]
 
-    def _require_same_layers(self, model: nn.Module) -> None:
-        if self._checkpoint is not None:
-            _require_same_layers(model, self._checkpoint)
 
-
-def _require_same_layers(model: nn.Module, checkpoint: str | os.PathLike) -> None:
-    """Raise if a checkpoint has other packed layers than the model."""
-    path = os.path.join(checkpoint, CONFIG_NAME)
-    if not os.path.isfile(path):
+def _require_same_layers(model: nn.Module, checkpoint: str | os.PathLike | None) -> None:
+    """Raise if a checkpoint, if there is one, has other packed layers than the model."""
+    if checkpoint is None or not os.path.isfile(path := os.path.join(checkpoint, CONFIG_NAME)):
         return
     with open(path, encoding="utf-8") as file:
         stored = json.load(file).get("quantization_config") or {}

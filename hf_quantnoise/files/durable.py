@@ -19,7 +19,7 @@ PART = ".part"
 
 
 def flush(path: str) -> None:
-    """Wait until a file or the names in a folder are on the disk, since machines stop, too."""
+    """Wait until a file, or the names in a folder, are on the disk."""
     if os.name != "posix":  # elsewhere folders have no descriptors
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -39,18 +39,22 @@ def flush_folder(folder: str) -> None:
 
 @contextmanager
 def new_file(path: str) -> Iterator[str]:
-    """Yield a temporary path; what is written there becomes ``path``, which is never incomplete."""
+    """Yield a temporary path; the file written there is then renamed to ``path``."""
     yield path + PART
     flush(path + PART)
     os.replace(path + PART, path)
     flush(os.path.dirname(os.path.abspath(path)))
 
 
-def write_json(value: Any, path: str) -> None:
-    """Write a JSON file that is complete whenever it exists."""
+def write_text(text: str, path: str) -> None:
+    """Write a text file that is complete whenever it exists."""
     with new_file(path) as part, open(part, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2)
-        file.write("\n")
+        file.write(text)
+
+
+def write_json(value: Any, path: str, **kwargs: Any) -> None:
+    """Write a JSON file that is complete whenever it exists; ``kwargs`` are those of ``dumps``."""
+    write_text(json.dumps(value, indent=2, **kwargs) + "\n", path)
 
 
 def checksum(path: str) -> str:
@@ -59,7 +63,7 @@ def checksum(path: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _files_of(folder: str) -> Iterator[str]:
+def files_of(folder: str) -> Iterator[str]:
     """Yield the paths, relative to a folder, of the files in it and in its subfolders."""
     for inside, _, names in os.walk(folder):
         for name in names:
@@ -71,7 +75,7 @@ def write_list(folder: str) -> None:
     flush_folder(folder)
     files = {
         name: {"size": os.path.getsize(path), "sha256": checksum(path)}
-        for name in sorted(_files_of(folder))
+        for name in sorted(files_of(folder))
         if name != LIST_NAME and (path := os.path.join(folder, name))
     }
     write_json({"files": files}, os.path.join(folder, LIST_NAME))
@@ -83,9 +87,9 @@ def has_list(folder: str) -> bool:
 
 
 def find_defect(folder: str, checksums: bool = True) -> str | None:
-    """Return the first file that is missing, or not as it was listed; None if there is none.
+    """Return the first listed file that is missing or has changed; None if there is none.
 
-    Files that are not listed may be in any state. Without ``checksums`` only sizes are compared.
+    Other files are not checked. Without ``checksums`` only sizes are compared.
     """
     try:
         with open(os.path.join(folder, LIST_NAME), encoding="utf-8") as file:

@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 
 from transformers.utils import CONFIG_NAME
 
-from .durable_files import flush, flush_folder
+from .durable import files_of, flush, flush_folder
 
 PART, COMPLETE, _NEW = ".hf-quantnoise-part", "interrupted-save", ".new"
 # What is not part of a model, as patterns of huggingface_hub.
@@ -97,11 +97,7 @@ def require_not_interrupted(folder: str | os.PathLike) -> None:
 def _place_files(folder: str, keep_others: bool = True) -> None:
     """Place the files of the complete new model in its folder; may be repeated after a kill."""
     complete, config = os.path.join(folder, COMPLETE), os.path.join(folder, CONFIG_NAME)
-    names = {
-        os.path.relpath(os.path.join(inside, name), complete)
-        for inside, _, files in os.walk(complete)
-        for name in files
-    }
+    names = set(files_of(complete))
     if has_config := CONFIG_NAME in names:
         with suppress(FileNotFoundError):
             os.unlink(config)
@@ -120,7 +116,7 @@ def _place_files(folder: str, keep_others: bool = True) -> None:
 
 
 def _place(source: str, target: str) -> None:
-    """Make a file also appear at another path, where it replaces the old one at once."""
+    """Link (or copy) a file to another path, where it replaces the old one at once."""
     if os.path.exists(target) and os.path.samefile(source, target):
         return
     os.makedirs(os.path.dirname(target), exist_ok=True)
@@ -137,7 +133,7 @@ def _place(source: str, target: str) -> None:
 def _remove_others(folder: str, names: Collection[str], keep_others: bool) -> None:
     """Remove what the new model replaces: weights of the old one, or all other files."""
     found = sorted(set(os.listdir(folder)) - {COMPLETE})
-    kept = {name.split(os.sep)[0] for name in names}
+    kept = {name.partition("/")[0] for name in names}
     for name in stale_weights(found, names) if keep_others else set(found) - kept:
         path = os.path.join(folder, name)
         if os.path.isdir(path) and not os.path.islink(path):

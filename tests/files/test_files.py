@@ -12,7 +12,13 @@ from safetensors.torch import load_file, save_file
 
 from hf_quantnoise import AutoQuantizedModel, IPQConfig
 from hf_quantnoise.cli import main
-from hf_quantnoise.files import MAX_NAME_LENGTH, headers_in, read_header, read_index, read_json
+from hf_quantnoise.files.reading import (
+    MAX_NAME_LENGTH,
+    headers_in,
+    read_header,
+    read_index,
+    read_json,
+)
 from hf_quantnoise.hub.model_classes import class_of
 
 ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from hf_quantnoise.durable_files import find_defect, has_list, new_file, write_json, write_list
+from hf_quantnoise.files.durable import find_defect, has_list, new_file, write_json, write_list
 
 
 @pytest.fixture

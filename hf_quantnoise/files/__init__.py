@@ -1,0 +1,1 @@
+"""Files: those of a checkpoint are read safely, new ones are complete whenever they exist."""
