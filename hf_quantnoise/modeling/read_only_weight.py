@@ -71,9 +71,9 @@ class ReadOnlyWeight(Tensor):
 def raise_read_only(*_: Any, **__: Any) -> NoReturn:
     """Raise the ValueError of a write to a decoded weight."""
     raise ValueError(
-        "the weight of a quantized layer is decoded from its codes and cannot be written to; call "
-        "model.dequantize() first, and quantize_model(model, config) afterwards, to resize a "
-        "table, merge an adapter or edit weights"
+        "the weight of a quantized layer is decoded from its codes and cannot be written to, to "
+        "resize a table, merge an adapter or edit weights; call model.dequantize() first and "
+        "quantize_model(model, config) afterwards"
     )
 
 
