@@ -177,7 +177,7 @@ def require_tensors(field: str, inputs: Mapping[str, Any]) -> None:
 
 
 class FoundWhileRunning(ValueError):
-    """An invalid setting that is found while a model runs, which is no fault of the batch."""
+    """An invalid setting that is found while a model runs, not a fault of the batch."""
 
 
 def _has_tensor(value: Any) -> bool:
