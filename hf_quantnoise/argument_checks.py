@@ -70,6 +70,25 @@ def require_instance(
     raise TypeError(f"invalid {field}: got {describe(value)}, expected {expected}{end}")
 
 
+def require_dataset(field: str, value: Any) -> None:
+    """Raise a ``TypeError`` if a name or a folder is passed in place of a dataset."""
+    if isinstance(value, str | bytes | os.PathLike):
+        raise TypeError(
+            f"invalid {field}: got {describe(value)}, expected a dataset; load it first, e.g. with "
+            "datasets.load_dataset"
+        )
+
+
+def as_float_dtype(value: Any) -> torch.dtype | None:
+    """Return a floating-point dtype or None; raise a ``ValueError`` for anything else."""
+    dtype = getattr(torch, value, None) if isinstance(value, str) else value
+    if value is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(
+            f"invalid dtype={value!r}: expected a floating-point dtype, e.g. torch.bfloat16"
+        )
+    return dtype
+
+
 # ---- models --------------------------------------------------------------------------------------
 
 
@@ -158,7 +177,7 @@ def require_tensors(field: str, inputs: Mapping[str, Any]) -> None:
 
 
 class FoundWhileRunning(ValueError):
-    """An invalid setting that is found while a model runs, which is no fault of the batch."""
+    """An invalid setting that is found while a model runs, not a fault of the batch."""
 
 
 def _has_tensor(value: Any) -> bool:

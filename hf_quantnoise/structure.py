@@ -210,7 +210,8 @@ def select_layers(
     ``exclude_modules`` takes precedence over ``target_modules`` (None is all layers) and ties.
 
     Raises:
-        ValueError: if the model has no layer of a known type, or a pattern matches none.
+        ValueError: if the model has no layer of a known type, a pattern matches none, or all are
+            excluded.
     """
     layers = find_layers(model)
     if not layers:
@@ -225,7 +226,13 @@ def select_layers(
     if exclude_modules is not None:
         excluded = set(require_match("exclude_modules", exclude_modules, names))
     tied = ((layer, {layer.name, *layer.ties}) for layer in layers)
-    return [layer for layer, names in tied if names & chosen and not names & excluded]
+    selected = [layer for layer, names in tied if names & chosen and not names & excluded]
+    if not selected:
+        raise ValueError(
+            f"invalid exclude_modules={exclude_modules!r}: it excludes every layer that "
+            f"target_modules={target_modules!r} selects; use a narrower pattern"
+        )
+    return selected
 
 
 def _key_for(value: dict[str, int], layer: LayerInfo) -> str | None:

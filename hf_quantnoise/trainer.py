@@ -12,7 +12,13 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import logging
 
-from .argument_checks import describe, require_instance, require_model, require_weights
+from .argument_checks import (
+    describe,
+    require_dataset,
+    require_instance,
+    require_model,
+    require_weights,
+)
 from .callback import QuantNoiseCallback
 from .compression import CompressionArguments, CompressionPipeline, PackedModelTrainer
 from .compression.checkpoints import FOLDER
@@ -98,6 +104,8 @@ class QuantNoiseTrainer(PublishingMixin, PackedModelTrainer):
         preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None,
     ) -> None:
         _check_arguments(model, args, qn_config, model_init)
+        require_dataset("train_dataset", train_dataset)
+        require_dataset("eval_dataset", eval_dataset)
         self.qn_config: QuantNoiseConfig | None = None  # until the trainer exists
         self.noise_callback: QuantNoiseCallback | None = None
         super().__init__(
@@ -233,7 +241,7 @@ class QuantNoiseTrainer(PublishingMixin, PackedModelTrainer):
 
 
 def _check_arguments(model: Any, args: Any, qn_config: Any, model_init: Any) -> None:
-    """Raise an error that says what the first arguments of the trainer must be."""
+    """Raise an error if the first arguments of the trainer have the wrong types."""
     order = "call e.g. QuantNoiseTrainer(model, TrainingArguments(...), QuantNoiseConfig(...))"
     if model is None and model_init is None:
         raise TypeError(f"invalid model: got None, expected a model, or model_init; {order}")

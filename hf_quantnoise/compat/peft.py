@@ -1,4 +1,4 @@
-"""What this package changes in PEFT when it is imported."""
+"""Changes to PEFT, made when it is imported."""
 
 from __future__ import annotations
 

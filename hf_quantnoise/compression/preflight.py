@@ -13,7 +13,7 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import SchedulerType, has_length
 
-from ..argument_checks import require_instance, require_model, require_weights
+from ..argument_checks import require_dataset, require_instance, require_model, require_weights
 from ..configuration import QuantizedModelConfig
 from ..modeling.activations import require_batches
 from ..modeling.packer import check_can_be_packed
@@ -91,6 +91,12 @@ def check_compression(
         if config.reads_data:
             require_batches([], config.reads_data)
     if trains:
+        require_dataset("train_dataset", trainer.train_dataset)
+        if has_length(trainer.train_dataset) and not len(trainer.train_dataset):
+            raise ValueError(
+                "invalid train_dataset: it is empty, expected at least one example; pass another, "
+                "or set CompressionArguments(stage_epochs=0)"
+            )
         _require_known_lengths(trainer, args, stages)
         _require_recreatable_optimizer(trainer)
     _require_stock_methods(trainer, config, args, trains)

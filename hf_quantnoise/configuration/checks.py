@@ -131,7 +131,7 @@ def patterns(name: str, value: Any) -> None:
 
 
 def reason(name: str, value: Any) -> None:
-    """The reason for something, as text."""
+    """A text that explains why something was done."""
     if not isinstance(value, str):
         raise invalid(name, value, "a reason, as a string")
 
@@ -151,7 +151,7 @@ def layer_names(name: str, values: Iterable[Any]) -> None:
 
 
 def by_layer(of_value: Check) -> Check:
-    """A dict from the name of a layer or parameter to values of one kind."""
+    """A dict from the name of a layer or parameter to checked values."""
 
     def check(name: str, value: Any) -> None:
         if not isinstance(value, dict):

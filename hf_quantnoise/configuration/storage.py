@@ -132,9 +132,9 @@ class QuantizedModelConfig(HubConfigMixin, Options, QuantizationConfigMixin):
 
     def clear_records(self) -> None:
         """Reset the fields that compression fills in."""
-        cls: Any = type(self)
+        empty = self.from_dict({})
         for name in RECORDS:
-            setattr(self, name, copy(options_of(cls)[name].default))
+            setattr(self, name, getattr(empty, name))
 
     @property
     def weighs_errors(self) -> bool:

@@ -146,7 +146,8 @@ def _damaged_files_named(path: str, kwargs: dict[str, Any]) -> Iterator[None]:
         if isinstance(error, RuntimeError) and "mismatch" in str(error):
             raise ValueError(
                 f"the tensors of {path!r} do not have the shapes of this model "
-                f"({printable(error)}); restore config.json and the files from one save"
+                f"({printable(error)}); restore config.json and the files from one save, or pass "
+                "ignore_mismatched_sizes=True if you want a new head (num_labels=...)"
             ) from error
         raise
 

@@ -164,8 +164,8 @@ def _check_tensor(
     shape, dtype = spec[leaf]
     if tensor.shape != shape:
         raise ValueError(
-            f"{field}: with rows={entry['rows']}, columns={entry['columns']}, {_text(settings)} "
-            f"{leaf} has shape {shape}, in the files {tensor.shape}; {_RESTORE}"
+            f"{field}: with rows={entry['rows']}, columns={entry['columns']}, {_text(settings)}, "
+            f"{leaf} has shape {shape}, but {tensor.shape} in the files; {_RESTORE}"
         )
     allowed = FLOATS if dtype.is_floating_point else ["U8"]
     if tensor.dtype not in allowed:

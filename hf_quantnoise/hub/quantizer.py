@@ -18,7 +18,7 @@ from transformers.quantizers import register_quantization_config, register_quant
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
-from ..argument_checks import require_instance
+from ..argument_checks import as_float_dtype, require_instance
 from ..compat import (
     DisableTorchFunction,
     has_adapter,
@@ -219,8 +219,7 @@ class QuantNoiseHfQuantizer(HfQuantizer):
     # ---- dequantizing ---------------------------------------------------------------------------
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None):
-        if isinstance(dtype, str):  # config.dtype is its name once the model was saved
-            dtype = getattr(torch, dtype)
+        dtype = as_float_dtype(dtype)  # config.dtype is its name once the model was saved
         unpack_model(model)
         detach_saving(model)
         convert_all(model)

@@ -208,6 +208,8 @@ class PackedLayer(DynamicSubclass):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Register a parameter, or a buffer if it is never trained (``non_trainable.py``)."""
+        if name == "weight":  # torch would raise a KeyError, since the name is taken
+            raise_read_only()
         if name == INDICES:
             self._counts = None
         if param is None or not self.is_never_trained(name):

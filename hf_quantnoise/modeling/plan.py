@@ -247,7 +247,14 @@ def _without_empty_stages(
             raise _nothing_fits(config, f"the stage {stage!r}", members, skipped)
     if not any(plan.values()):
         members = [layer for layer in layers if stage_of(layer, stages) is not False]
-        if not members or _are_skipped_by_config(members, skipped):
+        if not members:
+            groups = sorted({layer.group for layer in layers})
+            raise ValueError(
+                f"invalid stages={config.stages!r}: the default stages contain none of the "
+                f"{len(layers)} layers ({', '.join([layer.name for layer in layers][:3])}), whose "
+                f"groups are {groups}; name them, e.g. stages={groups!r}"
+            )
+        if _are_skipped_by_config(members, skipped):
             raise ValueError("layer_quantizers skips every layer, so there is nothing to quantize")
         raise _nothing_fits(config, "the model", members, skipped)
     return {stage: weights for stage, weights in plan.items() if weights}

@@ -71,8 +71,8 @@ class ReadOnlyWeight(Tensor):
 def raise_read_only(*_: Any, **__: Any) -> NoReturn:
     """Raise the ValueError of a write to a decoded weight."""
     raise ValueError(
-        "the weight of a quantized layer is decoded from its codes and cannot be written to; to "
-        "resize a table, merge an adapter or edit weights, call model.dequantize() first and "
+        "the weight of a quantized layer is decoded from its codes and cannot be written to, to "
+        "resize a table, merge an adapter or edit weights; call model.dequantize() first and "
         "quantize_model(model, config) afterwards"
     )
 

@@ -58,6 +58,8 @@ HEADERS = {
     "offsets past the end": {"a": {**ENTRY, "data_offsets": [8, 16]}},
     "overlap": {"a": ENTRY, "b": ENTRY},
     "unused bytes": {},
+    "metadata is a list": {"a": ENTRY, "__metadata__": [1]},
+    "metadata with a number": {"a": ENTRY, "__metadata__": {"weights_id": 3}},
     "name to be shown": {"\x1b[2J": ENTRY},
     "long name": {"a" * (MAX_NAME_LENGTH + 1): ENTRY},
 }

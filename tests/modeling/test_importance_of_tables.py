@@ -1,4 +1,4 @@
-"""Importance of tables that a model reads as a whole, and of all architectures of the zoo."""
+"""Importance of tables that a model reads completely, and of all architectures of the zoo."""
 
 import pytest
 import torch

@@ -37,7 +37,7 @@ OF_TRANSFORMERS = "transformers' own method"
 
 def tokenizer(number):
     made = words()
-    made.model_max_length = 16 + number  # tells whose it is
+    made.model_max_length = 16 + number  # differs between models
     return made
 
 

@@ -28,7 +28,7 @@ from support.stacked import make_stacked
 from support.tiny import CLASSES, IMAGE_SIZE, SIZES, make_model, make_vision_model
 
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-# Grouped-query attention, heads separate size.
+# Grouped-query attention, and a head size that does not follow from the hidden size.
 DECODER = {**SIZES, **TOKENS, "num_key_value_heads": 1, "head_dim": 16}
 ENCODER_DECODER = {
     "vocab_size": SIZES["vocab_size"],
