@@ -24,7 +24,10 @@ VERSION_INDEPENDENT := \
 	tests/modeling/test_packed.py tests/compression/bit_allocation \
 	tests/compression/test_fingerprint.py tests/compression/test_layer_quantizers.py \
 	tests/compression/test_stage_order.py tests/compression/test_stage_settings.py \
-	tests/test_compile.py tests/test_docs.py tests/test_layout.py tests/test_paper_map.py
+	tests/test_compile.py tests/test_docs.py tests/test_layout.py tests/test_paper_map.py \
+	tests/fuzz tests/noise/test_in_place.py tests/modeling/test_ranges.py \
+	tests/modeling/test_tracing.py tests/files \
+	tests/test_patterns.py tests/test_text.py
 PYTEST := -m pytest -n $(WORKERS) --dist worksteal
 # A clean environment for the built wheel.
 WHEEL := build/wheel-venv

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from copy import copy
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -29,7 +28,7 @@ from .checks import (
 )
 from .entries import plan_entries
 from .hub_files import HubConfigMixin
-from .options import Options, documented, from_file, option, options_of
+from .options import Options, documented, from_file, option
 
 QUANT_METHOD = "hf_quantnoise"
 # Layout on disk -> the first version of the package that reads it.
@@ -133,9 +132,9 @@ class QuantizedModelConfig(HubConfigMixin, Options, QuantizationConfigMixin):
 
     def clear_records(self) -> None:
         """Reset the fields that compression fills in."""
-        options = options_of(type(self))
+        empty = self.from_dict({})
         for name in RECORDS:
-            setattr(self, name, copy(options[name].default))
+            setattr(self, name, getattr(empty, name))
 
     @property
     def weighs_errors(self) -> bool:

@@ -58,9 +58,9 @@ def model_class_of(
     if found is None:
         raise ValueError(
             f"invalid architectures={shown(config.architectures)} in config.json of {path!r}: "
-            "expected a model class of transformers, or a registered one; register it, read its "
-            "code and pass trust_remote_code=True (--trust_remote_code), or load a class for the "
-            "head, e.g. AutoQuantizedModelForSequenceClassification"
+            "expected a model class of transformers or a registered one; register it, load the "
+            "model with AutoQuantizedModelFor..., or pass trust_remote_code=True "
+            "(--trust_remote_code) if its code is stored with the model and you have read it"
         )
     return found
 

@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from hf_quantnoise import CompressionArguments, IPQConfig
 from hf_quantnoise.compression.fingerprint import require_same_settings
+from hf_quantnoise.files.durable import write_list
 
 CONFIG = IPQConfig(block_size=4, n_centroids=16, stages=["ffn"])
 NOT_TRAINED = CompressionArguments(stage_epochs=0)
@@ -99,6 +100,7 @@ def test_removed_options_of_an_older_run_have_no_effect(tmp_path, parity_data, c
     for options in (unused, used):
         content["asked"]["compression_args"].update(options)
         path.write_text(json.dumps(content))
+        write_list(path.parent)
         caplog.clear()
         resume(tmp_path, parity_data)
         warned = [text for text in caplog.messages if "no effect" in text]

@@ -189,6 +189,7 @@ def test_training_killed_at_any_moment(moments, tmp_path, parity_data, snapshots
         resumed += 1
         assert_same(tensors(trainer.model), tensors(straight.model))
     assert resumed > len(copies) / 2
+    print(f"training killed at {len(copies)} moments, resumed from {resumed}")
 
 
 @pytest.mark.slow
@@ -207,7 +208,10 @@ def test_compression_killed_at_any_moment(moments, tmp_path, parity_data, snapsh
         return trainer
 
     straight = compress(tmp_path / "run", False)
+    resumed = 0
     for copy in list(copies):
         # Until the dense model is saved, the run starts from scratch.
         has_dense = (copy / "compression" / "stage-0").exists()
         assert_same_result(compress(copy, has_dense), straight)
+        resumed += has_dense
+    print(f"compression killed at {len(copies)} moments, resumed from {resumed}")

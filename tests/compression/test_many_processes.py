@@ -225,11 +225,12 @@ class _Trainer:
     """The attributes of a trainer that ``require_fsdp2`` reads."""
 
     def __init__(
-        self, fsdp=True, sharded=True, version=2, recomputes=False, compiled=False, backend="NO"
-    ):
+        self, fsdp=True, sharded=True, version=2, recomputes=False, compiled=False, backend="NO",
+        model_init=None,
+    ):  # fmt: skip
         plugin = SimpleNamespace(activation_checkpointing=recomputes)
         dynamo = SimpleNamespace(backend=DynamoBackend(backend))
-        self.model = torch.nn.Linear(2, 2)
+        self.model, self.model_init = torch.nn.Linear(2, 2), model_init
         self.args = SimpleNamespace(fsdp=fsdp, torch_compile=compiled, device="cpu")
         self.is_fsdp_enabled = sharded
         self.accelerator = SimpleNamespace(
@@ -252,6 +253,7 @@ def test_unsupported_sharding_is_refused(monkeypatch):
         ("'activation_checkpointing': True", {"recomputes": True}),
         ("torch_compile=True", {"compiled": True}),
         ("torch_compile=True", {"backend": "AOT_EAGER"}),
+        ("model_init", {"model_init": dict}),
     ):
         with pytest.raises(ValueError, match=match):
             require_fsdp2(_Trainer(**fields))

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hf_quantnoise.compression.checkpoints import MEMORY_NAME, StageCheckpoints
 from hf_quantnoise.compression.training.fsdp import ShardedCopy
+from hf_quantnoise.files.durable import write_list
 
 # ---- each rank has its own disk
 files = StageCheckpoints(f"{folder}/disk-{rank}/compression")
@@ -27,6 +28,7 @@ def write(stages, checkpoints):
         checkpoint = f"{files.run_folder(3)}/checkpoint-{step}"
         os.makedirs(checkpoint)
         save_file({"step": torch.tensor(step)}, f"{checkpoint}/{MEMORY_NAME}")
+        write_list(checkpoint)
 
 def stage_numbers():
     stages = files.stages()
@@ -96,7 +98,7 @@ def test_rank_0_decides_where_a_run_resumes(ranks):
             assert f"disk-1/compression/{folder} " in error
         assert found["rank 0 has none"] == ([], None)
     assert ranks[0]["rank 1 has less"] == ranks[1]["rank 1 has less"]
-    assert ranks[1]["written again"] == ["stage.json", "tensors.safetensors"]
+    assert ranks[1]["written again"] == ["files.json", "stage.json", "tensors.safetensors"]
 
 
 @needs_gloo

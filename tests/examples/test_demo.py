@@ -82,7 +82,7 @@ def test_training_and_test_digits_are_a_partition():
 
 
 def test_times_smaller_is_relative_to_the_first_row():
-    text = closing_table([Row("a", 12.0, 0.5), Row("longer name", 0.5, None)], metric="f1")
+    text = closing_table([Row("a", 12.0, 0.5), Row("longer name", 0.5, None)], "f1")
     head, rule, first, second = text.splitlines()
     assert head.split() == ["model", "MB", "on", "disk", "times", "smaller", "f1"]
     assert first.split() == ["a", "12.000", "1.0", "0.5000"]

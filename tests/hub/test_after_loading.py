@@ -267,4 +267,6 @@ def test_writing_to_decoded_weight_raises():
         layer.weight = expected + 1
     layer.weight = layer.weight  # as PEFT does when it removes an adapter
     assert torch.equal(layer.weight, expected)
-    assert type(layer.weight + 0) is torch.Tensor and type(layer.weight.detach()) is torch.Tensor
+    assert type(layer.weight + 0) is torch.Tensor
+    with pytest.raises(ValueError, match="cannot be written to"):
+        layer.weight.detach().add_(1)  # a view

@@ -232,7 +232,7 @@ def test_foreign_checkpoint_raises(saved, tmp_path):
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (IPQConfig(block_size=5), ["block_size=5", "'ffn'", "[32, 64]"]),
+        (IPQConfig(block_size=5), ["block_size=5", "15 layers", "[32, 64]"]),
         (IPQConfig(stages=["fnn"]), ["'fnn'", "groups are"]),
         (IPQConfig(stages=["ffn", "conv"]), ["'conv'"]),
         (IPQConfig(target_modules=["nothing"]), ["target_modules='nothing'"]),
