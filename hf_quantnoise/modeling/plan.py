@@ -250,8 +250,8 @@ def _without_empty_stages(
         if not members:
             groups = sorted({layer.group for layer in layers})
             raise ValueError(
-                f"invalid stages={getattr(config, 'stages', None)!r}: the default stages contain "
-                f"none of the {len(layers)} layers ({', '.join([layer.name for layer in layers][:3])}), whose "
+                f"invalid stages={stages!r}: the default stages contain none of the "
+                f"{len(layers)} layers ({', '.join([layer.name for layer in layers][:3])}), whose "
                 f"groups are {groups}; name them, e.g. stages={groups!r}"
             )
         if _are_skipped_by_config(members, skipped):
