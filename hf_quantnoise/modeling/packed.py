@@ -42,11 +42,9 @@ SCRATCH_BYTES = 8 * 2**20
 class LoadingState:
     """Progress of a packed layer while a checkpoint is loaded; None for a layer in use."""
 
-    # The layer is still empty. transformers asks for the shape of the weight before the codes are
-    # there: ``weight`` is then an empty meta tensor.
+    # The layer is empty: ``weight`` is a meta tensor, since transformers asks for its shape.
     is_skeleton: bool = False
-    # This package has read all tensors of the layer. They are hidden from the state dict then, so
-    # that transformers does not read them again.
+    # All tensors are read, and hidden from the state dict: transformers must not read them again.
     is_read: bool = False
     # The quantizer's state in the shards loaded so far (``stored_state.py``).
     partial_state: dict[str, Tensor] = field(default_factory=dict)
@@ -208,8 +206,8 @@ class PackedLayer(DynamicSubclass):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Register a parameter, or a buffer if it is never trained (``non_trainable.py``)."""
-        if name == "weight":  # torch would raise a KeyError, since the name is taken
-            raise_read_only()
+        if name == "weight":
+            raise_read_only()  # torch would raise a KeyError
         if name == INDICES:
             self._counts = None
         if param is None or not self.is_never_trained(name):
