@@ -197,3 +197,6 @@ def test_number_of_entries_of_a_file_is_limited():
     for field, value in (("share_layers", [names]), ("left_dense", dict.fromkeys(names, "x"))):
         with pytest.raises(ValueError, match=f"invalid {field}: expected up to 200,000 names"):
             QuantizedModelConfig.from_dict({**IPQConfig().to_dict(), field: value})
+    plan = dict.fromkeys(names[:25_001])
+    with pytest.raises(ValueError, match="plan: got 25,001 entries, expected up to 25,000"):
+        QuantizedModelConfig.from_dict({**IPQConfig().to_dict(), "plan": plan})

@@ -19,6 +19,8 @@ from .options import options_of
 QUANTIZERS: Registry[Any] = Registry("quantizer")
 MAX_BLOCK_SIZE = 65_536
 MAX_CENTROIDS = 65_536
+# Each entry takes about 0.3 ms of loading, most of it in transformers, which copies the config.
+MAX_PLAN_ENTRIES = 25_000
 
 _REQUIRED = ("scheme", "group", "rows", "columns")
 
@@ -61,6 +63,11 @@ def plan_entries(name: str, value: Any) -> None:
     An entry has the keys of ``LAYER_KEYS`` and the fields of its quantizer, and no others: a layout
     with more of them gets another ``format_version``.
     """
+    if isinstance(value, dict) and len(value) > MAX_PLAN_ENTRIES:
+        raise ValueError(
+            f"invalid {name}: got {len(value):,} entries, expected up to {MAX_PLAN_ENTRIES:,}; "
+            "restore the original file"
+        )
     by_layer(_check_entry)(name, value)
     for layer, entry in value.items():
         source = entry.get("tied_to")
