@@ -188,4 +188,6 @@ MISTAKES = {
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_message_names_field_value_and_way_out(name, tmp_path):
+    if name == "ONNX inputs of another model":  # found by running it
+        pytest.importorskip("onnx", reason="needs the extra 'onnx'")
     check_message(MISTAKES[name], tmp_path)
