@@ -145,5 +145,5 @@ def test_unknown_class_names_the_ways_out(registered, tmp_path):
     model.save_pretrained(tmp_path)
     config = tmp_path / "config.json"
     config.write_text(config.read_text().replace("RegisteredForMaskedLM", "NoSuchModel"))
-    with pytest.raises(ValueError, match=r"architectures.*register it, pass trust_remote_code"):
+    with pytest.raises(ValueError, match=r"architectures.*register it.*trust_remote_code"):
         AutoQuantizedModel.from_pretrained(tmp_path)
