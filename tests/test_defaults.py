@@ -26,7 +26,7 @@ from hf_quantnoise.structure import find_layers
 
 CONFIGS = {"ipq": IPQConfig, "fixed point": FixedPointConfig}
 # One of each kind is compressed in each run of the tests; the others are slow.
-FEW = ("BERT", "Mixtral", "Whisper", "ViT", "ResNet")
+FEW = ("BERT", "Mixtral", "Whisper", "ViT", "ResNet", "CLIP")
 FEW_THEN_SLOW = [
     pytest.param(name, marks=[] if name in FEW else pytest.mark.slow, id=name) for name in ZOO
 ]

@@ -25,6 +25,7 @@ from .losses import sigmoid_divergence, softmax_divergence, squared_error
 Head = Callable[[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any], float], Tensor]
 HEADS: Registry[Head] = Registry("head")
 
+_PAIR_LOGITS = ("logits_per_image", "logits_per_text")
 _SPAN_LOGITS = ("start_logits", "end_logits")
 _MASKED_SCORE = -1e9
 _KINDS = {
@@ -141,3 +142,12 @@ def segmentation_divergence(student, teacher, inputs, temperature):
     """Compare the classes of each pixel; logits have shape (batch, classes, height, width)."""
     logits = student["logits"].movedim(1, -1), teacher["logits"].movedim(1, -1)
     return softmax_divergence(*logits, temperature)
+
+
+@HEADS.register("CLIPModel")
+def contrastive_divergence(student, teacher, inputs, temperature):
+    """Compare the texts of each image and the images of each text; the mean of both."""
+    total = 0.0
+    for name in _PAIR_LOGITS:
+        total = total + softmax_divergence(student[name], teacher[name], temperature)
+    return total / len(_PAIR_LOGITS)
