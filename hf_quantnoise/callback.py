@@ -7,6 +7,7 @@ import math
 import os
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -14,7 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .argument_checks import require_instance, require_model
 from .configuration import NOISE_CONFIG_NAME, QuantNoiseConfig
-from .noise import apply_quant_noise, find_state
+from .noise import QuantNoiseState, apply_quant_noise, find_state
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +104,8 @@ class QuantNoiseCallback(TrainerCallback):
         """Apply the noise; in a resumed run, restore the checkpoint's codebooks.
 
         Raises:
-            ValueError: if layers have to share weights that the optimizer already holds.
+            ValueError: if layers have to share weights that the optimizer already holds, or the
+                optimizer lacks centroids that are to be trained.
         """
         model = kwargs["model"]
         if self.config.share_layers != 1 and find_state(model) is None:
@@ -113,6 +115,7 @@ class QuantNoiseCallback(TrainerCallback):
                 "creating the trainer"
             )
         self.prepare(model)
+        _require_trained_centroids(find_state(model), kwargs.get("optimizer"))
         self._is_first_epoch = True
         if state.global_step > 0 and not self._is_restored:  # by a call to load()
             folder = self.resume_folder or checkpoint_folder(args, state)
@@ -158,6 +161,14 @@ class QuantNoiseCallback(TrainerCallback):
         if step % self.config.scale_update_steps == 0:
             noise.refresh_scales()
 
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Clear the gradients of trained centroids: ``Trainer`` clears those of the model."""
+        if (noise := find_state(kwargs["model"])) is not None:
+            for centroids in noise.parameters():
+                centroids.grad = None
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -182,6 +193,21 @@ class QuantNoiseCallback(TrainerCallback):
         """Write the noise to the checkpoint that was just saved."""
         if args.should_save:  # on each machine, with save_on_each_node
             self.save(kwargs["model"], checkpoint_folder(args, state))
+
+
+def _require_trained_centroids(
+    noise: QuantNoiseState | None, optimizer: torch.optim.Optimizer | None
+) -> None:
+    """Raise if centroids are to be trained and the optimizer does not have them."""
+    if noise is None or optimizer is None or not (centroids := noise.parameters()):
+        return
+    trained = {id(each) for group in optimizer.param_groups for each in group["params"]}
+    if any(id(each) not in trained for each in centroids):
+        raise ValueError(
+            "learn_codebooks=True, and the optimizer does not have the centroids; use "
+            "QuantNoiseTrainer without optimizers, or call QuantNoiseCallback.prepare(model) and "
+            "add find_state(model).parameters() to the optimizer"
+        )
 
 
 def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> str:

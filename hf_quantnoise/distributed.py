@@ -69,6 +69,24 @@ def on_any_rank(flags: Sequence[bool]) -> list[bool]:
     return max_over_ranks(torch.tensor(list(flags), dtype=torch.uint8)).bool().tolist()
 
 
+def average_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
+    """Average the gradients of parameters that every rank holds over the ranks.
+
+    Parameters that no rank has used keep no gradient, so that the optimizer neither moves nor
+    decays them. Call after the last backward of an optimizer step, on all ranks.
+    """
+    if not is_distributed():
+        return
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    used = on_any_rank([parameter.grad is not None for parameter in trained])
+    for parameter, is_used in zip(trained, used, strict=True):
+        if not is_used:
+            continue
+        if parameter.grad is None:  # on this rank
+            parameter.grad = torch.zeros_like(parameter)
+        sum_over_ranks(parameter.grad).div_(dist.get_world_size())
+
+
 def _all_reduce(tensor: Tensor, operation: str) -> Tensor:
     if not is_distributed():
         return tensor

@@ -270,3 +270,15 @@ def block_size_of(value: int | dict[str, int], layer: LayerInfo) -> int | None:
     size, area = entry_for(value, layer), layer.layer_type.kernel_area(layer.module)
     by_regex = isinstance(value, dict) and _key_for(value, layer) not in GROUPS
     return size if size is None or area == 1 or by_regex else area
+
+
+def stage_of(layer: LayerInfo, stages: Sequence[str | None]) -> str | bool | None:
+    """Return the stage of a layer (a regex takes precedence over a group), or False if none."""
+    for stage in stages:
+        if stage is None or stage in GROUPS:
+            continue
+        if compile_pattern("stages", stage).fullmatch(layer.name):
+            return stage
+    if layer.group in stages:
+        return layer.group
+    return None if None in stages else False

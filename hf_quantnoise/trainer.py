@@ -10,33 +10,24 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
-from transformers.utils import logging
 
-from .argument_checks import (
-    describe,
-    require_dataset,
-    require_instance,
-    require_model,
-    require_weights,
-)
+from .argument_checks import describe, require_dataset
 from .callback import QuantNoiseCallback
-from .compression import CompressionArguments, CompressionPipeline, PackedModelTrainer
+from .compression import CompressionArguments, CompressionPipeline
 from .compression.checkpoints import FOLDER
 from .compression.reporting.plots import PLOTS, plot_compression
 from .compression.reporting.record import StageRecord
 from .compression.trainer_checkpoints import checkpoint_to_resume_from
+from .compression.training.distilling_trainer import DistillingTrainer, make_teacher
 from .configuration import QuantizedModelConfig, QuantNoiseConfig
 from .configuration.checks import boolean
-from .distributed import is_distributed
+from .distributed import average_gradients
 from .files.model_folders import UNPUBLISHED
 from .hub.processing import remember_processing
-from .modeling import packed_layers
-from .modeling.packer import has_adapters
 from .noise import find_state
 from .publishing.trainer_mixin import PublishingMixin
 from .size import size_report
-
-logger = logging.get_logger(__name__)
+from .trainer_arguments import check_arguments, require_ddp_for_centroids, warn_of_adapters
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,13 +49,18 @@ if TYPE_CHECKING:
     )
 
 
-class QuantNoiseTrainer(PublishingMixin, PackedModelTrainer):
+class QuantNoiseTrainer(PublishingMixin, DistillingTrainer):
     """Finetunes a model with quantization noise, compresses it and publishes it.
 
     Args:
         model: a transformers model.
         args: ``TrainingArguments``.
         qn_config: which noise to train with; None trains without noise.
+        teacher: a model to distill from, in :meth:`train` and in :meth:`compress`; frozen and put
+            in eval mode. None: :meth:`train` uses the labels alone, and :meth:`compress` a frozen
+            copy of its model.
+        compression_args: how to distill, the learning rate of centroids that the noise trains, and
+            the default of :meth:`compress`.
         data_collator, train_dataset, eval_dataset, processing_class, model_init,
             compute_loss_func, compute_metrics, callbacks, optimizers, optimizer_cls_and_kwargs,
             preprocess_logits_for_metrics: as in ``Trainer``.
@@ -74,7 +70,10 @@ class QuantNoiseTrainer(PublishingMixin, PackedModelTrainer):
             see :class:`~hf_quantnoise.compression.StageRecord`.
 
     Raises:
-        TypeError: if ``model``, ``args`` or ``qn_config`` is something else.
+        TypeError: if ``model``, ``args``, ``qn_config``, ``teacher`` or ``compression_args`` is
+            something else.
+        ValueError: if there is a teacher and ``compression_args`` has ``distill=False``, or the
+            noise trains centroids under FSDP.
 
     Example:
         >>> trainer = QuantNoiseTrainer(model, args, QuantNoiseConfig(noise="proxy", p=0.1), ...)
@@ -91,6 +90,8 @@ class QuantNoiseTrainer(PublishingMixin, PackedModelTrainer):
         args: TrainingArguments | None = None,
         qn_config: QuantNoiseConfig | None = None,
         *,
+        teacher: nn.Module | None = None,
+        compression_args: CompressionArguments | None = None,
         data_collator: DataCollator | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
@@ -103,7 +104,7 @@ class QuantNoiseTrainer(PublishingMixin, PackedModelTrainer):
         optimizer_cls_and_kwargs: tuple[type[Optimizer], dict[str, Any]] | None = None,
         preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None,
     ) -> None:
-        _check_arguments(model, args, qn_config, model_init)
+        check_arguments(model, args, qn_config, model_init)
         require_dataset("train_dataset", train_dataset)
         require_dataset("eval_dataset", eval_dataset)
         self.qn_config: QuantNoiseConfig | None = None  # until the trainer exists
@@ -124,17 +125,19 @@ class QuantNoiseTrainer(PublishingMixin, PackedModelTrainer):
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
         self.qn_config = qn_config
+        self.compression_args = (
+            CompressionArguments() if compression_args is None else compression_args
+        )
+        self.given_teacher = teacher
+        self.set_teacher(make_teacher(self, teacher, self.compression_args))
         self.compression_history: list[dict[str, Any]] = []
         self._add_noise(self.model)
-        if has_adapters(self.model) and not any(packed_layers(self.model)):
-            logger.warning(
-                "the model has PEFT adapters, which compress() cannot pack: after train(), set "
-                "trainer.model = trainer.model.merge_and_unload()"
-            )
+        warn_of_adapters(self.model)
 
     def _add_noise(self, model: nn.Module) -> None:
         if self.qn_config is None:
             return
+        require_ddp_for_centroids(self, self.qn_config)
         if self.noise_callback is None:
             self.noise_callback = QuantNoiseCallback(self.qn_config)
             self.add_callback(self.noise_callback)
@@ -169,6 +172,24 @@ class QuantNoiseTrainer(PublishingMixin, PackedModelTrainer):
             self.noise_callback.resume_folder = resume_from_checkpoint
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Run a micro-batch; after the last of a step average the gradients of the centroids."""
+        loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients and (state := find_state(self.model)) is not None:
+            average_gradients(state.parameters())  # they are not in the wrapped model
+        return loss
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        """``Trainer.create_optimizer``, with the centroids that the noise trains."""
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        state = find_state(self.model)
+        if is_new and state is not None and (centroids := state.parameters()):
+            rate = self.compression_args.codebook_learning_rate
+            group = {"params": centroids, "weight_decay": 0.0}
+            optimizer.add_param_group(group if rate is None else {**group, "lr": rate})
+        return optimizer
+
     def compress(
         self,
         config: QuantizedModelConfig,
@@ -185,8 +206,9 @@ class QuantNoiseTrainer(PublishingMixin, PackedModelTrainer):
 
         Args:
             config: :class:`IPQConfig` or :class:`FixedPointConfig`.
-            compression_args: how to finetune; by default one epoch per stage, with a teacher.
-            teacher: another model to distill from.
+            compression_args: how to finetune; None uses those of the trainer (by default one epoch
+                per stage, with a teacher).
+            teacher: another model to distill from; None uses that of the trainer.
             report: called with the record of each finished stage, on every process.
             resume_from_checkpoint: continue an interrupted ``compress`` that had the same settings;
                 the resulting model is the same as without the interruption. Starts from scratch if
@@ -199,7 +221,8 @@ class QuantNoiseTrainer(PublishingMixin, PackedModelTrainer):
             TypeError: if an argument is something else.
             ValueError: before anything is changed, if the settings cannot be carried out.
         """
-        compression_args = CompressionArguments() if compression_args is None else compression_args
+        compression_args = self.compression_args if compression_args is None else compression_args
+        teacher = self.given_teacher if teacher is None else teacher
         boolean("resume_from_checkpoint", resume_from_checkpoint)
         if report is not None and not callable(report):
             raise TypeError(f"invalid report: got {describe(report)}, expected a function or None")
@@ -238,22 +261,3 @@ class QuantNoiseTrainer(PublishingMixin, PackedModelTrainer):
         if state is not None and "loss" in logs:
             logs = {**logs, **state.figures(self.model)}
         super().log(logs, start_time)
-
-
-def _check_arguments(model: Any, args: Any, qn_config: Any, model_init: Any) -> None:
-    """Raise an error if the first arguments of the trainer have the wrong types."""
-    order = "call e.g. QuantNoiseTrainer(model, TrainingArguments(...), QuantNoiseConfig(...))"
-    if model is None and model_init is None:
-        raise TypeError(f"invalid model: got None, expected a model, or model_init; {order}")
-    if args is not None:
-        require_instance("args", args, TrainingArguments, "TrainingArguments", order)
-    if qn_config is not None:
-        require_instance(
-            "qn_config", qn_config, QuantNoiseConfig,
-            "a QuantNoiseConfig as third argument, e.g. QuantNoiseConfig(noise='proxy', p=0.1)",
-            "pass data_collator and the rest by name",
-        )  # fmt: skip
-    if model is not None:
-        require_model(model, nn.Module)
-        if not is_distributed():  # ranks of FSDP may have no values yet
-            require_weights(model)

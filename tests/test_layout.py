@@ -38,6 +38,7 @@ LAYERS = (
     "publishing",
     "callback",
     "compression",
+    "trainer_arguments",
     "trainer",
     "runs",
     "cli",

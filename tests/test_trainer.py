@@ -320,7 +320,7 @@ def test_the_arguments_are_those_of_trainer():
     trainer, ours = (
         inspect.signature(cls.__init__).parameters for cls in (Trainer, QuantNoiseTrainer)
     )
-    assert set(ours) == {*trainer, "qn_config"}
+    assert set(ours) == {*trainer, "qn_config", "teacher", "compression_args"}
     assert list(ours)[:4] == ["self", "model", "args", "qn_config"]
 
 

@@ -41,6 +41,7 @@ from ..files.durable import (
     write_json,
     write_list,
 )
+from .fitted_noise import FittedNoise, load_fitted_noise, save_fitted_noise
 from .trainer_checkpoints import (
     checkpoint_defect,
     folder_not_shared,
@@ -136,6 +137,10 @@ class SavedStage:
         """Return the model's tensors; see :func:`in_memory_tensors`."""
         return load_file(os.path.join(self.folder, _TENSORS))
 
+    def fitted_noise(self, model: nn.Module) -> FittedNoise:
+        """Return what the noise of the dense model was fitted to."""
+        return load_fitted_noise(self.content.get("noise", {}), model, self.folder)
+
 
 class StageCheckpoints:
     """Reads and writes the files of a compression run.
@@ -189,14 +194,25 @@ class StageCheckpoints:
         if self.writes:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def save_stage(self, number: int, model: nn.Module, content: dict[str, Any]) -> None:
-        """Write a finished stage; only the dense model (number 0) and the newest stage are kept."""
+    def save_stage(
+        self,
+        number: int,
+        model: nn.Module,
+        content: dict[str, Any],
+        fitted: FittedNoise | None = None,
+    ) -> None:
+        """Write a finished stage; only the dense model (number 0) and the newest stage are kept.
+
+        ``fitted`` is what the noise of the dense model was fitted to, written with that.
+        """
         if not self.writes:
             return
         folder = os.path.join(self.folder, f"{_STAGE}{number}")
         part = folder + PART
         shutil.rmtree(part, ignore_errors=True)
         os.makedirs(part)
+        if number == 0:
+            content = {**content, "noise": save_fitted_noise(fitted or {}, model, part)}
         write_json(content, os.path.join(part, _CONTENT))
         _save_tensors(in_memory_tensors(model), os.path.join(part, _TENSORS))
         write_list(part)

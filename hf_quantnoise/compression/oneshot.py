@@ -17,6 +17,7 @@ from ..modeling.packer import ModelPacker, check_can_be_packed
 from ..modeling.rollback import ModelSnapshot
 from ..noise import find_state, remove_quant_noise
 from .bit_allocation.allocate import resolve_target
+from .fitted_noise import fitted_noise
 
 logger = logging.getLogger(__name__)
 
@@ -79,8 +80,9 @@ def quantize_model(
     if config.reads_data:
         require_batches(batches, config.reads_data)
     with ModelSnapshot(model):
+        fitted = fitted_noise(model)
         config = resolve_target(model, remove_noise(model, config), batches, progress)
-        packer = ModelPacker(model, config)
+        packer = ModelPacker(model, config, fitted=fitted)
         packer.require_runs(batches)
         packer.pack_all(progress, batches)
         calibrate(model, [layer for _, layer in packed_layers(model)], batches)

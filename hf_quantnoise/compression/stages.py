@@ -32,6 +32,7 @@ from .calibration import calibrate_stage, calibration_data, check_before_stages
 from .checkpoints import FOLDER, SavedStage, StageCheckpoints, load_in_memory_tensors
 from .distillation.teacher import Teacher
 from .fingerprint import Fingerprint, require_same_settings, settings_fingerprint
+from .fitted_noise import fitted_noise
 from .oneshot import remove_noise
 from .preflight import check_compression
 from .reporting.logs import forward_logs, log_errors, log_record
@@ -124,10 +125,11 @@ class CompressionPipeline:
 
     def _start(self) -> int:
         """Evaluate and save the dense model, and prepare the first stage."""
+        fitted = fitted_noise(self.model)
         config = remove_noise(self.model, self.config)
         batches = self._budget_batches()
         config = resolve_target(self.model, config, batches, self._progress, table=True)
-        self.packer = ModelPacker(self.model, config, on_all_ranks=True)
+        self.packer = ModelPacker(self.model, config, on_all_ranks=True, fitted=fitted)
         self.evaluator = self._make_trainer(None, 0)
         check_before_stages(self.evaluator, self.packer, self.args.calibration_batches)
         start = time.perf_counter()
@@ -167,7 +169,8 @@ class CompressionPipeline:
         load_in_memory_tensors(self.model, saved[0].tensors())
         newest = saved[-1]
         config = QuantizedModelConfig.from_dict(newest.content["config"])
-        self.packer = ModelPacker(self.model, config, on_all_ranks=True)
+        fitted = saved[0].fitted_noise(self.model)
+        self.packer = ModelPacker(self.model, config, on_all_ranks=True, fitted=fitted)
         for content in newest.content["history"]:
             record = StageRecord(**content)
             self.trainer.state.global_step = record.step
@@ -261,7 +264,7 @@ class CompressionPipeline:
             "config": self.packer.config.to_dict(),
             "history": self.history,
         }
-        self.files.save_stage(number, self.model, content)
+        self.files.save_stage(number, self.model, content, self.packer.fitted)
         self.trainer.accelerator.wait_for_everyone()
 
     # ---- the trainer of a stage -----------------------------------------------------------------

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
+from torch import nn
+
 from .checks import integer, one_of
 from .options import documented, option
 from .storage import OBSERVERS, SCHEMES, QuantizedModelConfig
@@ -25,9 +27,9 @@ class FixedPointConfig(QuantizedModelConfig):
 
     scheme: ClassVar[str] = "fixed_point"
 
-    def noise_settings(self) -> dict[str, Any]:
+    def noise_settings(self, model: nn.Module | None = None) -> dict[str, Any]:
         noise = {"noise": f"int{self.bits}", "observer": self.observer}
-        return {**noise, **super().noise_settings()}
+        return {**noise, **super().noise_settings(model)}
 
     def quantizer_settings(self, layer: Any) -> dict[str, Any] | None:
         return {"scheme": "int", "bits": self.bits, "observer": self.observer}

@@ -7,7 +7,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from ..structure import GROUPS, block_size_of, entry_for
+from torch import nn
+
+from ..structure import GROUPS, block_size_of, entry_for, select_layers, stage_of
 from .checks import boolean, integer, invalid, one_of, positive, regex, sizes
 from .entries import MAX_BLOCK_SIZE, MAX_CENTROIDS
 from .layer_quantizers import checked_layer_quantizers
@@ -126,12 +128,33 @@ class IPQConfig(QuantizedModelConfig):
     def weighs_errors(self) -> bool:
         return self.importance != "none"
 
-    def noise_settings(self) -> dict[str, Any]:
+    def noise_settings(self, model: nn.Module | None = None) -> dict[str, Any]:
+        sizes = ("block_size", "n_centroids")
         return {
             "noise": "proxy",
-            "block_size": self._with_names("block_size"),
-            "n_centroids": self._with_names("n_centroids"),
-            **super().noise_settings(),
+            **{
+                name: self._with_names(name) if model is None else self._by_layer(name, model)
+                for name in sizes
+            },
+            "codebook_bits": self.codebook_bits,
+            "row_scale": self.row_scale,
+            "n_codebooks": self.n_codebooks,
+            **super().noise_settings(model),
+        }
+
+    def _by_layer(self, name: str, model: nn.Module) -> dict[str, int]:
+        """Return a setting of each product-quantized layer: regex -> value."""
+        layers = select_layers(model, self.target_modules, self.exclude_modules)
+        stages = self.stage_groups({layer.group for layer in layers})
+        stored = {
+            layer.name: self.quantizer_settings(layer) or {}
+            for layer in layers
+            if stage_of(layer, stages) is not False
+        }
+        return {
+            re.escape(layer): settings[name]
+            for layer, settings in stored.items()
+            if name in settings
         }
 
     def _with_names(self, name: str) -> int | dict[str, int]:

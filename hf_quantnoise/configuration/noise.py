@@ -6,7 +6,9 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, ClassVar
 
-from ..argument_checks import require_instance
+from torch import nn
+
+from ..argument_checks import require_instance, require_model
 from ..registry import Registry
 from .checks import (
     boolean,
@@ -89,6 +91,21 @@ class QuantNoiseConfig(HubConfigMixin, Options):
     codebook_update: Annotated[str | int, word_or_steps("epoch")] = option(
         "epoch", "When codebooks and means are fitted again: every 'epoch', or every N steps."
     )
+    learn_codebooks: Annotated[bool, boolean] = option(
+        False,
+        "Train the centroids of 'pq' with the model (section 3.2), instead of fitting them again; "
+        "codebook_update then only assigns the blocks to their nearest centroids. With p=1 at the "
+        "end, compress() stores exactly what was trained. Needs QuantNoiseTrainer.",
+    )
+    codebook_bits: Annotated[int, one_of((32, 16, 8))] = option(
+        32, "Bits per centroid value of 'pq', as in IPQConfig."
+    )
+    row_scale: Annotated[bool, boolean] = option(
+        False, "A scale for each row of a weight in 'pq', as in IPQConfig."
+    )
+    n_codebooks: Annotated[int, one_of((1, 2))] = option(
+        1, "Codebooks per weight of 'pq', as in IPQConfig."
+    )
     scale_update_steps: Annotated[int, integer(1)] = option(
         10, "Optimizer steps between updates of scale and zero point of intN noise."
     )
@@ -123,8 +140,8 @@ class QuantNoiseConfig(HubConfigMixin, Options):
     target_modules: Annotated[str | list[str] | None, patterns] = option(
         None,
         "Layers that get noise: a regex for full names, or a list of names and suffixes, as in "
-        "PEFT. None: all layers except position and type embeddings (noise could set all inputs of "
-        "a LayerNorm to zero).",
+        "PEFT. None: all layers; 'proxy' noise skips position and type embeddings (it could set "
+        "all inputs of a LayerNorm to zero).",
     )
     exclude_modules: Annotated[str | list[str] | None, patterns] = option(
         None, "Layers that get no noise; same form as target_modules."
@@ -149,11 +166,31 @@ class QuantNoiseConfig(HubConfigMixin, Options):
                 f"invalid block_selection='cluster' with noise={self.noise!r}, which works on "
                 "single weights; set block_selection='all'"
             )
+        if self.learn_codebooks and "pq" not in names:
+            raise ValueError(
+                f"invalid learn_codebooks=True with noise={self.noise!r}, which has no centroids; "
+                "add 'pq', or set learn_codebooks=False"
+            )
+        if self.block_selection == "cluster" and self.n_codebooks > 1 and "pq" in names:
+            raise ValueError(
+                f"invalid block_selection='cluster' with n_codebooks={self.n_codebooks}: a block "
+                "belongs to one cluster; set n_codebooks=1, or block_selection='all'"
+            )
 
     def _names_and_rates(self) -> tuple[list[str], list[float]]:
         names = list(self.noise) if isinstance(self.noise, list | tuple) else [self.noise]
         rates = list(self.p) if isinstance(self.p, list | tuple) else [self.p] * len(names)
         return names, [float(rate) for rate in rates]
+
+    def pq_settings(self, block_size: int, n_centroids: int) -> dict[str, Any]:
+        """Return the quantizer settings of 'pq' noise, for a block size and codebook size."""
+        return {
+            "scheme": "pq" if self.n_codebooks == 1 else "additive",
+            "block_size": block_size,
+            "n_centroids": n_centroids,
+            "codebook_bits": self.codebook_bits,
+            "row_scale": self.row_scale,
+        }
 
     @property
     def noises(self) -> list[tuple[str, float]]:
@@ -169,18 +206,24 @@ class QuantNoiseConfig(HubConfigMixin, Options):
 
     @classmethod
     def matching(
-        cls, quantization_config: QuantizedModelConfig, **overrides: Any
+        cls,
+        quantization_config: QuantizedModelConfig,
+        model: nn.Module | None = None,
+        **overrides: Any,
     ) -> QuantNoiseConfig:
         """Return noise with the blocks of a target.
 
         The noise is ``"proxy"`` for an :class:`IPQConfig`, ``"intN"`` for a
-        :class:`FixedPointConfig`. ``overrides`` are fields of this class.
+        :class:`FixedPointConfig`. With a model, only the layers that will be quantized get it.
+        ``overrides`` are fields of this class.
         """
         require_instance(
             "quantization_config", quantization_config, QuantizedModelConfig,
             "an IPQConfig or a FixedPointConfig", "pass the config of the compressed model",
         )  # fmt: skip
-        return cls(**{**quantization_config.noise_settings(), **overrides})
+        if model is not None:
+            require_model(model, nn.Module)
+        return cls(**{**quantization_config.noise_settings(model), **overrides})
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as a JSON-able dict."""

@@ -10,6 +10,7 @@ from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, ClassVar
 
+from torch import nn
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..argument_checks import require_instance
@@ -148,8 +149,11 @@ class QuantizedModelConfig(HubConfigMixin, Options, QuantizationConfigMixin):
             return "importance"
         return None if self.activation_bits is None else "activation_bits"
 
-    def noise_settings(self) -> dict[str, Any]:
-        """Return the fields of a :class:`QuantNoiseConfig` with the same blocks."""
+    def noise_settings(self, model: nn.Module | None = None) -> dict[str, Any]:
+        """Return the fields of a :class:`QuantNoiseConfig` with the same blocks.
+
+        With a model, the noise is on those of its layers that are quantized.
+        """
         names = ("activation_bits", "target_modules", "exclude_modules", "seed")
         shared = 1 if self.share_layers is None else self.share_layers
         return {**{name: getattr(self, name) for name in names}, "share_layers": shared}

@@ -16,6 +16,7 @@ from ..quantizers import Quantizer
 from ..quantizers.base import sum_of_squares
 from ..quantizers.packing import pack_codes
 from .activations import rounds_inputs
+from .fitted_weights import FittedWeight
 from .packed import INDICES, INPUT_NAMES, PREFIX, LoadingState, PackedLayer, packed_class
 
 # What a packed layer has in its __dict__ besides the attributes of the original.
@@ -131,12 +132,14 @@ def pack_layer(
     seed: int = 0,
     activation_bits: int | None = None,
     importance: Tensor | None = None,
+    fitted: FittedWeight | None = None,
 ) -> float:
     """Quantize the weight of a layer (or of all that share it) and pack them in place.
 
     ``importance`` weighs the squared error of each value (``importance.py``); None weighs all
-    alike. ``activations.calibrate`` sets the scale of inputs that are rounded. Returns the relative
-    error ||W - W_q||^2 / ||W||^2.
+    alike. ``activations.calibrate`` sets the scale of inputs that are rounded. ``fitted`` is what
+    the noise of the weight was fitted to: a start for the fit, or, if it was trained, the result.
+    Returns the relative error ||W - W_q||^2 / ||W||^2.
     """
     layers = _packable(layers)
     weight = layers[0].weight
@@ -144,8 +147,12 @@ def pack_layer(
     rows, columns = matrix.shape
     if reason := quantizer.check(rows, columns):
         raise ValueError(f"a {rows} x {columns} weight cannot be stored as {quantizer}: {reason}")
-    state = quantizer.fit(matrix, seed=seed, importance=importance)
-    codes = quantizer.encode(matrix, state, importance)
+    start = None if fitted is None else _moved(fitted.state, matrix.device)
+    if fitted is not None and fitted.codes is not None:
+        state, codes = start, fitted.codes.to(matrix.device)
+    else:
+        state = quantizer.fit(matrix, seed=seed, importance=importance, init=start)
+        codes = quantizer.encode(matrix, state, importance)
     decoded = quantizer.decode(codes, state)
     error = _relative_error(matrix, decoded, quantizer)
     packed = pack_codes(codes.reshape(-1), quantizer.code_bits)
@@ -154,6 +161,10 @@ def pack_layer(
         tensors[PREFIX + key] = value.to(device=weight.device, dtype=weight.dtype)
     _become_packed(layers, quantizer, tensors, activation_bits)
     return error
+
+
+def _moved(state: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {key: tensor.to(device) for key, tensor in state.items()}
 
 
 def _relative_error(matrix: Tensor, decoded: Tensor, quantizer: Quantizer) -> float:

@@ -20,9 +20,8 @@ from torch import Tensor, nn
 
 from ..compat import own_buffers, own_parameters
 from ..dynamic_subclass import DynamicSubclass, make_dynamic_subclass
-from ..layer_types import known_layer_type, records_gradients
+from ..layer_types import known_layer_type
 from ..quantizers import Quantizer
-from ..quantizers.base import with_known_signature
 from ..quantizers.fixed_point import round_activations
 from ..quantizers.packing import unpack_codes
 from .non_trainable import NonTrainableParameter
@@ -48,28 +47,6 @@ class LoadingState:
     is_read: bool = False
     # The quantizer's state in the shards loaded so far (``stored_state.py``).
     partial_state: dict[str, Tensor] = field(default_factory=dict)
-
-
-@with_known_signature
-class _AverageOverBlocks(torch.autograd.Function):
-    """Identity whose gradient is divided by the number of blocks of each centroid.
-
-    Autograd sums the gradients of a centroid's blocks; section 3.2 averages them:
-    c <- c - eta / |J_c| * sum over (k, l) in J_c of dL/db_kl.
-    """
-
-    @staticmethod
-    def forward(codebook: Tensor, counts: Tensor) -> Tensor:
-        return codebook.view_as(codebook)
-
-    @staticmethod
-    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1])
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):
-        (counts,) = ctx.saved_tensors
-        return gradient / counts.clamp(min=1).to(gradient.dtype)[:, None], None
 
 
 class PackedLayer(DynamicSubclass):
@@ -163,9 +140,8 @@ class PackedLayer(DynamicSubclass):
 
     def decode_rows(self, rows: Tensor | slice | None = None) -> Tensor:
         """Return the decoded matrix (rows, columns), or some of its rows."""
-        codes, state = self.codes(rows), self.state
-        if records_gradients() and "codebook" in state and state["codebook"].requires_grad:
-            state["codebook"] = _AverageOverBlocks.apply(state["codebook"], self.block_counts())
+        codes = self.codes(rows)
+        state = self.quantizer.averaging(self.state, self.block_counts)
         if rows is not None:
             state = self.quantizer.state_of_rows(state, rows)
         return self.quantizer.decode(codes, state)
@@ -175,8 +151,7 @@ class PackedLayer(DynamicSubclass):
         device = self.weight_indices.device
         quantizer: Any = self.quantizer  # has a codebook
         if self._counts is None or self._counts.device != device:
-            rows = quantizer.codebook_rows(self.codes()).reshape(-1).int()
-            counts = torch.bincount(rows, minlength=self.weight_codebook.shape[0])
+            counts = quantizer.block_counts(self.codes())
             object.__setattr__(self, "_counts", counts)
             return counts
         return self._counts

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
@@ -29,6 +29,7 @@ from ..distributed import (
 from ..quantizers.base import sum_of_squares
 from .activations import calibrate, require_batches, require_runs, rounds_inputs
 from .convert import pack_layer, pack_skeleton, packed_layers, packed_names
+from .fitted_weights import FittedWeight, FittedWeights
 from .importance import measure_importance, require_measurable
 from .plan import PlannedWeight, make_plan
 from .structural_changes import changed_copy, declare_shared, plan_structural_changes
@@ -55,6 +56,7 @@ class ModelPacker:
     Args:
         model: a dense model; its layers are converted in place.
         config: how to store it. It is copied; the copy's ``plan`` grows with each stage.
+        fitted: layer -> what its noise was fitted to, from which its quantization starts.
         on_all_ranks: whether all ranks of a distributed run pack the same model. Each rank then
             clusters a part of the weights and sends the result to the others.
 
@@ -68,9 +70,14 @@ class ModelPacker:
     """
 
     def __init__(
-        self, model: PreTrainedModel, config: QuantizedModelConfig, on_all_ranks: bool = False
+        self,
+        model: PreTrainedModel,
+        config: QuantizedModelConfig,
+        on_all_ranks: bool = False,
+        fitted: Mapping[nn.Module, FittedWeight] | None = None,
     ) -> None:
         self.on_all_ranks = on_all_ranks
+        self.fitted = FittedWeights({} if fitted is None else fitted)
         check_can_be_packed(model)
         self.model = model
         self.config = deepcopy(config)
@@ -134,6 +141,7 @@ class ModelPacker:
         With ``importance`` in the config, ``batches`` and ``forward`` are the calibration data of
         :func:`measure_importance`; the earlier stages are packed when it is measured.
         """
+        self.fitted.report(self.stages[stage])
         importance = self._importance(stage, batches, forward)
         errors: dict[str, float] = {}
         norms: list[float] = []
@@ -208,6 +216,7 @@ class ModelPacker:
                 seed=self.config.seed + number,
                 activation_bits=planned.activation_bits,
                 importance=importance,
+                fitted=self.fitted.start_of(planned),
             )
         except ValueError as reason:
             raise ValueError(f"cannot quantize {planned.layers[0].name}: {reason}") from reason

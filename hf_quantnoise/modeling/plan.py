@@ -20,6 +20,7 @@ from ..structure import (
     LayerInfo,
     find_layers,
     select_layers,
+    stage_of,
     unsupported_weights,
     weights_of,
 )
@@ -74,18 +75,6 @@ class PlannedWeight:
             if layer.name != first:
                 entries[layer.name]["tied_to"] = first
         return entries
-
-
-def stage_of(layer: LayerInfo, stages: Sequence[str | None]) -> str | bool | None:
-    """Return the stage of a layer (a regex takes precedence over a group), or False if none."""
-    for stage in stages:
-        if stage is None or stage in GROUPS:
-            continue
-        if compile_pattern("stages", stage).fullmatch(layer.name):
-            return stage
-    if layer.group in stages:
-        return layer.group
-    return None if None in stages else False
 
 
 def _why_not(layer: LayerInfo, quantizer: Quantizer, dense_bytes: int) -> str | None:

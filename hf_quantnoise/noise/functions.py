@@ -7,14 +7,14 @@ storage cannot disagree. A new noise is a registered subclass of :class:`NoiseFu
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..blocks import to_blocks
 from ..configuration import NOISES, QuantNoiseConfig
-from ..quantizers import FixedPointQuantizer, ProductQuantizer
+from ..quantizers import FixedPointQuantizer, ProductQuantizer, quantizer_from_dict
 from .block_mask import BlockMask
 
 
@@ -29,6 +29,8 @@ class NoiseFunction(ABC):
 
     Attributes:
         reads_block_size: False if the noise works on single weights.
+        zeroes: whether it sets blocks to zero.
+        learns: whether its state is trained (:class:`ProductNoise`).
         n_clusters: with ``block_selection="cluster"`` the number of clusters that J is sampled
             from; None if J is sampled from the blocks.
         refreshed: which refresh updates its state: ``"codebooks"``, ``"scales"`` or None.
@@ -36,6 +38,8 @@ class NoiseFunction(ABC):
     """
 
     reads_block_size: ClassVar[bool] = True
+    zeroes: ClassVar[bool] = False
+    learns: bool = False
     n_clusters: int | None = None
     refreshed: str | None = None
 
@@ -104,6 +108,8 @@ class BlockNoise(NoiseFunction):
 class ProxyNoise(BlockNoise):
     """phi_proxy(v) = 0: cheap, and close to the noise of product quantization (section 4.2)."""
 
+    zeroes = True
+
     def distort(self, matrix, chosen, rows=None):
         chosen.zero(to_blocks(matrix, self.block_size))
 
@@ -132,26 +138,78 @@ class MeanNoise(BlockNoise):
 class ProductNoise(BlockNoise):
     """phi_PQ(v) = the centroid of v (Eq. 9): exact product quantization of the blocks in J.
 
-    Codes are those of the last refresh: a block in J becomes ``codebook[codes]``. At p = 1, where
-    the forward reads nothing of the weight itself, blocks are encoded again in each forward, as QAT
+    Codes are those of the last refresh. At p = 1 with centroids that are not trained, where the
+    forward reads nothing of the weight itself, blocks are encoded again in each forward, as QAT
     requires. In a composition "pq" belongs first, so that it sees the dense weight.
+
+    With ``learn_codebooks`` the float state is a dict of parameters, and a refresh only encodes the
+    weight again.
     """
 
     needs_codes = True
 
+    def __init__(self, name, config, block_size, n_centroids):
+        super().__init__(name, config, block_size, n_centroids)
+        settings = config.pq_settings(block_size, n_centroids)
+        self.quantizer: Any = quantizer_from_dict(settings)
+        self.learns = config.learn_codebooks
+        self._counts: tuple[Tensor, Tensor] | None = None  # codes, and their block counts
+
+    def refresh(self, matrix, seed):
+        if not (self.learns and self.state):
+            super().refresh(matrix, seed)
+            if self.learns:
+                trained = self.state.keys() - self.quantizer.not_trained - {"codes"}
+                self.state |= {key: nn.Parameter(self.state[key]) for key in trained}
+        else:
+            self.state["codes"] = self.quantizer.encode(matrix, self.state)
+
+    def decode(self, rows: Tensor | None = None) -> Tensor:
+        """Return the quantized matrix, or some of its rows.
+
+        It is differentiable in the state. As in packed layers (section 3.2), a centroid gets the
+        sum over its blocks divided by |J_c|, the number of all its blocks.
+        """
+        state = self._state_on(self.state["codes"].device)
+        codes = state["codes"] if rows is None else state["codes"][rows]
+        state = self.quantizer.averaging(state, self._block_counts)
+        if rows is not None:
+            state = self.quantizer.state_of_rows(state, rows)
+        return self.quantizer.decode(codes, state)
+
+    @torch.no_grad()
+    def _block_counts(self) -> Tensor:
+        codes = self.state["codes"]
+        if self._counts is None or self._counts[0] is not codes:
+            self._counts = codes, self.quantizer.block_counts(codes)
+        return self._counts[1]
+
     def distort(self, matrix, chosen, rows=None):
         state = self._state_on(matrix.device)
         if chosen.is_full:
+            if rows is not None:
+                state = self.quantizer.state_of_rows(state, rows)
             matrix.copy_(self.quantizer.quantize(matrix, state))
-            return
-        codes = state["codes"] if rows is None else state["codes"][rows]
+        elif chosen.indices is not None and self._decodes_blocks:
+            codes = state["codes"] if rows is None else state["codes"][rows]
+            codes = codes.reshape(-1, 1).index_select(0, chosen.indices)
+            new = self.quantizer.decode(codes, state)
+            chosen.replace(to_blocks(matrix, self.block_size), lambda _: new)
+        else:
+            self.replace(matrix, chosen, self.decode(rows))
 
-        def new_values(indices: Tensor | None) -> Tensor:
-            if indices is None:
-                return self.quantizer.decode(codes, state).view(-1, self.block_size)
-            return self.quantizer.decode(codes.reshape(-1, 1).index_select(0, indices), state)
+    @property
+    def _decodes_blocks(self) -> bool:
+        """Whether a block can be decoded without its row."""
+        return self.quantizer.codes_per_block == 1 and not self.quantizer.row_scale
 
-        chosen.replace(to_blocks(matrix, self.block_size), new_values)
+    def replace(self, matrix: Tensor, chosen: BlockMask, decoded: Tensor) -> None:
+        """Replace the blocks of a matrix in J by those of the decoded matrix, in place."""
+        new = to_blocks(decoded, self.block_size)
+        chosen.replace(
+            to_blocks(matrix, self.block_size),
+            lambda indices: new if indices is None else new.index_select(0, indices),
+        )
 
 
 @NOISES.register(*(f"int{bits}" for bits in range(1, 9)))

@@ -144,10 +144,11 @@ def _plan(
     refused: Reasons = {}
     by_default: Reasons = {}
     rates = [rate for _, rate in config.noises]
+    zeroes = config.target_modules is None and any(NOISES[n].zeroes for n, _ in config.noises)
     for members in weights_of(layers):
         layer, names = members[0], tuple(member.name for member in members)
         tables = [m for m in members if isinstance(m.module, nn.Embedding)]
-        if config.target_modules is None and not all(table.input_table for table in tables):
+        if zeroes and not all(table.input_table for table in tables):
             by_default.update(dict.fromkeys(names, _SIDE_TABLE))
             continue
         reason = next(filter(None, map(_cannot_be_noised, members)), None)

@@ -15,7 +15,8 @@ from torch import Tensor
 from ..layer_types import LayerType
 from ..quantizers.base import StraightThrough
 from .block_mask import BlockMask, SharedMaskSampler, sample_mask
-from .functions import NoiseFunction
+from .functions import NoiseFunction, ProductNoise
+from .trained_centroids import TrainedBlocks, straight_through_both
 
 
 @dataclass(eq=False)
@@ -62,10 +63,13 @@ class WeightNoise:
                     "config)"
                 )
             copy = matrix.clone(memory_format=torch.contiguous_format)
+            trained = None
             for function, chosen in self._sample(self.rows, weight.device, member):
-                function.distort(copy, _as_blocks(function, chosen))
-            noisy = layer_type.from_matrix(copy, weight.shape)
-        return StraightThrough.apply(weight, noisy)
+                trained = _distort(function, copy, _as_blocks(function, chosen)) or trained
+        if trained is None:
+            return StraightThrough.apply(weight, layer_type.from_matrix(copy, weight.shape))
+        matrix = straight_through_both(layer_type.to_matrix(weight), copy, trained)
+        return layer_type.from_matrix(matrix, weight.shape)
 
     def noisy_rows(self, values: Tensor, ids: Tensor, member: int = 0) -> Tensor:
         """Return looked-up rows with noise; a repeated row gets the same noise each time.
@@ -78,15 +82,23 @@ class WeightNoise:
         n_rows = self.rows if tied else flat.numel()
         with torch.no_grad(), torch.autocast(values.device.type, enabled=False):
             copy = values.detach().reshape(-1, self.columns).clone()
+            trained = None
             for function, chosen in self._sample(n_rows, values.device, member):
                 if tied and function.n_clusters is None:
                     chosen = chosen.select_rows(flat, self.columns // function.block_size)
-                function.distort(copy, _as_blocks(function, chosen, flat), rows=flat)
+                blocks = _as_blocks(function, chosen, flat)
+                trained = _distort(function, copy, blocks, flat) or trained
             if not tied:
-                copy = copy[_first_occurrences(flat, self.rows)]
+                copy = copy[first := _first_occurrences(flat, self.rows)]
+                trained = trained and trained.of_rows(first)
+        if trained is None:
+            noisy = StraightThrough.apply(values, copy.view(values.shape))
+        else:
+            matrix = values.reshape(copy.shape)
+            noisy = straight_through_both(matrix, copy, trained).view(values.shape)
         # A copy, since the model may change the rows in place: autograd refuses that for views made
         # in a custom function, and the dense layer gives no view.
-        return StraightThrough.apply(values, copy.view(values.shape)).clone()
+        return noisy.clone()
 
     def _sample(
         self, rows: int, device: torch.device, member: int
@@ -99,6 +111,19 @@ class WeightNoise:
         else:
             masks = [sample_mask(count, p, device) for count, p in sizes]
         return zip([f for f, _ in active], masks, strict=True)
+
+
+def _distort(
+    function: NoiseFunction, matrix: Tensor, chosen: BlockMask, rows: Tensor | None = None
+) -> TrainedBlocks | None:
+    """Apply a noise function in place; return what it trains, if it does."""
+    if not isinstance(function, ProductNoise) or not function.learns:
+        function.distort(matrix, chosen, rows)
+        return None
+    with torch.enable_grad():
+        decoded = function.decode(rows)
+    function.replace(matrix, chosen, decoded.detach())
+    return TrainedBlocks(decoded, chosen, function.block_size)
 
 
 def _as_blocks(function: NoiseFunction, chosen: BlockMask, rows: Tensor | None = None) -> BlockMask:

@@ -174,6 +174,15 @@ class QuantNoiseState:
                 noise.seen, noise.range = count, widest if count else None
         self._ranges_are_shared = all(noise.seen >= noise.calibration for noise in noises)
 
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the centroids that are trained; empty without ``learn_codebooks``."""
+        return [
+            tensor
+            for _, noise in self._stateful_noises()
+            for tensor in noise.state.values()
+            if isinstance(tensor, nn.Parameter)
+        ]
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return all fitted tensors.
 
@@ -181,7 +190,7 @@ class QuantNoiseState:
         activations. Tied layers are stored under the first of them.
         """
         return {
-            f"{prefix}.{key}": tensor
+            f"{prefix}.{key}": tensor.detach()
             for prefix, noise in self._stateful_noises()
             for key, tensor in noise.state.items()
         }
@@ -206,10 +215,8 @@ class QuantNoiseState:
                     f"{tuple(tensor.shape)}; the tensors belong to another noise or model"
                 )
         for prefix, noise in self._stateful_noises():
-            noise.state = {
-                key: tensors[f"{prefix}.{key}"].detach().to(tensor, copy=True)
-                for key, tensor in noise.state.items()
-            }
+            loaded = {key: tensors[f"{prefix}.{key}"] for key in noise.state}
+            noise.state = {key: _loaded(noise.state[key], loaded[key]) for key in loaded}
         self._ranges_are_shared = False
 
     def _stateful_noises(self) -> Iterator[tuple[str, NoiseFunction | ActivationNoise]]:
@@ -232,13 +239,21 @@ class QuantNoiseState:
             with torch.autocast(matrix.device.type, enabled=False):
                 function.refresh(matrix, self.config.seed + position)
             for key, tensor in function.state.items():
-                function.state[key] = broadcast_from_rank_0(tensor)
+                function.state[key] = _loaded(tensor, broadcast_from_rank_0(tensor.detach()))
 
     def __repr__(self) -> str:
         return (
             f"QuantNoiseState(noise={self.config.noise!r}, p={self.p}, "
             f"{len(self.layers)} layers, {len(self.left_clean)} skipped)"
         )
+
+
+def _loaded(tensor: Tensor, values: Tensor) -> Tensor:
+    """Return a tensor with new values; the same one, if an optimizer may hold it."""
+    if not isinstance(tensor, nn.Parameter):
+        return values.detach().to(tensor, copy=True)
+    tensor.data.copy_(values)
+    return tensor
 
 
 def attach(model: nn.Module, state: QuantNoiseState) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -145,6 +146,15 @@ class Quantizer(ABC):
 
     def state_of_rows(self, state: dict[str, Tensor], rows: Tensor | slice) -> dict[str, Tensor]:
         """Return the part of a state that decodes some rows; the state itself if rows share it."""
+        return state
+
+    def averaging(
+        self, state: dict[str, Tensor], counts: Callable[[], Tensor]
+    ) -> dict[str, Tensor]:
+        """Return a state that decodes to the same, with averaged gradients; see section 3.2.
+
+        The state itself, for quantizers without centroids.
+        """
         return state
 
     def to_storage(self, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..blocks import to_blocks
@@ -21,38 +21,12 @@ from .base import (
     StraightThrough,
     largest_magnitude,
     require_finite,
-    with_known_signature,
 )
+from .centroid_gradients import AverageOverBlocks, Lookup
 from .fixed_point import FixedPointQuantizer
 from .kmeans import assign, kmeans
 from .packing import code_dtype
 from .row_scale import as_divisor, fit_row_scale, lost_rows
-
-
-@with_known_signature
-class _Lookup(torch.autograd.Function):
-    """codebook[codes], with a backward that sums the gradient over each centroid's blocks.
-
-    The same as ``F.embedding``, whose backward is several times slower for a small codebook.
-    """
-
-    @staticmethod
-    def forward(codebook: Tensor, codes: Tensor) -> Tensor:
-        return F.embedding(codes.int(), codebook)  # much faster than indexing
-
-    @staticmethod
-    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
-        codebook, codes = inputs
-        ctx.save_for_backward(codes)
-        ctx.n_centroids = len(codebook)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):
-        (codes,) = ctx.saved_tensors
-        blocks = gradient.reshape(-1, gradient.shape[-1])
-        total = blocks.new_zeros(ctx.n_centroids, blocks.shape[1], dtype=torch.float32)
-        total.index_add_(0, codes.reshape(-1).long(), blocks.float())
-        return total.to(gradient.dtype), None
 
 
 def _clamp_to_half(tensor: Tensor) -> Tensor:
@@ -177,7 +151,7 @@ class ProductQuantizer(Quantizer):
         return codes
 
     def decode(self, codes, state):
-        lookup = _Lookup.apply if records_gradients() else _Lookup.forward
+        lookup = Lookup.apply if records_gradients() else Lookup.forward
         blocks = lookup(self.centroids(state), self.codebook_rows(codes))
         if self.codes_per_block > 1:
             blocks = blocks.unflatten(-2, (-1, self.codes_per_block)).sum(-2)
@@ -213,6 +187,22 @@ class ProductQuantizer(Quantizer):
         codes = state["codebook"]
         decoded = self._eight_bits.decode(self._books(codes), _codebook_state(state))
         return {**state, "codebook": decoded.view_as(codes)}
+
+    def block_counts(self, codes: Tensor) -> Tensor:
+        """Return |J_c|, the number of blocks of each row of ``codebook``, for all codes."""
+        rows = self.codebook_rows(codes).reshape(-1).int()
+        return torch.bincount(rows, minlength=self.codes_per_block * self.n_centroids)
+
+    def averaging(
+        self, state: dict[str, Tensor], counts: Callable[[], Tensor]
+    ) -> dict[str, Tensor]:
+        """Return a state that decodes to the same; a centroid gets its blocks' mean gradient.
+
+        ``counts`` returns :meth:`block_counts`; it is called if gradients are recorded.
+        """
+        if not (records_gradients() and state["codebook"].requires_grad):
+            return state
+        return {**state, "codebook": AverageOverBlocks.apply(state["codebook"], counts())}
 
     def centroids(self, state: dict[str, Tensor]) -> Tensor:
         """Return the centroids as stored, shape (n_centroids, block_size); straight-through.

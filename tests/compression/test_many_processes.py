@@ -129,6 +129,39 @@ def test_fsdp2_equals_a_single_process(run, single):
         assert torch.equal(state[name], tensor), name
 
 
+# Codes are never renewed: a centroid that differs in its last bits could give a block another code.
+TRAINED_CENTROIDS = {
+    "noise": {"noise": "pq", "p": 1.0, "block_size": 4, "n_centroids": 16,
+              "learn_codebooks": True, "codebook_update": 1000, "target_modules": ".*"},
+    "teacher": True,
+    "config": {"stages": [".*"]},
+    "stages": {"stage_epochs": 0, "distill": False},
+    "arguments": {"optim": "adamw_torch", "learning_rate": 1e-3},
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@needs_gloo
+def test_trained_centroids_equal_those_of_a_single_process(run):
+    (single,) = run("single-trained", 1, **TRAINED_CENTROIDS)
+    one, other = run("two-trained", 2, **TRAINED_CENTROIDS)
+    assert_ranks_agree(one, other)
+    assert_close(one, single)
+    books = [name for name in one["noise"] if name.endswith("codebook")]
+    assert len(books) > 10
+    for name in books:  # the packed model has what was trained
+        packed = one["model"][name.replace(".0.codebook", ".weight_codebook")]
+        assert torch.equal(packed, one["noise"][name]), name
+
+
+@pytest.mark.slow
+@needs_gloo
+def test_trained_centroids_are_refused_under_fsdp(run):
+    arguments = TRAINED_CENTROIDS["arguments"] | FSDP2
+    with pytest.raises(AssertionError, match=r"learn_codebooks=True does not work under FSDP"):
+        run("refused", 2, **{**TRAINED_CENTROIDS, "arguments": arguments})
+
+
 @pytest.mark.slow
 @needs_gloo
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])

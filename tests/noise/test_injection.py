@@ -328,7 +328,7 @@ def test_apply_twice_raises():
         ),
         (
             {"noise": "pq", "n_centroids": 4096},
-            r"noise='pq' .*4 layers \(words: ",
+            r"noise='pq' .*5 layers \(words: ",
         ),
         ({"target_modules": ["query"]}, "target_modules='query'"),
         ({"exclude_modules": "words|up|down"}, "target_modules=None"),

@@ -100,7 +100,10 @@ def main():
     data = load_from_disk(str(folder / options.get("data", "data")))
     noise = QuantNoiseConfig(**options["noise"]) if "noise" in options else None
     model = load_model(options)
-    trainer = QuantNoiseTrainer(model, args, noise, train_dataset=data, eval_dataset=data)
+    trainer = QuantNoiseTrainer(
+        model, args, noise, train_dataset=data, eval_dataset=data,
+        teacher=make_stacked("bert", 3) if "teacher" in options else None,
+    )  # fmt: skip
     watch, clustered = Watch(), []
     real = packer.pack_layer
     packer.pack_layer = lambda *args, **kwargs: clustered.append(None) or real(*args, **kwargs)

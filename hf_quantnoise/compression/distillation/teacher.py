@@ -40,8 +40,8 @@ class Teacher:
     ) -> None:
         if teacher is student:
             raise ValueError(
-                "invalid teacher: it must not be the model being compressed; pass teacher=None to "
-                "use a frozen copy"
+                "invalid teacher: got the model that is trained, expected another one; pass "
+                "copy.deepcopy(model)"
             )
         self.args = args
         device = args.teacher_device or next(student.parameters()).device

@@ -24,10 +24,10 @@ from transformers import Trainer
 
 from ...compat import classes_kept_together, own_buffers, own_parameters, persistent_buffer_names
 from ...distributed import (
+    average_gradients,
     broadcast_from_rank_0,
     broadcast_object,
     full_tensor,
-    on_any_rank,
     sum_over_ranks,
 )
 from ...dynamic_subclass import DynamicSubclass
@@ -210,19 +210,8 @@ class ShardedCopy:
                 groups.append({**group, "params": moved})
 
     def average_gradients(self) -> None:
-        """Average the gradients of replicated parameters over the ranks.
-
-        Parameters that no rank has used keep no gradient, so that the optimizer neither moves nor
-        decays them. Call after the last backward of an optimizer step, on all ranks.
-        """
-        trained = [parameter for parameter in self._replicated if parameter.requires_grad]
-        used = on_any_rank([parameter.grad is not None for parameter in trained])
-        for parameter, is_used in zip(trained, used, strict=True):
-            if not is_used:
-                continue
-            if parameter.grad is None:  # on this rank
-                parameter.grad = torch.zeros_like(parameter)
-            sum_over_ranks(parameter.grad).div_(torch.distributed.get_world_size())
+        """Average the gradients of replicated parameters over the ranks, before a step."""
+        average_gradients(self._replicated)
 
     def spread_state(self, optimizer: torch.optim.Optimizer) -> None:
         """Broadcast the optimizer state of replicated parameters after loading; on all ranks.

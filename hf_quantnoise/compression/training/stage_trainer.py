@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 from torch import nn
 
@@ -14,10 +12,10 @@ from ...noise import find_state
 from ..arguments import CompressionArguments
 from ..checkpoints import MemoryCheckpoint
 from ..distillation.teacher import Teacher
-from .packed_trainer import PackedModelTrainer
+from .distilling_trainer import DistillingTrainer
 
 
-class StageTrainer(PackedModelTrainer):
+class StageTrainer(DistillingTrainer):
     """Finetunes a partly packed model with labels, a teacher, or both.
 
     Its checkpoints also hold the model as it is in memory, so that it resumes bit for bit.
@@ -42,14 +40,7 @@ class StageTrainer(PackedModelTrainer):
         super().__init__(*args, callbacks=callbacks, **kwargs)
         self.add_callback(MemoryCheckpoint(self))
         self.compression_args = compression_args
-        self.teacher = teacher
-        self._term_sums: dict[str, torch.Tensor] = {}
-        self._batches = 0
-        if teacher is not None:
-            # The loss below is a mean over the batch, so Trainer divides it by the accumulation
-            # steps.
-            self.model_accepts_loss_kwargs = False
-            self.loss_is_scaled_for_ga = False
+        self.set_teacher(teacher)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the optimizer; centroids with another learning rate get a parameter group."""
@@ -70,43 +61,9 @@ class StageTrainer(PackedModelTrainer):
         optimizer.add_param_group({"params": codebooks, "lr": rate, "weight_decay": 0.0})
         return optimizer
 
-    def train(self, *args, **kwargs):
-        """``Trainer.train``; computes attention maps if they are distilled."""
-        maps = nullcontext() if self.teacher is None else self.teacher.attention_maps(self.model)
-        with maps:
-            return super().train(*args, **kwargs)
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Return the loss of the labels combined with the distillation terms.
-
-        (1 - w) * labels + w * logits + v * hidden states + u * attention maps, with w, v and u from
-        the arguments; in eval mode the loss of the labels alone.
-        """
-        if self.teacher is None or not model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        self.teacher.prepare(self.model)
-        weight, kwargs = self.compression_args.distill_weight, self.teacher.forward_kwargs
-        if weight < 1:
-            loss, outputs = super().compute_loss(model, {**inputs, **kwargs}, return_outputs=True)
-        else:
-            without_labels = self.teacher.model_inputs(inputs, self.label_names)
-            loss, outputs = 0.0, model(**without_labels, **kwargs)
-        terms = self.teacher.loss_terms(self.unsharded_model, outputs, inputs, self.label_names)
-        loss = (1 - weight) * loss
-        for name, (term_weight, value) in terms.items():
-            loss = loss + term_weight * value
-            self._term_sums[name] = self._term_sums.get(name, 0.0) + value.detach()
-        self._batches += 1
-        return (loss, outputs) if return_outputs else loss
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the mean of each distillation term since the last log and the noise rates."""
         logs = dict(logs)
         if "loss" in logs and (state := find_state(self.model)) is not None:
             logs |= state.rates()
-        if "loss" in logs and self._batches:
-            for name, total in self._term_sums.items():
-                mean = self.accelerator.gather(total / self._batches).mean()
-                logs[f"teacher_{name}"] = mean.item()
-            self._term_sums, self._batches = {}, 0
         super().log(logs, start_time)

@@ -1,0 +1,60 @@
+"""Codebooks and codes of the noise of a model, handed to the compression run that follows."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ..modeling.fitted_weights import FittedWeight
+from ..noise import find_state
+from ..noise.functions import ProductNoise
+from ..quantizers import quantizer_from_dict
+
+FILE = "noise.safetensors"
+_CODES = "codes"
+
+FittedNoise = dict[nn.Module, FittedWeight]
+
+
+def fitted_noise(model: nn.Module) -> FittedNoise:
+    """Return codebooks, and codes if they were trained, of "pq" noise, by the first layer."""
+    state = find_state(model)
+    fitted: FittedNoise = {}
+    for weight in () if state is None else state.weights:
+        for _, noise in weight.noise.functions:
+            if isinstance(noise, ProductNoise):
+                tensors = {key: tensor.detach() for key, tensor in noise.state.items()}
+                codes = tensors.pop(_CODES)
+                fitted[weight.modules[0]] = FittedWeight(
+                    noise.quantizer, tensors, codes if noise.learns else None
+                )
+    return fitted
+
+
+def save_fitted_noise(fitted: FittedNoise, model: nn.Module, folder: str) -> dict[str, Any]:
+    """Write the tensors to a file in the folder; return layer name -> quantizer, for JSON."""
+    names = {module: name for name, module in model.named_modules()}
+    tensors = {}
+    for module, weight in fitted.items():
+        codes = {} if weight.codes is None else {_CODES: weight.codes}
+        for key, tensor in {**weight.state, **codes}.items():
+            tensors[f"{names[module]}.{key}"] = tensor.cpu().contiguous().clone()
+    if tensors:
+        save_file(tensors, os.path.join(folder, FILE))
+    return {names[module]: weight.quantizer.to_dict() for module, weight in fitted.items()}
+
+
+def load_fitted_noise(quantizers: dict[str, Any], model: nn.Module, folder: str) -> FittedNoise:
+    """Return what :func:`save_fitted_noise` has written, for a dense model of the same layers."""
+    tensors = load_file(os.path.join(folder, FILE)) if quantizers else {}
+    fitted: FittedNoise = {}
+    for name, settings in quantizers.items():
+        quantizer: Any = quantizer_from_dict(settings)
+        state = {key: tensors[f"{name}.{key}"] for key in quantizer.state_spec(1, 1)}
+        fitted[model.get_submodule(name)] = FittedWeight(
+            quantizer, state, tensors.get(f"{name}.{_CODES}")
+        )
+    return fitted

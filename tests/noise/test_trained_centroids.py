@@ -1,0 +1,97 @@
+"""Centroids that are trained with the model: their gradients, and codes that follow."""
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_quantnoise import QuantNoiseConfig, apply_quant_noise
+from hf_quantnoise.blocks import to_blocks, weight_matrix
+from hf_quantnoise.noise import find_state
+
+BLOCK = 4
+
+
+def noisy(layer, p):
+    """Return a model of one layer with trained centroids, and its noise."""
+    torch.manual_seed(0)
+    nn.init.normal_(layer.weight)
+    config = QuantNoiseConfig(
+        noise="pq", p=p, block_size=BLOCK, n_centroids=8, learn_codebooks=True, target_modules=".*"
+    )
+    model = apply_quant_noise(nn.Sequential(layer), config).train()
+    (weight,) = find_state(model).weights
+    return model, weight.noise.functions[0][1]
+
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(16, 24), lambda: torch.randn(5, 16)),
+    "conv1d": (lambda: Conv1D(24, 16), lambda: torch.randn(5, 16)),
+    "conv2d": (lambda: nn.Conv2d(8, 16, 1), lambda: torch.randn(2, 8, 3, 3)),
+    "embedding": (lambda: nn.Embedding(30, 16), lambda: torch.tensor([[3, 4, 3, 9, 4, 3]])),
+}
+
+
+@pytest.mark.parametrize("p", [0.4, 1.0])
+@pytest.mark.parametrize("name", LAYERS)
+def test_centroid_gradient_is_the_mean_over_its_noised_blocks(name, p):
+    make, inputs = LAYERS[name]
+    model, noise = noisy(make(), p)
+    layer = model[0]
+    seen = {}
+    decode, replace = noise.decode, noise.replace
+    noise.decode = lambda rows=None: (seen.update(rows=rows), decode(rows))[1]
+    noise.replace = lambda *args: (seen.update(chosen=args[1]), replace(*args))[1]
+    torch.manual_seed(1)
+    output = model(inputs())
+    output.square().sum().backward()
+    dense = weight_matrix(layer, layer.weight.grad).double()
+    codes = noise.state["codes"]
+    if name == "embedding":
+        # A repeated row has the noise of its first occurrence.
+        mask = torch.zeros(layer.num_embeddings, codes.shape[1], dtype=torch.bool)
+        rows, chosen = seen["rows"], seen["chosen"].as_mask().view(-1, codes.shape[1])
+        for position in reversed(range(len(rows))):
+            mask[rows[position]] = chosen[position] if not seen["chosen"].is_full else True
+    else:
+        mask = seen["chosen"].as_mask()
+    expected = torch.zeros(8, BLOCK, dtype=torch.float64)
+    for block, code, noised in zip(
+        to_blocks(dense, BLOCK), codes.reshape(-1).tolist(), mask.reshape(-1), strict=True
+    ):
+        expected[code] += block * noised
+    counts = torch.bincount(codes.reshape(-1).int(), minlength=8)
+    expected /= counts[:, None].clamp(min=1)
+    assert expected.abs().max() > 0.01
+    torch.testing.assert_close(
+        noise.state["codebook"].grad.double(), expected, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_weight_gradient_is_that_of_fixed_centroids():
+    gradients = []
+    for learn in (False, True):
+        torch.manual_seed(0)
+        layer = nn.Linear(16, 24)
+        config = QuantNoiseConfig(
+            noise="pq", p=0.4, block_size=BLOCK, n_centroids=8, learn_codebooks=learn
+        )
+        model = apply_quant_noise(nn.Sequential(layer), config).train()
+        torch.manual_seed(1)
+        model(torch.randn(5, 16)).square().sum().backward()
+        gradients.append(layer.weight.grad)
+    assert torch.equal(*gradients)
+
+
+def test_a_refresh_renews_codes_and_keeps_centroids():
+    model, noise = noisy(nn.Linear(16, 24), 1.0)
+    codebook, old = noise.state["codebook"], noise.state["codes"].clone()
+    before = codebook.detach().clone()
+    with torch.no_grad():
+        model[0].weight += 0.3 * torch.randn_like(model[0].weight)
+    find_state(model).refresh_codebooks()
+    assert noise.state["codebook"] is codebook
+    assert torch.equal(codebook, before)
+    distances = torch.cdist(to_blocks(model[0].weight, BLOCK).double(), before.double())
+    assert torch.equal(noise.state["codes"].reshape(-1).long(), distances.argmin(1))
+    assert not torch.equal(noise.state["codes"], old)
