@@ -1,0 +1,172 @@
+#!/usr/bin/env python
+"""Quality studies on GLUE: a finetuned MiniLM is compressed in several ways, with equal steps.
+
+    python benchmarks/quality/glue_compress.py --study settings --tasks cola \\
+      --data_dir ../shared/data
+
+Each run begins with the float32 model that ``glue_float32.py`` trained with the same seed, which is
+also the teacher. Settings are chosen by the held-out examples of the training file; dev is only
+reported. Each finished run appends one line; runs that are there are skipped.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import glue
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from glue_float32 import best_setting, folder_of
+from glue_studies import STUDIES
+from results_file import append_line, read_lines
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    HfArgumentParser,
+    PreTrainedModel,
+    TrainingArguments,
+)
+
+from hf_quantnoise import CompressionArguments, IPQConfig, QuantNoiseConfig, QuantNoiseTrainer
+
+
+@dataclass
+class Arguments:
+    """Selection of runs, and folders."""
+
+    study: str = field(metadata={"help": f"One of {', '.join(STUDIES)}."})
+    data_dir: str = field(metadata={"help": "Folder with one folder per task."})
+    start_results: str = field(
+        default="benchmarks/results/glue_float32.jsonl",
+        metadata={"help": "Rows of glue_float32.py."},
+    )
+    start_dir: str = field(
+        default="benchmarks/runs/float32", metadata={"help": "Folder of the float32 models."}
+    )
+    tasks: list[str] = field(default_factory=lambda: list(glue.TASKS), metadata={"help": "Tasks."})
+    seeds: list[int] = field(default_factory=lambda: [42], metadata={"help": "Seeds."})
+    methods: list[str] | None = field(default=None, metadata={"help": "Only these methods."})
+    sizes: list[str] | None = field(default=None, metadata={"help": "Only these sizes."})
+    results: str = field(
+        default="benchmarks/results/quality_glue.jsonl", metadata={"help": "One line per run."}
+    )
+
+
+def start_of(args: Arguments, task: str, seed: int) -> str:
+    """Return the folder of the float32 model of a task and seed."""
+    chosen = best_setting(args.start_results, task)
+    return folder_of(args.start_dir, {"task": task, "seed": seed, **chosen})
+
+
+def make_trainer(
+    args: Arguments, key: dict, start: str, teacher: PreTrainedModel, folder: str
+) -> QuantNoiseTrainer:
+    """Return the trainer of a run, whose model is the float32 model."""
+    seed, setting = key["seed"], key["setting"]
+    train = glue.load(args.data_dir, start, key["task"]).train
+    if limit := setting.get("examples"):
+        train = train.shuffle(seed=0).select(range(min(limit, len(train))))
+    noise = setting.get("noise")
+    training = TrainingArguments(
+        output_dir=folder, seed=seed, per_device_train_batch_size=32, weight_decay=0.01,
+        bf16=True, use_cpu=True, train_sampling_strategy="group_by_length", save_strategy="no",
+        logging_steps=1000, disable_tqdm=True, report_to="none", dataloader_pin_memory=False,
+        warmup_steps=0.06, learning_rate=setting["learning_rate"],
+        num_train_epochs=setting["noise_epochs"],
+    )  # fmt: skip
+    return QuantNoiseTrainer(
+        copy.deepcopy(teacher),
+        training,
+        None if noise is None else QuantNoiseConfig(seed=seed, **noise),
+        teacher=teacher,
+        compression_args=CompressionArguments(plots=False, **setting["compression"]),
+        train_dataset=train,
+        data_collator=DataCollatorWithPadding(AutoTokenizer.from_pretrained(start)),
+    )
+
+
+def figures_of_split(
+    task: glue.Task, split: Dataset, start: str, teacher: PreTrainedModel, small: PreTrainedModel
+) -> tuple[dict, dict, str]:
+    """Return figures of the small model, those of its teacher, and 1 for each correct example."""
+    expected, labels = glue.logits_of(teacher, split, start)
+    logits, _ = glue.logits_of(small, split, start)
+    log_p, log_q = F.log_softmax(expected, -1), F.log_softmax(logits, -1)
+    figures = glue.scores(task, logits, labels) | {
+        "divergence": F.kl_div(log_q, log_p, log_target=True, reduction="batchmean").item(),
+        "agreement": (expected.argmax(-1) == logits.argmax(-1)).float().mean().item(),
+    }
+    correct = "".join(str(int(c)) for c in logits.argmax(-1).numpy() == labels)
+    return figures, glue.scores(task, expected, labels), correct
+
+
+def run(args: Arguments, key: dict) -> dict:
+    """Compress one model; return its figures."""
+    start = start_of(args, key["task"], key["seed"])
+    teacher = AutoModelForSequenceClassification.from_pretrained(start, dtype=torch.float32)
+    torch.manual_seed(key["seed"])
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(args, key, start, teacher, folder)
+        if key["setting"]["noise_epochs"]:
+            trainer.train()
+        small = trainer.compress(IPQConfig(seed=key["seed"], **key["setting"]["config"]))
+        small.save_pretrained(folder)
+        figures = {
+            "seconds": time.monotonic() - begun,
+            "steps": trainer.compression_history[-1]["step"],
+            "bytes": weight_bytes(folder),
+            "float32_bytes": weight_bytes(start),
+        }
+        small = AutoModelForSequenceClassification.from_pretrained(folder)
+    data = glue.load(args.data_dir, start, key["task"])
+    for name in ("held_out", "dev"):
+        figures[name], figures[f"{name}_float32"], correct = figures_of_split(
+            glue.TASKS[key["task"]], getattr(data, name), start, teacher, small
+        )
+        figures[f"{name}_correct"] = correct
+    return figures
+
+
+def weight_bytes(folder: str) -> int:
+    """Return the size of the weight files in a folder."""
+    return sum(
+        os.path.getsize(os.path.join(folder, name))
+        for name in os.listdir(folder)
+        if name.endswith(".safetensors")
+    )
+
+
+def main() -> None:
+    """Run what is missing."""
+    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    for seed in args.seeds:
+        for task in args.tasks:
+            for size, method, setting in STUDIES[args.study](task):
+                if args.methods is not None and method not in args.methods:
+                    continue
+                if args.sizes is not None and size not in args.sizes:
+                    continue
+                key = {
+                    "study": args.study, "task": task, "model": "minilm", "method": method,
+                    "size": size, "seed": seed, "setting": setting,
+                }  # fmt: skip
+                if key in [line["key"] for line in read_lines(args.results)]:
+                    continue
+                figures = run(args, key)
+                append_line(args.results, key, figures)
+                short = {n: v for n, v in figures.items() if not n.endswith("_correct")}
+                print(task, size, method, seed, short, flush=True)
+
+
+if __name__ == "__main__":
+    main()
