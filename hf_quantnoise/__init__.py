@@ -5,6 +5,7 @@ Importing the package registers its format with transformers, so that ``from_pre
 compressed models.
 """
 
+from .batch_norm import update_bn_stats
 from .callback import QuantNoiseCallback
 from .compression import CompressionArguments, allocate_bits, quantize_model
 from .compression.bit_allocation.allocate import allot as allot
@@ -51,5 +52,6 @@ __all__ = [
     "quantize_model",
     "remove_quant_noise",
     "size_report",
+    "update_bn_stats",
     "write_model_card",
 ]

@@ -6,7 +6,8 @@ features (or the words of a vocabulary), columns are the input features of a row
 subvectors of the columns of ``W``.
 
 The columns of a convolution are its input channels, each with its kernel flattened, so that a block
-of the kernel's area is one kernel of one channel (section 7.8: 9 for 3 x 3).
+of the kernel's area is one kernel of one channel (section 7.8: 9 for 3 x 3). Larger kernels are cut
+into their rows (5 for 5 x 5).
 """
 
 from __future__ import annotations

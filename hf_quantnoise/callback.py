@@ -16,6 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from .argument_checks import require_instance, require_model
 from .configuration import NOISE_CONFIG_NAME, QuantNoiseConfig
 from .noise import QuantNoiseState, apply_quant_noise, find_state
+from .training_statistics import TrainingStatistics
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,8 @@ class QuantNoiseCallback(TrainerCallback):
         self.resume_folder: str | os.PathLike | None = None
         self._is_restored = False
         self._is_first_epoch = True  # of a call of train()
+        self._statistics: TrainingStatistics | None = None
+        self._measured_step = -1
 
     def prepare(self, model: nn.Module) -> None:
         """Apply the noise, unless the model has noise already."""
@@ -105,7 +108,8 @@ class QuantNoiseCallback(TrainerCallback):
 
         Raises:
             ValueError: if layers have to share weights that the optimizer already holds, or the
-                optimizer lacks centroids that are to be trained.
+                optimizer lacks centroids that are to be trained, or the model has BatchNorm and
+                cannot run a batch of training data by itself.
         """
         model = kwargs["model"]
         if self.config.share_layers != 1 and find_state(model) is None:
@@ -130,6 +134,11 @@ class QuantNoiseCallback(TrainerCallback):
                     folder,
                 )
         self.resume_folder, self._is_restored = None, False  # for a later call of train()
+        self._statistics = TrainingStatistics(
+            args, model, kwargs.get("train_dataloader"), self.config.batch_norm_batches
+        )
+        self._statistics.check()
+        self._measured_step = -1
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -172,20 +181,40 @@ class QuantNoiseCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Exchange observed ranges between ranks, and warn once about layers without noise."""
+        """Exchange observed ranges, warn about layers without noise, measure BatchNorm statistics.
+
+        The warning is logged once. The statistics are measured before an evaluation or a
+        checkpoint.
+        """
         noise = find_state(kwargs["model"])
         if noise is None:
             return
         noise.share_ranges()
         if state.global_step == REACH_STEPS:
             noise.note_unreached()
+        if control.should_evaluate or control.should_save:
+            self._update_statistics(state)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Measure the statistics of BatchNorm before an evaluation or a checkpoint."""
+        if control.should_evaluate or control.should_save:
+            self._update_statistics(state)
+
+    def _update_statistics(self, state: TrainerState) -> None:
+        if self._statistics is not None and state.global_step != self._measured_step:
+            self._measured_step = state.global_step
+            self._statistics.update()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Warn about layers that received no noise during the run."""
+        """Warn about layers without noise, and measure the statistics of BatchNorm."""
         if (noise := find_state(kwargs["model"])) is not None:
             noise.note_unreached()
+        self._update_statistics(state)
+        self._statistics = None
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

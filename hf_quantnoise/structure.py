@@ -263,13 +263,13 @@ def entry_for(value: int | dict[str, int], layer: LayerInfo) -> int | None:
 
 
 def block_size_of(value: int | dict[str, int], layer: LayerInfo) -> int | None:
-    """Return the block size of a layer: :func:`entry_for`, or the kernel area of a convolution.
+    """Return the block size of a layer: :func:`entry_for`, or the kernel block of a convolution.
 
-    The area (section 7.8) applies unless a regex matches the layer.
+    The latter (section 7.8) applies unless a regex matches the layer.
     """
-    size, area = entry_for(value, layer), layer.layer_type.kernel_area(layer.module)
+    size, block = entry_for(value, layer), layer.layer_type.kernel_block(layer.module)
     by_regex = isinstance(value, dict) and _key_for(value, layer) not in GROUPS
-    return size if size is None or area == 1 or by_regex else area
+    return size if size is None or block == 1 or by_regex else block
 
 
 def stage_of(layer: LayerInfo, stages: Sequence[str | None]) -> str | bool | None:

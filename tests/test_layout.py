@@ -32,6 +32,8 @@ LAYERS = (
     "quantizers",
     "noise",
     "modeling",
+    "batch_norm",
+    "training_statistics",
     "hub",
     "size",
     "export",

@@ -101,6 +101,12 @@ class CompressionArguments(Options):
     calibration_batches: Annotated[int, integer(1)] = option(
         8, "Training batches that set the scales of activation_bits and the importance of inputs."
     )
+    batch_norm_batches: Annotated[int, integer(0)] = option(
+        16,
+        "Training batches per process on which the statistics of BatchNorm are measured for the "
+        "packed weights: in each stage when it is packed, and again after finetuning. 0: keep "
+        "those of the training.",
+    )
     budget_batches: Annotated[int, integer(0)] = option(
         1,
         "Training batches for measuring sensitivities, if the config has a target size; 0 uses "

@@ -6,9 +6,12 @@ from collections.abc import Callable
 from itertools import islice
 
 import torch
+from transformers import set_seed
 
+from ..batch_norm import tracking_norms, warn_without_data
 from ..modeling.activations import calibrate
 from ..modeling.packer import ModelPacker, StageResult
+from ..training_statistics import TrainingStatistics
 from .training.stage_trainer import StageTrainer
 
 
@@ -20,9 +23,19 @@ def calibration_data(
     return batches, lambda batch: trainer.prediction_step(packer.planned, batch, False)
 
 
+def importance_data(trainer: StageTrainer, packer: ModelPacker, n_batches: int) -> tuple:
+    """Return the batches on which a stage weighs its errors, and the function; or nothing."""
+    if not packer.config.weighs_errors:
+        return ()
+    set_seed(trainer.args.seed)  # a resumed run has to draw the same batches
+    return calibration_data(trainer, packer, n_batches)
+
+
 def check_before_stages(trainer: StageTrainer, packer: ModelPacker, n_batches: int) -> None:
     """Raise ValueError if a weight cannot be packed, or inputs to be measured do not exist."""
     packer.check_weights()
+    if trainer.train_dataset is None:
+        warn_without_data(packer.model, "the trainer has no train_dataset; pass one")
     if packer.config.reads_data:
         with torch.random.fork_rng():  # as if no data had been read
             packer.require_runs(*calibration_data(trainer, packer, n_batches))
@@ -35,3 +48,17 @@ def calibrate_stage(
     layers = [packer.model.get_submodule(name) for name in packed.layers]
     if any(layer.activation_bits is not None for layer in layers):
         calibrate(packer.model, layers, *calibration_data(trainer, packer, n_batches))
+
+
+def training_statistics(trainer: StageTrainer, n_batches: int) -> TrainingStatistics:
+    """Return what measures the statistics of BatchNorm on the training data of a trainer."""
+    model, loader = trainer.model, None
+    if trainer.train_dataset is None or not tracking_norms(model):
+        n_batches = 0
+    if n_batches:
+        loader = trainer.get_train_dataloader()
+
+    def forward(batch: object) -> object:
+        return trainer.prediction_step(model, batch, False)
+
+    return TrainingStatistics(trainer.args, model, loader, n_batches, forward)

@@ -5,11 +5,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..argument_checks import read_batches, require_instance, require_weights
+from ..argument_checks import read_batches, require_instance, require_weights, run_batch
+from ..batch_norm import (
+    Statistics,
+    bn_stats_of_packed_weights,
+    measure_bn_stats,
+    tracking_norms,
+    warn_without_data,
+)
 from ..configuration import QuantizedModelConfig
 from ..modeling import packed_layers
 from ..modeling.activations import calibrate, require_batches
@@ -20,6 +28,8 @@ from .bit_allocation.allocate import resolve_target
 from .fitted_noise import fitted_noise
 
 logger = logging.getLogger(__name__)
+
+_BATCHES = "pass batches for which model(**batch) works, of 2 examples or more for BatchNorm"
 
 
 def remove_noise(model: nn.Module, config: QuantizedModelConfig) -> QuantizedModelConfig:
@@ -48,7 +58,8 @@ def quantize_model(
         progress: show progress bars, and the bit allocation for a target size.
         calibration_data: a few batches, each the keyword arguments of a forward. Required if
             ``config.activation_bits`` is set (section 7.7) or ``config.importance`` is
-            ``"activations"``, and used to measure sensitivities for a target size.
+            ``"activations"``, used to measure sensitivities for a target size, and how packing
+            changes the statistics of BatchNorm.
 
     Returns:
         The same object, packed. ``save_pretrained``, ``push_to_hub`` and ``Trainer`` work as usual.
@@ -70,20 +81,28 @@ def quantize_model(
     )  # fmt: skip
     require_weights(model)
     batches = []
-    if config.reads_data or config.target:
+    if config.reads_data or config.target or tracking_norms(model):
         batches = read_batches("calibration_data", calibration_data)
     elif calibration_data is not None:
         logger.warning(
             "calibration_data is not used: the config has neither activation_bits, nor "
-            "importance='activations', nor a target size"
+            "importance='activations', nor a target size, and the model has no BatchNorm"
         )
+    if not batches:
+        warn_without_data(model, "there is no calibration_data; pass a few training batches")
     if config.reads_data:
         require_batches(batches, config.reads_data)
+
+    def measure() -> Statistics:
+        run = partial(run_batch, model, field="calibration_data", way_out=_BATCHES)
+        return measure_bn_stats(model, batches, run) if batches else {}
+
     with ModelSnapshot(model):
         fitted = fitted_noise(model)
         config = resolve_target(model, remove_noise(model, config), batches, progress)
         packer = ModelPacker(model, config, fitted=fitted)
         packer.require_runs(batches)
-        packer.pack_all(progress, batches)
+        with bn_stats_of_packed_weights(model, measure):
+            packer.pack_all(progress, batches)
         calibrate(model, [layer for _, layer in packed_layers(model)], batches)
     return model

@@ -16,10 +16,11 @@ from typing import Any
 
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, Trainer, set_seed
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
 
+from ..batch_norm import bn_stats_of_packed_weights
 from ..compat import prepare_inputs, undo_accelerate_prepare
 from ..configuration import QuantizedModelConfig, QuantNoiseConfig
 from ..modeling.packer import ModelPacker
@@ -28,7 +29,7 @@ from ..modeling.rollback import ModelSnapshot
 from ..noise import apply_quant_noise, noised_layers, remove_quant_noise
 from .arguments import CompressionArguments
 from .bit_allocation.allocate import resolve_target
-from .calibration import calibrate_stage, calibration_data, check_before_stages
+from .calibration import calibrate_stage, check_before_stages, importance_data, training_statistics
 from .checkpoints import FOLDER, SavedStage, StageCheckpoints, load_in_memory_tensors
 from .distillation.teacher import Teacher
 from .fingerprint import Fingerprint, require_same_settings, settings_fingerprint
@@ -207,25 +208,24 @@ class CompressionPipeline:
         start = time.perf_counter()
         pending = [name for later in self.stages[number:] for name in self.packer.layers_of(later)]
         noise = pending_noise(self.noise_config, self.noised, pending)
+        statistics = training_statistics(self.evaluator, self.args.batch_norm_batches)
         with ModelSnapshot(self.model):
-            data, n_batches = (), self.args.calibration_batches
-            if self.config.weighs_errors:
-                set_seed(self.trainer.args.seed)  # a resumed run has to draw the same batches
-                data = calibration_data(self.evaluator, self.packer, n_batches)
+            data = importance_data(self.evaluator, self.packer, self.args.calibration_batches)
             self.packer.check_weights(stage)  # training has changed them
-            packed = self.packer.pack_stage(stage, self._progress, *data)
+            with bn_stats_of_packed_weights(self.model, statistics.measure):
+                packed = self.packer.pack_stage(stage, self._progress, *data)
             stage_trainer = self._make_trainer(stage, number, noise)
-            calibrate_stage(stage_trainer, self.packer, packed, n_batches)
+            calibrate_stage(stage_trainer, self.packer, packed, self.args.calibration_batches)
         self._before.release()  # training changes the tensors that it holds
         log_errors(self.trainer, packed.errors, number)
         finetuning = packed_metric = {}
         if self.args.settings_of(stage).trains:
             packed_metric = evaluate_packed(stage_trainer)
-            checkpoint = self.files.checkpoint(number)
             if noise is not None:
                 apply_quant_noise(self.model, noise)
-            finetuning = stage_trainer.train(resume_from_checkpoint=checkpoint).metrics
+            finetuning = stage_trainer.train(self.files.checkpoint(number)).metrics
             remove_quant_noise(self.model).eval()
+            statistics.update()
             self.packer.config.weights_id = None  # a checkpoint's, which training has left behind
         self._evaluate(_name(stage), stage_trainer, start, packed, finetuning, packed_metric)
         self._save(number)

@@ -74,9 +74,9 @@ class QuantNoiseConfig(HubConfigMixin, Options):
         8,
         "Number of weights per block, or a dict from structure group (ffn, attention, embeddings, "
         "head, conv) or regex for full layer names to it. Layers that match no key get no noise. "
-        "Convolutions with kernels larger than 1x1 use the area of the kernel (section 7.8: 9 for "
-        "3x3), unless a regex sets another size. intN noise works on single weights and ignores "
-        "this.",
+        "Convolutions with kernels larger than 1x1 use the area of the kernel, or its width if the "
+        "area is above 9 (section 7.8: 9 for 3x3, 5 for 5x5), unless a regex sets another size. "
+        "intN noise works on single weights and ignores this.",
     )
     n_centroids: Annotated[int | dict[str, int], sizes(2, MAX_CENTROIDS)] = option(
         256,
@@ -109,6 +109,13 @@ class QuantNoiseConfig(HubConfigMixin, Options):
     scale_update_steps: Annotated[int, integer(1)] = option(
         10, "Optimizer steps between updates of scale and zero point of intN noise."
     )
+    batch_norm_batches: Annotated[int, integer(0)] = option(
+        16,
+        "Training batches per process on which the statistics of BatchNorm are measured for the "
+        "weights without noise: before each evaluation and checkpoint, and after training. A batch "
+        "takes about a third of a training step. 0: keep those of the noisy weights. It needs the "
+        "trainer or the callback.",
+    )
     observer: Annotated[str, one_of(OBSERVERS)] = option(
         "minmax",
         "Quantization range of intN noise: 'minmax' (of the weight), 'channel' (one range per "
@@ -140,8 +147,8 @@ class QuantNoiseConfig(HubConfigMixin, Options):
     target_modules: Annotated[str | list[str] | None, patterns] = option(
         None,
         "Layers that get noise: a regex for full names, or a list of names and suffixes, as in "
-        "PEFT. None: all layers; 'proxy' noise skips position and type embeddings (it could set "
-        "all inputs of a LayerNorm to zero).",
+        "PEFT. None: all layers except squeeze-and-excitation blocks (section 7.8); 'proxy' noise "
+        "skips position and type embeddings, too (it could set all inputs of a LayerNorm to zero).",
     )
     exclude_modules: Annotated[str | list[str] | None, patterns] = option(
         None, "Layers that get no noise; same form as target_modules."

@@ -19,6 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
 from ..argument_checks import as_float_dtype, require_instance
+from ..batch_norm import warn_without_data
 from ..compat import (
     DisableTorchFunction,
     has_adapter,
@@ -138,6 +139,7 @@ class QuantNoiseHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs):
         if not self.pre_quantized:
             _require_in_memory(model)
+            warn_without_data(model, "from_pretrained has no data; use quantize_model")
             model.is_quantized = False  # the packer takes dense models, and marks it
             ModelPacker(model, self.quantization_config).pack_all()
             release_files(model)
@@ -243,17 +245,14 @@ def _set_quantized(model: PreTrainedModel, value: bool) -> None:
 
 def _require_no_data(config: QuantizedModelConfig) -> None:
     """Raise if a config needs more than the dense checkpoint that is being loaded."""
-    call = "load the dense model without quantization_config and use quantize_model(model, "
+    call = "load the dense model without quantization_config and use quantize_model(model, config"
+    data = "calibration_data=[batch, ...]"
     if config.reads_data:
-        raise ValueError(
-            f"{config.reads_data} needs data, and from_pretrained has none; {call}config, "
-            "calibration_data=[batch, ...]) or QuantNoiseTrainer"
-        )
+        reason = f"{config.reads_data} needs data, and from_pretrained has none"
+        raise ValueError(f"{reason}; {call}, {data}) or QuantNoiseTrainer")
     if config.target:
-        raise ValueError(
-            f"{config.target}: from_pretrained does not allocate bits; {call}config), with "
-            "calibration_data=[batch, ...] if there is data, or QuantNoiseTrainer"
-        )
+        reason = f"{config.target}: from_pretrained does not allocate bits"
+        raise ValueError(f"{reason}; {call}), with {data} if there is data, or QuantNoiseTrainer")
 
 
 def _drop_replaced_layers(model: PreTrainedModel, config: QuantizedModelConfig) -> None:

@@ -1,4 +1,4 @@
-"""Convolutions: each row is an output channel, each block (of the kernel's area) one kernel."""
+"""Convolutions: each row is an output channel, each block one kernel or a row of it."""
 
 from __future__ import annotations
 
@@ -26,19 +26,28 @@ def convolution_type(layer_class: type[nn.Module]) -> LayerType:
         packed_forward=layer_class,  # it reads the weight once
         input_energy=_input_energy,
         group="conv",
-        kernel_area=_kernel_area,
+        kernel_block=_kernel_block,
         input_size=lambda layer: int(layer.in_channels),
         features_last=False,
     )
 
 
-def _kernel_area(layer: nn.Module) -> int:
-    """Return the number of weights of a kernel, or 1 if the layer is a Linear on other inputs.
+# Kernels with more weights are cut into their rows.
+MAX_KERNEL_BLOCK = 9
 
-    The latter are kernels of one element and patches that do not overlap (a ViT's embedding).
+
+def _kernel_block(layer: nn.Module) -> int:
+    """Return the number of weights of a kernel or of a row of it, or 1 if any block size will do.
+
+    Section 7.8 has blocks of 9 for 3 x 3 kernels, and of 5 for 5 x 5. Any block size will do if the
+    layer is a Linear on other inputs: kernels of one element, and patches that do not overlap (a
+    ViT's embedding).
     """
     kernel, stride = tuple(layer.kernel_size), tuple(layer.stride)
-    return 1 if stride == kernel and layer.groups == 1 else math.prod(kernel)
+    if stride == kernel and layer.groups == 1:
+        return 1
+    area = math.prod(kernel)
+    return int(kernel[-1]) if area > MAX_KERNEL_BLOCK and kernel[-1] > 1 else area
 
 
 def _input_energy(layer: nn.Module, inputs: Tensor) -> Tensor:

@@ -39,8 +39,8 @@ class LayerType:
             layers; for ``importance="activations"``. None if there is no such value.
         group: the structure group (one of ``GROUPS``) outside of attention; None for ``"ffn"``
             inside of repeated layers and ``"head"`` elsewhere.
-        kernel_area: layer -> number of weights of one convolution kernel, which is its block size
-            (section 7.8); 1 if any block size will do.
+        kernel_block: layer -> number of weights of a convolution kernel, or of one row of a large
+            kernel, which is its block size (section 7.8); 1 if any block size will do.
         input_size: layer -> number of values that enter it per position; None for the columns.
         features_last: whether inputs of three dimensions are (batch, positions, features), so that
             padding can be excluded from statistics.
@@ -53,7 +53,7 @@ class LayerType:
     packed_forward: type[nn.Module] | None = None
     input_energy: Callable[[nn.Module, Tensor], Tensor] | None = None
     group: str | None = None
-    kernel_area: Callable[[nn.Module], int] = lambda layer: 1
+    kernel_block: Callable[[nn.Module], int] = lambda layer: 1
     input_size: Callable[[nn.Module], int] | None = None
     features_last: bool = True
     is_table: bool = False
@@ -66,7 +66,7 @@ class LayerType:
         if forward is not None and not is_class:
             name = self.layer_class.__name__
             raise self._invalid("packed_forward", forward, f"{name}, a subclass of it, or None")
-        for field in ("to_matrix", "from_matrix", "kernel_area"):
+        for field in ("to_matrix", "from_matrix", "kernel_block"):
             if not callable(value := getattr(self, field)):
                 raise self._invalid(field, value, "a function")
         for field in ("input_energy", "input_size"):

@@ -100,6 +100,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+@contextmanager
+def without_rounding(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Let packed layers take their inputs as they are inside the context."""
+    bits = [(layer, layer.activation_bits) for layer in layers]
+    for layer, _ in bits:
+        layer.activation_bits = None
+    try:
+        yield
+    finally:
+        for layer, own in bits:
+            layer.activation_bits = own
+
+
 @torch.no_grad()
 def require_runs(
     model: nn.Module,
@@ -147,12 +160,10 @@ def calibrate(
         return
     require_batches(batches)
     forward = forward or (lambda batch: run_batch(model, batch))
-    with evaluating(model), ExitStack() as restored:
+    with evaluating(model), without_rounding(observers), ExitStack() as hooks:
         for layer, observer in observers.items():
             hook = layer.register_forward_pre_hook(observer.observe, with_kwargs=True)
-            restored.enter_context(hook)
-            restored.callback(setattr, layer, "activation_bits", layer.activation_bits)
-            layer.activation_bits = None  # inputs are measured without rounding
+            hooks.enter_context(hook)
         for batch in batches:
             forward(batch)
         _share_ranges(model, observers)

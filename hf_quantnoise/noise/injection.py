@@ -24,6 +24,7 @@ from .functions import NoiseFunction
 from .layerdrop import LayerDrop, droppable_chunks, make_droppable, make_undroppable
 from .layers import LayerNoise, is_noisy, make_noisy, remove_noise
 from .operator import WeightNoise
+from .squeeze_excitation import squeeze_excitation_layers
 from .state import NoisedWeight, QuantNoiseState, attach, detach, find_state
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,11 @@ Reasons = dict[str, str]  # layer name -> why it gets no noise
 _SIDE_TABLE = (
     "a table other than the input embeddings (position, type): zeroed rows can make an all-zero "
     "vector before a LayerNorm; name it in target_modules to apply noise to it"
+)
+
+_SQUEEZE_EXCITATION = (
+    "a layer of a squeeze-and-excitation block, which scales each channel (section 7.8); "
+    "name it in target_modules to apply noise to it"
 )
 
 
@@ -93,7 +99,7 @@ def _fitted_state(
 ) -> QuantNoiseState:
     """Return the state of a model whose layers share already, codebooks and scales fitted."""
     layers = select_layers(model, qn_config.target_modules, qn_config.exclude_modules)
-    weights, refused, by_default = _plan(layers, qn_config)
+    weights, refused, by_default = _plan(model, layers, qn_config)
     if not weights:
         raise ValueError(_no_layer_message(layers, qn_config, {**by_default, **refused}))
     if refused:
@@ -113,7 +119,7 @@ def _fitted_state(
 def noised_layers(model: nn.Module, qn_config: QuantNoiseConfig) -> list[str]:
     """Return the names of the layers that :func:`apply_quant_noise` would apply noise to."""
     layers = select_layers(model, qn_config.target_modules, qn_config.exclude_modules)
-    return [name for weight in _plan(layers, qn_config)[0] for name in weight.names]
+    return [name for weight in _plan(model, layers, qn_config)[0] for name in weight.names]
 
 
 def remove_quant_noise(model: nn.Module) -> nn.Module:
@@ -137,19 +143,24 @@ def remove_quant_noise(model: nn.Module) -> nn.Module:
 
 
 def _plan(
-    layers: list[LayerInfo], config: QuantNoiseConfig
+    model: nn.Module, layers: list[LayerInfo], config: QuantNoiseConfig
 ) -> tuple[list[NoisedWeight], Reasons, Reasons]:
     """Return the noised weights, the refused layers, and those skipped by default."""
     weights: list[NoisedWeight] = []
     refused: Reasons = {}
     by_default: Reasons = {}
     rates = [rate for _, rate in config.noises]
-    zeroes = config.target_modules is None and any(NOISES[n].zeroes for n, _ in config.noises)
+    by_form = config.target_modules is None
+    zeroes = by_form and any(NOISES[name].zeroes for name, _ in config.noises)
+    gates = squeeze_excitation_layers(model, find_layers(model)) if by_form else set()
     for members in weights_of(layers):
         layer, names = members[0], tuple(member.name for member in members)
         tables = [m for m in members if isinstance(m.module, nn.Embedding)]
         if zeroes and not all(table.input_table for table in tables):
             by_default.update(dict.fromkeys(names, _SIDE_TABLE))
+            continue
+        if not gates.isdisjoint(names):
+            by_default.update(dict.fromkeys(names, _SQUEEZE_EXCITATION))
             continue
         reason = next(filter(None, map(_cannot_be_noised, members)), None)
         functions, reasons = ([], [reason]) if reason else _functions_for(layer, config)

@@ -102,6 +102,7 @@ NOISE_FLAGS = {
     "layerdrop_ste": "layerdrop_ste",
     "codebook_update": "codebook_update",
     "scale_update_steps": "scale_update_steps",
+    "batch_norm_batches": "noise_batch_norm_batches",
     "activation_calibration": "activation_calibration",
     "target_modules": "noise_target_modules",
     "exclude_modules": "noise_exclude_modules",

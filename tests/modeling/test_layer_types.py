@@ -53,7 +53,7 @@ def test_convolutions_of_model_are_packed_and_reported(name, tmp_path):
         layer, original = model.get_submodule(layer_name), dense.get_submodule(layer_name)
         assert type(original) is nn.Conv1d and is_packed(layer)
         assert stored.plan[layer_name]["group"] == "conv"
-        area = known_layer_type(original).kernel_area(original)
+        area = known_layer_type(original).kernel_block(original)
         assert stored.plan[layer_name]["block_size"] == area
         row = rows[f"{layer_name}.weight"]
         assert row.dense_bytes == original.weight.nbytes > row.disk_bytes
@@ -93,7 +93,7 @@ def test_conv1d_packed_forward_matches_dense(name):
     torch.manual_seed(0)
     layer = LAYERS[name]()
     dense, inputs = copy.deepcopy(layer), torch.randn(3, layer.in_channels, 20)
-    pack_layer(layer, ProductQuantizer(known_layer_type(layer).kernel_area(layer), 8))
+    pack_layer(layer, ProductQuantizer(known_layer_type(layer).kernel_block(layer), 8))
     dense.weight.data.copy_(layer.weight.detach())
     assert torch.equal(layer(inputs), dense(inputs))
     layer(inputs).square().sum().backward()

@@ -31,12 +31,14 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("conv", "area"),
+    ("conv", "block"),
     [
         (nn.Conv2d(16, 8, 1), 1),
         (nn.Conv2d(16, 8, 1, groups=4), 1),
         (nn.Conv2d(16, 16, 3, groups=16), 9),
-        (nn.Conv2d(16, 16, 5, stride=2, padding=2, groups=16), 25),
+        (nn.Conv2d(16, 16, 5, stride=2, padding=2, groups=16), 5),
+        (nn.Conv2d(3, 8, 7, stride=2), 7),
+        (nn.Conv2d(3, 8, (11, 1)), 11),
         (nn.Conv2d(16, 8, 3, dilation=2), 9),
         (nn.Conv2d(16, 8, 3, groups=2), 9),
         (nn.Conv2d(16, 8, (1, 3)), 3),
@@ -46,20 +48,26 @@ def logits(model: nn.Module) -> torch.Tensor:
         (nn.Conv1d(8, 16, 4, stride=4, groups=2), 4),
     ],
 )
-def test_block_size_of_convolutions(conv, area):
+def test_block_size_of_convolutions(conv, block):
     (layer,) = find_layers(nn.Sequential(conv))
-    assert layer.layer_type.kernel_area(conv) == area
+    assert layer.layer_type.kernel_block(conv) == block
     assert layer.group == "conv"
-    expected = 4 if area == 1 else area
+    expected = 4 if block == 1 else block
     assert block_size_of(4, layer) == expected
     assert block_size_of({"conv": 4}, layer) == expected
     assert block_size_of({"conv": 4, ".*": 2}, layer) == 2
     assert block_size_of({"ffn": 4}, layer) is None
 
 
-def test_block_of_kernel_area_is_one_kernel():
+def test_block_of_kernel_block_is_one_kernel():
     conv = nn.Conv2d(6, 4, 3, groups=2)
     blocks = to_blocks(weight_matrix(conv), 9).view(4, 3, 3, 3)
+    assert torch.equal(blocks, conv.weight)
+
+
+def test_block_of_large_kernel_is_one_row_of_it():
+    conv = nn.Conv2d(4, 4, 5, groups=4)
+    blocks = to_blocks(weight_matrix(conv), 5).view(4, 1, 5, 5)
     assert torch.equal(blocks, conv.weight)
 
 

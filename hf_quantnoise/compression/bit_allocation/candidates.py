@@ -106,8 +106,8 @@ def candidates_for(
 def _settings_of(layer: LayerInfo, config: IPQConfig) -> Iterator[dict[str, Any]]:
     default = replace(config, block_size=4, n_centroids=256, layer_quantizers={})
     base = default.quantizer_settings(layer) or {}
-    area = layer.layer_type.kernel_area(layer.module)
-    for size in [area] if area > 1 else BLOCK_SIZES:
+    block = layer.layer_type.kernel_block(layer.module)
+    for size in [block] if block > 1 else BLOCK_SIZES:
         for centroids in CENTROIDS:
             yield {**base, "block_size": size, "n_centroids": centroids}
     for bits in BITS:

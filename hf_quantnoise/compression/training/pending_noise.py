@@ -42,4 +42,5 @@ def pending_noise(
         p_schedule="constant",
         layerdrop=0.0,
         share_layers=1,
+        batch_norm_batches=0,  # the stage measures the statistics after its training
     )

@@ -263,7 +263,7 @@ def test_missing_attention_maps_and_student_as_teacher_are_refused(tmp_path):
 
 def test_hidden_states_of_a_convolutional_model_are_distilled(tmp_path, monkeypatch):
     logs = StageLogs(monkeypatch)
-    arguments = CompressionArguments(stage_epochs=8, distill_hidden=1.0)
+    arguments = CompressionArguments(stage_epochs=16, distill_hidden=1.0)
     make_task_trainer(tmp_path, "resnet").compress(CONV, arguments)
     values = logs.of("teacher_hidden")
     assert sum(values[-2:]) < 0.8 * sum(values[:2])
