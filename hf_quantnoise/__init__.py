@@ -21,6 +21,7 @@ from .hub.auto import (
     AutoQuantizedModelForSequenceClassification,
     AutoQuantizedModelForTokenClassification,
 )
+from .lookups import count_lookups
 from .noise import apply_quant_noise, remove_quant_noise
 from .publishing import QuantNoiseCard, push_to_hub, write_model_card
 from .size import size_report
@@ -46,6 +47,7 @@ __all__ = [
     "__version__",
     "allocate_bits",
     "apply_quant_noise",
+    "count_lookups",
     "export_aqlm",
     "export_onnx",
     "push_to_hub",

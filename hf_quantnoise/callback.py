@@ -15,6 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .argument_checks import require_instance, require_model
 from .configuration import NOISE_CONFIG_NAME, QuantNoiseConfig
+from .lookups import Lookups
 from .noise import QuantNoiseState, apply_quant_noise, find_state
 from .training_statistics import TrainingStatistics
 
@@ -36,6 +37,7 @@ class QuantNoiseCallback(TrainerCallback):
 
     Args:
         config: which noise to apply; see :class:`QuantNoiseConfig`.
+        lookups: :func:`count_lookups`, if ``config.frequent_rows`` is set.
 
     Attributes:
         resume_folder: checkpoint that the noise is restored from when training begins; None uses
@@ -45,12 +47,13 @@ class QuantNoiseCallback(TrainerCallback):
         TypeError: if ``config`` is not a :class:`QuantNoiseConfig`.
     """
 
-    def __init__(self, config: QuantNoiseConfig) -> None:
+    def __init__(self, config: QuantNoiseConfig, lookups: Lookups | None = None) -> None:
         require_instance(
             "config", config, QuantNoiseConfig, "a QuantNoiseConfig",
             "pass e.g. QuantNoiseConfig(noise='proxy', p=0.1)",
         )  # fmt: skip
         self.config = config
+        self.lookups = lookups
         self.resume_folder: str | os.PathLike | None = None
         self._is_restored = False
         self._is_first_epoch = True  # of a call of train()
@@ -61,7 +64,7 @@ class QuantNoiseCallback(TrainerCallback):
         """Apply the noise, unless the model has noise already."""
         require_model(model, nn.Module)
         if find_state(model) is None:
-            apply_quant_noise(model, self.config)
+            apply_quant_noise(model, self.config, self.lookups)
 
     def save(self, model: nn.Module, folder: str | os.PathLike) -> None:
         """Write the config and the fitted codebooks and scales to a checkpoint folder."""
@@ -71,7 +74,7 @@ class QuantNoiseCallback(TrainerCallback):
         tensors = {name: tensor.contiguous() for name, tensor in state.state_dict().items()}
         if tensors:
             save_file(tensors, os.path.join(folder, STATE_NAME))
-        self.config.save_pretrained(folder)  # last, since load() checks for it
+        state.config.save_pretrained(folder)  # last, since load() checks for it
 
     def checkpoint_files(self, model: nn.Module) -> tuple[str, ...]:
         """Return the names of the files without which the noise would have to be fitted again."""

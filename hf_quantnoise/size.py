@@ -157,7 +157,6 @@ def _dense_row(name: str, tensor: Tensor, group: str) -> SizeRow:
 def _packed_row(name: str, layer: PackedLayer, group: str, disk: dict[str, Tensor]) -> SizeRow:
     quantizer, input_size = layer.quantizer, known_layer_type(layer).input_size
     inputs = layer.columns if input_size is None else input_size(layer)
-    codes = layer.rows * layer.codes_per_row
     state_bits = sum(
         8 * dtype.itemsize * math.prod(shape)
         for shape, dtype in quantizer.state_spec(layer.rows, layer.columns).values()
@@ -167,7 +166,7 @@ def _packed_row(name: str, layer: PackedLayer, group: str, disk: dict[str, Tenso
         group=group,
         stored=quantizer.short_name,
         shape=(layer.rows, layer.columns),
-        formula_bytes=math.ceil((state_bits + quantizer.code_bits * codes) / 8),
+        formula_bytes=math.ceil((state_bits + quantizer.code_bits * layer.n_codes) / 8),
         disk_bytes=sum(disk[f"{name}.{tensor}"].nbytes for tensor in packed_names(layer)),
         memory_bytes=sum(getattr(layer, tensor).nbytes for tensor in packed_names(layer)),
         dense_bytes=4 * layer.rows * layer.columns,

@@ -14,6 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from .argument_checks import describe, require_dataset
 from .callback import QuantNoiseCallback
 from .compression import CompressionArguments, CompressionPipeline
+from .compression.calibration import lookups_in_training
 from .compression.checkpoints import FOLDER
 from .compression.reporting.plots import PLOTS, plot_compression
 from .compression.reporting.record import StageRecord
@@ -141,6 +142,8 @@ class QuantNoiseTrainer(PublishingMixin, DistillingTrainer):
         if self.noise_callback is None:
             self.noise_callback = QuantNoiseCallback(self.qn_config)
             self.add_callback(self.noise_callback)
+        args = self.compression_args
+        self.noise_callback.lookups = lookups_in_training(self, model, self.qn_config, args)
         self.noise_callback.prepare(model)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:

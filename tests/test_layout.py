@@ -29,6 +29,7 @@ LAYERS = (
     "pruning",
     "repository",
     "configuration",
+    "lookups",
     "quantizers",
     "noise",
     "modeling",

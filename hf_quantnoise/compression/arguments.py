@@ -107,6 +107,9 @@ class CompressionArguments(Options):
         "packed weights: in each stage when it is packed, and again after finetuning. 0: keep "
         "those of the training.",
     )
+    lookup_batches: Annotated[int, integer(1)] = option(
+        2000, "Training batches whose tokens are counted for frequent_rows, at most."
+    )
     budget_batches: Annotated[int, integer(0)] = option(
         1,
         "Training batches for measuring sensitivities, if the config has a target size; 0 uses "

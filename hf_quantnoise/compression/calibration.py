@@ -1,18 +1,46 @@
-"""Calibration data of a compression run: the first training batches of a stage."""
+"""Calibration data of a compression run: the first training batches."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
+from typing import Any
 
 import torch
-from transformers import set_seed
+from torch import nn
+from transformers import Trainer, set_seed
 
 from ..batch_norm import tracking_norms, warn_without_data
+from ..compat import prepare_inputs
+from ..configuration import QuantizedModelConfig, QuantNoiseConfig
+from ..lookups import Lookups
 from ..modeling.activations import calibrate
 from ..modeling.packer import ModelPacker, StageResult
 from ..training_statistics import TrainingStatistics
+from .arguments import CompressionArguments
+from .fitted_noise import lookups_for
 from .training.stage_trainer import StageTrainer
+
+
+def training_batches(trainer: Trainer, n_batches: int) -> Iterator[Mapping[str, Any]]:
+    """Yield the first training batches; the data loader is created for the first one."""
+    if trainer.train_dataset is not None:
+        for batch in islice(trainer.get_train_dataloader(), n_batches):
+            yield prepare_inputs(trainer, batch)
+
+
+def lookups_in_training(
+    trainer: Trainer,
+    model: nn.Module,
+    config: QuantizedModelConfig | QuantNoiseConfig,
+    args: CompressionArguments,
+) -> Lookups:
+    """Return :func:`lookups_for` the training batches, the same in a resumed run."""
+    progress = trainer.is_world_process_zero() and not trainer.args.disable_tqdm
+    with torch.random.fork_rng():  # as if no data had been read
+        torch.manual_seed(trainer.args.seed)
+        batches = training_batches(trainer, args.lookup_batches)
+        return lookups_for(model, config, batches, progress)
 
 
 def calibration_data(
@@ -36,7 +64,7 @@ def check_before_stages(trainer: StageTrainer, packer: ModelPacker, n_batches: i
     packer.check_weights()
     if trainer.train_dataset is None:
         warn_without_data(packer.model, "the trainer has no train_dataset; pass one")
-    if packer.config.reads_data:
+    if packer.config.reads_inputs:
         with torch.random.fork_rng():  # as if no data had been read
             packer.require_runs(*calibration_data(trainer, packer, n_batches))
 

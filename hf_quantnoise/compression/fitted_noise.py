@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ..configuration import QuantizedModelConfig, QuantNoiseConfig
+from ..lookups import Lookups, count_lookups
 from ..modeling.fitted_weights import FittedWeight
 from ..noise import find_state
 from ..noise.functions import ProductNoise
@@ -17,6 +20,29 @@ FILE = "noise.safetensors"
 _CODES = "codes"
 
 FittedNoise = dict[nn.Module, FittedWeight]
+
+
+def data_needed_by(config: QuantizedModelConfig, model: nn.Module) -> str | None:
+    """Return the field of a config that needs data to pack a model, or None.
+
+    Lookups that the noise of the model has need not be counted again.
+    """
+    noise = find_state(model)
+    has_lookups = noise is not None and bool(noise.lookups)
+    return config.reads_inputs or (None if has_lookups else config.counts_lookups)
+
+
+def lookups_for(
+    model: nn.Module,
+    config: QuantizedModelConfig | QuantNoiseConfig,
+    batches: Iterable[Mapping[str, Any]],
+    progress: bool = False,
+) -> Lookups:
+    """Return the lookups that the model's noise has, or those in the batches; {} if not needed."""
+    noise = find_state(model)
+    if noise is not None and noise.lookups:
+        return noise.lookups
+    return count_lookups(model, batches, progress) if config.counts_lookups else {}
 
 
 def fitted_noise(model: nn.Module) -> FittedNoise:

@@ -19,13 +19,14 @@ from ..batch_norm import (
     warn_without_data,
 )
 from ..configuration import QuantizedModelConfig
+from ..lookups import with_number_of_rows
 from ..modeling import packed_layers
 from ..modeling.activations import calibrate, require_batches
 from ..modeling.packer import ModelPacker, check_can_be_packed
 from ..modeling.rollback import ModelSnapshot
 from ..noise import find_state, remove_quant_noise
 from .bit_allocation.allocate import resolve_target
-from .fitted_noise import fitted_noise
+from .fitted_noise import data_needed_by, fitted_noise, lookups_for
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +58,9 @@ def quantize_model(
         config: :class:`IPQConfig` or :class:`FixedPointConfig`.
         progress: show progress bars, and the bit allocation for a target size.
         calibration_data: a few batches, each the keyword arguments of a forward. Required if
-            ``config.activation_bits`` is set (section 7.7) or ``config.importance`` is
-            ``"activations"``, used to measure sensitivities for a target size, and how packing
+            ``config.activation_bits`` is set (section 7.7), ``config.importance`` is
+            ``"activations"`` or ``config.frequent_rows`` is set (whose lookups the model's noise
+            may have counted); used to measure sensitivities for a target size, and how packing
             changes the statistics of BatchNorm.
 
     Returns:
@@ -80,18 +82,21 @@ def quantize_model(
         "call e.g. quantize_model(model, IPQConfig(block_size=4))",
     )  # fmt: skip
     require_weights(model)
-    batches = []
-    if config.reads_data or config.target or tracking_norms(model):
+    batches, required_by = [], data_needed_by(config, model)
+    if required_by or config.target or tracking_norms(model):
         batches = read_batches("calibration_data", calibration_data)
     elif calibration_data is not None:
-        logger.warning(
-            "calibration_data is not used: the config has neither activation_bits, nor "
-            "importance='activations', nor a target size, and the model has no BatchNorm"
-        )
+        reason = "the noise of the model has counted the lookups"
+        if not config.counts_lookups:
+            reason = (
+                "the config has neither activation_bits, nor importance='activations', nor "
+                "frequent_rows, nor a target size, and the model has no BatchNorm"
+            )
+        logger.warning("calibration_data is not used: %s", reason)
     if not batches:
         warn_without_data(model, "there is no calibration_data; pass a few training batches")
-    if config.reads_data:
-        require_batches(batches, config.reads_data)
+    if required_by:
+        require_batches(batches, required_by)
 
     def measure() -> Statistics:
         run = partial(run_batch, model, field="calibration_data", way_out=_BATCHES)
@@ -99,8 +104,10 @@ def quantize_model(
 
     with ModelSnapshot(model):
         fitted = fitted_noise(model)
-        config = resolve_target(model, remove_noise(model, config), batches, progress)
-        packer = ModelPacker(model, config, fitted=fitted)
+        lookups = lookups_for(model, config, batches)
+        config = with_number_of_rows(remove_noise(model, config), lookups)
+        config = resolve_target(model, config, batches, progress, lookups=lookups)
+        packer = ModelPacker(model, config, fitted=fitted, lookups=lookups)
         packer.require_runs(batches)
         with bn_stats_of_packed_weights(model, measure):
             packer.pack_all(progress, batches)

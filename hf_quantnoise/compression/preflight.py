@@ -19,6 +19,7 @@ from ..modeling.activations import require_batches
 from ..modeling.packer import check_can_be_packed
 from ..modeling.plan import stages_for
 from .arguments import CompressionArguments
+from .fitted_noise import data_needed_by
 from .training.pending_noise import noise_to_keep
 
 # They follow evaluations, but a stage is not evaluated during training.
@@ -88,8 +89,8 @@ def check_compression(
                 "train_dataset=None: compress finetunes between stages; pass a train_dataset to "
                 "the trainer, or set CompressionArguments(stage_epochs=0)"
             )
-        if config.reads_data:
-            require_batches([], config.reads_data)
+        if field := data_needed_by(config, model):
+            require_batches([], field)
     if trains:
         require_dataset("train_dataset", trainer.train_dataset)
         if has_length(trainer.train_dataset) and not len(trainer.train_dataset):

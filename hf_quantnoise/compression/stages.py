@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import replace
-from itertools import islice
 from typing import Any
 
 from torch import nn
@@ -21,15 +20,23 @@ from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
 
 from ..batch_norm import bn_stats_of_packed_weights
-from ..compat import prepare_inputs, undo_accelerate_prepare
+from ..compat import undo_accelerate_prepare
 from ..configuration import QuantizedModelConfig, QuantNoiseConfig
+from ..lookups import with_number_of_rows
 from ..modeling.packer import ModelPacker
 from ..modeling.plan import stages_for
 from ..modeling.rollback import ModelSnapshot
 from ..noise import apply_quant_noise, noised_layers, remove_quant_noise
 from .arguments import CompressionArguments
 from .bit_allocation.allocate import resolve_target
-from .calibration import calibrate_stage, check_before_stages, importance_data, training_statistics
+from .calibration import (
+    calibrate_stage,
+    check_before_stages,
+    importance_data,
+    lookups_in_training,
+    training_batches,
+    training_statistics,
+)
 from .checkpoints import FOLDER, SavedStage, StageCheckpoints, load_in_memory_tensors
 from .distillation.teacher import Teacher
 from .fingerprint import Fingerprint, require_same_settings, settings_fingerprint
@@ -127,10 +134,11 @@ class CompressionPipeline:
     def _start(self) -> int:
         """Evaluate and save the dense model, and prepare the first stage."""
         fitted = fitted_noise(self.model)
-        config = remove_noise(self.model, self.config)
-        batches = self._budget_batches()
-        config = resolve_target(self.model, config, batches, self._progress, table=True)
-        self.packer = ModelPacker(self.model, config, on_all_ranks=True, fitted=fitted)
+        lookups = lookups_in_training(self.trainer, self.model, self.config, self.args)
+        config = with_number_of_rows(remove_noise(self.model, self.config), lookups)
+        batches = training_batches(self.trainer, self.args.budget_batches)
+        config = resolve_target(self.model, config, batches, self._progress, True, lookups)
+        self.packer = ModelPacker(self.model, config, True, fitted=fitted, lookups=lookups)
         self.evaluator = self._make_trainer(None, 0)
         check_before_stages(self.evaluator, self.packer, self.args.calibration_batches)
         start = time.perf_counter()
@@ -139,13 +147,6 @@ class CompressionPipeline:
         self._make_teacher()
         self._restructure()
         return 0
-
-    def _budget_batches(self) -> Iterator[Mapping[str, Any]]:
-        """Yield training batches; the data loader is created for the first one."""
-        if self.trainer.train_dataset is not None:
-            batches = self.trainer.get_train_dataloader()
-            for batch in islice(batches, self.args.budget_batches):
-                yield prepare_inputs(self.trainer, batch)
 
     def _saved_stages(self) -> list[SavedStage]:
         """Return the saved stages of an interrupted run, the dense model first.
@@ -166,12 +167,13 @@ class CompressionPipeline:
 
     def _restore(self, saved: list[SavedStage]) -> int:
         """Restore model, teacher and records as they were after the newest finished stage."""
+        lookups = lookups_in_training(self.trainer, self.model, self.config, self.args)
         remove_quant_noise(self.model)
         load_in_memory_tensors(self.model, saved[0].tensors())
         newest = saved[-1]
         config = QuantizedModelConfig.from_dict(newest.content["config"])
         fitted = saved[0].fitted_noise(self.model)
-        self.packer = ModelPacker(self.model, config, on_all_ranks=True, fitted=fitted)
+        self.packer = ModelPacker(self.model, config, True, fitted, lookups)
         for content in newest.content["history"]:
             record = StageRecord(**content)
             self.trainer.state.global_step = record.step
@@ -197,8 +199,7 @@ class CompressionPipeline:
     def _restructure(self, record: bool = True) -> None:
         start = time.perf_counter()
         self.packer.change_structure()
-        noise = self.noise_config
-        self.noised = [] if noise is None else noised_layers(self.model, noise)
+        self.noised = noised_layers(self.model, self.noise_config) if self.noise_config else []
         if self.packer.structural_changes and record:
             self._evaluate("restructured", self.evaluator, start)
 
@@ -222,7 +223,7 @@ class CompressionPipeline:
         if self.args.settings_of(stage).trains:
             packed_metric = evaluate_packed(stage_trainer)
             if noise is not None:
-                apply_quant_noise(self.model, noise)
+                apply_quant_noise(self.model, noise, self.packer.lookups)
             finetuning = stage_trainer.train(self.files.checkpoint(number)).metrics
             remove_quant_noise(self.model).eval()
             statistics.update()
@@ -235,8 +236,7 @@ class CompressionPipeline:
     def _evaluate(self, name: str, trainer: StageTrainer, start: float, *results: Any) -> None:
         """Evaluate the model and record the results of a stage; see :func:`measure_stage`."""
         record = measure_stage(name, trainer, start, *results)
-        # The evaluation has prepared the model, which must not last.
-        undo_accelerate_prepare(self.model)
+        undo_accelerate_prepare(self.model)  # the evaluation has prepared it
         trainer.accelerator.free_memory()
         self._add_record(record)
 

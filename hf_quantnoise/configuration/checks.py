@@ -77,6 +77,13 @@ non_negative = number("a number of at least 0", lambda value: 0 <= value < float
 fraction = number("a number from 0 to 1", lambda value: 0 <= value <= 1)
 
 
+def rows_or_share(name: str, value: Any) -> None:
+    """A number of rows, or the share of lookups that they serve."""
+    is_share = isinstance(value, float) and 0 < value <= 1
+    if not is_share and not (is_int(value) and 1 <= value <= 2**31):
+        raise invalid(name, value, "a number of rows (8000), or a share of the lookups (0.96)")
+
+
 def one_of(choices: Iterable) -> Check:
     """One of some values; a registry may get more of them later."""
 
@@ -84,6 +91,18 @@ def one_of(choices: Iterable) -> Check:
         known = list(choices)
         if not any(type(value) is type(choice) and value == choice for choice in known):
             raise invalid(name, value, f"one of {', '.join(map(repr, known))}")
+
+    return check
+
+
+def list_of(of_value: Check, low: int, high: int) -> Check:
+    """A list of ``low`` to ``high`` checked values."""
+
+    def check(name: str, value: Any) -> None:
+        if not isinstance(value, list | tuple) or not low <= len(value) <= high:
+            raise invalid(name, value, f"a list of {low} to {high} values")
+        for number, entry in enumerate(value):
+            of_value(f"{name}[{number}]", entry)
 
     return check
 

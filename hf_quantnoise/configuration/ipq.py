@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 from torch import nn
 
 from ..structure import GROUPS, block_size_of, entry_for, select_layers, stage_of
-from .checks import boolean, integer, invalid, one_of, positive, regex, sizes
+from .checks import boolean, integer, invalid, one_of, positive, regex, rows_or_share, sizes
 from .entries import MAX_BLOCK_SIZE, MAX_CENTROIDS
 from .layer_quantizers import checked_layer_quantizers
 from .options import documented, option
+from .row_groups import in_row_groups, of_two_groups
 from .storage import SCHEMES, QuantizedModelConfig
 
 # Stages in their order if a config names none; see IPQConfig.stage_groups.
@@ -74,6 +75,15 @@ class IPQConfig(QuantizedModelConfig):
         "With 2, a block is the sum of one centroid from each of two codebooks, found by beam "
         "search and stored as two codes. Blocks of 8 then take as many bits as blocks of 4 with 1.",
     )
+    frequent_rows: Annotated[int | float | None, rows_or_share] = option(
+        None,
+        "Store tables of token ids in two groups of rows: this number of the most frequent rows in "
+        "the training data in blocks of block_size, the others in blocks of rare_block_size. A "
+        "fraction (0.96) is the share of the lookups that frequent rows serve. None: one group.",
+    )
+    rare_block_size: Annotated[int, integer(1, MAX_BLOCK_SIZE)] = option(
+        32, "Number of weights per block of the rows that are not frequent; see frequent_rows."
+    )
     target_size_mb: Annotated[float | None, positive] = option(
         None,
         "Maximum size of model.safetensors in MB (10^6 bytes). Block size, number of centroids or "
@@ -128,34 +138,62 @@ class IPQConfig(QuantizedModelConfig):
     def weighs_errors(self) -> bool:
         return self.importance != "none"
 
+    @property
+    def counts_lookups(self) -> str | None:
+        if self.frequent_rows is not None:
+            return "frequent_rows"
+        by_name = self.layer_quantizers.values()
+        in_groups = any(settings["scheme"] == "row_groups" for settings in by_name)
+        return "layer_quantizers" if in_groups else None
+
     def noise_settings(self, model: nn.Module | None = None) -> dict[str, Any]:
-        sizes = ("block_size", "n_centroids")
         return {
             "noise": "proxy",
-            **{
-                name: self._with_names(name) if model is None else self._by_layer(name, model)
-                for name in sizes
-            },
+            **(self._by_group() if model is None else self._by_layer(model)),
             "codebook_bits": self.codebook_bits,
             "row_scale": self.row_scale,
             "n_codebooks": self.n_codebooks,
             **super().noise_settings(model),
         }
 
-    def _by_layer(self, name: str, model: nn.Module) -> dict[str, int]:
-        """Return a setting of each product-quantized layer: regex -> value."""
+    def _by_group(self) -> dict[str, Any]:
+        """Return block sizes, codebook sizes and groups of rows, for layers of any model."""
+        if (field := self.counts_lookups) and self.layer_quantizers:
+            raise ValueError(
+                f"cannot match {field}={getattr(self, field)!r} together with layer_quantizers "
+                "without a model; use QuantNoiseConfig.matching(config, model)"
+            )
+        return {
+            "block_size": self._with_names("block_size"),
+            "n_centroids": self._with_names("n_centroids"),
+            "frequent_rows": self.frequent_rows,
+            "rare_block_size": self.rare_block_size,
+        }
+
+    def _by_layer(self, model: nn.Module) -> dict[str, Any]:
+        """Return the same for each product-quantized layer of a model: regex -> value."""
+        groups: dict[str, Any] = {}
+        if isinstance(self.frequent_rows, float):  # the same share for all tables
+            if self.layer_quantizers:
+                raise ValueError(
+                    f"cannot match frequent_rows={self.frequent_rows!r} together with "
+                    "layer_quantizers; pass a number of rows (frequent_rows=8000)"
+                )
+            groups = self._by_group()
         layers = select_layers(model, self.target_modules, self.exclude_modules)
         stages = self.stage_groups({layer.group for layer in layers})
+        config = replace(self, frequent_rows=None) if groups else self
         stored = {
-            layer.name: self.quantizer_settings(layer) or {}
+            re.escape(layer.name): of_two_groups(layer.name, settings)
             for layer in layers
             if stage_of(layer, stages) is not False
+            and (settings := config.quantizer_settings(layer))
         }
-        return {
-            re.escape(layer): settings[name]
-            for layer, settings in stored.items()
-            if name in settings
+        fields = {
+            name: {regex: own[name] for regex, own in stored.items() if name in own}
+            for name in ("block_size", "n_centroids", "frequent_rows", "rare_block_size")
         }
+        return {**groups, **{name: values for name, values in fields.items() if values}}
 
     def _with_names(self, name: str) -> int | dict[str, int]:
         """Return a setting together with its values in ``layer_quantizers``."""
@@ -194,7 +232,7 @@ class IPQConfig(QuantizedModelConfig):
         n_centroids = entry_for(self.n_centroids, layer)
         if block_size is None or n_centroids is None:
             return None
-        return {
+        settings = {
             "scheme": "pq" if self.n_codebooks == 1 else "additive",
             "block_size": block_size,
             "n_centroids": n_centroids,
@@ -202,6 +240,7 @@ class IPQConfig(QuantizedModelConfig):
             "n_iter": self.kmeans_iter,
             "row_scale": self.row_scale,
         }
+        return in_row_groups(settings, layer, self.frequent_rows, self.rare_block_size)
 
     @property
     def has_default_stages(self) -> bool:

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..argument_checks import require_instance, require_model
 from ..registry import Registry
+from ..structure import entry_for
 from .checks import (
     boolean,
     fraction,
@@ -24,6 +25,7 @@ from .checks import (
 from .entries import MAX_BLOCK_SIZE, MAX_CENTROIDS
 from .hub_files import HubConfigMixin
 from .options import Options, documented, from_file, option
+from .row_groups import in_row_groups, rows_by_layer
 from .storage import OBSERVERS, QuantizedModelConfig
 
 NOISE_CONFIG_NAME = "quant_noise_config.json"
@@ -106,6 +108,14 @@ class QuantNoiseConfig(HubConfigMixin, Options):
     n_codebooks: Annotated[int, one_of((1, 2))] = option(
         1, "Codebooks per weight of 'pq', as in IPQConfig."
     )
+    frequent_rows: Annotated[int | float | dict[str, int] | None, rows_by_layer] = option(
+        None,
+        "Tables of token ids in two groups of rows with their own blocks and codebooks, as in "
+        "IPQConfig; or a dict, like block_size, to the number of frequent rows.",
+    )
+    rare_block_size: Annotated[int | dict[str, int], sizes(1, MAX_BLOCK_SIZE)] = option(
+        32, "Number of weights per block of the other rows; int or dict, like block_size."
+    )
     scale_update_steps: Annotated[int, integer(1)] = option(
         10, "Optimizer steps between updates of scale and zero point of intN noise."
     )
@@ -183,6 +193,14 @@ class QuantNoiseConfig(HubConfigMixin, Options):
                 f"invalid block_selection='cluster' with n_codebooks={self.n_codebooks}: a block "
                 "belongs to one cluster; set n_codebooks=1, or block_selection='all'"
             )
+        if self.frequent_rows is not None and (
+            self.block_selection == "cluster" or "mean" in names
+        ):
+            raise ValueError(
+                f"invalid frequent_rows={self.frequent_rows!r} with noise={self.noise!r} and "
+                f"block_selection={self.block_selection!r}: a mean block, and clusters, have one "
+                "block size; use 'pq' or 'proxy' and block_selection='all', or frequent_rows=None"
+            )
 
     def _names_and_rates(self) -> tuple[list[str], list[float]]:
         names = list(self.noise) if isinstance(self.noise, list | tuple) else [self.noise]
@@ -198,6 +216,16 @@ class QuantNoiseConfig(HubConfigMixin, Options):
             "codebook_bits": self.codebook_bits,
             "row_scale": self.row_scale,
         }
+
+    def in_row_groups(self, settings: dict[str, Any], layer: Any) -> dict[str, Any]:
+        """Return the quantizer settings of a layer's noise, in groups of rows if it has them."""
+        groups: tuple[Any, Any] = (self.frequent_rows, self.rare_block_size)
+        return in_row_groups(settings, layer, *(entry_for(value, layer) for value in groups))
+
+    @property
+    def counts_lookups(self) -> str | None:
+        """Name of the field that needs the number of lookups of each row of a table, or None."""
+        return None if self.frequent_rows is None else "frequent_rows"
 
     @property
     def noises(self) -> list[tuple[str, float]]:

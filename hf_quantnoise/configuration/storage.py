@@ -27,13 +27,13 @@ from .checks import (
     patterns,
     reason,
 )
-from .entries import plan_entries
+from .entries import QUANTIZERS, plan_entries
 from .hub_files import HubConfigMixin
 from .options import Options, documented, from_file, option
 
 QUANT_METHOD = "hf_quantnoise"
 # Layout on disk -> the first version of the package that reads it.
-FORMATS = {1: "0.1.0"}
+FORMATS = {1: "0.1.0", 2: "0.2.0"}
 FORMAT_VERSION = max(FORMATS)
 # Keys that are written into config.json next to the fields, partly for people who open it.
 HEAD = ("quant_method", "scheme", "how_to_load", "requires")
@@ -111,8 +111,9 @@ class QuantizedModelConfig(HubConfigMixin, Options, QuantizationConfigMixin):
         "files of different saves are not loaded together.",
     )
     format_version: int = option(
-        FORMAT_VERSION,
-        "Version of the layout on disk. A newer one is an error that names the version to install.",
+        1,
+        "Version of the layout on disk. A newer one is an error that names the version to install. "
+        "Saving raises it to 2 if a layer is stored in a way that version 1 lacks (row_groups).",
     )
 
     scheme: ClassVar[str] = ""
@@ -145,9 +146,19 @@ class QuantizedModelConfig(HubConfigMixin, Options, QuantizationConfigMixin):
     @property
     def reads_data(self) -> str | None:
         """Name of the field that needs calibration data, or None."""
+        return self.reads_inputs or self.counts_lookups
+
+    @property
+    def reads_inputs(self) -> str | None:
+        """Name of the field that needs the inputs of layers, on calibration data, or None."""
         if self.weighs_errors:
             return "importance"
         return None if self.activation_bits is None else "activation_bits"
+
+    @property
+    def counts_lookups(self) -> str | None:
+        """Name of the field that needs the number of lookups of each row of a table, or None."""
+        return None
 
     def noise_settings(self, model: nn.Module | None = None) -> dict[str, Any]:
         """Return the fields of a :class:`QuantNoiseConfig` with the same blocks.
@@ -186,9 +197,12 @@ class QuantizedModelConfig(HubConfigMixin, Options, QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-able dict: all fields, quantization method, scheme and how to load it."""
         how_to_load = "pip install hf-quantnoise, and import hf_quantnoise before loading"
-        requires = f"hf-quantnoise>={FORMATS[self.format_version]}"
+        stored = [*self.plan.values(), *self.settings_by_name().values()]
+        schemes = {entry["scheme"] for entry in stored if entry["scheme"] in QUANTIZERS}
+        version = max(self.format_version, *(QUANTIZERS[s].format_version for s in schemes), 1)
+        requires = f"hf-quantnoise>={FORMATS[version]}"
         head = dict(zip(HEAD, (QUANT_METHOD, self.scheme, how_to_load, requires), strict=True))
-        return {**head, **asdict(self)}
+        return {**head, **asdict(self), "format_version": version}
 
     @classmethod
     def from_dict(

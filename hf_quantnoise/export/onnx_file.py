@@ -27,7 +27,7 @@ from ..files.model_folders import replaced_model
 from ..hub.processing import save_processing
 from ..modeling import packed_layers
 from ..modeling.packed import PREFIX
-from ..quantizers.product import ProductQuantizer
+from ..quantizers import ProductQuantizer, Quantizer, RowGroupQuantizer
 from .checks import require_packed
 
 FILE_NAME = "model.onnx"
@@ -72,7 +72,7 @@ class OnnxExport:
 class _StoredState:
     """Mixin for packed layers that hold their state in storage format and convert it in forward."""
 
-    _storage_quantizer: ProductQuantizer
+    _storage_quantizer: Quantizer
     _dtype: torch.dtype
 
     @property
@@ -80,7 +80,8 @@ class _StoredState:
         names = self._storage_quantizer.state_spec(1, 1)
         stored = {key: getattr(self, PREFIX + key) for key in names}
         state = self._storage_quantizer.from_storage(stored)
-        return {key: tensor.to(self._dtype) for key, tensor in state.items()}
+        integers = self._storage_quantizer.integers
+        return {k: t if k in integers else t.to(self._dtype) for k, t in state.items()}
 
 
 class _PositionalForward(nn.Module):
@@ -206,7 +207,7 @@ def _with_stored_state(model: PreTrainedModel) -> PreTrainedModel:
                 for name, tensor in quantizer.to_storage(state).items()
             }
         layer._storage_quantizer, layer._dtype = quantizer, next(iter(state.values())).dtype
-        if isinstance(quantizer, ProductQuantizer):
+        if isinstance(quantizer, ProductQuantizer | RowGroupQuantizer):
             # Values read from storage are already rounded.
             layer.quantizer = replace(quantizer, codebook_bits=32)
         for name, tensor in stored[key].items():

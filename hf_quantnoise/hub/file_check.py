@@ -193,13 +193,12 @@ def require_valid_values(model: PreTrainedModel) -> None:
     """
     seen: set[int] = set()  # tensors of tied layers
     for name, layer in packed_layers(model):
-        n_codes = layer.rows * layer.codes_per_row
         for key, tensor in layer.tensors().items():
             if id(tensor) in seen or not (key.startswith(PREFIX) or key in INPUT_NAMES):
                 continue
             seen.add(id(tensor))
             value = load_offloaded_parameter(model, f"{name}.{key}") if tensor.is_meta else tensor
-            reason = invalid_values(layer.quantizer, n_codes, key.removeprefix(PREFIX), value)
+            reason = invalid_values(layer.quantizer, layer.n_codes, key.removeprefix(PREFIX), value)
             if reason is not None:
                 raise ValueError(
                     f"invalid {name}.{key}: {reason}; the file is damaged: download or save the "

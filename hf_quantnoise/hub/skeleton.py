@@ -58,7 +58,8 @@ def allow_sentinels(model: PreTrainedModel, config: QuantizedModelConfig) -> Non
 
 def quantizer_of(entry: dict) -> Quantizer:
     """Return the quantizer of an entry that has been checked."""
-    return _quantizer(tuple(settings_of(entry).items()))
+    settings = settings_of(entry).items()
+    return _quantizer(tuple((key, tuple(v) if isinstance(v, list) else v) for key, v in settings))
 
 
 @cache

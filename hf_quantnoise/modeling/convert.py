@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from ..blocks import matrix_shape, weight_matrix
 from ..compat import mark_initialized, own_buffers, own_parameters
-from ..quantizers import Quantizer
+from ..quantizers import Quantizer, RowGroupQuantizer
 from ..quantizers.base import sum_of_squares
-from ..quantizers.packing import pack_codes
 from .activations import rounds_inputs
 from .fitted_weights import FittedWeight
 from .packed import INDICES, INPUT_NAMES, PREFIX, LoadingState, PackedLayer, packed_class
@@ -47,13 +46,9 @@ def packed_spec(
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Return shape and stored dtype of each tensor that holds a packed (rows, columns) weight.
 
-    Keys are names of the layer's tensors; the codes come first. Codes are (rows, bytes per row) if
-    each row begins on a byte, else (bytes,).
+    Keys are names of the layer's tensors; the codes come first.
     """
-    codes_per_row = columns // quantizer.block_size * quantizer.codes_per_block
-    bits_per_row = codes_per_row * quantizer.code_bits
-    is_aligned = bits_per_row % 8 == 0
-    indices = (rows, bits_per_row // 8) if is_aligned else (-(-rows * bits_per_row // 8),)
+    indices = quantizer.indices_shape(rows, columns)
     state = {PREFIX + key: spec for key, spec in quantizer.state_spec(rows, columns).items()}
     return {INDICES: (indices, torch.uint8), **state}
 
@@ -82,7 +77,9 @@ def decode_stored_states(model: nn.Module) -> None:
         if key not in decoded:
             state = layer.quantizer.from_storage(layer.state)
             decoded[key] = {
-                PREFIX + name: nn.Parameter(tensor.detach()) for name, tensor in state.items()
+                PREFIX + name: nn.Parameter(tensor.detach())
+                for name, tensor in state.items()
+                if name not in layer.quantizer.integers
             }
         for name, parameter in decoded[key].items():
             layer.register_parameter(name, parameter)
@@ -133,13 +130,15 @@ def pack_layer(
     activation_bits: int | None = None,
     importance: Tensor | None = None,
     fitted: FittedWeight | None = None,
+    lookups: Tensor | None = None,
 ) -> float:
     """Quantize the weight of a layer (or of all that share it) and pack them in place.
 
     ``importance`` weighs the squared error of each value (``importance.py``); None weighs all
     alike. ``activations.calibrate`` sets the scale of inputs that are rounded. ``fitted`` is what
     the noise of the weight was fitted to: a start for the fit, or, if it was trained, the result.
-    Returns the relative error ||W - W_q||^2 / ||W||^2.
+    ``lookups`` counts those of each row of a table that is stored in groups of rows; ``fitted`` has
+    them already. Returns the relative error ||W - W_q||^2 / ||W||^2.
     """
     layers = _packable(layers)
     weight = layers[0].weight
@@ -148,6 +147,13 @@ def pack_layer(
     if reason := quantizer.check(rows, columns):
         raise ValueError(f"a {rows} x {columns} weight cannot be stored as {quantizer}: {reason}")
     start = None if fitted is None else _moved(fitted.state, matrix.device)
+    if start is None and isinstance(quantizer, RowGroupQuantizer):
+        if lookups is None:
+            raise ValueError(
+                "groups of rows need the number of their lookups, which is known for tables of "
+                "token ids only; use another scheme for it in layer_quantizers"
+            )
+        start = {"row_groups": quantizer.row_groups_of(lookups.to(matrix.device))}
     if fitted is not None and fitted.codes is not None:
         state, codes = start, fitted.codes.to(matrix.device)
     else:
@@ -155,10 +161,11 @@ def pack_layer(
         codes = quantizer.encode(matrix, state, importance)
     decoded = quantizer.decode(codes, state)
     error = _relative_error(matrix, decoded, quantizer)
-    packed = pack_codes(codes.reshape(-1), quantizer.code_bits)
+    packed = quantizer.pack(codes, state)
     tensors = {INDICES: packed.reshape(packed_spec(quantizer, rows, columns)[INDICES][0]).clone()}
     for key, value in state.items():
-        tensors[PREFIX + key] = value.to(device=weight.device, dtype=weight.dtype)
+        dtype = value.dtype if key in quantizer.integers else weight.dtype
+        tensors[PREFIX + key] = value.to(device=weight.device, dtype=dtype)
     _become_packed(layers, quantizer, tensors, activation_bits)
     return error
 
@@ -196,8 +203,9 @@ def pack_skeleton(
     weight = layers[0].weight
     rows, columns = matrix_shape(layers[0])
     tensors = {}
-    for name, (shape, _) in packed_spec(quantizer, rows, columns).items():
-        dtype = torch.uint8 if name == INDICES else weight.dtype
+    integers = {INDICES, *(PREFIX + key for key in quantizer.integers)}
+    for name, (shape, dtype) in packed_spec(quantizer, rows, columns).items():
+        dtype = dtype if name in integers else weight.dtype
         tensors[name] = torch.empty(shape, dtype=dtype, device=weight.device)
     _become_packed(layers, quantizer, tensors, activation_bits, loading)
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from ..quantizers import ProductQuantizer, Quantizer
+from ..quantizers import ProductQuantizer, Quantizer, RowGroupQuantizer
 from .plan import PlannedWeight
 
 logger = logging.get_logger(__name__)
@@ -26,20 +27,20 @@ class FittedWeight:
         codes: the codes if the state was trained together with the weight, else None.
     """
 
-    quantizer: ProductQuantizer
+    quantizer: ProductQuantizer | RowGroupQuantizer
     state: dict[str, Tensor]
     codes: Tensor | None
 
     def why_not(self, planned: Quantizer) -> str | None:
         """Return why packing with another quantizer cannot start from this one, or None."""
-        if not isinstance(planned, ProductQuantizer):
-            return f"it is stored as {planned.short_name}"
-        own: ProductQuantizer = replace(self.quantizer, n_iter=planned.n_iter)
-        if self.codes is None:  # a start of k-means, which rounds by its own settings
-            own = replace(own, codebook_bits=planned.codebook_bits)
-        if own != planned or type(own) is not type(planned):
-            return f"its noise is {own.short_name}, and it is stored as {planned.short_name}"
-        return None
+        own: Any = self.quantizer
+        if isinstance(planned, ProductQuantizer | RowGroupQuantizer):
+            own = replace(own, n_iter=planned.n_iter)
+            if self.codes is None:  # a start of k-means, which rounds by its own settings
+                own = replace(own, codebook_bits=planned.codebook_bits)
+        if own == planned:  # dataclasses of other classes differ
+            return None
+        return f"its noise is {own.short_name}, and it is stored as {planned.short_name}"
 
 
 class FittedWeights(dict[nn.Module, FittedWeight]):

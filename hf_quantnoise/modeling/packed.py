@@ -23,7 +23,6 @@ from ..dynamic_subclass import DynamicSubclass, make_dynamic_subclass
 from ..layer_types import known_layer_type
 from ..quantizers import Quantizer
 from ..quantizers.fixed_point import round_activations
-from ..quantizers.packing import unpack_codes
 from .non_trainable import NonTrainableParameter
 from .read_only_weight import ReadOnlyWeight, raise_read_only
 from .stored_state import decode_state_dict
@@ -117,31 +116,27 @@ class PackedLayer(DynamicSubclass):
             )
 
     @property
-    def codes_per_row(self) -> int:
-        """Number of codes in a row: one or more per block."""
-        return self.columns // self.quantizer.block_size * self.quantizer.codes_per_block
+    def n_codes(self) -> int:
+        """Number of codes: one or more per block."""
+        return self.quantizer.n_codes(self.rows, self.columns)
 
     @property
     def rows_are_aligned(self) -> bool:
         """Whether each row of codes begins on a byte, so that single rows can be read."""
-        return self.weight_indices.dim() == 2
+        return self.quantizer.rows_are_aligned(self.columns)
 
-    def codes(self, rows: Tensor | slice | None = None) -> Tensor:
-        """Return the codes, or those of some rows, shape (rows, codes_per_row)."""
-        packed, n_rows = self.weight_indices, self.rows
-        if rows is not None and self.rows_are_aligned:
-            # index_select raises on negative rows, as any table should.
-            packed = packed[rows] if isinstance(rows, slice) else packed.index_select(0, rows)
-            rows, n_rows = None, packed.shape[0]
-        codes = unpack_codes(
-            packed.reshape(-1), self.quantizer.code_bits, n_rows * self.codes_per_row
-        ).view(n_rows, self.codes_per_row)
-        return codes if rows is None else codes[rows]
+    def codes(self) -> Tensor:
+        """Return the codes, as ``quantizer.encode`` does."""
+        return self.quantizer.unpack(self.weight_indices, self.state, self._shape)
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        return self.rows, self.columns
 
     def decode_rows(self, rows: Tensor | slice | None = None) -> Tensor:
         """Return the decoded matrix (rows, columns), or some of its rows."""
-        codes = self.codes(rows)
-        state = self.quantizer.averaging(self.state, self.block_counts)
+        state, shape = self.quantizer.averaging(self.state, self.block_counts), self._shape
+        codes = self.quantizer.unpack(self.weight_indices, state, shape, rows)
         if rows is not None:
             state = self.quantizer.state_of_rows(state, rows)
         return self.quantizer.decode(codes, state)
@@ -151,7 +146,7 @@ class PackedLayer(DynamicSubclass):
         device = self.weight_indices.device
         quantizer: Any = self.quantizer  # has a codebook
         if self._counts is None or self._counts.device != device:
-            counts = quantizer.block_counts(self.codes())
+            counts = quantizer.block_counts(self.codes(), self.state)
             object.__setattr__(self, "_counts", counts)
             return counts
         return self._counts
@@ -244,14 +239,13 @@ class PackedLayer(DynamicSubclass):
     def _invalid_values(self, state_dict: dict[str, Tensor], prefix: str) -> list[str]:
         """Return what is wrong with the values of this layer in a state dict."""
         keys = [INDICES, *INPUT_NAMES, *(PREFIX + key for key in self.state)]
-        n_codes = self.rows * self.codes_per_row
         found = []
         for key in keys:
             own, tensor = getattr(self, key, None), state_dict.get(prefix + key)
             if own is None or tensor is None or tensor.is_meta or tensor.shape != own.shape:
                 continue  # torch compares names and shapes
             name = key.removeprefix(PREFIX)
-            if reason := invalid_values(self.quantizer, n_codes, name, tensor):
+            if reason := invalid_values(self.quantizer, self.n_codes, name, tensor):
                 found.append(f"invalid {prefix}{key}: {reason}")
         return found
 

@@ -26,6 +26,7 @@ from ..distributed import (
     rank_of_task,
     sum_over_ranks,
 )
+from ..lookups import Lookups
 from ..quantizers.base import sum_of_squares
 from .activations import calibrate, require_batches, require_runs, rounds_inputs
 from .convert import pack_layer, pack_skeleton, packed_layers, packed_names
@@ -57,6 +58,7 @@ class ModelPacker:
         model: a dense model; its layers are converted in place.
         config: how to store it. It is copied; the copy's ``plan`` grows with each stage.
         fitted: layer -> what its noise was fitted to, from which its quantization starts.
+        lookups: :func:`count_lookups`, if ``config.counts_lookups``.
         on_all_ranks: whether all ranks of a distributed run pack the same model. Each rank then
             clusters a part of the weights and sends the result to the others.
 
@@ -75,9 +77,11 @@ class ModelPacker:
         config: QuantizedModelConfig,
         on_all_ranks: bool = False,
         fitted: Mapping[nn.Module, FittedWeight] | None = None,
+        lookups: Lookups | None = None,
     ) -> None:
         self.on_all_ranks = on_all_ranks
         self.fitted = FittedWeights({} if fitted is None else fitted)
+        self.lookups = lookups or {}
         check_can_be_packed(model)
         self.model = model
         self.config = deepcopy(config)
@@ -104,9 +108,9 @@ class ModelPacker:
 
         ``forward`` runs a batch through :attr:`planned`; None is ``planned(**batch)``.
         """
-        if not self.config.reads_data:
+        if not self.config.reads_inputs:
             return
-        require_batches(batches, self.config.reads_data)
+        require_batches(batches, self.config.reads_inputs)
         weights = list(chain.from_iterable(self.stages.values()))
         forward = forward or (lambda batch: run_batch(self.planned, batch))
         rounded = [
@@ -217,6 +221,7 @@ class ModelPacker:
                 activation_bits=planned.activation_bits,
                 importance=importance,
                 fitted=self.fitted.start_of(planned),
+                lookups=self.lookups.get(planned.layers[0].name),
             )
         except ValueError as reason:
             raise ValueError(f"cannot quantize {planned.layers[0].name}: {reason}") from reason

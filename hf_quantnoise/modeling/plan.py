@@ -258,7 +258,7 @@ def _nothing_fits(
 ) -> ValueError:
     widths = sorted({layer.columns for layer in members})
     settings = config.quantizer_settings(members[0]) or vars(config)
-    setting = "block_size" if "block_size" in settings else "bits"
+    setting = next(key for key in ("block_size", "block_sizes", "bits") if key in settings)
     reasons = "; ".join(f"{layer.name}: {skipped[layer.name]}" for layer in members[:3])
     return ValueError(
         f"invalid {setting}={settings[setting]!r}: none of the {len(members)} layers of {what} "

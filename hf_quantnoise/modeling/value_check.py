@@ -14,7 +14,7 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-from ..quantizers import Quantizer
+from ..quantizers import Quantizer, RowGroupQuantizer
 from ..quantizers.packing import has_code_from, largest_code
 
 # No fit gives a larger zero point: |z| = |min W| / s, with s at least |min W| 2^-24 / 255.
@@ -48,6 +48,10 @@ def invalid_values(quantizer: Quantizer, n_codes: int, name: str, tensor: Tensor
     """
     if name == "indices":
         return _invalid_codes(quantizer, n_codes, tensor)
+    if isinstance(quantizer, RowGroupQuantizer) and name == "row_groups":
+        if tensor.dtype != torch.uint8:
+            return f"got {tensor.dtype}, expected the packed groups of rows in torch.uint8"
+        return quantizer.invalid_row_groups(tensor) if _is_on.get() else None
     if name == "codebook" and quantizer.encodes_state and tensor.dtype == torch.uint8:
         return None
     if not tensor.is_floating_point() or tensor.element_size() == 1:

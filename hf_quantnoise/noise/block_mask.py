@@ -61,6 +61,24 @@ class BlockMask:
         mask = self.as_mask().to(codes.device)
         return BlockMask(codes.numel(), mask=mask[codes.reshape(-1).int()])
 
+    def join_blocks(self, groups: Tensor, ratios: Sequence[int]) -> BlockMask:
+        """Turn J over equal blocks into J over the larger ones that groups of rows have.
+
+        A block of ``ratios[g]`` blocks, in a row of group g, is in J if the first of them is.
+
+        Args:
+            groups: the group of each row, shape (n,).
+            ratios: for each group.
+        """
+        if self.is_full:
+            return self
+        mask = joined = self.as_mask().view(len(groups), -1)
+        for group, ratio in enumerate(ratios):
+            if ratio > 1:
+                blocks = mask[:, ::ratio].repeat_interleave(ratio, 1)
+                joined = torch.where((groups == group)[:, None], blocks, joined)
+        return BlockMask(self.count, mask=joined.reshape(-1))
+
     def zero(self, blocks: Tensor) -> None:
         """Zero the chosen blocks in place; blocks: (count, block size), contiguous."""
         if self.indices is not None:

@@ -14,7 +14,13 @@ from torch import Tensor, nn
 
 from ..blocks import to_blocks
 from ..configuration import NOISES, QuantNoiseConfig
-from ..quantizers import FixedPointQuantizer, ProductQuantizer, quantizer_from_dict
+from ..distributed import broadcast_from_rank_0
+from ..quantizers import (
+    FixedPointQuantizer,
+    ProductQuantizer,
+    RowGroupQuantizer,
+    quantizer_from_dict,
+)
 from .block_mask import BlockMask
 
 
@@ -47,12 +53,14 @@ class NoiseFunction(ABC):
         self, name: str, config: QuantNoiseConfig, block_size: int, n_centroids: int
     ) -> None:
         self.block_size = block_size if self.reads_block_size else 1
+        self.block_sizes: tuple[int, ...] = (self.block_size,)  # of groups of rows
         self.state: dict[str, Tensor] = {}
 
     def check(self, rows: int, columns: int) -> str | None:
         """Return why the noise cannot work on a (rows, columns) matrix, or None if it can."""
-        if columns % self.block_size:
-            return f"block_size={self.block_size} does not divide its {columns} columns"
+        for block_size in self.block_sizes:
+            if columns % block_size:
+                return f"block_size={block_size} does not divide its {columns} columns"
         return None
 
     def refresh(self, matrix: Tensor, seed: int) -> None:  # noqa: B027
@@ -67,6 +75,12 @@ class NoiseFunction(ABC):
             chosen: J over the blocks of ``matrix``.
             rows: which rows of the weight ``matrix`` holds, shape (n,); None for all in order.
         """
+
+    def as_blocks(
+        self, chosen: BlockMask, device: torch.device, rows: Tensor | None = None
+    ) -> BlockMask:
+        """Return J over the blocks of a matrix, or of some rows, from J over what was sampled."""
+        return chosen
 
     def _state_on(self, device: torch.device) -> dict[str, Tensor]:
         """Return the state on the weight's device: the model may have moved since the fit."""
@@ -86,7 +100,7 @@ class BlockNoise(NoiseFunction):
 
     def __init__(self, name, config, block_size, n_centroids):
         super().__init__(name, config, block_size, n_centroids)
-        self.quantizer = ProductQuantizer(block_size=block_size, n_centroids=n_centroids)
+        self.quantizer: Any = ProductQuantizer(block_size=block_size, n_centroids=n_centroids)
         if config.block_selection == "cluster":
             self.n_clusters = n_centroids
         self.has_codes = self.needs_codes or self.n_clusters is not None
@@ -99,9 +113,31 @@ class BlockNoise(NoiseFunction):
 
     def refresh(self, matrix, seed):
         if self.has_codes:
-            init = {"codebook": self.state["codebook"]} if self.state else None
-            fitted = self.quantizer.fit(matrix, seed=seed, init=init)
+            state = self._state_on(matrix.device)
+            init = {key: tensor for key, tensor in state.items() if key != "codes"}
+            fitted = self.quantizer.fit(matrix, seed=seed, init=init or None)
             self.state = {**fitted, "codes": self.quantizer.encode(matrix, fitted)}
+
+    def divide_rows(self, quantizer: RowGroupQuantizer, lookups: Tensor | None) -> None:
+        """Divide the rows of a table into groups with their own blocks; before the first refresh.
+
+        ``lookups`` are those of each row. None leaves the state empty, for :meth:`check` alone.
+        """
+        self.quantizer, self.block_sizes = quantizer, quantizer.block_sizes
+        self.block_size = quantizer.block_size  # blocks of J: each block of a group has some
+        if lookups is not None:
+            groups = quantizer.row_groups_of(lookups)
+            self.state["row_groups"] = broadcast_from_rank_0(groups)
+
+    def as_blocks(self, chosen, device, rows=None):
+        if self.n_clusters is not None:
+            codes = self._state_on(device)["codes"]
+            return chosen.expand_clusters(codes if rows is None else codes[rows])
+        if len(self.block_sizes) > 1:
+            groups = self.quantizer.groups(self._state_on(device))
+            groups = groups if rows is None else groups[rows]
+            return chosen.join_blocks(groups, [n // self.block_size for n in self.block_sizes])
+        return chosen
 
 
 @NOISES.register("proxy")
@@ -151,12 +187,12 @@ class ProductNoise(BlockNoise):
     def __init__(self, name, config, block_size, n_centroids):
         super().__init__(name, config, block_size, n_centroids)
         settings = config.pq_settings(block_size, n_centroids)
-        self.quantizer: Any = quantizer_from_dict(settings)
+        self.quantizer = quantizer_from_dict(settings)
         self.learns = config.learn_codebooks
         self._counts: tuple[Tensor, Tensor] | None = None  # codes, and their block counts
 
     def refresh(self, matrix, seed):
-        if not (self.learns and self.state):
+        if not (self.learns and "codes" in self.state):
             super().refresh(matrix, seed)
             if self.learns:
                 trained = self.state.keys() - self.quantizer.not_trained - {"codes"}
@@ -181,7 +217,7 @@ class ProductNoise(BlockNoise):
     def _block_counts(self) -> Tensor:
         codes = self.state["codes"]
         if self._counts is None or self._counts[0] is not codes:
-            self._counts = codes, self.quantizer.block_counts(codes)
+            self._counts = codes, self.quantizer.block_counts(codes, self.state)
         return self._counts[1]
 
     def distort(self, matrix, chosen, rows=None):
@@ -201,7 +237,7 @@ class ProductNoise(BlockNoise):
     @property
     def _decodes_blocks(self) -> bool:
         """Whether a block can be decoded without its row."""
-        return self.quantizer.codes_per_block == 1 and not self.quantizer.row_scale
+        return type(self.quantizer) is ProductQuantizer and not self.quantizer.row_scale
 
     def replace(self, matrix: Tensor, chosen: BlockMask, decoded: Tensor) -> None:
         """Replace the blocks of a matrix in J by those of the decoded matrix, in place."""

@@ -8,8 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from ..argument_checks import require_instance, require_model
+from ..argument_checks import describe, require_instance, require_model
 from ..configuration import NOISES, QuantNoiseConfig
+from ..lookups import Lookups, with_number_of_rows
+from ..quantizers import RowGroupQuantizer, quantizer_from_dict
 from ..sharing import LayerSharing, chunks_of
 from ..structure import (
     LayerInfo,
@@ -20,7 +22,7 @@ from ..structure import (
     unsupported_weights,
     weights_of,
 )
-from .functions import NoiseFunction
+from .functions import BlockNoise, NoiseFunction
 from .layerdrop import LayerDrop, droppable_chunks, make_droppable, make_undroppable
 from .layers import LayerNoise, is_noisy, make_noisy, remove_noise
 from .operator import WeightNoise
@@ -42,7 +44,9 @@ _SQUEEZE_EXCITATION = (
 )
 
 
-def apply_quant_noise(model: nn.Module, qn_config: QuantNoiseConfig) -> nn.Module:
+def apply_quant_noise(
+    model: nn.Module, qn_config: QuantNoiseConfig, lookups: Lookups | None = None
+) -> nn.Module:
     """Apply quantization noise to a model (section 4), in place.
 
     Layers stay the same objects with the same parameters, ``state_dict`` keys and ``isinstance``;
@@ -54,6 +58,7 @@ def apply_quant_noise(model: nn.Module, qn_config: QuantNoiseConfig) -> nn.Modul
     Args:
         model: any model; ``remove_quant_noise`` removes the noise again.
         qn_config: type, rate and place of the noise.
+        lookups: :func:`count_lookups`, if ``qn_config.frequent_rows`` is set.
 
     Returns:
         The same object.
@@ -61,7 +66,7 @@ def apply_quant_noise(model: nn.Module, qn_config: QuantNoiseConfig) -> nn.Modul
     Raises:
         TypeError: if the model is not a module, or ``qn_config`` not a QuantNoiseConfig.
         ValueError: if the model has noise already, is fully quantized, or has no layer that can
-            get the noise; the model is unchanged then.
+            get the noise, or ``lookups`` is missing; the model is unchanged then.
     """
     require_model(model, nn.Module)
     require_instance(
@@ -78,9 +83,14 @@ def apply_quant_noise(model: nn.Module, qn_config: QuantNoiseConfig) -> nn.Modul
             f"{type(model).__name__} is quantized already and has no dense layer for noise; apply "
             "noise before quantization (model.dequantize() gives a dense model)"
         )
+    if qn_config.counts_lookups and lookups is None:
+        raise ValueError(
+            f"frequent_rows={qn_config.frequent_rows!r} requires the number of lookups of each row "
+            "in the training data; pass lookups=count_lookups(model, batches)"
+        )
     sharing = LayerSharing(model, chunks_of(model, qn_config.share_layers))
     try:
-        state = _fitted_state(model, qn_config, sharing)
+        state = _fitted_state(model, qn_config, sharing, lookups or {})
     except BaseException:  # also an interrupt
         sharing.undo()
         raise
@@ -95,11 +105,12 @@ def apply_quant_noise(model: nn.Module, qn_config: QuantNoiseConfig) -> nn.Modul
 
 
 def _fitted_state(
-    model: nn.Module, qn_config: QuantNoiseConfig, sharing: LayerSharing
+    model: nn.Module, qn_config: QuantNoiseConfig, sharing: LayerSharing, lookups: Lookups
 ) -> QuantNoiseState:
     """Return the state of a model whose layers share already, codebooks and scales fitted."""
+    qn_config = with_number_of_rows(qn_config, lookups)
     layers = select_layers(model, qn_config.target_modules, qn_config.exclude_modules)
-    weights, refused, by_default = _plan(model, layers, qn_config)
+    weights, refused, by_default = _plan(model, layers, qn_config, lookups)
     if not weights:
         raise ValueError(_no_layer_message(layers, qn_config, {**by_default, **refused}))
     if refused:
@@ -110,7 +121,7 @@ def _fitted_state(
         chunks = droppable_chunks(model, sharing.chunks, qn_config.layerdrop)
         drop = LayerDrop(qn_config.layerdrop, qn_config.layerdrop_ste, chunks)
     skipped = {**by_default, **refused, **unsupported_weights(model)}
-    state = QuantNoiseState(qn_config, weights, skipped, sharing, drop)
+    state = QuantNoiseState(qn_config, weights, skipped, sharing, drop, lookups)
     state.refresh_codebooks()
     state.refresh_scales()
     return state
@@ -143,9 +154,15 @@ def remove_quant_noise(model: nn.Module) -> nn.Module:
 
 
 def _plan(
-    model: nn.Module, layers: list[LayerInfo], config: QuantNoiseConfig
+    model: nn.Module,
+    layers: list[LayerInfo],
+    config: QuantNoiseConfig,
+    lookups: Lookups | None = None,
 ) -> tuple[list[NoisedWeight], Reasons, Reasons]:
-    """Return the noised weights, the refused layers, and those skipped by default."""
+    """Return the noised weights, the refused layers, and those skipped by default.
+
+    Without ``lookups`` weights in groups of rows cannot be fitted.
+    """
     weights: list[NoisedWeight] = []
     refused: Reasons = {}
     by_default: Reasons = {}
@@ -163,7 +180,7 @@ def _plan(
             by_default.update(dict.fromkeys(names, _SQUEEZE_EXCITATION))
             continue
         reason = next(filter(None, map(_cannot_be_noised, members)), None)
-        functions, reasons = ([], [reason]) if reason else _functions_for(layer, config)
+        functions, reasons = ([], [reason]) if reason else _functions_for(layer, config, lookups)
         if reasons:
             refused.update(dict.fromkeys(names, "; ".join(reasons)))
         if functions:
@@ -185,7 +202,7 @@ def _cannot_be_noised(layer: LayerInfo) -> str | None:
 
 
 def _functions_for(
-    layer: LayerInfo, config: QuantNoiseConfig
+    layer: LayerInfo, config: QuantNoiseConfig, lookups: Lookups | None
 ) -> tuple[list[tuple[int, NoiseFunction]], list[str]]:
     """Return the noises of the config that a layer can get, and why it cannot get the others."""
     functions, reasons = [], []
@@ -200,11 +217,29 @@ def _functions_for(
             reasons.append(f"{fields} has no entry for its group {layer.group!r}")
             continue
         function = cls(name, config, **sizes)
+        if isinstance(function, BlockNoise):
+            _divide_rows(function, layer, config, lookups)
         if reason := function.check(layer.rows, layer.columns):
             reasons.append(f"{name} noise: {reason}" if len(config.noises) > 1 else reason)
         else:
             functions.append((index, function))
     return functions, reasons
+
+
+def _divide_rows(
+    function: BlockNoise, layer: LayerInfo, config: QuantNoiseConfig, lookups: Lookups | None
+) -> None:
+    """Give a noise on a table groups of rows, if the config has them."""
+    quantizer = quantizer_from_dict(config.in_row_groups(function.quantizer.to_dict(), layer))
+    if not isinstance(quantizer, RowGroupQuantizer):
+        return
+    counts = None if lookups is None else lookups.get(layer.name)
+    if lookups is not None and (counts is None or counts.shape != (layer.rows,)):
+        raise ValueError(
+            f"invalid lookups: got {describe(counts)} for {layer.name}, expected the number of "
+            f"lookups of each of its {layer.rows} rows; pass count_lookups(model, batches)"
+        )
+    function.divide_rows(quantizer, counts)
 
 
 def _no_layer_message(layers: list[LayerInfo], config: QuantNoiseConfig, skipped: Reasons) -> str:

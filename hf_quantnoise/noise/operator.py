@@ -65,7 +65,8 @@ class WeightNoise:
             copy = matrix.clone(memory_format=torch.contiguous_format)
             trained = None
             for function, chosen in self._sample(self.rows, weight.device, member):
-                trained = _distort(function, copy, _as_blocks(function, chosen)) or trained
+                blocks = function.as_blocks(chosen, copy.device)
+                trained = _distort(function, copy, blocks) or trained
         if trained is None:
             return StraightThrough.apply(weight, layer_type.from_matrix(copy, weight.shape))
         matrix = straight_through_both(layer_type.to_matrix(weight), copy, trained)
@@ -86,7 +87,7 @@ class WeightNoise:
             for function, chosen in self._sample(n_rows, values.device, member):
                 if tied and function.n_clusters is None:
                     chosen = chosen.select_rows(flat, self.columns // function.block_size)
-                blocks = _as_blocks(function, chosen, flat)
+                blocks = function.as_blocks(chosen, copy.device, flat)
                 trained = _distort(function, copy, blocks, flat) or trained
             if not tied:
                 copy = copy[first := _first_occurrences(flat, self.rows)]
@@ -124,14 +125,6 @@ def _distort(
         decoded = function.decode(rows)
     function.replace(matrix, chosen, decoded.detach())
     return TrainedBlocks(decoded, chosen, function.block_size)
-
-
-def _as_blocks(function: NoiseFunction, chosen: BlockMask, rows: Tensor | None = None) -> BlockMask:
-    """Return J over blocks, also if clusters were sampled."""
-    if function.n_clusters is None:
-        return chosen
-    codes = function.state["codes"]
-    return chosen.expand_clusters(codes if rows is None else codes[rows])
 
 
 def _first_occurrences(ids: Tensor, rows: int) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from ..distributed import (
     max_over_ranks,
     widest_over_ranks,
 )
+from ..lookups import Lookups
 from ..quantizers.base import require_finite
 from ..sharing import LayerSharing
 from .activations import ActivationNoise
@@ -65,6 +66,7 @@ class QuantNoiseState:
         left_clean: layer (or bare parameter) name -> why it has no noise, or lacks one of several.
         sharing: which layers share their weights.
         layerdrop: settings of LayerDrop, or None.
+        lookups: layer -> number of lookups of each row, from which tables have groups of rows.
         activations: layer name -> noise on its input; empty without ``activation_bits``.
     """
 
@@ -73,6 +75,7 @@ class QuantNoiseState:
     left_clean: dict[str, str]
     sharing: LayerSharing
     layerdrop: LayerDrop | None = None
+    lookups: Lookups = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.p = [rate for _, rate in self.config.noises]

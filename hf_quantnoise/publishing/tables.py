@@ -55,7 +55,7 @@ def plan_table(config: QuantizedModelConfig, report: SizeReport) -> str:
     tensors = [row for row in report.rows if row.stored != "sentinel"]
     for row in tensors:
         entry = config.plan.get(row.name.removesuffix(".weight"), {})
-        key = (row.group, row.stored, entry.get("block_size"), entry.get("n_centroids"))
+        key = (row.group, row.stored, _block_size(entry), entry.get("n_centroids"))
         if row.stored.startswith("tied"):
             key = (row.group, "tied", None, None)
         groups.setdefault(key, []).append(row)
@@ -67,6 +67,11 @@ def plan_table(config: QuantizedModelConfig, report: SizeReport) -> str:
     lines.append(("file header", None, None, None, None, None, megabytes(header)))
     head = ("group", "stored as", "block size", "centroids", "tensors", "MB (float32)", "MB")
     return table(head, lines)
+
+
+def _block_size(entry: dict[str, Any]) -> object:
+    sizes = entry.get("block_sizes")
+    return entry.get("block_size") if sizes is None else ", ".join(map(str, sizes))
 
 
 def skipped_layers(reasons: dict[str, str]) -> str:

@@ -4,11 +4,13 @@ from .additive import AdditiveQuantizer
 from .base import Quantizer, quantizer_from_dict
 from .fixed_point import FixedPointQuantizer
 from .product import ProductQuantizer
+from .row_groups import RowGroupQuantizer
 
 __all__ = [
     "AdditiveQuantizer",
     "FixedPointQuantizer",
     "ProductQuantizer",
     "Quantizer",
+    "RowGroupQuantizer",
     "quantizer_from_dict",
 ]

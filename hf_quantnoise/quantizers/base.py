@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..configuration import QUANTIZERS, check_settings
+from .packing import pack_codes, unpack_codes
 
 # Range of the largest magnitude of a weight that is quantized. Fits sum squares in float32, which
 # ends at 3.4e38 and 1.2e-38; real weights are far from both.
@@ -67,6 +68,8 @@ class Quantizer(ABC):
         positive: keys of state tensors whose values are above 0. No tensor that is trained is one:
             training can make a scale negative.
         not_trained: keys of state tensors that get no gradient.
+        integers: keys of state tensors that are integers in memory, too.
+        format_version: the first version of the layout on disk that has the scheme.
         short_name: for tables, e.g. ``"pq 256x4"``.
     """
 
@@ -76,6 +79,8 @@ class Quantizer(ABC):
     state_names: ClassVar[frozenset[str]] = frozenset()
     positive: ClassVar[frozenset[str]] = frozenset()
     not_trained: ClassVar[frozenset[str]] = frozenset()
+    integers: ClassVar[frozenset[str]] = frozenset()
+    format_version: ClassVar[int] = 1
 
     @property
     @abstractmethod
@@ -118,7 +123,7 @@ class Quantizer(ABC):
         """Return the codes of lowest error, weighted as in :meth:`fit`.
 
         Returns:
-            Shape (rows, columns / block_size * codes_per_block); uint8, or int32 above 8 bits.
+            Shape (rows, codes per row); uint8, or int32 above 8 bits.
         """
 
     @abstractmethod
@@ -168,7 +173,10 @@ class Quantizer(ABC):
     @property
     def encodes_state(self) -> bool:
         """Whether files hold codes for state values, which :meth:`from_storage` decodes."""
-        return any(not dtype.is_floating_point for _, dtype in self.state_spec(1, 1).values())
+        spec = self.state_spec(1, 1).items()
+        return any(
+            not dtype.is_floating_point for key, (_, dtype) in spec if key not in self.integers
+        )
 
     def from_storage(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Convert a state read from a file to its working form."""
@@ -178,10 +186,48 @@ class Quantizer(ABC):
         """Return decode(encode(matrix)): the matrix as it would be read back."""
         return self.decode(self.encode(matrix, state), state)
 
+    # ---- packed codes ----------------------------------------------------------------------------
+
+    def n_codes(self, rows: int, columns: int) -> int:
+        """Return the number of codes of a (rows, columns) matrix."""
+        return rows * columns // self.block_size * self.codes_per_block
+
+    def rows_are_aligned(self, columns: int) -> bool:
+        """Return whether each row of packed codes begins on a byte, so it can be read alone."""
+        return self.n_codes(1, columns) * self.code_bits % 8 == 0
+
+    def indices_shape(self, rows: int, columns: int) -> tuple[int, ...]:
+        """Return the shape of the packed codes: (rows, bytes per row) if aligned, else (bytes,)."""
+        n_bytes = -(-self.n_codes(rows, columns) * self.code_bits // 8)
+        return (rows, n_bytes // rows) if self.rows_are_aligned(columns) else (n_bytes,)
+
+    def pack(self, codes: Tensor, state: dict[str, Tensor]) -> Tensor:
+        """Return the codes of a matrix packed to bytes, one-dimensional."""
+        return pack_codes(codes.reshape(-1), self.code_bits)
+
+    def unpack(
+        self,
+        packed: Tensor,
+        state: dict[str, Tensor],
+        shape: tuple[int, int],
+        rows: Tensor | slice | None = None,
+    ) -> Tensor:
+        """Return the codes of a matrix of some shape, or of some of its rows, from packed bytes.
+
+        If rows are aligned, only the bytes of these rows are read.
+        """
+        n_rows, columns = shape
+        if rows is not None and self.rows_are_aligned(columns):
+            packed = select_rows(packed, rows)
+            n_rows, rows = packed.shape[0], None
+        per_row = self.n_codes(1, columns)
+        codes = unpack_codes(packed.reshape(-1), self.code_bits, n_rows * per_row)
+        codes = codes.view(n_rows, per_row)
+        return codes if rows is None else codes[rows]
+
     def packed_bytes(self, rows: int, columns: int) -> int:
         """Return the bytes on disk of the packed codes and the state."""
-        n_codes = rows * columns // self.block_size * self.codes_per_block
-        codes = -(-n_codes * self.code_bits // 8)
+        codes = math.prod(self.indices_shape(rows, columns))
         spec = self.state_spec(rows, columns).values()
         return codes + sum(math.prod(shape) * dtype.itemsize for shape, dtype in spec)
 
@@ -195,6 +241,11 @@ def quantizer_from_dict(values: dict[str, Any]) -> Quantizer:
     check_settings(values)
     settings = {key: value for key, value in values.items() if key != "scheme"}
     return QUANTIZERS[values["scheme"]](**settings)
+
+
+def select_rows(matrix: Tensor, rows: Tensor | slice) -> Tensor:
+    """Return some rows; IndexError for negative ones, as any table should."""
+    return matrix[rows] if isinstance(rows, slice) else matrix.index_select(0, rows)
 
 
 def largest_magnitude(matrix: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ class Lookup(torch.autograd.Function):
 
 @with_known_signature
 class AverageOverBlocks(torch.autograd.Function):
-    """Identity whose gradient is divided by the number of blocks of each centroid.
+    """Identity whose gradient is divided by the number of blocks of the centroid.
 
     Autograd sums the gradients of a centroid's blocks; section 3.2 averages them:
     c <- c - eta / |J_c| * sum over (k, l) in J_c of dL/db_kl.
@@ -54,4 +54,4 @@ class AverageOverBlocks(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor):
         (counts,) = ctx.saved_tensors
-        return gradient / counts.clamp(min=1).to(gradient.dtype)[:, None], None
+        return gradient / counts.clamp(min=1).to(gradient.dtype), None

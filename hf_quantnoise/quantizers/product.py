@@ -91,6 +91,11 @@ class ProductQuantizer(Quantizer):
         return math.ceil(math.log2(self.n_centroids))
 
     @property
+    def codebook_size(self) -> int:
+        """Number of centroids, of all codebooks."""
+        return self.codes_per_block * self.n_centroids
+
+    @property
     def n_values(self) -> int:
         return self.n_centroids
 
@@ -159,7 +164,7 @@ class ProductQuantizer(Quantizer):
         return matrix * self.scales(state) if self.row_scale else matrix
 
     def state_spec(self, rows, columns):
-        shape = (self.codes_per_block * self.n_centroids, self.block_size)
+        shape = (self.codebook_size, self.block_size)
         dtype = {32: torch.float32, 16: torch.float16, 8: torch.uint8}[self.codebook_bits]
         spec = {"codebook": (shape, dtype)}
         if self.row_scale:
@@ -188,10 +193,10 @@ class ProductQuantizer(Quantizer):
         decoded = self._eight_bits.decode(self._books(codes), _codebook_state(state))
         return {**state, "codebook": decoded.view_as(codes)}
 
-    def block_counts(self, codes: Tensor) -> Tensor:
-        """Return |J_c|, the number of blocks of each row of ``codebook``, for all codes."""
+    def block_counts(self, codes: Tensor, state: dict[str, Tensor]) -> Tensor:
+        """Return |J_c|, the number of blocks of each centroid, for all codes; (codebook_size,)."""
         rows = self.codebook_rows(codes).reshape(-1).int()
-        return torch.bincount(rows, minlength=self.codes_per_block * self.n_centroids)
+        return torch.bincount(rows, minlength=self.codebook_size)
 
     def averaging(
         self, state: dict[str, Tensor], counts: Callable[[], Tensor]
@@ -202,7 +207,8 @@ class ProductQuantizer(Quantizer):
         """
         if not (records_gradients() and state["codebook"].requires_grad):
             return state
-        return {**state, "codebook": AverageOverBlocks.apply(state["codebook"], counts())}
+        averaged = AverageOverBlocks.apply(state["codebook"], counts()[:, None])
+        return {**state, "codebook": averaged}
 
     def centroids(self, state: dict[str, Tensor]) -> Tensor:
         """Return the centroids as stored, shape (n_centroids, block_size); straight-through.
@@ -259,7 +265,6 @@ class ProductQuantizer(Quantizer):
         if columns % self.block_size:
             return f"block size {self.block_size} does not divide its {columns} columns"
         blocks = rows * columns // self.block_size
-        n_centroids = self.codes_per_block * self.n_centroids
-        if blocks <= n_centroids:
-            return f"it has only {blocks} blocks for {n_centroids} centroids"
+        if blocks <= self.codebook_size:
+            return f"it has only {blocks} blocks for {self.codebook_size} centroids"
         return None

@@ -108,7 +108,7 @@ NOISE_FLAGS = {
     "exclude_modules": "noise_exclude_modules",
 }
 FALLBACKS = ("block_size", "n_centroids", "observer")
-SHARED = ("activation_bits", "share_layers")
+SHARED = ("activation_bits", "share_layers", "frequent_rows", "rare_block_size")
 
 
 def _noise_flags() -> list[tuple]:

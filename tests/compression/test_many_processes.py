@@ -142,9 +142,13 @@ TRAINED_CENTROIDS = {
 
 @pytest.mark.slow
 @needs_gloo
-def test_trained_centroids_equal_those_of_a_single_process(run):
-    (single,) = run("single-trained", 1, **TRAINED_CENTROIDS)
-    one, other = run("two-trained", 2, **TRAINED_CENTROIDS)
+@pytest.mark.parametrize("groups", [{}, {"frequent_rows": 0.6, "rare_block_size": 16}], ids=str)
+def test_trained_centroids_equal_those_of_a_single_process(run, groups):
+    options = {k: {**TRAINED_CENTROIDS[k], **groups} for k in ("noise", "config")}
+    name, options = f"trained-{len(groups)}", {**TRAINED_CENTROIDS, **options}
+    (single,) = run(f"single-{name}", 1, **options)
+    one, other = run(f"two-{name}", 2, **options)
+    assert any(key.endswith("row_groups") for key in one["model"]) == bool(groups)
     assert_ranks_agree(one, other)
     assert_close(one, single)
     books = [name for name in one["noise"] if name.endswith("codebook")]
@@ -187,8 +191,10 @@ def test_accelerate_launch_follows_its_config_file(run, single, kind):
 def test_fsdp2_with_all_options_agrees_on_both_ranks(run):
     options = {
         "noise": {"noise": "pq", "p": 0.2, "block_size": 4, "n_centroids": 16, "layerdrop": 0.3,
-                  "codebook_update": 2, "share_layers": 2, "activation_bits": 8},
-        "config": {"codebook_bits": 8, "activation_bits": 8, "importance": "activations"},
+                  "codebook_update": 2, "share_layers": 2, "activation_bits": 8,
+                  "frequent_rows": 0.6, "rare_block_size": 16},
+        "config": {"codebook_bits": 8, "activation_bits": 8, "importance": "activations",
+                   "frequent_rows": 0.6, "rare_block_size": 16},
         "stages": {"distill_hidden": 1.0, "distill_attention": 1.0},
         "arguments": {
             "gradient_accumulation_steps": 2, "gradient_checkpointing": True, "bf16": True, **FSDP2

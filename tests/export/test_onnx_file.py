@@ -27,6 +27,10 @@ CONFIG = IPQConfig(
         LAYER.format("1.output"): {
             "scheme": "additive", "block_size": 8, "n_centroids": 16, "row_scale": True,
         },
+        "bert.embeddings.word_embeddings": {
+            "scheme": "row_groups", "group_rows": [120, 200], "block_sizes": [4, 8],
+            "n_centroids": 16, "codebook_bits": 8,
+        },
     },
 )  # fmt: skip
 

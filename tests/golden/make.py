@@ -88,6 +88,10 @@ CASES = {
     "additive": (bert, IPQConfig(block_size=8, n_centroids=6, n_codebooks=2, codebook_bits=16)),
     "fixed_point": (bert, FixedPointConfig(bits=4, observer="channel", activation_bits=8)),
     "tied": (gpt2, IPQConfig(n_centroids=8, codebook_bits=16)),
+    "row_groups": (
+        gpt2,
+        IPQConfig(n_centroids=8, codebook_bits=8, frequent_rows=16, rare_block_size=8),
+    ),
     "shared": (
         lambda: bert(layers=4),
         IPQConfig(n_centroids=8, share_layers=2, prune_layers="every_other"),

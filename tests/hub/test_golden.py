@@ -47,7 +47,7 @@ def test_golden_cases_cover_all_kinds_of_storage():
     stored = [config["quantization_config"] for config in configs]
     entries = [entry for each in stored for entry in each["plan"].values()]
     assert {each["scheme"] for each in stored} == {"ipq", "fixed_point"}
-    assert {entry["scheme"] for entry in entries} == {"pq", "additive", "int"}
+    assert {entry["scheme"] for entry in entries} == {"pq", "additive", "int", "row_groups"}
     assert {entry.get("codebook_bits") for entry in entries} >= {8, 16, 32}
     assert any(entry.get("activation_bits") for entry in entries)
     assert any(entry.get("tied_to") for entry in entries)
@@ -55,7 +55,7 @@ def test_golden_cases_cover_all_kinds_of_storage():
     assert any(each["shared_layers"] for each in stored)
     assert any(each["pruned_layers"] for each in stored)
     files = [file for file in HERE.rglob("*") if file.suffix in (".json", ".safetensors")]
-    assert sum(file.stat().st_size for file in files) < 100_000
+    assert sum(file.stat().st_size for file in files) < 120_000
 
 
 def test_golden_comparison_detects_changed_config(tmp_path):

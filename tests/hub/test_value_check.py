@@ -92,7 +92,7 @@ def with_code(quantizer, count, place, code):
 def test_code_beyond_the_codebook_is_refused(kind, place, folder):
     path = folder(kind)
     layer = AutoQuantizedModel.from_pretrained(path).get_submodule(TABLE)
-    count, limit = layer.rows * layer.codes_per_row, layer.quantizer.n_centroids
+    count, limit = layer.n_codes, layer.quantizer.n_centroids
     name = f"{TABLE}.weight_indices"
 
     def write(code):

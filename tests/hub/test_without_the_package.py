@@ -72,16 +72,16 @@ def test_newer_format_version_raises(tmp_path):
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
     config["quantization_config"] |= {
-        "format_version": 2,
+        "format_version": 3,
         "requires": "hf-quantnoise>=0.7.0",
         "scheme": "holographic",
         "hologram": True,
     }
     path.write_text(json.dumps(config))
     with pytest.raises(
-        ValueError, match=r"format_version=2.*pip install -U 'hf-quantnoise>=0.7.0'"
+        ValueError, match=r"format_version=3.*pip install -U 'hf-quantnoise>=0.7.0'"
     ):
         AutoQuantizedModel.from_pretrained(tmp_path)
     del config["quantization_config"]["requires"]
-    with pytest.raises(ValueError, match=r"format_version=2.*pip install -U hf-quantnoise"):
+    with pytest.raises(ValueError, match=r"format_version=3.*pip install -U hf-quantnoise"):
         QuantizedModelConfig.from_dict(config["quantization_config"])

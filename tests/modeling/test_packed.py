@@ -209,7 +209,7 @@ def test_new_codes_reset_block_counts():
     before = layer.block_counts()
     layer.weight_indices = nn.Parameter(torch.zeros_like(layer.weight_indices), False)
     assert layer.block_counts().tolist() != before.tolist()
-    assert layer.block_counts()[0] == layer.rows * layer.codes_per_row
+    assert layer.block_counts()[0] == layer.n_codes
 
 
 def test_pack_layer_with_unsuitable_quantizer_raises():

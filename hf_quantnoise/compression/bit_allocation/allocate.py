@@ -19,6 +19,7 @@ from ...argument_checks import read_batches, require_instance, require_weights
 from ...blocks import weight_matrix
 from ...configuration import IPQConfig, QuantizedModelConfig
 from ...distributed import broadcast_object, is_rank_0, on_any_rank, raise_on_all_ranks
+from ...lookups import Lookups, count_lookups, with_number_of_rows
 from ...modeling.packer import check_can_be_packed
 from ...modeling.structural_changes import changed_copy
 from ...noise import find_state
@@ -91,6 +92,7 @@ def plan_bit_allocation(
     config: IPQConfig,
     batches: Iterable[Mapping[str, Any]] | None = None,
     progress: bool = True,
+    lookups: Lookups | None = None,
 ) -> BitAllocation:
     """Choose how each weight is stored so that the saved file meets the config's target.
 
@@ -103,6 +105,8 @@ def plan_bit_allocation(
             Without any, the quantization errors decide. In a distributed run each rank passes its
             own and all of them count.
         progress: show progress bars.
+        lookups: :func:`count_lookups` of the training data, if ``config.frequent_rows`` is set;
+            None counts the batches.
 
     Raises:
         TypeError: if the config is not an :class:`IPQConfig`, or another argument something else.
@@ -120,13 +124,14 @@ def plan_bit_allocation(
         )
     if find_state(model) is not None:
         raise ValueError("the model has quantization noise; call remove_quant_noise(model) first")
+    config, lookups = _with_lookups(model, config, batches, lookups)
     target = check_target_reachable(model, config)
     copy = changed_copy(model, config).eval()
     groups = weights_to_store(copy, config)
     for layers in groups:
         require_finite(weight_matrix(layers[0].module), f"{layers[0].name}.weight")
     weights = [
-        candidates_for(layers, config)
+        candidates_for(layers, config, lookups=lookups.get(layers[0].name))
         for layers in tqdm(groups, desc="quantization errors", unit="weight", disable=not progress)
     ]
     options = _options(weights, copy, batches, target, progress)
@@ -138,6 +143,19 @@ def plan_bit_allocation(
         rows.append(AllocatedWeight(layer.name, layer.group, len(weight.layers), *stored))
     size = file_bytes(model, _with_choices(config, weights, chosen))
     return BitAllocation(rows, size, target)
+
+
+def _with_lookups(
+    model: PreTrainedModel,
+    config: IPQConfig,
+    batches: Sequence[Mapping[str, Any]],
+    lookups: Lookups | None,
+) -> tuple[IPQConfig, Lookups]:
+    """Return the config with a number of frequent rows, and the lookups if it needs them."""
+    if not config.counts_lookups:
+        return config, {}
+    lookups = count_lookups(model, batches) if lookups is None else lookups
+    return with_number_of_rows(config, lookups), lookups
 
 
 def _options(
@@ -213,6 +231,7 @@ def allocate_bits(
     batches: Iterable[Mapping[str, Any]] | None = None,
     progress: bool = True,
     table: bool | None = None,
+    lookups: Lookups | None = None,
 ) -> IPQConfig:
     """Return the config with ``layer_quantizers`` that meet its target.
 
@@ -222,7 +241,7 @@ def allocate_bits(
     Args:
         table: print the allocation as a table; None prints it if ``progress`` is set.
     """
-    allocation = plan_bit_allocation(model, config, batches, progress)
+    allocation = plan_bit_allocation(model, config, batches, progress, lookups)
     if (progress if table is None else table) and is_rank_0():
         tqdm.write(str(allocation))
     return replace(config, layer_quantizers=allocation.layer_quantizers)
@@ -245,6 +264,7 @@ def resolve_target(
     batches: Iterable[Mapping[str, Any]] | None = None,
     progress: bool = True,
     table: bool | None = None,
+    lookups: Lookups | None = None,
 ) -> QuantizedModelConfig:
     """Return a config whose saved file is within its target.
 
@@ -254,7 +274,7 @@ def resolve_target(
     if config.target is None or not isinstance(config, IPQConfig):
         return config
     if not config.settings_by_name():
-        return allocate_bits(model, config, list(batches or []), progress, table)
+        return allocate_bits(model, config, list(batches or []), progress, table, lookups)
     check_can_be_packed(model)
     check_within_target(model, config)
     return config

@@ -141,12 +141,13 @@ def _measure(
 ) -> list[tuple[float, float]]:
     """Return (relative error, divergence) of the fitted candidates that are measured."""
     matrix = weight_matrix(weight.layer.module)
-    energy = sum_of_squares(matrix)
+    energy = sum_of_squares(weight.weighted(matrix))
     points = []
     for candidate in _measured_candidates(weight, bits):
         state = candidate.state or candidate.quantizer.fit(matrix)
         quantized = candidate.quantizer.quantize(matrix, state)
-        error = sum_of_squares(matrix, quantized) / energy if energy else 0
+        error = sum_of_squares(weight.weighted(matrix), weight.weighted(quantized))
+        error = error / energy if energy else 0
         if error > 0:
             divergence = meter.measure(weight.layers, quantized)
             if not math.isfinite(divergence):  # max(0, NaN) is 0, which would count as harmless

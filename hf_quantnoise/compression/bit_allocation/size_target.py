@@ -46,6 +46,8 @@ def check_plan(model: PreTrainedModel, config: QuantizedModelConfig) -> None:
     Raises:
         ValueError: under the conditions of :func:`hf_quantnoise.quantize_model`.
     """
+    if isinstance(config, IPQConfig) and isinstance(config.frequent_rows, float):
+        config = replace(config, frequent_rows=None)  # a number of rows once data have been read
     if config.target is None:
         ModelPacker(model, config).check_weights()
     elif config.settings_by_name():

@@ -9,6 +9,7 @@ from dataclasses import replace
 from transformers import Trainer
 
 from ...configuration import QuantNoiseConfig
+from ...noise import find_state
 
 
 def noise_to_keep(trainer: Trainer, keep_noise: bool) -> QuantNoiseConfig | None:
@@ -21,7 +22,8 @@ def noise_to_keep(trainer: Trainer, keep_noise: bool) -> QuantNoiseConfig | None
             "keep_noise=True requires a trainer with noise; pass a QuantNoiseConfig to "
             "QuantNoiseTrainer as third argument, or set keep_noise=False"
         )
-    return config
+    noise = find_state(trainer.accelerator.unwrap_model(trainer.model))
+    return config if noise is None else noise.config  # with a number as frequent_rows
 
 
 def pending_noise(

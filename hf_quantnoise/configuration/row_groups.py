@@ -1,0 +1,58 @@
+"""Tables of token ids that are stored in two groups of rows, the most frequent rows first."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .checks import invalid, is_int, rows_or_share, sizes
+
+
+def rows_by_layer(name: str, value: Any) -> None:
+    """As :func:`rows_or_share`, or a dict from structure group or regex to a number of rows."""
+    if isinstance(value, dict):
+        sizes(1, 2**31)(name, value)
+    else:
+        rows_or_share(name, value)
+
+
+def in_row_groups(
+    settings: dict[str, Any], layer: Any, frequent_rows: Any, rare_block_size: int | None
+) -> dict[str, Any]:
+    """Return the settings of a product quantizer, for a layer in groups of rows if it has them.
+
+    Only tables of token ids have them, if not all of their rows are frequent.
+    """
+    if frequent_rows is None or rare_block_size is None or not layer.input_table:
+        return settings
+    if not is_int(frequent_rows):
+        raise invalid(
+            "frequent_rows",
+            frequent_rows,
+            "a number of rows, since a share of the lookups depends on data; pass a number "
+            "(frequent_rows=8000), or use quantize_model(..., calibration_data=[...]) or a trainer",
+        )
+    if frequent_rows >= layer.rows:
+        return settings
+    shared = {key: settings[key] for key in settings if key not in ("scheme", "block_size")}
+    return {
+        "scheme": "row_groups",
+        "group_rows": [frequent_rows, layer.rows - frequent_rows],
+        "block_sizes": [settings["block_size"], rare_block_size],
+        "n_codebooks": 2 if settings["scheme"] == "additive" else 1,
+        **shared,
+    }
+
+
+def of_two_groups(name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a config that give a layer these settings, if they have row groups."""
+    if settings["scheme"] != "row_groups":
+        return settings
+    if len(settings["block_sizes"]) != 2:
+        raise ValueError(
+            f"invalid layer_quantizers[{name!r}]: noise has two groups of rows, and this layer "
+            f"{len(settings['block_sizes'])}; use two groups, or write a QuantNoiseConfig without "
+            "matching"
+        )
+    block_size, rare = settings["block_sizes"]
+    own = {"block_size": block_size, "rare_block_size": rare}
+    return {**settings, **own, "frequent_rows": settings["group_rows"][0]}
