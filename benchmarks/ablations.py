@@ -24,7 +24,7 @@ from typing import Literal
 
 from ablation_rows import CLEAN, REMOVED_ROWS, STARTS, TABLES
 from real_tasks import TASKS
-from results_file import append_line, figures_of, provenance, read_lines
+from results_file import append_line, figures_of, provenance, read_lines, stored_as_measured
 from transformers import HfArgumentParser
 
 from hf_quantnoise.runs.compression_run import DENSE
@@ -77,7 +77,7 @@ def _run_example(args: BenchmarkArguments, key: dict, model: str, folder: str) -
     clean = os.path.join(_start_folder(args, CLEAN, key["seed"]), DENSE)
     flags = [
         *("--model_name_or_path", model, *task.common_flags(args.data_dir, folder)),
-        *(flag.replace("{clean}", clean) for flag in key["settings"].split()),
+        *stored_as_measured([f.replace("{clean}", clean) for f in key["settings"].split()]),
         *("--seed", str(key["seed"])),
     ]
     print(f"== {key}", flush=True)

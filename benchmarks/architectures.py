@@ -71,7 +71,7 @@ def page() -> str:
 
 def _row(name: str, kind: Architecture) -> tuple[str, ...]:
     model = kind.make()
-    stages, left_dense = make_plan(model, ipq_config(model))
+    stages, _, left_dense = make_plan(model, ipq_config(model))
     groups = Counter(weight.layers[0].group for stage in stages.values() for weight in stage)
     state = find_state(apply_quant_noise(model.train(), NOISE))
     model(**kind.batch())

@@ -95,6 +95,7 @@ def _config(args: BenchmarkArguments, row: str) -> IPQConfig:
     if changes.get("n_codebooks") == 2:
         doubled = isinstance(sizes, dict)
         sizes = {key: 2 * size for key, size in sizes.items()} if doubled else 2 * sizes
+    changes = {"codebook_bits": 32, "leftover_bits": 32, **changes}
     return IPQConfig(block_size=sizes, n_centroids=args.n_centroids, seed=args.seed, **changes)
 
 

@@ -214,7 +214,7 @@ def _compressed_job(args: BenchmarkArguments, dense: Job, method: str, blocks: s
     flags = [
         *_shared_flags(args, dense.key["seed"]),
         *_flags({"model_name_or_path": os.path.join(dense.folder, "dense")}),
-        *_flags({"output_dir": folder, "do_train": False, **target}),
+        *_flags({"output_dir": folder, "do_train": False, "leftover_bits": 32, **target}),
         *("--stages", *args.stages),
         *(_flags(stage) if staged else []),
         *METHODS[method],

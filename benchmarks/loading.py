@@ -56,7 +56,8 @@ def save_pair(name: str, folder: str, args: argparse.Namespace) -> None:
     n_centroids = 16 if name == "tiny" else args.n_centroids
     # One iteration of k-means, since time does not depend on the codes.
     config = IPQConfig(block_size=args.block_size, n_centroids=n_centroids, kmeans_iter=1,
-                       codebook_bits=args.codebook_bits)  # fmt: skip
+                       codebook_bits=args.codebook_bits,
+                       leftover_bits=args.leftover_bits)  # fmt: skip
     quantize_model(model, config, progress=False)
     model.save_pretrained(os.path.join(folder, "packed"))
 
@@ -107,6 +108,8 @@ def run_all(args: argparse.Namespace) -> None:
                 "threads", "seed")  # fmt: skip
     for name in args.model:
         key = {"model": name, **{setting: getattr(args, setting) for setting in settings}}
+        if args.leftover_bits != 32:  # rows without it have 32
+            key["leftover_bits"] = args.leftover_bits
         if key not in done:
             append_line(args.results, key, measure(name, args))
 
@@ -157,6 +160,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--block_size", type=int, default=8)
     parser.add_argument("--n_centroids", type=int, default=256)
     parser.add_argument("--codebook_bits", type=int, default=16)
+    parser.add_argument("--leftover_bits", type=int, default=32)
     parser.add_argument("--shapes", nargs="+", default=["1x128", "8x128"], help="batch x length")
     parser.add_argument("--repetitions", type=int, default=7, help="processes of each kind")
     parser.add_argument("--forwards", type=int, default=9, help="forwards per process and shape")

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from real_tasks import TASKS, RealTask
-from results_file import append_line, figures_of, provenance, read_lines
+from results_file import append_line, figures_of, provenance, read_lines, stored_as_measured
 from transformers import HfArgumentParser
 
 # Replacements of {pq} and {shared} below: settings of rows with product quantization, and flags of
@@ -120,7 +120,7 @@ def run_all(args: BenchmarkArguments) -> None:
             if key in done:
                 continue
             print(f"== {key}", flush=True)
-            flags = [*common, *settings, "--seed", str(seed)]
+            flags = [*common, *stored_as_measured(settings), "--seed", str(seed)]
             append_line(args.results, key, figures_of(task.run(task.parse(flags)), task.metric))
             shutil.rmtree(folder)
 

@@ -16,6 +16,12 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 from hf_quantnoise.runs.compression_run import versions
 
 
+def stored_as_measured(flags: list[str]) -> list[str]:
+    """Return flags, preceded by the storage that was the default when the rows were measured."""
+    centroids = [] if "fixed_point" in flags else ["--codebook_bits", "32"]
+    return ["--leftover_bits", "32", *centroids, *flags]
+
+
 def read_lines(path: str) -> list[dict]:
     """Return the finished runs of a results file; an empty list if it does not exist."""
     if not os.path.isfile(path):

@@ -20,6 +20,7 @@ from .hub.skeleton import sentinel_names
 from .hub.weights_id import ID_LENGTH, WEIGHTS_ID
 from .layer_types import known_layer_type
 from .modeling import PackedLayer, packed_layers, packed_names, stored_tensors
+from .modeling.float16 import as_stored
 from .structure import find_layers
 from .text import printable
 
@@ -104,13 +105,13 @@ class SizeReport:
         return aligned(lines) + "\n" + self.closing_lines()
 
     def closing_lines(self) -> str:
-        """Return the text below a table: the compression ratio and the layers that stay dense."""
+        """Return the text below a table: the compression ratio and what no stage packs."""
         ratio = self.total.times_smaller
         text = "size in float32 unknown"
         if ratio is not None:
             text = f"{ratio:.1f} times smaller than float32"
         if self.left_dense:
-            text += "\nkept in floating point:"
+            text += "\nnot packed by a stage:"
             for name, reason in self.left_dense.items():
                 text += f"\n  {printable(name)}: {printable(reason)}"
         return text
@@ -147,11 +148,11 @@ def aligned(lines: list[tuple[str, ...]], left: int = 2) -> str:
     )
 
 
-def _dense_row(name: str, tensor: Tensor, group: str) -> SizeRow:
-    size = tensor.nbytes
-    dense = 4 * tensor.numel() if tensor.is_floating_point() else size
-    kind = str(tensor.dtype).removeprefix("torch.")
-    return SizeRow(name, group, kind, tuple(tensor.shape), size, size, size, dense)
+def _dense_row(name: str, tensor: Tensor, group: str, stored: Tensor) -> SizeRow:
+    dense = 4 * tensor.numel() if tensor.is_floating_point() else tensor.nbytes
+    kind = str(stored.dtype).removeprefix("torch.")
+    size, shape = stored.nbytes, tuple(tensor.shape)
+    return SizeRow(name, group, kind, shape, size, size, tensor.nbytes, dense)
 
 
 def _packed_row(name: str, layer: PackedLayer, group: str, disk: dict[str, Tensor]) -> SizeRow:
@@ -250,10 +251,12 @@ def size_report(model: nn.Module) -> SizeReport:
         elif name in unsaved:
             rows.append(SizeRow(name, group, "computed", shape, 0, 0, tensor.nbytes, 0))
         else:
-            disk[name] = stored_tensors(layer)[tensor_name] if is_packed else tensor
-            if not is_packed:
-                rows.append(_dense_row(name, tensor, group))
-            elif tensor_name == names[-1]:  # one row after all tensors of the layer
+            if is_packed:
+                disk[name] = stored_tensors(layer)[tensor_name]
+            else:
+                disk[name] = as_stored(tensor, config)
+                rows.append(_dense_row(name, tensor, group, disk[name]))
+            if is_packed and tensor_name == names[-1]:  # one row after all tensors of the layer
                 rows.append(_packed_row(layer_name, layer, group, disk))
     for name, weights in (getattr(config, "pruned_layers", None) or {}).items():
         rows.append(SizeRow(name, "other", "pruned", (weights,), 0, 0, 0, 4 * weights))

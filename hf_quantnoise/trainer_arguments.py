@@ -12,7 +12,7 @@ from .argument_checks import require_instance, require_model, require_weights
 from .configuration import QuantNoiseConfig
 from .distributed import is_distributed
 from .modeling import packed_layers
-from .modeling.packer import has_adapters
+from .modeling.packable import has_adapters
 
 logger = logging.get_logger(__name__)
 

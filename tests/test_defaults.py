@@ -52,16 +52,24 @@ def matrices(model: nn.Module) -> dict[str, str]:
 
 
 def assert_listed(model, names):
-    """Assert that each matrix of the dense model is packed, or skipped with a reason."""
+    """Assert that each matrix of the dense model is packed by a stage, or listed with a reason.
+
+    The reason of those that are packed as leftovers ends with how.
+    """
     config = model.config.quantization_config
     assert {name for name, _ in packed_layers(model)} == config.plan.keys() != set()
     for name, owner in names.items():
         reasons = [config.left_dense[key] for key in (name, owner) if key in config.left_dense]
-        assert len(reasons) == (owner not in config.plan) and all(reasons), name
+        if owner in config.plan and not reasons:
+            continue
+        assert len(reasons) == 1 and reasons[0], name
+        assert reasons[0].endswith("; stored as int8 channel") == (owner in config.plan), name
 
 
-def test_default_block_size_is_4():
-    assert IPQConfig(block_size=4).to_dict() == IPQConfig().to_dict()
+def test_defaults_of_storage():
+    explicit = IPQConfig(block_size=4, codebook_bits=16, leftover_bits=8)
+    assert explicit.to_dict() == IPQConfig().to_dict()
+    assert FixedPointConfig(leftover_bits=8).to_dict() == FixedPointConfig().to_dict()
 
 
 @pytest.mark.parametrize("name", EXPECTED)
@@ -78,11 +86,14 @@ def test_quantize_model_with_defaults(name, config):
     assert_listed(model, names)
     stored = model.config.quantization_config
     if config == "ipq":
-        used = {entry["group"] for entry in stored.plan.values()}
+        used = {
+            entry["group"] for name, entry in stored.plan.items() if name not in stored.left_dense
+        }
         assert stored.stages == [stage for stage in DEFAULT_STAGES if stage in used]
         assert used <= groups
         packs_head = "head" in groups and "conv" in groups
-        assert ("its group 'head' is in no stage" in stored.left_dense.values()) == (
+        reasons = {reason.partition(";")[0] for reason in stored.left_dense.values()}
+        assert ("its group 'head' is in no stage" in reasons) == (
             "head" in groups and not packs_head
         )
     with torch.no_grad():
@@ -130,8 +141,12 @@ def test_layers_that_the_default_stages_cannot_pack_are_listed():
     # 192 columns of patches, 32 or 64 of the others: only the patches divide by 3.
     quantize_model(model, IPQConfig(block_size=3, n_centroids=8), progress=False)
     stored = model.config.quantization_config
-    assert stored.stages == ["conv"] and len(stored.plan) == 1
-    reasons = {reason for name, reason in stored.left_dense.items() if "attention" in name}
+    assert stored.stages == ["conv"] and len(stored.plan.keys() - stored.left_dense.keys()) == 1
+    reasons = {
+        reason.partition(";")[0]
+        for name, reason in stored.left_dense.items()
+        if "attention" in name
+    }
     assert reasons == {"block size 3 does not divide its 32 columns"}
 
 

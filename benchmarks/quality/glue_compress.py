@@ -38,6 +38,9 @@ from transformers import (
 
 from hf_quantnoise import CompressionArguments, IPQConfig, QuantNoiseConfig, QuantNoiseTrainer
 
+# Of rows that do not name them: the defaults when the studies began.
+STORED = {"codebook_bits": 32, "leftover_bits": 32}
+
 
 @dataclass
 class Arguments:
@@ -86,7 +89,7 @@ def make_trainer(
     return QuantNoiseTrainer(
         copy.deepcopy(teacher),
         training,
-        None if noise is None else QuantNoiseConfig(seed=seed, **noise),
+        None if noise is None else QuantNoiseConfig(seed=seed, **{"codebook_bits": 32, **noise}),
         teacher=teacher,
         compression_args=CompressionArguments(plots=False, **setting["compression"]),
         train_dataset=train,
@@ -119,7 +122,8 @@ def run(args: Arguments, key: dict) -> dict:
         trainer = make_trainer(args, key, start, teacher, folder)
         if key["setting"]["noise_epochs"]:
             trainer.train()
-        small = trainer.compress(IPQConfig(seed=key["seed"], **key["setting"]["config"]))
+        config = {**STORED, **key["setting"]["config"]}
+        small = trainer.compress(IPQConfig(seed=key["seed"], **config))
         small.save_pretrained(folder)
         figures = {
             "seconds": time.monotonic() - begun,

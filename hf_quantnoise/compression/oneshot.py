@@ -22,7 +22,8 @@ from ..configuration import QuantizedModelConfig
 from ..lookups import with_number_of_rows
 from ..modeling import packed_layers
 from ..modeling.activations import calibrate, require_batches
-from ..modeling.packer import ModelPacker, check_can_be_packed
+from ..modeling.packable import check_can_be_packed
+from ..modeling.packer import ModelPacker
 from ..modeling.rollback import ModelSnapshot
 from ..noise import find_state, remove_quant_noise
 from .bit_allocation.allocate import resolve_target

@@ -16,7 +16,7 @@ from transformers.trainer_utils import SchedulerType, has_length
 from ..argument_checks import require_dataset, require_instance, require_model, require_weights
 from ..configuration import QuantizedModelConfig
 from ..modeling.activations import require_batches
-from ..modeling.packer import check_can_be_packed
+from ..modeling.packable import check_can_be_packed
 from ..modeling.plan import stages_for
 from .arguments import CompressionArguments
 from .fitted_noise import data_needed_by

@@ -183,9 +183,8 @@ class CompressionPipeline:
         self._make_teacher()
         self._restructure(record=newest.number == 0)
         if newest.number > 0:
-            for stage in self.stages[: newest.number]:
-                if stage in self.packer.stages:
-                    self.packer.restore_stage(stage)
+            self.packer.restore_stages(self.stages[: newest.number])
+            self.packer.config.left_dense = config.left_dense
             load_in_memory_tensors(self.model, newest.tensors())
         return newest.number
 
@@ -228,6 +227,9 @@ class CompressionPipeline:
             remove_quant_noise(self.model).eval()
             statistics.update()
             self.packer.config.weights_id = None  # a checkpoint's, which training has left behind
+        if stage == self.packer.last_stage:
+            with ModelSnapshot(self.model):
+                self.packer.pack_leftovers()
         self._evaluate(_name(stage), stage_trainer, start, packed, finetuning, packed_metric)
         self._save(number)
 

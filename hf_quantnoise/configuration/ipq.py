@@ -12,7 +12,7 @@ from torch import nn
 from ..structure import GROUPS, block_size_of, entry_for, select_layers, stage_of
 from .checks import boolean, integer, invalid, one_of, positive, regex, rows_or_share, sizes
 from .entries import MAX_BLOCK_SIZE, MAX_CENTROIDS
-from .layer_quantizers import checked_layer_quantizers
+from .layer_quantizers import checked_layer_quantizers, with_codebook_bits
 from .options import documented, option
 from .row_groups import in_row_groups, of_two_groups
 from .storage import SCHEMES, QuantizedModelConfig
@@ -50,11 +50,11 @@ class IPQConfig(QuantizedModelConfig):
     stages: Annotated[list[str] | tuple[str, ...] | None, _stages] = option(
         None,
         "Structure groups, or regexes for full layer names, in the order of quantization. Layers "
-        "of no stage stay dense. None: the groups that the model has of ffn, embeddings, "
-        "attention, conv; and, in models with convolutions, head (section 7.8).",
+        "of no stage are stored by leftover_bits. None: the groups that the model has of ffn, "
+        "embeddings, attention, conv; and, in models with convolutions, head (section 7.8).",
     )
     codebook_bits: Annotated[int, one_of((32, 16, 8))] = option(
-        32, "Bits per stored centroid value: 32, 16, or 8 (Eq. 2 on the codebook; section 3.3)."
+        16, "Bits per stored centroid value: 32, 16, or 8 (Eq. 2 on the codebook; section 3.3)."
     )
     kmeans_iter: Annotated[int, integer(1, 100_000)] = option(
         20, "Maximum number of k-means iterations."
@@ -98,7 +98,8 @@ class IPQConfig(QuantizedModelConfig):
         {},
         "Layer name -> how it is stored, which overrides the fields above: {'scheme': 'pq', "
         "'block_size': 8, 'n_centroids': 256}, {'scheme': 'int', 'bits': 4}, {'scheme': 'dense'}, "
-        "or an entry of a plan. A target size fills it in, unless it is set already.",
+        "or an entry of a plan. Without 'codebook_bits', that of the config holds. A target size "
+        "fills it in, unless it is set already.",
     )
 
     scheme: ClassVar[str] = "ipq"
@@ -120,6 +121,12 @@ class IPQConfig(QuantizedModelConfig):
                 "one codebook per weight; set n_codebooks=1, remove the target, or set "
                 'layer_quantizers ({"scheme": "additive", ...} has two codebooks)'
             )
+
+    def restore_old_defaults(self) -> None:
+        super().restore_old_defaults()
+        self.layer_quantizers = {
+            layer: with_codebook_bits(entry, 32) for layer, entry in self.layer_quantizers.items()
+        }
 
     def check_covers(self, stages: Sequence[str]) -> None:
         """Raise if ``block_size`` or ``n_centroids`` is a dict without an entry for a stage."""
@@ -227,7 +234,7 @@ class IPQConfig(QuantizedModelConfig):
     def quantizer_settings(self, layer: Any) -> dict[str, Any] | None:
         for name in (layer.name, *layer.ties):
             if name in self.layer_quantizers:
-                return self.layer_quantizers[name]
+                return with_codebook_bits(self.layer_quantizers[name], self.codebook_bits)
         block_size = block_size_of(self.block_size, layer)
         n_centroids = entry_for(self.n_centroids, layer)
         if block_size is None or n_centroids is None:

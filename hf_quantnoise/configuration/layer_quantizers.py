@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from .checks import invalid
-from .entries import check_settings, settings_of
+from .entries import QUANTIZERS, check_settings, settings_of
+from .options import options_of
 
 # The scheme of a layer that stays in floating point.
 DENSE = "dense"
@@ -33,3 +34,11 @@ def checked_layer_quantizers(name: str, value: Any) -> dict[str, dict[str, Any]]
         if entry["scheme"] != DENSE:
             check_settings(checked[layer], f"{place}: ")
     return checked
+
+
+def with_codebook_bits(entry: dict[str, Any], bits: int) -> dict[str, Any]:
+    """Return settings of a layer with ``bits`` per centroid value, unless they have their own."""
+    scheme = entry["scheme"]
+    if scheme == DENSE or "codebook_bits" not in options_of(QUANTIZERS[scheme]):
+        return entry
+    return {"codebook_bits": bits, **entry}

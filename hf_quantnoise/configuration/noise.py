@@ -97,10 +97,11 @@ class QuantNoiseConfig(HubConfigMixin, Options):
         False,
         "Train the centroids of 'pq' with the model (section 3.2), instead of fitting them again; "
         "codebook_update then only assigns the blocks to their nearest centroids. With p=1 at the "
-        "end, compress() stores exactly what was trained. Needs QuantNoiseTrainer.",
+        "end, compress() stores exactly what was trained, except for leftovers (leftover_bits). "
+        "Needs QuantNoiseTrainer.",
     )
     codebook_bits: Annotated[int, one_of((32, 16, 8))] = option(
-        32, "Bits per centroid value of 'pq', as in IPQConfig."
+        16, "Bits per centroid value of 'pq', as in IPQConfig."
     )
     row_scale: Annotated[bool, boolean] = option(
         False, "A scale for each row of a weight in 'pq', as in IPQConfig."
@@ -268,6 +269,8 @@ class QuantNoiseConfig(HubConfigMixin, Options):
     def from_dict(cls, values: dict[str, Any]) -> QuantNoiseConfig:
         """Return the config of :meth:`to_dict`; unknown fields raise a ``ValueError``."""
         config: QuantNoiseConfig = from_file(cls, values)
+        if "learn_codebooks" not in values:  # of a release that had float32 centroids
+            config.codebook_bits = values.get("codebook_bits", 32)
         return config
 
     def to_json_string(self) -> str:

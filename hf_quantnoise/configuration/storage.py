@@ -24,6 +24,7 @@ from .checks import (
     is_int,
     layer_chunks,
     layer_name,
+    one_of,
     patterns,
     reason,
 )
@@ -74,6 +75,13 @@ class QuantizedModelConfig(HubConfigMixin, Options, QuantizationConfigMixin):
     exclude_modules: Annotated[str | list[str] | None, patterns] = option(
         None, "Layers to keep dense; same form as target_modules."
     )
+    leftover_bits: Annotated[int, one_of((32, 16, 8))] = option(
+        8,
+        "Bits per value of what is not packed as above. 8: layers of no stage, and those that do "
+        "not fit, as int8 with a scale per row, all other tensors (biases, norms) in float16. 16: "
+        "all in float16. 32: as they are. Excluded layers and {'scheme': 'dense'} entries are "
+        "unchanged.",
+    )
     activation_bits: Annotated[int | None, integer(1, 8)] = option(
         None,
         "Bits, 1 to 8, that the inputs of quantized layers are rounded to (sections 3.3 and 7.7). "
@@ -97,7 +105,9 @@ class QuantizedModelConfig(HubConfigMixin, Options, QuantizationConfigMixin):
         {}, "Filled in by compression: layer name -> how it is stored."
     )
     left_dense: Annotated[dict[str, str], by_layer(reason)] = option(
-        {}, "Filled in by compression: name of a dense layer or parameter -> why it is dense."
+        {},
+        "Filled in by compression: name of a layer or parameter that no stage packs -> why. plan "
+        "has those that are stored in leftover_bits=8.",
     )
     shared_layers: Annotated[dict[str, str], by_layer(layer_name)] = option(
         {}, "Filled in by compression: layer -> the layer that holds its weights."
@@ -204,6 +214,10 @@ class QuantizedModelConfig(HubConfigMixin, Options, QuantizationConfigMixin):
         head = dict(zip(HEAD, (QUANT_METHOD, self.scheme, how_to_load, requires), strict=True))
         return {**head, **asdict(self), "format_version": version}
 
+    def restore_old_defaults(self) -> None:
+        """Give what releases before ``leftover_bits`` did not save the meaning it had there."""
+        self.leftover_bits = 32
+
     @classmethod
     def from_dict(
         cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
@@ -215,4 +229,6 @@ class QuantizedModelConfig(HubConfigMixin, Options, QuantizationConfigMixin):
         values = {key: value for key, value in config_dict.items() if key not in HEAD}
         target = SCHEMES[config_dict.get("scheme", cls.scheme)]
         config = from_file(target, values)
+        if "format_version" in config_dict and "leftover_bits" not in config_dict:
+            config.restore_old_defaults()
         return (config, kwargs) if return_unused_kwargs else config

@@ -24,7 +24,6 @@ from ..compat import (
     DisableTorchFunction,
     has_adapter,
     is_initialized,
-    load_offloaded_parameter,
     mark_quantized,
     offloaded_names,
     set_table_of_prompts,
@@ -32,7 +31,7 @@ from ..compat import (
 )
 from ..configuration import QUANT_METHOD, QuantizedModelConfig
 from ..files.reading import headers_of, tensors_in
-from ..modeling import PackedLayer, packed_layers, stored_tensors
+from ..modeling import PackedLayer, packed_layers
 from ..modeling.convert import decode_stored_states, is_packed, unpack_model
 from ..modeling.packed import PREFIX
 from ..modeling.packer import ModelPacker
@@ -45,7 +44,7 @@ from .conversions import convert_all, convert_dense_only, names_kept_in_files, w
 from .file_check import check_files, require_valid_values
 from .parts import describe_parts, forget_parts
 from .reading import align, read_packed, release_files, require_no_renaming
-from .saving import attach_saving, detach_saving
+from .saving import attach_saving, detach_saving, stored_state_dict
 from .skeleton import (
     Names,
     allow_sentinels,
@@ -197,17 +196,7 @@ class QuantNoiseHfQuantizer(HfQuantizer):
         # With an adapter loaded, transformers writes only the adapter.
         if not has_adapter(model):
             _drop_replaced_layers(model, self.quantization_config)
-        state_dict = model.state_dict()
-        written: dict[int, Tensor] = {}  # tied layers must keep sharing one tensor
-        for prefix, layer in packed_layers(model):
-            in_memory = layer.tensors()
-            tensors = {name: state_dict[f"{prefix}.{name}"] for name in in_memory}
-            for key, tensor in tensors.items():
-                if tensor.is_meta:
-                    tensors[key] = load_offloaded_parameter(model, f"{prefix}.{key}")
-            for name, tensor in stored_tensors(layer, tensors).items():
-                identity = id(in_memory[name])
-                state_dict[f"{prefix}.{name}"] = written.setdefault(identity, tensor)
+        state_dict = stored_state_dict(model, self.quantization_config)
         sentinels = sentinel_names(self.quantization_config, model)
         for name in sentinels:
             state_dict[name] = torch.zeros(1, dtype=torch.uint8)

@@ -11,11 +11,15 @@ import os
 from functools import partial, wraps
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..compat import has_adapter
+from ..compat import has_adapter, load_offloaded_parameter
+from ..configuration import QuantizedModelConfig
 from ..distributed import is_rank_0
 from ..files.model_folders import replaced_model
+from ..modeling import packed_layers, packed_names, stored_tensors
+from ..modeling.float16 import as_stored
 from .processing import save_processing
 from .weights_id import sort_metadata
 
@@ -61,3 +65,28 @@ def save_packed(model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
         known = {key: values[key] for key in ("max_shard_size", "token") if key in values}
         model.push_to_hub(repo_id, **known, **further)
     return None
+
+
+def stored_state_dict(model: PreTrainedModel, config: QuantizedModelConfig) -> dict[str, Tensor]:
+    """Return the state dict of a packed model with tensors as they are saved; tied ones are one."""
+    state_dict = model.state_dict()
+    written: dict[int, Tensor] = {}
+
+    def values_of(name: str) -> Tensor:
+        tensor = state_dict[name]
+        return load_offloaded_parameter(model, name) if tensor.is_meta else tensor
+
+    for prefix, layer in packed_layers(model):
+        in_memory = layer.tensors()
+        tensors = {name: values_of(f"{prefix}.{name}") for name in packed_names(layer)}
+        for name, tensor in stored_tensors(layer, tensors).items():
+            written.setdefault(id(in_memory[name]), tensor)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in written:
+            values = values_of(name)
+            stored = as_stored(values, config)
+            if stored is values:
+                continue
+            written[id(tensor)] = stored
+        state_dict[name] = written[id(tensor)]
+    return state_dict

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
@@ -14,9 +14,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from ..argument_checks import require_model, run_batch
+from ..argument_checks import run_batch
 from ..blocks import weight_matrix
-from ..compat import stop_rescaling
 from ..configuration import IPQConfig, QuantizedModelConfig
 from ..distributed import (
     broadcast_from,
@@ -29,9 +28,11 @@ from ..distributed import (
 from ..lookups import Lookups
 from ..quantizers.base import sum_of_squares
 from .activations import calibrate, require_batches, require_runs, rounds_inputs
-from .convert import pack_layer, pack_skeleton, packed_layers, packed_names
+from .convert import pack_layer, pack_skeleton, packed_names
 from .fitted_weights import FittedWeight, FittedWeights
+from .float16 import excluded_layers, round_to_float16
 from .importance import measure_importance, require_measurable
+from .packable import check_can_be_packed
 from .plan import PlannedWeight, make_plan
 from .structural_changes import changed_copy, declare_shared, plan_structural_changes
 from .ties import renamed_ties
@@ -64,6 +65,7 @@ class ModelPacker:
 
     Attributes:
         stages: stage -> the weights it packs.
+        leftovers: the weights that :meth:`pack_leftovers` packs.
         planned: the model whose layers ``stages`` refers to: a copy until pruning and sharing have
             been applied, then the model itself.
 
@@ -90,7 +92,9 @@ class ModelPacker:
         self.planned = model
         if self.structural_changes:
             self.planned = changed_copy(model, self.config)
-        self.stages, self.config.left_dense = make_plan(self.planned, self.config)
+        plan = make_plan(self.planned, self.config)
+        self.stages, self.leftovers, self.config.left_dense = plan
+        self._excluded = excluded_layers(self.planned, self.config)
         if isinstance(self.config, IPQConfig) and self.config.has_default_stages:
             self.config.stages = [stage for stage in self.stages if stage is not None]
 
@@ -100,6 +104,8 @@ class ModelPacker:
             for stage in stages or self.stages:
                 for planned in self.stages[stage]:
                     planned.check_values()
+            for planned in () if stages else self.leftovers:
+                planned.check_values()
 
     def require_runs(
         self, batches: Sequence, forward: Callable[[object], object] | None = None
@@ -132,6 +138,7 @@ class ModelPacker:
         self.planned = self.model
         for stage, weights in self.stages.items():
             self.stages[stage] = [planned.of(self.model) for planned in weights]
+        self.leftovers = [planned.of(self.model) for planned in self.leftovers]
 
     def pack_stage(
         self,
@@ -145,22 +152,31 @@ class ModelPacker:
         With ``importance`` in the config, ``batches`` and ``forward`` are the calibration data of
         :func:`measure_importance`; the earlier stages are packed when it is measured.
         """
-        self.fitted.report(self.stages[stage])
-        importance = self._importance(stage, batches, forward)
-        errors: dict[str, float] = {}
-        norms: list[float] = []
-        bar = tqdm(self.stages[stage], desc=f"quantize {stage or 'all layers'}", unit="layer",
+        weights = self.stages[stage]
+        self.fitted.report(weights)
+        importance = self._importance(weights, batches, forward)
+        bar = tqdm(weights, desc=f"quantize {stage or 'all layers'}", unit="layer",
                    disable=not progress, leave=False)  # fmt: skip
-        with self._transformers_updated(stage):
-            with self._raising_together():
-                for number, planned in enumerate(bar):
-                    norms.append(sum_of_squares(weight_matrix(planned.modules[0])))
-                    errors[planned.layers[0].name] = self._pack(planned, number, importance[number])
-            self._exchange(stage, errors)
+        norms = [sum_of_squares(weight_matrix(planned.modules[0])) for planned in weights]
+        errors = self._pack_weights(bar, weights, importance)
         energy = sum(norms)
         error = sum(norm * relative for norm, relative in zip(norms, errors.values(), strict=True))
         names = tuple(self.layers_of(stage))
         return StageResult(stage, names, error / energy if energy else 0.0, errors)
+
+    def pack_leftovers(self) -> None:
+        """Store what no stage has packed in ``leftover_bits``. Call after the last stage."""
+        self._pack_weights(self.leftovers, self.leftovers, [None] * len(self.leftovers))
+        self._round_leftovers()
+
+    def _round_leftovers(self) -> None:
+        """Round what is not packed to float16, and list what float16 cannot hold."""
+        if self.config.leftover_bits == 32:
+            return
+        excluded = (self.model.get_submodule(name) for name in self._excluded)
+        kept = {id(tensor) for layer in excluded for tensor in layer.parameters(recurse=False)}
+        for name in round_to_float16(self.model, kept):
+            self.config.left_dense[name] = "its values exceed the range of float16"
 
     def pack_all(self, progress: bool = False, batches: Sequence = ()) -> list[StageResult]:
         """Prune and share layers, then pack every stage without training in between."""
@@ -172,41 +188,68 @@ class ModelPacker:
             if self.config.weighs_errors:  # the next stage is measured on this one's outputs
                 layers = [self.model.get_submodule(name) for name in results[-1].layers]
                 calibrate(self.model, layers, batches)
+        self.pack_leftovers()
         return results
 
     def pack_skeletons(self) -> None:
         """Pack all layers with empty tensors, for the size of models on the meta device."""
         self.change_structure()
-        for stage in self.stages:
-            self.restore_stage(stage)
+        self.restore_stages(self.stages)
+        self._round_leftovers()
 
-    def restore_stage(self, stage: str | None) -> None:
-        """Give the layers of a stage their packed form with empty tensors, to be loaded later."""
-        with self._transformers_updated(stage):
-            for planned in self.stages[stage]:
-                self._pack_empty(planned)
+    def restore_stages(self, stages: Iterable[str | None]) -> None:
+        """Give the layers of stages their packed form with empty tensors, to be loaded later.
+
+        With the last stage, this includes the layers that :meth:`pack_leftovers` packs.
+        """
+        for stage in stages:
+            weights = list(self.stages.get(stage, ()))
+            weights += self.leftovers if stage == self.last_stage else []
+            with self._transformers_updated(weights):
+                for planned in weights:
+                    self._pack_empty(planned)
+
+    @property
+    def last_stage(self) -> str | None:
+        """The last stage that packs something."""
+        return list(self.stages)[-1]
 
     def _raising_together(self) -> AbstractContextManager:
         return raise_on_all_ranks() if self.on_all_ranks else nullcontext()
 
     def layers_of(self, stage: str | None) -> list[str]:
         """Return the names of a stage's layers; empty if the plan has no such stage."""
-        return [layer.name for planned in self.stages.get(stage, ()) for layer in planned.layers]
+        return _layer_names(self.stages.get(stage, ()))
 
     @contextmanager
-    def _transformers_updated(self, stage: str | None) -> Iterator[None]:
-        """Update ties and the quantizer that transformers keeps, after a stage was packed."""
-        with renamed_ties(self.model, self.layers_of(stage)):
+    def _transformers_updated(self, weights: Sequence[PlannedWeight]) -> Iterator[None]:
+        """Update ties and the quantizer that transformers keeps, after weights were packed."""
+        with renamed_ties(self.model, _layer_names(weights)):
             yield
         declare_shared(self.model, self.config.shared_layers)
         # The class that hub/ registers with transformers under the config's quant_method.
         AutoHfQuantizer.from_config(self.config, pre_quantized=True).attach(self.model)
 
-    def _importance(self, stage, batches, forward) -> Sequence[Tensor | None]:
-        weights = [planned.modules for planned in self.stages[stage]]
+    def _importance(self, weights, batches, forward) -> Sequence[Tensor | None]:
         if not self.config.weighs_errors:
             return [None] * len(weights)
-        return measure_importance(self.model, weights, batches, forward)
+        layers = [planned.modules for planned in weights]
+        return measure_importance(self.model, layers, batches, forward)
+
+    def _pack_weights(
+        self,
+        bar: Iterable[PlannedWeight],
+        weights: Sequence[PlannedWeight],
+        importance: Sequence[Tensor | None],
+    ) -> dict[str, float]:
+        """Pack weights, over which ``bar`` iterates; return the relative error of each."""
+        errors: dict[str, float] = {}
+        with self._transformers_updated(weights):
+            with self._raising_together():
+                for number, planned in enumerate(bar):
+                    errors[planned.layers[0].name] = self._pack(planned, number, importance[number])
+            self._exchange(weights, errors)
+        return errors
 
     def _pack(self, planned: PlannedWeight, number: int, importance: Tensor | None) -> float:
         """Pack one weight (empty if another rank clusters it) and return its relative error."""
@@ -233,11 +276,11 @@ class ModelPacker:
         self.config.plan.update(planned.entries())
 
     @torch.no_grad()
-    def _exchange(self, stage: str | None, errors: dict[str, float]) -> None:
+    def _exchange(self, weights: Sequence[PlannedWeight], errors: dict[str, float]) -> None:
         """Send what each rank has clustered, codes and state, to all ranks."""
-        if not self.on_all_ranks or not is_distributed():
+        if not self.on_all_ranks or not is_distributed() or not weights:
             return
-        for number, planned in enumerate(self.stages[stage]):
+        for number, planned in enumerate(weights):
             layer = planned.modules[0]
             tensors = layer.tensors()
             for name in packed_names(layer):
@@ -248,36 +291,5 @@ class ModelPacker:
         errors.update(zip(errors, sum_over_ranks(found).tolist(), strict=True))
 
 
-def has_adapters(model: nn.Module) -> bool:
-    """Return whether PEFT has wrapped a model, or some of its layers."""
-    return any(type(module).__module__.startswith("peft.") for module in model.modules())
-
-
-def check_can_be_packed(model: nn.Module) -> None:
-    """Check that a model can be packed.
-
-    Raises:
-        TypeError: if it is not a ``PreTrainedModel``.
-        ValueError: if it is quantized, or has adapters.
-
-    An RWKV model stops rescaling its weights, here and not later, since each entry point calls this
-    before it copies or evaluates the model (:func:`stop_rescaling`).
-    """
-    if isinstance(model, nn.Module) and has_adapters(model):
-        raise ValueError(
-            f"invalid model: {type(model).__name__} has PEFT adapters, which cannot be packed; "
-            "merge them first, and use the result of peft_model.merge_and_unload() (in a trainer: "
-            "trainer.model = trainer.model.merge_and_unload())"
-        )
-    require_model(model)
-    if any(packed_layers(model)):
-        raise ValueError(
-            "the model is already quantized; call model.dequantize() first, or load the dense model"
-        )
-    if getattr(model, "is_quantized", False):
-        method = getattr(model, "quantization_method", None) or "another method"
-        raise ValueError(
-            f"the model is already quantized with {getattr(method, 'value', method)}; load the "
-            "dense checkpoint instead"
-        )
-    stop_rescaling(model)
+def _layer_names(weights: Iterable[PlannedWeight]) -> list[str]:
+    return [layer.name for planned in weights for layer in planned.layers]

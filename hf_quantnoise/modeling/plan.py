@@ -13,7 +13,7 @@ from torch import nn
 from ..blocks import weight_matrix
 from ..configuration import DENSE, IPQConfig, QuantizedModelConfig
 from ..patterns import compile_pattern
-from ..quantizers import Quantizer, quantizer_from_dict
+from ..quantizers import FixedPointQuantizer, Quantizer, quantizer_from_dict
 from ..quantizers.base import require_finite
 from ..structure import (
     GROUPS,
@@ -27,6 +27,10 @@ from ..structure import (
 
 # The reason of layers that a config skips by name.
 SKIPPED_BY_CONFIG = "layer_quantizers skips it"
+# How leftover_bits=8 stores a layer that no stage packs.
+LEFTOVER = FixedPointQuantizer(bits=8, observer="channel")
+# Bytes of a tensor's entry in the header of the file, without its name.
+HEADER_ENTRY = 72
 # Of weights that can be packed; states have the dtype of the weight.
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -98,11 +102,12 @@ def stages_for(config: QuantizedModelConfig, model: nn.Module) -> list[str | Non
 
 def make_plan(
     model: nn.Module, config: QuantizedModelConfig
-) -> tuple[dict[str | None, list[PlannedWeight]], dict[str, str]]:
+) -> tuple[dict[str | None, list[PlannedWeight]], list[PlannedWeight], dict[str, str]]:
     """Plan how and in which stage each weight is packed, before anything is packed.
 
-    Returns a dict from stage to its weights, bottom-up; and a dict from the name of each skipped
-    layer (or bare parameter) to the reason.
+    Returns a dict from stage to its weights, bottom-up; the weights of no stage that are packed
+    after the last one (``leftover_bits``); and a dict from the name of each layer (or bare
+    parameter) that no stage packs to the reason.
     """
     layers = select_layers(model, config.target_modules, config.exclude_modules)
     stages = config.stage_groups({layer.group for layer in layers})
@@ -111,6 +116,7 @@ def make_plan(
     if isinstance(config, IPQConfig):  # a convolution or head may stay dense
         config.check_covers([stage for stage in stages if stage not in ("conv", "head")])
     plan: dict[str | None, list[PlannedWeight]] = {stage: [] for stage in stages}
+    leftovers: list[PlannedWeight] = []
     skipped: dict[str, str] = {}
     for members in weights_of(layers):
         layer = members[0]
@@ -127,9 +133,18 @@ def make_plan(
             if reason is None:
                 plan[stage].append(PlannedWeight(members, quantizer, config.activation_bits))
                 continue
+        if config.leftover_bits == 8 and reason != SKIPPED_BY_CONFIG and _is_leftover(members):
+            leftovers.append(PlannedWeight(members, LEFTOVER))
+            reason = f"{reason}; stored as {LEFTOVER.short_name}"
         skipped.update(dict.fromkeys((member.name for member in members), reason))
     plan = _without_empty_stages(config, plan, skipped, layers)
-    return plan, {**skipped, **unsupported_weights(model)}
+    return plan, leftovers, {**skipped, **unsupported_weights(model)}
+
+
+def _is_leftover(members: tuple[LayerInfo, ...]) -> bool:
+    """Return whether a weight can be stored as ``LEFTOVER`` and takes less than in float16."""
+    header = len(LEFTOVER.state_spec(1, 1)) * (HEADER_ENTRY + len(members[0].name))
+    return _why_not(members[0], LEFTOVER, 2 * members[0].numel - header) is None
 
 
 def _quantizer_for(

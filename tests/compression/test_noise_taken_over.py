@@ -35,7 +35,8 @@ from hf_quantnoise.noise import find_state
 from hf_quantnoise.quantizers import ProductQuantizer
 from hf_quantnoise.quantizers.packing import unpack_codes
 
-TARGET = IPQConfig(block_size=4, n_centroids=8)
+# Leftovers in 8 bits would differ from the training.
+TARGET = IPQConfig(block_size=4, n_centroids=8, leftover_bits=32)
 
 
 def joint_noise(**changes):

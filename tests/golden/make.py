@@ -29,9 +29,9 @@ WORDS = 48
 EXPECTED = "expected.safetensors"
 
 
-def bert(layers=1):
+def bert(layers=1, size=16):
     config = BertConfig(
-        hidden_size=16, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=32,
+        hidden_size=size, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=32,
         vocab_size=WORDS, max_position_embeddings=16, type_vocab_size=1,
         initializer_range=0.5,
     )  # fmt: skip
@@ -73,9 +73,11 @@ def images():
     return torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
+# Of releases before leftover_bits.
+OLD = {"codebook_bits": 32, "leftover_bits": 32}
 # name -> model, config
 CASES = {
-    "ipq": (bert, IPQConfig(n_centroids=8)),
+    "ipq": (bert, IPQConfig(n_centroids=8, **OLD)),
     "ipq_int8": (
         bert,
         IPQConfig(
@@ -83,23 +85,33 @@ CASES = {
             n_centroids=5,
             codebook_bits=8,
             row_scale=True,
+            leftover_bits=32,
         ),
     ),
-    "additive": (bert, IPQConfig(block_size=8, n_centroids=6, n_codebooks=2, codebook_bits=16)),
-    "fixed_point": (bert, FixedPointConfig(bits=4, observer="channel", activation_bits=8)),
-    "tied": (gpt2, IPQConfig(n_centroids=8, codebook_bits=16)),
+    "additive": (
+        bert, IPQConfig(block_size=8, n_centroids=6, n_codebooks=2, codebook_bits=16,
+                        leftover_bits=32),
+    ),
+    "fixed_point": (
+        bert, FixedPointConfig(bits=4, observer="channel", activation_bits=8, leftover_bits=32)
+    ),
+    "tied": (gpt2, IPQConfig(n_centroids=8, codebook_bits=16, leftover_bits=32)),
     "row_groups": (
         gpt2,
-        IPQConfig(n_centroids=8, codebook_bits=8, frequent_rows=16, rare_block_size=8),
+        IPQConfig(
+            n_centroids=8, codebook_bits=8, frequent_rows=16, rare_block_size=8, leftover_bits=32
+        ),
     ),
     "shared": (
         lambda: bert(layers=4),
-        IPQConfig(n_centroids=8, share_layers=2, prune_layers="every_other"),
+        IPQConfig(n_centroids=8, share_layers=2, prune_layers="every_other", **OLD),
     ),
-    "conv": (resnet, IPQConfig(n_centroids=8, block_size=9, stages=["conv"])),
+    "conv": (resnet, IPQConfig(n_centroids=8, block_size=9, stages=["conv"], **OLD)),
     # Its packed tensors have other names in the file than in the model, as dense ones have.
-    "renamed": (vit, IPQConfig(n_centroids=8, stages=["ffn", "attention"])),
-}
+    "renamed": (vit, IPQConfig(n_centroids=8, stages=["ffn", "attention"], **OLD)),
+    # A pooler in 8 bits, and biases, norms and the classifier in float16.
+    "leftovers": (lambda: bert(size=32), IPQConfig(n_centroids=8)),
+}  # fmt: skip
 
 
 def make(name):

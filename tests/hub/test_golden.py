@@ -54,6 +54,8 @@ def test_golden_cases_cover_all_kinds_of_storage():
     assert any(entry.get("row_scale") for entry in entries)
     assert any(each["shared_layers"] for each in stored)
     assert any(each["pruned_layers"] for each in stored)
+    assert {each.get("leftover_bits") for each in stored} >= {None, 8}
+    assert any(name in each["plan"] for each in stored for name in each["left_dense"])
     files = [file for file in HERE.rglob("*") if file.suffix in (".json", ".safetensors")]
     assert sum(file.stat().st_size for file in files) < 120_000
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.stacked import make_stacked
+from support.stored import layers_of_stages
 from support.tiny import make_model, make_vision_model
 from torch import nn
 from transformers import (
@@ -282,7 +283,7 @@ def test_importance_with_activation_bits_in_image_model():
     data = [{"pixel_values": normal(2, 3, 32, 32)}]
     config = IPQConfig(n_centroids=16, stages=["conv"], importance="activations", activation_bits=8)
     model = quantize_model(model, config, progress=False, calibration_data=data)
-    layers = dict(packed_layers(model)).values()
+    layers = layers_of_stages(model)
     assert any(layer.groups > 1 for layer in layers)
     assert all(float(layer.input_scale) > 0 for layer in layers)
 
@@ -330,7 +331,7 @@ def test_compress_measures_importance_before_each_stage(tmp_path, parity_data, m
     trainer = QuantNoiseTrainer(make_model("bert"), args, train_dataset=parity_data)
     arguments = CompressionArguments(stage_epochs=0, calibration_batches=2)
     small = trainer.compress(WEIGHTED, arguments)
-    packed = len(list(packed_layers(small)))
+    packed = len(layers_of_stages(small))
     assert [count for _, _, count in calls] == [2, 2, 2]
     assert [before for before, _, _ in calls] == [0, calls[0][1], calls[0][1] + calls[1][1]]
     assert sum(number for _, number, _ in calls) == packed

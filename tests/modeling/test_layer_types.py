@@ -138,9 +138,9 @@ def test_pack_layer_without_packed_forward_raises_and_keeps_weight(scale_type):
 
 def test_plan_skips_layer_without_packed_forward(scale_type):
     model = nn.ModuleDict({"linear": nn.Linear(64, 16), "scale": Scale()})
-    plan, skipped = make_plan(model, FixedPointConfig(bits=8))
+    plan, leftovers, skipped = make_plan(model, FixedPointConfig(bits=8))
     assert [weight.layers[0].name for weight in plan[None]] == ["linear"]
-    assert "Scale" in skipped["scale"]
+    assert not leftovers and "Scale" in skipped["scale"]
 
 
 def test_layer_type_without_packed_forward_gets_noise(scale_type):
@@ -155,7 +155,7 @@ def test_quantize_model_with_layer_without_packed_forward_keeps_its_weight(scale
     model = make_model("bert")
     model.scale = Scale()
     weight = model.scale.weight
-    quantize_model(model, FixedPointConfig(bits=8), progress=False)
+    quantize_model(model, FixedPointConfig(bits=8, leftover_bits=32), progress=False)
     assert model.scale.weight is weight and type(model.scale) is Scale
     assert "Scale cannot be packed" in model.config.quantization_config.left_dense["scale"]
 

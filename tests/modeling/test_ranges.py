@@ -83,7 +83,9 @@ REFUSED = {
         4e4, IPQConfig(n_centroids=8, codebook_bits=16, n_codebooks=2), "codebook_bits=16"
     ),
     "squares": (2e19, FixedPointConfig(), "expected 1e-16 to 1e[+]16"),
-    "row scales": (1e12, IPQConfig(n_centroids=8, row_scale=True), "set row_scale=False"),
+    "row scales": (
+        1e12, IPQConfig(n_centroids=8, row_scale=True, codebook_bits=32), "set row_scale=False"
+    ),
 }  # fmt: skip
 
 

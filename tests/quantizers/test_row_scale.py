@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from support.stored import layers_of_stages
 from support.tiny import make_model, make_vision_model
 from torch import nn
 
 from hf_quantnoise import IPQConfig, quantize_model
-from hf_quantnoise.modeling import pack_layer, packed_layers
+from hf_quantnoise.modeling import pack_layer
 from hf_quantnoise.modeling.importance import measure_importance
 from hf_quantnoise.quantizers import ProductQuantizer
 
@@ -116,7 +117,7 @@ def test_depthwise_convolutions_have_a_scale_per_channel():
     model = quantize_model(
         model, config, progress=False, calibration_data=[{"pixel_values": pixels}]
     )
-    layers = [layer for _, layer in packed_layers(model)]
+    layers = layers_of_stages(model)
     assert any(layer.groups > 1 for layer in layers)
     assert all(layer.weight_row_scale.shape == (layer.rows, 1) for layer in layers)
     assert torch.isfinite(model(pixels).logits).all()

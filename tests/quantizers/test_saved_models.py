@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from support.stored import layers_of_stages
 from support.tiny import make_model
 
 from hf_quantnoise import IPQConfig, quantize_model, size_report
-from hf_quantnoise.modeling import packed_layers
 
 ADDITIVE, SCALED = {"block_size": 8, "n_codebooks": 2}, {"row_scale": True}
 
@@ -25,7 +25,7 @@ ADDITIVE, SCALED = {"block_size": 8, "n_codebooks": 2}, {"row_scale": True}
 def test_model_save_load_is_bit_equal(name, fields, input_ids, tmp_path):
     config = IPQConfig(n_centroids=16, **fields)
     model = quantize_model(make_model(name), config, progress=False)
-    layers = [layer for _, layer in packed_layers(model)]
+    layers = layers_of_stages(model)
     if "n_codebooks" in fields:
         assert layers and all(layer.weight_codebook.shape == (32, 8) for layer in layers)
         assert all(layer.rows_are_aligned for layer in layers)

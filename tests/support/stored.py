@@ -3,10 +3,11 @@
 from torch import Tensor, nn
 
 from hf_quantnoise import FixedPointConfig, IPQConfig
+from hf_quantnoise.modeling import packed_layers
 
 PQ = {"block_size": 4, "n_centroids": 16}
 STORED = {
-    "ipq": IPQConfig(**PQ),
+    "ipq": IPQConfig(**PQ, codebook_bits=32),
     "16 bits": IPQConfig(**PQ, codebook_bits=16),
     "8 bits": IPQConfig(**PQ, codebook_bits=8),
     "rows": IPQConfig(**PQ, row_scale=True),
@@ -22,3 +23,9 @@ def stored(*names: str) -> dict:
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """Return parameters and codes (which are buffers) by name, tied ones under each name."""
     return dict(model.state_dict(keep_vars=True))
+
+
+def layers_of_stages(model: nn.Module) -> list[nn.Module]:
+    """Return the layers that the stages packed: packed layers without leftovers."""
+    leftovers = model.config.quantization_config.left_dense
+    return [layer for name, layer in packed_layers(model) if name not in leftovers]

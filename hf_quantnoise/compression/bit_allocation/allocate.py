@@ -20,7 +20,7 @@ from ...blocks import weight_matrix
 from ...configuration import IPQConfig, QuantizedModelConfig
 from ...distributed import broadcast_object, is_rank_0, on_any_rank, raise_on_all_ranks
 from ...lookups import Lookups, count_lookups, with_number_of_rows
-from ...modeling.packer import check_can_be_packed
+from ...modeling.packable import check_can_be_packed
 from ...modeling.structural_changes import changed_copy
 from ...noise import find_state
 from ...quantizers.base import require_finite

@@ -20,6 +20,7 @@ from torch import Tensor
 from ...blocks import weight_matrix
 from ...configuration import DENSE, OBSERVERS, IPQConfig
 from ...configuration.row_groups import in_row_groups
+from ...modeling.plan import HEADER_ENTRY
 from ...quantizers import (
     FixedPointQuantizer,
     ProductQuantizer,
@@ -44,8 +45,6 @@ SEARCH_MAX_BITS, SEARCH_MIN_WEIGHTS = 4, 2**14
 FITTED_CENTROIDS = (16, 64, 256)
 SAMPLE_SIZE = 2**16
 SAMPLE_ITERATIONS = 6
-# Bytes of a tensor's entry in the header of the file, without its name.
-HEADER_ENTRY = 72
 
 # (ln K, ln error on unseen blocks) of the codebooks fitted so far, by increasing K.
 Curve = list[tuple[float, float]]

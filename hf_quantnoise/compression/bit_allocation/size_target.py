@@ -82,28 +82,27 @@ def check_target_reachable(model: PreTrainedModel, config: IPQConfig) -> int:
     smallest = {}
     for layers in weights_to_store(shapes, config):
         candidates = candidates_for(layers, config, with_errors=False).candidates
-        smallest[layers[0].name] = min(candidates, key=lambda each: each.bytes).settings
-    size = file_bytes(model, replace(config, layer_quantizers=smallest))
+        smallest[layers[0].name] = min(candidates, key=lambda each: each.bytes)
+    settings = {name: candidate.settings for name, candidate in smallest.items()}
+    size = file_bytes(model, replace(config, layer_quantizers=settings))
     if size > target:
         n_weights = sum(p.numel() for p in shapes.parameters())
         raise ValueError(
             f"invalid {config.target}: it allows {target:,} bytes, but the smallest bit allocation "
             f"takes {size:,} ({8 * size / n_weights:.2f} bits per weight); "
-            + _ways_to_reduce(shapes, config)
+            + _ways_to_reduce(shapes, config, size - sum(each.bytes for each in smallest.values()))
         )
     return target
 
 
-def _ways_to_reduce(shapes: nn.Module, config: IPQConfig) -> str:
-    stored = {id(layers[0].module.weight) for layers in weights_to_store(shapes, config)}
-    rest = sum(p.numel() * p.element_size() for p in shapes.parameters() if id(p) not in stored)
+def _ways_to_reduce(shapes: nn.Module, config: IPQConfig, rest: int) -> str:
     groups = {layer.group for layer in select_layers(shapes)}
     missing = sorted(groups - set(stages_for(config, shapes)))
     ways = [f"add {', '.join(missing)} to stages"] if missing else []
-    if config.codebook_bits == 32:
-        ways.append("set codebook_bits=16 or 8")
+    ways += [f"set {name}=8" for name in ("codebook_bits", "leftover_bits")
+             if getattr(config, name) > 8]  # fmt: skip
     ways.append("set share_layers or prune_layers")
-    return f"{', '.join(ways)} ({rest:,} of the bytes are weights in no stage)"
+    return f"{', '.join(ways)} ({rest:,} of the bytes are not of weights in a stage)"
 
 
 def weights_to_store(model: nn.Module, config: IPQConfig) -> list[tuple[LayerInfo, ...]]:
