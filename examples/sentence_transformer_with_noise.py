@@ -30,8 +30,8 @@ from transformers import HfArgumentParser
 
 from hf_quantnoise import QuantNoiseCallback, quantize_model, remove_quant_noise
 from hf_quantnoise.compat import undo_accelerate_prepare
-from hf_quantnoise.runs.arguments import ConfigFlags
 from hf_quantnoise.runs.closing_table import Row, closing_table, weights_mb
+from hf_quantnoise.runs.config_flags import ConfigFlags
 
 
 @dataclass

@@ -24,8 +24,8 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig, SFTTrainer
 
 from hf_quantnoise import QuantNoiseCallback, quantize_model, remove_quant_noise
-from hf_quantnoise.runs.arguments import ConfigFlags
 from hf_quantnoise.runs.closing_table import Row, closing_table, weights_mb
+from hf_quantnoise.runs.config_flags import ConfigFlags
 
 
 @dataclass

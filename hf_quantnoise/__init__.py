@@ -24,6 +24,7 @@ from .hub.auto import (
 from .lookups import count_lookups
 from .noise import apply_quant_noise, remove_quant_noise
 from .publishing import QuantNoiseCard, push_to_hub, write_model_card
+from .recipes import Recipe, recipe
 from .size import size_report
 from .trainer import QuantNoiseTrainer
 from .version import __version__
@@ -44,6 +45,7 @@ __all__ = [
     "QuantNoiseCard",
     "QuantNoiseConfig",
     "QuantNoiseTrainer",
+    "Recipe",
     "__version__",
     "allocate_bits",
     "apply_quant_noise",
@@ -52,6 +54,7 @@ __all__ = [
     "export_onnx",
     "push_to_hub",
     "quantize_model",
+    "recipe",
     "remove_quant_noise",
     "size_report",
     "update_bn_stats",

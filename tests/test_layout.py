@@ -41,6 +41,7 @@ LAYERS = (
     "publishing",
     "callback",
     "compression",
+    "recipes",
     "trainer_arguments",
     "trainer",
     "runs",

@@ -6,7 +6,9 @@ import dataclasses
 import json
 import logging
 from argparse import SUPPRESS, Action
-from dataclasses import dataclass, field, make_dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -24,16 +26,15 @@ from ..configuration import QuantizedModelConfig, QuantNoiseConfig
 from ..configuration.flags import (
     HelpFormatter,
     OneLineErrors,
-    QuantizationFlags,
-    config_from_flags,
     errors_name_flags,
-    flag_of,
     unknown_flags,
 )
 from ..configuration.options import drop_removed, option, options_of, warn_removed
 from ..registry import suggestion
+from .config_flags import ConfigFlags
 from .example_data import FileArguments
 from .known_flags import ELSEWHERE, check_training_flags, elsewhere
+from .recipe_flags import check_recipe, flags_of, lengths, recipe_for, shown
 
 logger = logging.getLogger(__name__)
 
@@ -88,54 +89,6 @@ def load_config(flag: str, name: str, **kwargs: Any) -> PretrainedConfig:
         raise ValueError(f"invalid --{flag} {name!r}: cannot be loaded ({error})") from None
 
 
-# Option of QuantNoiseConfig -> its flag. SHARED options are those of the compressed model, as are
-# FALLBACKS if their flag is not passed.
-NOISE_FLAGS = {
-    "noise": "noise",
-    "p": "noise_rate",
-    "p_schedule": "noise_schedule",
-    "block_size": "noise_block_size",
-    "n_centroids": "noise_n_centroids",
-    "block_selection": "noise_block_selection",
-    "observer": "noise_observer",
-    "layerdrop": "layerdrop",
-    "layerdrop_ste": "layerdrop_ste",
-    "codebook_update": "codebook_update",
-    "scale_update_steps": "scale_update_steps",
-    "batch_norm_batches": "noise_batch_norm_batches",
-    "activation_calibration": "activation_calibration",
-    "target_modules": "noise_target_modules",
-    "exclude_modules": "noise_exclude_modules",
-}
-FALLBACKS = ("block_size", "n_centroids", "observer")
-SHARED = ("activation_bits", "share_layers", "frequent_rows", "rare_block_size")
-
-
-def _noise_flags() -> list[tuple]:
-    options, flags = options_of(QuantNoiseConfig), []
-    for name, flag in NOISE_FLAGS.items():
-        more = {"default": None, "more": f"Default: --{name}."} if name in FALLBACKS else {}
-        if name == "noise":
-            more = {"more": "'none' trains without noise."}
-        flags.append(flag_of(options[name], flag, **more))
-    return flags
-
-
-class ConfigFlags(make_dataclass("_Flags", _noise_flags(), bases=(QuantizationFlags,))):
-    """Flags of noise and compressed model."""
-
-    def noise_config(self, seed: int) -> QuantNoiseConfig | None:
-        """Return the noise to train with; None for ``--noise none``."""
-        if self.noise == ["none"]:
-            return None
-        values = vars(self)
-        flags = {**NOISE_FLAGS, **{name: name for name in SHARED}}
-        for name in FALLBACKS:
-            if values[flags[name]] is None:
-                flags[name] = name
-        return config_from_flags(QuantNoiseConfig, flags, values, seed)
-
-
 @dataclass
 class CompressionFlags(ConfigFlags):
     """Flags of noise and compressed model, and of the run."""
@@ -144,6 +97,19 @@ class CompressionFlags(ConfigFlags):
     resume_compression: bool = option(False, "Resume a run that was interrupted in compression.")
     teacher_name_or_path: str | None = option(
         None, "Teacher of the stages, with the same labels; default: the finetuned model."
+    )
+    recipe: Literal["13x", "20x", "30x"] | None = option(
+        None,
+        "Compress to a file at least this many times smaller: flags that are not passed get the "
+        f"values of hf_quantnoise.recipe for the model. {lengths()}",
+    )
+    noise_after_finetuning: float = option(
+        0.0,
+        "Finetune without noise, then train with noise for this many times --num_train_epochs (or "
+        "--max_steps), with the finetuned model as teacher (section 5.3). 0: finetune with noise.",
+    )
+    noise_learning_rate: float | None = option(
+        None, "Learning rate of --noise_after_finetuning. None: --learning_rate."
     )
 
 
@@ -181,6 +147,7 @@ class Arguments:
     flags: CompressionFlags
     compression: CompressionArguments
     training: RunTrainingArguments
+    recipe: str | None = None  # what --recipe did
     noise: QuantNoiseConfig | None = field(init=False)
     quantization: QuantizedModelConfig = field(init=False)
 
@@ -196,22 +163,33 @@ class Arguments:
         return self.flags.compress and self.compression.trains(self.quantization.stage_groups())
 
     @property
+    def needs_train_data(self) -> bool:
+        """Whether anything is trained."""
+        trains_after = self.finetunes_stages or self.flags.noise_after_finetuning > 0
+        return bool(self.training.do_train) or trains_after
+
+    @property
     def splits(self) -> list[str]:
         """The splits that the run needs, of ``"train"``, ``"validation"`` and ``"test"``."""
         needed = {
-            "train": self.training.do_train or self.finetunes_stages,
+            "train": self.needs_train_data,
             "validation": self.training.do_eval,
             "test": self.training.do_predict,
         }
         return [split for split, is_needed in needed.items() if is_needed]
 
     def require_train_data(self) -> None:
-        """Raise a ``ValueError`` if the stages need training data and there is none."""
-        if self.finetunes_stages and not self.training.do_train and not self.data.has_train_data:
+        """Raise a ``ValueError`` if compression needs training data and there is none."""
+        if self.training.do_train or not self.needs_train_data or self.data.has_train_data:
+            return
+        if (length := self.flags.noise_after_finetuning) > 0:
             raise ValueError(
-                f"--stage_epochs {self.compression.stage_epochs} finetunes in the stages, which "
-                "requires --train_file; pass it, or --stage_epochs 0 to quantize without finetuning"
+                f"--noise_after_finetuning {length:g} trains, which requires --train_file; pass it"
             )
+        raise ValueError(
+            f"--stage_epochs {self.compression.stage_epochs} finetunes in the stages, which "
+            "requires --train_file; pass it, or --stage_epochs 0 to quantize without finetuning"
+        )
 
     @property
     def command(self) -> list[str]:
@@ -241,6 +219,7 @@ class RunParser(OneLineErrors, HfArgumentParser):
     """Parser of an example's dataclasses, or of one JSON file with their fields."""
 
     def __init__(self, data_class: type[FileArguments], **kwargs: Any) -> None:
+        self.data_class = data_class
         self.elsewhere = {**ELSEWHERE, **data_class.elsewhere}
         flags = (ModelArguments, data_class, CompressionFlags, CompressionArguments)
         super().__init__([*flags, RunTrainingArguments], formatter_class=HelpFormatter, **kwargs)
@@ -252,17 +231,28 @@ class RunParser(OneLineErrors, HfArgumentParser):
 
     def parse(self, words: list[str]) -> Arguments:
         """Parse a command line, or the single JSON file that it names."""
-        if len(words) == 1 and words[0].endswith(".json"):
-            return Arguments(words, *self._read_file(words[0]))
+        from_file = len(words) == 1 and words[0].endswith(".json")
+        parse = partial(self._read_file, words[0]) if from_file else partial(self._parse, words)
+        model, _, flags, *_ = parts = parse({})
+        if flags.recipe is None:
+            return Arguments(words, *parts)
+        check_recipe(flags)
+        settings = recipe_for(flags.recipe, self.data_class.auto_class, model.load_config())
+        values = flags_of(settings)
+        parts = parse(values)
+        return Arguments(words, *parts, recipe=shown(settings, values, parts))
+
+    def _parse(self, words: list[str], defaults: Mapping[str, Any]) -> tuple:
+        self.set_defaults(**defaults)
         names = {name: name for name in options_of(CompressionArguments)}
         with errors_name_flags(names):
             *parts, unknown = self.parse_args_into_dataclasses(words, return_remaining_strings=True)
         if unknown:
             other = elsewhere(unknown, self.elsewhere)
             raise ValueError(other or unknown_flags(unknown, self._option_string_actions))
-        return Arguments(words, *parts)
+        return tuple(parts)
 
-    def _read_file(self, file_name: str) -> tuple:
+    def _read_file(self, file_name: str, defaults: Mapping[str, Any]) -> tuple:
         try:
             with open(file_name, encoding="utf-8") as file:
                 values = json.load(file)
@@ -275,4 +265,4 @@ class RunParser(OneLineErrors, HfArgumentParser):
                 hint = elsewhere([name], self.elsewhere)
                 hint = f": {hint}" if hint else suggestion(name, known)
                 raise ValueError(f"unknown field {name!r} in {file_name}{hint}")
-        return self.parse_dict(values)
+        return self.parse_dict({**defaults, **values})

@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM, default_data_collator
 from ..configuration.flags import parse_int_or_dict
 from ..configuration.options import option
 from .arguments import Arguments
-from .compression_run import Example, Job
+from .compression_run import Example
 from .example_data import SplitArguments, check_column, check_minimum
+from .job import Job
 from .known_flags import TEXT_ELSEWHERE
 
 # Larger ones are lengths of sequences: that is what transformers' run_clm.py calls a block.
@@ -32,6 +33,7 @@ class TextArguments(SplitArguments):
     """Data to train and evaluate on."""
 
     file_kind: ClassVar[str] = "a UTF-8 text file"
+    auto_class: ClassVar[Any] = AutoModelForCausalLM
     elsewhere: ClassVar[Mapping[str, str]] = TEXT_ELSEWHERE
     needs_predictions: ClassVar[bool] = False
 
@@ -137,14 +139,13 @@ def prepare(args: Arguments) -> Job:
     rows = {split: text.rows for split, text in texts.items()}
     args.training.prediction_loss_only = True  # the logits of all texts would fill the memory
     return Job(
-        model=model_args.load_model(AutoModelForCausalLM, config),
+        model=model_args.load_model(data.auto_class, config),
         parts={
             "train_dataset": rows.get("train"),
             "eval_dataset": rows.get("validation"),
             "processing_class": tokenizer,
             "data_collator": default_data_collator,
         },
-        auto_class=AutoModelForCausalLM,
         metric="perplexity",
         task="text-generation",
         dataset=data.dataset_name,

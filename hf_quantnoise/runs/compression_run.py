@@ -1,7 +1,8 @@
 """The run of all examples: finetune, evaluate, compress, save, reload, print a table.
 
 ``out/dense`` is the finetuned model, ``out/compressed`` the compressed one, ``out/results.json``
-has all results. With ``--do_train False`` the checkpoint is compressed as it is.
+has all results. With ``--do_train False`` the checkpoint is compressed as it is. ``out/noise`` has
+the checkpoints of a training with noise after the finetuning.
 """
 
 from __future__ import annotations
@@ -11,13 +12,11 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import datasets
 import torch
 import transformers
-from datasets import Dataset
 from transformers import PreTrainedModel, Trainer, set_seed
 
 from ..compression import check_compression, check_plan
@@ -26,36 +25,11 @@ from ..size import size_report
 from ..trainer import QuantNoiseTrainer
 from .arguments import Arguments, RunParser, load_config
 from .closing_table import Row, closing_table, weights_mb
+from .job import Job
+from .post_training import train_with_noise
 from .results import ResultsFile, versions
 
-DENSE, COMPRESSED = "dense", "compressed"
-
-
-@dataclass
-class Job:
-    """Model, data and metadata that an example prepares."""
-
-    model: PreTrainedModel  # the checkpoint, with the head for the data
-    parts: dict  # arguments of any Trainer: datasets, collator, metrics, processing class
-    auto_class: Any  # loads the compressed model
-    metric: str  # of the closing table
-    task: str  # name on the Hub, for the model card, as is the dataset's
-    dataset: str | None = None
-    # Evaluated besides eval_dataset, by the suffix of their metrics.
-    more_eval_datasets: dict[str, Dataset] = field(default_factory=dict)
-    # Predicted by --do_predict, by the name of the file; and the text of each prediction.
-    test_datasets: dict[str, Dataset] = field(default_factory=dict)
-    prediction_texts: Callable[[Any], list[str]] = list
-    # Computes more metrics from those of evaluate (perplexity from loss).
-    add_scores: Callable[[dict[str, float]], dict[str, float]] = field(default=dict)
-
-    def scores(self, trainer: Trainer) -> dict[str, float]:
-        """Evaluate; return the metrics without prefix, and those that the example adds."""
-        scores = {}
-        for suffix, rows in {"": None, **self.more_eval_datasets}.items():
-            for name, value in trainer.evaluate(rows).items():
-                scores[name.removeprefix("eval_") + suffix] = value
-        return {**scores, **self.add_scores(scores)}
+DENSE, NOISE, COMPRESSED = "dense", "noise", "compressed"
 
 
 @torch.no_grad()
@@ -97,7 +71,8 @@ class _Run:
         if self.resume:
             self.results.read_dense()
             training.do_train = False
-        noise = args.noise if training.do_train or args.compression.keep_noise else None
+        uses_noise = self.is_post_trained or training.do_train or args.compression.keep_noise
+        noise = args.noise if uses_noise else None
         # Only the final model is pushed, not each checkpoint of the dense one.
         self.push_at_end, training.push_to_hub = training.push_to_hub, False
 
@@ -105,7 +80,7 @@ class _Run:
         self.job = job = prepare(args)
         if self.resume:
             # Finetuned: compression may have been interrupted before it saved the model itself.
-            job.model = job.auto_class.from_pretrained(self.folder(DENSE), dtype=args.model.dtype)
+            job.model = self.load_dense()
         if self.quantization is not None:
             check_plan(job.model, self.quantization)
         sets = {"train": job.parts["train_dataset"], "validation": job.parts["eval_dataset"]}
@@ -121,18 +96,38 @@ class _Run:
         )
         if not training.do_eval:
             job.parts["eval_dataset"] = None
-        self.trainer = QuantNoiseTrainer(job.model, training, noise, **job.parts)
+        self.trainer = QuantNoiseTrainer(
+            job.model,
+            training,
+            None if self.is_post_trained else noise,
+            compression_args=args.compression,
+            **job.parts,
+        )
         if self.quantization is not None:
             check_compression(self.trainer, self.quantization, args.compression)
+
+    @property
+    def is_post_trained(self) -> bool:
+        """Whether the noise is trained after the finetuning, not in it."""
+        return self.args.flags.noise_after_finetuning > 0
 
     def folder(self, name: str) -> str:
         return os.path.join(self.training.output_dir, name)
 
+    def load_dense(self) -> PreTrainedModel:
+        """Load the finetuned model."""
+        auto_class, dtype = self.args.data.auto_class, self.args.model.dtype
+        return auto_class.from_pretrained(self.folder(DENSE), dtype=dtype)
+
     def carry_out(self) -> dict:
         """Finetune, compress, reload and push; return the content of ``results.json``."""
+        if self.args.recipe is not None and self.training.process_index == 0:
+            print(self.args.recipe, flush=True)
         if not self.resume:
             self.results.add(dense=self.finetune())
         if self.quantization is not None:
+            if self.is_post_trained:
+                self.results.add(noise_training=self.train_with_noise())
             self.results.add(compressed=self.compress())
             self.results.add(reloaded=self.reload())
         elif self.training.do_predict:
@@ -159,14 +154,30 @@ class _Run:
         results["bytes"] = round(1e6 * weights_mb(self.folder(DENSE)))
         return results
 
+    def load_teacher(self) -> PreTrainedModel | None:
+        """Load the model of ``--teacher_name_or_path``."""
+        if (name := self.args.flags.teacher_name_or_path) is None:
+            return None
+        auto_class, dtype = self.args.data.auto_class, self.args.model.dtype
+        return auto_class.from_pretrained(name, dtype=dtype, **self.teacher_source)
+
+    def train_with_noise(self) -> dict:
+        """Train the finetuned model with noise; return the metrics.
+
+        The trainer of the finetuning is replaced by the one that compresses the result.
+        """
+        args, teacher = self.args, None
+        if args.compression.distill:
+            teacher = self.load_teacher() or self.load_dense()
+        self.trainer, results = train_with_noise(
+            args, self.load_dense(), teacher, self.folder(NOISE), self.resume, self.job.parts
+        )
+        return results
+
     def compress(self) -> dict:
         """Compress in stages and save; return the results of the compressed model."""
         args, trainer, folder = self.args, self.trainer, self.folder(COMPRESSED)
-        teacher = args.flags.teacher_name_or_path
-        if teacher is not None:
-            teacher = self.job.auto_class.from_pretrained(
-                teacher, dtype=args.model.dtype, **self.teacher_source
-            )
+        teacher = None if self.is_post_trained else self.load_teacher()
         start = time.perf_counter()
         model = trainer.compress(
             self.quantization,
@@ -191,7 +202,7 @@ class _Run:
     def reload(self) -> dict:
         """Load the compressed model, compare its logits, and evaluate it."""
         folder, parts, results = self.folder(COMPRESSED), self.job.parts, {}
-        loaded = self.job.auto_class.from_pretrained(folder)
+        loaded = self.args.data.auto_class.from_pretrained(folder)
         examples = parts["eval_dataset"] or parts["train_dataset"]
         if examples is not None:
             rows = examples.select(range(min(32, len(examples))))

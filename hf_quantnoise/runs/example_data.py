@@ -67,6 +67,7 @@ def truncate(rows: Dataset | None, count: int | None) -> Dataset | None:
 class FileArguments:
     """Training and validation data in files."""
 
+    auto_class: ClassVar[Any]  # of the model
     elsewhere: ClassVar[Mapping[str, str]] = {}  # flag of other scripts -> what to do instead
     predicts: ClassVar[bool] = False  # whether --do_predict is supported
     needs_predictions: ClassVar[bool] = True  # for the metrics of the closing table

@@ -7,12 +7,13 @@ from dataclasses import replace
 from functools import partial
 
 from datasets import Dataset
-from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
+from transformers import DataCollatorWithPadding
 
 from .arguments import Arguments
-from .compression_run import Example, Job
+from .compression_run import Example
 from .glue_data import DataArguments, GlueData, load_glue_data
 from .glue_labels import metrics_function, prediction_texts
+from .job import Job
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ def prepare(args: Arguments) -> Job:
     else:
         config.id2label = dict(enumerate(data.label_names))
         config.label2id = {name: i for i, name in enumerate(data.label_names)}
-    model = args.model.load_model(AutoModelForSequenceClassification, config)
+    model = args.model.load_model(args.data.auto_class, config)
     with args.training.main_process_first(desc="tokenizing"):
         limit = getattr(config, "max_position_embeddings", None)
         data = tokenize(data, tokenizer, args.data, limit)
@@ -82,7 +83,6 @@ def prepare(args: Arguments) -> Job:
             "processing_class": tokenizer,
             "data_collator": DataCollatorWithPadding(tokenizer),
         },
-        auto_class=AutoModelForSequenceClassification,
         metric=data.metrics[0],
         task="text-classification",
         dataset=args.data.task_name,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from datasets import Dataset, load_dataset
-from transformers import PretrainedConfig
+from transformers import AutoModelForSequenceClassification, PretrainedConfig
 
 from ..configuration.options import option
 from .arguments import ModelArguments
@@ -55,6 +55,7 @@ KNOWN_KEYS += (("sentence", None), ("text", None))
 class DataArguments(FileArguments):
     """Data to train and evaluate on, and to predict."""
 
+    auto_class: ClassVar[Any] = AutoModelForSequenceClassification
     elsewhere: ClassVar[Mapping[str, str]] = GLUE_ELSEWHERE
     predicts: ClassVar[bool] = True
 

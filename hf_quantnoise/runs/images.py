@@ -9,16 +9,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from datasets import Dataset, Image, load_dataset
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from ..configuration.options import option
 from .arguments import Arguments
-from .compression_run import Example, Job
+from .compression_run import Example
 from .example_data import SplitArguments, check_column, check_minimum, read_table, truncate
 from .glue_labels import check_labels, labels_in, metrics_function
+from .job import Job
 from .known_flags import IMAGES_ELSEWHERE
 
 
@@ -27,6 +28,7 @@ class ImageArguments(SplitArguments):
     """Data to train and evaluate on."""
 
     file_kind: ClassVar[str] = "a parquet file of images"
+    auto_class: ClassVar[Any] = AutoModelForImageClassification
     elsewhere: ClassVar[Mapping[str, str]] = IMAGES_ELSEWHERE
 
     validation_split: str = option("test", "Validation split of the dataset on the Hub.")
@@ -96,7 +98,7 @@ def prepare(args: Arguments) -> Job:
     check_labels({f"{split}_file": rows for split, rows in sets.items()}, data.label_column, ids)
     config.id2label = dict(enumerate(names))
     config.label2id = {name: index for index, name in enumerate(names)}
-    model = model_args.load_model(AutoModelForImageClassification, config)
+    model = model_args.load_model(args.data.auto_class, config)
     processor = load_processor(args)
     args.training.remove_unused_columns = False  # the collator reads them
     return Job(
@@ -108,7 +110,6 @@ def prepare(args: Arguments) -> Job:
             "processing_class": processor,
             "data_collator": partial(collate, processor=processor, args=data, ids=ids),
         },
-        auto_class=AutoModelForImageClassification,
         metric="accuracy",
         task="image-classification",
         dataset=data.dataset_name,

@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ..configuration.checks import non_negative, positive
+from ..configuration.flags import errors_name_flags
+
 _REMOVE = "remove it"
 # Flag of transformers' scripts, of any version -> what to do instead.
 ELSEWHERE = {
@@ -88,13 +91,36 @@ def check_training_flags(args: Any) -> None:
             )
         if not training.do_train:
             raise refuse("resume_from_checkpoint", checkpoint, skipped.format("--do_train False"))
-    for name in ("teacher_name_or_path", "resume_compression"):
+    _check_noise_after_finetuning(args)
+    for name in ("teacher_name_or_path", "resume_compression", "noise_after_finetuning"):
         if (value := getattr(flags, name)) and not flags.compress:
             raise refuse(name, value, "requires compression; remove it or --compress False")
-    if flags.teacher_name_or_path and not (args.compression.distill and args.finetunes_stages):
+    trains = args.finetunes_stages or flags.noise_after_finetuning
+    if flags.teacher_name_or_path and not (args.compression.distill and trains):
         raise refuse(
             "teacher_name_or_path", flags.teacher_name_or_path,
             "requires stages that are finetuned with --distill; remove it",
+        )  # fmt: skip
+
+
+def _check_noise_after_finetuning(args: Any) -> None:
+    flags = args.flags
+    with errors_name_flags(
+        {name: name for name in ("noise_after_finetuning", "noise_learning_rate")}
+    ):
+        non_negative("noise_after_finetuning", flags.noise_after_finetuning)
+        if flags.noise_learning_rate is not None:
+            positive("noise_learning_rate", flags.noise_learning_rate)
+    if flags.noise_after_finetuning and args.noise is None:
+        raise refuse(
+            "noise_after_finetuning",
+            flags.noise_after_finetuning,
+            "requires --noise; pass another than none",
+        )
+    if flags.noise_learning_rate is not None and not flags.noise_after_finetuning:
+        raise refuse(
+            "noise_learning_rate", flags.noise_learning_rate,
+            "requires --noise_after_finetuning; pass it, or use --learning_rate",
         )  # fmt: skip
 
 

@@ -1,0 +1,112 @@
+"""Studies on the results page: text, goals, and the methods that others are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from rows import Run
+
+
+@dataclass(frozen=True)
+class Goal:
+    """Limit of the mean over tasks (and seeds) of ``value``, a function of a run."""
+
+    text: str
+    value: Callable[[Run], float]
+    limit: float
+    at_least: bool = True
+
+    def verdict(self, value: float) -> str:
+        """Return "reached", or by how much the goal is missed, in points."""
+        missed = self.limit - value if self.at_least else value - self.limit
+        return "reached" if missed <= 0 else f"missed by {100 * missed:.1f} points"
+
+
+def _keeps(share: float) -> Goal:
+    return Goal(f"keeps {100 * share:g}% of float32", lambda run: run.kept, share)
+
+
+@dataclass(frozen=True)
+class Study:
+    """How a study is shown. It is on the page as soon as it has rows.
+
+    Attributes:
+        title: heading of its section.
+        text: Markdown below the heading.
+        split: the examples that scores are shown of: ``"dev"``, or ``"held_out"`` if the study
+            chooses settings.
+        main: method of the README's table.
+        goals: size -> goal of each method of that size.
+        references: methods that the other methods of a size are compared with; None: those with
+            "no noise" in their name.
+        majority: whether the score of always predicting the most frequent class is shown.
+    """
+
+    title: str
+    text: str
+    split: str = "dev"
+    main: str | None = None
+    goals: dict[str, Goal] = field(default_factory=dict)
+    references: tuple[str, ...] | None = None
+    majority: bool = False
+
+    def is_reference(self, method: str) -> bool:
+        """Whether other methods are compared with this one."""
+        return "no noise" in method if self.references is None else method in self.references
+
+
+_GLUE = """\
+SST-2, CoLA, MRPC and RTE with MiniLM (22.7 M parameters). Every method begins with the float32
+model of its seed, which is also the teacher, and has the same number of optimizer steps."""
+_GLUE_METHODS = """
+
+- *noise*: exact PQ noise on all layers with trained centroids, whose codes follow the weights; the
+  packed model takes over both.
+- *no noise*: all layers are product-quantized at once, codes stay as k-means found them, centroids
+  and leftovers are trained.
+- *staged iPQ*: the stages of section 3.2, each with its part of the steps.
+
+The majority class is that of the training data. If float32 is close to it, as on RTE and in the F1
+of MRPC, the share of float32 is weak evidence."""
+
+# Study -> how it is shown, in the order of the page. The rows of a study are in the file of any
+# study, benchmarks/results/quality_<study>.jsonl.
+STUDIES = {
+    "glue": Study(
+        "GLUE",
+        _GLUE + _GLUE_METHODS,
+        main="noise",
+        goals={"13x": _keeps(0.995), "20x": _keeps(0.98), "30x": _keeps(0.96)},
+        references=("no noise",),
+        majority=True,
+    ),
+    "settings": Study(
+        "Settings of GLUE",
+        _GLUE + " The settings of the study\nabove were chosen from these runs.",
+        split="held_out",
+        references=("no noise",),
+    ),
+    "language_model": Study(
+        "Language modeling",
+        "Perplexity on the validation text of WikiText-2. It is per token of the model's own\n"
+        "vocabulary, so models with different vocabularies cannot be compared.",
+        goals={"15x": Goal("perplexity within 10% of float32", lambda run: run.kept, 1.1, False)},
+    ),
+    "images": Study(
+        "Images",
+        "CIFAR-10, accuracy.",
+        references=("joint, no noise", "staged, no noise", "int4 QAT", "int8 QAT"),
+        goals={
+            "10x": Goal(
+                "within 2 points of float32", lambda run: run.start - run.value, 0.02, False
+            )
+        },
+    ),
+    "ablations": Study(
+        "Ablations",
+        "One setting changed at a time.",
+        split="held_out",
+        references=("no noise", "noise"),
+    ),
+}

@@ -1,0 +1,150 @@
+#!/usr/bin/env python
+"""Write the tables and plots of the quality studies into the documentation.
+
+    python benchmarks/quality/report.py --data_dir ../shared/data
+    python benchmarks/quality/report.py --check
+
+Reads ``quality_<study>.jsonl`` of the studies in ``published.py`` and ``glue_float32.jsonl``, in
+benchmarks/results; writes the parts of docs/reference/results.md and README.md between
+``<!-- report: NAME -->`` and ``<!-- end of report -->``, one plot per study and model in
+docs/reference/results/, and the bootstrap intervals in ``quality_intervals.json``. ``--data_dir``
+is needed for new intervals of F1 and Matthews correlation, and for the majority class.
+``--check`` writes nothing and exits with 1 if a file is out of date.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from argparse import ArgumentParser
+from pathlib import Path
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from comparisons import Bootstraps, comparisons_table
+from pareto import pareto_svg
+from published import STUDIES, Study
+from results_file import provenance, read_lines
+from rows import Run, grouped, is_baseline, read_rows, runs_of
+from tables import baselines_table, details_table, goals_table, readme_table, scores_table
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE, README = Path("docs/reference/results.md"), Path("README.md")
+RESULTS, PLOTS = Path("benchmarks/results"), Path("docs/reference/results")
+BLOCK = re.compile(r"(<!-- report: (.+?) -->\n).*?(<!-- end of report -->)", re.DOTALL)
+README_TEXT = """\
+Four GLUE tasks with MiniLM (22.7 M parameters), on the dev sets: mean and standard deviation over
+seeds of models loaded from disk. [Results](docs/reference/results.md) has all methods, tests and
+plots.
+"""
+
+
+def plot_name(runs: list[Run]) -> str:
+    """Return the file name of the plot of a study and model."""
+    return re.sub(r"[^\w-]", "_", f"{runs[0].study}-{runs[0].model}") + ".svg"
+
+
+def tables_of_model(runs: list[Run], study: Study, stored: Bootstraps) -> list[str]:
+    """Return the tables and the plot of a study with one model."""
+    details, commands = details_table(runs), "\n\n".join(provenance([run.row for run in runs]))
+    majority = None
+    if study.majority:
+        majority = {run.task: stored.majority(run.task, run.metric) for run in runs}
+    return [
+        scores_table(runs, majority),
+        f"![Metric against megabytes](results/{plot_name(runs)})",
+        goals_table(runs, study),
+        comparisons_table(runs, study, stored),
+        f'<details markdown="1"><summary>All values and commands</summary>\n\n{details}\n\n'
+        f"{commands}\n\n</details>",
+    ]
+
+
+def section(study: Study, runs: list[Run], baselines: list[dict], stored: Bootstraps) -> str:
+    """Return the section of a study; empty without rows.
+
+    Args:
+        study: how it is shown.
+        runs: of all models.
+        baselines: rows of the training of float32 models.
+        stored: bootstrap intervals.
+    """
+    parts = [f"## {study.title}", study.text]
+    if study.split != "dev":
+        parts.append("Scores are those on the held-out training examples.")
+    if baselines:
+        parts += [
+            "The float32 models, and the settings that were tried:",
+            baselines_table(baselines),
+            *provenance(baselines),
+        ]
+    models = grouped(runs, "model")
+    for model, own in models.items():
+        if baselines or len(models) > 1:
+            parts.append(f"The compressed models ({model}):")
+        parts += tables_of_model(own, study, stored)
+    return "\n\n".join(filter(None, parts)) if runs or baselines else ""
+
+
+def fill(text: str, blocks: dict[str, str]) -> str:
+    """Return a page with the content of its blocks; those without content stay as they are."""
+    blocks = {name: content for name, content in blocks.items() if content}
+    names = [match[2] for match in BLOCK.finditer(text)]
+    if missing := blocks.keys() - names:
+        name = min(missing)
+        raise ValueError(f"invalid page: no block <!-- report: {name} --> for the rows of {name}")
+    return BLOCK.sub(
+        lambda m: f"{m[1]}\n{blocks[m[2]]}\n\n{m[3]}" if m[2] in blocks else m[0], text
+    )
+
+
+def files(root: Path, data_dir: str | None = None) -> dict[Path, str]:
+    """Return the content of every generated file.
+
+    Args:
+        root: folder of the repository.
+        data_dir: folder of the GLUE tasks, for intervals that are not stored.
+    """
+    rows = grouped(read_rows(root / RESULTS, STUDIES), lambda row: row["key"]["study"])
+    runs = {name: runs_of(rows.get(name, []), study.split) for name, study in STUDIES.items()}
+    baselines = {name: [row for row in own if is_baseline(row)] for name, own in rows.items()}
+    baselines["glue"] = read_lines(str(root / RESULTS / "glue_float32.jsonl"))
+    stored = Bootstraps(root / RESULTS / "quality_intervals.json", data_dir)
+    sections = [
+        section(study, runs[name], baselines.get(name, []), stored)
+        for name, study in STUDIES.items()
+    ]
+    table = readme_table(runs["glue"], STUDIES["glue"])
+    readme = f"{README_TEXT}\n{table}" if table else ""
+    content = {
+        root / PAGE: fill(
+            (root / PAGE).read_text(), {"studies": "\n\n".join(filter(None, sections))}
+        ),
+        root / README: fill((root / README).read_text(), {"glue": readme}),
+    }
+    for own in (own for every in runs.values() for own in grouped(every, "model").values()):
+        content[root / PLOTS / plot_name(own)] = pareto_svg(own)
+    if stored.used:
+        content[stored.path] = stored.text()
+    return content
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Write or check all files; ``argv`` defaults to the command line."""
+    parser = ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--data_dir", help="Folder with one folder per GLUE task.")
+    parser.add_argument("--check", action="store_true", help="Only compare.")
+    args = parser.parse_args(argv)
+    for path, text in files(ROOT, args.data_dir).items():
+        if path.is_file() and path.read_text() == text:
+            continue
+        if args.check:
+            sys.exit(f"{path.relative_to(ROOT)} is out of date; run benchmarks/quality/report.py")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        print(f"wrote {path.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,246 @@
+"""Recipes: settings for a size, to be used as they are or as a start.
+
+A recipe finetunes without noise, then trains all layers with exact PQ noise of rate 1 whose
+centroids are trained and whose codes follow the weights, with the finetuned model as teacher
+(sections 4 and 5.3), and stores the result as it was trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from functools import cache
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    GPT2Config,
+    PreTrainedModel,
+    ResNetConfig,
+)
+
+from .argument_checks import require_instance
+from .compression import CompressionArguments, file_bytes
+from .configuration import IPQConfig, QuantNoiseConfig
+from .configuration.checks import invalid
+from .configuration.options import Options, options_of
+from .modeling.plan import make_plan
+from .structure import find_layers, select_layers
+
+SIZES = ("13x", "20x", "30x")
+ENCODER, LANGUAGE_MODEL, IMAGE_MODEL = "encoder", "language_model", "image_model"
+
+# Blocks of a family, larger files first. The first entry that reaches a size is used: small tables
+# and layers that stay dense make a difference between models. A group that is not listed stays
+# dense (pooler and classifier of an encoder).
+_TRANSFORMER_BLOCKS = (
+    {"ffn": 4, "attention": 4, "embeddings": 4},
+    {"ffn": 4, "attention": 4, "embeddings": 8},
+    {"ffn": 8, "attention": 4, "embeddings": 8},
+    {"ffn": 8, "attention": 8, "embeddings": 8},
+    {"ffn": 8, "attention": 8, "embeddings": 16},
+    {"ffn": 16, "attention": 8, "embeddings": 16},
+    {"ffn": 16, "attention": 16, "embeddings": 16},
+)
+# "conv" is that of 1x1 kernels; larger ones have blocks of their area (section 7.8).
+_BLOCKS: dict[str, tuple[dict[str, int], ...]] = {
+    ENCODER: _TRANSFORMER_BLOCKS,
+    LANGUAGE_MODEL: tuple({**b, "head": b["embeddings"]} for b in _TRANSFORMER_BLOCKS),
+    IMAGE_MODEL: tuple({"conv": size, "head": size, "ffn": size} for size in (4, 8, 16)),
+}
+# Fewer, if codebooks take most of the bytes of a small model.
+_N_CENTROIDS = (256, 64, 16)
+
+
+@dataclass(frozen=True)
+class Training:
+    """Training with noise: its length in multiples of the finetuning, and its learning rates."""
+
+    length: float
+    learning_rate: float = 5e-5
+    codebook_learning_rate: float = 5e-4
+    codebook_update: int = 20
+
+
+_TRAINING: dict[str, dict[str, Training]] = {
+    ENCODER: {"13x": Training(1.0), "20x": Training(2.0), "30x": Training(3.0)},
+    LANGUAGE_MODEL: {"13x": Training(1.0), "20x": Training(2.0), "30x": Training(3.0)},
+    IMAGE_MODEL: {"13x": Training(1.0), "20x": Training(2.0), "30x": Training(3.0)},
+}
+FAMILIES = tuple(_BLOCKS)
+
+
+def training_of(family: str, size: str) -> Training:
+    """Return how a family is trained for a size."""
+    return _TRAINING[family][size]
+
+
+@dataclass
+class Recipe:
+    """Settings for a size; all of them can be changed. ``print(recipe)`` shows them.
+
+    Attributes:
+        size: ``"13x"``, ``"20x"`` or ``"30x"``.
+        family: one of ``FAMILIES``.
+        times_smaller: float32 size over that of the compressed file, for the model of
+            :func:`recipe`.
+        quantization: for ``QuantNoiseTrainer.compress``.
+        noise: for ``QuantNoiseTrainer``, with the blocks of ``quantization``. Change both together:
+            ``QuantNoiseConfig.matching(quantization, model, ...)``.
+        compression: for ``QuantNoiseTrainer``, as ``compression_args``.
+        length: length of the training with noise, in multiples of the finetuning.
+        learning_rate: learning rate of the training with noise.
+
+    Example:
+        >>> settings = recipe("30x", model)
+        >>> args = TrainingArguments("out", learning_rate=settings.learning_rate,
+        ...                          num_train_epochs=settings.length * epochs_of_finetuning)
+        >>> trainer = QuantNoiseTrainer(
+        ...     model, args, settings.noise, teacher=copy.deepcopy(model),
+        ...     compression_args=settings.compression, train_dataset=data,
+        ... )
+        >>> trainer.train()
+        >>> small = trainer.compress(settings.quantization)
+    """
+
+    size: str
+    family: str
+    times_smaller: float
+    quantization: IPQConfig
+    noise: QuantNoiseConfig
+    compression: CompressionArguments
+    length: float
+    learning_rate: float
+
+    def __repr__(self) -> str:
+        lines = []
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Options):
+                given = ", ".join(f"{k}={v!r}" for k, v in changed_options(value).items())
+                text = f"{type(value).__name__}({given})"
+            else:
+                text = f"{value:.1f}" if field.name == "times_smaller" else repr(value)
+            lines.append(f"    {field.name}={text},")
+        return "\n".join(["Recipe(", *lines, ")"])
+
+
+def changed_options(config: Any) -> dict[str, Any]:
+    """Return the options of a config that do not have their default."""
+    options = options_of(type(config)).values()
+    values = {option.name: getattr(config, option.name) for option in options}
+    return {o.name: values[o.name] for o in options if values[o.name] != o.default}
+
+
+def recipe(size: str, model: PreTrainedModel | None = None, family: str | None = None) -> Recipe:
+    """Return the settings for a size.
+
+    Args:
+        size: how many times smaller than in float32 the file is at least: ``"13x"``, ``"20x"`` or
+            ``"30x"``.
+        model: the model to be compressed, which is not changed; may be on the meta device. None:
+            settings for a model of the size of BERT, GPT-2 or ResNet-50.
+        family: ``"encoder"``, ``"language_model"`` or ``"image_model"``. None: that of the model,
+            see :func:`family_of`; ``"encoder"`` without a model.
+
+    Raises:
+        TypeError: if the model is not a ``PreTrainedModel``.
+        ValueError: if size or family is unknown, or the model cannot reach the size.
+    """
+    if size not in SIZES:
+        raise invalid("size", size, f"one of {', '.join(SIZES)}")
+    if family is not None and family not in FAMILIES:
+        raise invalid("family", family, f"one of {', '.join(FAMILIES)}")
+    if model is None:
+        family = ENCODER if family is None else family
+        model = _reference_model(family)
+    else:
+        require_instance("model", model, PreTrainedModel, "a transformers model", "pass a model")
+        family = family_of(model) if family is None else family
+    quantization, times_smaller = _storage(size, model, family)
+    training = training_of(family, size)
+    noise = QuantNoiseConfig.matching(
+        quantization,
+        noise="pq",
+        p=1.0,
+        learn_codebooks=True,
+        codebook_update=training.codebook_update,
+        exclude_modules=_dense_layers(model, quantization),
+    )
+    compression = CompressionArguments(
+        stage_epochs=0, codebook_learning_rate=training.codebook_learning_rate
+    )
+    return Recipe(
+        size, family, times_smaller, quantization, noise, compression, training.length,
+        training.learning_rate,
+    )  # fmt: skip
+
+
+def family_of(model: PreTrainedModel) -> str:
+    """Return the family of a model.
+
+    An image model has most of its weights in convolutions, a language model generates text; all
+    others, also vision transformers, are encoders.
+    """
+    layers = find_layers(model)
+    in_convolutions = sum(layer.numel for layer in layers if layer.group == "conv")
+    if 2 * in_convolutions > sum(layer.numel for layer in layers):
+        return IMAGE_MODEL
+    return LANGUAGE_MODEL if model.can_generate() else ENCODER
+
+
+def _candidates(family: str) -> Iterator[IPQConfig]:
+    # One stage: the noise has trained all layers together.
+    common: dict[str, Any] = {"stages": [".*"]}
+    for n_centroids in _N_CENTROIDS:
+        for block_size in _BLOCKS[family]:
+            yield IPQConfig(block_size=dict(block_size), n_centroids=n_centroids, **common)
+
+
+def _storage(size: str, model: PreTrainedModel, family: str) -> tuple[IPQConfig, float]:
+    """Return the first candidate that reaches a size, and how many times smaller it is.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    dense, reached = 4 * sum(p.numel() for p in model.parameters()), 1.0
+    for config in _candidates(family):
+        times_smaller = dense / file_bytes(model, config)
+        if times_smaller >= float(size.removesuffix("x")):
+            return config, times_smaller
+        reached = max(reached, times_smaller)
+    raise ValueError(
+        f"invalid size={size!r}: the recipes make this {type(model).__name__} with "
+        f"{dense / 4e6:.2f} M parameters at most {reached:.1f} times smaller; use a smaller size "
+        "or your own IPQConfig"
+    )
+
+
+def _dense_layers(model: PreTrainedModel, config: IPQConfig) -> list[str] | None:
+    """Return the layers that a config covers and no stage can pack, so that noise skips them."""
+    stages, _, _ = make_plan(model, config)
+    packed = {layer.name for weights in stages.values() for w in weights for layer in w.layers}
+    names = [
+        layer.name
+        for layer in select_layers(model)
+        if layer.name not in packed and config.quantizer_settings(layer) is not None
+    ]
+    return names or None
+
+
+@cache
+def _reference_model(family: str) -> PreTrainedModel:
+    """Return the model, on the meta device, that recipes without a model are for."""
+    auto_class, config = {
+        ENCODER: (AutoModelForSequenceClassification, BertConfig()),
+        LANGUAGE_MODEL: (AutoModelForCausalLM, GPT2Config()),
+        IMAGE_MODEL: (AutoModelForImageClassification, ResNetConfig()),
+    }[family]
+    with torch.device("meta"):
+        model: PreTrainedModel = auto_class.from_config(config)
+    model.tie_weights()
+    return model

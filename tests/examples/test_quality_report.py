@@ -1,0 +1,349 @@
+"""The report of the quality studies: tests, tables and plots of rows whose answers are known."""
+
+import json
+import math
+import re
+import statistics
+from itertools import pairwise
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+pytest.importorskip("scipy")
+pytest.importorskip("sklearn")
+
+import report
+from comparisons import Bootstraps, comparisons_table
+from pareto import Axis, pareto_svg
+from published import STUDIES
+from rows import read_rows, runs_of
+from significance import bootstrap_mean, bootstrap_metric, mcnemar, over_seeds
+from sklearn.metrics import f1_score, matthews_corrcoef
+from tables import baselines_table, goals_table, readme_table, scores_table
+
+DENSE = 90_000_000
+
+
+def row(method, task, seed, correct, metric="accuracy", size="20x", steps=100, **more):
+    value = correct.count("1") / len(correct) if metric == "accuracy" else 0.5
+    return {
+        "key": {
+            "study": "glue",
+            "model": "minilm",
+            "task": task,
+            "method": method,
+            "size": size,
+            "seed": seed,
+            "setting": {"epochs": 1},
+        },
+        "seconds": 120.0,
+        "steps": steps,
+        "bytes": DENSE // int(size[:-1]),
+        "float32_bytes": DENSE,
+        "dev": {metric: value, "loss": 0.5, "divergence": 0.1, "agreement": 0.9},
+        "dev_float32": {metric: 0.8, "loss": 0.4},
+        "dev_correct": correct,
+        "command": "python benchmarks/quality/study.py",
+        "machine": "some processor",
+        **more,
+    }
+
+
+def digits(n, right, shift=0):
+    """Return n digits with the given number of ones, rotated."""
+    text = "1" * right + "0" * (n - right)
+    return text[shift:] + text[:shift]
+
+
+@pytest.fixture
+def stored(tmp_path):
+    return Bootstraps(tmp_path / "quality_intervals.json")
+
+
+def cells(table, *words):
+    """Return the cells of the only line of a table that has all words as cells."""
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    (found,) = [line for line in lines if set(words) <= set(line)]
+    return found
+
+
+def test_mcnemar_is_the_exact_binomial_test():
+    one, other = np.array([1] * 12 + [0] * 3 + [1] * 20, bool), np.array([0] * 12 + [1] * 23, bool)
+    first, second, p = mcnemar(one, other)
+    assert (first, second) == (12, 3)
+    tail = sum(math.comb(15, k) for k in range(4)) / 2**15
+    assert p == pytest.approx(2 * tail)
+    assert mcnemar(one, one) == (0, 0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "score"), [("f1", f1_score), ("matthews_correlation", matthews_corrcoef)]
+)
+def test_bootstrap_metric_matches_resampling_with_sklearn(name, score):
+    draws = np.random.default_rng(1)
+    labels = draws.integers(0, 2, 200)
+    flip = [draws.random((2, 200)) < rate for rate in (0.2, 0.3)]
+    one, other = (np.where(f, 1 - labels, labels) for f in flip)
+    interval = bootstrap_metric(name, one, other, labels)
+
+    def difference(rows):
+        pairs = zip(one, other, strict=True)
+        return np.mean(
+            [score(labels[rows], a[rows]) - score(labels[rows], b[rows]) for a, b in pairs]
+        )
+
+    assert interval.mean == pytest.approx(difference(np.arange(200)))
+    samples = [difference(draws.integers(0, 200, 200)) for _ in range(300)]
+    assert np.percentile(samples, [2.5, 97.5]) == pytest.approx(
+        [interval.low, interval.high], abs=0.03
+    )
+
+
+def test_bootstrap_mean_draws_an_example_with_all_its_seeds():
+    """Equal seeds add no evidence, so the interval is that of one seed."""
+    values = np.random.default_rng(0).normal(0.1, 1, (1, 300))
+    one, three = (
+        bootstrap_mean(values, 0 * values),
+        bootstrap_mean(values.repeat(3, 0), np.zeros((3, 300))),
+    )
+    assert three.low == pytest.approx(one.low) and three.high == pytest.approx(one.high)
+    half = 1.96 * values.std() / math.sqrt(300)
+    assert (one.high - one.low) / 2 == pytest.approx(half, rel=0.1)
+
+
+def test_over_seeds_gives_standard_error_and_t_test():
+    mean, error, p = over_seeds([0.01, 0.02, 0.03])
+    assert mean == pytest.approx(0.02) and error == pytest.approx(0.01 / math.sqrt(3))
+    # For two degrees of freedom, P(|T| > t) = 1 - t / sqrt(2 + t^2).
+    t = mean / error
+    assert p == pytest.approx(1 - t / math.sqrt(2 + t * t))
+    assert math.isnan(over_seeds([0.1])[2])
+
+
+def test_better_needs_the_test(stored):
+    rows = []
+    for seed in (1, 2, 3):
+        rows += [
+            row("no noise", "sst2", seed, digits(200, 150)),
+            row("noise", "sst2", seed, digits(200, 170)),
+            row("no noise", "rte", seed, digits(200, 150)),
+            row("noise", "rte", seed, digits(200, 151)),
+        ]
+    table = comparisons_table(runs_of(rows), STUDIES["glue"], stored)
+    better, alike = cells(table, "SST-2"), cells(table, "RTE")
+    assert better[-1] == "better" and better[3] == "+10.0 ± 0.0"
+    assert better[5] == f"{2 * 0.5**60:.3g} (60 to 0)"
+    assert alike[-1] == "no difference shown" and alike[3] == "+0.5 ± 0.0"
+    average = cells(table, "average % of float32 (ahead on 2 of 2)")
+    assert average[3] == f"+{100 * (0.1 + 0.005) / 2 / 0.8:.1f} ± 0.0"
+    assert stored.used and not stored.stored
+
+
+def test_different_steps_are_not_compared(stored):
+    rows = [row("no noise", "sst2", 1, digits(200, 100), steps=100)]
+    rows.append(row("noise", "sst2", 1, digits(200, 200), steps=200))
+    table = comparisons_table(runs_of(rows), STUDIES["glue"], stored)
+    assert cells(table, "SST-2")[-1] == "steps differ: not compared"
+
+
+def test_only_common_seeds_are_compared(stored):
+    rows = [row("no noise", "sst2", seed, digits(100, 60)) for seed in (1, 2)]
+    rows += [row("noise", "sst2", seed, digits(100, 20 * seed)) for seed in (2, 3)]
+    table = comparisons_table(runs_of(rows), STUDIES["glue"], stored)
+    assert cells(table, "SST-2")[3] == "-20.0" and cells(table, "SST-2")[-1] == "worse"
+
+
+def test_language_models_are_compared_by_losses(stored):
+    def line(method, loss, value):
+        made = row(method, "wikitext2", 1, "", metric="perplexity")
+        made["key"]["study"] = "language_model"
+        made["dev"] = {"perplexity": value, "loss": loss}
+        made["dev_losses"] = [loss + 0.1 * math.sin(i) for i in range(50)]
+        return made
+
+    lines = runs_of([line("staged, no noise", 2.0, 7.4), line("pq noise", 1.9, 6.7)])
+    found = cells(comparisons_table(lines, STUDIES["language_model"], stored), "WikiText-2")
+    assert found[3:] == ["-0.70", "-0.1000 to -0.1000 nats", "", "better"]
+
+
+def test_f1_needs_labels_once(stored, tmp_path):
+    pandas = pytest.importorskip("pandas")
+    labels = [0, 1] * 50
+    right = {"no noise": digits(100, 60), "noise": digits(100, 90, 5)}
+    lines = []
+    for method, correct in right.items():
+        line = row(method, "mrpc", 1, correct, metric="f1")
+        predictions = [y if c == "1" else 1 - y for y, c in zip(labels, correct, strict=True)]
+        line["dev"]["f1"] = f1_score(labels, predictions)
+        lines.append(line)
+    with pytest.raises(ValueError, match=r"mrpc.*--data_dir"):
+        comparisons_table(runs_of(lines), STUDIES["glue"], stored)
+    (tmp_path / "mrpc").mkdir()
+    pandas.DataFrame({"label": labels}).to_parquet(tmp_path / "mrpc" / "dev.parquet")
+    first = Bootstraps(stored.path, str(tmp_path))
+    table = comparisons_table(runs_of(lines), STUDIES["glue"], first)
+    assert cells(table, "MRPC")[-1] == "better"
+    (kept,) = first.used.values()
+    assert kept["mean"] == pytest.approx(lines[1]["dev"]["f1"] - lines[0]["dev"]["f1"])
+    stored.path.write_text(first.text())
+    assert comparisons_table(runs_of(lines), STUDIES["glue"], Bootstraps(stored.path)) == table
+
+
+def test_tables_have_means_spreads_and_shares():
+    rows = []
+    for seed, right in ((1, 71), (2, 80), (3, 92)):
+        rows.append(row("noise", "sst2", seed, digits(100, right)))
+        rows.append(row("noise", "rte", seed, digits(100, 60), seconds=60.0))
+    runs = runs_of(rows)
+    found = cells(scores_table(runs), "noise")
+    averages = [(right / 80 + 60 / 80) / 2 for right in (71, 80, 92)]
+    share = f"{100 * statistics.mean(averages):.1f} ± {100 * statistics.stdev(averages):.1f}"
+    assert found == [
+        "20x", "noise", "3", "81.0 ± 10.5 (101.2%)", "60.0 ± 0.0 (75.0%)", share,
+        "4.50", "20.0x", "3.0",
+    ]  # fmt: skip
+    goal = cells(goals_table(runs, STUDIES["glue"]), "noise")
+    assert goal[-1] == "missed by 9.9 points"
+    assert cells(readme_table(runs, STUDIES["glue"]), "20.0x smaller")[1:3] == [
+        "4.5 MB",
+        "81.0 ± 10.5",
+    ]
+
+
+def test_incomplete_seeds_do_not_count_in_the_average():
+    rows = [row("noise", "sst2", seed, digits(10, 8)) for seed in (1, 2)]
+    rows.append(row("noise", "rte", 1, digits(10, 4)))
+    found = cells(scores_table(runs_of(rows)), "noise")
+    assert found[2] == "1" and found[5] == "75.0"
+
+
+def write(folder, rows):
+    (folder / "quality_glue.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rows))
+
+
+def test_invalid_rows_are_named(tmp_path):
+    rows = [row("noise", "sst2", 1, "01")] * 2
+    write(tmp_path, rows)
+    with pytest.raises(ValueError, match="two rows of"):
+        runs_of(read_rows(tmp_path, STUDIES))
+    other = row("noise", "sst2", 2, "01")
+    other["key"]["setting"] = {"epochs": 2}
+    write(tmp_path, [rows[0], other])
+    with pytest.raises(ValueError, match="different settings for different seeds"):
+        runs_of(read_rows(tmp_path, STUDIES))
+    write(tmp_path, [{k: v for k, v in rows[0].items() if k != "steps"}])
+    with pytest.raises(ValueError, match="field 'steps' is missing"):
+        runs_of(read_rows(tmp_path, STUDIES))
+    other["key"]["study"] = "misspelt"
+    write(tmp_path, [other])
+    with pytest.raises(ValueError, match=r"misspelt.*unknown study"):
+        read_rows(tmp_path, STUDIES)
+
+
+def test_majority_class_is_scored_with_the_labels_once(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    labels = {"sst2": ([1, 1, 0], [0, 0, 0, 1]), "mrpc": ([1, 1, 0], [0, 1, 1, 1])}
+    for task, parts in labels.items():
+        (tmp_path / task).mkdir()
+        for split, values in zip(("train", "dev"), parts, strict=True):
+            pandas.DataFrame({"label": values}).to_parquet(tmp_path / task / f"{split}.parquet")
+    path = tmp_path / "quality_intervals.json"
+    first = Bootstraps(path, str(tmp_path))
+    scores = {"sst2": first.majority("sst2", "accuracy"), "mrpc": first.majority("mrpc", "f1")}
+    assert scores == {"sst2": 0.25, "mrpc": f1_score(labels["mrpc"][1], [1, 1, 1, 1])}
+    path.write_text(first.text())
+    assert Bootstraps(path).majority("mrpc", "f1") == scores["mrpc"]
+    runs = runs_of([row("noise", "sst2", 1, "0110"), row("noise", "mrpc", 1, "0110", "f1")])
+    found = cells(scores_table(runs, scores), "majority class")
+    share = 100 * (0.25 + scores["mrpc"]) / 2 / 0.8
+    assert found[3] == "25.0 (31.2%)" and found[5] == f"{share:.1f}"
+
+
+def test_float32_rows_of_a_study_are_listed_by_setting():
+    def line(rate, seed, **more):
+        key = {"study": "images", "task": "cifar10", "model": "net", "method": "float32"}
+        key |= {"size": None, "seed": seed, "setting": {"learning_rate": rate}}
+        return {"key": key, "seconds": 60.0, "held_out": {"accuracy": 0.5, "loss": 1.0}, **more}
+
+    lines = [line(1e-3, 1), line(2e-3, 1), line(2e-3, 2, dev={"accuracy": 0.6, "loss": 0.9})]
+    assert runs_of(lines) == []
+    found = cells(baselines_table(lines), "learning rate 0.002")
+    assert found[3:] == ["1, 2", "50.0 ± 0.0", "1.000 ± 0.000", "60.0", "0.900", "1.0"]
+
+
+def test_blocks_of_a_page_are_filled_again():
+    page = "a\n<!-- report: glue -->\n\nold\n\n<!-- end of report -->\nb"
+    filled = report.fill(page, {"glue": "new"})
+    assert filled == "a\n<!-- report: glue -->\n\nnew\n\n<!-- end of report -->\nb"
+    assert report.fill(filled, {"glue": "new"}) == filled
+    assert report.fill(page, {"glue": ""}) == page
+    with pytest.raises(ValueError, match="report: images"):
+        report.fill(page, {"images": "new"})
+
+
+def test_only_studies_with_rows_have_a_section(stored):
+    runs = runs_of([row("noise", "sst2", 1, "0110")])
+    stored.stored["majority sst2 accuracy"] = {"mean": 0.5}
+    text = report.section(STUDIES["glue"], runs, [], stored)
+    assert text.startswith("## GLUE\n") and "| 20x | noise |" in text
+    assert report.section(STUDIES["images"], [], [], stored) == ""
+
+
+def test_settings_are_shown_by_their_held_out_scores(stored):
+    line = row("noise", "sst2", 1, digits(10, 5), held_out={"accuracy": 0.6, "loss": 0.3})
+    line["held_out_float32"] = {"accuracy": 0.9}
+    study = STUDIES["settings"]
+    text = report.section(study, runs_of([line], study.split), [], stored)
+    assert cells(text, "20x", "noise", "66.7")[3] == "60.0 (66.7%)"
+    assert "held-out training examples" in text
+
+
+@pytest.mark.parametrize(("low", "high"), [(3.03, 6.99), (0.07, 0.13), (4.2, 4.3), (1, 90)])
+@pytest.mark.parametrize("log", [False, True])
+def test_ticks_are_round_and_apart(low, high, log):
+    axis = Axis([low, high], 52, 316, log)
+    ticks = axis.ticks(44)
+    assert len(ticks) >= 2 and all(52 <= axis(tick) <= 316 for tick in ticks)
+    assert all(axis(b) - axis(a) >= 44 for a, b in pairwise(ticks))
+    assert all(len(f"{tick:.6g}") <= 5 for tick in ticks)
+
+
+def test_plot_has_a_mark_per_method_and_labels_apart():
+    rows = [
+        row(f"method <{method}>", task, seed, digits(100, 60 + 9 * method + seed), size=size)
+        for method in range(4)
+        for task in ("sst2", "rte", "cola")
+        for seed in (1, 2)
+        for size in ("13x", "20x", "30x")
+    ]
+    text = pareto_svg(runs_of(rows))
+    assert text == pareto_svg(runs_of(rows))
+    root = ElementTree.fromstring(text)
+    tag = "{http://www.w3.org/2000/svg}"
+    width, height = (float(root.get("viewBox").split()[i]) for i in (2, 3))
+    boxes = []
+    for label in root.iter(f"{tag}text"):
+        wide = 7.2 * len(label.text)  # at most, at a font size of 12
+        x = (
+            float(label.get("x"))
+            - {None: 0, "middle": wide / 2, "end": wide}[label.get("text-anchor")]
+        )
+        boxes.append(
+            (x, float(label.get("y")) - 11, x + wide, float(label.get("y")) + 2, label.text)
+        )
+    for index, a in enumerate(boxes):
+        assert a[0] >= 0 and a[2] <= width and a[1] >= 0 and a[3] <= height, a
+        for b in boxes[index + 1 :]:
+            assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1], (a, b)
+    names = [label.text for label in root.iter(f"{tag}text")]
+    assert [name for name in names if "<" in name] == [f"method <{i}>" for i in range(4)]
+    dashed = [path for path in root.iter(f"{tag}path") if path.get("stroke-dasharray")]
+    assert len(dashed) == 4 + 1, "one line per panel, and that of the legend"
+    assert len(re.findall("translate", text)) == 4 * 3 * 4 + 4
+
+
+def test_page_readme_and_plots_agree_with_the_rows():
+    """If this fails, run benchmarks/quality/report.py."""
+    for path, text in report.files(report.ROOT).items():
+        assert path.is_file() and path.read_text() == text, path.relative_to(report.ROOT)
