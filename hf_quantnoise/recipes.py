@@ -28,6 +28,7 @@ from .compression import CompressionArguments, file_bytes
 from .configuration import IPQConfig, QuantNoiseConfig
 from .configuration.checks import invalid
 from .configuration.options import Options, options_of
+from .modeling.packer import check_can_be_packed
 from .modeling.plan import make_plan
 from .structure import find_layers, select_layers
 
@@ -208,8 +209,12 @@ def _storage(size: str, model: PreTrainedModel, family: str) -> tuple[IPQConfig,
         ValueError: if there is none.
     """
     dense, reached = 4 * sum(p.numel() for p in model.parameters()), 1.0
+    check_can_be_packed(model)
     for config in _candidates(family):
-        times_smaller = dense / file_bytes(model, config)
+        try:
+            times_smaller = dense / file_bytes(model, config)
+        except ValueError:  # it fits no layer of a small model
+            continue
         if times_smaller >= float(size.removesuffix("x")):
             return config, times_smaller
         reached = max(reached, times_smaller)

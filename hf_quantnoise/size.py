@@ -148,11 +148,15 @@ def aligned(lines: list[tuple[str, ...]], left: int = 2) -> str:
     )
 
 
-def _dense_row(name: str, tensor: Tensor, group: str, stored: Tensor) -> SizeRow:
+def _dense_row(name: str, tensor: Tensor, group: str, stored: Tensor, model: nn.Module) -> SizeRow:
     dense = 4 * tensor.numel() if tensor.is_floating_point() else tensor.nbytes
     kind = str(stored.dtype).removeprefix("torch.")
-    size, shape = stored.nbytes, tuple(tensor.shape)
-    return SizeRow(name, group, kind, shape, size, size, tensor.nbytes, dense)
+    size, shape, memory = stored.nbytes, tuple(tensor.shape), tensor.nbytes
+    if tensor.is_meta and stored.dtype == torch.float16:  # loading restores the model's dtype
+        name_of_dtype = str(getattr(getattr(model, "config", None), "dtype", None))
+        dtype = getattr(torch, name_of_dtype.removeprefix("torch."), torch.float32)
+        memory = tensor.numel() * dtype.itemsize
+    return SizeRow(name, group, kind, shape, size, size, memory, dense)
 
 
 def _packed_row(name: str, layer: PackedLayer, group: str, disk: dict[str, Tensor]) -> SizeRow:
@@ -255,7 +259,7 @@ def size_report(model: nn.Module) -> SizeReport:
                 disk[name] = stored_tensors(layer)[tensor_name]
             else:
                 disk[name] = as_stored(tensor, config)
-                rows.append(_dense_row(name, tensor, group, disk[name]))
+                rows.append(_dense_row(name, tensor, group, disk[name], model))
             if is_packed and tensor_name == names[-1]:  # one row after all tensors of the layer
                 rows.append(_packed_row(layer_name, layer, group, disk))
     for name, weights in (getattr(config, "pruned_layers", None) or {}).items():

@@ -239,7 +239,7 @@ def test_noise_config_missing_file(tmp_path):
 def test_storage_configs_round_trip_through_json(config):
     values = json.loads(config.to_json_string())
     assert values["quant_method"] == "hf_quantnoise"
-    assert values["format_version"] == 1
+    assert values["format_version"] == FORMAT_VERSION
     again = QuantizedModelConfig.from_dict(values)
     assert type(again) is type(config)
     assert again.to_dict() == config.to_dict()

@@ -5,9 +5,9 @@ import io
 
 import pytest
 import torch
+from support.stored import assert_listed, matrices
 from support.trainers import make_trainer
 from support.zoo import ZOO, rows_of, tensors_of
-from torch import nn
 
 from hf_quantnoise import (
     CompressionArguments,
@@ -40,30 +40,6 @@ EXPECTED = {
     "ResNet": ["conv", "head"],
     "MobileNetV2": ["conv", "head"],
 }
-
-
-def matrices(model: nn.Module) -> dict[str, str]:
-    """Return name -> owner of each parameter of two or more dimensions."""
-    return {
-        name: name.rpartition(".")[0]
-        for name, parameter in model.named_parameters()
-        if parameter.dim() >= 2
-    }
-
-
-def assert_listed(model, names):
-    """Assert that each matrix of the dense model is packed by a stage, or listed with a reason.
-
-    The reason of those that are packed as leftovers ends with how.
-    """
-    config = model.config.quantization_config
-    assert {name for name, _ in packed_layers(model)} == config.plan.keys() != set()
-    for name, owner in names.items():
-        reasons = [config.left_dense[key] for key in (name, owner) if key in config.left_dense]
-        if owner in config.plan and not reasons:
-            continue
-        assert len(reasons) == 1 and reasons[0], name
-        assert reasons[0].endswith("; stored as int8 channel") == (owner in config.plan), name
 
 
 def test_defaults_of_storage():

@@ -331,7 +331,8 @@ def test_compression_removes_noise_and_writes_a_card(tmp_path, parity_data):
     )  # fmt: skip
     trainer.train()
     before = copy.deepcopy(trainer.model).eval()
-    small = trainer.compress(IPQConfig(n_centroids=16), CompressionArguments(stage_epochs=0))
+    config = IPQConfig(n_centroids=16, leftover_bits=32)
+    small = trainer.compress(config, CompressionArguments(stage_epochs=0))
     assert find_state(small) is None
     names = {type(module).__name__ for module in small.train().modules()}
     assert not any(name.startswith("QN") for name in names)

@@ -164,7 +164,7 @@ class OnlyImages(nn.Module):
 
 def with_names(rows):
     """Return a batch with a key that the model does not take."""
-    return {**default_collate(rows), "names": [str(row) for row in range(len(rows))]}
+    return {**default_collate(rows), "names": torch.arange(len(rows))}
 
 
 class PopsNames(Trainer):

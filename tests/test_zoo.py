@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from support.files import digest
+from support.stored import assert_listed, matrices
 from support.zoo import ZOO, Architecture, ipq_config, tensors_of, without_dropout
 from torch import nn
 from transformers import PreTrainedModel
@@ -19,7 +20,6 @@ from hf_quantnoise import (
     remove_quant_noise,
     size_report,
 )
-from hf_quantnoise.modeling import packed_layers
 from hf_quantnoise.noise import find_state
 
 CONFIGS = {"ipq": ipq_config, "int4": lambda model: FixedPointConfig(bits=4)}
@@ -45,16 +45,6 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
-
-
-def matrices(model: nn.Module) -> dict[str, str]:
-    """Return name of each parameter of two or more dimensions -> name of its owner; ties count
-    twice."""
-    return {
-        name: name.rpartition(".")[0]
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if parameter.dim() >= 2
-    }
 
 
 def disk_bytes(folder) -> int:
@@ -125,12 +115,7 @@ def test_zoo_layers_without_noise_are_listed(kind):
 def test_zoo_logits_match_after_reload(kind, config, tmp_path):
     dense, batch = kind.make(), kind.batch()
     model = quantize_model(copy.deepcopy(dense), CONFIGS[config](dense), progress=False)
-    stored = model.config.quantization_config
-    for name, owner in matrices(dense).items():
-        reasons = [stored.left_dense[key] for key in (name, owner) if key in stored.left_dense]
-        assert len(reasons) == (owner not in stored.plan), name
-        assert all(reasons)
-    assert {name for name, _ in packed_layers(model)} == stored.plan.keys() != set()
+    assert_listed(model, matrices(dense))
 
     expected = outputs(model, batch)
     model.save_pretrained(tmp_path / "a")

@@ -6,15 +6,18 @@
 
 Each run begins with the float32 model that ``glue_float32.py`` trained with the same seed, which is
 also the teacher. Settings are chosen by the held-out examples of the training file; dev is only
-reported. Each finished run appends one line; runs that are there are skipped.
+reported. Each finished run appends one line; runs that are there are skipped, and an interrupted
+run continues from its newest checkpoint.
 """
 
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import os
+import shutil
 import sys
-import tempfile
 import time
 from dataclasses import dataclass, field
 
@@ -35,11 +38,9 @@ from transformers import (
     PreTrainedModel,
     TrainingArguments,
 )
+from transformers.trainer_utils import get_last_checkpoint
 
 from hf_quantnoise import CompressionArguments, IPQConfig, QuantNoiseConfig, QuantNoiseTrainer
-
-# Of rows that do not name them: the defaults when the studies began.
-STORED = {"codebook_bits": 32, "leftover_bits": 32}
 
 
 @dataclass
@@ -59,6 +60,9 @@ class Arguments:
     seeds: list[int] = field(default_factory=lambda: [42], metadata={"help": "Seeds."})
     methods: list[str] | None = field(default=None, metadata={"help": "Only these methods."})
     sizes: list[str] | None = field(default=None, metadata={"help": "Only these sizes."})
+    work_dir: str = field(
+        default="benchmarks/runs/glue", metadata={"help": "Folder of the checkpoints of runs."}
+    )
     results: str = field(
         default="benchmarks/results/quality_glue.jsonl", metadata={"help": "One line per run."}
     )
@@ -70,6 +74,11 @@ def start_of(args: Arguments, task: str, seed: int) -> str:
     return folder_of(args.start_dir, {"task": task, "seed": seed, **chosen})
 
 
+def storage_of(key: dict) -> IPQConfig:
+    """Return how a run stores its model."""
+    return IPQConfig(seed=key["seed"], **key["setting"]["config"])
+
+
 def make_trainer(
     args: Arguments, key: dict, start: str, teacher: PreTrainedModel, folder: str
 ) -> QuantNoiseTrainer:
@@ -78,18 +87,21 @@ def make_trainer(
     train = glue.load(args.data_dir, start, key["task"]).train
     if limit := setting.get("examples"):
         train = train.shuffle(seed=0).select(range(min(limit, len(train))))
-    noise = setting.get("noise")
+    noise = None
+    if "noise" in setting:
+        noise = QuantNoiseConfig.matching(storage_of(key), seed=seed, **setting["noise"])
     training = TrainingArguments(
         output_dir=folder, seed=seed, per_device_train_batch_size=32, weight_decay=0.01,
-        bf16=True, use_cpu=True, train_sampling_strategy="group_by_length", save_strategy="no",
-        logging_steps=1000, disable_tqdm=True, report_to="none", dataloader_pin_memory=False,
+        bf16=True, use_cpu=True, train_sampling_strategy="group_by_length", save_strategy="steps",
+        save_steps=200, save_total_limit=1, logging_steps=1000, disable_tqdm=True,
+        report_to="none", dataloader_pin_memory=False,
         warmup_steps=0.06, learning_rate=setting["learning_rate"],
         num_train_epochs=setting["noise_epochs"],
     )  # fmt: skip
     return QuantNoiseTrainer(
         copy.deepcopy(teacher),
         training,
-        None if noise is None else QuantNoiseConfig(seed=seed, **{"codebook_bits": 32, **noise}),
+        noise,
         teacher=teacher,
         compression_args=CompressionArguments(plots=False, **setting["compression"]),
         train_dataset=train,
@@ -118,20 +130,24 @@ def run(args: Arguments, key: dict) -> dict:
     teacher = AutoModelForSequenceClassification.from_pretrained(start, dtype=torch.float32)
     torch.manual_seed(key["seed"])
     begun = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(args, key, start, teacher, folder)
-        if key["setting"]["noise_epochs"]:
-            trainer.train()
-        config = {**STORED, **key["setting"]["config"]}
-        small = trainer.compress(IPQConfig(seed=key["seed"], **config))
-        small.save_pretrained(folder)
-        figures = {
-            "seconds": time.monotonic() - begun,
-            "steps": trainer.compression_history[-1]["step"],
-            "bytes": weight_bytes(folder),
-            "float32_bytes": weight_bytes(start),
-        }
-        small = AutoModelForSequenceClassification.from_pretrained(folder)
+    folder = os.path.join(args.work_dir, hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16])
+    trainer = make_trainer(args, key, start, teacher, folder)
+    trained = get_last_checkpoint(folder) if os.path.isdir(folder) else None
+    compressing = os.path.isdir(os.path.join(folder, "compression"))
+    if key["setting"]["noise_epochs"]:
+        trainer.train(resume_from_checkpoint=trained)
+    small = trainer.compress(storage_of(key), resume_from_checkpoint=compressing)
+    packed = os.path.join(folder, "packed")
+    small.save_pretrained(packed)
+    figures = {
+        "seconds": time.monotonic() - begun,  # of the process that finished the run
+        "resumed": compressing or trained is not None,
+        "steps": trainer.compression_history[-1]["step"],
+        "bytes": weight_bytes(packed),
+        "float32_bytes": weight_bytes(start),
+    }
+    small = AutoModelForSequenceClassification.from_pretrained(packed)
+    shutil.rmtree(folder)
     data = glue.load(args.data_dir, start, key["task"])
     for name in ("held_out", "dev"):
         figures[name], figures[f"{name}_float32"], correct = figures_of_split(

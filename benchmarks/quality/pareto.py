@@ -1,10 +1,11 @@
-"""Plots of a metric against megabytes, as SVG files that do not depend on a plotting library."""
+"""Plots of a metric against megabytes or a setting, as SVG files, without a plotting library."""
 
 from __future__ import annotations
 
 import math
 import statistics
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from html import escape
 
@@ -27,21 +28,31 @@ COLUMNS, LINE = 2, 20
 
 @dataclass(frozen=True)
 class Point:
-    """Mean and spread over seeds of a method at a size."""
+    """Mean and spread over seeds of a method at a size, or at a value of a setting."""
 
     method: str
-    megabytes: float
+    at: float
     mean: float
     spread: float
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One diagram; ``float32`` is the height of the dashed line."""
+    """One diagram.
+
+    Attributes:
+        title: above it.
+        points: in any order.
+        float32: height of the dashed line.
+        across: name of the horizontal axis.
+        log: whether that axis is logarithmic.
+    """
 
     title: str
     points: list[Point]
     float32: float
+    across: str = "MB"
+    log: bool = True
 
 
 def panels(runs: list[Run]) -> list[Panel]:
@@ -111,13 +122,12 @@ def _label(value: float) -> str:
 def _panel(panel: Panel, x: float, y: float, styles: dict[str, int]) -> list[str]:
     right, bottom = x + WIDTH - RIGHT, y + HEIGHT - BOTTOM
     heights = [h for p in panel.points for h in (p.mean - p.spread, p.mean + p.spread)]
-    sizes = [p.megabytes for p in panel.points]
-    across = Axis(sizes, x + LEFT, right, log=True)
+    across = Axis([p.at for p in panel.points], x + LEFT, right, log=panel.log)
     up = Axis([*heights, panel.float32], bottom, y + TOP, log=False)
-    title, middle = escape(panel.title), (x + LEFT + right) / 2
+    title, name, middle = escape(panel.title), escape(panel.across), (x + LEFT + right) / 2
     parts = [
         f'<text x="{x + LEFT:.1f}" y="{y + 20:.1f}" font-weight="bold">{title}</text>',
-        f'<text x="{middle:.1f}" y="{bottom + 36:.1f}" text-anchor="middle">MB</text>',
+        f'<text x="{middle:.1f}" y="{bottom + 36:.1f}" text-anchor="middle">{name}</text>',
     ]
     for tick in up.ticks(28):
         h = up(tick)
@@ -139,14 +149,12 @@ def _panel(panel: Panel, x: float, y: float, styles: dict[str, int]) -> list[str
     shift = {method: 4 * (style - (len(styles) - 1) / 2) for method, style in styles.items()}
     for method, points in grouped(panel.points, "method").items():
         color = COLORS[styles[method] % len(COLORS)]
-        points = sorted(points, key=lambda p: p.megabytes)
-        path = "L".join(
-            f"{across(p.megabytes) + shift[method]:.1f},{up(p.mean):.1f}" for p in points
-        )
+        points = sorted(points, key=lambda p: p.at)
+        path = "L".join(f"{across(p.at) + shift[method]:.1f},{up(p.mean):.1f}" for p in points)
         parts.append(f'<path d="M{path}" fill="none" stroke="{color}" opacity="0.5"/>')
         for p in points:
             low, high = up(p.mean - p.spread), up(p.mean + p.spread)
-            at = across(p.megabytes) + shift[method]
+            at = across(p.at) + shift[method]
             if p.spread:
                 parts.append(f'<path d="M{at:.1f},{low:.1f}V{high:.1f}" stroke="{color}"/>')
             parts.append(_mark(at, up(p.mean), styles[method]))
@@ -164,8 +172,12 @@ def _mark(x: float, y: float, style: int) -> str:
 
 def pareto_svg(runs: list[Run]) -> str:
     """Return the plot of the runs of a study, with one mark per method and a legend below."""
-    shown = panels(runs)
-    styles = {method: index for index, method in enumerate(grouped(runs, "method"))}
+    return svg(panels(runs), grouped(runs, "method"))
+
+
+def svg(shown: list[Panel], methods: Iterable[str]) -> str:
+    """Return diagrams with a common legend, which has the methods in their order."""
+    styles = {method: index for index, method in enumerate(methods)}
     columns = min(COLUMNS, len(shown))
     lines = math.ceil(len(shown) / columns)
     parts: list[str] = []

@@ -5,9 +5,9 @@
     python benchmarks/quality/report.py --check
 
 Reads ``quality_<study>.jsonl`` of the studies in ``published.py`` and ``glue_float32.jsonl``, in
-benchmarks/results; writes the parts of docs/reference/results.md and README.md between
-``<!-- report: NAME -->`` and ``<!-- end of report -->``, one plot per study and model in
-docs/reference/results/, and the bootstrap intervals in ``quality_intervals.json``. ``--data_dir``
+benchmarks/results; writes the parts of results.md and ablations.md in docs/reference, and of
+README.md, between ``<!-- report: NAME -->`` and ``<!-- end of report -->``; plots in
+docs/reference/results/; and the bootstrap intervals in ``quality_intervals.json``. ``--data_dir``
 is needed for new intervals of F1 and Matthews correlation, and for the majority class.
 ``--check`` writes nothing and exits with 1 if a file is out of date.
 """
@@ -22,6 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+import ablation_page
 from comparisons import Bootstraps, comparisons_table
 from pareto import pareto_svg
 from published import STUDIES, Study
@@ -31,6 +32,7 @@ from tables import baselines_table, details_table, goals_table, readme_table, sc
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE, README = Path("docs/reference/results.md"), Path("README.md")
+ABLATIONS = Path("docs/reference/ablations.md")
 RESULTS, PLOTS = Path("benchmarks/results"), Path("docs/reference/results")
 BLOCK = re.compile(r"(<!-- report: (.+?) -->\n).*?(<!-- end of report -->)", re.DOTALL)
 README_TEXT = """\
@@ -125,6 +127,12 @@ def files(root: Path, data_dir: str | None = None) -> dict[Path, str]:
     }
     for own in (own for every in runs.values() for own in grouped(every, "model").values()):
         content[root / PLOTS / plot_name(own)] = pareto_svg(own)
+    ablations = runs_of(read_rows(root / RESULTS, [ablation_page.STUDY]))
+    content[root / ABLATIONS] = fill(
+        (root / ABLATIONS).read_text(), ablation_page.sections(ablations)
+    )
+    for name, text in ablation_page.plots(ablations).items():
+        content[root / PLOTS / name] = text
     if stored.used:
         content[stored.path] = stored.text()
     return content

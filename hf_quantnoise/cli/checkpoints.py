@@ -23,6 +23,7 @@ from ..files.model_folders import require_not_interrupted
 from ..hub.auto import AutoQuantizedModel, method_of, read_config
 from ..hub.model_classes import model_class_of
 from ..hub.quantizer import QuantNoiseHfQuantizer
+from ..modeling.float16 import round_to_float16
 from ..sharing import share
 from ..text import printable
 from .command import UsageError
@@ -168,6 +169,10 @@ class Checkpoint:
         config = skeleton.config.quantization_config = quantizer.quantization_config
         skeleton.tie_weights()
         share(skeleton, [(source, name) for name, source in config.shared_layers.items()])
+        if config.leftover_bits < 32:
+            tensors, files = skeleton.state_dict(keep_vars=True), self.headers.tensors
+            larger = {name for name, tensor in files.items() if tensor.dtype != "F16"}
+            round_to_float16(skeleton, {id(tensors[name]) for name in larger & tensors.keys()})
 
 
 def checkpoint_of(args: Namespace) -> Checkpoint:

@@ -60,6 +60,7 @@ class Plan(Command):
         show(size_report(model), args, config=config.to_dict())
         if args.save:
             if isinstance(config, IPQConfig):  # a plan can be used as its settings of single layers
-                config = replace(config, layer_quantizers=model.config.quantization_config.plan)
+                plan = {**config.layer_quantizers, **model.config.quantization_config.plan}
+                config = replace(config, layer_quantizers=plan)
             Path(args.save).write_text(json.dumps(config.to_dict(), indent=2) + "\n", "utf-8")
             print(f"settings written to {args.save}", file=sys.stderr)

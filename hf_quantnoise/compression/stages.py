@@ -1,8 +1,7 @@
 """The compression run: pack a stage, finetune the centroids and what is still dense, evaluate.
 
-Each stage has its own trainer, because the optimizer, scheduler and wrapped model of a running
-trainer do not know parameters that are created later. If the user's trainer writes checkpoints
-(``save_strategy``), the run writes its own; see ``checkpoints.py``.
+Each stage has its own trainer: the optimizer, scheduler and wrapped model of a running one do not
+know parameters that are created later. With ``save_strategy`` it is resumable (``checkpoints.py``).
 """
 
 from __future__ import annotations
@@ -81,9 +80,8 @@ class CompressionPipeline:
         self.trainer, self.config = trainer, config
         self.args = CompressionArguments() if compression_args is None else compression_args
         check_compression(trainer, config, self.args, teacher)
-        self.given_teacher = teacher
+        self.given_teacher, self.report = teacher, report
         self.teacher: Teacher | None = None
-        self.report = report
         self.history: list[dict[str, Any]] = []
         self.noise_config = noise_to_keep(trainer, self.args.keep_noise)
         self.model: PreTrainedModel = undo_accelerate_prepare(
@@ -121,8 +119,8 @@ class CompressionPipeline:
             self.files.clear()
         self.trainer.accelerator.wait_for_everyone()
         n_done = self._restore(saved) if saved else self._start()
-        bar = tqdm(self.stages[n_done:], desc="stages", unit="stage", initial=n_done,
-                   total=len(self.stages), disable=not self._progress)  # fmt: skip
+        bar = tqdm(self.stages[n_done:], "stages", len(self.stages), unit="stage", initial=n_done,
+                   disable=not self._progress)  # fmt: skip
         for number, stage in enumerate(bar, n_done + 1):
             bar.set_postfix_str(_name(stage))
             if stage in self.packer.stages:  # layer_quantizers may keep all of it dense
@@ -236,7 +234,7 @@ class CompressionPipeline:
     # ---- records and files ----------------------------------------------------------------------
 
     def _evaluate(self, name: str, trainer: StageTrainer, start: float, *results: Any) -> None:
-        """Evaluate the model and record the results of a stage; see :func:`measure_stage`."""
+        """Record the results of a stage; see :func:`measure_stage`."""
         record = measure_stage(name, trainer, start, *results)
         undo_accelerate_prepare(self.model)  # the evaluation has prepared it
         trainer.accelerator.free_memory()
@@ -276,13 +274,12 @@ class CompressionPipeline:
     ) -> StageTrainer:
         """Return the trainer of a stage; that of number 0 evaluates and reads data."""
         trainer, settings = self.trainer, self.args.settings_of(stage)
+        args = replace(self.args, codebook_learning_rate=settings.codebook_learning_rate)
         output_dir = None if self.files.folder is None else self.files.run_folder(number)
         stage_trainer = StageTrainer(
             self.model,
             stage_training_arguments(trainer, settings, number, output_dir),
-            compression_args=replace(
-                self.args, codebook_learning_rate=settings.codebook_learning_rate
-            ),
+            compression_args=args,
             teacher=self.teacher,
             noise=noise,
             data_collator=trainer.data_collator,

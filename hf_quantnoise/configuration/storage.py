@@ -28,7 +28,7 @@ from .checks import (
     patterns,
     reason,
 )
-from .entries import QUANTIZERS, plan_entries
+from .entries import plan_entries
 from .hub_files import HubConfigMixin
 from .options import Options, documented, from_file, option
 
@@ -121,9 +121,9 @@ class QuantizedModelConfig(HubConfigMixin, Options, QuantizationConfigMixin):
         "files of different saves are not loaded together.",
     )
     format_version: int = option(
-        1,
-        "Version of the layout on disk. A newer one is an error that names the version to install. "
-        "Saving raises it to 2 if a layer is stored in a way that version 1 lacks (row_groups).",
+        FORMAT_VERSION,
+        "Version of the layout on disk; saving writes the newest. One that is newer than "
+        "the package is an error that names the version to install.",
     )
 
     scheme: ClassVar[str] = ""
@@ -207,12 +207,9 @@ class QuantizedModelConfig(HubConfigMixin, Options, QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-able dict: all fields, quantization method, scheme and how to load it."""
         how_to_load = "pip install hf-quantnoise, and import hf_quantnoise before loading"
-        stored = [*self.plan.values(), *self.settings_by_name().values()]
-        schemes = {entry["scheme"] for entry in stored if entry["scheme"] in QUANTIZERS}
-        version = max(self.format_version, *(QUANTIZERS[s].format_version for s in schemes), 1)
-        requires = f"hf-quantnoise>={FORMATS[version]}"
+        requires = f"hf-quantnoise>={FORMATS[FORMAT_VERSION]}"
         head = dict(zip(HEAD, (QUANT_METHOD, self.scheme, how_to_load, requires), strict=True))
-        return {**head, **asdict(self), "format_version": version}
+        return {**head, **asdict(self), "format_version": FORMAT_VERSION}
 
     def restore_old_defaults(self) -> None:
         """Give what releases before ``leftover_bits`` did not save the meaning it had there."""

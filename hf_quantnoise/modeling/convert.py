@@ -21,6 +21,7 @@ from .packed import INDICES, INPUT_NAMES, PREFIX, LoadingState, PackedLayer, pac
 # What a packed layer has in its __dict__ besides the attributes of the original.
 _ATTRIBUTES = (
     "quantizer", "rows", "columns", "weight_shape", "activation_bits", "_counts", "_loading",
+    "_frozen",
 )  # fmt: skip
 
 
@@ -107,6 +108,7 @@ def _become_packed(
         has_buffers = bool(own_buffers(layer))
         # Past nn.Module.__setattr__: none of these is a tensor or a module.
         vars(layer).update(quantizer=quantizer, rows=rows, columns=columns, weight_shape=shape)
+        layer._frozen = not trained
         if loading:
             layer._loading = LoadingState(is_skeleton=True)
         for name, parameter in parameters.items():
@@ -225,7 +227,10 @@ def unpack_model(model: nn.Module) -> nn.Module:
     for _, layer in list(packed_layers(model)):
         key = id(layer.weight_indices)
         if key not in weights:
-            trained = any(tensor.requires_grad for tensor in layer.state.values())
+            state = layer.state
+            trained = any(tensor.requires_grad for tensor in state.values())
+            if state.keys() <= layer.quantizer.not_trained:
+                trained = not layer._frozen
             weights[key] = nn.Parameter(layer.decode().contiguous(), trained)
         for name in [*packed_names(layer), *INPUT_NAMES]:
             own_parameters(layer).pop(name, None)

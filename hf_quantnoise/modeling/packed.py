@@ -67,6 +67,7 @@ class PackedLayer(DynamicSubclass):
 
     _loading: LoadingState | None = None
     _counts: Tensor | None = None  # cache of block_counts
+    _frozen: bool = False  # whether the weight was, before it was packed
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The original forward, on rounded inputs if activations are quantized."""

@@ -28,7 +28,7 @@ from ..structure import (
 # The reason of layers that a config skips by name.
 SKIPPED_BY_CONFIG = "layer_quantizers skips it"
 # How leftover_bits=8 stores a layer that no stage packs.
-LEFTOVER = FixedPointQuantizer(bits=8, observer="channel")
+LEFTOVER = FixedPointQuantizer(bits=8, observer="channel", trained=False)
 # Bytes of a tensor's entry in the header of the file, without its name.
 HEADER_ENTRY = 72
 # Of weights that can be packed; states have the dtype of the weight.
@@ -133,12 +133,24 @@ def make_plan(
             if reason is None:
                 plan[stage].append(PlannedWeight(members, quantizer, config.activation_bits))
                 continue
-        if config.leftover_bits == 8 and reason != SKIPPED_BY_CONFIG and _is_leftover(members):
+        if _stores_leftovers(config, layer, reason) and _is_leftover(members):
             leftovers.append(PlannedWeight(members, LEFTOVER))
-            reason = f"{reason}; stored as {LEFTOVER.short_name}"
         skipped.update(dict.fromkeys((member.name for member in members), reason))
     plan = _without_empty_stages(config, plan, skipped, layers)
+    for name in (layer.name for planned in leftovers for layer in planned.layers):
+        skipped[name] += f"; stored as {LEFTOVER.short_name}"
     return plan, leftovers, {**skipped, **unsupported_weights(model)}
+
+
+def _stores_leftovers(config: QuantizedModelConfig, layer: LayerInfo, reason: str | None) -> bool:
+    """Return whether a config stores a weight that no stage packs as ``LEFTOVER``.
+
+    An entry of another model's plan may name it, too.
+    """
+    if config.leftover_bits == 8:
+        return reason != SKIPPED_BY_CONFIG
+    by_name = config.settings_by_name()
+    return any(by_name.get(name) == LEFTOVER.to_dict() for name in (layer.name, *layer.ties))
 
 
 def _is_leftover(members: tuple[LayerInfo, ...]) -> bool:
@@ -194,7 +206,8 @@ def _require_known(
                 f"share_layers{_hint(name, known)}"
             )
         layer = chosen[name]
-        if settings["scheme"] != DENSE and stage_of(layer, stages) is False:
+        of_stage = settings["scheme"] != DENSE and settings != LEFTOVER.to_dict()
+        if of_stage and stage_of(layer, stages) is False:
             raise ValueError(
                 f"{field}: its group {layer.group!r} is in no stage; add it to stages={stages!r}, "
                 "or remove the entry"

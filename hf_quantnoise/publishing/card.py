@@ -36,7 +36,10 @@ _VERSIONS = {
     "torch": torch.__version__,
 }
 # Config fields that are not settings of the user: they are set during compression, or too long.
-_NOT_SETTINGS = ("plan", "left_dense", "shared_layers", "pruned_layers", "layer_quantizers")
+_NOT_SETTINGS = (
+    "plan", "left_dense", "shared_layers", "pruned_layers", "layer_quantizers", "weights_id",
+    "format_version",
+)  # fmt: skip
 _PAPER = (
     "[*Training with Quantization Noise for Extreme Model Compression*]"
     "(https://arxiv.org/abs/2004.07320), Fan, Stock et al., 2020"

@@ -69,7 +69,6 @@ class Quantizer(ABC):
             training can make a scale negative.
         not_trained: keys of state tensors that get no gradient.
         integers: keys of state tensors that are integers in memory, too.
-        format_version: the first version of the layout on disk that has the scheme.
         short_name: for tables, e.g. ``"pq 256x4"``.
     """
 
@@ -80,7 +79,6 @@ class Quantizer(ABC):
     positive: ClassVar[frozenset[str]] = frozenset()
     not_trained: ClassVar[frozenset[str]] = frozenset()
     integers: ClassVar[frozenset[str]] = frozenset()
-    format_version: ClassVar[int] = 1
 
     @property
     @abstractmethod

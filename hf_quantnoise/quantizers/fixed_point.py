@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..configuration import OBSERVERS, QUANTIZERS
-from ..configuration.checks import integer, one_of
+from ..configuration.checks import boolean, integer, one_of
 from ..layer_types import records_gradients
 from .base import Quantizer, require_finite, with_known_signature
 from .observers import CHUNK_ELEMENTS, Range, extremes
@@ -34,10 +34,16 @@ class FixedPointQuantizer(Quantizer):
     bits: Annotated[int, integer(1, 8)] = 8
     # how the range (min W, max W) is found (observers.py)
     observer: Annotated[str, one_of(OBSERVERS)] = "minmax"
+    # whether s and z are parameters; a step of an optimizer may be larger than s
+    trained: Annotated[bool, boolean] = True
 
     scheme: ClassVar[str] = "int"
     block_size: ClassVar[int] = 1
     state_names: ClassVar[frozenset[str]] = frozenset({"scale", "zero_point"})
+
+    @property
+    def not_trained(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset() if self.trained else self.state_names
 
     @property
     def code_bits(self) -> int:

@@ -57,7 +57,6 @@ class RowGroupQuantizer(Quantizer):
     row_scale: Annotated[bool, boolean] = False
 
     scheme: ClassVar[str] = "row_groups"
-    format_version: ClassVar[int] = 2
     not_trained: ClassVar[frozenset[str]] = ProductQuantizer.not_trained | {"row_groups"}
     state_names: ClassVar[frozenset[str]] = ProductQuantizer.state_names | {"row_groups"}
     positive: ClassVar[frozenset[str]] = ProductQuantizer.positive

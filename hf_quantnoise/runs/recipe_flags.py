@@ -74,9 +74,16 @@ def shown(settings: Recipe, defaults: Mapping[str, Any], parts: Iterable[Any]) -
         "with these flags:"
     ]
     for name, default in defaults.items():
-        passed = "" if values[name] == default else f" (passed; recipe: {default})"
-        lines.append(f"  --{name} {values[name]}{passed}")
+        passed = "" if values[name] == default else f" (passed; recipe: {_written(default)})"
+        lines.append(f"  --{name} {_written(values[name])}{passed}")
     return "\n".join(lines)
+
+
+def _written(value: Any) -> str:
+    """Return a value as it is written on a command line."""
+    if isinstance(value, dict):
+        return ",".join(f"{key}={item}" for key, item in value.items())
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def lengths() -> str:
@@ -86,6 +93,6 @@ def lengths() -> str:
         steps = sorted({training_of(family, size).length for family in FAMILIES})
         parts.append(f"{' to '.join(f'{n:g}' for n in steps)} ({size})")
     return (
-        f"Besides the finetuning it trains for {', '.join(parts)} times its steps, each of which "
-        "takes about 1.5 times as long."
+        f"After the finetuning it trains for {', '.join(parts)} times as many steps, which also "
+        "run the teacher."
     )

@@ -89,7 +89,7 @@ def test_edited_allocation_is_used_without_measuring(allocated, monkeypatch):
     edited.layer_quantizers[key] = {"scheme": "pq", "block_size": 8, "n_centroids": 16}
     small = quantize_model(make_stacked("bert", 2), edited, progress=False)
     assert small.get_submodule(query).quantizer.short_name == "int2"
-    assert small.get_submodule(key).quantizer.short_name == "pq 16x8"
+    assert small.get_submodule(key).quantizer.short_name == "pq 16x8 f16"
 
 
 def test_edited_allocation_over_the_target_is_refused(allocated):
@@ -209,13 +209,13 @@ def test_allocation_uses_the_batches_of_all_ranks(tmp_path):
 def test_unreachable_target_names_the_smallest_size():
     model = make_stacked("bert", 2)
     before = copy.deepcopy(model.state_dict())
-    config = IPQConfig(target_size_mb=0.01, prune_layers="every_other")
-    with pytest.raises(ValueError, match=r"target_size_mb=0\.01"):
+    config = IPQConfig(target_size_mb=0.005, prune_layers="every_other")
+    with pytest.raises(ValueError, match=r"target_size_mb=0\.005"):
         check_plan(model, config)
     with pytest.raises(ValueError) as error:
         quantize_model(model, config, progress=False)
     for words in (
-        "target_size_mb=0.01", "10,000 bytes", "bits per weight", "head to stages",
+        "target_size_mb=0.005", "5,000 bytes", "bits per weight", "head to stages",
         "codebook_bits", "prune_layers",
     ):  # fmt: skip
         assert words in str(error.value)

@@ -132,7 +132,8 @@ def test_fsdp2_equals_a_single_process(run, single):
 # Codes are never renewed: a centroid that differs in its last bits could give a block another code.
 TRAINED_CENTROIDS = {
     "noise": {"noise": "pq", "p": 1.0, "block_size": 4, "n_centroids": 16,
-              "learn_codebooks": True, "codebook_update": 1000, "target_modules": ".*"},
+              "codebook_bits": 32, "learn_codebooks": True, "codebook_update": 1000,
+              "target_modules": ".*"},
     "teacher": True,
     "config": {"stages": [".*"]},
     "stages": {"stage_epochs": 0, "distill": False},

@@ -22,7 +22,7 @@ from hf_quantnoise.compression.training.stage_trainer import StageTrainer
 from hf_quantnoise.modeling import packed_layers
 from hf_quantnoise.modeling.activations import calibrate
 
-SMALL = IPQConfig(block_size=4, n_centroids=8, stages=["conv"])
+SMALL = IPQConfig(block_size=4, n_centroids=8, stages=["conv"], leftover_bits=32)
 
 
 def make_resnet():

@@ -20,6 +20,7 @@ def test_groups_and_patterns_have_their_own_blocks_centroids_and_lengths(tmp_pat
         stages=["embeddings", FIRST, SECOND, "ffn"],
         block_size={"embeddings": 8, FIRST: 2, SECOND: 4, "ffn": 16},
         n_centroids={"embeddings": 8, FIRST: 16, SECOND: 32, "ffn": 12},
+        leftover_bits=32,
     )
     settings = {"embeddings": {"steps": 1}, FIRST: {"steps": 2}, SECOND: {"steps": 3}}
     trainer = make_trainer(tmp_path, make_stacked("bert", 3), parity_data)
@@ -66,7 +67,8 @@ def test_layers_are_packed_in_the_order_of_the_forward(name, stage, monkeypatch)
         return real(modules, *args, **kwargs)
 
     monkeypatch.setattr(packer, "pack_layer", pack)
-    quantize_model(model, IPQConfig(block_size=4, n_centroids=4, stages=[stage]), progress=False)
+    config = IPQConfig(block_size=4, n_centroids=4, stages=[stage], leftover_bits=32)
+    quantize_model(model, config, progress=False)
     order = list(dict.fromkeys(packed))
     assert order == [each for each in dict.fromkeys(reached) if each in order]
     assert len(order) >= 3

@@ -25,7 +25,7 @@ from hf_quantnoise.compression.training.packed_trainer import loss_reads_num_ite
 from hf_quantnoise.compression.training.stage_trainer import StageTrainer
 from hf_quantnoise.modeling import packed_layers
 
-PQ = {"block_size": 4, "n_centroids": 16}
+PQ = {"block_size": 4, "n_centroids": 16, "codebook_bits": 32, "leftover_bits": 32}
 CONFIG = IPQConfig(**PQ)
 FFN = IPQConfig(**PQ, stages=["ffn"])
 NOT_TRAINED = CompressionArguments(stage_epochs=0)

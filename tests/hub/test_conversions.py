@@ -37,7 +37,9 @@ def config_of(model, case):
     cycle = CYCLES[case]
     by_name = {layer.name: {"scheme": "dense"} for layer in layers}
     by_name |= {layer.name: cycle[i % len(cycle)] for i, layer in enumerate(fitting)}
-    return IPQConfig(layer_quantizers=by_name, stages=sorted({layer.group for layer in layers}))
+    # Weights that a class does not initialise may be too small for float16.
+    stages = sorted({layer.group for layer in layers})
+    return IPQConfig(layer_quantizers=by_name, stages=stages, codebook_bits=32)
 
 
 def state_of(model):

@@ -109,7 +109,7 @@ def test_config_dict_and_device_map_auto(dense):
     model = AutoModelForCausalLM.from_pretrained(
         dense, quantization_config=config, device_map="auto"
     )
-    expected = quantize_model(make_stacked("gpt2", 4), CONFIGS["ipq"], progress=False)
+    expected = quantize_model(make_stacked("gpt2", 4), IPQConfig(**PQ), progress=False)
     assert torch.equal(output(model), output(expected))
 
 

@@ -76,7 +76,8 @@ def test_training_keeps_ties(name, tmp_path):
     model.save_pretrained(tmp_path / "b")
     again = kind.auto.from_pretrained(tmp_path / "b")
     assert is_one(again, users)
-    assert torch.equal(again.get_submodule(users[-1]).weight_codebook, codebook)
+    stored = codebook.to(torch.float16).float()
+    assert torch.equal(again.get_submodule(users[-1]).weight_codebook, stored)
 
 
 def test_albert_layers_are_stored_once(tmp_path):

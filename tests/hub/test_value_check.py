@@ -47,7 +47,7 @@ CODES = {  # number of centroids -> bits per code
     "2 x 50 of 6 bits": IPQConfig(block_size=4, n_centroids=50, n_codebooks=2, row_scale=True),
 }
 STATES = {
-    "pq": IPQConfig(block_size=4, n_centroids=16, row_scale=True),
+    "pq": IPQConfig(block_size=4, n_centroids=16, row_scale=True, codebook_bits=32),
     "16 bits": IPQConfig(block_size=4, n_centroids=16, codebook_bits=16),
     "8 bits": IPQConfig(block_size=4, n_centroids=16, codebook_bits=8),
     "additive": IPQConfig(block_size=8, n_centroids=12, n_codebooks=2, codebook_bits=8),

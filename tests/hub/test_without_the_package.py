@@ -64,7 +64,7 @@ def test_config_names_required_package(tmp_path):
     assert stored["how_to_load"] == (
         "pip install hf-quantnoise, and import hf_quantnoise before loading"
     )
-    assert stored["requires"] == "hf-quantnoise>=0.1.0"
+    assert stored["requires"] == "hf-quantnoise>=0.2.0"
 
 
 def test_newer_format_version_raises(tmp_path):

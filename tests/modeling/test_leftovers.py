@@ -12,6 +12,8 @@ from hf_quantnoise import (
     quantize_model,
     size_report,
 )
+from hf_quantnoise.cli.checkpoints import Checkpoint
+from hf_quantnoise.cli.sizes import report_of
 from hf_quantnoise.compression.bit_allocation.size_target import file_bytes
 from hf_quantnoise.configuration import QuantizedModelConfig
 from hf_quantnoise.modeling import packed_layers
@@ -129,6 +131,10 @@ def test_training_after_loading_is_saved_without_loss(tmp_path):
     assert torch.equal(logits_of(again), logits_of(loaded))
     size = (tmp_path / "second" / "model.safetensors").stat().st_size
     assert size == size_report(again).total.disk_bytes == size_report(loaded).total.disk_bytes
+    for folder in (tmp_path / "first", tmp_path / "second"):  # of headers alone
+        report, note = report_of(Checkpoint(str(folder), None, False))
+        assert note is None
+        assert report.total.disk_bytes == (folder / "model.safetensors").stat().st_size
 
 
 def test_saved_configs_without_the_field_mean_32_bits():
@@ -157,6 +163,39 @@ def test_layer_quantizers_have_the_centroid_bits_of_the_config():
         model = quantize_model(make_model("bert"), config, progress=False)
         plan = model.config.quantization_config.plan
         assert plan[layer]["codebook_bits"] == bits and plan[other]["codebook_bits"] == 32
+
+
+def test_a_plan_with_leftovers_can_be_used_as_layer_quantizers():
+    model = quantize_model(make_model("bert"), IPQConfig(**PQ), progress=False)
+    plan = model.config.quantization_config.plan
+    for bits in (8, 32):
+        config = IPQConfig(**PQ, layer_quantizers=plan, leftover_bits=bits)
+        again = quantize_model(make_model("bert"), config, progress=False)
+        assert again.config.quantization_config.plan == plan
+        assert torch.equal(again.bert.pooler.dense.weight, model.bert.pooler.dense.weight)
+
+
+def test_optimizers_do_not_move_int8_leftovers(tmp_path):
+    """A step of 0.001 is larger than the distance between two levels of the pooler."""
+    config = IPQConfig(**PQ)
+    loaded = save_and_load(quantize_model(make_model("bert"), config, progress=False), tmp_path)
+    weight = loaded.bert.pooler.dense.weight.clone()
+    loaded.requires_grad_(True).train()(
+        INPUTS["input_ids"], labels=torch.tensor([0, 1])
+    ).loss.backward()
+    torch.optim.AdamW(loaded.parameters(), lr=1e-3).step()
+    assert torch.equal(loaded.bert.pooler.dense.weight, weight)
+    dense = loaded.dequantize()
+    assert dense.bert.pooler.dense.weight.requires_grad
+    assert torch.equal(dense.bert.pooler.dense.weight, weight)
+
+
+def test_frozen_leftovers_stay_frozen():
+    model = make_model("bert")
+    model.bert.pooler.requires_grad_(False)
+    dense = quantize_model(model, IPQConfig(**PQ), progress=False).dequantize()
+    assert not dense.bert.pooler.dense.weight.requires_grad
+    assert dense.classifier.weight.requires_grad
 
 
 def test_invalid_leftover_bits_raises():

@@ -12,7 +12,9 @@ KINDS = ["proxy", "mean", "pq", "int8", "int4", "int1"]
 
 
 def make(name: str, block_size: int = 8, n_centroids: int = 16):
-    config = QuantNoiseConfig(noise=name, block_size=block_size, n_centroids=n_centroids)
+    config = QuantNoiseConfig(
+        noise=name, block_size=block_size, n_centroids=n_centroids, codebook_bits=32
+    )
     return NOISES[name](name, config, block_size, n_centroids)
 
 

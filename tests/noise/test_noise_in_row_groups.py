@@ -27,7 +27,9 @@ from hf_quantnoise.quantizers import RowGroupQuantizer
 from hf_quantnoise.runs.arguments import ConfigFlags
 
 ROWS, COLUMNS = 320, 32
-TARGET = IPQConfig(block_size=4, rare_block_size=16, n_centroids=16, frequent_rows=100)
+TARGET = IPQConfig(
+    block_size=4, rare_block_size=16, n_centroids=16, frequent_rows=100, leftover_bits=32
+)
 LEARNED = {"noise": "pq", "p": 1.0, "learn_codebooks": True}
 
 

@@ -135,7 +135,13 @@ def test_check_returns_the_reason(fields, reason):
 
 # ---- models --------------------------------------------------------------------------------------
 
-CONFIG = {"block_size": 4, "rare_block_size": 8, "n_centroids": 16, "frequent_rows": 100}
+CONFIG = {
+    "block_size": 4,
+    "rare_block_size": 8,
+    "n_centroids": 16,
+    "frequent_rows": 100,
+    "leftover_bits": 32,
+}
 
 
 def batch():

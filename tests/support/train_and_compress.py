@@ -77,7 +77,9 @@ def compress(trainer, watch, options):
                 self.add_callback(KillAt(options["kill"]))
 
     stages.StageTrainer = Watched
-    config = {"block_size": 4, "n_centroids": 16, **options.get("config", {})}
+    # All layers are packed by a stage, and files hold what is in memory.
+    stored = {"codebook_bits": 32, "leftover_bits": 32}
+    config = {"block_size": 4, "n_centroids": 16, **stored, **options.get("config", {})}
     try:
         return trainer.compress(
             IPQConfig(**config),

@@ -56,7 +56,7 @@ class OneLayer(nn.Module):
 
 def candidates_of(weight):
     (layer,) = find_layers(OneLayer(weight))
-    return candidates_for((layer,), IPQConfig(stages=["head"]))
+    return candidates_for((layer,), IPQConfig(stages=["head"], codebook_bits=32))
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "heavy tails"])

@@ -139,7 +139,7 @@ def test_attention_is_eager_during_finetuning_only(tmp_path, monkeypatch):
 
     original = StageTrainer.train
     monkeypatch.setattr(
-        StageTrainer, "train", lambda t, **k: (t.add_callback(Look()), original(t, **k))[1]
+        StageTrainer, "train", lambda t, *a, **k: (t.add_callback(Look()), original(t, *a, **k))[1]
     )
     trainer.compress(ONE_STAGE, CompressionArguments(distill_attention=1.0), teacher)
     assert seen == [("eager", "eager")] * 2

@@ -10,7 +10,7 @@ from hf_quantnoise import CompressionArguments, IPQConfig, QuantNoiseConfig
 from hf_quantnoise.compression.training.stage_trainer import StageTrainer
 from hf_quantnoise.noise import find_state, is_noisy, noised_layers
 
-TARGET = IPQConfig(block_size=4, n_centroids=16)
+TARGET = IPQConfig(block_size=4, n_centroids=16, leftover_bits=32)
 KEEP_NOISE = CompressionArguments(keep_noise=True)
 PQ_NOISE = QuantNoiseConfig("pq", p=0.3, block_size=4, n_centroids=8, codebook_update=2)
 

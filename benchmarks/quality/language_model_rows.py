@@ -1,0 +1,125 @@
+"""Rows of ``language_model.py``: how each one spends its steps, and how the model is stored."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+JOINT = {"stages": [".*"]}  # one stage for all layers
+LEARNED = {"noise": "pq", "p": 1.0, "learn_codebooks": True, "codebook_update": 20}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to compress the float32 model.
+
+    Attributes:
+        method: name of the row.
+        size: how many times smaller the file is, roughly.
+        stored: fields of the ``IPQConfig`` (or, with ``scheme`` "fixed_point", of that config).
+        noise: fields of the ``QuantNoiseConfig``; None trains without noise.
+        noise_steps: optimizer steps before compression.
+        compression_steps: optimizer steps of all compression stages together.
+        distilled: whether the steps before compression have a teacher; otherwise labels.
+        splits: text to evaluate.
+    """
+
+    method: str
+    size: str | None
+    stored: dict[str, Any]
+    noise: dict[str, Any] | None = None
+    noise_steps: int = 0
+    compression_steps: int = 0
+    distilled: bool = True
+    learning_rate: float = 5e-4
+    codebook_learning_rate: float = 5e-3
+    splits: tuple[str, ...] = field(default=("held_out", "dev"))
+
+    @property
+    def staged(self) -> bool:
+        """Whether the groups of layers are quantized one after the other."""
+        return "stages" not in self.stored or len(self.stored["stages"]) > 1
+
+    def setting(self) -> dict[str, Any]:
+        """Return what defines the run, for its key."""
+        values = asdict(self)
+        for name in ("method", "size", "splits"):
+            del values[name]
+        return values
+
+
+# How a model is stored, by its name and size: bits are allocated, megabytes of the file given.
+# Codebooks have 16 bits: 8-bit centroids of weights as small as those of stories260K (64 x 64) save
+# less than their scales and names take.
+ALLOCATED = {"codebook_bits": 16, "importance": "activations"}
+MEGABYTES = {
+    "stories": {"8x": 0.13, "11x": 0.095, "15x": 0.069},
+    "llama": {"15x": 1.36},
+}
+STEPS = {"stories": 300, "llama": 150}
+
+
+def _arms(size: str, stored: dict, steps: int) -> list[Row]:
+    """Return all arms of one size, each with the same number of steps."""
+    half, joint = steps // 2, {**stored, **JOINT}
+    finetuned = {"noise_steps": half, "compression_steps": steps - half}
+    return [
+        Row("one shot", size, joint),
+        Row("staged, no noise", size, stored, compression_steps=steps),
+        Row("joint, no noise", size, joint, compression_steps=steps),
+        Row("joint, proxy noise p=0.1", size, joint, {"noise": "proxy", "p": 0.1}, **finetuned),
+        Row("joint, exact noise p=0.3", size, joint, {"noise": "pq", "p": 0.3}, **finetuned),
+        Row("trained noise", size, joint, LEARNED, noise_steps=steps),
+        Row("trained noise, p rises", size, joint, {**LEARNED, "p_schedule": half},
+            noise_steps=steps),
+    ]  # fmt: skip
+
+
+def main_study(model: str, steps: int | None) -> list[Row]:
+    """Compare noise with none, at each size."""
+    steps = STEPS[model] if steps is None else steps
+    return [
+        row
+        for size, megabytes in MEGABYTES[model].items()
+        for row in _arms(size, {**ALLOCATED, "target_size_mb": megabytes}, steps)
+    ]
+
+
+# Blocks without bit allocation, near 15 times smaller.
+EVEN = {
+    "blocks of 2": {
+        "block_size": 2, "n_centroids": {"embeddings": 16, "ffn": 8, "attention": 16},
+    },
+    "blocks of 4": {
+        "block_size": 4, "n_centroids": {"embeddings": 64, "ffn": 32, "attention": 32},
+    },
+}  # fmt: skip
+
+
+def settings(model: str, steps: int | None) -> list[Row]:
+    """Choose learning rates and how the bytes are spent, on the held-out text."""
+    steps = STEPS[model] // 2 if steps is None else steps
+
+    def frozen(centroids: float, name: str, stored: dict) -> Row:
+        return Row(
+            f"joint, no noise, {name}", "15x", {**stored, **JOINT}, compression_steps=steps,
+            codebook_learning_rate=centroids, splits=("held_out",),
+        )  # fmt: skip
+
+    def trained(rate: float, centroids: float, name: str, stored: dict) -> Row:
+        return Row(
+            f"trained noise, {name}", "15x", {**stored, **JOINT}, LEARNED, noise_steps=steps,
+            learning_rate=rate, codebook_learning_rate=centroids, splits=("held_out",),
+        )  # fmt: skip
+
+    allocated = ("bits allocated", {**ALLOCATED, "target_size_mb": MEGABYTES[model]["15x"]})
+    rows = [
+        trained(5e-4, 5e-3, *allocated),
+        trained(1e-3, 5e-3, *allocated),
+        frozen(5e-3, *allocated),
+        frozen(2e-2, *allocated),
+    ]
+    if model == "stories":
+        for name, stored in EVEN.items():
+            rows.append(trained(5e-4, 5e-3, name, {"codebook_bits": 16, **stored}))
+    return rows

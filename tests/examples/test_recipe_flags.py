@@ -1,0 +1,167 @@
+"""``--recipe`` from the command line to the compressed model, and what it prints and refuses."""
+
+import json
+import shutil
+
+import pytest
+
+pytest.importorskip("datasets")
+
+from support.trainers import assert_same
+from transformers import AutoModelForSequenceClassification, BertConfig, BertModel, set_seed
+
+from hf_quantnoise import recipe
+from hf_quantnoise.modeling import packed_layers
+from hf_quantnoise.noise import find_state
+from hf_quantnoise.runs import post_training
+from hf_quantnoise.runs.glue import main, parse
+
+FLAGS = {
+    "num_train_epochs": 8,
+    "per_device_train_batch_size": 16,
+    "learning_rate": 2e-3,
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "plots": False,
+    "recipe": "13x",
+}
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tiny_model, tmp_path_factory) -> str:
+    """Folder of a random BERT that is large enough for a recipe, with a tokenizer."""
+    folder = tmp_path_factory.mktemp("recipe") / "model"
+    shutil.copytree(tiny_model, folder)
+    config = BertConfig.from_pretrained(tiny_model, hidden_size=128, intermediate_size=512)
+    set_seed(0)
+    BertModel(config).save_pretrained(folder)
+    return str(folder)
+
+
+def words_of(folder, checkpoint, *words: str, **flags) -> list[str]:
+    flags = {"model_name_or_path": checkpoint, "output_dir": folder, **FLAGS, **flags}
+    return [word for name, v in flags.items() for word in (f"--{name}", str(v))] + list(words)
+
+
+def test_run_with_a_recipe_ends_as_it_was_trained(
+    checkpoint, write_sets, tmp_path, monkeypatch, capsys
+):
+    seen = {}
+    train = post_training.QuantNoiseTrainer.train
+    compress = post_training.QuantNoiseTrainer.compress
+
+    def spy(trainer, *args, **kwargs):
+        name = "finetuning" if trainer.qn_config is None else "noise"
+        seen[name] = trainer
+        seen[f"{name} teacher"] = trainer.given_teacher
+        return train(trainer, *args, **kwargs)
+
+    def spy_on_weights(trainer, *args, **kwargs):
+        state = find_state(trainer.model)
+        state.refresh_codebooks()  # the codes follow the last step
+        seen["weights"] = {
+            weight.names[0]: weight.noise.functions[0][1].decode().detach().clone()
+            for weight in state.weights
+        }
+        return compress(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(post_training.QuantNoiseTrainer, "train", spy)
+    monkeypatch.setattr(post_training.QuantNoiseTrainer, "compress", spy_on_weights)
+    results = main(words_of(tmp_path / "out", checkpoint, *write_sets()))
+    settings = recipe("13x", AutoModelForSequenceClassification.from_pretrained(checkpoint))
+
+    # The finetuning has no noise; the finetuned model is the teacher.
+    dense = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "dense")
+    assert_same(dict(seen["noise teacher"].state_dict()), dict(dense.state_dict()))
+    assert seen["finetuning teacher"] is None
+    steps = [seen[name].state.max_steps for name in ("finetuning", "noise")]
+    assert steps == [32, 32 * settings.length]
+    assert seen["noise"].qn_config.to_dict() | {"seed": 0} == settings.noise.to_dict()
+
+    # The packed layers are those that were trained, and the file has the named size.
+    small = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "compressed")
+    packed = dict(packed_layers(small))
+    assert len(seen["weights"]) >= 14
+    assert_same({name: packed[name].decode() for name in seen["weights"]}, seen["weights"])
+    assert results["dense"]["bytes"] / results["compressed"]["bytes"] >= 13
+    assert results["reloaded"]["metrics"]["accuracy"] >= 0.9
+    assert results["reloaded"]["logits_bit_equal"]
+    text = capsys.readouterr().out
+    assert "--recipe 13x: encoder, " in text and "--noise_rate 1.0\n" in text
+
+
+def test_flags_that_are_passed_override_the_recipe(checkpoint, tmp_path):
+    words = words_of(
+        tmp_path, checkpoint, "--train_file", "a.csv", "--block_size", "4",
+        noise_after_finetuning=0.5, codebook_learning_rate=0.1,
+    )  # fmt: skip
+    args = parse(words)
+    assert args.quantization.block_size == args.noise.block_size == 4
+    assert args.quantization.n_centroids == args.noise.n_centroids < 256
+    assert args.noise.learn_codebooks and args.noise.p == 1.0
+    assert args.flags.noise_after_finetuning == 0.5
+    assert args.compression.codebook_learning_rate == 0.1 and args.compression.stage_epochs == 0
+    assert "--codebook_learning_rate 0.1 (passed; recipe: 0.0005)" in args.recipe
+    assert f"--n_centroids {args.quantization.n_centroids}\n" in args.recipe
+    names = [word.removeprefix("--") for word in words[::2]]
+    path = tmp_path / "flags.json"
+    path.write_text(json.dumps(dict(zip(names, words[1::2], strict=True)) | VALUES))
+    from_file = parse([str(path)])
+    assert from_file.recipe == args.recipe
+    assert from_file.noise == args.noise
+    assert from_file.quantization.to_dict() == args.quantization.to_dict()
+
+
+# With the types that JSON has.
+VALUES = {"noise_after_finetuning": 0.5, "codebook_learning_rate": 0.1, **FLAGS}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--scheme", "fixed_point"], "--recipe 13x requires --scheme ipq"),
+        (["--target_size_mb", "2"], "--recipe 13x chooses the size, as --target_size_mb"),
+        (["--noise", "none"], "--noise_after_finetuning 1.0 requires --noise"),
+        (["--compress", "False"], "--noise_after_finetuning 1.0 requires compression"),
+        (["--noise_after_finetuning", "-1"], "invalid --noise_after_finetuning -1.0"),
+        (["--noise_after_finetuning", "0"], "--noise_learning_rate 5e-05 requires"),
+    ],
+)
+def test_invalid_flags_with_a_recipe_are_refused(words, message, checkpoint, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        parse(words_of(tmp_path, checkpoint, "--train_file", "a.csv", *words))
+
+
+def test_a_model_that_is_too_small_is_named(tiny_model, tmp_path):
+    message = r"invalid --recipe '30x': .*BertForSequenceClassification.* at most \d+\.\d times"
+    with pytest.raises(ValueError, match=message):
+        parse(words_of(tmp_path, tiny_model, "--train_file", "a.csv", recipe="30x"))
+
+
+def test_a_finetuned_model_needs_training_data(checkpoint, write_sets, tmp_path):
+    files = write_sets()[2:]
+    with pytest.raises(ValueError, match=r"--noise_after_finetuning 1 trains.*--train_file"):
+        main(words_of(tmp_path / "out", checkpoint, *files, "--do_train", "False"))
+
+
+def test_resumed_run_ends_with_the_same_model(checkpoint, write_sets, tmp_path, monkeypatch):
+    files = [*write_sets(), "--save_steps", "3"]
+    flags = {"num_train_epochs": 2}
+    main(words_of(tmp_path / "complete", checkpoint, *files, **flags))
+
+    save = post_training.QuantNoiseTrainer._save_checkpoint
+
+    def stop(trainer, *args, **kwargs):
+        save(trainer, *args, **kwargs)
+        if trainer.qn_config is not None and trainer.state.global_step == 6:
+            raise KeyboardInterrupt  # before the centroids are saved: step 3 is the newest complete
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(post_training.QuantNoiseTrainer, "_save_checkpoint", stop)
+        main(words_of(tmp_path / "stopped", checkpoint, *files, **flags))
+    main(words_of(tmp_path / "stopped", checkpoint, *files, "--resume_compression", **flags))
+    one, other = (
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / name / "compressed")
+        for name in ("complete", "stopped")
+    )
+    assert_same(dict(one.state_dict()), dict(other.state_dict()))

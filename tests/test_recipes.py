@@ -1,0 +1,113 @@
+"""Recipes: sizes, families, noise that fits the storage, and errors."""
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MobileNetV1Config,
+    MobileNetV1ForImageClassification,
+    RobertaConfig,
+)
+
+from hf_quantnoise import QuantNoiseConfig, apply_quant_noise, quantize_model, recipe, size_report
+from hf_quantnoise.modeling.plan import make_plan
+from hf_quantnoise.noise import noised_layers
+
+MINILM = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6}
+
+
+def on_meta(model_class, config):
+    with torch.device("meta"):
+        make = getattr(model_class, "from_config", model_class)
+        model = make(config)
+    model.tie_weights()
+    return model
+
+
+ROBERTA = RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1)
+LLAMA = {"vocab_size": 8000, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6}
+MODELS = {
+    "minilm": (AutoModelForSequenceClassification, BertConfig(**MINILM), "encoder"),
+    "roberta": (AutoModelForSequenceClassification, ROBERTA, "encoder"),
+    "gpt2": (GPT2LMHeadModel, GPT2Config(n_layer=6, n_embd=384, n_head=6), "language_model"),
+    # Its head is not tied to the table.
+    "llama": (LlamaForCausalLM, LlamaConfig(**LLAMA), "language_model"),
+    "mobilenet": (MobileNetV1ForImageClassification, MobileNetV1Config(), "image_model"),
+}
+
+
+@pytest.mark.parametrize("size", ["13x", "20x", "30x"])
+@pytest.mark.parametrize("name", MODELS)
+def test_recipe_reaches_its_size_and_its_noise_fits(name, size):
+    model_class, config, family = MODELS[name]
+    model = on_meta(model_class, config)
+    settings = recipe(size, model)
+    assert settings.family == family
+    assert float(size[:-1]) <= settings.times_smaller < 1.6 * float(size[:-1])
+    plan, *_ = make_plan(model, settings.quantization)
+    packed = {layer.name for weights in plan.values() for w in weights for layer in w.layers}
+    noised = set(noised_layers(model, settings.noise))
+    assert noised == packed
+    assert settings.noise.block_size == settings.quantization.block_size
+
+
+def test_times_smaller_is_that_of_the_compressed_model():
+    config = BertConfig(
+        vocab_size=3000, hidden_size=128, intermediate_size=512, num_hidden_layers=2,
+        num_attention_heads=2,
+    )  # fmt: skip
+    model = AutoModelForSequenceClassification.from_config(config)
+    dense = sum(parameter.numel() for parameter in model.parameters()) * 4
+    settings = recipe("13x", model)
+    small = quantize_model(model, settings.quantization)
+    assert size_report(small).total.disk_bytes == round(dense / settings.times_smaller)
+
+
+def test_recipe_without_a_model_is_for_one_of_base_size():
+    settings = recipe("30x")
+    model = on_meta(AutoModelForSequenceClassification, BertConfig())
+    assert settings.quantization.to_dict() == recipe("30x", model).quantization.to_dict()
+    text = repr(settings)
+    assert text.startswith("Recipe(\n    size='30x',\n    family='encoder',\n")
+    assert "noise=QuantNoiseConfig(noise='pq', p=1.0, " in text and "seed" not in text
+
+
+def test_recipes_are_separate_objects():
+    recipe("20x").quantization.block_size["ffn"] = 2
+    assert recipe("20x").quantization.block_size["ffn"] != 2
+
+
+def test_smaller_models_get_fewer_centroids():
+    config = BertConfig(
+        vocab_size=500, hidden_size=64, intermediate_size=256, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    model = on_meta(AutoModelForSequenceClassification, config)
+    assert recipe("13x", model).quantization.n_centroids < 256
+    with pytest.raises(ValueError, match=r"invalid size='30x': .* at most \d+\.\d times smaller"):
+        recipe("30x", model)
+
+
+def test_invalid_arguments_are_named():
+    with pytest.raises(ValueError, match=r"invalid size='31x': expected one of 13x, 20x, 30x"):
+        recipe("31x")
+    with pytest.raises(ValueError, match=r"invalid family='text': expected one of encoder"):
+        recipe("30x", family="text")
+    with pytest.raises(TypeError, match="invalid model"):
+        recipe("30x", torch.nn.Linear(2, 2))
+
+
+def test_noise_of_a_recipe_can_be_applied():
+    model = AutoModelForSequenceClassification.from_config(
+        BertConfig(vocab_size=3000, hidden_size=128, intermediate_size=512, num_hidden_layers=1,
+                   num_attention_heads=2)
+    )  # fmt: skip
+    noise = recipe("13x", model).noise
+    assert isinstance(noise, QuantNoiseConfig)
+    apply_quant_noise(model, noise).train()
+    assert model(input_ids=torch.arange(12)[None]).logits.isfinite().all()
