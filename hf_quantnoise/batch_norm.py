@@ -51,7 +51,7 @@ def _tracks(module: nn.Module) -> bool:
 
 
 def warn_without_data(model: nn.Module, reason: str) -> None:
-    """Warn if a model that is packed has BatchNorm, and there are no data to measure it on."""
+    """Warn that statistics of BatchNorm stay as they are, if a model that is packed has any."""
     if tracking_norms(model):
         logger.warning(
             "the statistics of BatchNorm are those of the weights before packing and may not fit "
@@ -83,8 +83,8 @@ def update_bn_stats(
 
     Raises:
         TypeError: if the model is not a module, or the batches are not a list of dicts of tensors.
-        ValueError: if there is no batch, or the model cannot run one. The statistics are unchanged
-            then.
+        ValueError: if ``batches`` is empty, or the model cannot run one of them. The statistics are
+            unchanged then.
 
     Example:
         >>> remove_quant_noise(model)

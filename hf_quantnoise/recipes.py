@@ -28,16 +28,15 @@ from .compression import CompressionArguments, file_bytes
 from .configuration import IPQConfig, QuantNoiseConfig
 from .configuration.checks import invalid
 from .configuration.options import Options, options_of
-from .modeling.packer import check_can_be_packed
+from .modeling.packable import check_can_be_packed
 from .modeling.plan import make_plan
 from .structure import find_layers, select_layers
 
-SIZES = ("13x", "20x", "30x")
 ENCODER, LANGUAGE_MODEL, IMAGE_MODEL = "encoder", "language_model", "image_model"
 
 # Blocks of a family, larger files first. The first entry that reaches a size is used: small tables
-# and layers that stay dense make a difference between models. A group that is not listed stays
-# dense (pooler and classifier of an encoder).
+# and leftovers make a difference between models. A group that is not listed is a leftover (pooler
+# and classifier of an encoder).
 _TRANSFORMER_BLOCKS = (
     {"ffn": 4, "attention": 4, "embeddings": 4},
     {"ffn": 4, "attention": 4, "embeddings": 8},
@@ -47,7 +46,7 @@ _TRANSFORMER_BLOCKS = (
     {"ffn": 16, "attention": 8, "embeddings": 16},
     {"ffn": 16, "attention": 16, "embeddings": 16},
 )
-# "conv" is that of 1x1 kernels; larger ones have blocks of their area (section 7.8).
+# "conv" is that of 1x1 kernels; larger ones are one block, or one per row (section 7.8).
 _BLOCKS: dict[str, tuple[dict[str, int], ...]] = {
     ENCODER: _TRANSFORMER_BLOCKS,
     LANGUAGE_MODEL: tuple({**b, "head": b["embeddings"]} for b in _TRANSFORMER_BLOCKS),
@@ -67,17 +66,8 @@ class Training:
     codebook_update: int = 20
 
 
-_TRAINING: dict[str, dict[str, Training]] = {
-    ENCODER: {"13x": Training(1.0), "20x": Training(2.0), "30x": Training(3.0)},
-    LANGUAGE_MODEL: {"13x": Training(1.0), "20x": Training(2.0), "30x": Training(3.0)},
-    IMAGE_MODEL: {"13x": Training(1.0), "20x": Training(2.0), "30x": Training(3.0)},
-}
+TRAINING = {"13x": Training(1.0), "20x": Training(2.0), "30x": Training(3.0)}
 FAMILIES = tuple(_BLOCKS)
-
-
-def training_of(family: str, size: str) -> Training:
-    """Return how a family is trained for a size."""
-    return _TRAINING[family][size]
 
 
 @dataclass
@@ -152,8 +142,8 @@ def recipe(size: str, model: PreTrainedModel | None = None, family: str | None =
         TypeError: if the model is not a ``PreTrainedModel``.
         ValueError: if size or family is unknown, or the model cannot reach the size.
     """
-    if size not in SIZES:
-        raise invalid("size", size, f"one of {', '.join(SIZES)}")
+    if size not in TRAINING:
+        raise invalid("size", size, f"one of {', '.join(TRAINING)}")
     if family is not None and family not in FAMILIES:
         raise invalid("family", family, f"one of {', '.join(FAMILIES)}")
     if model is None:
@@ -163,7 +153,7 @@ def recipe(size: str, model: PreTrainedModel | None = None, family: str | None =
         require_instance("model", model, PreTrainedModel, "a transformers model", "pass a model")
         family = family_of(model) if family is None else family
     quantization, times_smaller = _storage(size, model, family)
-    training = training_of(family, size)
+    training = TRAINING[size]
     noise = QuantNoiseConfig.matching(
         quantization,
         noise="pq",

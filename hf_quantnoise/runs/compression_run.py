@@ -172,7 +172,7 @@ class _Run:
         self.trainer, results = train_with_noise(
             args, self.load_dense(), teacher, self.folder(NOISE), self.resume, self.job.parts
         )
-        self.job.model = self.trainer.model  # the finetuned one is no longer needed
+        self.job.model = self.trainer.model  # frees the finetuned one
         return results
 
     def compress(self) -> dict:

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 
 from ..configuration.flags import errors_name_flags, form_of
 from ..configuration.options import options_of
-from ..recipes import FAMILIES, SIZES, Recipe, changed_options, recipe, training_of
+from ..recipes import TRAINING, Recipe, changed_options, recipe
 from .config_flags import FALLBACKS, NOISE_FLAGS, SHARED
 
 
@@ -88,10 +88,7 @@ def _written(value: Any) -> str:
 
 def lengths() -> str:
     """Return the sentence of ``--help`` on the time that the recipes take."""
-    parts = []
-    for size in SIZES:
-        steps = sorted({training_of(family, size).length for family in FAMILIES})
-        parts.append(f"{' to '.join(f'{n:g}' for n in steps)} ({size})")
+    parts = [f"{training.length:g} ({size})" for size, training in TRAINING.items()]
     return (
         f"After the finetuning it trains for {', '.join(parts)} times as many steps, which also "
         "run the teacher."

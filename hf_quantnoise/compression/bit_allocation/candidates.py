@@ -105,10 +105,10 @@ def candidates_for(
     """Return the candidates for one weight.
 
     They are product quantization with 16 to 4,096 centroids and every block size that divides the
-    columns (for a convolution the kernel area, section 7.8), int2 to int8, and floating point; with
-    ``frequent_rows`` also groups of rows, for which errors need the lookups of each row. The config
-    sets the precision of centroids, the k-means iterations and the seed. Sizes alone
-    (``with_errors=False``) can also be computed on the meta device.
+    columns (for a convolution its kernel or a row of it, section 7.8), int2 to int8, and floating
+    point; with ``frequent_rows`` also groups of rows, for which errors need the lookups of each
+    row. The config sets the precision of centroids, the k-means iterations and the seed. Sizes
+    alone (``with_errors=False``) can also be computed on the meta device.
     """
     layer, weight = layers[0], layers[0].module.weight
     entry, dense = len(layer.name) + HEADER_ENTRY, weight.numel() * weight.element_size()
