@@ -63,6 +63,9 @@ def settings(task: str) -> list[tuple[str, str, dict]]:
         "no noise, rate 1e-4": no_noise(task, "30x", 1, 1e-4),
         "noise, centroids 2e-3": noise(task, "30x", 1, centroids=2e-3),
         "no noise, centroids 2e-3": no_noise(task, "30x", 1, centroids=2e-3),
+        "noise, codes every 5 steps": noise(task, "30x", 1, codebook_update=5),
+        "noise, rate 2e-4": noise(task, "30x", 1, 2e-4),
+        "no noise, rate 2e-4": no_noise(task, "30x", 1, 2e-4),
         "noise, p = 0.5": noise(task, "30x", 1, p=0.5),
         "staged": staged(task, "30x", 1),
     }

@@ -39,9 +39,8 @@ def error_of(action, *args):
 """
 _AFTER = """
 torch.save(found, f"{folder}/found-{rank}")
-dist.barrier()  # gloo raises if one process ends before the other
-dist.destroy_process_group()
 """
+_ONE_RANK = str(Path(__file__).with_name("one_rank.py"))
 
 
 def on_two_ranks(source: str, folder: Path, seconds: int = 300) -> list[dict]:
@@ -62,7 +61,7 @@ def on_two_ranks(source: str, folder: Path, seconds: int = 300) -> list[dict]:
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": path}
     ranks = [
         subprocess.Popen(
-            [sys.executable, str(program), str(rank), str(folder)],
+            [sys.executable, _ONE_RANK, str(program), str(rank), str(folder)],
             env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for rank in (0, 1)
@@ -83,7 +82,7 @@ def torchrun(program: Path, *arguments: str, processes: int = 2, seconds: int = 
         port = free.getsockname()[1]
     launcher = [] if processes == 1 else [
         "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--rdzv-backend=c10d",
-        f"--rdzv-endpoint=127.0.0.1:{port}", "--local-addr=127.0.0.1",
+        f"--rdzv-endpoint=127.0.0.1:{port}", "--local-addr=127.0.0.1", _ONE_RANK,
     ]  # fmt: skip
     return _run([*launcher, str(program), *arguments], seconds)
 
@@ -112,7 +111,7 @@ def accelerate_launch(
     path = folder / "accelerate.json"
     path.write_text(json.dumps(config))
     launcher = ["-m", "accelerate.commands.launch", "--config_file", str(path)]
-    return _run([*launcher, str(program), *arguments], seconds)
+    return _run([*launcher, _ONE_RANK, str(program), *arguments], seconds)
 
 
 def _run(arguments: list[str], seconds: int) -> str:
