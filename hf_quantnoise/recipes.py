@@ -36,34 +36,39 @@ ENCODER, LANGUAGE_MODEL, IMAGE_MODEL = "encoder", "language_model", "image_model
 
 # Blocks of a family, larger files first. The first entry that reaches a size is used: small tables
 # and leftovers make a difference between models. A group that is not listed is a leftover (pooler
-# and classifier of an encoder).
-_TRANSFORMER_BLOCKS = (
-    {"ffn": 4, "attention": 4, "embeddings": 4},
-    {"ffn": 4, "attention": 4, "embeddings": 8},
-    {"ffn": 8, "attention": 4, "embeddings": 8},
-    {"ffn": 8, "attention": 8, "embeddings": 8},
-    {"ffn": 8, "attention": 8, "embeddings": 16},
-    {"ffn": 16, "attention": 8, "embeddings": 16},
-    {"ffn": 16, "attention": 16, "embeddings": 16},
-)
-# "conv" is that of 1x1 kernels; larger ones are one block, or one per row (section 7.8).
+# and classifier of an encoder). "rare" is the block size of the rows of a table of token ids but
+# the most frequent ones, one in FREQUENT_ROWS; it was measured for encoders.
 _BLOCKS: dict[str, tuple[dict[str, int], ...]] = {
-    ENCODER: _TRANSFORMER_BLOCKS,
-    LANGUAGE_MODEL: tuple({**b, "head": b["embeddings"]} for b in _TRANSFORMER_BLOCKS),
+    ENCODER: (
+        {"ffn": 4, "attention": 4, "embeddings": 4},
+        {"ffn": 4, "attention": 4, "embeddings": 4, "rare": 16},
+        {"ffn": 8, "attention": 4, "embeddings": 4, "rare": 16},
+        {"ffn": 8, "attention": 8, "embeddings": 4, "rare": 32},
+        {"ffn": 8, "attention": 8, "embeddings": 8, "rare": 32},
+        {"ffn": 16, "attention": 8, "embeddings": 8, "rare": 32},
+        {"ffn": 16, "attention": 16, "embeddings": 16, "rare": 32},
+    ),
+    LANGUAGE_MODEL: tuple(
+        {"ffn": ffn, "attention": attention, "embeddings": table, "head": table}
+        for ffn, attention, table in (
+            (4, 4, 4), (4, 4, 8), (8, 4, 8), (8, 8, 8), (8, 8, 16), (16, 8, 16), (16, 16, 16)
+        )
+    ),
+    # "conv" is that of 1x1 kernels; larger ones are one block, or one per row (section 7.8).
     IMAGE_MODEL: tuple({"conv": size, "head": size, "ffn": size} for size in (4, 8, 16)),
-}
+}  # fmt: skip
+FREQUENT_ROWS = 4
 # Fewer, if codebooks take most of the bytes of a small model.
 _N_CENTROIDS = (256, 64, 16)
 
 
 @dataclass(frozen=True)
 class Training:
-    """Training with noise: its length in multiples of the finetuning, and its learning rates."""
+    """Training with noise; its length in multiples of the finetuning."""
 
     length: float
-    learning_rate: float = 5e-5
     codebook_learning_rate: float = 5e-4
-    codebook_update: int = 20
+    codebook_update: int = 5
 
 
 TRAINING = {"13x": Training(1.0), "20x": Training(2.0), "30x": Training(3.0)}
@@ -83,12 +88,12 @@ class Recipe:
         noise: for ``QuantNoiseTrainer``, with the blocks of ``quantization``. Change both together:
             ``QuantNoiseConfig.matching(quantization, model, ...)``.
         compression: for ``QuantNoiseTrainer``, as ``compression_args``.
-        length: length of the training with noise, in multiples of the finetuning.
-        learning_rate: learning rate of the training with noise.
+        length: length of the training with noise, in multiples of the finetuning, whose learning
+            rate it should have.
 
     Example:
         >>> settings = recipe("30x", model)
-        >>> args = TrainingArguments("out", learning_rate=settings.learning_rate,
+        >>> args = TrainingArguments("out", learning_rate=rate_of_finetuning,
         ...                          num_train_epochs=settings.length * epochs_of_finetuning)
         >>> trainer = QuantNoiseTrainer(
         ...     model, args, settings.noise, teacher=copy.deepcopy(model),
@@ -105,7 +110,6 @@ class Recipe:
     noise: QuantNoiseConfig
     compression: CompressionArguments
     length: float
-    learning_rate: float
 
     def __repr__(self) -> str:
         lines = []
@@ -165,10 +169,7 @@ def recipe(size: str, model: PreTrainedModel | None = None, family: str | None =
     compression = CompressionArguments(
         stage_epochs=0, codebook_learning_rate=training.codebook_learning_rate
     )
-    return Recipe(
-        size, family, times_smaller, quantization, noise, compression, training.length,
-        training.learning_rate,
-    )  # fmt: skip
+    return Recipe(size, family, times_smaller, quantization, noise, compression, training.length)
 
 
 def family_of(model: PreTrainedModel) -> str:
@@ -184,12 +185,18 @@ def family_of(model: PreTrainedModel) -> str:
     return LANGUAGE_MODEL if model.can_generate() else ENCODER
 
 
-def _candidates(family: str) -> Iterator[IPQConfig]:
-    # One stage: the noise has trained all layers together.
-    common: dict[str, Any] = {"stages": [".*"]}
+def _candidates(family: str, frequent_rows: int | None) -> Iterator[IPQConfig]:
     for n_centroids in _N_CENTROIDS:
-        for block_size in _BLOCKS[family]:
-            yield IPQConfig(block_size=dict(block_size), n_centroids=n_centroids, **common)
+        for blocks in _BLOCKS[family]:
+            block_size = dict(blocks)
+            rare = block_size.pop("rare", None)
+            in_groups: dict[str, Any] = {}
+            if rare is not None and frequent_rows is not None:
+                in_groups = {"frequent_rows": frequent_rows, "rare_block_size": rare}
+            # One stage: the noise has trained all layers together.
+            yield IPQConfig(
+                block_size=block_size, n_centroids=n_centroids, stages=[".*"], **in_groups
+            )
 
 
 def _storage(size: str, model: PreTrainedModel, family: str) -> tuple[IPQConfig, float]:
@@ -200,7 +207,8 @@ def _storage(size: str, model: PreTrainedModel, family: str) -> tuple[IPQConfig,
     """
     dense, reached = 4 * sum(p.numel() for p in model.parameters()), 1.0
     check_can_be_packed(model)
-    for config in _candidates(family):
+    rows = [layer.rows for layer in find_layers(model) if layer.input_table]
+    for config in _candidates(family, max(rows) // FREQUENT_ROWS if rows else None):
         try:
             times_smaller = dense / file_bytes(model, config)
         except ValueError:  # it fits no layer of a small model

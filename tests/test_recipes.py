@@ -3,6 +3,7 @@
 import pytest
 import torch
 from transformers import (
+    AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     BertConfig,
     GPT2Config,
@@ -12,6 +13,7 @@ from transformers import (
     MobileNetV1Config,
     MobileNetV1ForImageClassification,
     RobertaConfig,
+    ViTConfig,
 )
 
 from hf_quantnoise import QuantNoiseConfig, apply_quant_noise, quantize_model, recipe, size_report
@@ -56,16 +58,27 @@ def test_recipe_reaches_its_size_and_its_noise_fits(name, size):
     assert settings.noise.block_size == settings.quantization.block_size
 
 
-def test_times_smaller_is_that_of_the_compressed_model():
+@pytest.mark.parametrize("size", ["13x", "20x"])
+def test_times_smaller_is_that_of_the_compressed_model(size):
     config = BertConfig(
         vocab_size=3000, hidden_size=128, intermediate_size=512, num_hidden_layers=2,
         num_attention_heads=2,
     )  # fmt: skip
     model = AutoModelForSequenceClassification.from_config(config)
     dense = sum(parameter.numel() for parameter in model.parameters()) * 4
-    settings = recipe("13x", model)
-    small = quantize_model(model, settings.quantization)
+    settings = recipe(size, model)
+    batches = [{"input_ids": torch.arange(40)[None]}]
+    small = quantize_model(model, settings.quantization, calibration_data=batches)
     assert size_report(small).total.disk_bytes == round(dense / settings.times_smaller)
+
+
+def test_encoders_with_a_vocabulary_have_row_groups_at_small_sizes():
+    bert = on_meta(AutoModelForSequenceClassification, BertConfig(**MINILM))
+    assert recipe("13x", bert).quantization.frequent_rows is None
+    settings = recipe("30x", bert)
+    assert settings.quantization.frequent_rows == settings.noise.frequent_rows == 30522 // 4
+    images = on_meta(AutoModelForImageClassification, ViTConfig())
+    assert recipe("30x", images).quantization.frequent_rows is None
 
 
 def test_recipe_without_a_model_is_for_one_of_base_size():

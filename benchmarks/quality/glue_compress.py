@@ -29,7 +29,9 @@ import torch.nn.functional as F
 from datasets import Dataset
 from glue_float32 import best_setting, folder_of
 from glue_studies import STUDIES
+from random_tokens import RandomTokens
 from results_file import append_line, read_lines
+from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -98,14 +100,23 @@ def make_trainer(
         warmup_steps=0.06, learning_rate=setting["learning_rate"],
         num_train_epochs=setting["noise_epochs"],
     )  # fmt: skip
+    model = copy.deepcopy(teacher)
+    if not setting.get("dropout", True):
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+    tokenizer = AutoTokenizer.from_pretrained(start)
+    collate = DataCollatorWithPadding(tokenizer)
+    if setting.get("random_tokens"):
+        collate = RandomTokens(collate, tokenizer)
     return QuantNoiseTrainer(
-        copy.deepcopy(teacher),
+        model,
         training,
         noise,
         teacher=teacher,
         compression_args=CompressionArguments(plots=False, **setting["compression"]),
         train_dataset=train,
-        data_collator=DataCollatorWithPadding(AutoTokenizer.from_pretrained(start)),
+        data_collator=collate,
     )
 
 

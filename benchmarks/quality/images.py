@@ -4,7 +4,8 @@
     python benchmarks/quality/images.py --data_dir ../shared/data/cifar10
 
 Each row begins with the float32 model of ``images_float32.py``, which is also the teacher of the
-stages. Each finished run appends one line to the results; runs that are there are skipped.
+epochs with noise and of the stages. Each finished run appends one line to the results; runs that
+are there are skipped.
 """
 
 from __future__ import annotations
@@ -42,38 +43,44 @@ HALVES = [
 ]
 DEPTHWISE = r"mobilenet_v1\.layer\.\d*[02468]\..*"
 BATCH_NORM_BATCHES = 32  # for the statistics of the float32 model
-BLOCKS = {"block_size": 4, "n_centroids": 256}
+STORED = {"block_size": 4, "n_centroids": 256}
+EPOCHS = 8.0  # of all arms of a size, with 8,000 images: 1,000 steps
 
 
-def product(noise: dict | None, stages: list[str]) -> dict:
-    """Return one epoch with noise, then one of compression with a teacher, shared by the stages."""
+def product(noise: dict | None, stages: list[str], noise_epochs: float) -> dict:
+    """Return epochs with noise, then the rest of the epochs, shared by the stages."""
     return {
-        "noise": noise and {**BLOCKS, **noise},
-        "noise_epochs": 1.0,
-        "config": {**BLOCKS, "stages": stages},
-        "stage_epochs": 1.0 / len(stages),
+        "noise": noise,
+        "noise_epochs": noise_epochs,
+        "config": {**STORED, "stages": stages},
+        "stage_epochs": (EPOCHS - noise_epochs) / len(stages),
         "codebook_learning_rate": 1e-3,
     }
 
 
 def fixed_point(bits: int, p: float) -> dict:
-    """Return two epochs with noise, then one-shot quantization; p = 1 is QAT."""
-    noise = {"noise": f"int{bits}", "p": p, "observer": "channel"} if p else None
-    config = {"bits": bits, "observer": "channel"}
-    return {"noise": noise, "noise_epochs": 2.0, "config": config, "stage_epochs": 0.0}
+    """Return epochs with noise, then one-shot quantization; p = 1 is QAT."""
+    return {
+        "noise": {"p": p} if p else None,
+        "noise_epochs": 2.0 if p else 0.0,
+        "config": {"bits": bits, "observer": "channel"},
+        "stage_epochs": 0.0,
+    }
 
 
 PROXY, EXACT = {"noise": "proxy", "p": 0.1}, {"noise": "pq", "p": 0.3}
+TRAINED = {"noise": "pq", "p": 1.0, "learn_codebooks": True}
+JOINT = [".*"]
 METHODS = {
     "float32": (None, {}),
-    "staged, no noise": ("10x", product(None, HALVES)),
-    "staged, proxy noise": ("10x", product(PROXY, HALVES)),
-    "staged, exact noise": ("10x", product(EXACT, HALVES)),
-    "joint, no noise": ("10x", product(None, [".*"])),
-    "joint, proxy noise": ("10x", product(PROXY, [".*"])),
-    "joint, exact noise": ("10x", product(EXACT, [".*"])),
-    "staged, proxy noise, not depthwise": (
-        "10x", product({**PROXY, "exclude_modules": DEPTHWISE}, HALVES)
+    "no noise": ("10x", product(None, JOINT, 0)),
+    "trained noise": ("10x", product(TRAINED, JOINT, EPOCHS)),
+    "exact noise": ("10x", product(EXACT, JOINT, EPOCHS / 2)),
+    "proxy noise": ("10x", product(PROXY, JOINT, EPOCHS / 2)),
+    "staged, no noise": ("10x", product(None, HALVES, 0)),
+    "staged, exact noise": ("10x", product(EXACT, HALVES, EPOCHS / 2)),
+    "proxy noise, not depthwise": (
+        "10x", product({**PROXY, "exclude_modules": DEPTHWISE}, JOINT, EPOCHS / 2)
     ),
     "int4 after training": ("int4", fixed_point(4, 0.0)),
     "int4 QAT": ("int4", fixed_point(4, 1.0)),
@@ -116,30 +123,31 @@ def load_start(args: Arguments, train: cifar10.Images) -> torch.nn.Module:
     return update_bn_stats(model, batches).eval()
 
 
-def compress(args: Arguments, key: dict, model, train: cifar10.Images) -> tuple:
+def compress(args: Arguments, key: dict, model, teacher, train: cifar10.Images) -> tuple:
     """Return the compressed model, loaded from its file, with the bytes of the file and steps."""
     setting, seed = key["setting"], key["seed"]
-    noise = setting["noise"]
+    kind = IPQConfig if "stages" in setting["config"] else FixedPointConfig
+    config, noise = kind(**setting["config"]), setting["noise"]
+    if noise is not None:
+        noise = QuantNoiseConfig.matching(config, model, **noise)
     torch.manual_seed(seed)
     with tempfile.TemporaryDirectory() as folder:
         trainer = QuantNoiseTrainer(
             model,
             training_arguments(folder, seed, args.learning_rate, setting["noise_epochs"]),
-            None if noise is None else QuantNoiseConfig(**noise),
-            train_dataset=train,
-            data_collator=cifar10.collate,
-        )
-        trainer.train()
-        steps = trainer.state.global_step
-        kind = IPQConfig if "stages" in setting["config"] else FixedPointConfig
-        small = trainer.compress(
-            kind(**setting["config"]),
-            CompressionArguments(
+            noise,
+            teacher=teacher,
+            compression_args=CompressionArguments(
                 stage_epochs=setting["stage_epochs"], plots=False,
                 codebook_learning_rate=setting.get("codebook_learning_rate"),
             ),
+            train_dataset=train,
+            data_collator=cifar10.collate,
         )  # fmt: skip
-        steps = max(steps, trainer.state.global_step)
+        if setting["noise_epochs"]:
+            trainer.train()
+        small = trainer.compress(config)
+        steps = trainer.compression_history[-1]["step"]
         small.to(memory_format=torch.contiguous_format).save_pretrained(folder)
         size = os.path.getsize(os.path.join(folder, "model.safetensors"))
         return AutoModelForImageClassification.from_pretrained(folder), size, steps
@@ -153,7 +161,7 @@ def run(args: Arguments, key: dict, splits: cifar10.Splits) -> dict:
     float32 = os.path.getsize(os.path.join(args.work_dir, "float32", "model.safetensors"))
     small, size, steps = start, float32, 0
     if key["size"] is not None:
-        small, size, steps = compress(args, key, start, splits.train)
+        small, size, steps = compress(args, key, start, teacher, splits.train)
     figures = {"seconds": time.monotonic() - begun, "steps": steps, "bytes": size,
                "float32_bytes": float32}  # fmt: skip
     for name, split in {"held_out": splits.held_out, "dev": splits.test}.items():

@@ -9,11 +9,11 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from language_model_rows import JOINT, LEARNED, Row
+from language_model_rows import JOINT, LEARNED, LEFTOVERS, TRAINED_RATES, Row
 
 STEPS = 100
 SIZE = "any"  # rows without a size are float32 models
-STORED = {"block_size": 4, "n_centroids": 64, "codebook_bits": 16}
+STORED = {"block_size": 4, "n_centroids": 64, **LEFTOVERS}
 RATES = (0.1, 0.3, 0.5, 1.0)
 GROUPS = ("ffn", "embeddings", "attention")
 
@@ -61,7 +61,7 @@ def centroids(steps: int) -> list[Row]:
         rows += [
             _row("centroids", "no noise", count, stored=stored, compression_steps=steps),
             _row("centroids", "trained noise", count, stored=stored, noise=LEARNED,
-                 noise_steps=steps),
+                 noise_steps=steps, **TRAINED_RATES),
         ]  # fmt: skip
     return rows
 
@@ -113,7 +113,7 @@ def ablations(model: str, steps: int | None) -> list[Row]:
         shape = model.partition("-")[2]
         return [
             _row("size", "no noise", shape, compression_steps=steps),
-            _row("size", "trained noise", shape, noise=LEARNED, noise_steps=steps),
+            _row("size", "trained noise", shape, noise=LEARNED, noise_steps=steps, **TRAINED_RATES),
         ]
     return [
         *rates(steps), *integers(steps), *centroids(steps), *blocks(steps), *orders(steps)

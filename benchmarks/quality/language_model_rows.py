@@ -6,7 +6,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 JOINT = {"stages": [".*"]}  # one stage for all layers
-LEARNED = {"noise": "pq", "p": 1.0, "learn_codebooks": True, "codebook_update": 20}
+LEARNED = {"noise": "pq", "p": 1.0, "learn_codebooks": True, "codebook_update": 5}
+# Learning rates that the study of settings chose: of weights and of centroids.
+TRAINED_RATES = {"learning_rate": 4e-3, "codebook_learning_rate": 5e-3}
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,8 @@ class Row:
     noise_steps: int = 0
     compression_steps: int = 0
     distilled: bool = True
-    learning_rate: float = 5e-4
-    codebook_learning_rate: float = 5e-3
+    learning_rate: float = 2e-3
+    codebook_learning_rate: float = 1e-2
     splits: tuple[str, ...] = field(default=("held_out", "dev"))
 
     @property
@@ -51,12 +53,13 @@ class Row:
 # How a model is stored, by its name and size: bits are allocated, megabytes of the file given.
 # Codebooks have 16 bits: 8-bit centroids of weights as small as those of stories260K (64 x 64) save
 # less than their scales and names take.
-ALLOCATED = {"codebook_bits": 16, "importance": "activations"}
+LEFTOVERS = {"codebook_bits": 16, "leftover_bits": 8}
+ALLOCATED = {**LEFTOVERS, "importance": "activations"}
 MEGABYTES = {
     "stories": {"8x": 0.13, "11x": 0.095, "15x": 0.069},
     "llama": {"15x": 1.36},
 }
-STEPS = {"stories": 300, "llama": 150}
+STEPS = {"stories": 600, "llama": 600}
 
 
 def _arms(size: str, stored: dict, steps: int) -> list[Row]:
@@ -69,9 +72,9 @@ def _arms(size: str, stored: dict, steps: int) -> list[Row]:
         Row("joint, no noise", size, joint, compression_steps=steps),
         Row("joint, proxy noise p=0.1", size, joint, {"noise": "proxy", "p": 0.1}, **finetuned),
         Row("joint, exact noise p=0.3", size, joint, {"noise": "pq", "p": 0.3}, **finetuned),
-        Row("trained noise", size, joint, LEARNED, noise_steps=steps),
+        Row("trained noise", size, joint, LEARNED, noise_steps=steps, **TRAINED_RATES),
         Row("trained noise, p rises", size, joint, {**LEARNED, "p_schedule": half},
-            noise_steps=steps),
+            noise_steps=steps, **TRAINED_RATES),
     ]  # fmt: skip
 
 
@@ -98,28 +101,39 @@ EVEN = {
 
 def settings(model: str, steps: int | None) -> list[Row]:
     """Choose learning rates and how the bytes are spent, on the held-out text."""
-    steps = STEPS[model] // 2 if steps is None else steps
+    steps = STEPS[model] // 4 if steps is None else steps
 
-    def frozen(centroids: float, name: str, stored: dict) -> Row:
+    def frozen(rate: float, centroids: float, name: str, stored: dict) -> Row:
         return Row(
             f"joint, no noise, {name}", "15x", {**stored, **JOINT}, compression_steps=steps,
-            codebook_learning_rate=centroids, splits=("held_out",),
+            learning_rate=rate, codebook_learning_rate=centroids, splits=("held_out",),
         )  # fmt: skip
 
-    def trained(rate: float, centroids: float, name: str, stored: dict) -> Row:
+    def trained(rate: float, centroids: float, name: str, stored: dict, **noise) -> Row:
         return Row(
-            f"trained noise, {name}", "15x", {**stored, **JOINT}, LEARNED, noise_steps=steps,
-            learning_rate=rate, codebook_learning_rate=centroids, splits=("held_out",),
+            f"trained noise, {name}", "15x", {**stored, **JOINT}, {**LEARNED, **noise},
+            noise_steps=steps, learning_rate=rate, codebook_learning_rate=centroids,
+            splits=("held_out",),
         )  # fmt: skip
 
     allocated = ("bits allocated", {**ALLOCATED, "target_size_mb": MEGABYTES[model]["15x"]})
     rows = [
+        trained(5e-4, 5e-3, *allocated, codebook_update=20),
+        trained(1e-3, 5e-3, *allocated, codebook_update=20),
         trained(5e-4, 5e-3, *allocated),
         trained(1e-3, 5e-3, *allocated),
-        frozen(5e-3, *allocated),
-        frozen(2e-2, *allocated),
+        trained(5e-4, 5e-3, *allocated, codebook_update=1),
+        trained(2e-3, 5e-3, *allocated),
+        trained(4e-3, 5e-3, *allocated),
+        trained(1e-3, 1e-2, *allocated),
+        trained(1e-3, 2e-3, *allocated),
+        frozen(5e-4, 5e-3, *allocated),
+        frozen(5e-4, 2e-2, *allocated),
+        frozen(2e-3, 5e-3, *allocated),
+        frozen(2e-3, 1e-2, *allocated),
     ]
     if model == "stories":
         for name, stored in EVEN.items():
-            rows.append(trained(5e-4, 5e-3, name, {"codebook_bits": 16, **stored}))
+            row = {**LEFTOVERS, **stored}
+            rows.append(trained(5e-4, 5e-3, name, row, codebook_update=20))
     return rows

@@ -44,11 +44,7 @@ def flags_of(settings: Recipe) -> dict[str, Any]:
     for name, value in _changed(settings.noise).items():
         if name not in (*FALLBACKS, *SHARED):  # which noise reads from the flags of the model
             values[NOISE_FLAGS[name]] = value
-    return {
-        **values,
-        "noise_after_finetuning": settings.length,
-        "noise_learning_rate": settings.learning_rate,
-    }
+    return {**values, "noise_after_finetuning": settings.length}
 
 
 def _changed(config: Any) -> dict[str, Any]:

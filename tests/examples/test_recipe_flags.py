@@ -124,7 +124,6 @@ VALUES = {"noise_after_finetuning": 0.5, "codebook_learning_rate": 0.1, **FLAGS}
         (["--noise", "none"], "--noise_after_finetuning 1.0 requires --noise"),
         (["--compress", "False"], "--noise_after_finetuning 1.0 requires compression"),
         (["--noise_after_finetuning", "-1"], "invalid --noise_after_finetuning -1.0"),
-        (["--noise_after_finetuning", "0"], "--noise_learning_rate 5e-05 requires"),
     ],
 )
 def test_invalid_flags_with_a_recipe_are_refused(words, message, checkpoint, tmp_path):
