@@ -83,6 +83,8 @@ def settings(task: str) -> list[tuple[str, str, dict]]:
         "no noise, centroids 2e-3": no_noise(task, "30x", 1, centroids=2e-3),
         "noise, codes every 5 steps": noise(task, "30x", 1, codebook_update=5),
         "noise, rate 2e-4": noise(task, "30x", 1, 2e-4),
+        "noise, rate 2e-4, codes every 2 steps": noise(task, "30x", 1, 2e-4, codebook_update=2),
+        "noise, rate 1e-4, codes every 2 steps": noise(task, "30x", 1, 1e-4, codebook_update=2),
         "no noise, rate 2e-4": no_noise(task, "30x", 1, 2e-4),
         "noise, no dropout": noise(task, "30x", 1) | {"dropout": False},
         "no noise, no dropout": no_noise(task, "30x", 1) | {"dropout": False},

@@ -116,6 +116,13 @@ def settings(model: str, steps: int | None) -> list[Row]:
             splits=("held_out",),
         )  # fmt: skip
 
+    def half_trained(rate: float, centroids: float, name: str, stored: dict) -> Row:
+        return Row(
+            f"trained noise, then fixed codes, {name}", "15x", {**stored, **JOINT}, LEARNED,
+            noise_steps=steps // 2, compression_steps=steps - steps // 2, learning_rate=rate,
+            codebook_learning_rate=centroids, splits=("held_out",),
+        )  # fmt: skip
+
     allocated = ("bits allocated", {**ALLOCATED, "target_size_mb": MEGABYTES[model]["15x"]})
     rows = [
         trained(5e-4, 5e-3, *allocated, codebook_update=20),
@@ -125,6 +132,12 @@ def settings(model: str, steps: int | None) -> list[Row]:
         trained(5e-4, 5e-3, *allocated, codebook_update=1),
         trained(2e-3, 5e-3, *allocated),
         trained(4e-3, 5e-3, *allocated),
+        trained(8e-3, 5e-3, *allocated),
+        trained(4e-3, 5e-3, *allocated, codebook_update=2),
+        trained(4e-3, 5e-3, *allocated, codebook_update=1),
+        trained(8e-3, 5e-3, *allocated, codebook_update=1),
+        trained(4e-3, 2e-3, *allocated, codebook_update=1),
+        half_trained(4e-3, 5e-3, *allocated),
         trained(1e-3, 1e-2, *allocated),
         trained(1e-3, 2e-3, *allocated),
         frozen(5e-4, 5e-3, *allocated),
