@@ -7,7 +7,12 @@ compressed models.
 
 from .batch_norm import update_bn_stats
 from .callback import QuantNoiseCallback
-from .compression import CompressionArguments, allocate_bits, quantize_model
+from .compression import (
+    CompressionArguments,
+    ExactCheckpoints,
+    allocate_bits,
+    quantize_model,
+)
 from .compression.bit_allocation.allocate import allot as allot
 from .configuration import FixedPointConfig, IPQConfig, QuantNoiseConfig
 from .export import export_aqlm, export_onnx
@@ -39,6 +44,7 @@ __all__ = [
     "AutoQuantizedModelForSequenceClassification",
     "AutoQuantizedModelForTokenClassification",
     "CompressionArguments",
+    "ExactCheckpoints",
     "FixedPointConfig",
     "IPQConfig",
     "QuantNoiseCallback",

@@ -29,8 +29,7 @@ from .configuration import IPQConfig, QuantNoiseConfig
 from .configuration.checks import invalid
 from .configuration.options import Options, options_of
 from .modeling.packable import check_can_be_packed
-from .modeling.plan import make_plan
-from .structure import find_layers, select_layers
+from .structure import find_layers
 
 ENCODER, LANGUAGE_MODEL, IMAGE_MODEL = "encoder", "language_model", "image_model"
 
@@ -160,11 +159,11 @@ def recipe(size: str, model: PreTrainedModel | None = None, family: str | None =
     training = TRAINING[size]
     noise = QuantNoiseConfig.matching(
         quantization,
+        model,
         noise="pq",
         p=1.0,
         learn_codebooks=True,
         codebook_update=training.codebook_update,
-        exclude_modules=_dense_layers(model, quantization),
     )
     compression = CompressionArguments(
         stage_epochs=0, codebook_learning_rate=training.codebook_learning_rate
@@ -221,18 +220,6 @@ def _storage(size: str, model: PreTrainedModel, family: str) -> tuple[IPQConfig,
         f"{dense / 4e6:.2f} M parameters at most {reached:.1f} times smaller; use a smaller size "
         "or your own IPQConfig"
     )
-
-
-def _dense_layers(model: PreTrainedModel, config: IPQConfig) -> list[str] | None:
-    """Return the layers that a config covers and no stage can pack, so that noise skips them."""
-    stages, _, _ = make_plan(model, config)
-    packed = {layer.name for weights in stages.values() for w in weights for layer in w.layers}
-    names = [
-        layer.name
-        for layer in select_layers(model)
-        if layer.name not in packed and config.quantizer_settings(layer) is not None
-    ]
-    return names or None
 
 
 @cache

@@ -1,5 +1,9 @@
 """``torch_compile``: values that change from step to step are not constants of a graph."""
 
+import os
+import shutil
+from dataclasses import replace
+
 import pytest
 import torch
 from support.stacked import make_stacked
@@ -132,3 +136,33 @@ def test_compiled_training_equals_eager_mode(bits, tmp_path, parity_data, monkey
     for name, parameter in compiled[0].items():
         torch.testing.assert_close(parameter, eager[0][name], rtol=1e-3, atol=1e-5)
     assert compiled[1] == pytest.approx(eager[1], rel=1e-4)
+
+
+INDUCTOR = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))),
+        reason="inductor needs a C++ compiler",
+    ),
+]
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=INDUCTOR)])
+@pytest.mark.parametrize(
+    "fields", [{"codebook_bits": 16}, {"codebook_bits": 8}, {"row_scale": True}], ids=str
+)
+def test_compiled_noise_rounds_trained_centroids(fields, backend):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64, bias=False)).train()
+    config = QuantNoiseConfig(
+        noise="pq", p=1.0, block_size=4, n_centroids=16, learn_codebooks=True, **fields
+    )
+    apply_quant_noise(model, config)
+    ((_, noise),) = find_state(model).weights[0].noise.functions
+    with torch.no_grad():
+        for parameter in find_state(model).parameters():  # as after a step of an optimizer
+            parameter.mul_(1 + 1e-3 * torch.rand_like(parameter))
+        exact = replace(noise.quantizer, codebook_bits=32).decode(noise.state["codes"], noise.state)
+    compiled = torch.compile(model, backend=backend)
+    assert not torch.equal(effective_weight(model), exact)
+    assert torch.equal(effective_weight(compiled), effective_weight(model))

@@ -3,6 +3,7 @@
 from .arguments import CompressionArguments
 from .bit_allocation.allocate import BitAllocation, allocate_bits, plan_bit_allocation
 from .bit_allocation.size_target import check_plan, file_bytes
+from .exact_checkpoints import ExactCheckpoints
 from .oneshot import quantize_model
 from .preflight import check_compression
 from .reporting.record import StageRecord
@@ -13,6 +14,7 @@ __all__ = [
     "BitAllocation",
     "CompressionArguments",
     "CompressionPipeline",
+    "ExactCheckpoints",
     "PackedModelTrainer",
     "StageRecord",
     "allocate_bits",

@@ -21,25 +21,27 @@ import json
 import os
 import shutil
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from transformers import TrainerCallback
+from safetensors.torch import load_file
+from torch import nn
 from transformers.utils import logging
 
-from ..callback import checkpoint_folder
-from ..distributed import broadcast_object, copy_into, is_rank_0, raise_on_all_ranks
+from ..distributed import broadcast_object, is_rank_0, raise_on_all_ranks
 from ..files.durable import (
     PART,
     find_defect,
     flush,
-    flush_folder,
     has_list,
-    new_file,
     write_json,
     write_list,
+)
+from ..lookups import Lookups
+from .exact_checkpoints import (
+    MEMORY_NAME,
+    in_memory_tensors,
+    load_in_memory_tensors,
+    save_tensors,
 )
 from .fitted_noise import FittedNoise, load_fitted_noise, save_fitted_noise
 from .trainer_checkpoints import (
@@ -50,76 +52,12 @@ from .trainer_checkpoints import (
     numbered_folders,
 )
 
-if TYPE_CHECKING:
-    from .training.packed_trainer import PackedModelTrainer
-
 logger = logging.get_logger(__name__)
 
 FOLDER = "compression"
 _STAGE, _RUN = "stage-", "run-"
-_CONTENT, _TENSORS = "stage.json", "tensors.safetensors"
+_CONTENT, _TENSORS, _LOOKUPS = "stage.json", "tensors.safetensors", "lookups.safetensors"
 _KEYS = {"asked", "config", "history"}  # of the content
-MEMORY_NAME = "memory.safetensors"
-
-
-def in_memory_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return parameters and persistent buffers as they are in memory, tied ones once."""
-    seen: set[int] = set()
-    tensors = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            tensors[name] = tensor.detach()
-    return tensors
-
-
-@torch.no_grad()
-def load_in_memory_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Copy the result of :func:`in_memory_tensors` into a model, if it has the same structure."""
-    current = in_memory_tensors(model)
-    different = sorted(
-        name
-        for name in current.keys() | tensors.keys()
-        if name not in current or name not in tensors or current[name].shape != tensors[name].shape
-    )
-    if different:
-        raise ValueError(
-            "cannot resume: the trainer's model differs from the compressed one in "
-            f"{', '.join(different[:3])}; create the trainer with the same model"
-        )
-    for name, tensor in current.items():
-        copy_into(tensor, tensors[name])
-
-
-def _save_tensors(tensors: dict[str, Tensor], path: str) -> None:
-    save_file({name: each.detach().cpu().contiguous() for name, each in tensors.items()}, path)
-
-
-class MemoryCheckpoint(TrainerCallback):
-    """Adds the tensors as they are in memory to a trainer's checkpoints, and restores them.
-
-    Only the list of files is written after them; a checkpoint without the tensors is incomplete.
-    """
-
-    def __init__(self, trainer: PackedModelTrainer) -> None:
-        self.trainer = trainer
-
-    def on_save(self, args, state, control, **kwargs):
-        """Write the tensors once all ranks have written their files."""
-        model = self.trainer.gather_model()
-        self.trainer.accelerator.wait_for_everyone()
-        if state.is_world_process_zero:
-            folder = checkpoint_folder(args, state)
-            flush_folder(folder)
-            with new_file(os.path.join(folder, MEMORY_NAME)) as part:
-                _save_tensors(in_memory_tensors(model), part)
-            write_list(folder)
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        """Restore the tensors in a resumed run."""
-        path = os.path.join(checkpoint_folder(args, state), MEMORY_NAME)
-        if state.global_step > 0 and os.path.isfile(path):
-            load_in_memory_tensors(self.trainer.model, load_file(path))
 
 
 @dataclass(frozen=True)
@@ -133,9 +71,14 @@ class SavedStage:
     content: dict[str, Any]
     folder: str
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the model's tensors; see :func:`in_memory_tensors`."""
-        return load_file(os.path.join(self.folder, _TENSORS))
+    def load_into(self, model: nn.Module) -> None:
+        """Copy the model's tensors into one of the same structure."""
+        load_in_memory_tensors(model, load_file(os.path.join(self.folder, _TENSORS)))
+
+    def lookups(self) -> Lookups:
+        """Return the lookups that the run has counted; empty if it needs none."""
+        path = os.path.join(self.folder, _LOOKUPS)
+        return load_file(path) if os.path.isfile(path) else {}
 
     def fitted_noise(self, model: nn.Module) -> FittedNoise:
         """Return what the noise of the dense model was fitted to."""
@@ -200,10 +143,12 @@ class StageCheckpoints:
         model: nn.Module,
         content: dict[str, Any],
         fitted: FittedNoise | None = None,
+        lookups: Lookups | None = None,
     ) -> None:
         """Write a finished stage; only the dense model (number 0) and the newest stage are kept.
 
-        ``fitted`` is what the noise of the dense model was fitted to, written with that.
+        ``fitted`` is what the noise of the dense model was fitted to. It and ``lookups`` are
+        written with the dense model.
         """
         if not self.writes:
             return
@@ -213,8 +158,11 @@ class StageCheckpoints:
         os.makedirs(part)
         if number == 0:
             content = {**content, "noise": save_fitted_noise(fitted or {}, model, part)}
+            if lookups:  # those of tied layers are one tensor, which safetensors refuses
+                counts = {name: each.clone() for name, each in lookups.items()}
+                save_tensors(counts, os.path.join(part, _LOOKUPS))
         write_json(content, os.path.join(part, _CONTENT))
-        _save_tensors(in_memory_tensors(model), os.path.join(part, _TENSORS))
+        save_tensors(in_memory_tensors(model), os.path.join(part, _TENSORS))
         write_list(part)
         shutil.rmtree(folder, ignore_errors=True)  # incomplete on a machine other than rank 0's
         os.replace(part, folder)

@@ -112,5 +112,6 @@ def quantize_model(
         packer.require_runs(batches)
         with bn_stats_of_packed_weights(model, measure):
             packer.pack_all(progress, batches)
+        packer.round_leftovers()
         calibrate(model, [layer for _, layer in packed_layers(model)], batches)
     return model

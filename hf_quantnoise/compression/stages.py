@@ -36,7 +36,7 @@ from .calibration import (
     training_batches,
     training_statistics,
 )
-from .checkpoints import FOLDER, SavedStage, StageCheckpoints, load_in_memory_tensors
+from .checkpoints import FOLDER, SavedStage, StageCheckpoints
 from .distillation.teacher import Teacher
 from .fingerprint import Fingerprint, require_same_settings, settings_fingerprint
 from .fitted_noise import fitted_noise
@@ -139,8 +139,7 @@ class CompressionPipeline:
         self.packer = ModelPacker(self.model, config, True, fitted=fitted, lookups=lookups)
         self.evaluator = self._make_trainer(None, 0)
         check_before_stages(self.evaluator, self.packer, self.args.calibration_batches)
-        start = time.perf_counter()
-        self._evaluate("dense", self.evaluator, start)
+        self._evaluate("dense", self.evaluator, time.perf_counter())
         self._save(0)
         self._make_teacher()
         self._restructure()
@@ -165,13 +164,12 @@ class CompressionPipeline:
 
     def _restore(self, saved: list[SavedStage]) -> int:
         """Restore model, teacher and records as they were after the newest finished stage."""
-        lookups = lookups_in_training(self.trainer, self.model, self.config, self.args)
         remove_quant_noise(self.model)
-        load_in_memory_tensors(self.model, saved[0].tensors())
+        saved[0].load_into(self.model)
         newest = saved[-1]
         config = QuantizedModelConfig.from_dict(newest.content["config"])
         fitted = saved[0].fitted_noise(self.model)
-        self.packer = ModelPacker(self.model, config, True, fitted, lookups)
+        self.packer = ModelPacker(self.model, config, True, fitted, saved[0].lookups())
         for content in newest.content["history"]:
             record = StageRecord(**content)
             self.trainer.state.global_step = record.step
@@ -181,9 +179,9 @@ class CompressionPipeline:
         self._make_teacher()
         self._restructure(record=newest.number == 0)
         if newest.number > 0:
-            self.packer.restore_stages(self.stages[: newest.number])
+            self.packer.restore_stages(self.stages[: newest.number], config.plan)
             self.packer.config.left_dense = config.left_dense
-            load_in_memory_tensors(self.model, newest.tensors())
+            newest.load_into(self.model)
         return newest.number
 
     def _make_teacher(self) -> None:
@@ -227,7 +225,9 @@ class CompressionPipeline:
             self.packer.config.weights_id = None  # a checkpoint's, which training has left behind
         if stage == self.packer.last_stage:
             with ModelSnapshot(self.model):
-                self.packer.pack_leftovers()
+                with bn_stats_of_packed_weights(self.model, statistics.measure):
+                    self.packer.pack_leftovers()
+                self.packer.round_leftovers()
         self._evaluate(_name(stage), stage_trainer, start, packed, finetuning, packed_metric)
         self._save(number)
 
@@ -264,7 +264,8 @@ class CompressionPipeline:
             "config": self.packer.config.to_dict(),
             "history": self.history,
         }
-        self.files.save_stage(number, self.model, content, self.packer.fitted)
+        noise = self.packer.fitted, self.packer.lookups
+        self.files.save_stage(number, self.model, content, *noise)
         self.trainer.accelerator.wait_for_everyone()
 
     # ---- the trainer of a stage -----------------------------------------------------------------

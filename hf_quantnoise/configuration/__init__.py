@@ -1,6 +1,6 @@
 """Configs of training noise and of compressed models: dataclasses with checks and a JSON form."""
 
-from .entries import LAYER_KEYS, QUANTIZERS, check_settings, settings_of
+from .entries import LAYER_KEYS, QUANTIZERS, check_settings, quantizer_from_dict, settings_of
 from .fixed_point import FixedPointConfig
 from .ipq import IPQConfig
 from .layer_quantizers import DENSE
@@ -22,5 +22,6 @@ __all__ = [
     "QuantNoiseConfig",
     "QuantizedModelConfig",
     "check_settings",
+    "quantizer_from_dict",
     "settings_of",
 ]

@@ -57,6 +57,13 @@ def check_settings(settings: dict[str, Any], place: str = "") -> None:
             check(f"{place}{key}", value)
 
 
+def quantizer_from_dict(values: dict[str, Any]) -> Any:
+    """Return the quantizer of some settings; ValueError if the scheme or a setting is invalid."""
+    check_settings(values)
+    settings = {key: value for key, value in values.items() if key != "scheme"}
+    return QUANTIZERS[values["scheme"]](**settings)
+
+
 def plan_entries(name: str, value: Any) -> None:
     """A plan: dict from layer name to the layer and how it is stored.
 

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 from torch import nn
 
-from ..structure import GROUPS, block_size_of, entry_for, select_layers, stage_of
+from ..structure import GROUPS, block_size_of, entry_for
 from .checks import boolean, integer, invalid, one_of, positive, regex, rows_or_share, sizes
 from .entries import MAX_BLOCK_SIZE, MAX_CENTROIDS
 from .layer_quantizers import checked_layer_quantizers, with_codebook_bits
+from .layer_storage import stored_layers
 from .options import documented, option
 from .row_groups import in_row_groups, of_two_groups
 from .storage import SCHEMES, QuantizedModelConfig
 
 # Stages in their order if a config names none; see IPQConfig.stage_groups.
 DEFAULT_STAGES = ("ffn", "embeddings", "attention", "conv", "head")
+
+# Fields that noise has, too, by layer if layer_quantizers is set.
+_BLOCKS = ("block_size", "n_centroids", "frequent_rows", "rare_block_size")
 
 
 def _stages(name: str, value: Any) -> None:
@@ -54,7 +58,9 @@ class IPQConfig(QuantizedModelConfig):
         "embeddings, attention, conv; and, in models with convolutions, head (section 7.8).",
     )
     codebook_bits: Annotated[int, one_of((32, 16, 8))] = option(
-        16, "Bits per stored centroid value: 32, 16, or 8 (Eq. 2 on the codebook; section 3.3)."
+        16,
+        "Bits per stored centroid value: 32, 16, or 8 (Eq. 2 on the codebook; section 3.3). "
+        "Weights that float16 cannot hold have 32 in place of 16.",
     )
     kmeans_iter: Annotated[int, integer(1, 100_000)] = option(
         20, "Maximum number of k-means iterations."
@@ -154,72 +160,56 @@ class IPQConfig(QuantizedModelConfig):
         return "layer_quantizers" if in_groups else None
 
     def noise_settings(self, model: nn.Module | None = None) -> dict[str, Any]:
+        if self.target is not None and not self.layer_quantizers:
+            raise ValueError(
+                f"cannot match {self.target}, which decides on block sizes when bits are "
+                "allocated; pass allocate_bits(model, config, batches)"
+            )
+        if self.prune_layers is not None and self.layer_quantizers:
+            raise ValueError(
+                f"cannot match layer_quantizers with prune_layers={self.prune_layers!r}: it names "
+                "the layers after pruning, and noise is on the full model; write a "
+                "QuantNoiseConfig with your block_size"
+            )
         return {
             "noise": "proxy",
-            **(self._by_group() if model is None else self._by_layer(model)),
-            "codebook_bits": self.codebook_bits,
-            "row_scale": self.row_scale,
-            "n_codebooks": self.n_codebooks,
+            **(self._by_layer(model) if self.layer_quantizers else self._values(_BLOCKS)),
+            **self._values(("codebook_bits", "row_scale", "n_codebooks")),
             **super().noise_settings(model),
         }
 
-    def _by_group(self) -> dict[str, Any]:
-        """Return block sizes, codebook sizes and groups of rows, for layers of any model."""
-        if (field := self.counts_lookups) and self.layer_quantizers:
+    def _values(self, names: Iterable[str]) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in names}
+
+    def _by_layer(self, model: nn.Module | None) -> dict[str, Any]:
+        """Return block sizes, codebook sizes and groups of rows of single layers: regex -> value.
+
+        Without a model, the values of all structure groups come first.
+        """
+        if (field := self.counts_lookups) and (
+            model is None or isinstance(self.frequent_rows, float)
+        ):
             raise ValueError(
                 f"cannot match {field}={getattr(self, field)!r} together with layer_quantizers "
-                "without a model; use QuantNoiseConfig.matching(config, model)"
+                "without a model, or as a share of the lookups; use "
+                "QuantNoiseConfig.matching(config, model) and a number (frequent_rows=8000)"
             )
-        return {
-            "block_size": self._with_names("block_size"),
-            "n_centroids": self._with_names("n_centroids"),
-            "frequent_rows": self.frequent_rows,
-            "rare_block_size": self.rare_block_size,
-        }
-
-    def _by_layer(self, model: nn.Module) -> dict[str, Any]:
-        """Return the same for each product-quantized layer of a model: regex -> value."""
-        groups: dict[str, Any] = {}
-        if isinstance(self.frequent_rows, float):  # the same share for all tables
-            if self.layer_quantizers:
-                raise ValueError(
-                    f"cannot match frequent_rows={self.frequent_rows!r} together with "
-                    "layer_quantizers; pass a number of rows (frequent_rows=8000)"
-                )
-            groups = self._by_group()
-        layers = select_layers(model, self.target_modules, self.exclude_modules)
-        stages = self.stage_groups({layer.group for layer in layers})
-        config = replace(self, frequent_rows=None) if groups else self
-        stored = {
-            re.escape(layer.name): of_two_groups(layer.name, settings)
-            for layer in layers
-            if stage_of(layer, stages) is not False
-            and (settings := config.quantizer_settings(layer))
-        }
-        fields = {
-            name: {regex: own[name] for regex, own in stored.items() if name in own}
-            for name in ("block_size", "n_centroids", "frequent_rows", "rare_block_size")
-        }
-        return {**groups, **{name: values for name, values in fields.items() if values}}
-
-    def _with_names(self, name: str) -> int | dict[str, int]:
-        """Return a setting together with its values in ``layer_quantizers``."""
-        value = getattr(self, name)
-        named = {
-            re.escape(layer): entry[name]
-            for layer, entry in self.layer_quantizers.items()
-            if name in entry
-        }
-        if named and self.prune_layers is not None:
-            raise ValueError(
-                f"layer_quantizers with prune_layers={self.prune_layers!r} names the layers after "
-                "pruning, so noise on the full model cannot match it; pass block_size to "
-                "QuantNoiseConfig.matching"
-            )
-        if not named:
-            return value
-        by_group = value if isinstance(value, dict) else dict.fromkeys(GROUPS, value)
-        return {**by_group, **named}
+        if model is None:
+            settings, groups = self.layer_quantizers, self._values(("block_size", "n_centroids"))
+        else:
+            packed, _ = stored_layers(self, model)
+            settings, groups = {name: own.to_dict() for name, own in packed.items()}, {}
+        stored = {re.escape(name): of_two_groups(name, own) for name, own in settings.items()}
+        fields = {}
+        for name in _BLOCKS:
+            own = groups.get(name, {})
+            values = own if isinstance(own, dict) else dict.fromkeys(GROUPS, own)
+            values = values | {
+                regex: entry[name] for regex, entry in stored.items() if name in entry
+            }
+            if values:
+                fields[name] = values
+        return fields
 
     @property
     def target(self) -> str | None:

@@ -250,8 +250,12 @@ class QuantNoiseConfig(HubConfigMixin, Options):
         """Return noise with the blocks of a target.
 
         The noise is ``"proxy"`` for an :class:`IPQConfig`, ``"intN"`` for a
-        :class:`FixedPointConfig`. With a model, only the layers that will be quantized get it.
-        ``overrides`` are fields of this class.
+        :class:`FixedPointConfig`. With a model, only the layers that will be quantized get it: the
+        others are in ``exclude_modules``. ``overrides`` are fields of this class.
+
+        Raises:
+            ValueError: if the config has a target size and no ``layer_quantizers`` yet, or does
+                not fit the model.
         """
         require_instance(
             "quantization_config", quantization_config, QuantizedModelConfig,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from .checks import invalid, is_int, rows_or_share, sizes
@@ -13,6 +14,15 @@ def rows_by_layer(name: str, value: Any) -> None:
         sizes(1, 2**31)(name, value)
     else:
         rows_or_share(name, value)
+
+
+def without_share(config: Any) -> Any:
+    """Return a config with one group of rows if ``frequent_rows`` is a share of the lookups.
+
+    Only data can turn the share into a number of rows.
+    """
+    share = getattr(config, "frequent_rows", None)
+    return replace(config, frequent_rows=None) if isinstance(share, float) else config
 
 
 def in_row_groups(

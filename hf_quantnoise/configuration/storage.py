@@ -30,6 +30,7 @@ from .checks import (
 )
 from .entries import plan_entries
 from .hub_files import HubConfigMixin
+from .layer_storage import stored_layers
 from .options import Options, documented, from_file, option
 
 QUANT_METHOD = "hf_quantnoise"
@@ -173,11 +174,14 @@ class QuantizedModelConfig(HubConfigMixin, Options, QuantizationConfigMixin):
     def noise_settings(self, model: nn.Module | None = None) -> dict[str, Any]:
         """Return the fields of a :class:`QuantNoiseConfig` with the same blocks.
 
-        With a model, the noise is on those of its layers that are quantized.
+        With a model, those of its layers that no stage packs are excluded.
         """
         names = ("activation_bits", "target_modules", "exclude_modules", "seed")
-        shared = 1 if self.share_layers is None else self.share_layers
-        return {**{name: getattr(self, name) for name in names}, "share_layers": shared}
+        settings = {name: getattr(self, name) for name in names}
+        if model is not None:
+            dense = map(re.escape, stored_layers(self, model)[1])
+            settings["exclude_modules"] = "|".join(dense) or None
+        return {**settings, "share_layers": 1 if self.share_layers is None else self.share_layers}
 
     def quantizer_settings(self, layer: Any) -> dict[str, Any] | None:
         """Return the quantizer settings of a layer, or None if the config does not cover it."""

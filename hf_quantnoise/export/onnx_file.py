@@ -27,7 +27,7 @@ from ..files.model_folders import replaced_model
 from ..hub.processing import save_processing
 from ..modeling import packed_layers
 from ..modeling.packed import PREFIX
-from ..quantizers import ProductQuantizer, Quantizer, RowGroupQuantizer
+from ..quantizers import Quantizer
 from .checks import require_packed
 
 FILE_NAME = "model.onnx"
@@ -198,7 +198,8 @@ def _with_stored_state(model: PreTrainedModel) -> PreTrainedModel:
     model = deepcopy(model).eval()
     stored: dict[int, dict[str, nn.Parameter]] = {}
     for _, layer in packed_layers(model):
-        quantizer, state = layer.quantizer, layer.state
+        quantizer: Any = layer.quantizer
+        state = layer.state
         key = id(layer.weight_indices)  # tied layers continue to share one set of tensors
         if key not in stored:
             state = {name: tensor.detach() for name, tensor in state.items()}
@@ -207,7 +208,7 @@ def _with_stored_state(model: PreTrainedModel) -> PreTrainedModel:
                 for name, tensor in quantizer.to_storage(state).items()
             }
         layer._storage_quantizer, layer._dtype = quantizer, next(iter(state.values())).dtype
-        if isinstance(quantizer, ProductQuantizer | RowGroupQuantizer):
+        if quantizer.has_codebook:
             # Values read from storage are already rounded.
             layer.quantizer = replace(quantizer, codebook_bits=32)
         for name, tensor in stored[key].items():

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from ..quantizers import ProductQuantizer, Quantizer, RowGroupQuantizer
+from ..quantizers import Quantizer
 from .plan import PlannedWeight
 
 logger = logging.get_logger(__name__)
@@ -27,14 +27,14 @@ class FittedWeight:
         codes: the codes if the state was trained together with the weight, else None.
     """
 
-    quantizer: ProductQuantizer | RowGroupQuantizer
+    quantizer: Quantizer
     state: dict[str, Tensor]
     codes: Tensor | None
 
-    def why_not(self, planned: Quantizer) -> str | None:
+    def why_not(self, planned: Any) -> str | None:
         """Return why packing with another quantizer cannot start from this one, or None."""
         own: Any = self.quantizer
-        if isinstance(planned, ProductQuantizer | RowGroupQuantizer):
+        if planned.has_codebook:
             own = replace(own, n_iter=planned.n_iter)
             if self.codes is None:  # a start of k-means, which rounds by its own settings
                 own = replace(own, codebook_bits=planned.codebook_bits)

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from ..compat import ignored_on_save, own_buffers, own_parameters, persistent_buffer_names
 from ..configuration import QuantizedModelConfig
+from ..configuration.layer_storage import SKIPPED_BY_CONFIG
 from ..structure import find_layers, select_layers
 from .convert import packed_names
-from .plan import SKIPPED_BY_CONFIG
 
 
 def as_stored(tensor: Tensor, config: Any) -> Tensor:

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ from .fitted_weights import FittedWeight, FittedWeights
 from .float16 import excluded_layers, round_to_float16
 from .importance import measure_importance, require_measurable
 from .packable import check_can_be_packed
-from .plan import PlannedWeight, make_plan
+from .plan import PlannedWeight, checked_weights, make_plan
 from .structural_changes import changed_copy, declare_shared, plan_structural_changes
 from .ties import renamed_ties
 
@@ -102,8 +103,7 @@ class ModelPacker:
         """Raise ValueError, naming the layer, if a weight (by default of all stages) is invalid."""
         with self._raising_together():
             for stage in stages or self.stages:
-                for planned in self.stages[stage]:
-                    planned.check_values()
+                self.stages[stage] = checked_weights(self.stages[stage])
             for planned in () if stages else self.leftovers:
                 planned.check_values()
 
@@ -159,18 +159,20 @@ class ModelPacker:
                    disable=not progress, leave=False)  # fmt: skip
         norms = [sum_of_squares(weight_matrix(planned.modules[0])) for planned in weights]
         errors = self._pack_weights(bar, weights, importance)
-        energy = sum(norms)
         error = sum(norm * relative for norm, relative in zip(norms, errors.values(), strict=True))
         names = tuple(self.layers_of(stage))
-        return StageResult(stage, names, error / energy if energy else 0.0, errors)
+        return StageResult(stage, names, error / (sum(norms) or 1.0), errors)
 
     def pack_leftovers(self) -> None:
         """Store what no stage has packed in ``leftover_bits``. Call after the last stage."""
         self._pack_weights(self.leftovers, self.leftovers, [None] * len(self.leftovers))
-        self._round_leftovers()
+        self.round_leftovers()
 
-    def _round_leftovers(self) -> None:
-        """Round what is not packed to float16, and list what float16 cannot hold."""
+    def round_leftovers(self) -> None:
+        """Round what is not packed to float16, and list what float16 cannot hold.
+
+        Call it again if statistics were measured for the weights of :meth:`pack_leftovers`.
+        """
         if self.config.leftover_bits == 32:
             return
         excluded = (self.model.get_submodule(name) for name in self._excluded)
@@ -195,19 +197,22 @@ class ModelPacker:
         """Pack all layers with empty tensors, for the size of models on the meta device."""
         self.change_structure()
         self.restore_stages(self.stages)
-        self._round_leftovers()
+        self.round_leftovers()
 
-    def restore_stages(self, stages: Iterable[str | None]) -> None:
+    def restore_stages(
+        self, stages: Iterable[str | None], plan: Mapping[str, Any] | None = None
+    ) -> None:
         """Give the layers of stages their packed form with empty tensors, to be loaded later.
 
-        With the last stage, this includes the layers that :meth:`pack_leftovers` packs.
+        With the last stage, this includes the layers that :meth:`pack_leftovers` packs. ``plan`` is
+        that of the run that packed them.
         """
         for stage in stages:
             weights = list(self.stages.get(stage, ()))
             weights += self.leftovers if stage == self.last_stage else []
             with self._transformers_updated(weights):
                 for planned in weights:
-                    self._pack_empty(planned)
+                    self._pack_empty(planned.recorded_in(plan or {}))
 
     @property
     def last_stage(self) -> str | None:

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import nn
+from transformers.utils import logging
 
 from ..blocks import weight_matrix
-from ..configuration import DENSE, IPQConfig, QuantizedModelConfig
+from ..configuration import (
+    DENSE,
+    IPQConfig,
+    QuantizedModelConfig,
+    quantizer_from_dict,
+    settings_of,
+)
+from ..configuration.layer_storage import SKIPPED_BY_CONFIG, storage_of, why_not_packed
 from ..patterns import compile_pattern
-from ..quantizers import FixedPointQuantizer, Quantizer, quantizer_from_dict
+from ..quantizers import FixedPointQuantizer, Quantizer
 from ..quantizers.base import require_finite
 from ..structure import (
     GROUPS,
@@ -25,14 +32,12 @@ from ..structure import (
     weights_of,
 )
 
-# The reason of layers that a config skips by name.
-SKIPPED_BY_CONFIG = "layer_quantizers skips it"
+logger = logging.get_logger(__name__)
+
 # How leftover_bits=8 stores a layer that no stage packs.
 LEFTOVER = FixedPointQuantizer(bits=8, observer="channel", trained=False)
 # Bytes of a tensor's entry in the header of the file, without its name.
 HEADER_ENTRY = 72
-# Of weights that can be packed; states have the dtype of the weight.
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,19 @@ class PlannedWeight:
                 f"(exclude_modules=[{first.name!r}])"
             )
 
+    def for_values(self) -> PlannedWeight:
+        """Return the same with centroids that can hold the weight's values."""
+        module: Any = self.layers[0].module
+        if module.weight.is_meta:
+            return self
+        return replace(self, quantizer=self.quantizer.for_values(weight_matrix(module)))
+
+    def recorded_in(self, plan: Mapping[str, dict[str, Any]]) -> PlannedWeight:
+        """Return the same with the quantizer of its entry in a plan, if it has one."""
+        if (entry := plan.get(self.layers[0].name)) is None:
+            return self
+        return replace(self, quantizer=quantizer_from_dict(settings_of(entry)))
+
     def entries(self) -> dict[str, dict[str, Any]]:
         """Return the entries of the plan in JSON form, one per layer."""
         first = self.layers[0].name
@@ -81,17 +99,26 @@ class PlannedWeight:
         return entries
 
 
-def _why_not(layer: LayerInfo, quantizer: Quantizer, dense_bytes: int) -> str | None:
-    """Return why a layer cannot be stored with a quantizer, or None if it can."""
-    if (dtype := layer.module.weight.dtype) not in DTYPES:
-        return f"its weight is stored as {dtype}"
-    if layer.layer_type.packed_forward is None:
-        return f"layers of type {layer.layer_type.layer_class.__name__} cannot be packed"
-    if reason := quantizer.check(layer.rows, layer.columns):
-        return reason
-    if (packed := quantizer.packed_bytes(layer.rows, layer.columns)) >= dense_bytes:
-        return f"it would take {packed} bytes packed and takes {dense_bytes} dense"
-    return None
+def checked_weights(weights: Sequence[PlannedWeight]) -> list[PlannedWeight]:
+    """Return weights with centroids that can hold their values; log those that need 32 bits.
+
+    Raises:
+        ValueError: naming the layer, if the values of one cannot be quantized.
+    """
+    checked = [planned.for_values() for planned in weights]
+    for planned in checked:
+        planned.check_values()
+    changed = [
+        new.layers[0].name
+        for new, old in zip(checked, weights, strict=True)
+        if new.quantizer != old.quantizer
+    ]
+    if changed:
+        logger.warning(
+            f"the centroids of {len(changed)} weights are stored in 32 bits, since float16 cannot "
+            f"hold their values: {', '.join(changed)}"
+        )
+    return checked
 
 
 def stages_for(config: QuantizedModelConfig, model: nn.Module) -> list[str | None]:
@@ -120,19 +147,11 @@ def make_plan(
     skipped: dict[str, str] = {}
     for members in weights_of(layers):
         layer = members[0]
-        stage = stage_of(layer, list(plan))
-        settings = config.quantizer_settings(layer) if stage is not False else None
-        if stage is False:
-            reason = f"its group {layer.group!r} is in no stage"
-        elif settings is None:
-            reason = f"block_size or n_centroids has no entry for it (group {layer.group!r})"
-        elif settings["scheme"] == DENSE:
-            reason = SKIPPED_BY_CONFIG
-        else:
-            quantizer, reason = _quantizer_for(members, settings, config.settings_by_name())
-            if reason is None:
-                plan[stage].append(PlannedWeight(members, quantizer, config.activation_bits))
-                continue
+        quantizer, reason = storage_of(config, members, stages)
+        if reason is None:
+            weight = PlannedWeight(members, quantizer, config.activation_bits)
+            plan[stage_of(layer, stages)].append(weight)
+            continue
         if _stores_leftovers(config, layer, reason) and _is_leftover(members):
             leftovers.append(PlannedWeight(members, LEFTOVER))
         skipped.update(dict.fromkeys((member.name for member in members), reason))
@@ -156,33 +175,7 @@ def _stores_leftovers(config: QuantizedModelConfig, layer: LayerInfo, reason: st
 def _is_leftover(members: tuple[LayerInfo, ...]) -> bool:
     """Return whether a weight can be stored as ``LEFTOVER`` and takes less than in float16."""
     header = len(LEFTOVER.state_spec(1, 1)) * (HEADER_ENTRY + len(members[0].name))
-    return _why_not(members[0], LEFTOVER, 2 * members[0].numel - header) is None
-
-
-def _quantizer_for(
-    members: tuple[LayerInfo, ...], settings: dict[str, Any], by_name: dict[str, dict[str, Any]]
-) -> tuple[Quantizer, str | None]:
-    """Return the quantizer of a weight, and why it does not fit (None if it does).
-
-    If the config names one of the layers, a quantizer that does not fit is an error.
-    """
-    layer, weight = members[0], members[0].module.weight
-    named = next((member.name for member in members if member.name in by_name), None)
-    try:
-        quantizer = quantizer_from_dict(settings)
-    except ValueError as error:
-        if named is None:
-            raise
-        raise ValueError(
-            f"invalid layer_quantizers[{named!r}]: {error}; to skip the layer use {DENSE!r}"
-        ) from None
-    reason = _why_not(layer, quantizer, weight.numel() * weight.element_size())
-    if reason is not None and named is not None:
-        raise ValueError(
-            f"invalid layer_quantizers[{named!r}]: {quantizer.short_name} does not fit: {reason}; "
-            f'use other settings, or {{"scheme": "{DENSE}"}} to skip it'
-        )
-    return quantizer, reason
+    return why_not_packed(members[0], LEFTOVER, 2 * members[0].numel - header) is None
 
 
 def _require_known(

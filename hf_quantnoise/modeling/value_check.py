@@ -10,11 +10,12 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..quantizers import Quantizer, RowGroupQuantizer
+from ..quantizers import Quantizer
 from ..quantizers.packing import has_code_from, largest_code
 
 # No fit gives a larger zero point: |z| = |min W| / s, with s at least |min W| 2^-24 / 255.
@@ -34,7 +35,7 @@ def values_unchecked() -> Iterator[None]:
 
 
 @torch.no_grad()
-def invalid_values(quantizer: Quantizer, n_codes: int, name: str, tensor: Tensor) -> str | None:
+def invalid_values(quantizer: Any, n_codes: int, name: str, tensor: Tensor) -> str | None:
     """Return what is wrong with a tensor of a packed layer that was loaded, or None.
 
     The dtype is checked also in :func:`values_unchecked`.
@@ -48,7 +49,7 @@ def invalid_values(quantizer: Quantizer, n_codes: int, name: str, tensor: Tensor
     """
     if name == "indices":
         return _invalid_codes(quantizer, n_codes, tensor)
-    if isinstance(quantizer, RowGroupQuantizer) and name == "row_groups":
+    if name == "row_groups":
         if tensor.dtype != torch.uint8:
             return f"got {tensor.dtype}, expected the packed groups of rows in torch.uint8"
         return quantizer.invalid_row_groups(tensor) if _is_on.get() else None

@@ -83,10 +83,22 @@ class NoiseFunction(ABC):
         return chosen
 
     def _state_on(self, device: torch.device) -> dict[str, Tensor]:
-        """Return the state on the weight's device: the model may have moved since the fit."""
+        """Return the state on the weight's device: the model may have moved since the fit.
+
+        Tensors that are trained stay the same parameters, which an optimizer may have.
+        """
         if any(tensor.device != device for tensor in self.state.values()):
-            self.state = {key: tensor.to(device) for key, tensor in self.state.items()}
+            self.state = {key: _moved(tensor, device) for key, tensor in self.state.items()}
         return self.state
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    if not isinstance(tensor, nn.Parameter):
+        return tensor.to(device)
+    gradient = tensor.grad
+    tensor.data = tensor.data.to(device)  # as nn.Module.to does
+    tensor.grad = None if gradient is None else gradient.to(device)
+    return tensor
 
 
 class BlockNoise(NoiseFunction):
@@ -113,7 +125,7 @@ class BlockNoise(NoiseFunction):
 
     def refresh(self, matrix, seed):
         if self.has_codes:
-            state = self._state_on(matrix.device)
+            state, self.quantizer = self._state_on(matrix.device), self.quantizer.for_values(matrix)
             init = {key: tensor for key, tensor in state.items() if key != "codes"}
             fitted = self.quantizer.fit(matrix, seed=seed, init=init or None)
             self.state = {**fitted, "codes": self.quantizer.encode(matrix, fitted)}
@@ -198,15 +210,16 @@ class ProductNoise(BlockNoise):
                 trained = self.state.keys() - self.quantizer.not_trained - {"codes"}
                 self.state |= {key: nn.Parameter(self.state[key]) for key in trained}
         else:
-            self.state["codes"] = self.quantizer.encode(matrix, self.state)
+            state = self._state_on(matrix.device)
+            state["codes"] = self.quantizer.encode(matrix, state)
 
-    def decode(self, rows: Tensor | None = None) -> Tensor:
-        """Return the quantized matrix, or some of its rows.
+    def decode(self, device: torch.device, rows: Tensor | None) -> Tensor:
+        """Return the quantized matrix, or some of its rows, on the device of the weight.
 
         It is differentiable in the state. As in packed layers (section 3.2), a centroid gets the
         sum over its blocks divided by |J_c|, the number of all its blocks.
         """
-        state = self._state_on(self.state["codes"].device)
+        state = self._state_on(device)
         codes = state["codes"] if rows is None else state["codes"][rows]
         state = self.quantizer.averaging(state, self._block_counts)
         if rows is not None:
@@ -232,7 +245,7 @@ class ProductNoise(BlockNoise):
             new = self.quantizer.decode(codes, state)
             chosen.replace(to_blocks(matrix, self.block_size), lambda _: new)
         else:
-            self.replace(matrix, chosen, self.decode(rows))
+            self.replace(matrix, chosen, self.decode(matrix.device, rows))
 
     @property
     def _decodes_blocks(self) -> bool:

@@ -122,7 +122,7 @@ def _distort(
         function.distort(matrix, chosen, rows)
         return None
     with torch.enable_grad():
-        decoded = function.decode(rows)
+        decoded = function.decode(matrix.device, rows)
     function.replace(matrix, chosen, decoded.detach())
     return TrainedBlocks(decoded, chosen, function.block_size)
 

@@ -15,7 +15,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..configuration import QUANTIZERS, check_settings
 from .packing import pack_codes, unpack_codes
 
 # Range of the largest magnitude of a weight that is quantized. Fits sum squares in float32, which
@@ -89,6 +88,11 @@ class Quantizer(ABC):
         return 2**self.code_bits
 
     @property
+    def has_codebook(self) -> bool:
+        """Whether the state has centroids, as ``codebook``, and codes are assigned to them."""
+        return "codebook" in self.state_names
+
+    @property
     @abstractmethod
     def short_name(self) -> str: ...
 
@@ -146,6 +150,10 @@ class Quantizer(ABC):
                 "must fit into float32); rescale the weight"
             )
         return None
+
+    def for_values(self, matrix: Tensor) -> Quantizer:
+        """Return this quantizer, or one with centroids of higher precision if a matrix needs it."""
+        return self
 
     def state_of_rows(self, state: dict[str, Tensor], rows: Tensor | slice) -> dict[str, Tensor]:
         """Return the part of a state that decodes some rows; the state itself if rows share it."""
@@ -232,13 +240,6 @@ class Quantizer(ABC):
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form; :func:`quantizer_from_dict` is the inverse."""
         return {"scheme": self.scheme, **vars(self)}
-
-
-def quantizer_from_dict(values: dict[str, Any]) -> Quantizer:
-    """Return the quantizer of some settings; ValueError if the scheme or a setting is invalid."""
-    check_settings(values)
-    settings = {key: value for key, value in values.items() if key != "scheme"}
-    return QUANTIZERS[values["scheme"]](**settings)
 
 
 def select_rows(matrix: Tensor, rows: Tensor | slice) -> Tensor:

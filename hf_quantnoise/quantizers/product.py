@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, ClassVar
 
@@ -36,7 +36,20 @@ def _clamp_to_half(tensor: Tensor) -> Tensor:
 
 def _round_to_half(tensor: Tensor) -> Tensor:
     """Round to float16 values, in the tensor's own dtype."""
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        return _round_in_one(tensor)
     return _clamp_to_half(tensor).to(torch.float16).to(tensor.dtype)
+
+
+@torch.library.custom_op("hf_quantnoise::round_to_half", mutates_args=())
+def _round_in_one(tensor: Tensor) -> Tensor:
+    """Round as one operation: inductor removes a cast to float16 and back."""
+    return _clamp_to_half(tensor).to(torch.float16).to(tensor.dtype)
+
+
+@_round_in_one.register_fake
+def _(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor)
 
 
 # Section 3.3 applies Eq. 2 to the centroids: prefix and keys of its state.
@@ -243,14 +256,16 @@ class ProductQuantizer(Quantizer):
         stored = _round_to_half(scale.detach())
         return StraightThrough.apply(scale, stored) if records_gradients() else stored
 
-    def check_values(self, matrix):
+    def for_values(self, matrix):
         largest, half = float(largest_magnitude(matrix)), torch.finfo(torch.float16)
         high = half.max / self.codes_per_block  # a centroid of a sum may be larger than the sum
-        if self.codebook_bits == 16 and largest and not half.tiny <= largest <= high:
-            return (
-                f"its largest magnitude is {largest:.6g}, and codebook_bits=16 stores centroids in "
-                f"float16, which has {half.tiny:.2g} to {high:g}; set codebook_bits=32"
-            )
+        if self.codebook_bits != 16 or not largest or half.tiny <= largest <= high:
+            return self
+        return replace(self, codebook_bits=32)
+
+    def check_values(self, matrix):
+        if self.for_values(matrix) != self:
+            return "float16 cannot hold its centroids; set codebook_bits=32"
         if self.row_scale and (lost := lost_rows(matrix)):
             return (
                 f"row_scale=True stores the scale of each row in float16, and {lost} of its "

@@ -8,7 +8,7 @@ and lose less where it counts.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
 import torch
@@ -284,6 +284,9 @@ class RowGroupQuantizer(Quantizer):
             if reason := part.check(own, columns):
                 return f"its group of {own} rows: {reason}"
         return None
+
+    def for_values(self, matrix):
+        return replace(self, codebook_bits=self.parts[0].for_values(matrix).codebook_bits)
 
     def check_values(self, matrix):
         return self.parts[0].check_values(matrix)

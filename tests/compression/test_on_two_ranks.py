@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_quantnoise.compression.checkpoints import MEMORY_NAME, StageCheckpoints
+from hf_quantnoise.compression.checkpoints import StageCheckpoints
+from hf_quantnoise.compression.exact_checkpoints import MEMORY_NAME
 from hf_quantnoise.compression.training.fsdp import ShardedCopy
 from hf_quantnoise.files.durable import write_list
 

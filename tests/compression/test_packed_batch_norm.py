@@ -21,6 +21,7 @@ from hf_quantnoise import (
 from hf_quantnoise.compression.training.stage_trainer import StageTrainer
 from hf_quantnoise.modeling import packed_layers
 from hf_quantnoise.modeling.activations import calibrate
+from hf_quantnoise.quantizers import FixedPointQuantizer
 
 SMALL = IPQConfig(block_size=4, n_centroids=8, stages=["conv"], leftover_bits=32)
 
@@ -91,6 +92,37 @@ def test_compress_measures_packed_weights(tmp_path, epochs):
     trainer = make_trainer(tmp_path, make_resnet(), Rows(IMAGES), noise)
     args = CompressionArguments(stage_epochs=epochs, plots=False)
     assert_stats_of(trainer.compress(SMALL, args))
+
+
+@pytest.fixture
+def coarse_leftovers(monkeypatch):
+    """Store leftovers in 2 bits, which changes statistics much more than 8 bits do."""
+    leftover = FixedPointQuantizer(bits=2, observer="channel", trained=False)
+    monkeypatch.setattr("hf_quantnoise.modeling.plan.LEFTOVER", leftover)
+
+
+LAST_PART = IPQConfig(n_centroids=8, stages=[r"resnet\.encoder\.stages\.1\..*"])
+
+
+def assert_stored_stats_of(model):
+    """Assert that statistics are those of the weights, as near as float16 can store them."""
+    fresh = stats(update_bn_stats(deepcopy(model), [IMAGES]))
+    for key, value in stats(model).items():
+        assert torch.equal(value, value.half().float()), key
+        torch.testing.assert_close(value, fresh[key], rtol=2e-3, atol=5e-4)
+
+
+@pytest.mark.parametrize("epochs", [0, 2])
+def test_compress_measures_leftovers_as_they_are_stored(tmp_path, epochs, coarse_leftovers):
+    trainer = make_trainer(tmp_path, make_resnet(), Rows(IMAGES))
+    packed = trainer.compress(LAST_PART, CompressionArguments(stage_epochs=epochs, plots=False))
+    assert len(list(packed_layers(packed))) > 6
+    assert_stored_stats_of(packed)
+
+
+def test_quantize_model_stores_the_statistics_it_measured(coarse_leftovers):
+    model = quantize_model(make_resnet(), LAST_PART, progress=False, calibration_data=[IMAGES])
+    assert_stored_stats_of(model)
 
 
 def test_compress_without_data_warns(tmp_path, caplog):

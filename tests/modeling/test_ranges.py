@@ -7,10 +7,19 @@ import torch
 from support.tiny import make_model
 from torch import nn
 
-from hf_quantnoise import FixedPointConfig, IPQConfig, quantize_model
+from hf_quantnoise import (
+    FixedPointConfig,
+    IPQConfig,
+    QuantNoiseConfig,
+    apply_quant_noise,
+    quantize_model,
+)
+from hf_quantnoise.compression.bit_allocation.candidates import candidates_for
 from hf_quantnoise.modeling import pack_layer
 from hf_quantnoise.modeling.importance import measure_importance
+from hf_quantnoise.modeling.packer import ModelPacker
 from hf_quantnoise.quantizers import AdditiveQuantizer, FixedPointQuantizer, ProductQuantizer
+from hf_quantnoise.structure import find_layers
 
 NORMAL = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
 LARGE_ROW = torch.cat([NORMAL[:63], NORMAL[63:] * 1e9])
@@ -78,10 +87,6 @@ def test_weights_are_refused_or_stored_with_the_error_that_is_reported(quantizer
 
 
 REFUSED = {
-    "centroids": (7e4, IPQConfig(n_centroids=8, codebook_bits=16), "65504; set codebook_bits=32"),
-    "additive": (
-        4e4, IPQConfig(n_centroids=8, codebook_bits=16, n_codebooks=2), "codebook_bits=16"
-    ),
     "squares": (2e19, FixedPointConfig(), "expected 1e-16 to 1e[+]16"),
     "row scales": (
         1e12, IPQConfig(n_centroids=8, row_scale=True, codebook_bits=32), "set row_scale=False"
@@ -101,6 +106,76 @@ def test_value_out_of_range_is_refused_by_name(name):
     config.exclude_modules = ["layer.1.output.dense"]  # the way out of the message
     quantize_model(model, config, progress=False)
     assert layer.weight.max().item() == pytest.approx(value)
+
+
+def scaled(factor):
+    """Return a model with one layer whose weights are scaled."""
+    model = make_model("bert")
+    layer = model.bert.encoder.layer[1].output.dense
+    layer.weight.data *= factor / layer.weight.abs().max()
+    return model
+
+
+SCALED = "bert.encoder.layer.1.output.dense"
+TWO_BOOKS = IPQConfig(block_size=8, n_centroids=8, n_codebooks=2)
+BY_DEFAULT = IPQConfig(n_centroids=8)
+
+
+@pytest.mark.parametrize(
+    ("factor", "config"),
+    [(1e-5, BY_DEFAULT), (1e-9, BY_DEFAULT), (7e4, BY_DEFAULT), (4e4, TWO_BOOKS)],
+)
+def test_weights_beyond_float16_have_32_bit_centroids(factor, config, tmp_path, caplog):
+    dense = scaled(factor).get_submodule(SCALED).weight.detach().double()
+    model = quantize_model(scaled(factor), config, progress=False)
+    assert f"32 bits, since float16 cannot hold their values: {SCALED}" in caplog.text
+    plan = model.config.quantization_config.plan
+    by_bits = {name for name, entry in plan.items() if entry.get("codebook_bits") == 32}
+    assert by_bits == {SCALED}
+    normal = quantize_model(scaled(1.0), config, progress=False).get_submodule(SCALED)
+    normal_weight = scaled(1.0).get_submodule(SCALED).weight.detach().double()
+    errors = [
+        float((layer.weight.detach().double() - weight).norm() / weight.norm())
+        for layer, weight in ((model.get_submodule(SCALED), dense), (normal, normal_weight))
+    ]
+    assert errors[0] == pytest.approx(errors[1], rel=0.1)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert torch.equal(loaded.get_submodule(SCALED).weight, model.get_submodule(SCALED).weight)
+
+
+def test_resumed_run_has_the_quantizers_of_its_plan():
+    """Training may move weights out of the range after the check of the dense model."""
+    packer = ModelPacker(scaled(7e4), BY_DEFAULT)
+    packer.pack_all()
+    resumed = ModelPacker(scaled(1.0), BY_DEFAULT)
+    resumed.restore_stages(resumed.stages, packer.config.plan)
+    assert resumed.config.plan == packer.config.plan
+    assert resumed.model.get_submodule(SCALED).quantizer.codebook_bits == 32
+
+
+def test_bit_allocation_counts_32_bit_centroids():
+    layers = {layer.name: layer for layer in find_layers(scaled(1e-5))}
+    bits = {
+        name: {
+            candidate.settings["codebook_bits"]
+            for candidate in candidates_for((layers[name],), BY_DEFAULT).candidates
+            if candidate.settings["scheme"] == "pq"
+        }
+        for name in (SCALED, "bert.encoder.layer.0.output.dense")
+    }
+    assert list(bits.values()) == [{32}, {16}]
+
+
+def test_noise_has_32_bit_centroids_where_it_needs_them():
+    settings = {"noise": "pq", "p": 1.0, "learn_codebooks": True}
+    model = scaled(1e-9)
+    layer = model.get_submodule(SCALED)
+    apply_quant_noise(model, QuantNoiseConfig.matching(BY_DEFAULT, model, **settings)).train()
+    inputs = torch.randn(4, 64)
+    noisy = layer(inputs) - layer.bias
+    quantize_model(model, BY_DEFAULT, progress=False)
+    assert noisy.any() and torch.equal(noisy, layer(inputs) - layer.bias)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e25])

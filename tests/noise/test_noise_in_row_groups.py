@@ -20,6 +20,7 @@ from hf_quantnoise import (
     quantize_model,
 )
 from hf_quantnoise.blocks import to_blocks
+from hf_quantnoise.compression import fitted_noise
 from hf_quantnoise.modeling import packed_layers
 from hf_quantnoise.modeling.packer import ModelPacker
 from hf_quantnoise.noise import find_state
@@ -200,7 +201,7 @@ def test_matching_noise_has_the_quantizers_of_the_target(fields):
         ({"frequent_rows": 0.5, "layer_quantizers": {NAME: {"scheme": "dense"}}}, {},
          "cannot match frequent_rows=0.5 together with layer_quantizers"),
         ({"layer_quantizers": {NAME: {**BY_NAME, "group_rows": [10, 30, 280],
-                                      "block_sizes": [4, 8, 32]}}}, {},
+                                      "block_sizes": [4, 8, 32], "n_centroids": 8}}}, {},
          "noise has two groups of rows, and this layer 3"),
     ],
 )  # fmt: skip
@@ -307,6 +308,18 @@ def test_interrupted_compression_keeps_what_noise_trained(tmp_path, parity_data,
         model = trainer.compress(TARGET, resume_from_checkpoint=name == "interrupted")
         results.append(dict(model.state_dict()))
     assert_same(*results)
+
+
+def test_resumed_compression_has_the_lookups_that_were_counted(tmp_path, parity_data, monkeypatch):
+    target = replace(TARGET, frequent_rows=0.9)
+    complete = trainer_for(tmp_path / "complete", parity_data, None).compress(target)
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(ModelPacker, "_pack", lambda *_: 1 / 0)
+        trainer_for(tmp_path / "b", parity_data, None).compress(target)
+    monkeypatch.setattr(fitted_noise, "count_lookups", lambda *_: 1 / 0)
+    resumed = trainer_for(tmp_path / "b", parity_data, None)
+    resumed = resumed.compress(target, resume_from_checkpoint=True)
+    assert_same(dict(resumed.state_dict()), dict(complete.state_dict()))
 
 
 def test_noise_of_pending_stages_has_the_groups(tmp_path, parity_data):

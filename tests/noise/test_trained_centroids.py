@@ -40,7 +40,7 @@ def test_centroid_gradient_is_the_mean_over_its_noised_blocks(name, p):
     layer = model[0]
     seen = {}
     decode, replace = noise.decode, noise.replace
-    noise.decode = lambda rows=None: (seen.update(rows=rows), decode(rows))[1]
+    noise.decode = lambda device, rows: (seen.update(rows=rows), decode(device, rows))[1]
     noise.replace = lambda *args: (seen.update(chosen=args[1]), replace(*args))[1]
     torch.manual_seed(1)
     output = model(inputs())
@@ -95,3 +95,29 @@ def test_a_refresh_renews_codes_and_keeps_centroids():
     distances = torch.cdist(to_blocks(model[0].weight, BLOCK).double(), before.double())
     assert torch.equal(noise.state["codes"].reshape(-1).long(), distances.argmin(1))
     assert not torch.equal(noise.state["codes"], old)
+
+
+@pytest.mark.parametrize("action", ["forward", "refresh"])
+def test_centroids_stay_the_parameters_of_an_optimizer_on_another_device(action, monkeypatch):
+    model, noise = noisy(nn.Linear(16, 24), 0.5)
+    model(torch.randn(5, 16)).square().sum().backward()
+    (codebook,) = find_state(model).parameters()
+    value, gradient = codebook.detach().clone(), codebook.grad.clone()
+    devices = []
+    original = noise._state_on
+
+    def other_device(device):
+        """Have the state moved: "cpu:0" is the CPU and not equal to the device of its tensors."""
+        devices.append(device)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "to", lambda tensor, *args, **kwargs: tensor.clone())
+            return original(torch.device("cpu:0"))
+
+    monkeypatch.setattr(noise, "_state_on", other_device)
+    if action == "forward":
+        model(torch.randn(5, 16))
+    else:
+        find_state(model).refresh_codebooks()
+    assert devices and set(devices) == {model[0].weight.device}
+    assert find_state(model).parameters() == [codebook] and noise.state["codebook"] is codebook
+    assert torch.equal(codebook, value) and torch.equal(codebook.grad, gradient)

@@ -6,7 +6,7 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
 from hf_quantnoise import IPQConfig, QuantNoiseTrainer
-from hf_quantnoise.compression.checkpoints import in_memory_tensors
+from hf_quantnoise.compression.exact_checkpoints import in_memory_tensors
 from hf_quantnoise.compression.training.stage_trainer import StageTrainer
 from support.tasks import EXAMPLES, TASKS
 

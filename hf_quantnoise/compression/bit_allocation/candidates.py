@@ -130,6 +130,8 @@ def candidates_for(
 def _settings_of(layer: LayerInfo, config: IPQConfig) -> Iterator[dict[str, Any]]:
     changes = {"block_size": 4, "n_centroids": 256, "layer_quantizers": {}, "frequent_rows": None}
     base = replace(config, **changes).quantizer_settings(layer) or {}
+    if not layer.module.weight.is_meta:
+        base = quantizer_from_dict(base).for_values(weight_matrix(layer.module)).to_dict()
     block = layer.layer_type.kernel_block(layer.module)
     for size in [block] if block > 1 else BLOCK_SIZES:
         for centroids in CENTROIDS:

@@ -13,7 +13,6 @@ from transformers import Trainer
 from ...hub.card import format_metrics
 from ...modeling import packed_layers
 from ...modeling.packer import StageResult
-from ...quantizers import ProductQuantizer, RowGroupQuantizer
 from ...size import size_report
 
 _PACKED = "packed"
@@ -104,7 +103,7 @@ def codebook_use(model: nn.Module) -> float | None:
     layers = {
         id(layer.weight_indices): layer
         for _, layer in packed_layers(model)
-        if isinstance(layer.quantizer, ProductQuantizer | RowGroupQuantizer)
+        if layer.quantizer.has_codebook
     }
     used = [used for layer in layers.values() for used in (layer.block_counts() > 0).tolist()]
     return sum(used) / len(used) if used else None

@@ -10,9 +10,18 @@ from ...configuration import QuantNoiseConfig
 from ...modeling.packed import PREFIX
 from ...noise import find_state
 from ..arguments import CompressionArguments
-from ..checkpoints import MemoryCheckpoint
 from ..distillation.teacher import Teacher
+from ..exact_checkpoints import ExactCheckpoints
 from .distilling_trainer import DistillingTrainer
+
+
+class _StageCheckpoints(ExactCheckpoints):
+    """A checkpoint without the tensors in memory is incomplete."""
+
+    trainer: StageTrainer
+
+    def gather_model(self) -> nn.Module:
+        return self.trainer.gather_model()
 
 
 class StageTrainer(DistillingTrainer):
@@ -38,7 +47,7 @@ class StageTrainer(DistillingTrainer):
         # The noise callback comes first: the last file of a checkpoint must be written after it.
         callbacks = [] if noise is None else [QuantNoiseCallback(noise)]
         super().__init__(*args, callbacks=callbacks, **kwargs)
-        self.add_callback(MemoryCheckpoint(self))
+        self.add_callback(_StageCheckpoints(self))
         self.compression_args = compression_args
         self.set_teacher(teacher)
 
