@@ -91,7 +91,7 @@ def make_trainer(
         train = train.shuffle(seed=0).select(range(min(limit, len(train))))
     noise = None
     if "noise" in setting:
-        noise = QuantNoiseConfig.matching(storage_of(key), seed=seed, **setting["noise"])
+        noise = QuantNoiseConfig.matching(storage_of(key), teacher, seed=seed, **setting["noise"])
     training = TrainingArguments(
         output_dir=folder, seed=seed, per_device_train_batch_size=32, weight_decay=0.01,
         bf16=True, use_cpu=True, train_sampling_strategy="group_by_length", save_strategy="steps",
