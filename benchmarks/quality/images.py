@@ -69,7 +69,7 @@ def fixed_point(bits: int, p: float) -> dict:
 
 
 PROXY, EXACT = {"noise": "proxy", "p": 0.1}, {"noise": "pq", "p": 0.3}
-TRAINED = {"noise": "pq", "p": 1.0, "learn_codebooks": True}
+TRAINED = {"noise": "pq", "p": 1.0, "learn_codebooks": True, "codebook_update": 1}
 JOINT = [".*"]
 METHODS = {
     "float32": (None, {}),

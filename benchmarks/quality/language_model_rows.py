@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 JOINT = {"stages": [".*"]}  # one stage for all layers
-LEARNED = {"noise": "pq", "p": 1.0, "learn_codebooks": True, "codebook_update": 5}
+LEARNED = {"noise": "pq", "p": 1.0, "learn_codebooks": True, "codebook_update": 1}
 # Learning rates that the study of settings chose: of weights and of centroids.
-TRAINED_RATES = {"learning_rate": 4e-3, "codebook_learning_rate": 5e-3}
+TRAINED_RATES = {"learning_rate": 8e-3, "codebook_learning_rate": 5e-3}
 
 
 @dataclass(frozen=True)
@@ -116,30 +116,30 @@ def settings(model: str, steps: int | None) -> list[Row]:
             splits=("held_out",),
         )  # fmt: skip
 
-    def half_trained(rate: float, centroids: float, name: str, stored: dict) -> Row:
+    def half_trained(rate: float, centroids: float, name: str, stored: dict, **noise) -> Row:
         return Row(
-            f"trained noise, then fixed codes, {name}", "15x", {**stored, **JOINT}, LEARNED,
-            noise_steps=steps // 2, compression_steps=steps - steps // 2, learning_rate=rate,
-            codebook_learning_rate=centroids, splits=("held_out",),
+            f"trained noise, then fixed codes, {name}", "15x", {**stored, **JOINT},
+            {**LEARNED, **noise}, noise_steps=steps // 2, compression_steps=steps - steps // 2,
+            learning_rate=rate, codebook_learning_rate=centroids, splits=("held_out",),
         )  # fmt: skip
 
     allocated = ("bits allocated", {**ALLOCATED, "target_size_mb": MEGABYTES[model]["15x"]})
     rows = [
         trained(5e-4, 5e-3, *allocated, codebook_update=20),
         trained(1e-3, 5e-3, *allocated, codebook_update=20),
+        trained(5e-4, 5e-3, *allocated, codebook_update=5),
+        trained(1e-3, 5e-3, *allocated, codebook_update=5),
+        trained(2e-3, 5e-3, *allocated, codebook_update=5),
+        trained(4e-3, 5e-3, *allocated, codebook_update=5),
+        trained(8e-3, 5e-3, *allocated, codebook_update=5),
+        trained(1e-3, 1e-2, *allocated, codebook_update=5),
+        trained(1e-3, 2e-3, *allocated, codebook_update=5),
+        half_trained(4e-3, 5e-3, *allocated, codebook_update=5),
+        trained(4e-3, 5e-3, *allocated, codebook_update=2),
         trained(5e-4, 5e-3, *allocated),
-        trained(1e-3, 5e-3, *allocated),
-        trained(5e-4, 5e-3, *allocated, codebook_update=1),
-        trained(2e-3, 5e-3, *allocated),
         trained(4e-3, 5e-3, *allocated),
         trained(8e-3, 5e-3, *allocated),
-        trained(4e-3, 5e-3, *allocated, codebook_update=2),
-        trained(4e-3, 5e-3, *allocated, codebook_update=1),
-        trained(8e-3, 5e-3, *allocated, codebook_update=1),
-        trained(4e-3, 2e-3, *allocated, codebook_update=1),
-        half_trained(4e-3, 5e-3, *allocated),
-        trained(1e-3, 1e-2, *allocated),
-        trained(1e-3, 2e-3, *allocated),
+        trained(4e-3, 2e-3, *allocated),
         frozen(5e-4, 5e-3, *allocated),
         frozen(5e-4, 2e-2, *allocated),
         frozen(2e-3, 5e-3, *allocated),
