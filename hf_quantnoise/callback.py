@@ -153,7 +153,7 @@ class QuantNoiseCallback(TrainerCallback):
             # A run resumed within an epoch has the codebooks of its beginning already.
             is_new_epoch = is_new_epoch and math.isclose(state.epoch, round(state.epoch))
         self._is_first_epoch = False
-        if noise is not None and is_new_epoch and self.config.codebook_update == "epoch":
+        if noise is not None and is_new_epoch and self.config.codebook_interval == "epoch":
             noise.refresh_codebooks()
 
     def on_step_begin(
@@ -167,7 +167,7 @@ class QuantNoiseCallback(TrainerCallback):
             noise.p = self.config.p_at(step)
         if step == 0:
             return
-        every = self.config.codebook_update
+        every = self.config.codebook_interval
         if every != "epoch" and step % int(every) == 0:
             noise.refresh_codebooks()
         if step % self.config.scale_update_steps == 0:

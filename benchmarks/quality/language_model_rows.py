@@ -99,54 +99,44 @@ EVEN = {
 }  # fmt: skip
 
 
+def _tried(stored: tuple[str, dict], rate: float, centroids: float, **fields: Any) -> Row:
+    """Return a row of the study of settings; its name tells the rates."""
+    name, storage = stored
+    noise = fields.get("noise")
+    arm = "no noise" if noise is None else f"noise, codes every {noise['codebook_update']}"
+    if noise is not None and "compression_steps" in fields:
+        arm += ", then fixed"
+    return Row(
+        f"{arm}, {name}, rates {rate:g}, {centroids:g}", "15x", {**storage, **JOINT},
+        learning_rate=rate, codebook_learning_rate=centroids, splits=("held_out",), **fields,
+    )  # fmt: skip
+
+
 def settings(model: str, steps: int | None) -> list[Row]:
     """Choose learning rates and how the bytes are spent, on the held-out text."""
     steps = STEPS[model] // 4 if steps is None else steps
-
-    def frozen(rate: float, centroids: float, name: str, stored: dict) -> Row:
-        return Row(
-            f"joint, no noise, {name}", "15x", {**stored, **JOINT}, compression_steps=steps,
-            learning_rate=rate, codebook_learning_rate=centroids, splits=("held_out",),
-        )  # fmt: skip
-
-    def trained(rate: float, centroids: float, name: str, stored: dict, **noise) -> Row:
-        return Row(
-            f"trained noise, {name}", "15x", {**stored, **JOINT}, {**LEARNED, **noise},
-            noise_steps=steps, learning_rate=rate, codebook_learning_rate=centroids,
-            splits=("held_out",),
-        )  # fmt: skip
-
-    def half_trained(rate: float, centroids: float, name: str, stored: dict, **noise) -> Row:
-        return Row(
-            f"trained noise, then fixed codes, {name}", "15x", {**stored, **JOINT},
-            {**LEARNED, **noise}, noise_steps=steps // 2, compression_steps=steps - steps // 2,
-            learning_rate=rate, codebook_learning_rate=centroids, splits=("held_out",),
-        )  # fmt: skip
-
     allocated = ("bits allocated", {**ALLOCATED, "target_size_mb": MEGABYTES[model]["15x"]})
+
+    def trained(every: int, rate: float, centroids: float, stored: tuple[str, dict]) -> Row:
+        noise = {**LEARNED, "codebook_update": every}
+        return _tried(stored, rate, centroids, noise=noise, noise_steps=steps)
+
     rows = [
-        trained(5e-4, 5e-3, *allocated, codebook_update=20),
-        trained(1e-3, 5e-3, *allocated, codebook_update=20),
-        trained(5e-4, 5e-3, *allocated, codebook_update=5),
-        trained(1e-3, 5e-3, *allocated, codebook_update=5),
-        trained(2e-3, 5e-3, *allocated, codebook_update=5),
-        trained(4e-3, 5e-3, *allocated, codebook_update=5),
-        trained(8e-3, 5e-3, *allocated, codebook_update=5),
-        trained(1e-3, 1e-2, *allocated, codebook_update=5),
-        trained(1e-3, 2e-3, *allocated, codebook_update=5),
-        half_trained(4e-3, 5e-3, *allocated, codebook_update=5),
-        trained(4e-3, 5e-3, *allocated, codebook_update=2),
-        trained(5e-4, 5e-3, *allocated),
-        trained(4e-3, 5e-3, *allocated),
-        trained(8e-3, 5e-3, *allocated),
-        trained(4e-3, 2e-3, *allocated),
-        frozen(5e-4, 5e-3, *allocated),
-        frozen(5e-4, 2e-2, *allocated),
-        frozen(2e-3, 5e-3, *allocated),
-        frozen(2e-3, 1e-2, *allocated),
+        trained(every, rate, centroids, allocated)
+        for every, rate, centroids in (
+            (20, 5e-4, 5e-3), (20, 1e-3, 5e-3),
+            (5, 5e-4, 5e-3), (5, 1e-3, 5e-3), (5, 2e-3, 5e-3), (5, 4e-3, 5e-3), (5, 8e-3, 5e-3),
+            (5, 1e-3, 1e-2), (5, 1e-3, 2e-3),
+            (2, 4e-3, 5e-3),
+            (1, 5e-4, 5e-3), (1, 4e-3, 5e-3), (1, 8e-3, 5e-3), (1, 4e-3, 2e-3),
+        )
+    ]  # fmt: skip
+    rows += [
+        _tried(allocated, rate, centroids, compression_steps=steps)
+        for rate, centroids in ((5e-4, 5e-3), (5e-4, 2e-2), (2e-3, 5e-3), (2e-3, 1e-2))
     ]
+    halves = {"noise_steps": steps // 2, "compression_steps": steps - steps // 2}
+    rows.append(_tried(allocated, 4e-3, 5e-3, noise={**LEARNED, "codebook_update": 5}, **halves))
     if model == "stories":
-        for name, stored in EVEN.items():
-            row = {**LEFTOVERS, **stored}
-            rows.append(trained(5e-4, 5e-3, name, row, codebook_update=20))
+        rows += [trained(20, 5e-4, 5e-3, (n, {**LEFTOVERS, **s})) for n, s in EVEN.items()]
     return rows

@@ -120,6 +120,7 @@ FORMS: dict[Any, Form] = {
     int | list[list[str]] | None: _CHUNKS,
     str | list[str] | None: Form(str | None, parse_patterns, "Format: a regex, or a JSON list."),
     str | int: Form(str, _parse_json),
+    str | int | None: Form(str | None, _parse_json, "Format: epoch, or 20."),
     int | float | None: Form(str | None, _parse_json, "Format: 8000, or 0.96."),
     int | float | dict[str, int] | None: Form(str | None, _parse_json),
     str | list[str]: Form(list[str], _one_or_list),

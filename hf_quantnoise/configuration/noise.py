@@ -90,8 +90,10 @@ class QuantNoiseConfig(HubConfigMixin, Options):
         "'all' draws single blocks, 'cluster' draws clusters of similar blocks (table 5). intN "
         "noise draws single weights in both cases.",
     )
-    codebook_update: Annotated[str | int, word_or_steps("epoch")] = option(
-        "epoch", "When codebooks and means are fitted again: every 'epoch', or every N steps."
+    codebook_update: Annotated[str | int | None, word_or_steps("epoch")] = option(
+        None,
+        "When codebooks and means are fitted again: every 'epoch', or every N steps. None: every "
+        "epoch, or with learn_codebooks every step.",
     )
     learn_codebooks: Annotated[bool, boolean] = option(
         False,
@@ -232,6 +234,13 @@ class QuantNoiseConfig(HubConfigMixin, Options):
     def noises(self) -> list[tuple[str, float]]:
         """(name, rate) of each noise function, in the order of application."""
         return list(zip(*self._names_and_rates(), strict=True))
+
+    @property
+    def codebook_interval(self) -> str | int:
+        """``codebook_update``, or the interval that None stands for."""
+        if self.codebook_update is None:
+            return 1 if self.learn_codebooks else "epoch"
+        return self.codebook_update
 
     def p_at(self, step: int) -> list[float]:
         """Return the rate of each noise at an optimizer step, counted from 0."""
