@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Iterator
+from importlib import import_module
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -19,20 +20,33 @@ def suggestion(name: object, known: Iterable[str]) -> str:
 
 
 class Registry(Generic[T]):
-    """Maps names to objects (classes or functions) of a kind, which error messages name."""
+    """Maps names to objects (classes or functions) of a kind, which error messages name.
 
-    def __init__(self, kind: str) -> None:
+    Args:
+        kind: the kind.
+        filled_by: subpackage that registers the objects; imported before the first look-up.
+    """
+
+    def __init__(self, kind: str, filled_by: str | None = None) -> None:
         self.kind = kind
-        self._entries: dict[str, T] = {}
+        self._registered: dict[str, T] = {}
+        self._filled_by = filled_by
+
+    @property
+    def _entries(self) -> dict[str, T]:
+        if self._filled_by is not None:
+            import_module(f".{self._filled_by}", __package__)
+            self._filled_by = None  # torch.compile cannot trace an import
+        return self._registered
 
     def register(self, *names: str) -> Callable[[T], T]:
         """Return a decorator that registers an object under names that are not registered yet."""
 
         def enter(entry: T) -> T:
             for name in names:
-                if name in self._entries:
+                if name in self._registered:
                     raise ValueError(f"{self.kind} {name!r} is registered already")
-                self._entries[name] = entry
+                self._registered[name] = entry
             return entry
 
         return enter

@@ -1,7 +1,6 @@
 """Checks each private name of other libraries against the installed versions."""
 
 import ast
-import importlib
 import inspect
 from pathlib import Path
 
@@ -211,17 +210,6 @@ def test_set_table_of_prompts():
     assert inspect.signature(setup.__wrapped__).parameters.keys() == {"self", "adapter_name"}
     assert not hasattr(setup.__wrapped__, "__wrapped__")
     assert 'get_submodule("embeddings.word_embeddings")' in inspect.getsource(setup.__wrapped__)
-
-
-def test_call_after_import(tmp_path, monkeypatch):
-    (tmp_path / "imported_later.py").write_text("value = 1")
-    monkeypatch.syspath_prepend(tmp_path)
-    seen = []
-    compat.call_after_import("imported_later", lambda module: seen.append(module.value))
-    assert not seen
-    importlib.import_module("imported_later")
-    compat.call_after_import("imported_later", lambda module: seen.append(module.value))
-    assert seen == [1, 1]
 
 
 def test_stop_rescaling():

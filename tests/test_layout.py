@@ -14,8 +14,10 @@ ROOT = Path(hf_quantnoise.__file__).parent
 # layers before it.
 LAYERS = (
     "version",
+    "deferred_imports",
     "compat",
     "registry",
+    "argument_parsing",
     "argument_checks",
     "text",
     "patterns",
@@ -36,6 +38,7 @@ LAYERS = (
     "batch_norm",
     "training_statistics",
     "hub",
+    "registration",
     "size",
     "export",
     "publishing",

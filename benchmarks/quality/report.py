@@ -24,6 +24,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import ablation_page
 from comparisons import Bootstraps, comparisons_table
+from pages import fill
 from pareto import pareto_svg
 from published import STUDIES, Study
 from results_file import provenance, read_lines
@@ -34,7 +35,6 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE, README = Path("docs/reference/results.md"), Path("README.md")
 ABLATIONS = Path("docs/reference/ablations.md")
 RESULTS, PLOTS = Path("benchmarks/results"), Path("docs/reference/results")
-BLOCK = re.compile(r"(<!-- report: (.+?) -->\n).*?(<!-- end of report -->)", re.DOTALL)
 README_TEXT = """\
 Four GLUE tasks with MiniLM (22.7 M parameters), on the dev sets: mean and standard deviation over
 seeds of models loaded from disk. [Results](docs/reference/results.md) has all methods, tests and
@@ -87,18 +87,6 @@ def section(study: Study, runs: list[Run], baselines: list[dict], stored: Bootst
             parts.append(f"The compressed models ({model}):")
         parts += tables_of_model(own, study, stored)
     return "\n\n".join(filter(None, parts)) if runs or baselines else ""
-
-
-def fill(text: str, blocks: dict[str, str]) -> str:
-    """Return a page with the content of its blocks; those without content stay as they are."""
-    blocks = {name: content for name, content in blocks.items() if content}
-    names = [match[2] for match in BLOCK.finditer(text)]
-    if missing := blocks.keys() - names:
-        name = min(missing)
-        raise ValueError(f"invalid page: no block <!-- report: {name} --> for the rows of {name}")
-    return BLOCK.sub(
-        lambda m: f"{m[1]}\n{blocks[m[2]]}\n\n{m[3]}" if m[2] in blocks else m[0], text
-    )
 
 
 def files(root: Path, data_dir: str | None = None) -> dict[Path, str]:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import sys
 import traceback
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from inspect import getdoc
 
-from ..configuration.flags import HelpFormatter, OneLineErrors, unknown_flags
+from ..argument_parsing import HelpFormatter, OneLineErrors, unknown_flags
 from ..text import printable
+from ..version import __version__
 from . import compress, convert, finetune, plan, push, report  # noqa: F401
 from .command import COMMANDS, Command, UsageError
 
@@ -23,8 +24,8 @@ class _Formatter(HelpFormatter, RawDescriptionHelpFormatter):
     """Shows defaults, and the examples as they are written."""
 
 
-def build_parser() -> ArgumentParser:
-    """Return the parser of all commands.
+def build_parser(words: Container[str] = COMMANDS) -> ArgumentParser:
+    """Return the parser of all commands; only those in ``words`` have their arguments.
 
     Parsed arguments have ``command``, the class of the command, and ``parser``.
     """
@@ -33,9 +34,10 @@ def build_parser() -> ArgumentParser:
         description="Compress Hugging Face models with quantization noise and product "
         "quantization.",
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name in COMMANDS:
-        command = COMMANDS[name]
+        command, is_used = COMMANDS[name], name in words
         text = getdoc(command) or ""
         subparser = commands.add_parser(
             name,
@@ -43,9 +45,10 @@ def build_parser() -> ArgumentParser:
             description=text,
             epilog="\n  ".join(["examples:", *command.examples]),
             formatter_class=_Formatter,
-            parents=[parent() for parent in command.parents],
+            parents=[parent() for parent in command.parents] if is_used else [],
         )
-        command.add_arguments(subparser)
+        if is_used:
+            command.add_arguments(subparser)
         subparser.add_argument("--traceback", action="store_true", help="Show error tracebacks.")
         subparser.set_defaults(command=command, parser=subparser)
     return parser
@@ -62,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     ``argv=None`` uses the words of the process. Exits with 2 if they are invalid.
     """
-    args, unknown = build_parser().parse_known_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args, unknown = build_parser(argv).parse_known_args(argv)
     if unknown:  # reported by the parser of the command, whose --help lists its flags
         args.parser.error(unknown_flags(unknown, args.parser._option_string_actions))
     try:

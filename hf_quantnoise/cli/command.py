@@ -1,7 +1,12 @@
-"""Base class and registry of the commands, and flags that several of them have."""
+"""Base class and registry of the commands, and flags that several of them have.
+
+What a command needs in order to run is imported when it runs: most of the time of a short command
+would be spent on imports.
+"""
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
@@ -57,3 +62,40 @@ def add_output_arguments(parser: ArgumentParser) -> None:
     """Add ``out`` and ``overwrite``: the folder that a command writes."""
     parser.add_argument("out", metavar="OUT", help="Output folder.")
     parser.add_argument("--overwrite", action="store_true", help="Replace the model in OUT.")
+
+
+def quantization_parser() -> ArgumentParser:
+    """Return the flags of the compressed model, as a parent of a command's parser."""
+    from transformers import HfArgumentParser
+
+    from ..configuration import IPQConfig
+    from ..configuration.flags import QuantizationFlags
+    from ..configuration.options import options_of
+
+    parser = HfArgumentParser([QuantizationFlags], add_help=False)
+    parser.add_argument("--seed", type=int, default=0, help=options_of(IPQConfig)["seed"].help)
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="JSON file with all of these settings: the output of `plan --save`, or the "
+        "config.json of a compressed model.",
+    )
+    return parser
+
+
+def add_table_arguments(parser: ArgumentParser, per: str) -> None:
+    """Add ``per`` and ``json``: the form of a report."""
+    parser.add_argument("--per", choices=["group", "layer"], default=per, help="Rows of the table.")
+    parser.add_argument("--json", action="store_true", help="Print all rows as JSON, in bytes.")
+
+
+def check_file(flag: str, path: str | None) -> None:
+    """Raise a ``ValueError`` if a file cannot be written; called before any work is done."""
+    if path is None:
+        return
+    folder = os.path.dirname(os.path.abspath(path))
+    if os.path.isdir(path) or not os.path.isdir(folder):
+        reason = "is a folder" if os.path.isdir(path) else f"the folder {folder!r} does not exist"
+        raise ValueError(f"invalid {flag} {path!r}: {reason}; pass a file in an existing folder")
+    if not os.access(path if os.path.exists(path) else folder, os.W_OK):
+        raise ValueError(f"invalid {flag} {path!r}: no permission to write; choose another file")

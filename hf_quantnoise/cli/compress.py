@@ -5,14 +5,14 @@ from __future__ import annotations
 import sys
 from argparse import ArgumentParser, Namespace
 
-from ..compression import check_plan, quantize_model
-from ..compression.bit_allocation.allocate import resolve_target
-from ..files.model_folders import replaced_model
-from ..size import size_report
-from .checkpoints import checkpoint_of
-from .command import COMMANDS, Command, UsageError, add_model_argument, add_output_arguments
-from .folders import check_output, copy_companions, write_card
-from .settings import quantization_config, quantization_parser
+from .command import (
+    COMMANDS,
+    Command,
+    UsageError,
+    add_model_argument,
+    add_output_arguments,
+    quantization_parser,
+)
 
 
 @COMMANDS.register("compress")
@@ -37,6 +37,14 @@ class Compress(Command):
 
     @staticmethod
     def run(args: Namespace) -> None:
+        from ..compression import check_plan, quantize_model
+        from ..compression.bit_allocation.allocate import resolve_target
+        from ..files.model_folders import replaced_model
+        from ..size import size_report
+        from .checkpoints import checkpoint_of
+        from .folders import check_output, copy_companions, write_card
+        from .settings import quantization_config
+
         config = quantization_config(args)
         if field := config.reads_data:
             raise UsageError(

@@ -5,16 +5,14 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from inspect import getdoc
+from typing import TYPE_CHECKING
 
-from transformers import PreTrainedModel
-
-from ..export import export_aqlm, export_onnx
-from ..files.model_folders import replaced_model
 from ..registry import Registry
 from ..text import printable
-from .checkpoints import checkpoint_of
 from .command import COMMANDS, Command, add_model_argument, add_output_arguments
-from .folders import check_output, copy_companions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Format -> function that writes a packed model in it: (model, folder) -> None. Its docstring is its
 # help. If it raises, the output folder is not changed.
@@ -30,6 +28,8 @@ def to_dense(model: PreTrainedModel, folder: str) -> None:
 @TARGETS.register("aqlm")
 def to_aqlm(model: PreTrainedModel, folder: str) -> None:
     """for transformers with aqlm installed; layers that do not fit its layout are written dense"""
+    from ..export import export_aqlm
+
     for name, reason in export_aqlm(model, folder).dense.items():
         print(printable(f"{name}: dense, {reason}"))
 
@@ -37,6 +37,8 @@ def to_aqlm(model: PreTrainedModel, folder: str) -> None:
 @TARGETS.register("onnx")
 def to_onnx(model: PreTrainedModel, folder: str) -> None:
     """a packed model.onnx for onnxruntime; encoders and classifiers only"""
+    from ..export import export_onnx
+
     export_onnx(model, folder)
 
 
@@ -61,6 +63,10 @@ class Convert(Command):
 
     @staticmethod
     def run(args: Namespace) -> None:
+        from ..files.model_folders import replaced_model
+        from .checkpoints import checkpoint_of
+        from .folders import check_output, copy_companions
+
         checkpoint = checkpoint_of(args)
         check_output(args.out, args.overwrite, args.model)
         model = checkpoint.load_packed()

@@ -43,18 +43,6 @@ def check_output(out: str, overwrite: bool, source: str) -> None:
         ) from error
 
 
-def check_file(flag: str, path: str | None) -> None:
-    """Raise a ``ValueError`` if a file cannot be written; called before any work is done."""
-    if path is None:
-        return
-    folder = os.path.dirname(os.path.abspath(path))
-    if os.path.isdir(path) or not os.path.isdir(folder):
-        reason = "is a folder" if os.path.isdir(path) else f"the folder {folder!r} does not exist"
-        raise ValueError(f"invalid {flag} {path!r}: {reason}; pass a file in an existing folder")
-    if not os.access(path if os.path.exists(path) else folder, os.W_OK):
-        raise ValueError(f"invalid {flag} {path!r}: no permission to write; choose another file")
-
-
 def _require_writable(out: str) -> None:
     """Raise OSError if files cannot be created in a folder, which may not exist."""
     existed = os.path.isdir(out)

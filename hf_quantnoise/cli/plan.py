@@ -8,16 +8,14 @@ from argparse import ArgumentParser, Namespace
 from dataclasses import replace
 from pathlib import Path
 
-from ..compression import check_plan
-from ..compression.bit_allocation.allocate import resolve_target
-from ..configuration import IPQConfig
-from ..modeling.packer import ModelPacker
-from ..size import size_report
-from .checkpoints import checkpoint_of
-from .command import COMMANDS, Command, add_model_argument
-from .folders import check_file
-from .settings import quantization_config, quantization_parser
-from .sizes import add_table_arguments, show
+from .command import (
+    COMMANDS,
+    Command,
+    add_model_argument,
+    add_table_arguments,
+    check_file,
+    quantization_parser,
+)
 
 
 @COMMANDS.register("plan")
@@ -47,6 +45,14 @@ class Plan(Command):
 
     @staticmethod
     def run(args: Namespace) -> None:
+        from ..compression import check_plan
+        from ..configuration import IPQConfig
+        from ..modeling.packer import ModelPacker
+        from ..size import size_report
+        from .checkpoints import checkpoint_of
+        from .settings import quantization_config
+        from .sizes import show
+
         config = quantization_config(args)
         check_file("--save", args.save)
         checkpoint = checkpoint_of(args)
@@ -54,6 +60,8 @@ class Plan(Command):
         model = checkpoint.skeleton()
         check_plan(model, config)
         if config.target is not None and not config.settings_by_name():
+            from ..compression.bit_allocation.allocate import resolve_target
+
             progress = sys.stderr.isatty()
             config = resolve_target(checkpoint.load(), config, progress=progress, table=False)
         ModelPacker(model, config).pack_skeletons()

@@ -6,10 +6,7 @@ import sys
 from argparse import ArgumentParser, Namespace
 
 from ..text import printable
-from .checkpoints import checkpoint_of
-from .command import COMMANDS, Command, add_model_argument
-from .folders import check_file
-from .sizes import add_table_arguments, draw, report_of, show
+from .command import COMMANDS, Command, add_model_argument, add_table_arguments, check_file
 
 
 @COMMANDS.register("report")
@@ -34,6 +31,9 @@ class Report(Command):
     @staticmethod
     def run(args: Namespace) -> None:
         check_file("--png", args.png)
+        from .checkpoints import checkpoint_of
+        from .sizes import draw, report_of, show
+
         report, note = report_of(checkpoint_of(args))
         show(report, args, note=note)
         if note and not args.json:

@@ -1,28 +1,13 @@
-"""Flags of the compressed model, for ``plan`` and ``compress``."""
+"""The config of the compressed model, from the flags of ``plan`` and ``compress``."""
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 
-from transformers import HfArgumentParser
-
-from ..configuration import IPQConfig, QuantizedModelConfig
+from ..configuration import QuantizedModelConfig
 from ..configuration.flags import QuantizationFlags, read_quantization_config
 from ..configuration.options import options_of
 from .command import UsageError
-
-
-def quantization_parser() -> ArgumentParser:
-    """Return the flags, as a parent of a command's parser."""
-    parser = HfArgumentParser([QuantizationFlags], add_help=False)
-    parser.add_argument("--seed", type=int, default=0, help=options_of(IPQConfig)["seed"].help)
-    parser.add_argument(
-        "--config",
-        metavar="FILE",
-        help="JSON file with all of these settings: the output of `plan --save`, or the "
-        "config.json of a compressed model.",
-    )
-    return parser
 
 
 def quantization_config(args: Namespace) -> QuantizedModelConfig:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections import Counter, defaultdict
 from dataclasses import asdict
 from typing import Any
@@ -81,12 +81,6 @@ def layer_table(report: SizeReport) -> str:
         ("total", "", "", *kilobytes(total.disk_bytes, total.dense_bytes)),
     ]
     return aligned(lines, left=3) + "\n" + report.closing_lines()
-
-
-def add_table_arguments(parser: ArgumentParser, per: str) -> None:
-    """Add ``per`` and ``json``: the form of a report."""
-    parser.add_argument("--per", choices=["group", "layer"], default=per, help="Rows of the table.")
-    parser.add_argument("--json", action="store_true", help="Print all rows as JSON, in bytes.")
 
 
 def show(report: SizeReport, args: Namespace, **more: Any) -> None:

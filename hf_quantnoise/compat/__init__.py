@@ -9,11 +9,11 @@ To support a new version, run those tests with it and fix what fails here.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel, Trainer
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -27,7 +27,10 @@ from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from .peft import call_after_import, set_table_of_prompts
+from .peft import set_table_of_prompts
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 __all__ = [
     "CacheLayerMixin",
@@ -35,7 +38,6 @@ __all__ = [
     "WeightConverter",
     "WeightRenaming",
     "WeightTransform",
-    "call_after_import",
     "get_model_conversion_mapping",
     "load_offloaded_parameter",
     "revert_weight_conversion",

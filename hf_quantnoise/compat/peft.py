@@ -2,41 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import wraps
-from importlib.abc import MetaPathFinder
-from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
 from torch import nn
 
-
-def call_after_import(name: str, function: Callable[[ModuleType], None]) -> None:
-    """Call a function with a module: at once if it has been imported, else when it is."""
-    if name in sys.modules:
-        function(sys.modules[name])
-        return
-
-    class Finder(MetaPathFinder):
-        def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
-            if fullname != name:
-                return None
-            sys.meta_path.remove(self)
-            spec: Any = find_spec(name)
-            if spec is None or spec.loader is None:
-                return None
-            execute = spec.loader.exec_module
-
-            def exec_module(module: ModuleType) -> None:
-                execute(module)
-                function(module)
-
-            spec.loader.exec_module = exec_module
-            return spec
-
-    sys.meta_path.insert(0, Finder())
+from ..deferred_imports import call_after_import
 
 
 def set_table_of_prompts(table_of: Callable[[Any], nn.Module | None]) -> None:

@@ -16,7 +16,7 @@ from .checks import Check, by_layer, integer, invalid, layer_name, one_of
 from .options import options_of
 
 # Scheme of an entry -> its quantizer, a dataclass.
-QUANTIZERS: Registry[Any] = Registry("quantizer")
+QUANTIZERS: Registry[Any] = Registry("quantizer", filled_by="quantizers")
 MAX_BLOCK_SIZE = 65_536
 MAX_CENTROIDS = 65_536
 # Each entry takes about 0.3 ms of loading, most of it in transformers, which copies the config.

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-from argparse import Action, ArgumentDefaultsHelpFormatter, ArgumentParser
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, make_dataclass
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, Literal, TypeVar
 
 from ..files.reading import read_json
-from ..registry import suggestion
+from ..version import QUANT_METHOD
 from .fixed_point import FixedPointConfig
 from .ipq import IPQConfig
 from .noise import QuantNoiseConfig
 from .options import Option, option, options_of
-from .storage import QUANT_METHOD, RECORDS, SCHEMES, QuantizedModelConfig
+from .storage import RECORDS, SCHEMES, QuantizedModelConfig
 
 Config = TypeVar("Config")
 
@@ -219,28 +218,3 @@ def errors_name_flags(flags: Mapping[str, str]) -> Iterator[None]:
         if match is None or match[1] not in flags:
             raise
         raise ValueError(f"invalid --{flags[match[1]]}{' ' * len(match[2])}{match[3]}") from error
-
-
-class HelpFormatter(ArgumentDefaultsHelpFormatter):
-    """Shows the default of each flag, except of optional values and switches."""
-
-    def _get_help_string(self, action: Action) -> str | None:
-        if action.default is None or action.default is False:
-            return action.help
-        return super()._get_help_string(action)
-
-
-class OneLineErrors(ArgumentParser):
-    """Argument parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print one line, without the list of all flags, and exit with 2."""
-        self.exit(2, f"{self.prog}: error: {message} ({self.prog} --help lists all flags)\n")
-
-
-def unknown_flags(words: Iterable[str], known: Iterable[str]) -> str:
-    """Return the error message for words that are not flags, with a suggestion for the first."""
-    words = list(words)
-    names = [name for name in known if "-" not in name[2:]]  # --block-size is --block_size
-    hint = suggestion(words[0].partition("=")[0], names)
-    return f"unrecognized arguments: {' '.join(words)}{hint}"

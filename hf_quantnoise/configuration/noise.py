@@ -30,7 +30,7 @@ from .storage import OBSERVERS, QuantizedModelConfig
 
 NOISE_CONFIG_NAME = "quant_noise_config.json"
 
-NOISES: Registry[Any] = Registry("noise")
+NOISES: Registry[Any] = Registry("noise", filled_by="noise")
 
 
 def _noise_names(name: str, value: Any) -> None:

@@ -16,6 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..argument_checks import require_instance
 from ..registry import Registry
 from ..structure import GROUPS
+from ..version import QUANT_METHOD as QUANT_METHOD
 from ..version import __version__
 from .checks import (
     by_layer,
@@ -33,7 +34,6 @@ from .hub_files import HubConfigMixin
 from .layer_storage import stored_layers
 from .options import Options, documented, from_file, option
 
-QUANT_METHOD = "hf_quantnoise"
 # Layout on disk -> the first version of the package that reads it.
 FORMATS = {1: "0.1.0", 2: "0.2.0"}
 FORMAT_VERSION = max(FORMATS)
@@ -43,7 +43,7 @@ HEAD = ("quant_method", "scheme", "how_to_load", "requires")
 RECORDS = ("plan", "left_dense", "shared_layers", "pruned_layers", "weights_id")
 
 SCHEMES: Registry[type] = Registry("scheme")
-OBSERVERS: Registry = Registry("observer")
+OBSERVERS: Registry = Registry("observer", filled_by="quantizers")
 
 
 def check_format(version: Any, requires: object = None) -> None:

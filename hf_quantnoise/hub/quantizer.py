@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.quantizers import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
@@ -29,7 +28,7 @@ from ..compat import (
     set_table_of_prompts,
     stop_rescaling,
 )
-from ..configuration import QUANT_METHOD, QuantizedModelConfig
+from ..configuration import QuantizedModelConfig
 from ..files.reading import headers_of, tensors_in
 from ..modeling import PackedLayer, packed_layers
 from ..modeling.convert import decode_stored_states, is_packed, unpack_model
@@ -57,7 +56,6 @@ from .skeleton import (
 from .weights_id import WEIGHTS_ID, id_of_weights, in_fixed_order, require_one_save
 
 logger = logging.get_logger(__name__)
-register_quantization_config(QUANT_METHOD)(QuantizedModelConfig)
 
 
 def _table_of_packed(model: PreTrainedModel) -> nn.Module | None:
@@ -67,7 +65,6 @@ def _table_of_packed(model: PreTrainedModel) -> nn.Module | None:
 set_table_of_prompts(_table_of_packed)
 
 
-@register_quantizer(QUANT_METHOD)
 class QuantNoiseHfQuantizer(HfQuantizer):
     """Loads, saves and dequantizes models compressed by this package."""
 

@@ -21,6 +21,7 @@ from ..quantizers import (
     RowGroupQuantizer,
     quantizer_from_dict,
 )
+from ..quantizers.refit import fit_or_follow
 from .block_mask import BlockMask
 
 
@@ -125,10 +126,8 @@ class BlockNoise(NoiseFunction):
 
     def refresh(self, matrix, seed):
         if self.has_codes:
-            state, self.quantizer = self._state_on(matrix.device), self.quantizer.for_values(matrix)
-            init = {key: tensor for key, tensor in state.items() if key != "codes"}
-            fitted = self.quantizer.fit(matrix, seed=seed, init=init or None)
-            self.state = {**fitted, "codes": self.quantizer.encode(matrix, fitted)}
+            self.quantizer = self.quantizer.for_values(matrix)
+            self.state = fit_or_follow(self.quantizer, matrix, self._state_on(matrix.device), seed)
 
     def divide_rows(self, quantizer: RowGroupQuantizer, lookups: Tensor | None) -> None:
         """Divide the rows of a table into groups with their own blocks; before the first refresh.

@@ -147,7 +147,7 @@ class QuantNoiseState:
         return found
 
     def refresh_codebooks(self) -> None:
-        """Run k-means on the current weights, starting from the current centroids (section 4.2).
+        """Run a few steps of k-means on the current weights, from the last codes (section 4.2).
 
         Must be called on all ranks of a distributed run, which get the codebooks of rank 0.
         """

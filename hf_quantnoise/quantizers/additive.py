@@ -61,7 +61,7 @@ class AdditiveQuantizer(ProductQuantizer):
 
     def _cluster(self, seed, matrix, importance, start, n_iter):
         blocks = to_blocks(matrix, self.block_size).float()
-        weights = self._block_weights(matrix, importance)
+        weights = self.block_weights(matrix, importance)
         generator = torch.Generator().manual_seed(seed)
         chosen = sample_indices(len(blocks), SAMPLE_POINTS, generator).to(blocks.device)
         sample, sample_weights = blocks[chosen], None if weights is None else weights[chosen]
@@ -70,10 +70,10 @@ class AdditiveQuantizer(ProductQuantizer):
         codebook, codes = start.float().clone(), None
         for _ in range(ROUNDS):
             codes = self._improve_codes(sample, sample_weights, codebook, codes)
-            codebook = self._update(sample, sample_weights, codebook, codes)
+            codebook = self.update_codebook(sample, sample_weights, codes, codebook)
         codes = self._assign(blocks, codebook, weights)
         if len(chosen) < len(blocks):
-            codebook = self._update(blocks, weights, codebook, codes)
+            codebook = self.update_codebook(blocks, weights, codes, codebook)
         return codebook, self._sums(codebook, codes).view(matrix.shape)
 
     def _sums(self, codebook: Tensor, codes: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ class AdditiveQuantizer(ProductQuantizer):
         second, _ = kmeans(blocks - first[codes], self.n_centroids, **options)
         return torch.cat([first, second])
 
-    def _update(self, blocks, weights, codebook, codes) -> Tensor:
+    def update_codebook(self, blocks, weights, codes, codebook, generator=None) -> Tensor:
         """Set each codebook in turn, twice, to the means of the other one's residuals.
 
         A centroid without blocks is unchanged.

@@ -1,9 +1,13 @@
 """k-means in plain torch: vectorized, chunked, seeded, and without empty clusters.
 
-The distances of a chunk of points to all centroids are one matrix product, of (x, 1) and
-(-c, ||c||^2 / 2): ||x - c||^2 / 2 minus half the squared norm of the point. With a weight h for
-each element of each point the distance is sum_j h_j (x_j - c_j)^2, again one product, of (h x, h)
-and (-c, c^2 / 2). A centroid is then the weighted mean of its points, coordinate by coordinate.
+The distances ||x - c||^2 / 2 of a chunk of points to all centroids are one matrix product, of
+(x, 1, ||x||^2 / 2) and (-c, ||c||^2 / 2, 1). With a weight h for each element of each point the
+distance is sum_j h_j (x_j - c_j)^2 / 2, again one product, of (h x, h, sum_j h_j x_j^2 / 2) and
+(-c, c^2 / 2, 1). A centroid is then the weighted mean of its points, coordinate by coordinate.
+
+A step moves each centroid past the mean of its points, to c + STEP (mean - c). For given codes the
+objective is a parabola with its minimum at the mean, so a step below 2 lowers it, and the next
+codes follow in fewer iterations. The last step is to the mean.
 """
 
 from __future__ import annotations
@@ -16,32 +20,47 @@ from torch import Tensor
 from .base import require_finite
 
 MAX_BYTES = 4 * 2**20
-SEEDING_POINTS = 16_384
+# Points of the seeding, at least, and for each centroid.
+SEEDING_POINTS, SEEDING_POINTS_EACH = 2048, 8
 SAMPLE_POINTS = 65_536
-FULL_ITERATIONS = 3
+FULL_ITERATIONS = 6
 MAX_INDEX_BITS = 10
+# Of 1, 1.5, 1.6 and 1.8 the best for normal and Student-t blocks of 4 and 8.
+STEP = 1.8
+# Above SAMPLE_POINTS points, iterations on the sample and on all points end when at most these
+# shares of the codes change.
+SAMPLE_SETTLED, SETTLED = 0.05, 0.04
+# Chunks of points that are prepared together, which costs less than one by one.
+CHUNKS = 16
 
 
 def chunk_rows(n_centroids: int) -> int:
     """Return the points per chunk whose float32 distances fit in MAX_BYTES and in cache."""
-    return max(1, min(MAX_BYTES // (4 * n_centroids), max(2**18 // n_centroids + 1, 512)))
+    return max(1, min(MAX_BYTES // (4 * n_centroids), max(2**19 // n_centroids + 1, 512)))
 
 
 def _columns(centroids: Tensor, weighted: bool) -> Tensor:
-    """Return (-c, ||c||^2 / 2), shape (d + 1, K); for weighted points (-c, c^2 / 2), (2 d, K)."""
+    """Return (-c, ||c||^2 / 2, 1), shape (d + 2, K); for weights (-c, c^2 / 2, 1), (2 d + 1, K)."""
     half = centroids.square() / 2
     half = half if weighted else half.sum(1, keepdim=True)
-    return torch.cat([-centroids, half], dim=1).t().contiguous()
+    ones = centroids.new_ones(len(centroids), 1)
+    return torch.cat([-centroids, half, ones], dim=1).t().contiguous()
 
 
 def _augmented(points: Tensor, weights: Tensor | None) -> Tensor:
+    """Return (x, 1, ||x||^2 / 2), shape (N, d + 2), or (h x, h, sum h x^2 / 2), (N, 2 d + 1)."""
     if weights is None:
-        return torch.cat([points, points.new_ones(len(points), 1)], dim=1)
-    return torch.cat([weights * points, weights], dim=1)
+        half = points.square().sum(1, keepdim=True) / 2
+        return torch.cat([points, points.new_ones(len(points), 1), half], dim=1)
+    weighted = weights * points
+    half = (weighted * points).sum(1, keepdim=True) / 2
+    return torch.cat([weighted, weights, half], dim=1)
 
 
-def _nearest(points: Tensor, columns: Tensor, weights: Tensor | None, scratch: Tensor) -> Tensor:
+def _nearest(augmented: Tensor, columns: Tensor, index: Tensor, scratch: Tensor) -> Tensor:
     """Return the index of the smallest distance of each point; overwrites scratch, shape (N, K).
+
+    ``index`` is 0 to K - 1, int32.
 
     Up to 1024 centroids, index and distance are packed into one integer: positive float32 values
     are ordered like the integers of their bits, so the index can use the lowest bits, and one
@@ -51,16 +70,14 @@ def _nearest(points: Tensor, columns: Tensor, weights: Tensor | None, scratch: T
     """
     n_centroids = columns.shape[1]
     index_bits = (n_centroids - 1).bit_length()
-    augmented = _augmented(points, weights)
+    torch.mm(augmented, columns, out=scratch)
     if index_bits > MAX_INDEX_BITS:
-        return torch.mm(augmented, columns, out=scratch).argmin(1)
-    squares = points.square() if weights is None else weights * points.square()
-    torch.addmm(squares.sum(1, keepdim=True) / 2, augmented, columns, out=scratch)
+        return scratch.argmin(1)
     bits = scratch.view(torch.int32)
     # The sign bit is cleared too: rounding can make a distance near 0 slightly negative.
     bits &= 2**31 - 2**index_bits
-    bits |= torch.arange(n_centroids, device=bits.device, dtype=torch.int32)
-    return (bits.amin(1) & (2**index_bits - 1)).long()
+    bits |= index
+    return bits.amin(1) & (2**index_bits - 1)
 
 
 def assign(points: Tensor, centroids: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -81,13 +98,15 @@ def assign(points: Tensor, centroids: Tensor, weights: Tensor | None = None) -> 
     # One scratch tensor for all chunks: allocating one per chunk, between smaller tensors that stay
     # alive, fragments the heap by gigabytes.
     scratch = columns.new_empty(min(step, len(points)), len(centroids))
-    for start in range(0, len(points), step):
-        chunk = points[start : start + step].float() - center
-        chunk_weights = None if weights is None else weights[start : start + step].float()
-        if chunk_weights is not None:  # same codes, and extreme weights do not overflow
-            chunk_weights = chunk_weights / chunk_weights.mean(1, keepdim=True)
-        part = scratch[: len(chunk)]
-        codes[start : start + step] = _nearest(chunk, columns, chunk_weights, part)
+    index = torch.arange(len(centroids), device=points.device, dtype=torch.int32)
+    for start in range(0, len(points), CHUNKS * step):
+        part = slice(start, start + CHUNKS * step)
+        part_weights = None if weights is None else weights[part].float()
+        if part_weights is not None:  # same codes, and extreme weights do not overflow
+            part_weights = part_weights / part_weights.mean(1, keepdim=True)
+        augmented = _augmented(points[part].float() - center, part_weights)
+        for own, chunk in zip(codes[part].split(step), augmented.split(step), strict=True):
+            own.copy_(_nearest(chunk, columns, index, scratch[: len(chunk)]))
     return codes
 
 
@@ -120,7 +139,8 @@ def _seed_centroids(
     Of a few candidates, picked in proportion to their squared distance, the one that reduces the
     objective most becomes the next centroid.
     """
-    chosen = sample_indices(len(points), SEEDING_POINTS, generator).to(points.device)
+    size = max(SEEDING_POINTS, SEEDING_POINTS_EACH * n_centroids)
+    chosen = sample_indices(len(points), size, generator).to(points.device)
     sample = points[chosen]
     sample_weights = sample.new_ones(1, 1) if weights is None else weights[chosen]
     weighted = sample_weights * sample
@@ -153,7 +173,13 @@ def _pick_by_distance(distances: Tensor, uniform: Tensor) -> Tensor:
     return picks.clamp_(max=len(distances) - 1)
 
 
-def _update(points: Tensor, weights: Tensor | None, codes: Tensor, centroids, generator) -> Tensor:
+def update_centroids(
+    points: Tensor,
+    weights: Tensor | None,
+    codes: Tensor,
+    centroids: Tensor,
+    generator: torch.Generator,
+) -> Tensor:
     """Return the means of the clusters; empty ones restart at points of large squared error."""
     n_centroids = len(centroids)
     means = cluster_means(points, codes, n_centroids, weights)
@@ -181,13 +207,16 @@ def cluster_means(
     return sums / mass.clamp(min=torch.finfo(mass.dtype).tiny)
 
 
-def _iterate(points, weights, centroids, n_iter, generator) -> tuple[Tensor, Tensor]:
-    """Run Lloyd's iterations until the codes are stable; return centroids and codes."""
-    codes = assign(points, centroids, weights)
-    for _ in range(n_iter):
-        centroids = _update(points, weights, codes, centroids, generator)
+def _iterate(points, weights, centroids, n_iter, settled, generator) -> tuple[Tensor, Tensor]:
+    """Run iterations until at most a share of the codes changes; return centroids and codes."""
+    codes, changed = assign(points, centroids, weights), 1.0
+    for remaining in reversed(range(n_iter)):
+        means = update_centroids(points, weights, codes, centroids, generator)
+        is_last = remaining == 0 or changed <= settled
+        centroids = means if is_last else torch.lerp(centroids, means, STEP)
         old_codes, codes = codes, assign(points, centroids, weights)
-        if torch.equal(codes, old_codes):
+        changed = int((codes != old_codes).count_nonzero()) / len(codes)
+        if is_last and changed <= settled:
             break
     return centroids, codes
 
@@ -220,8 +249,8 @@ def kmeans(
 ) -> tuple[Tensor, Tensor]:
     """Fit a codebook: minimize the sum of ||b - c[I]||^2 over all blocks (section 3.2).
 
-    Above SAMPLE_POINTS points a sample is clustered first, then all points for three iterations:
-    half the time for the same objective. torch's global random state is unchanged.
+    Above SAMPLE_POINTS points a sample is clustered first, then all points for six iterations: the
+    same objective in less time. torch's global random state is unchanged.
 
     Args:
         points: blocks, shape (N, d), any float dtype; computed in float32.
@@ -240,18 +269,20 @@ def kmeans(
     if weights is not None:
         weights = weights.detach().float()
     generator = torch.Generator().manual_seed(seed)
-    runs = [(points, weights, n_iter)]
+    runs = [(points, weights, n_iter, 0.0)]
     if len(points) > SAMPLE_POINTS:
         chosen = sample_indices(len(points), SAMPLE_POINTS, generator).to(points.device)
         sample_weights = None if weights is None else weights[chosen]
         runs = [
-            (points[chosen], sample_weights, n_iter),
-            (points, weights, min(n_iter, FULL_ITERATIONS)),
+            (points[chosen], sample_weights, n_iter, SAMPLE_SETTLED),
+            (points, weights, min(n_iter, FULL_ITERATIONS), SETTLED),
         ]
     if init is None:
         centroids = _seed_centroids(*runs[0][:2], n_centroids, generator)
     else:
         centroids = init.detach().float().clone()
-    for run_points, run_weights, iterations in runs:
-        centroids, codes = _iterate(run_points, run_weights, centroids, iterations, generator)
+    for run_points, run_weights, iterations, settled in runs:
+        centroids, codes = _iterate(
+            run_points, run_weights, centroids, iterations, settled, generator
+        )
     return centroids, codes

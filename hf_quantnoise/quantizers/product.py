@@ -24,7 +24,7 @@ from .base import (
 )
 from .centroid_gradients import AverageOverBlocks, Lookup
 from .fixed_point import FixedPointQuantizer
-from .kmeans import assign, kmeans
+from .kmeans import assign, kmeans, update_centroids
 from .packing import code_dtype
 from .row_scale import as_divisor, fit_row_scale, lost_rows
 
@@ -125,25 +125,32 @@ class ProductQuantizer(Quantizer):
             require_finite(matrix)
             cluster = partial(self._cluster, seed)
             start, scale = fit_row_scale(matrix.float(), importance, start, self.n_iter, cluster)
-            state = {"codebook": start.to(matrix.dtype), "row_scale": scale.to(matrix.dtype)}
-        else:
-            codebook, _ = self._cluster(seed, matrix, importance, start, self.n_iter)
-            state = {"codebook": codebook.to(matrix.dtype)}
+            return self.state_of(start.to(matrix.dtype), scale.to(matrix.dtype))
+        codebook, _ = self._cluster(seed, matrix, importance, start, self.n_iter)
+        return self.state_of(codebook.to(matrix.dtype))
+
+    def state_of(self, codebook: Tensor, row_scale: Tensor | None = None) -> dict[str, Tensor]:
+        """Return the state of a fitted codebook, with the scale of each row if there is one."""
+        state = {"codebook": codebook} | ({} if row_scale is None else {"row_scale": row_scale})
         if self.codebook_bits == 8:
-            fitted = self._eight_bits.fit(self._books(state["codebook"]))
+            fitted = self._eight_bits.fit(self._books(codebook))
             state |= {_PREFIX + key: value for key, value in fitted.items()}
         return state
+
+    def update_codebook(self, blocks, weights, codes, codebook, generator) -> Tensor:
+        """Return the codebook of lowest error for given codes (N, codes_per_block)."""
+        return update_centroids(blocks, weights, codes.view(-1), codebook, generator)
 
     def _cluster(self, seed, matrix, importance, start, n_iter) -> tuple[Tensor, Tensor]:
         """Fit a codebook to a matrix; return it and the decoded matrix, both float32."""
         blocks = to_blocks(matrix, self.block_size)
-        weights = self._block_weights(matrix, importance)
+        weights = self.block_weights(matrix, importance)
         codebook, codes = kmeans(
             blocks, self.n_centroids, n_iter=n_iter, seed=seed, init=start, weights=weights
         )
         return codebook, codebook[codes].view_as(matrix)
 
-    def _block_weights(self, matrix: Tensor, importance: Tensor | None) -> Tensor | None:
+    def block_weights(self, matrix: Tensor, importance: Tensor | None) -> Tensor | None:
         """Return the importance of each block element, (N, block_size); (N, 1) if it is per row."""
         if importance is None:
             return None
@@ -156,7 +163,7 @@ class ProductQuantizer(Quantizer):
         if self.row_scale:
             matrix = matrix.float() / as_divisor(self.scales(state).float())
         blocks = to_blocks(matrix, self.block_size)
-        weights = self._block_weights(matrix, importance)
+        weights = self.block_weights(matrix, importance)
         codes = self._assign(blocks, self.centroids(state), weights)
         return codes.to(code_dtype(self.code_bits)).view(matrix.shape[0], -1)
 

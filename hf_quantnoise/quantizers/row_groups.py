@@ -8,6 +8,7 @@ and lose less where it counts.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
@@ -181,10 +182,9 @@ class RowGroupQuantizer(Quantizer):
         states, scales = [], matrix.new_zeros(len(matrix), 1)
         for part, rows, start in zip(self.parts, self._rows_of_groups(state), starts, strict=True):
             weights = _of_rows(importance, rows)
-            own = part.fit(matrix[rows], seed=seed, init=start, importance=weights)
-            states.append(own)
+            states.append(part.fit(matrix[rows], seed=seed, init=start, importance=weights))
             if self.row_scale:
-                scales[rows] = own["row_scale"]
+                scales[rows] = states[-1]["row_scale"]
         fitted = {**self.join_states(states), "row_groups": state["row_groups"]}
         return {**fitted, "row_scale": scales} if self.row_scale else fitted
 
@@ -215,16 +215,16 @@ class RowGroupQuantizer(Quantizer):
     def _codes_per_row(self, columns: int) -> list[int]:
         return [part.n_codes(1, columns) for part in self.parts]
 
-    def _codes_of_groups(self, codes: Tensor, state: dict[str, Tensor]) -> list[Tensor]:
-        """Return the codes of the rows of each group, without zeros at their end."""
+    def split(self, codes: Tensor, state: dict[str, Tensor]) -> Iterator[tuple]:
+        """Yield quantizer, rows, codes and state of each group; the state has all rows' scales."""
         columns = codes.shape[1] * min(self.block_sizes) // self.n_codebooks
-        groups = zip(self._rows_of_groups(state), self._codes_per_row(columns), strict=True)
-        return [codes[rows, :n_codes] for rows, n_codes in groups]
+        rows_of = self._rows_of_groups(state)
+        for part, rows, own in zip(self.parts, rows_of, self.split_state(state), strict=True):
+            yield part, rows, codes[rows, : part.n_codes(1, columns)], own
 
     def block_counts(self, codes: Tensor, state: dict[str, Tensor]) -> Tensor:
         """Return |J_c|, the number of blocks of each centroid, the first group's first."""
-        groups = zip(self.parts, self._codes_of_groups(codes, state), strict=True)
-        return torch.cat([part.block_counts(own, state) for part, own in groups])
+        return torch.cat([p.block_counts(c, state) for p, _, c, _ in self.split(codes, state)])
 
     def averaging(self, state, counts):
         """As in :class:`ProductQuantizer`."""
@@ -248,8 +248,8 @@ class RowGroupQuantizer(Quantizer):
         return (-(-self.n_codes(rows, columns) * self.code_bits // 8),)
 
     def pack(self, codes, state):
-        groups = self._codes_of_groups(codes, state)
-        return pack_codes(torch.cat([own.reshape(-1) for own in groups]), self.code_bits)
+        own = torch.cat([own.reshape(-1) for _, _, own, _ in self.split(codes, state)])
+        return pack_codes(own, self.code_bits)
 
     def unpack(self, packed, state, shape, rows=None):
         n_rows, columns = shape

@@ -38,6 +38,21 @@ def lost_rows(matrix: Tensor) -> int:
     return large or (small if 2 * small > len(matrix) else 0)
 
 
+def refit_scale(matrix: Tensor, weights: Tensor, decoded: Tensor, scale: Tensor) -> Tensor:
+    """Return the scale of each row of least squared error; unchanged if it decodes to zeros.
+
+    ``decoded`` is the matrix of the centroids, ``weights`` is broadcastable to it.
+    """
+    energy = (weights * decoded.square()).sum(1, keepdim=True)
+    fitted = (weights * decoded * matrix).sum(1, keepdim=True) / as_divisor(energy)
+    return torch.where(energy > 0, fitted, scale)
+
+
+def row_weights(scale: Tensor) -> Tensor:
+    """Return s^2, the weight of a row that is divided by s, for k-means."""
+    return as_divisor(scale).square().clamp(min=MIN_WEIGHT)
+
+
 def fit_row_scale(
     matrix: Tensor,
     importance: Tensor | None,
@@ -57,11 +72,8 @@ def fit_row_scale(
     weights = matrix.new_ones(1, 1) if importance is None else importance
     for step in range(1 + ROUNDS):
         iterations = ROUND_ITERATIONS if step else n_iter
-        divisor = as_divisor(scale)
-        squares = divisor.square().clamp(min=MIN_WEIGHT)
-        start, decoded = cluster(matrix / divisor, weights * squares, start, iterations)
-        energy = (weights * decoded.square()).sum(1, keepdim=True)
-        fitted = (weights * decoded * matrix).sum(1, keepdim=True) / as_divisor(energy)
-        scale = torch.where(energy > 0, fitted, scale)
+        divided, of_rows = matrix / as_divisor(scale), weights * row_weights(scale)
+        start, decoded = cluster(divided, of_rows, start, iterations)
+        scale = refit_scale(matrix, weights, decoded, scale)
     assert start is not None  # there was at least one round
     return start, scale

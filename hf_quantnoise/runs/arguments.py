@@ -21,14 +21,10 @@ from transformers import (
     TrainingArguments,
 )
 
+from ..argument_parsing import HelpFormatter, OneLineErrors, unknown_flags
 from ..compression import CompressionArguments
 from ..configuration import QuantizedModelConfig, QuantNoiseConfig
-from ..configuration.flags import (
-    HelpFormatter,
-    OneLineErrors,
-    errors_name_flags,
-    unknown_flags,
-)
+from ..configuration.flags import errors_name_flags
 from ..configuration.options import drop_removed, option, options_of, warn_removed
 from ..registry import suggestion
 from .config_flags import ConfigFlags

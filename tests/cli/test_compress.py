@@ -123,7 +123,7 @@ def test_failures_do_not_change_the_output_folder(work, run, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("disk full")
 
-    monkeypatch.setattr("hf_quantnoise.cli.compress.copy_companions", fail)
+    monkeypatch.setattr("hf_quantnoise.cli.folders.copy_companions", fail)
     code, _, err = run("compress out/dense out/compressed --scheme fixed_point --overwrite")
     assert code == 1 and "RuntimeError: disk full" in err
     assert size_of(work / "out" / "compressed") == before

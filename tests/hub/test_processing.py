@@ -32,7 +32,7 @@ from hf_quantnoise import (
     quantize_model,
 )
 from hf_quantnoise.cli import main
-from hf_quantnoise.cli.push import check_packed
+from hf_quantnoise.cli.uploading import check_packed
 from hf_quantnoise.hub import processing
 from hf_quantnoise.hub.processing import PROCESSING_ATTRIBUTE, processing_files
 from hf_quantnoise.publishing import push

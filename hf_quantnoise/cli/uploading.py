@@ -1,0 +1,93 @@
+"""Upload of a packed model that is in a folder, unchanged."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
+
+from ..configuration import QUANT_METHOD
+from ..hub.processing import processing_files, warn_unknown
+from ..publishing.card import REPO_PLACEHOLDER
+from ..repository import CARD, create_repository, stale_weights_in_repository
+from ..trainer import QuantNoiseTrainer
+from .checkpoints import Checkpoint
+from .sizes import report_of
+
+
+def upload(
+    folder: str, repo: str, revision: str | None, private: bool, trust_remote_code: bool
+) -> str:
+    """Upload a folder with a packed model, in one commit; return the address of the commit."""
+    check_packed(folder, trust_remote_code)
+    with _explained(repo):
+        repo = create_repository(repo, private=private or None, revision=revision)
+        files = _operations(folder, repo, revision)
+        message = "Upload a model compressed by hf_quantnoise"
+        done = HfApi().create_commit(repo, files, revision=revision, commit_message=message)
+    return done.commit_url
+
+
+def _operations(
+    folder: str, repo: str, revision: str | None
+) -> list[CommitOperationAdd | CommitOperationDelete]:
+    """Return the files to upload, with the repository's name in the card, and those to delete."""
+    found = (path for path in sorted(Path(folder).rglob("*")) if path.is_file())
+    paths = {path.relative_to(folder).as_posix(): path for path in found}
+    ignored = [*DEFAULT_IGNORE_PATTERNS, *QuantNoiseTrainer.unpublished]
+    files: list[CommitOperationAdd | CommitOperationDelete] = []
+    for name in filter_repo_objects(paths, ignore_patterns=ignored):
+        content: Path | bytes = paths[name]
+        if name == CARD:
+            text = paths[name].read_text(encoding="utf-8")
+            content = text.replace(REPO_PLACEHOLDER, repo).encode()
+        files.append(CommitOperationAdd(name, content))
+    stale = stale_weights_in_repository(repo, folder, revision)
+    return files + [CommitOperationDelete(name) for name in stale]
+
+
+@contextmanager
+def _explained(repo: str) -> Iterator[None]:
+    """Raise errors of the Hub with repository, endpoint and remedy."""
+    try:
+        yield
+    except HFValidationError:
+        raise  # an invalid name, which the error explains
+    except Exception as error:  # any type, depending on the HTTP client
+        remedy = "check the network and HF_ENDPOINT, the address of the Hub"
+        if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403, 404):
+            remedy = "log in with `hf auth login` as a user who may write there"
+        raise ConnectionError(
+            f"{repo!r} could not be pushed to {constants.ENDPOINT}: {error}; {remedy}"
+        ) from error
+
+
+def check_packed(folder: str, trust_remote_code: bool = False) -> None:
+    """Raise a ``ValueError`` unless a folder is a packed model.
+
+    The layers of its plan are created and compared with the size of the files. A warning is issued
+    if the folder has no tokenizer or processor.
+    """
+    if not os.path.isdir(folder):
+        raise ValueError(f"invalid FOLDER {folder!r}: expected a folder written by save_pretrained")
+    checkpoint = Checkpoint(folder, trust_remote_code=trust_remote_code)
+    if checkpoint.quant_method != QUANT_METHOD:
+        raise ValueError(
+            f"invalid FOLDER {folder!r}: not a model packed by {QUANT_METHOD} (quant_method="
+            f"{checkpoint.quant_method!r} in config.json); compress it first, or use `hf upload`"
+        )
+    if checkpoint.headers is None:
+        raise ValueError(f"invalid FOLDER {folder!r}: no *.safetensors file; save the model again")
+    _, note = report_of(checkpoint)
+    if note is not None:
+        raise ValueError(
+            f"invalid FOLDER {folder!r}: the files do not match config.json ({note}); save the "
+            "model again"
+        )
+    if not processing_files(folder):
+        warn_unknown(checkpoint.model_class)
