@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import glue
+import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
@@ -125,7 +126,13 @@ def figures_of_split(
 ) -> tuple[dict, dict, str]:
     """Return figures of the small model, those of its teacher, and 1 for each correct example."""
     expected, labels = glue.logits_of(teacher, split, start)
-    logits, _ = glue.logits_of(small, split, start)
+    return figures_of_logits(task, labels, expected, glue.logits_of(small, split, start)[0])
+
+
+def figures_of_logits(
+    task: glue.Task, labels: np.ndarray, expected: torch.Tensor, logits: torch.Tensor
+) -> tuple[dict, dict, str]:
+    """Return :func:`figures_of_split` of labels, logits of the teacher and of the small model."""
     log_p, log_q = F.log_softmax(expected, -1), F.log_softmax(logits, -1)
     figures = glue.scores(task, logits, labels) | {
         "divergence": F.kl_div(log_q, log_p, log_target=True, reduction="batchmean").item(),

@@ -145,16 +145,21 @@ def _panel(panel: Panel, x: float, y: float, styles: dict[str, int]) -> list[str
     line = f'<path d="M{x + LEFT:.1f},{up(panel.float32):.1f}H{right:.1f}" {DASHED}/>'
     frame = f"M{x + LEFT:.1f},{y + TOP:.1f}V{bottom:.1f}H{right:.1f}"
     parts += [line, f'<path d="{frame}" fill="none" stroke="#444444"/>']
-    # Side by side, so that the spreads of methods with the same size can be seen.
-    shift = {method: 4 * (style - (len(styles) - 1) / 2) for method, style in styles.items()}
+
+    def place(p: Point) -> float:
+        """Return where a point is: beside those of its size, so that all spreads can be seen."""
+        others = (q.at for q in panel.points if q.method != p.method)
+        is_alone = all(abs(across(p.at) - across(at)) > 5 for at in others)
+        return across(p.at) + (0 if is_alone else 4 * (styles[p.method] - (len(styles) - 1) / 2))
+
     for method, points in grouped(panel.points, "method").items():
         color = COLORS[styles[method] % len(COLORS)]
         points = sorted(points, key=lambda p: p.at)
-        path = "L".join(f"{across(p.at) + shift[method]:.1f},{up(p.mean):.1f}" for p in points)
+        path = "L".join(f"{place(p):.1f},{up(p.mean):.1f}" for p in points)
         parts.append(f'<path d="M{path}" fill="none" stroke="{color}" opacity="0.5"/>')
         for p in points:
             low, high = up(p.mean - p.spread), up(p.mean + p.spread)
-            at = across(p.at) + shift[method]
+            at = place(p)
             if p.spread:
                 parts.append(f'<path d="M{at:.1f},{low:.1f}V{high:.1f}" stroke="{color}"/>')
             parts.append(_mark(at, up(p.mean), styles[method]))

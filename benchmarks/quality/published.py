@@ -41,6 +41,8 @@ class Study:
         references: methods that the other methods of a size are compared with; None: those with
             "no noise" in their name.
         majority: whether the score of always predicting the most frequent class is shown.
+        beside: study whose runs are in the plots as well, and to which those of other libraries
+            are compared.
     """
 
     title: str
@@ -50,6 +52,7 @@ class Study:
     goals: dict[str, Goal] = field(default_factory=dict)
     references: tuple[str, ...] | None = None
     majority: bool = False
+    beside: str | None = None
 
     def is_reference(self, method: str) -> bool:
         """Whether other methods are compared with this one."""
@@ -77,6 +80,25 @@ chosen. *noise, codes every N*: trained centroids; blocks are assigned to them a
 *bits allocated*: block sizes and numbers of centroids by bit allocation, otherwise the same for all
 layers."""
 
+_PEERS = """\
+The same float32 models, quantized by other libraries and by this package, without training.
+
+- *torchao* (0.18.0): Linear layers and embeddings, the rest in float32. On a CPU other than ARM its
+  file has one byte per weight, so MB is what packed weights would take: bits times weights, scales
+  in 16 bits, zero points.
+- *quanto* (optimum-quanto 0.2.7): Linear layers, without pooler and classifier, which its int4
+  kernel does not take. It has no quantized embeddings; they are in bfloat16, like the rest. MB is
+  that of its file.
+- *one shot* and *intN after training*: `quantize_model` of this package with the storage of the
+  sizes above, with blocks of 2 weights (8x, 4 bits per weight), or with int8 and int4.
+- *one shot, two codebooks*: a block is the sum of two centroids, as in AQLM, in blocks of twice the
+  length, so that a weight takes as many bits.
+
+The other libraries (`pip install torchao==0.18.0 optimum-quanto==0.2.7`) can be combined with
+training too, which was not done here; compare them with one shot first. The first table has the
+best model of this package that is not larger, and how many points its average is above that of the
+library, with the same tasks and seeds. The plots have all rows."""
+
 _IMAGES = """\
 CIFAR-10 with MobileNetV1 0.75 (pretrained on ImageNet), accuracy on the test images. Compressed
 models are trained on 8,000 images, those of one group in the same number of optimizer steps.
@@ -99,6 +121,7 @@ STUDIES = {
         references=("no noise",),
         majority=True,
     ),
+    "glue_peers": Study("Other libraries on GLUE", _PEERS, references=(), beside="glue"),
     "settings": Study(
         "Settings of GLUE",
         _GLUE + " The settings of the study\nabove were chosen from these runs.",

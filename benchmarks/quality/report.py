@@ -18,6 +18,7 @@ import os
 import re
 import sys
 from argparse import ArgumentParser
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -29,7 +30,14 @@ from pareto import pareto_svg
 from published import STUDIES, Study
 from results_file import provenance, read_lines
 from rows import Run, grouped, is_baseline, read_rows, runs_of
-from tables import baselines_table, details_table, goals_table, readme_table, scores_table
+from tables import (
+    baselines_table,
+    details_table,
+    goals_table,
+    peers_table,
+    readme_table,
+    scores_table,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE, README = Path("docs/reference/results.md"), Path("README.md")
@@ -47,13 +55,23 @@ def plot_name(runs: list[Run]) -> str:
     return re.sub(r"[^\w-]", "_", f"{runs[0].study}-{runs[0].model}") + ".svg"
 
 
-def tables_of_model(runs: list[Run], study: Study, stored: Bootstraps) -> list[str]:
-    """Return the tables and the plot of a study with one model."""
+def tables_of_model(
+    runs: list[Run], study: Study, stored: Bootstraps, beside: list[Run]
+) -> list[str]:
+    """Return the tables and the plot of a study with one model.
+
+    Args:
+        runs: of the study.
+        study: how it is shown.
+        stored: bootstrap intervals.
+        beside: runs of the study beside it.
+    """
     details, commands = details_table(runs), "\n\n".join(provenance([run.row for run in runs]))
     majority = None
     if study.majority:
         majority = {run.task: stored.majority(run.task, run.metric) for run in runs}
     return [
+        peers_table([*runs, *beside]) if study.beside else "",
         scores_table(runs, majority),
         f"![Metric against megabytes](results/{plot_name(runs)})",
         goals_table(runs, study),
@@ -63,7 +81,13 @@ def tables_of_model(runs: list[Run], study: Study, stored: Bootstraps) -> list[s
     ]
 
 
-def section(study: Study, runs: list[Run], baselines: list[dict], stored: Bootstraps) -> str:
+def section(
+    study: Study,
+    runs: list[Run],
+    baselines: list[dict],
+    stored: Bootstraps,
+    beside: Sequence[Run] = (),
+) -> str:
     """Return the section of a study; empty without rows.
 
     Args:
@@ -71,6 +95,7 @@ def section(study: Study, runs: list[Run], baselines: list[dict], stored: Bootst
         runs: of all models.
         baselines: rows of the training of float32 models.
         stored: bootstrap intervals.
+        beside: runs of the study beside it.
     """
     parts = [f"## {study.title}", study.text]
     if study.split != "dev":
@@ -85,8 +110,13 @@ def section(study: Study, runs: list[Run], baselines: list[dict], stored: Bootst
     for model, own in models.items():
         if baselines or len(models) > 1:
             parts.append(f"The compressed models ({model}):")
-        parts += tables_of_model(own, study, stored)
+        parts += tables_of_model(own, study, stored, same_model(beside, model))
     return "\n\n".join(filter(None, parts)) if runs or baselines else ""
+
+
+def same_model(runs: Sequence[Run], model: str) -> list[Run]:
+    """Return the runs of a model."""
+    return [run for run in runs if run.model == model]
 
 
 def files(root: Path, data_dir: str | None = None) -> dict[Path, str]:
@@ -102,7 +132,7 @@ def files(root: Path, data_dir: str | None = None) -> dict[Path, str]:
     baselines["glue"] = read_lines(str(root / RESULTS / "glue_float32.jsonl"))
     stored = Bootstraps(root / RESULTS / "quality_intervals.json", data_dir)
     sections = [
-        section(study, runs[name], baselines.get(name, []), stored)
+        section(study, runs[name], baselines.get(name, []), stored, runs.get(study.beside, ()))
         for name, study in STUDIES.items()
     ]
     table = readme_table(runs["glue"], STUDIES["glue"])
@@ -113,8 +143,10 @@ def files(root: Path, data_dir: str | None = None) -> dict[Path, str]:
         ),
         root / README: fill((root / README).read_text(), {"glue": readme}),
     }
-    for own in (own for every in runs.values() for own in grouped(every, "model").values()):
-        content[root / PLOTS / plot_name(own)] = pareto_svg(own)
+    for name, study in STUDIES.items():
+        for model, own in grouped(runs[name], "model").items():
+            beside = same_model(runs.get(study.beside, ()), model)
+            content[root / PLOTS / plot_name(own)] = pareto_svg([*beside, *own])
     ablations = runs_of(read_rows(root / RESULTS, [ablation_page.STUDY]))
     content[root / ABLATIONS] = fill(
         (root / ABLATIONS).read_text(), ablation_page.sections(ablations)

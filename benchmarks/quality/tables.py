@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from published import Study
 from rows import METRICS, TASKS, Run, by_seed, grouped
 
+OWN = "hf_quantnoise"  # the library of rows that name none
+
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a table; empty if it has no rows."""
@@ -105,7 +107,7 @@ def scores_table(runs: list[Run], majority: dict[str, float] | None = None) -> s
     if majority is not None:
         rows.append(_majority_row(runs, majority))
     for arm in arms(runs):
-        kept = average(arm, lambda run: run.kept)
+        kept = average(arm, lambda run: run.kept) if tasks_of(arm) == tasks else []
         rows.append(
             [
                 arm[0].size or "",
@@ -135,6 +137,63 @@ def goals_table(runs: list[Run], study: Study) -> str:
             cells = (arm[0].method, mean_and_spread(values, percent), goal.verdict(mean))
             rows.append([arm[0].size or "", goal.text, *cells])
     return markdown(["size", "goal of the mean over tasks and seeds", "method", "%", ""], rows)
+
+
+def peers_table(runs: list[Run]) -> str:
+    """Return the models of other libraries, beside the best ones of this package in their size.
+
+    Args:
+        runs: of this package and of others, with one model.
+    """
+    every = list(grouped(runs, "arm").values())
+    rows = []
+    for peer in sorted(every, key=_megabytes, reverse=True):
+        if _is_own(peer):
+            continue
+        own = [arm for arm in every if _is_own(arm) and _megabytes(arm) <= _megabytes(peer)]
+        kept = average(peer, lambda run: run.kept)
+        rows.append(
+            [
+                peer[0].method,
+                peer[0].size or "",
+                f"{_megabytes(peer):.2f}",
+                f"{statistics.mean(run.row['file_bytes'] for run in peer) / 1e6:.2f}",
+                f"{len(tasks_of(peer))} x {len(kept)}",
+                mean_and_spread(kept, percent) if kept else "-",
+                *_best_beside(peer, [arm for arm in own if not arm[0].steps]),
+                *_best_beside(peer, [arm for arm in own if arm[0].steps]),
+            ]
+        )
+    header = ["library", "weights", "MB", "MB of its file", "tasks x seeds", "average % of float32"]
+    return markdown([*header, "best one shot", "points", "best trained", "points"], rows)
+
+
+def _is_own(arm: list[Run]) -> bool:
+    return arm[0].row["key"]["setting"].get("library", OWN) == OWN
+
+
+def _megabytes(arm: list[Run]) -> float:
+    return statistics.mean(run.megabytes for run in arm)
+
+
+def _best_beside(peer: list[Run], own: list[list[Run]]) -> tuple[str, str]:
+    """Return the arm that is best on the tasks of a peer, and its lead over the same seeds."""
+    tasks, found = set(tasks_of(peer)), []
+    for arm in own:
+        sides = [by_seed(run for run in side if run.task in tasks) for side in (arm, peer)]
+        leads = [
+            statistics.mean(one.kept - sides[1][seed][task].kept for task, one in runs.items())
+            for seed, runs in sides[0].items()
+            if seed in sides[1] and runs.keys() == tasks
+        ]
+        if leads:
+            found.append((statistics.mean(leads), leads, arm))
+    if not found:
+        return "-", ""
+    _, leads, best = max(found, key=lambda entry: entry[0])
+    lead = mean_and_spread(leads, percent)
+    name = ", ".join(filter(None, [best[0].method, best[0].size]))
+    return f"{name}, {_megabytes(best):.2f} MB", lead
 
 
 def details_table(runs: list[Run]) -> str:

@@ -20,7 +20,7 @@ from published import STUDIES
 from rows import read_rows, runs_of
 from significance import bootstrap_mean, bootstrap_metric, mcnemar, over_seeds
 from sklearn.metrics import f1_score, matthews_corrcoef
-from tables import baselines_table, goals_table, readme_table, scores_table
+from tables import baselines_table, goals_table, peers_table, readme_table, scores_table
 
 DENSE = 90_000_000
 
@@ -216,6 +216,8 @@ def test_incomplete_seeds_do_not_count_in_the_average():
     rows.append(row("noise", "rte", 1, digits(10, 4)))
     found = cells(scores_table(runs_of(rows)), "noise")
     assert found[2] == "1" and found[5] == "75.0"
+    rows.append(row("no noise", "sst2", 1, digits(10, 8)))
+    assert cells(scores_table(runs_of(rows)), "no noise")[5] == "-", "a task is missing"
 
 
 def write(folder, rows):
@@ -347,3 +349,38 @@ def test_page_readme_and_plots_agree_with_the_rows():
     """If this fails, run benchmarks/quality/report.py."""
     for path, text in report.files(report.ROOT).items():
         assert path.is_file() and path.read_text() == text, path.relative_to(report.ROOT)
+
+
+def peer_row(method, seed, right, size, megabytes, library="torchao", steps=0):
+    made = row(method, "sst2", seed, digits(100, right), steps=steps, bytes=int(megabytes * 1e6),
+               size="1x", file_bytes=20_000_000)  # fmt: skip
+    made["key"] |= {"study": "glue_peers", "size": size, "setting": {"library": library}}
+    return made
+
+
+def test_peers_are_compared_with_the_best_model_that_is_not_larger():
+    own = "hf_quantnoise"
+    peers = runs_of(
+        [peer_row("torchao", seed, 60, "int2", 6.0) for seed in (1, 2)]
+        + [peer_row("torchao", 1, 50, "int1", 2.0)]
+        + [peer_row("one shot", seed, 50 + 8 * seed, "13x", 5.9, own) for seed in (1, 2)]
+        + [peer_row("one shot", 1, 40, "20x", 4.0, own), peer_row("int8", 1, 99, "int8", 9.0, own)]
+    )
+    trained = runs_of([row("noise", "sst2", seed, digits(100, 80)) for seed in (1, 2, 3)])
+    table = peers_table([*peers, *trained])
+    assert len(table.splitlines()) == 2 + 2, "a line for each model of another library"
+    found = cells(table, "int2")
+    assert found[2:6] == ["6.00", "20.00", "1 x 2", "75.0 ± 0.0"]
+    leads = [100 * (50 + 8 * seed - 60) / 80 for seed in (1, 2)]
+    spread = f"{statistics.mean(leads):.1f} ± {statistics.stdev(leads):.1f}"
+    assert found[6:] == ["one shot, 13x, 5.90 MB", spread, "noise, 20x, 4.50 MB", "25.0 ± 0.0"]
+    assert cells(table, "int1")[6:] == ["-", "", "-", ""]
+    assert peers_table(trained) == ""
+
+
+def test_section_of_peers_draws_the_study_beside_it(stored):
+    peers = runs_of([peer_row("torchao", 1, 60, "int2", 6.0)])
+    trained = runs_of([row("noise", "sst2", 1, digits(100, 80))])
+    text = report.section(STUDIES["glue_peers"], peers, [], stored, trained)
+    assert "noise, 20x, 4.50 MB" in text and "glue_peers-minilm.svg" in text
+    assert "| 20x | noise |" not in text, "the scores are those of the study alone"
