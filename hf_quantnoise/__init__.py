@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         AutoQuantizedModelForTokenClassification,
     )
     from .lookups import count_lookups
+    from .modeling.inference import optimize_for_inference, restore_packed
     from .noise import apply_quant_noise, remove_quant_noise
     from .publishing import QuantNoiseCard, push_to_hub, write_model_card
     from .recipes import Recipe, recipe
@@ -64,6 +65,7 @@ else:
                 "AutoQuantizedModelForTokenClassification",
             ],
             "lookups": ["count_lookups"],
+            "modeling.inference": ["optimize_for_inference", "restore_packed"],
             "noise": ["apply_quant_noise", "remove_quant_noise"],
             "publishing": ["QuantNoiseCard", "push_to_hub", "write_model_card"],
             "recipes": ["Recipe", "recipe"],
@@ -97,10 +99,12 @@ __all__ = [
     "count_lookups",
     "export_aqlm",
     "export_onnx",
+    "optimize_for_inference",
     "push_to_hub",
     "quantize_model",
     "recipe",
     "remove_quant_noise",
+    "restore_packed",
     "size_report",
     "update_bn_stats",
     "write_model_card",

@@ -1,7 +1,9 @@
 """Checks each private name of other libraries against the installed versions."""
 
 import ast
+import copy
 import inspect
+import pickle
 from pathlib import Path
 
 import pytest
@@ -69,6 +71,28 @@ def test_disabled_torch_function_keeps_subclass_plain():
 def test_disable_torch_function_skips_device_context():
     with torch.device("meta"), compat.DisableTorchFunction():
         assert torch.ones(1).device.type == "cpu"
+
+
+def test_int8_product_is_exact_in_int32():
+    extremes = torch.tensor([-128, 127], dtype=torch.int8)
+    for n_inputs in (1, 3, 17):
+        inputs = extremes[torch.randint(2, (n_inputs, 3072))]
+        weight = extremes[torch.randint(2, (40, 3072))]
+        found = compat.int8_product(inputs, weight)
+        assert found.dtype == torch.int32
+        assert torch.equal(found.long(), inputs.long() @ weight.long().t())
+    assert isinstance(compat.has_int8_products(), bool)
+
+
+@pytest.mark.skipif(not compat.has_int8_products(), reason="no int8 instructions")
+def test_prepacked_int8_survives_copies_and_saturates_nowhere():
+    weight, bias = torch.randn(24, 4096).sign() * 3, torch.randn(24)
+    inputs = torch.randn(5, 4096).sign() * 2
+    expected = torch.nn.functional.linear(inputs, weight, bias)
+    packed = compat.prepacked_int8(weight, bias)
+    for each in (packed, copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
+        found = compat.dynamic_int8_linear(inputs, each)
+        assert float((found - expected).abs().max()) < 4096 * 6 * 0.01
 
 
 def test_in_backward():

@@ -100,7 +100,7 @@ EVEN = {
 
 
 def _tried(stored: tuple[str, dict], rate: float, centroids: float, **fields: Any) -> Row:
-    """Return a row of the study of settings; its name tells the rates."""
+    """Return a row of the study of settings; its name has the rates."""
     name, storage = stored
     noise = fields.get("noise")
     arm = "no noise" if noise is None else f"noise, codes every {noise['codebook_update']}"

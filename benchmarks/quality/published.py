@@ -77,7 +77,7 @@ _LANGUAGE_MODEL_SETTINGS = """\
 Perplexity on held-out articles after 150 steps, from which the settings of the study above were
 chosen. *noise, codes every N*: trained centroids; blocks are assigned to them again every N steps.
 *no noise*: one stage of iPQ for all layers. The rates are those of weights and of centroids.
-*bits allocated*: block sizes and numbers of centroids by bit allocation, otherwise the same for all
+*bits allocated*: block sizes and codebook sizes by bit allocation, otherwise the same for all
 layers."""
 
 _PEERS = """\

@@ -237,7 +237,7 @@ class QuantNoiseConfig(HubConfigMixin, Options):
 
     @property
     def codebook_interval(self) -> str | int:
-        """``codebook_update``, or the interval that None stands for."""
+        """``codebook_update``, or the interval for None."""
         if self.codebook_update is None:
             return 1 if self.learn_codebooks else "epoch"
         return self.codebook_update

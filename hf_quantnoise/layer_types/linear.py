@@ -12,14 +12,16 @@ class PackedLinearForward(nn.Linear):
     """Forward of a packed Linear: without gradients the weight is never fully decoded."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input) if records_gradients() else self.linear(input)
+        is_decoded = records_gradients() and self.dense_form is None
+        return super().forward(input) if is_decoded else self.linear(input)
 
 
 class PackedConv1DForward(Conv1D):
     """Forward of a packed ``Conv1D``: without gradients the weight is never fully decoded."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if records_gradients() else self.linear(x)
+        is_decoded = records_gradients() and self.dense_form is None
+        return super().forward(x) if is_decoded else self.linear(x)
 
 
 def _input_energy(layer: nn.Module, inputs: Tensor) -> Tensor:

@@ -16,12 +16,13 @@ from ..quantizers import Quantizer, RowGroupQuantizer
 from ..quantizers.base import sum_of_squares
 from .activations import rounds_inputs
 from .fitted_weights import FittedWeight
+from .inference import restore_packed
 from .packed import INDICES, INPUT_NAMES, PREFIX, LoadingState, PackedLayer, packed_class
 
 # What a packed layer has in its __dict__ besides the attributes of the original.
 _ATTRIBUTES = (
     "quantizer", "rows", "columns", "weight_shape", "activation_bits", "_counts", "_loading",
-    "_frozen",
+    "_frozen", "kernels", "dense_form",
 )  # fmt: skip
 
 
@@ -223,6 +224,7 @@ def _packable(layers: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:
 @torch.no_grad()
 def unpack_model(model: nn.Module) -> nn.Module:
     """Give every packed layer its decoded weight and its original class, in place, ties kept."""
+    restore_packed(model)
     weights: dict[int, nn.Parameter] = {}
     for _, layer in list(packed_layers(model)):
         key = id(layer.weight_indices)

@@ -9,13 +9,12 @@ rows of a table, a bounded slice of a matrix.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..compat import own_buffers, own_parameters
@@ -23,6 +22,7 @@ from ..dynamic_subclass import DynamicSubclass, make_dynamic_subclass
 from ..layer_types import known_layer_type
 from ..quantizers import Quantizer
 from ..quantizers.fixed_point import round_activations
+from .kernels import KERNELS, rounds_inputs, run_kernel
 from .non_trainable import NonTrainableParameter
 from .read_only_weight import ReadOnlyWeight, raise_read_only
 from .stored_state import decode_state_dict
@@ -31,9 +31,6 @@ from .value_check import invalid_values
 PREFIX = "weight_"
 INDICES = "weight_indices"
 INPUT_NAMES = ("input_scale", "input_zero_point")
-
-# Without gradients a matrix is decoded in slices: a large table (a tied LM head) is never dense.
-SCRATCH_BYTES = 8 * 2**20
 
 
 @dataclass
@@ -57,6 +54,9 @@ class PackedLayer(DynamicSubclass):
         weight_shape: shape of the weight itself.
         activation_bits: number of bits that inputs are rounded to (``activations.py``), or None.
             Their scale and zero point are ``input_scale`` and ``input_zero_point``.
+        kernels: names of the kernels that it may use (``kernels/``), besides ``"decode"``.
+        dense_form: form in which it holds the decoded weight as well (``inference.py``), where
+            ``"weight"`` is its own dtype; None if it has only codes.
     """
 
     quantizer: Quantizer
@@ -64,6 +64,8 @@ class PackedLayer(DynamicSubclass):
     columns: int
     weight_shape: torch.Size
     activation_bits: int | None = None
+    kernels: Collection[str] = tuple(KERNELS)
+    dense_form: str | None = None
 
     _loading: LoadingState | None = None
     _counts: Tensor | None = None  # cache of block_counts
@@ -71,7 +73,11 @@ class PackedLayer(DynamicSubclass):
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The original forward, on rounded inputs if activations are quantized."""
+        if self.dense_form is not None and self.training:
+            raise self._is_optimized("train")
         if self.activation_bits is not None:
+            if rounds_inputs(self, input):
+                return self.linear(input)
             state = {"scale": self.input_scale, "zero_point": self.input_zero_point}
             input = round_activations(input, state, self.activation_bits)
         return super().forward(input, *args, **kwargs)
@@ -99,7 +105,8 @@ class PackedLayer(DynamicSubclass):
 
     def decode(self) -> Tensor:
         """Return the weight as a regular tensor, in the shape of the original."""
-        return known_layer_type(self).from_matrix(self.decode_rows(), self.weight_shape)
+        matrix = self.dense_weight if self.dense_form == "weight" else self.decode_rows()
+        return known_layer_type(self).from_matrix(matrix, self.weight_shape)
 
     @property
     def state(self) -> dict[str, Tensor]:
@@ -153,15 +160,8 @@ class PackedLayer(DynamicSubclass):
         return self._counts
 
     def linear(self, inputs: Tensor) -> Tensor:
-        """Return ``inputs @ matrix.T + bias``, with the matrix decoded slice by slice."""
-        step = self.rows
-        if self.rows_are_aligned:
-            step = max(1, SCRATCH_BYTES // (self.columns * inputs.element_size()))
-        parts = []
-        for rows in (slice(start, start + step) for start in range(0, self.rows, step)):
-            bias = None if self.bias is None else self.bias[rows]
-            parts.append(F.linear(inputs, self.decode_rows(rows), bias))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        """Return ``inputs @ matrix.T + bias`` without gradients, see ``kernels/``."""
+        return run_kernel(self, inputs)
 
     def is_never_trained(self, name: str) -> bool:
         """Return whether a tensor of this name holds codes, or a scale that is not trained."""
@@ -224,6 +224,8 @@ class PackedLayer(DynamicSubclass):
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ):
         self._counts = None
+        if self.dense_form is not None:
+            raise self._is_optimized("load a state dict into")
         if reasons := self._invalid_values(state_dict, prefix):
             error_msgs += reasons
             return None
@@ -235,6 +237,12 @@ class PackedLayer(DynamicSubclass):
             self._loading = None
         return super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _is_optimized(self, action: str) -> ValueError:
+        return ValueError(
+            f"cannot {action} a model that is optimized for inference, as it computes with weights "
+            "that were decoded before; call restore_packed(model) first"
         )
 
     def _invalid_values(self, state_dict: dict[str, Tensor], prefix: str) -> list[str]:

@@ -16,41 +16,14 @@ from ..configuration import QUANTIZERS
 from ..configuration.checks import boolean, integer, one_of
 from ..configuration.entries import MAX_BLOCK_SIZE, MAX_CENTROIDS
 from ..layer_types import records_gradients
-from .base import (
-    Quantizer,
-    StraightThrough,
-    largest_magnitude,
-    require_finite,
-)
+from .base import Quantizer, StraightThrough, largest_magnitude, require_finite
 from .centroid_gradients import AverageOverBlocks, Lookup
 from .fixed_point import FixedPointQuantizer
+from .gather import gather_rows, is_wide
+from .half import clamp_to_half, round_to_half
 from .kmeans import assign, kmeans, update_centroids
 from .packing import code_dtype
 from .row_scale import as_divisor, fit_row_scale, lost_rows
-
-
-def _clamp_to_half(tensor: Tensor) -> Tensor:
-    limit = torch.finfo(torch.float16).max
-    return tensor.clamp(-limit, limit)
-
-
-def _round_to_half(tensor: Tensor) -> Tensor:
-    """Round to float16 values, in the tensor's own dtype."""
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
-        return _round_in_one(tensor)
-    return _clamp_to_half(tensor).to(torch.float16).to(tensor.dtype)
-
-
-@torch.library.custom_op("hf_quantnoise::round_to_half", mutates_args=())
-def _round_in_one(tensor: Tensor) -> Tensor:
-    """Round as one operation: inductor removes a cast to float16 and back."""
-    return _clamp_to_half(tensor).to(torch.float16).to(tensor.dtype)
-
-
-@_round_in_one.register_fake
-def _(tensor: Tensor) -> Tensor:
-    return torch.empty_like(tensor)
-
 
 # Section 3.3 applies Eq. 2 to the centroids: prefix and keys of its state.
 _PREFIX = "codebook_"
@@ -176,12 +149,20 @@ class ProductQuantizer(Quantizer):
         return codes
 
     def decode(self, codes, state):
-        lookup = Lookup.apply if records_gradients() else Lookup.forward
-        blocks = lookup(self.centroids(state), self.codebook_rows(codes))
+        blocks = self._centroids_of(self.codebook_rows(codes), state)
         if self.codes_per_block > 1:
             blocks = blocks.unflatten(-2, (-1, self.codes_per_block)).sum(-2)
         matrix = blocks.flatten(-2)
         return matrix * self.scales(state) if self.row_scale else matrix
+
+    def _centroids_of(self, codes: Tensor, state: dict[str, Tensor]) -> Tensor:
+        if records_gradients():
+            return Lookup.apply(self.centroids(state), codes)
+        codebook = state["codebook"]
+        sizes = [self.block_size * size for size in (codebook.element_size(), 2)]
+        if self.codebook_bits == 16 and [is_wide(codes, size) for size in sizes] == [False, True]:
+            return gather_rows(clamp_to_half(codebook).to(torch.float16), codes).to(codebook.dtype)
+        return gather_rows(self.centroids(state), codes)
 
     def state_spec(self, rows, columns):
         shape = (self.codebook_size, self.block_size)
@@ -199,12 +180,17 @@ class ProductQuantizer(Quantizer):
 
     def to_storage(self, state):
         spec = self.state_spec(1, 1)
-        halves = {k: _clamp_to_half(v) for k, v in state.items() if spec[k][1] == torch.float16}
+        halves = {k: clamp_to_half(v) for k, v in state.items() if spec[k][1] == torch.float16}
         stored = super().to_storage({**state, **halves})
         if self.codebook_bits == 8:
-            codes = self._eight_bits.encode(self._books(state["codebook"]), _codebook_state(state))
-            stored["codebook"] = codes.view_as(state["codebook"])
+            stored["codebook"] = self.integer_centroids(state)[0]
         return stored
+
+    def integer_centroids(self, state: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return codes of 8-bit centroids, uint8 like the codebook, their scale and zero point."""
+        on_codebook = _codebook_state(state)
+        codes = self._eight_bits.encode(self._books(state["codebook"]), on_codebook)
+        return codes.view_as(state["codebook"]), on_codebook["scale"], on_codebook["zero_point"]
 
     def from_storage(self, state):
         if self.codebook_bits != 8:
@@ -242,7 +228,7 @@ class ProductQuantizer(Quantizer):
         trained = records_gradients() and codebook.requires_grad
         with torch.no_grad():
             if self.codebook_bits == 16:
-                stored = _round_to_half(codebook)
+                stored = round_to_half(codebook)
             else:
                 on_codebook = _codebook_state(state)
                 books = self._books(codebook)
@@ -260,7 +246,7 @@ class ProductQuantizer(Quantizer):
     def scales(self, state: dict[str, Tensor]) -> Tensor:
         """Return the scale of each row as stored, shape (rows, 1); straight-through."""
         scale = state["row_scale"]
-        stored = _round_to_half(scale.detach())
+        stored = round_to_half(scale.detach())
         return StraightThrough.apply(scale, stored) if records_gradients() else stored
 
     def for_values(self, matrix):

@@ -8,6 +8,7 @@ from support.tiny import make_model
 
 from hf_quantnoise import AutoQuantizedModel, quantize_model
 from hf_quantnoise.modeling import packed as packed_module
+from hf_quantnoise.modeling.kernels import case
 from hf_quantnoise.quantizers import ProductQuantizer
 
 CONFIG = STORED["ipq"]
@@ -37,7 +38,7 @@ def test_tied_head_is_decoded_in_slices(tmp_path, monkeypatch, input_ids):
         expected = model(input_ids).logits
     rows = []
     original = packed_module.PackedLayer.decode_rows
-    monkeypatch.setattr(packed_module, "SCRATCH_BYTES", 50 * 32 * 4)
+    monkeypatch.setattr(case, "SCRATCH_BYTES", 50 * 32 * 4)
     monkeypatch.setattr(
         packed_module.PackedLayer,
         "decode_rows",

@@ -12,8 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_quantnoise.blocks import weight_matrix
 from hf_quantnoise.modeling import PackedLayer, pack_layer, packed_names
-from hf_quantnoise.modeling import packed as packed_module
 from hf_quantnoise.modeling.convert import unpack_model
+from hf_quantnoise.modeling.kernels import case
 from hf_quantnoise.quantizers import AdditiveQuantizer, FixedPointQuantizer, ProductQuantizer
 
 
@@ -148,7 +148,7 @@ def test_large_matrix_is_decoded_in_slices(monkeypatch):
     pack_layer(layer, ProductQuantizer(block_size=4, n_centroids=16))
     inputs = inputs_for(layer)
     expected = F.linear(inputs, layer.weight, layer.bias)
-    monkeypatch.setattr(packed_module, "SCRATCH_BYTES", 64 * 32 * 4)
+    monkeypatch.setattr(case, "SCRATCH_BYTES", 64 * 32 * 4)
     decoded = []
     original = PackedLayer.decode_rows
     monkeypatch.setattr(

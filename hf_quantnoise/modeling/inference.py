@@ -1,0 +1,116 @@
+"""More memory for more speed: packed layers that hold their decoded weight as well."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..argument_checks import require_model
+from ..layer_types import known_layer_type
+from .kernels import dense, int8
+from .packed import PackedLayer
+
+Model = TypeVar("Model", bound=nn.Module)
+# Attribute of an optimized model: names of the parameters that had gradients.
+_TRAINED = "_trained_before_optimizing"
+Made = dict[tuple[int, int, torch.dtype], dict[str, Any]]
+
+
+@torch.no_grad()
+def optimize_for_inference(model: Model, form: str = "bf16") -> Model:
+    """Decode the weights of a packed model once, in place, which makes it as fast as a dense one.
+
+    The model keeps its class, its packed tensors and its ties; ``generate`` and pipelines take it,
+    and ``save_pretrained`` writes the packed form. Tables stay packed, as only looked-up rows of
+    them are decoded. Layers that were not packed are unchanged. Inputs and outputs of layers keep
+    their dtype. The model is put in eval mode and cannot be trained until
+    :func:`restore_packed`: its parameters are frozen. Writes to them have no effect.
+
+    Args:
+        model: any model with packed layers.
+        form: how decoded weights of ``nn.Linear`` and ``Conv1D`` are held, and what they are
+            multiplied in. ``"float32"``; ``"bf16"``; or ``"int8"``, the dynamic int8 of torch: a
+            scale per row, and inputs that are rounded to 8 bits by their range in each call. With
+            ``activation_bits`` and a weight of integers, both are those of the packed model.
+            Others (convolutions, subclasses with a separate forward) are held in the dtype of
+            the model.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: if the form is unknown or this machine does not support it, or no layer is
+            packed.
+        TypeError: if the model is not a module.
+    """
+    require_model(model, nn.Module)
+    layers = [module for module in model.modules() if isinstance(module, PackedLayer)]
+    if form not in dense.FORMS:
+        known = ", ".join(map(repr, dense.FORMS))
+        raise ValueError(f"invalid form: got {form!r}, expected one of {known}")
+    if not layers:
+        raise ValueError(
+            f"optimize_for_inference: {type(model).__name__} has no packed layer; compress it "
+            "first with quantize_model or QuantNoiseTrainer.compress, or load a compressed model"
+        )
+    if form == "int8" and not (int8.is_available() and all(_is_on_cpu(layer) for layer in layers)):
+        raise ValueError(
+            "invalid form: got 'int8', which needs a model on a CPU with int8 instructions "
+            "(AVX-512 VNNI); use 'bf16' or 'float32'"
+        )
+    restore_packed(model)
+    model.eval()
+    made: Made = {}  # layers that share a weight
+    try:
+        for layer in layers:
+            if not known_layer_type(layer).is_table:
+                _add_dense(layer, form, made)
+    except BaseException:  # out of memory
+        _drop_dense(model)
+        raise
+    trained = [name for name, tensor in model.named_parameters() if tensor.requires_grad]
+    vars(model)[_TRAINED] = trained
+    model.requires_grad_(False)
+    return model
+
+
+def restore_packed(model: Model) -> Model:
+    """Undo :func:`optimize_for_inference` in place, and return the model.
+
+    The model stays in eval mode. One that is not optimized is unchanged.
+    """
+    _drop_dense(model)
+    for name in vars(model).pop(_TRAINED, ()):
+        model.get_parameter(name).requires_grad_()
+    return model
+
+
+def _is_on_cpu(layer: Any) -> bool:
+    return bool(layer.weight_indices.device.type == "cpu")
+
+
+def _add_dense(layer: Any, form: str, made: Made) -> None:
+    """Give a layer its decoded weight, which layers of the same codes and bias share."""
+    own = layer.decode_rows(slice(0, 1)).dtype
+    dtype = dense.FORMS[form] if type(layer).original_class in (nn.Linear, Conv1D) else own
+    key = id(layer.weight_indices), id(layer.bias), dtype
+    if key not in made:
+        made[key] = dense.dense_weight(layer, dtype)
+    for name, value in made[key].items():
+        if isinstance(value, Tensor):
+            layer.register_buffer(name, value, persistent=False)
+        else:
+            setattr(layer, name, value)
+    layer.dense_form = "weight" if dtype == own else form
+
+
+def _drop_dense(model: nn.Module) -> None:
+    for layer in model.modules():
+        if isinstance(layer, PackedLayer) and layer.dense_form is not None:
+            for name in dense.BUFFERS:
+                if hasattr(layer, name):
+                    delattr(layer, name)
+            del layer.dense_form

@@ -1,0 +1,95 @@
+"""The inputs that a kernel is chosen by, and code that kernels share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+# A matrix is decoded in slices of about this size: a large table (a tied LM head) is never dense.
+SCRATCH_BYTES = 8 * 2**20
+# Part of it for few inputs, so that a slice stays in a cache. For many inputs it does not pay, as
+# the outputs of slices are copied.
+FEW_INPUTS = 64
+PART_FOR_FEW = 1 / 4
+MANY = 2**30
+
+
+def is_graph() -> bool:
+    """Return whether operations are recorded, for any number of inputs and other machines."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+@dataclass(frozen=True)
+class Case:
+    """Inputs of a packed layer.
+
+    Attributes:
+        n_inputs: number of input vectors, e.g. batch size times length.
+        dtype: dtype of the products: of the inputs, or of autocast.
+        device: type of the device.
+        is_autocast: whether autocast sets the dtype.
+    """
+
+    n_inputs: int
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    is_autocast: bool = False
+
+    @classmethod
+    def of(cls, inputs: Tensor) -> Case:
+        """Return the case of some inputs (..., columns) in the autocast context of the caller."""
+        device = inputs.device.type
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else inputs.dtype
+        # A graph must not depend on the number of inputs.
+        n_inputs = MANY if is_graph() else inputs.shape[:-1].numel()
+        return cls(n_inputs, dtype, device, autocast)
+
+
+class Kernel(Protocol):
+    """A way to compute ``inputs @ weight.T + bias`` of a packed layer without gradients.
+
+    ``layer`` is a ``PackedLayer``. Kernels have no state, so that any thread can run them.
+    """
+
+    def is_available(self) -> bool:
+        """Return whether this machine and this torch can run the kernel."""
+
+    def supports(self, layer: Any, case: Case) -> bool:
+        """Return whether the kernel gives the layer's result for such inputs."""
+
+    def run(self, layer: Any, inputs: Tensor, case: Case) -> Tensor:
+        """Return the outputs (..., rows) of inputs (..., columns), which are those of the case."""
+
+
+def in_slices(
+    layer: Any, case: Case, bytes_per_value: int, part: Callable[[slice], Tensor]
+) -> Tensor:
+    """Return the outputs of slices of a layer's rows, in a row.
+
+    ``part`` maps a slice to outputs (..., rows of the slice); ``bytes_per_value`` is the memory
+    that it takes for each value of the weight.
+    """
+    scratch = SCRATCH_BYTES * (PART_FOR_FEW if case.n_inputs <= FEW_INPUTS else 1)
+    n_slices = math.ceil(layer.rows * layer.columns * bytes_per_value / scratch)
+    if n_slices <= 1 or not layer.rows_are_aligned:
+        return part(slice(0, layer.rows))
+    step = math.ceil(layer.rows / n_slices)
+    starts = range(0, layer.rows, step)
+    return torch.cat([part(slice(start, start + step)) for start in starts], dim=-1)
+
+
+def codes_of(layer: Any, rows: slice) -> Tensor:
+    """Return the codes of some rows of a layer."""
+    shape = (layer.rows, layer.columns)
+    return layer.quantizer.unpack(layer.weight_indices, layer.state, shape, rows)
+
+
+def bias_of(layer: Any, rows: slice) -> Tensor | None:
+    """Return the bias of some rows of a layer, if it has one."""
+    return None if layer.bias is None else layer.bias[rows]
