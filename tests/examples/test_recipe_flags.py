@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import torch
 
 pytest.importorskip("datasets")
 
@@ -59,8 +60,12 @@ def test_run_with_a_recipe_ends_as_it_was_trained(
     def spy_on_weights(trainer, *args, **kwargs):
         state = find_state(trainer.model)
         state.refresh_codebooks()  # the codes follow the last step
+        cpu = torch.device("cpu")
         seen["weights"] = {
-            weight.names[0]: weight.noise.functions[0][1].decode().detach().clone()
+            weight.names[0]: weight.noise.functions[0][1]
+            .decode(torch.device("cpu"), None)
+            .detach()
+            .clone()
             for weight in state.weights
         }
         return compress(trainer, *args, **kwargs)

@@ -149,6 +149,7 @@ def test_large_matrix_is_decoded_in_slices(monkeypatch):
     inputs = inputs_for(layer)
     expected = F.linear(inputs, layer.weight, layer.bias)
     monkeypatch.setattr(case, "SCRATCH_BYTES", 64 * 32 * 4)
+    monkeypatch.setattr(case, "PART_FOR_FEW", 1)
     decoded = []
     original = PackedLayer.decode_rows
     monkeypatch.setattr(

@@ -159,7 +159,7 @@ def test_unknown_head_is_refused_and_can_be_registered(monkeypatch):
     outputs = {"scores": torch.randn(3, 4)}
     with pytest.raises(ValueError, match=r"logits.*NewHead.*scores.*HEADS"):
         logits_divergence(NewHead(), outputs, outputs, {})
-    monkeypatch.setattr(HEADS, "_entries", dict(HEADS._entries))
+    monkeypatch.setattr(HEADS, "_registered", dict(HEADS._registered))
     HEADS.register("NewHead")(lambda s, t, inputs, T: squared_error(s["scores"], t["scores"]))
     assert logits_divergence(NewHead(), outputs, outputs, {}).item() == 0
 
