@@ -62,10 +62,7 @@ def test_run_with_a_recipe_ends_as_it_was_trained(
         state.refresh_codebooks()  # the codes follow the last step
         cpu = torch.device("cpu")
         seen["weights"] = {
-            weight.names[0]: weight.noise.functions[0][1]
-            .decode(torch.device("cpu"), None)
-            .detach()
-            .clone()
+            weight.names[0]: weight.noise.functions[0][1].decode(cpu, None).detach().clone()
             for weight in state.weights
         }
         return compress(trainer, *args, **kwargs)
