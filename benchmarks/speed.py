@@ -21,8 +21,10 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
+from pages import fill
 from results_file import append_line, provenance, read_lines
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
@@ -32,7 +34,6 @@ from hf_quantnoise.modeling import pack_layer, packed_layers
 from hf_quantnoise.quantizers import ProductQuantizer
 
 RESULTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "results", "speed.jsonl")
-BEGIN, END = "<!-- benchmarks/speed.py -->", "<!-- end of benchmarks/speed.py -->"
 BASE = "dense float32"
 LINEAR, ROWS, BLOCKS = (768, 3072), (1, 4, 8, 16, 64, 512), (4, 8)
 FORMS = ("float32", "bf16", "int8")
@@ -287,14 +288,6 @@ def table(lines: list[dict]) -> str:
     return "\n".join([*text, *provenance(lines)])
 
 
-def write_page(path: str, text: str) -> None:
-    """Replace the part of a page between the two comments of this benchmark."""
-    with open(path, encoding="utf-8") as file:
-        before, _, rest = file.read().partition(BEGIN)
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}")
-
-
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -306,7 +299,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", default=RESULTS, help="JSON lines, appended to")
     parser.add_argument("--table", action="store_true", help="print the tables without measuring")
-    parser.add_argument("--page", help="page to write the tables to, between its comments")
+    parser.add_argument("--page", help="page to write the tables to")
     return parser.parse_args(argv)
 
 
@@ -318,7 +311,8 @@ def main(argv: list[str] | None = None) -> None:
     text = table(read_lines(args.results))
     print(text)
     if args.page:
-        write_page(args.page, text)
+        page = Path(args.page)
+        page.write_text(fill(page.read_text("utf-8"), {"speed": text}), "utf-8")
 
 
 if __name__ == "__main__":

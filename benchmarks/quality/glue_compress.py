@@ -19,7 +19,9 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -47,10 +49,9 @@ from hf_quantnoise import CompressionArguments, IPQConfig, QuantNoiseConfig, Qua
 
 
 @dataclass
-class Arguments:
-    """Selection of runs, and folders."""
+class Selection:
+    """Selection of runs, and their float32 models."""
 
-    study: str = field(metadata={"help": f"One of {', '.join(STUDIES)}."})
     data_dir: str = field(metadata={"help": "Folder with one folder per task."})
     start_results: str = field(
         default="benchmarks/results/glue_float32.jsonl",
@@ -63,15 +64,22 @@ class Arguments:
     seeds: list[int] = field(default_factory=lambda: [42], metadata={"help": "Seeds."})
     methods: list[str] | None = field(default=None, metadata={"help": "Only these methods."})
     sizes: list[str] | None = field(default=None, metadata={"help": "Only these sizes."})
-    work_dir: str = field(
-        default="benchmarks/runs/glue", metadata={"help": "Folder of the checkpoints of runs."}
-    )
     results: str = field(
         default="benchmarks/results/quality_glue.jsonl", metadata={"help": "One line per run."}
     )
 
 
-def start_of(args: Arguments, task: str, seed: int) -> str:
+@dataclass(kw_only=True)
+class Arguments(Selection):
+    """Study, selection of runs, and folders."""
+
+    study: str = field(metadata={"help": f"One of {', '.join(STUDIES)}."})
+    work_dir: str = field(
+        default="benchmarks/runs/glue", metadata={"help": "Folder of the checkpoints of runs."}
+    )
+
+
+def start_of(args: Selection, task: str, seed: int) -> str:
     """Return the folder of the float32 model of a task and seed."""
     chosen = best_setting(args.start_results, task)
     return folder_of(args.start_dir, {"task": task, "seed": seed, **chosen})
@@ -184,18 +192,29 @@ def weight_bytes(folder: str) -> int:
     )
 
 
-def main() -> None:
-    """Run what is missing."""
-    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+def run_missing(
+    args: Selection,
+    study: str,
+    runs_of: Callable[[str], Iterable[tuple[str, str, dict]]],
+    run: Callable[[Any, dict], dict],
+) -> None:
+    """Run what is selected and has no row yet; append a row each.
+
+    Args:
+        args: the selection.
+        study: name of the study.
+        runs_of: maps a task to the size, method and setting of each run.
+        run: maps the arguments and the key of a run to its figures.
+    """
     for seed in args.seeds:
         for task in args.tasks:
-            for size, method, setting in STUDIES[args.study](task):
+            for size, method, setting in runs_of(task):
                 if args.methods is not None and method not in args.methods:
                     continue
                 if args.sizes is not None and size not in args.sizes:
                     continue
                 key = {
-                    "study": args.study, "task": task, "model": "minilm", "method": method,
+                    "study": study, "task": task, "model": "minilm", "method": method,
                     "size": size, "seed": seed, "setting": setting,
                 }  # fmt: skip
                 if key in [line["key"] for line in read_lines(args.results)]:
@@ -204,6 +223,12 @@ def main() -> None:
                 append_line(args.results, key, figures)
                 short = {n: v for n, v in figures.items() if not n.endswith("_correct")}
                 print(task, size, method, seed, short, flush=True)
+
+
+def main() -> None:
+    """Run what is missing."""
+    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    run_missing(args, args.study, STUDIES[args.study], run)
 
 
 if __name__ == "__main__":

@@ -29,9 +29,8 @@ import glue
 import peer_libraries
 import torch
 from datasets import Dataset
-from glue_compress import figures_of_logits, start_of, weight_bytes
+from glue_compress import Selection, figures_of_logits, run_missing, start_of, weight_bytes
 from glue_studies import STORAGE
-from results_file import append_line, read_lines
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -90,21 +89,9 @@ PACKAGES = {"torchao": "torchao", "quanto": "optimum-quanto"}
 
 
 @dataclass
-class Arguments:
-    """Selection of rows, and folders."""
+class Arguments(Selection):
+    """Selection of rows, and their file."""
 
-    data_dir: str = field(metadata={"help": "Folder with one folder per task."})
-    start_results: str = field(
-        default="benchmarks/results/glue_float32.jsonl",
-        metadata={"help": "Rows of glue_float32.py."},
-    )
-    start_dir: str = field(
-        default="benchmarks/runs/float32", metadata={"help": "Folder of the float32 models."}
-    )
-    tasks: list[str] = field(default_factory=lambda: list(glue.TASKS), metadata={"help": "Tasks."})
-    seeds: list[int] = field(default_factory=lambda: [42], metadata={"help": "Seeds."})
-    methods: list[str] | None = field(default=None, metadata={"help": "Only these methods."})
-    sizes: list[str] | None = field(default=None, metadata={"help": "Only these sizes."})
     results: str = field(
         default=f"benchmarks/results/quality_{STUDY}.jsonl", metadata={"help": "One line per row."}
     )
@@ -202,23 +189,7 @@ def run(args: Arguments, key: dict) -> dict:
 def main() -> None:
     """Run what is missing."""
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
-    for seed in args.seeds:
-        for task in args.tasks:
-            for size, method, setting in METHODS:
-                if args.methods is not None and method not in args.methods:
-                    continue
-                if args.sizes is not None and size not in args.sizes:
-                    continue
-                key = {
-                    "study": STUDY, "task": task, "model": "minilm", "method": method,
-                    "size": size, "seed": seed, "setting": setting,
-                }  # fmt: skip
-                if key in [line["key"] for line in read_lines(args.results)]:
-                    continue
-                figures = run(args, key)
-                append_line(args.results, key, figures)
-                short = {n: v for n, v in figures.items() if not n.endswith("_correct")}
-                print(task, size, method, seed, short, flush=True)
+    run_missing(args, STUDY, lambda task: METHODS, run)
 
 
 if __name__ == "__main__":

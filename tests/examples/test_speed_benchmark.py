@@ -13,7 +13,7 @@ needs_vnni = pytest.mark.skipif(not int8.is_available(), reason="the processor h
 @needs_vnni
 def test_cases_are_measured_once_and_written_to_a_page(tmp_path, capsys, monkeypatch):
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{benchmark.BEGIN}\nold\n{benchmark.END}\nafter\n")
+    page.write_text("before\n<!-- report: speed -->\nold\n<!-- end of report -->\nafter\n")
     flags = [
         *("--case", "tiny", "--threads", "1", "--repetitions", "2"),
         *("--results", str(tmp_path / "r.jsonl"), "--page", str(page)),
