@@ -33,6 +33,7 @@ from datasets import Dataset
 from glue_float32 import best_setting, folder_of
 from glue_studies import STUDIES
 from random_tokens import RandomTokens
+from remembered_teacher import RememberedTeacher
 from results_file import append_line, read_lines
 from torch import nn
 from transformers import (
@@ -118,6 +119,8 @@ def make_trainer(
     collate = DataCollatorWithPadding(tokenizer)
     if setting.get("random_tokens"):
         collate = RandomTokens(collate, tokenizer)
+    else:
+        teacher = RememberedTeacher(teacher)
     return QuantNoiseTrainer(
         model,
         training,
