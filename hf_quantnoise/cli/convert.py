@@ -36,7 +36,7 @@ def to_aqlm(model: PreTrainedModel, folder: str) -> None:
 
 @TARGETS.register("onnx")
 def to_onnx(model: PreTrainedModel, folder: str) -> None:
-    """a packed model.onnx for onnxruntime; encoders and classifiers only"""
+    """for onnxruntime, transformers.js and optimum; encoders and classifiers only"""
     from ..export import export_onnx
 
     export_onnx(model, folder)

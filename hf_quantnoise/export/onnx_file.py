@@ -7,7 +7,6 @@ decoding into dense weights; :func:`_may_fold` prevents that.
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 import warnings
@@ -24,13 +23,13 @@ from transformers import PreTrainedModel
 
 from ..argument_checks import require_instance, require_output_folder, require_tensors, run_batch
 from ..files.model_folders import replaced_model
-from ..hub.processing import save_processing
 from ..modeling import packed_layers
 from ..modeling.packed import PREFIX
 from ..quantizers import Quantizer
 from .checks import require_packed
+from .onnx_folder import onnx_path, save_companions
+from .onnx_inputs import dynamic_axes, example_inputs
 
-FILE_NAME = "model.onnx"
 # Messages about the internals of torch's exporter, on which the user cannot act. The axis names
 # are used by several inputs on purpose.
 _IGNORED_WARNINGS = (
@@ -40,33 +39,31 @@ _IGNORED_WARNINGS = (
 _EXPORTER_LOGGER = "torch.onnx._internal.exporter._registration"
 _IGNORED_LOG = "torchvision is not installed. Skipping"
 
-_TOKENS = {"input_ids", "attention_mask", "token_type_ids"}
-# Inputs of models that read more than text, or more than pixels.
-_OTHER_INPUTS = {
-    *("bbox", "image", "image_embeds", "input_features", "input_ids", "input_values"),
-    *("pixel_values", "visual_embeds", "visual_feats"),
-}
-
 
 @dataclass(frozen=True)
 class OnnxExport:
     """Result of :func:`export_onnx`.
 
     Attributes:
-        folder: the folder with ``model.onnx``, and ``config.json`` for labels and sizes.
+        folder: the folder, in the layout of :mod:`.onnx_folder`.
+        dtype: name of the form in transformers.js, e.g. ``"fp32"``.
         inputs, outputs: names in the graph, in order.
-        disk_bytes: size of ``model.onnx``.
     """
 
     folder: Path
+    dtype: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    disk_bytes: int
 
     @property
     def file(self) -> Path:
         """The ONNX file."""
-        return self.folder / FILE_NAME
+        return self.folder / onnx_path(self.dtype)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Size of the ONNX file."""
+        return self.file.stat().st_size
 
 
 class _StoredState:
@@ -102,6 +99,9 @@ def export_onnx(
 ) -> OnnxExport:
     """Export a packed encoder as an ONNX file with dynamic batch size and sequence length.
 
+    The folder is one that transformers.js and optimum load: ``onnx/model.onnx``, ``config.json``,
+    and the tokenizer or image processor that is known for the model.
+
     Args:
         model: a packed model that runs in one forward pass, e.g. a classifier, tagger or encoder.
         folder: output folder; created if it does not exist.
@@ -109,7 +109,7 @@ def export_onnx(
             tensors and waveforms (batch, samples) the length; both are dynamic. So are all three of
             multiple choice (batch, choices, length). Other sizes are fixed.
             Default: input ids, attention mask and, if the model has several, token types; or
-            pixels of the image size in the config.
+            pixels or spectrograms of the size in the config; or a waveform.
 
     Returns:
         The folder, the names of inputs and outputs, and the file's size.
@@ -125,7 +125,7 @@ def export_onnx(
         expected, way_out = "a dict of tensors by name", "pass e.g. {'input_ids': ids}"
         require_instance("inputs", inputs, Mapping, expected, way_out)
         require_tensors("inputs", inputs)
-    if model.config.is_encoder_decoder or model.can_generate():
+    if model.can_generate():
         raise ValueError(
             f"export_onnx: {type(model).__name__} has a decoder that generates token by token, and "
             "a graph with a cache is not supported; export a model that runs in one forward pass, "
@@ -133,20 +133,23 @@ def export_onnx(
         )
     onnxscript = _onnxscript()
     stored = _with_stored_state(model)
-    inputs = dict(inputs or _example_inputs(model))
+    inputs = {
+        name: tensor.float() if tensor.is_floating_point() else tensor
+        for name, tensor in (inputs or example_inputs(stored)).items()
+    }
     call = "pass a batch that it takes, inputs={name: tensor}"
     outputs = run_batch(stored, {**inputs, "return_dict": True}, "inputs", call)
     outputs = tuple(name for name, value in outputs.items() if isinstance(value, Tensor))
     program = _traced(stored, inputs, outputs)
     onnxscript.optimizer.optimize_ir(program.model, should_fold=_may_fold)
     _strip_metadata(program.model)
-    config = deepcopy(model.config)
-    del config.quantization_config
+    dtype = "fp32"
     with replaced_model(folder) as part:
-        program.save(os.path.join(part, FILE_NAME))
-        config.save_pretrained(part)
-        save_processing(model, part, os.fspath(folder))
-    return OnnxExport(folder, tuple(inputs), outputs, (folder / FILE_NAME).stat().st_size)
+        path = os.path.join(part, onnx_path(dtype))
+        os.makedirs(os.path.dirname(path))
+        program.save(path)
+        save_companions(model, part, dtype, os.fspath(folder))
+    return OnnxExport(folder, dtype, tuple(inputs), outputs)
 
 
 def _traced(model: PreTrainedModel, inputs: dict[str, Tensor], outputs: tuple[str, ...]) -> Any:
@@ -159,7 +162,7 @@ def _traced(model: PreTrainedModel, inputs: dict[str, Tensor], outputs: tuple[st
             verbose=False,
             input_names=list(inputs),
             output_names=list(outputs),
-            dynamic_shapes=(tuple(_dynamic_axes(name, tensor) for name, tensor in inputs.items()),),
+            dynamic_shapes=(tuple(dynamic_axes(name, tensor) for name, tensor in inputs.items()),),
             custom_translation_table={torch.ops.aten.__rshift__.Tensor: _shift_right},
         )
 
@@ -196,6 +199,7 @@ def _onnxscript() -> Any:
 def _with_stored_state(model: PreTrainedModel) -> PreTrainedModel:
     """Return a copy in eval mode whose packed layers hold their state in the dtypes of the file."""
     model = deepcopy(model).eval()
+    nn.Module.float(model)  # past transformers' check; onnxruntime's CPU kernels lack bfloat16
     stored: dict[int, dict[str, nn.Parameter]] = {}
     for _, layer in packed_layers(model):
         quantizer: Any = layer.quantizer
@@ -215,40 +219,6 @@ def _with_stored_state(model: PreTrainedModel) -> PreTrainedModel:
             layer.register_parameter(name, tensor)
         layer.__class__ = type(type(layer).__name__, (_StoredState, type(layer)), {})
     return model
-
-
-def _example_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Return a batch of two examples to trace the graph with."""
-    config, parameters = model.config, inspect.signature(model.forward).parameters
-    if others := _OTHER_INPUTS & parameters.keys() - {model.main_input_name}:
-        raise ValueError(
-            f"export_onnx: {type(model).__name__} also takes {', '.join(sorted(others))}, and a "
-            "graph has the inputs of its example batch only; pass one, inputs={name: tensor}"
-        )
-    if model.main_input_name == "input_ids":
-        shape = (2, 2, 4) if type(model).__name__.endswith("ForMultipleChoice") else (2, 8)
-        ids = (torch.arange(16) % config.vocab_size).view(shape)
-        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        if "token_type_ids" in parameters and getattr(config, "type_vocab_size", 0) > 1:
-            batch["token_type_ids"] = torch.zeros_like(ids)
-        return {name: tensor.to(model.device) for name, tensor in batch.items()}
-    size, channels = (getattr(config, name, None) for name in ("image_size", "num_channels"))
-    if model.main_input_name == "pixel_values" and isinstance(size, int) and channels:
-        pixels = torch.zeros(2, channels, size, size, dtype=model.dtype, device=model.device)
-        return {"pixel_values": pixels}
-    raise ValueError(
-        f"export_onnx: the shape of {model.main_input_name} is not in the config of "
-        f"{type(model).__name__}; pass an example batch, inputs={{name: tensor}}"
-    )
-
-
-def _dynamic_axes(name: str, tensor: Tensor) -> dict[int, str]:
-    is_waveform = name == "input_values" and tensor.dim() == 2
-    if tensor.dim() == 1 or (tensor.is_floating_point() and not is_waveform):
-        return {0: "batch"}
-    if tensor.dim() == 3 and name in _TOKENS:  # of multiple choice
-        return {0: "batch", 1: "choices", 2: "length"}
-    return {0: "batch", 1: "length"}
 
 
 def _shift_right(values: Any, bits: Any) -> Any:

@@ -40,7 +40,7 @@ def test_onnx_model_has_the_outputs_of_the_packed_model(work, input_ids):
         assert words not in done.stderr
     folder = work / "out" / "onnx"
     assert sorted(path.name for path in folder.iterdir()) == [
-        "config.json", "model.onnx", "tokenizer_config.json",
+        "config.json", "onnx", "tokenizer_config.json",
     ]  # fmt: skip
     model = AutoQuantizedModel.from_pretrained(work / "out" / "compressed")
     inputs = {
@@ -48,14 +48,14 @@ def test_onnx_model_has_the_outputs_of_the_packed_model(work, input_ids):
         "attention_mask": torch.ones_like(input_ids),
         "token_type_ids": torch.zeros_like(input_ids),
     }
-    session = onnxruntime.InferenceSession(str(folder / "model.onnx"))
+    session = onnxruntime.InferenceSession(str(folder / "onnx" / "model.onnx"))
     (found,) = session.run(["logits"], {name: value.numpy() for name, value in inputs.items()})
     with torch.no_grad():
         logits = model(**inputs).logits
     assert logits.std() > 1e-2  # or the tolerance below would accept anything
     torch.testing.assert_close(torch.from_numpy(found), logits, rtol=0, atol=1e-4)
     dense = (work / "out" / "dense" / "model.safetensors").stat().st_size
-    assert (folder / "model.onnx").stat().st_size < dense
+    assert (folder / "onnx" / "model.onnx").stat().st_size < dense
 
 
 def test_generative_models_are_refused_without_output(tmp_path, run):

@@ -90,7 +90,7 @@ def assert_same_logits(model, result, batches, **options):
     require("onnxruntime")
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(str(result.folder / "model.onnx"), **options)
+    session = onnxruntime.InferenceSession(str(result.file), **options)
     assert tuple(value.name for value in session.get_inputs()) == result.inputs
     for inputs in batches:
         with torch.no_grad():
@@ -103,8 +103,8 @@ def assert_packed(model, result):
     """Assert that the file holds codes and codebooks, and no dense matrix in addition."""
     import onnx
 
-    assert result.disk_bytes == (result.folder / "model.onnx").stat().st_size
-    graph = onnx.load(str(result.folder / "model.onnx")).graph
+    assert result.disk_bytes == result.file.stat().st_size
+    graph = onnx.load(str(result.file)).graph
     report = size_report(model)
     stored = report.total.disk_bytes - report.header_bytes
     stored += sum(buffer.nbytes for buffer in model.buffers() if type(buffer) is torch.Tensor)
@@ -141,6 +141,7 @@ def test_export_onnx_writes_the_config_and_does_not_change_the_model(exported):
     model, logits, result = exported
     config = json.loads((result.folder / "config.json").read_text())
     assert "quantization_config" not in config and config["model_type"] == "bert"
+    assert config["transformers.js_config"] == {"dtype": "fp32"}
     assert model.config.quantization_config.plan
     with torch.no_grad():
         assert torch.equal(model(**batch(2, 8)).logits, logits)

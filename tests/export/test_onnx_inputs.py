@@ -37,10 +37,6 @@ ENCODER = {
     "num_mel_bins": 16, "max_source_positions": 16, "classifier_proj_size": 16,
 }  # fmt: skip
 REFUSED = {
-    "waveforms": (Wav2Vec2ForCTC, lambda: Wav2Vec2Config(**WAVES),
-                  r"shape of input_values is not in the config.*inputs="),
-    "encoder of an encoder-decoder": (
-        WhisperForAudioClassification, lambda: WhisperConfig(**ENCODER), "has a decoder"),
     "images of any size": (
         SegformerForImageClassification,
         lambda: SegformerConfig(num_encoder_blocks=1, depths=[1], hidden_sizes=[32],
@@ -111,9 +107,17 @@ def test_multiple_choice_exports_with_any_number_of_choices(tmp_path):
 
 
 @pytest.mark.slow
+def test_spectrograms_export(tmp_path):
+    model = packed(WhisperForAudioClassification, WhisperConfig(**ENCODER))
+    session = session_of(export_onnx(model, tmp_path / "out"))
+    for rows in (1, 3):
+        assert_same(model, session, {"input_features": torch.randn(rows, 16, 32)})
+
+
+@pytest.mark.slow
 def test_waveforms_export_with_any_length(tmp_path):
     model = packed(Wav2Vec2ForCTC, Wav2Vec2Config(**WAVES))
-    result = export_onnx(model, tmp_path / "out", {"input_values": torch.randn(2, 400)})
+    result = export_onnx(model, tmp_path / "out")
     session = session_of(result)
     for shape in ((2, 400), (1, 731), (3, 1600)):
         assert_same(model, session, {"input_values": torch.randn(shape)})

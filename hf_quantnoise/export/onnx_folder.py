@@ -1,0 +1,66 @@
+"""Folders that transformers.js and optimum load.
+
+    config.json               with "transformers.js_config": {"dtype": "fp32"}
+    tokenizer.json, ...       or preprocessor_config.json, of images and audio
+    onnx/model.onnx           or model_int8.onnx, by dtype
+
+A folder can have a file for each dtype; the last one exported is the default.
+"""
+
+from __future__ import annotations
+
+import os
+from copy import deepcopy
+
+from transformers import PreTrainedModel
+from transformers.utils import CONFIG_NAME, logging
+
+from ..files.durable import write_json
+from ..files.reading import read_json
+from ..hub.processing import processing_files, save_processing
+
+logger = logging.get_logger(__name__)
+
+# Name of a dtype in transformers.js -> suffix of the file.
+SUFFIXES = {"fp32": "", "int8": "_int8"}
+
+
+def onnx_path(dtype: str) -> str:
+    """Return the path of the file of a dtype in a folder."""
+    return os.path.join("onnx", f"model{SUFFIXES[dtype]}.onnx")
+
+
+def save_companions(model: PreTrainedModel, part: str, dtype: str, folder: str) -> None:
+    """Write everything but the graph: config, tokenizer or processor.
+
+    Args:
+        model: the packed model.
+        part: folder to write to.
+        dtype: the dtype that transformers.js loads.
+        folder: folder that ``part`` will be merged into.
+    """
+    config = deepcopy(model.config)
+    del config.quantization_config
+    config.save_pretrained(part)
+    path = os.path.join(part, CONFIG_NAME)
+    write_json(read_json(path) | {"transformers.js_config": {"dtype": dtype}}, path)
+    save_processing(model, part, folder)
+    names = {*processing_files(part), *processing_files(folder)}
+    _write_preprocessor(part)
+    if "tokenizer_config.json" in names and "tokenizer.json" not in names:
+        logger.warning(
+            "the tokenizer has no tokenizer.json, which transformers.js reads; run "
+            "AutoTokenizer.from_pretrained(folder).save_pretrained(folder) on the export's folder"
+        )
+
+
+def _write_preprocessor(folder: str) -> None:
+    """Write the image processor or feature extractor of a processor to a separate file.
+
+    transformers 5 writes both into one file, which transformers.js does not read.
+    """
+    path = os.path.join(folder, "processor_config.json")
+    processor = read_json(path) if os.path.isfile(path) else {}
+    for name in ("image_processor", "feature_extractor"):
+        if name in processor:
+            write_json(processor[name], os.path.join(folder, "preprocessor_config.json"))

@@ -1,0 +1,70 @@
+"""Example inputs that an ONNX graph is traced with, and their dynamic axes."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+_TOKENS = {"input_ids", "attention_mask", "token_type_ids"}
+# Inputs of models that read more than text, or more than pixels.
+_OTHER_INPUTS = {
+    *("bbox", "image", "image_embeds", "input_features", "input_ids", "input_values"),
+    *("pixel_values", "visual_embeds", "visual_feats"),
+}
+# One second, for models that read waveforms.
+_SAMPLES = 16_000
+
+
+def example_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return a batch of two examples to trace the graph with."""
+    config, parameters = model.config, inspect.signature(model.forward).parameters
+    main = model.main_input_name
+    if others := _OTHER_INPUTS & parameters.keys() - {main}:
+        raise ValueError(
+            f"export_onnx: {type(model).__name__} also takes {', '.join(sorted(others))}, and a "
+            "graph has the inputs of its example batch only; pass one, inputs={name: tensor}"
+        )
+    if main == "input_ids":
+        shape = (2, 2, 4) if type(model).__name__.endswith("ForMultipleChoice") else (2, 8)
+        ids = (torch.arange(16) % config.vocab_size).view(shape)
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if "token_type_ids" in parameters and getattr(config, "type_vocab_size", 0) > 1:
+            batch["token_type_ids"] = torch.zeros_like(ids)
+        return {name: tensor.to(model.device) for name, tensor in batch.items()}
+    if sizes := _shape_of_floats(model):
+        return {main: torch.zeros(2, *sizes, device=model.device)}
+    raise ValueError(
+        f"export_onnx: the shape of {main} is not in the config of {type(model).__name__}; pass an "
+        "example batch, inputs={name: tensor}"
+    )
+
+
+def _shape_of_floats(model: PreTrainedModel) -> tuple[int, ...] | None:
+    """Return the shape of one image, spectrogram or waveform, or None if the config lacks it."""
+    config, main = model.config, model.main_input_name
+    size, channels, bands, frames, positions = (
+        getattr(config, name, None)
+        for name in (
+            "image_size", "num_channels", "num_mel_bins", "max_length", "max_source_positions"
+        )
+    )  # fmt: skip
+    if main == "pixel_values" and isinstance(size, int) and channels:
+        return channels, size, size
+    if main == "input_features" and bands and positions:
+        return bands, 2 * positions  # Whisper, whose second convolution has stride 2
+    if main == "input_values" and bands and frames:
+        return frames, bands  # the audio spectrogram transformer
+    return (_SAMPLES,) if main == "input_values" else None
+
+
+def dynamic_axes(name: str, tensor: Tensor) -> dict[int, str]:
+    """Return the axes of an input that may have any size, with their names."""
+    is_waveform = name == "input_values" and tensor.dim() == 2
+    if tensor.dim() == 1 or (tensor.is_floating_point() and not is_waveform):
+        return {0: "batch"}
+    if tensor.dim() == 3 and name in _TOKENS:  # of multiple choice
+        return {0: "batch", 1: "choices", 2: "length"}
+    return {0: "batch", 1: "length"}

@@ -1,0 +1,97 @@
+"""Folders of ONNX exports have the layout that transformers.js and optimum load."""
+
+import json
+
+import pytest
+import torch
+from support.tiny import SIZES
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    PreTrainedTokenizerFast,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
+
+from hf_quantnoise import FixedPointConfig, export_onnx, quantize_model
+from hf_quantnoise.export.onnx_folder import save_companions
+from hf_quantnoise.hub.processing import remember_processing
+
+SMALL = {**SIZES, "num_hidden_layers": 1}
+
+
+@pytest.fixture(autouse=True)
+def _extra():
+    for name in ("onnx", "onnxscript"):
+        pytest.importorskip(name, reason="needs the extra 'onnx'")
+
+
+def packed(cls, config, processing):
+    torch.manual_seed(0)
+    model = quantize_model(cls(config).eval(), FixedPointConfig(bits=8), progress=False)
+    remember_processing(model, processing)
+    return model
+
+
+def tokenizer():
+    words = WordLevel({"[UNK]": 0, "[PAD]": 1, "good": 2, "bad": 3}, unk_token="[UNK]")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(words), unk_token="[UNK]", pad_token="[PAD]"
+    )
+
+
+def names_of(folder):
+    paths = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix() for path in paths}
+
+
+def test_export_onnx_writes_the_folder_that_transformers_js_loads(tmp_path):
+    import onnx
+
+    config = BertConfig(**SMALL, id2label={0: "negative", 1: "positive"})
+    result = export_onnx(packed(BertForSequenceClassification, config, tokenizer()), tmp_path)
+    assert result.file == tmp_path / "onnx" / "model.onnx"
+    assert names_of(tmp_path) == {
+        "config.json", "onnx/model.onnx", "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["transformers.js_config"] == {"dtype": "fp32"}
+    assert AutoConfig.from_pretrained(tmp_path).id2label == config.id2label
+    assert AutoTokenizer.from_pretrained(tmp_path)("good")["input_ids"] == [2]
+    # The newest that onnxruntime-web 1.18 reads.
+    graph = onnx.load(str(result.file))
+    assert graph.ir_version <= 10
+    assert all(each.version <= 21 for each in graph.opset_import if not each.domain)
+
+
+@pytest.mark.parametrize("name", ["image_processor", "feature_extractor"])
+def test_part_of_a_processor_is_written_as_preprocessor_config(tmp_path, name):
+    class Processor:
+        def save_pretrained(self, folder):
+            content = {name: {"size": 16}, "processor_class": "Any"}
+            (tmp_path / folder / "processor_config.json").write_text(json.dumps(content))
+
+    model = packed(BertForSequenceClassification, BertConfig(**SMALL), Processor())
+    save_companions(model, str(tmp_path), "fp32", str(tmp_path))
+    assert json.loads((tmp_path / "preprocessor_config.json").read_text()) == {"size": 16}
+
+
+def test_image_processor_is_written(tmp_path):
+    config = ViTConfig(**SMALL, image_size=32, patch_size=16)
+    model = packed(
+        ViTForImageClassification, config, ViTImageProcessor(size={"height": 32, "width": 32})
+    )
+    save_companions(model, str(tmp_path), "fp32", str(tmp_path))
+    assert "preprocessor_config.json" in names_of(tmp_path)
+
+
+def test_tokenizer_without_tokenizer_json_warns(tmp_path, caplog):
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    model = packed(BertForSequenceClassification, BertConfig(**SMALL), None)
+    save_companions(model, str(tmp_path), "fp32", str(tmp_path))
+    assert "no tokenizer.json, which transformers.js reads" in caplog.text
