@@ -96,13 +96,17 @@ format: $(STAMP)  ## fix and format with ruff
 docs: $(STAMP)  ## build the documentation site in site/; warnings are errors
 	$(BIN)/mkdocs build --strict --quiet
 
-wheel: $(STAMP)  ## build the wheel in dist/ and try it in a clean environment
+wheel: $(STAMP)  ## build the wheel in dist/; try it, the command line and the demo in a clean environment
 	rm -rf build dist
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 	$(PYTHON) -m venv $(WHEEL)
 	$(WHEEL)/bin/python -m pip install --quiet --no-compile --constraint constraints.txt dist/*.whl
 	cd $(WHEEL) && bin/python -c "import hf_quantnoise; print(hf_quantnoise.__version__, hf_quantnoise.__file__)"
-	cd $(WHEEL) && bin/hf-quantnoise --help
+	cd $(WHEEL) && bin/python -c "import hf_quantnoise as q; [getattr(q, name) for name in q.__all__]"
+	cd $(WHEEL) && bin/hf-quantnoise --help && bin/hf-quantnoise finetune --help
+	$(WHEEL)/bin/python -m pip install --quiet --no-compile --constraint constraints.txt \
+		"$$(echo dist/*.whl)[examples]"
+	cd $(WHEEL) && bin/python ../../examples/demo.py --epochs 1 --compression_epochs 0.5
 	rm -rf build
 
 clean:  ## remove the environments and everything that was built or written
