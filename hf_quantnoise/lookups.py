@@ -41,7 +41,8 @@ def count_lookups(
     }
     ends = _ends(model)
     with raise_on_all_ranks():
-        for batch in tqdm(batches, desc="count lookups", unit="batch", disable=not progress):
+        bar = tqdm(batches, "count lookups", unit="batch", disable=not progress, leave=False)
+        for batch in bar:
             ids = _ids_of(batch)
             for members, counts in tables.items():
                 for end in ends.get(id(members[0].module.weight), ("encoder",)):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import astuple, dataclass, field
-from typing import Any
+from dataclasses import asdict, astuple, dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,11 @@ from .layer_types import known_layer_type
 from .modeling import PackedLayer, packed_layers, packed_names, stored_tensors
 from .modeling.float16 import as_stored
 from .structure import find_layers
+from .tables import data_frame, html_table
 from .text import printable
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 _NAME_OF = {dtype: name for name, dtype in DTYPES.items()}
 _ORDER = list(DTYPES)
@@ -76,7 +80,10 @@ class SizeTotal:
 
 @dataclass(frozen=True)
 class SizeReport:
-    """A row per tensor, and their total. ``str()`` gives a table by group and kind of storage."""
+    """A row per tensor, and their total.
+
+    ``str()`` gives a table by group and kind of storage, which notebooks show as HTML.
+    """
 
     rows: list[SizeRow]
     header_bytes: int
@@ -87,7 +94,17 @@ class SizeReport:
         """Sums over all rows, with the header."""
         return total_of(self.rows, self.header_bytes)
 
+    def to_pandas(self) -> DataFrame:
+        """Return a ``pandas.DataFrame`` with a row per tensor; sizes are in bytes."""
+        return data_frame(asdict(row) for row in self.rows)
+
     def __str__(self) -> str:
+        return aligned(self._table()) + "\n" + self.closing_lines()
+
+    def _repr_html_(self) -> str:
+        return html_table(self._table(), below=self.closing_lines())
+
+    def _table(self) -> list[tuple[str, ...]]:
         groups: dict[tuple[str, str], list[SizeRow]] = {}
         for row in self.rows:
             kind = "tied" if row.stored.startswith("tied") else row.stored
@@ -102,7 +119,7 @@ class SizeReport:
         ]
         lines.append(("file header", "", "", "", *kilobytes(self.header_bytes), "", "", ""))
         lines.append(("total", "", str(len(self.rows)), *kilobytes(*astuple(self.total))))
-        return aligned(lines) + "\n" + self.closing_lines()
+        return lines
 
     def closing_lines(self) -> str:
         """Return the text below a table: the compression ratio and what no stage packs."""

@@ -16,8 +16,9 @@ from .callback import QuantNoiseCallback
 from .compression import CompressionArguments, CompressionPipeline
 from .compression.calibration import lookups_in_training
 from .compression.checkpoints import FOLDER
+from .compression.reporting.console import is_quiet, silence_if_quiet
 from .compression.reporting.plots import PLOTS, plot_compression
-from .compression.reporting.record import StageRecord
+from .compression.reporting.record import CompressionHistory, StageRecord
 from .compression.trainer_checkpoints import checkpoint_to_resume_from
 from .compression.training.distilling_trainer import DistillingTrainer, make_teacher
 from .configuration import QuantizedModelConfig, QuantNoiseConfig
@@ -68,7 +69,7 @@ class QuantNoiseTrainer(PublishingMixin, DistillingTrainer):
 
     Attributes:
         compression_history: after :meth:`compress`, one dict for the dense model and one per stage;
-            see :class:`~hf_quantnoise.compression.StageRecord`.
+            see :class:`~hf_quantnoise.compression.StageRecord`. A list with ``to_pandas()``.
 
     Raises:
         TypeError: if ``model``, ``args``, ``qn_config``, ``teacher`` or ``compression_args`` is
@@ -125,13 +126,14 @@ class QuantNoiseTrainer(PublishingMixin, DistillingTrainer):
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
+        silence_if_quiet(self)
         self.qn_config = qn_config
         self.compression_args = (
             CompressionArguments() if compression_args is None else compression_args
         )
         self.given_teacher = teacher
         self.set_teacher(make_teacher(self, teacher, self.compression_args))
-        self.compression_history: list[dict[str, Any]] = []
+        self.compression_history = CompressionHistory()
         self._add_noise(self.model)
         warn_of_adapters(self.model)
 
@@ -231,7 +233,7 @@ class QuantNoiseTrainer(PublishingMixin, DistillingTrainer):
             raise TypeError(f"invalid report: got {describe(report)}, expected a function or None")
 
         def report_stage(record: StageRecord) -> None:
-            if self.is_world_process_zero():
+            if self.is_world_process_zero() and not is_quiet(self.args):
                 tqdm.write(record.line())
             if report is not None:
                 report(record)

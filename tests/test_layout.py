@@ -20,6 +20,7 @@ LAYERS = (
     "argument_parsing",
     "argument_checks",
     "text",
+    "tables",
     "patterns",
     "files",
     "distributed",

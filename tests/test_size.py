@@ -1,6 +1,10 @@
 """size_report against the formula of section 3.3 and the bytes in memory."""
 
 import math
+import re
+import sys
+from dataclasses import asdict
+from html import unescape
 
 import pytest
 import torch
@@ -66,3 +70,30 @@ def test_table_shows_groups_totals_and_dense_layers():
     for word in ("ffn", "embeddings", "attention", "total", "file header", "times smaller"):
         assert word in text
     assert "classifier: " in text and "'head'" in text
+
+
+def test_size_report_to_pandas_has_the_rows_in_bytes():
+    config = IPQConfig(n_centroids=16, kmeans_iter=1)
+    report = size_report(quantize_model(make_model("bert"), config, progress=False))
+    frame = report.to_pandas()
+    assert frame.to_dict("records") == [asdict(row) for row in report.rows]
+    total = report.total
+    assert frame["disk_bytes"].sum() + report.header_bytes == total.disk_bytes
+    assert frame["dense_bytes"].sum() == total.dense_bytes
+
+
+def test_size_report_in_a_notebook_has_the_cells_of_the_table():
+    report = size_report(make_model("bert"))
+    report.left_dense["<script>"] = "a & b"
+    html, text = report._repr_html_(), str(report)
+    cells = list(map(unescape, re.findall("<t[dh][^>]*>([^<]*)</t[dh]>", html)))
+    table, _, below = text.partition("\n" + report.closing_lines())
+    assert [cell for cell in cells if cell] == re.split(r"\s{2,}|\n", table)
+    assert below == "" and "<script>" not in html
+    assert report.closing_lines() == unescape(re.search("<pre>([^<]*)</pre>", html)[1])
+
+
+def test_to_pandas_without_pandas_names_the_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ImportError, match="pip install pandas"):
+        size_report(torch.nn.Linear(2, 2)).to_pandas()

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
-from collections import Counter, defaultdict
 from dataclasses import asdict
 from typing import Any
 
 from ..files.reading import FLOATS
 from ..size import SizeReport, SizeRow, aligned, kilobytes, size_report, total_of
 from ..structure import find_layers
-from ..text import printable
 from .checkpoints import Checkpoint
 from .headers import Headers
 
@@ -94,32 +92,12 @@ def show(report: SizeReport, args: Namespace, **more: Any) -> None:
 
 
 def draw(report: SizeReport, per: str, title: str, file_name: str) -> None:
-    """Plot bytes on disk as one bar per layer (or group), coloured by how it is stored."""
+    """Plot the size of each layer (or group) as PNG."""
+    from ..compression.reporting.plots import plot_sizes, save
+
     try:
-        from matplotlib.figure import Figure
+        save(plot_sizes(report, per, title), file_name)
     except ImportError:
         raise ImportError(
             "--png requires matplotlib; run pip install 'hf-quantnoise[plots]'"
         ) from None
-    names: dict[str, float] = {}  # layer or group -> where its next bar begins
-    kinds: dict[str, Counter[str]] = defaultdict(Counter)
-    for row in report.rows:
-        if row.disk_bytes:
-            of_layer = per == "layer" and row.group != "other"
-            name = row.name.removesuffix(".weight") if of_layer else row.group
-            name = printable(name).replace("$", r"\$")  # which begins a formula
-            names[name] = 0.0
-            kinds[row.stored][name] += row.disk_bytes
-    figure = Figure(figsize=(8, 1.5 + 0.2 * len(names)))
-    axes = figure.add_subplot()
-    for kind, sizes in kinds.items():
-        widths = [sizes[name] / 1e3 for name in names]
-        label = printable(kind).replace("$", r"\$")
-        axes.barh(list(names), widths, left=list(names.values()), label=label)
-        names = {name: names[name] + sizes[name] / 1e3 for name in names}
-    axes.invert_yaxis()
-    axes.tick_params(axis="y", labelsize=7)
-    axes.set_xlabel("kB on disk")
-    axes.set_title(f"{title}: {report.total.disk_bytes / 1e6:.3f} MB")
-    axes.legend()
-    figure.savefig(file_name, dpi=120, bbox_inches="tight")

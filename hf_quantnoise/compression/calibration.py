@@ -19,6 +19,7 @@ from ..modeling.packer import ModelPacker, StageResult
 from ..training_statistics import TrainingStatistics
 from .arguments import CompressionArguments
 from .fitted_noise import lookups_for
+from .reporting.console import shows_progress
 from .training.stage_trainer import StageTrainer
 
 
@@ -36,11 +37,10 @@ def lookups_in_training(
     args: CompressionArguments,
 ) -> Lookups:
     """Return :func:`lookups_for` the training batches, the same in a resumed run."""
-    progress = trainer.is_world_process_zero() and not trainer.args.disable_tqdm
     with torch.random.fork_rng():  # as if no data had been read
         torch.manual_seed(trainer.args.seed)
         batches = training_batches(trainer, args.lookup_batches)
-        return lookups_for(model, config, batches, progress)
+        return lookups_for(model, config, batches, shows_progress(trainer))
 
 
 def calibration_data(

@@ -13,7 +13,6 @@ from dataclasses import replace
 from typing import Any
 
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
@@ -42,8 +41,9 @@ from .fingerprint import Fingerprint, require_same_settings, settings_fingerprin
 from .fitted_noise import fitted_noise
 from .oneshot import remove_noise
 from .preflight import check_compression
+from .reporting.console import is_quiet, no_file_bars, shows_progress
 from .reporting.logs import forward_logs, log_errors, log_record
-from .reporting.record import StageRecord, evaluate_packed, measure_stage
+from .reporting.record import CompressionHistory, StageRecord, evaluate_packed, measure_stage
 from .training.fsdp import share_what_rank_0_read
 from .training.pending_noise import noise_to_keep, pending_noise
 from .training.stage_arguments import stage_optimizer, stage_training_arguments
@@ -82,7 +82,7 @@ class CompressionPipeline:
         check_compression(trainer, config, self.args, teacher)
         self.given_teacher, self.report = teacher, report
         self.teacher: Teacher | None = None
-        self.history: list[dict[str, Any]] = []
+        self.history = CompressionHistory()
         self.noise_config = noise_to_keep(trainer, self.args.keep_noise)
         self.model: PreTrainedModel = undo_accelerate_prepare(
             trainer.accelerator.unwrap_model(trainer.model)
@@ -93,7 +93,7 @@ class CompressionPipeline:
         writes = trainer.args.save_strategy != SaveStrategy.NO
         folder = os.path.join(trainer.args.output_dir, FOLDER) if writes else None
         self.files = StageCheckpoints(folder, trainer.args.should_save)
-        self._progress = trainer.is_world_process_zero() and not trainer.args.disable_tqdm
+        self._progress = shows_progress(trainer)
 
     def run(self, resume: bool = False) -> PreTrainedModel:
         """Compress the model in place.
@@ -110,7 +110,7 @@ class CompressionPipeline:
         of the stage before. Nothing undoes the training of a stage.
         """
         self._before = ModelSnapshot(self.model)
-        with self._before:
+        with self._before, no_file_bars():
             return self._run(resume)
 
     def _run(self, resume: bool) -> PreTrainedModel:
@@ -119,10 +119,7 @@ class CompressionPipeline:
             self.files.clear()
         self.trainer.accelerator.wait_for_everyone()
         n_done = self._restore(saved) if saved else self._start()
-        bar = tqdm(self.stages[n_done:], "stages", len(self.stages), unit="stage", initial=n_done,
-                   disable=not self._progress)  # fmt: skip
-        for number, stage in enumerate(bar, n_done + 1):
-            bar.set_postfix_str(_name(stage))
+        for number, stage in enumerate(self.stages[n_done:], n_done + 1):
             if stage in self.packer.stages:  # layer_quantizers may keep all of it dense
                 self._run_stage(number, stage)
         return self.model.eval()
@@ -135,7 +132,8 @@ class CompressionPipeline:
         lookups = lookups_in_training(self.trainer, self.model, self.config, self.args)
         config = with_number_of_rows(remove_noise(self.model, self.config), lookups)
         batches = training_batches(self.trainer, self.args.budget_batches)
-        config = resolve_target(self.model, config, batches, self._progress, True, lookups)
+        shown = self._progress, not is_quiet(self.trainer.args)  # bars, table
+        config = resolve_target(self.model, config, batches, *shown, lookups)
         self.packer = ModelPacker(self.model, config, True, fitted=fitted, lookups=lookups)
         self.evaluator = self._make_trainer(None, 0)
         check_before_stages(self.evaluator, self.packer, self.args.calibration_batches)
@@ -172,8 +170,9 @@ class CompressionPipeline:
         self.packer = ModelPacker(self.model, config, True, fitted, saved[0].lookups())
         for content in newest.content["history"]:
             record = StageRecord(**content)
-            self.trainer.state.global_step = record.step
+            # At the step at which the stage was packed: that of the record before.
             log_errors(self.trainer, record.layer_errors, self._number_of(record.stage))
+            self.trainer.state.global_step = record.step
             self._add_record(record)
         self.evaluator = self._make_trainer(None, 0)
         self._make_teacher()
@@ -292,7 +291,8 @@ class CompressionPipeline:
             compute_metrics=trainer.compute_metrics,
             preprocess_logits_for_metrics=trainer.preprocess_logits_for_metrics,
         )
-        forward_logs(stage_trainer, trainer, number)
+        title = f"{_name(stage)} ({number}/{len(self.stages)})" if number else "before compression"
+        forward_logs(stage_trainer, trainer, number, title)
         return stage_trainer
 
 

@@ -89,6 +89,11 @@ def skipped_layers(reasons: dict[str, str]) -> str:
 
 def history_table(history: Sequence[dict[str, Any]]) -> str:
     """Return a table of the compression stages, the dense model first."""
+    return table(*history_rows(history))
+
+
+def history_rows(history: Sequence[dict[str, Any]]) -> tuple[Sequence[str], list[tuple]]:
+    """Return the head and the rows of :func:`history_table`."""
     rows = [
         (
             record["stage"],
@@ -99,7 +104,7 @@ def history_table(history: Sequence[dict[str, Any]]) -> str:
         )
         for record in history
     ]
-    return table(("stage", "layers quantized", "relative error", "MB", "metrics"), rows)
+    return ("stage", "layers quantized", "relative error", "MB", "metrics"), rows
 
 
 def changed_fields(config: Any, without: Iterable[str] = ()) -> dict[str, Any]:

@@ -7,25 +7,24 @@ the checkpoints of a training with noise after the finetuning.
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import datasets
 import torch
-import transformers
 from transformers import PreTrainedModel, Trainer, set_seed
 
 from ..compression import check_compression, check_plan
+from ..compression.reporting.console import is_quiet, silence_if_quiet
 from ..repository import CARD, create_repository, upload_model
 from ..size import size_report
 from ..trainer import QuantNoiseTrainer
 from .arguments import Arguments, RunParser, load_config
 from .closing_table import Row, closing_table, weights_mb
 from .job import Job
+from .logs import set_up_logging
 from .post_training import train_with_noise
 from .results import ResultsFile, versions
 
@@ -39,19 +38,6 @@ def logits_equal(one, other, collator, rows, device) -> bool:
     batch = {name: tensor.to(device) for name, tensor in rows.items() if name != "labels"}
     first, second = (model.to(device).eval()(**batch).logits for model in (one, other))
     return torch.equal(first, second)
-
-
-def set_up_logging(training) -> None:
-    """Log to stdout, at the level of ``--log_level``."""
-    logging.basicConfig(
-        format="%(asctime)s - %(levelname)s - %(name)s - %(message)s",
-        datefmt="%m/%d/%Y %H:%M:%S",
-        handlers=[logging.StreamHandler(sys.stdout)],
-    )
-    level = training.get_process_log_level()
-    logging.getLogger(__package__).setLevel(level)
-    datasets.utils.logging.set_verbosity(max(level, logging.WARNING))
-    transformers.utils.logging.set_verbosity(level)
 
 
 class _Run:
@@ -114,6 +100,11 @@ class _Run:
     def folder(self, name: str) -> str:
         return os.path.join(self.training.output_dir, name)
 
+    def show(self, text: str) -> None:
+        """Print a text on rank 0, unless the log level shows errors only."""
+        if self.training.process_index == 0 and not is_quiet(self.training):
+            print(text, flush=True)
+
     def load_dense(self) -> PreTrainedModel:
         """Load the finetuned model."""
         auto_class, dtype = self.args.data.auto_class, self.args.model.dtype
@@ -121,8 +112,8 @@ class _Run:
 
     def carry_out(self) -> dict:
         """Finetune, compress, reload and push; return the content of ``results.json``."""
-        if self.args.recipe is not None and self.training.process_index == 0:
-            print(self.args.recipe, flush=True)
+        if self.args.recipe is not None:
+            self.show(self.args.recipe)
         if not self.resume:
             self.results.add(dense=self.finetune())
         if self.quantization is not None:
@@ -194,8 +185,7 @@ class _Run:
         self.write_card(folder)
         self.training.distributed_state.wait_for_everyone()
         report = size_report(model)
-        if self.training.process_index == 0:
-            print(f"\n{report}", flush=True)
+        self.show(f"\n{report}")
         results["bytes"] = round(1e6 * weights_mb(folder))
         results["reported_bytes"] = report.total.disk_bytes
         return results
@@ -215,6 +205,7 @@ class _Run:
                     f"the model loaded from {folder!r} has other logits than the model in memory"
                 )
         trainer = Trainer(loaded, self.training, **parts)
+        silence_if_quiet(trainer)
         if self.training.do_eval:
             results["metrics"] = self.job.scores(trainer)
         if self.training.do_predict:

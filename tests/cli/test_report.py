@@ -17,6 +17,7 @@ from hf_quantnoise import (
 )
 from hf_quantnoise.cli.checkpoints import Checkpoint
 from hf_quantnoise.cli.sizes import report_of
+from hf_quantnoise.compression.reporting.plots import plot_sizes
 
 FEW = {"n_centroids": 16}
 
@@ -206,8 +207,8 @@ def test_unwritable_files_are_reported_before_loading(line, made, tmp_path, run,
         assert f"{flag} {str(file)!r}" in err and words in err
 
 
-def test_plot_has_a_bar_for_each_kind_of_storage(made, tmp_path, run):
-    """Each kind of storage has its own colour; a plot by layer is taller."""
+def test_plot_names_each_kind_of_storage(made, tmp_path, run):
+    """A plot by layer is taller."""
     image = pytest.importorskip("PIL.Image")
     heights = []
     for per in ("group", "layer"):
@@ -216,9 +217,10 @@ def test_plot_has_a_bar_for_each_kind_of_storage(made, tmp_path, run):
         with image.open(file) as picture:
             assert picture.format == "PNG" and picture.width > 600
             heights.append(picture.height)
-            counts = picture.convert("RGB").getcolors(maxcolors=1 << 24)
-        drawn = {colour for count, colour in counts if count > 100 and len(set(colour)) > 1}
+            assert len(picture.convert("RGB").getcolors(maxcolors=1 << 24)) > 10
         report, _ = report_of(Checkpoint(f"{made}/out/compressed"))
-        kinds = {row.stored for row in report.rows if row.disk_bytes > 100}
-        assert len(kinds) > 1 and len(drawn) >= len(kinds)
+        texts = [text.get_text() for text in plot_sizes(report, per, "x").axes[0].texts]
+        kinds = {row.stored for row in report.rows if row.disk_bytes > 1}
+        assert len(kinds) > 1
+        assert all(any(kind in text for text in texts) for kind in kinds)
     assert heights[1] > heights[0]

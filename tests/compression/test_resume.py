@@ -235,12 +235,12 @@ def test_resumed_logs_continue(killed_in_step, uninterrupted, resume_and_compare
 
     def steps(trainer, name):
         logs = trainer.state.log_history
-        return [(log["step"], log["compression_stage"]) for log in logs if name in log]
+        return [(log["step"], log["compression/stage"]) for log in logs if name in log]
 
-    assert steps(resumed, "compression_mb") == steps(uninterrupted, "compression_mb")
-    assert [step for step, _ in steps(resumed, "compression_mb")] == [0, 6, 12, 18]
-    error = "compression_error/bert.encoder.layer.0.attention.self.query"
-    assert steps(resumed, error) == steps(uninterrupted, error) == [(12, 3)]
+    assert steps(resumed, "compression/mb") == steps(uninterrupted, "compression/mb")
+    assert [step for step, _ in steps(resumed, "compression/mb")] == [0, 6, 12, 18]
+    error, errors = "compression/layer_error_max", [(0, 1), (6, 2), (12, 3)]
+    assert steps(resumed, error) == steps(uninterrupted, error) == errors
 
 
 def test_a_finished_run_is_not_repeated(tmp_path, monkeypatch, resume_and_compare, finished):

@@ -130,9 +130,9 @@ def plan_bit_allocation(
     groups = weights_to_store(copy, config)
     for layers in groups:
         require_finite(weight_matrix(layers[0].module), f"{layers[0].name}.weight")
+    bar = tqdm(groups, "quantization errors", unit="weight", disable=not progress, leave=False)
     weights = [
-        candidates_for(layers, config, lookups=lookups.get(layers[0].name))
-        for layers in tqdm(groups, desc="quantization errors", unit="weight", disable=not progress)
+        candidates_for(layers, config, lookups=lookups.get(layers[0].name)) for layers in bar
     ]
     options = _options(weights, copy, batches, target, progress)
     chosen = broadcast_object(_choose(model, config, weights, options, target))

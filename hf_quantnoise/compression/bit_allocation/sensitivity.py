@@ -111,7 +111,9 @@ def costs_by_output(
     bits per weight of the result; candidates near it are measured.
     """
     meter = SensitivityMeter(model, batches)
-    progress_bar = tqdm(weights, desc="sensitivity", unit="weight", disable=not progress)
+    progress_bar = tqdm(
+        weights, desc="sensitivity", unit="weight", disable=not progress, leave=False
+    )
     measured = [_measure(weight, meter, bits) for weight in progress_bar]
     sensitivities = [
         interpolate(points, points[0][0]) / (points[0][0] * weight.layer.numel)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -13,9 +13,15 @@ from transformers import Trainer
 from ...hub.card import format_metrics
 from ...modeling import packed_layers
 from ...modeling.packer import StageResult
+from ...publishing.tables import history_rows
 from ...size import size_report
+from ...tables import data_frame, html_table
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 _PACKED = "packed"
+_METRICS = ("metric", "packed_metric", "finetuning")  # fields of a record that are dicts of them
 
 
 @dataclass
@@ -60,6 +66,29 @@ class StageRecord:
             f"{self.stage:<12} {self.layers:>4} layers  relative error {self.relative_error:.4f}  "
             f"{self.mb:8.3f} MB  {self.seconds:7.1f} s  {format_metrics(self.metric)}"
         )
+
+
+class CompressionHistory(list):
+    """A list with the fields of each :class:`StageRecord` as a dict; notebooks show a table."""
+
+    def to_pandas(self) -> DataFrame:
+        """Return a ``pandas.DataFrame`` with a row per stage.
+
+        Metrics have separate columns: ``metric.eval_loss``, ``packed_metric.eval_loss``,
+        ``finetuning.train_loss``. The column ``layer_errors`` has dicts.
+        """
+        return data_frame(
+            {
+                f"{name}.{key}" if key else name: each
+                for name, value in record.items()
+                for key, each in (value.items() if name in _METRICS else [("", value)])
+            }
+            for record in self
+        )
+
+    def _repr_html_(self) -> str:
+        head, rows = history_rows(self)
+        return html_table([head, *rows], left=1)
 
 
 def measure_stage(

@@ -1,15 +1,16 @@
-"""Logs, progress bars and plots of a compression run."""
+"""Logs, progress bars and history of a compression run."""
 
 import copy
 import functools
+import json
+import math
 import re
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from matplotlib.figure import Figure
-from PIL import Image
+import transformers
 from support import trainers
 from support.stacked import make_stacked
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -21,9 +22,7 @@ from hf_quantnoise import (
     IPQConfig,
     QuantNoiseConfig,
     quantize_model,
-    size_report,
 )
-from hf_quantnoise.compression.reporting.plots import plot_compression
 from hf_quantnoise.compression.reporting.record import codebook_use
 from hf_quantnoise.modeling import packed_layers
 
@@ -57,54 +56,67 @@ def make_trainer(tmp_path, parity_data):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, parity_data):
     """A training run and a compression run, with all logs and plots."""
-    folder, figures = tmp_path_factory.mktemp("run"), []
+    folder = tmp_path_factory.mktemp("run")
     trainer, listener = trainer_and_listener(folder, parity_data, report_to=["tensorboard"])
     trainer.train()
     trained = len(listener.lines)
-    original = Figure.savefig
-
-    def savefig(figure, path, **kwargs):
-        figures.append(figure)
-        original(figure, path, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Figure, "savefig", savefig)
-        trainer.compress(CONFIG)
+    trainer.compress(CONFIG)
     return SimpleNamespace(
-        trainer=trainer, folder=folder, figures=figures, all_lines=listener.lines,
-        lines=listener.lines[trained:],
-    )  # fmt: skip
-
-
-def packed_by_stages(model):
-    """Return the names of packed layers, without leftovers."""
-    config = model.config.quantization_config
-    return config.plan.keys() - config.left_dense.keys()
+        trainer=trainer, folder=folder, all_lines=listener.lines, lines=listener.lines[trained:]
+    )
 
 
 def test_compress_logs_every_metric(run):
     names = {name for _, logs in run.lines for name in logs}
-    expected = ["loss", "learning_rate", "eval_loss", "packed_loss", "clean_loss",
-                "teacher_logits", "mb", "relative_error", "codebook_use", "stage"]  # fmt: skip
-    assert {f"compression_{name}" for name in expected} <= names
-    errors = {name.partition("/")[2] for name in names if name.startswith("compression_error/")}
-    assert errors == packed_by_stages(run.trainer.model) and len(errors) == 14
+    expected = ["loss", "learning_rate", "eval_loss", "packed_loss", "dense_loss",
+                "teacher_logits", "mb", "relative_error", "codebook_use", "stage",
+                "layer_error_median", "layer_error_max"]  # fmt: skip
+    assert {f"compression/{name}" for name in expected} <= names
+    assert len(names) < 50  # however many layers the model has
     # TensorBoard skips everything else, other loggers raise.
     assert {type(value) for _, logs in run.lines for value in logs.values()} <= {int, float}
     steps = [step for step, _ in run.lines]
     assert steps == sorted(steps) and steps[0] == 6  # after those of the training
     assert steps[-1] == 6 + 3 * 6
-    sizes = values_of(run.lines, "compression_mb")
+    sizes = values_of(run.lines, "compression/mb")
     assert sizes == [record["mb"] for record in run.trainer.compression_history]
-    assert run.trainer.state.log_history[-1]["compression_stage"] == 3
+    plots = sorted(path.name for path in (run.folder / "plots").iterdir())
+    assert plots == ["layers.png", "stages.png"]
+    assert run.trainer.state.log_history[-1]["compression/stage"] == 3
 
 
 def test_layer_errors_are_logged_before_finetuning(run):
-    name = "compression_error/bert.encoder.layer.1.output.dense"
     names = [set(logs) for _, logs in run.lines]
-    errors = [index for index, logged in enumerate(names) if name in logged]
-    trained = [index for index, logged in enumerate(names) if "compression_train_loss" in logged]
-    assert len(errors) == 1 and len(trained) == 3 and errors[0] < trained[0]
+    errors = [i for i, logged in enumerate(names) if "compression/layer_error_max" in logged]
+    trained = [i for i, logged in enumerate(names) if "compression/train_loss" in logged]
+    assert len(errors) == len(trained) == 3
+    assert all(error < end for error, end in zip(errors, trained, strict=True))
+
+
+def test_layer_errors_are_a_histogram_in_tensorboard(run):
+    (folder,) = {path.parent for path in run.folder.rglob("events.out.tfevents.*")}
+    events = EventAccumulator(str(folder), size_guidance={"histograms": 0}).Reload()
+    histograms = events.Histograms("train/compression/layer_errors")
+    records = run.trainer.compression_history[1:]
+    assert [event.step for event in histograms] == [6, 12, 18]  # when a stage is packed
+    for event, record in zip(histograms, records, strict=True):
+        errors = list(record["layer_errors"].values())
+        shown = event.histogram_value
+        assert shown.num == len(errors)
+        assert [shown.min, shown.max] == pytest.approx([min(errors), max(errors)])
+        assert shown.sum == pytest.approx(sum(errors))
+
+
+def test_layer_errors_are_a_histogram_in_wandb(make_trainer, monkeypatch):
+    logged = []
+    wandb = SimpleNamespace(Histogram=lambda values: ("histogram", values), log=logged.append)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    trainer, _ = make_trainer()
+    trainer.add_callback(type("WandbCallback", (TrainerCallback,), {})())
+    trainer.compress(IPQConfig(**FFN), CompressionArguments(stage_epochs=0))
+    errors = list(trainer.compression_history[-1]["layer_errors"].values())
+    name = "train/compression/layer_errors"
+    assert logged == [{name: ("histogram", errors), "train/global_step": 0}]
 
 
 def test_tensorboard_shows_training_and_compression_as_one_run(run):
@@ -119,12 +131,30 @@ def test_tensorboard_shows_training_and_compression_as_one_run(run):
     for tag in events.Tags()["scalars"]:
         name = re.sub("^train/", "", tag).replace("eval/", "eval_", 1)
         written[name] = [(event.step, event.value) for event in events.Scalars(tag)]
-    assert logged.keys() == written.keys() and "compression_mb" in logged
+    assert logged.keys() == written.keys() and "compression/mb" in logged
     for name, scalars in written.items():
         steps, values = zip(*sorted(scalars), strict=True)
         expected = list(zip(*sorted(logged[name]), strict=True))
         assert list(steps) == list(expected[0])
         assert list(values) == pytest.approx(list(expected[1]), rel=1e-6)
+
+
+def test_history_is_a_list_with_a_table_and_a_data_frame(run):
+    history = run.trainer.compression_history
+    assert isinstance(history, list) and json.loads(json.dumps(history)) == list(history)
+    frame = history.to_pandas()
+    assert list(frame["stage"]) == ["dense", "ffn", "embeddings", "attention"]
+    for column, field, name in (
+        ("metric.eval_loss", "metric", "eval_loss"),
+        ("packed_metric.eval_loss", "packed_metric", "eval_loss"),
+        ("finetuning.train_loss", "finetuning", "train_loss"),
+    ):
+        found = [record[field].get(name, math.nan) for record in history]
+        assert list(frame[column])[1:] == found[1:]
+    assert list(frame["layer_errors"]) == [record["layer_errors"] for record in history]
+    html = history._repr_html_()
+    assert html.count("<tr>") == 1 + len(history)
+    assert all(f">{record['stage']}<" in html for record in history)
 
 
 def values_of(lines, name):
@@ -141,11 +171,11 @@ def test_metrics_of_dense_packed_and_finetuned_model_are_logged(make_trainer, pa
     before = len(listener.lines)
     trainer.compress(IPQConfig(**FFN))
     lines = listener.lines[before:]
-    assert values_of(lines, "compression_clean_loss") == [dense] * 2
-    assert values_of(lines, "compression_packed_loss") == [pytest.approx(expected, rel=1e-5)]
+    assert values_of(lines, "compression/dense_loss") == [dense] * 2
+    assert values_of(lines, "compression/packed_loss") == [pytest.approx(expected, rel=1e-5)]
     record = trainer.compression_history[-1]
-    assert values_of(lines, "compression_eval_loss") == [dense, record["metric"]["eval_loss"]]
-    assert record["packed_metric"]["eval_loss"] == values_of(lines, "compression_packed_loss")[0]
+    assert values_of(lines, "compression/eval_loss") == [dense, record["metric"]["eval_loss"]]
+    assert record["packed_metric"]["eval_loss"] == values_of(lines, "compression/packed_loss")[0]
     assert record["metric"]["eval_loss"] != record["packed_metric"]["eval_loss"]
 
 
@@ -173,13 +203,37 @@ def test_progress_bars_show_stages_layers_and_steps(make_trainer, capsys):
     trainer, _ = make_trainer(disable_tqdm=False)
     trainer.compress(CONFIG, CompressionArguments(stage_steps=2))
     text = capsys.readouterr().err
-    stages = bars(text, "stages")
-    assert {(done, total) for done, total, _ in stages} == {(0, 3), (1, 3), (2, 3), (3, 3)}
-    assert stages[0][2] == "?" and all(left != "?" for done, _, left in stages if done)
-    assert re.search(r"stages: .*1/3 \[.*embeddings", text)  # the current stage
-    for stage, layers in (("ffn", 4), ("embeddings", 2), ("attention", 8)):
+    stages = {"ffn": 4, "embeddings": 2, "attention": 8}
+    for number, (stage, layers) in enumerate(stages.items(), 1):
         assert bars(text, f"quantize {stage}")[0][:2] == (0, layers)
-    assert text.count("2/2 [") >= 3  # the optimizer steps of each stage, by Trainer
+        done, total, left = bars(text, rf"finetune {stage} \({number}/3\)")[-1]
+        assert (done, total) == (2, 2) and left != "?"
+        assert bars(text, rf"evaluate {stage} \({number}/3\)")[0][1] == 12
+    assert "evaluate before compression" in text
+
+
+def test_one_progress_bar_at_a_time(make_trainer, capsys):
+    target = IPQConfig(target_size_mb=0.05, codebook_bits=16, kmeans_iter=2)
+    trainer, _ = make_trainer(disable_tqdm=False, save_strategy="epoch")
+    trainer.compress(target, CompressionArguments(stage_steps=1))
+    shown = capsys.readouterr()
+    assert "quantize" in shown.err and "finetune" in shown.err
+    assert "Writing model shards" not in shown.err
+    assert "\x1b[A" not in shown.err  # moves the cursor up to a bar above another one
+    assert max(map(len, (shown.out + shown.err).replace("\r", "\n").splitlines())) < 400
+
+
+@pytest.mark.parametrize("disable_tqdm", [False, True])
+def test_nothing_is_shown_if_the_log_level_is_error(make_trainer, capsys, disable_tqdm):
+    target = IPQConfig(target_size_mb=0.05, codebook_bits=16, kmeans_iter=2)
+    try:
+        trainer, listener = make_trainer(disable_tqdm=disable_tqdm, log_level="error")
+        trainer.train()
+        trainer.compress(target, CompressionArguments(stage_steps=1))
+    finally:
+        transformers.logging.set_verbosity_warning()  # Trainer has set it
+    assert capsys.readouterr() == ("", "")
+    assert len(listener.lines) > 6  # reporters get all figures
 
 
 def test_progress_bars_are_off_with_disable_tqdm_and_on_other_ranks(
@@ -195,14 +249,16 @@ def test_progress_bars_are_off_with_disable_tqdm_and_on_other_ranks(
     monkeypatch.setattr(type(trainer), "is_world_process_zero", lambda self: False)
     trainer.compress(CONFIG, CompressionArguments(stage_epochs=0))
     err = capsys.readouterr().err
-    assert not bars(err, "stages") and "quantize" not in err
+    assert not bars(err, "finetune") and "quantize" not in err
 
 
 def test_logs_are_printed_once_and_plots_can_be_disabled(make_trainer, tmp_path, capsys):
     trainer, _ = make_trainer()
     trainer.compress(CONFIG, CompressionArguments(plots=False))
-    printed = [line for line in capsys.readouterr().out.splitlines() if "_loss'" in line]
+    lines = capsys.readouterr().out.splitlines()
+    printed = [line for line in lines if "loss'" in line]
     assert len(printed) == len(set(printed)) > 3
+    assert max(map(len, lines)) < 400  # and not one with a figure for each layer
     assert not (tmp_path / "plots").exists()
 
 
@@ -239,47 +295,3 @@ def test_codebook_use_counts_each_codebook_once():
     assert 0 < codebook_use(quantize_model(make_stacked("gpt2", 2), two, progress=False)) <= 1
     intn = quantize_model(make_stacked("gpt2", 2), FixedPointConfig(bits=4), progress=False)
     assert codebook_use(intn) is None
-
-
-def test_compress_writes_plots(run):
-    for name in ("stages.png", "layers.png"):
-        with Image.open(run.folder / "plots" / name) as image:
-            assert image.width > 300 and len(image.convert("RGB").getcolors(10**6)) > 10
-
-
-def test_plots_show_the_history_and_the_size_on_disk(run):
-    (stages, layers), small = run.figures, run.trainer.model
-    history = run.trainer.compression_history
-    finetuned, packed = stages.axes[0].get_lines()
-    assert list(finetuned.get_xdata()) == [record["mb"] for record in history]
-    assert list(finetuned.get_ydata()) == [record["metric"]["eval_loss"] for record in history]
-    losses = [record["packed_metric"]["eval_loss"] for record in history[1:]]
-    assert list(packed.get_ydata()) == losses
-    names = [label.get_text() for label in layers.axes[0].get_yticklabels()]
-    assert set(names) == packed_by_stages(small)
-    errors, sizes = ([bar.get_width() for bar in axes.patches] for axes in layers.axes)
-    recorded = {name: e for record in history for name, e in record["layer_errors"].items()}
-    assert errors == [recorded[name] for name in names]
-    for name, size in zip(names, sizes, strict=True):
-        layer = small.get_submodule(name)
-        tensors = [layer.weight_indices, layer.weight_codebook.half()]
-        expected = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        assert expected <= 1e3 * size <= expected + 1  # a sentinel takes a byte
-
-
-def test_plot_compression_without_metrics(tmp_path):
-    model = quantize_model(make_stacked("bert", 2), CONFIG, progress=False)
-    record = {"stage": "ffn", "mb": 1.0, "metric": {}, "packed_metric": {}, "relative_error": 0.3,
-              "layer_errors": {}}  # fmt: skip
-    paths = plot_compression([record], size_report(model), str(tmp_path))
-    assert len(paths) == 2
-
-
-def test_plot_compression_without_matplotlib_warns(tmp_path, monkeypatch, caplog):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    report = size_report(torch.nn.Linear(2, 2))
-    monkeypatch.setattr("hf_quantnoise.compression.reporting.plots.logger.propagate", True)
-    logger = "hf_quantnoise.compression.reporting.plots"
-    with caplog.at_level("WARNING", logger=logger):
-        assert plot_compression([], report, str(tmp_path / "plots")) == []
-    assert not (tmp_path / "plots").exists()

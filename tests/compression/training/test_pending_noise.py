@@ -75,7 +75,7 @@ def test_noise_is_trained_with_and_logged_if_it_is_kept(tmp_path, parity_data):
             TARGET, CompressionArguments(keep_noise=keep_noise, stage_steps=3, plots=False)
         )
         weights.append(small.classifier.weight.detach().clone())
-        rates = [log.get("compression_noise_p") for log in logs if "compression_loss" in log]
+        rates = [log.get("compression/noise_p") for log in logs if "compression/loss" in log]
         assert rates == ([0.3] * 6 if keep_noise else [None] * 6) + [None] * 3
         assert keep_noise or not any("noised_share" in log for log in logs)
     assert not torch.equal(*weights)
