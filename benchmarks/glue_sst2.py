@@ -148,6 +148,7 @@ def _shared_flags(args: BenchmarkArguments, seed: int) -> list[str]:
         "logging_steps": 100,
         "train_sampling_strategy": "group_by_length",  # halves the time: most sentences are short
         "dataloader_pin_memory": False,
+        "metrics": "sklearn",
     }
     return _flags(flags)
 

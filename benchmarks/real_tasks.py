@@ -43,6 +43,7 @@ class RealTask:
             *("--save_strategy", "no", "--per_device_eval_batch_size", "64"),
             *("--dataloader_pin_memory", "False", "--disable_tqdm", "True"),
             *("--logging_steps", "1000"),
+            *(("--metrics", "sklearn") if self.metric == "accuracy" else ()),
         ]
 
 

@@ -26,12 +26,14 @@ from .configuration.checks import boolean
 from .distributed import average_gradients
 from .files.model_folders import UNPUBLISHED
 from .hub.processing import remember_processing
+from .metric_modules import as_compute_metrics
 from .noise import find_state
 from .publishing.trainer_mixin import PublishingMixin
 from .size import size_report
 from .trainer_arguments import check_arguments, require_ddp_for_centroids, warn_of_adapters
 
 if TYPE_CHECKING:
+    from evaluate import EvaluationModule
     from torch import Tensor
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
@@ -49,6 +51,8 @@ if TYPE_CHECKING:
     ProcessingClass = (
         PreTrainedTokenizerBase | BaseImageProcessor | FeatureExtractionMixin | ProcessorMixin
     )
+    Compute = Callable[[EvalPrediction], dict[str, float]]
+    Metrics = Compute | EvaluationModule | str | os.PathLike[str]
 
 
 class QuantNoiseTrainer(PublishingMixin, DistillingTrainer):
@@ -64,16 +68,18 @@ class QuantNoiseTrainer(PublishingMixin, DistillingTrainer):
         compression_args: how to distill, the learning rate of centroids that the noise trains, and
             the default of :meth:`compress`.
         data_collator, train_dataset, eval_dataset, processing_class, model_init,
-            compute_loss_func, compute_metrics, callbacks, optimizers, optimizer_cls_and_kwargs,
+            compute_loss_func, callbacks, optimizers, optimizer_cls_and_kwargs,
             preprocess_logits_for_metrics: as in ``Trainer``.
+        compute_metrics: as in ``Trainer``; or, for models with one label per example, a metric of
+            the package evaluate (``evaluate.load("accuracy")``) or the name or path of one.
 
     Attributes:
         compression_history: after :meth:`compress`, one dict for the dense model and one per stage;
             see :class:`~hf_quantnoise.compression.StageRecord`. A list with ``to_pandas()``.
 
     Raises:
-        TypeError: if ``model``, ``args``, ``qn_config``, ``teacher`` or ``compression_args`` is
-            something else.
+        TypeError: if ``model``, ``args``, ``qn_config``, ``teacher``, ``compression_args`` or
+            ``compute_metrics`` is something else.
         ValueError: if there is a teacher and ``compression_args`` has ``distill=False``, or the
             noise trains centroids under FSDP.
 
@@ -100,7 +106,7 @@ class QuantNoiseTrainer(PublishingMixin, DistillingTrainer):
         processing_class: ProcessingClass | None = None,
         model_init: Callable[..., PreTrainedModel] | None = None,
         compute_loss_func: Callable[..., Tensor] | None = None,
-        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+        compute_metrics: Metrics | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Optimizer | None, LRScheduler | None] = (None, None),
         optimizer_cls_and_kwargs: tuple[type[Optimizer], dict[str, Any]] | None = None,
@@ -120,7 +126,7 @@ class QuantNoiseTrainer(PublishingMixin, DistillingTrainer):
             processing_class=processing_class,
             model_init=model_init,
             compute_loss_func=compute_loss_func,
-            compute_metrics=compute_metrics,
+            compute_metrics=as_compute_metrics(compute_metrics),
             callbacks=callbacks,
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,

@@ -10,6 +10,7 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -72,3 +73,10 @@ def run_python():
         assert done.returncode == 0, done.stderr
 
     return run
+
+
+@pytest.fixture(scope="session")
+def metric_folder():
+    """Folder with metrics of evaluate, ``glue`` and ``accuracy``, which load without the Hub."""
+    pytest.importorskip("evaluate")
+    return Path(__file__).parent / "support" / "metrics"

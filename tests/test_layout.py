@@ -47,6 +47,7 @@ LAYERS = (
     "compression",
     "recipes",
     "trainer_arguments",
+    "metric_modules",
     "trainer",
     "runs",
     "cli",

@@ -12,7 +12,7 @@ from transformers import DataCollatorWithPadding
 from .arguments import Arguments
 from .compression_run import Example
 from .glue_data import DataArguments, GlueData, load_glue_data
-from .glue_labels import metrics_function, prediction_texts
+from .glue_labels import prediction_texts
 from .job import Job
 
 logger = logging.getLogger(__name__)
@@ -70,6 +70,9 @@ def prepare(args: Arguments) -> Job:
     else:
         config.id2label = dict(enumerate(data.label_names))
         config.label2id = {name: i for i, name in enumerate(data.label_names)}
+    compute_metrics, metric = None, data.metrics[0]
+    if args.training.do_eval:
+        compute_metrics, metric = args.data.scoring(data.metrics, *data.metric_module)
     model = args.model.load_model(args.data.auto_class, config)
     with args.training.main_process_first(desc="tokenizing"):
         limit = getattr(config, "max_position_embeddings", None)
@@ -79,11 +82,11 @@ def prepare(args: Arguments) -> Job:
         parts={
             "train_dataset": data.train,
             "eval_dataset": data.validation,
-            "compute_metrics": metrics_function(data.metrics, data.is_regression),
+            "compute_metrics": compute_metrics,
             "processing_class": tokenizer,
             "data_collator": DataCollatorWithPadding(tokenizer),
         },
-        metric=data.metrics[0],
+        metric=metric,
         task="text-classification",
         dataset=args.data.task_name,
         more_eval_datasets=data.mismatched,

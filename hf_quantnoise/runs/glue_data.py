@@ -14,6 +14,7 @@ from .arguments import ModelArguments
 from .example_data import FileArguments, check_column, check_minimum, read_table, truncate
 from .glue_labels import find_labels, labels_of_checkpoint
 from .known_flags import GLUE_ELSEWHERE
+from .metrics import MetricArguments
 
 HUB_DATASET = "nyu-mll/glue"
 
@@ -52,7 +53,7 @@ KNOWN_KEYS += (("sentence", None), ("text", None))
 
 
 @dataclass
-class DataArguments(FileArguments):
+class DataArguments(FileArguments, MetricArguments):
     """Data to train and evaluate on, and to predict."""
 
     auto_class: ClassVar[Any] = AutoModelForSequenceClassification
@@ -125,6 +126,7 @@ class GlueData:
     label_values: dict | None  # label in the data -> id in the model; None for regression
     label_names: list[str] | None  # name of each id, for id2label; None for regression
     metrics: tuple[str, ...]
+    metric_module: tuple[str, str | None]  # of evaluate, with these metrics; and its configuration
 
     @property
     def is_regression(self) -> bool:
@@ -253,7 +255,14 @@ def load_glue_data(
         label_values=values,
         label_names=names,
         metrics=metrics,
+        metric_module=_metric_module(args.task_name, is_regression=names is None),
     )
+
+
+def _metric_module(task_name: str | None, is_regression: bool) -> tuple[str, str | None]:
+    if task_name is None and not is_regression:
+        return "accuracy", None
+    return "glue", task_name or "stsb"
 
 
 def _by_suffix(sets: dict[str, Dataset], start: str) -> dict[str, Dataset]:

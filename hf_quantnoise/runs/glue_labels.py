@@ -1,16 +1,13 @@
-"""Labels and metrics of ``run_glue.py``."""
+"""Labels of ``run_glue.py``."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from datasets import ClassLabel, Dataset
-from scipy.stats import pearsonr, spearmanr
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
-from transformers import EvalPrediction, PretrainedConfig
+from transformers import PretrainedConfig
 
 logger = logging.getLogger(__name__)
 
@@ -150,31 +147,3 @@ def prediction_texts(predictions: Any, label_names: list[str] | None) -> list[st
     if label_names is None:
         return [f"{value:3.3f}" for value in np.squeeze(logits, -1)]
     return [label_names[index] for index in np.argmax(logits, axis=-1)]
-
-
-# ---- metrics -------------------------------------------------------------------------------------
-# evaluate.load("glue", task) would download a script from the Hub for every metric; these give the
-# same values without network access.
-
-Metric = Callable[[np.ndarray, np.ndarray], float]
-METRICS: dict[str, Metric] = {
-    "accuracy": lambda predicted, labels: accuracy_score(labels, predicted),
-    "f1": lambda predicted, labels: f1_score(labels, predicted),
-    "matthews_correlation": lambda predicted, labels: matthews_corrcoef(labels, predicted),
-    "pearson": lambda predicted, labels: pearsonr(predicted, labels).statistic,
-    "spearmanr": lambda predicted, labels: spearmanr(predicted, labels).statistic,
-}
-
-
-def metrics_function(
-    metrics: Sequence[str], is_regression: bool
-) -> Callable[[EvalPrediction], dict[str, float]]:
-    """Return the ``compute_metrics`` of a Trainer for names in :data:`METRICS`."""
-
-    def compute(prediction: EvalPrediction) -> dict[str, float]:
-        logits = prediction.predictions
-        logits = logits[0] if isinstance(logits, tuple) else logits
-        predicted = np.squeeze(logits, -1) if is_regression else np.argmax(logits, axis=-1)
-        return {name: float(METRICS[name](predicted, prediction.label_ids)) for name in metrics}
-
-    return compute

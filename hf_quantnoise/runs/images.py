@@ -18,13 +18,14 @@ from ..configuration.options import option
 from .arguments import Arguments
 from .compression_run import Example
 from .example_data import SplitArguments, check_column, check_minimum, read_table, truncate
-from .glue_labels import check_labels, labels_in, metrics_function
+from .glue_labels import check_labels, labels_in
 from .job import Job
 from .known_flags import IMAGES_ELSEWHERE
+from .metrics import MetricArguments
 
 
 @dataclass
-class ImageArguments(SplitArguments):
+class ImageArguments(SplitArguments, MetricArguments):
     """Data to train and evaluate on."""
 
     file_kind: ClassVar[str] = "a parquet file of images"
@@ -98,6 +99,9 @@ def prepare(args: Arguments) -> Job:
     check_labels({f"{split}_file": rows for split, rows in sets.items()}, data.label_column, ids)
     config.id2label = dict(enumerate(names))
     config.label2id = {name: index for index, name in enumerate(names)}
+    compute_metrics, metric = None, "accuracy"
+    if args.training.do_eval:
+        compute_metrics, metric = data.scoring(("accuracy",), "accuracy", None)
     model = model_args.load_model(args.data.auto_class, config)
     processor = load_processor(args)
     args.training.remove_unused_columns = False  # the collator reads them
@@ -106,11 +110,11 @@ def prepare(args: Arguments) -> Job:
         parts={
             "train_dataset": sets.get("train"),
             "eval_dataset": sets.get("validation"),
-            "compute_metrics": metrics_function(("accuracy",), is_regression=False),
+            "compute_metrics": compute_metrics,
             "processing_class": processor,
             "data_collator": partial(collate, processor=processor, args=data, ids=ids),
         },
-        metric="accuracy",
+        metric=metric,
         task="image-classification",
         dataset=data.dataset_name,
     )

@@ -47,6 +47,7 @@ def place(tmp_path, monkeypatch, request):
 def place_run_glue(folder, fixture):
     write_wider(fixture("tiny_model"), folder / "roberta-base")
     fixture("glue_files")(folder)
+    shutil.copytree(fixture("metric_folder"), folder, dirs_exist_ok=True)
     shutil.move(folder / "validation.csv", folder / "dev.csv")
     splits = {}
     for split, count in (("train", 48), ("validation", 16), ("test", 4)):
@@ -78,6 +79,7 @@ def place_run_image_classification(folder, fixture):
 
     for name in ("google/mobilenet_v1_0.75_192", "a/checkpoint"):
         write_checkpoint(folder / name)
+    shutil.copytree(fixture("metric_folder"), folder, dirs_exist_ok=True)
     files = write_images(folder)
     shutil.copy(files["validation"], folder / "test.parquet")
     tables = {split: pq.read_table(path).to_pydict() for split, path in files.items()}

@@ -10,8 +10,9 @@ from hf_quantnoise.cli import COMMANDS, main
 from hf_quantnoise.runs.glue import parse
 
 
-def test_examples_run(tiny_model, sentences, write, tmp_path, monkeypatch, capsys):
+def test_examples_run(tiny_model, sentences, write, tmp_path, monkeypatch, capsys, metric_folder):
     monkeypatch.chdir(tmp_path)
+    shutil.copytree(metric_folder, tmp_path, dirs_exist_ok=True)
     shutil.copytree(tiny_model, tmp_path / "out" / "dense")
     for name, seed in (("train", 1), ("dev", 2)):
         texts, labels = sentences(16, seed)

@@ -1,13 +1,11 @@
 """Data of the GLUE example: columns and labels found in files, and errors about files."""
 
-import numpy as np
 import pytest
-from transformers import AutoTokenizer, BertConfig, EvalPrediction
+from transformers import AutoTokenizer, BertConfig
 
 from hf_quantnoise.runs.arguments import ModelArguments
 from hf_quantnoise.runs.glue import tokenize
 from hf_quantnoise.runs.glue_data import DataArguments, load_glue_data
-from hf_quantnoise.runs.glue_labels import METRICS, metrics_function
 
 NO_HEAD = BertConfig()
 
@@ -153,36 +151,6 @@ def test_stsb_with_integers_is_regression(write_sets, load, tiny_model):
     assert data.is_regression
     rows = tokenize(data, AutoTokenizer.from_pretrained(tiny_model), DataArguments(**args), None)
     assert {type(label) for label in rows.train["label"]} == {float}
-
-
-# ---- metrics -------------------------------------------------------------------------------------
-
-
-def test_metrics_against_their_definitions():
-    rng = np.random.default_rng(0)
-    labels = rng.integers(0, 2, 200)
-    predicted = np.where(rng.random(200) < 0.7, labels, 1 - labels)
-    hit = predicted == labels
-    tp, tn = (hit & (labels == 1)).sum(), (hit & (labels == 0)).sum()
-    fp, fn = (~hit & (labels == 0)).sum(), (~hit & (labels == 1)).sum()
-    assert METRICS["accuracy"](predicted, labels) == pytest.approx((tp + tn) / 200)
-    assert METRICS["f1"](predicted, labels) == pytest.approx(2 * tp / (2 * tp + fp + fn))
-    matthews = (tp * tn - fp * fn) / np.sqrt(float((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)))
-    assert METRICS["matthews_correlation"](predicted, labels) == pytest.approx(matthews)
-    x, y = rng.normal(size=(2, 50))
-    assert METRICS["pearson"](x, y) == pytest.approx(np.corrcoef(x, y)[0, 1])
-    ranks = [np.argsort(np.argsort(values)) for values in (x, y)]
-    assert METRICS["spearmanr"](x, y) == pytest.approx(np.corrcoef(*ranks)[0, 1])
-
-
-def test_predictions_are_computed_from_logits():
-    logits = np.array([[0.0, 1.0], [2.0, 1.0], [0.0, 3.0], [0.0, 1.0]])
-    labels = np.array([1, 0, 0, 1])
-    compute = metrics_function(("accuracy", "f1"), is_regression=False)
-    assert compute(EvalPrediction((logits, "hidden"), labels)) == {"accuracy": 0.75, "f1": 0.8}
-    compute = metrics_function(("pearson",), is_regression=True)
-    predictions = EvalPrediction(np.array([[1.0], [2.0], [3.0]]), np.array([2.0, 4.0, 6.0]))
-    assert compute(predictions)["pearson"] == pytest.approx(1.0)
 
 
 # ---- errors --------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from hf_quantnoise.runs.glue_labels import LABELS, REGRESSION_TASKS, find_labels
 SHORT = [
     *("--n_centroids", "8", "--block_size", "4", "--stage_epochs", "0", "--max_steps", "2"),
     *("--use_cpu", "--disable_tqdm", "True", "--plots", "False", "--noise", "none"),
+    *("--metrics", "sklearn"),
 ]
 
 

@@ -24,6 +24,7 @@ FLAGS = {
     "use_cpu": True,
     "disable_tqdm": True,
     "plots": False,
+    "metrics": "sklearn",
     "recipe": "13x",
 }
 

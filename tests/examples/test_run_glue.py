@@ -38,6 +38,7 @@ def run_glue(folder, model: str, *flags: str, out: str = "out"):
         "use_cpu": True,
         "disable_tqdm": True,
         "plots": False,
+        "metrics": "sklearn",
     }
     words = [word for name, v in shared.items() for word in (f"--{name}", str(v))]
     return main([*words, *flags]), folder / out

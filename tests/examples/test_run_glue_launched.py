@@ -30,6 +30,7 @@ def words(tiny_model, tmp_path, write_sets):
             "per_device_train_batch_size": 16 // processes, "use_cpu": True, "optim": "sgd",
             "disable_tqdm": True, "noise": "int8", "noise_rate": 1, "stages": "ffn",
             "stage_epochs": 1, "n_centroids": 8, "block_size": 4, "logging_steps": 1,
+            "metrics": "sklearn",
         }  # fmt: skip
         return [word for name, v in flags.items() for word in (f"--{name}", str(v))] + files
 

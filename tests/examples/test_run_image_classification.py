@@ -66,7 +66,7 @@ def flags(checkpoint, files, tmp_path, *more):
         *("--model_name_or_path", str(checkpoint), "--train_file", str(files["train"])),
         *("--validation_file", str(files["validation"]), "--output_dir", str(tmp_path / "out")),
         *("--num_train_epochs", "1", "--save_strategy", "no", "--disable_tqdm", "True"),
-        *("--plots", "False"),
+        *("--plots", "False", "--metrics", "sklearn"),
         *("--per_device_train_batch_size", "8", "--n_centroids", "8", "--stage_epochs", "0.5"),
         *("--cache_dir", str(tmp_path / "cache"), *stages, *more),
     ]
