@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import HfApi, ModelCard, hf_hub_download, upload_folder
 from huggingface_hub.errors import (
     EntryNotFoundError,
+    GatedRepoError,
     HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
@@ -22,10 +23,36 @@ from .files.model_folders import stale_weights
 
 # Tag of all repositories with files of this package.
 TAG = "quant-noise"
+# library_name of repositories that cannot be used without this package.
+LIBRARY = "hf-quantnoise"
 CARD = "README.md"
 _NOT_THERE = (
     EntryNotFoundError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError,
 )  # fmt: skip
+
+# Why a repository cannot be read, and what to do; the first that applies.
+_REFUSALS = (
+    (GatedRepoError, "it is gated, and this account has no access",
+     "request access on its page, and log in with `hf auth login`"),
+    (RevisionNotFoundError, "it has no such branch, tag or commit", "check the revision"),
+    (RepositoryNotFoundError, "it does not exist, or is private",
+     "check the name, or log in with `hf auth login`"),
+)  # fmt: skip
+
+
+def refusal(error: BaseException) -> str | None:
+    """Return why the Hub refused to serve a repository, and the remedy, or None if it did not.
+
+    Args:
+        error: the error of the Hub's client, or one that was raised because of it.
+    """
+    causes = [error]
+    while (cause := causes[-1].__cause__) is not None:
+        causes.append(cause)
+    for kind, reason, remedy in _REFUSALS:
+        if any(isinstance(cause, kind) for cause in causes):
+            return f"{reason}; {remedy}"
+    return None
 
 
 def find_file(path: str | os.PathLike, file_name: str, hint: str, **kwargs: Any) -> str:
@@ -48,6 +75,8 @@ def find_file(path: str | os.PathLike, file_name: str, hint: str, **kwargs: Any)
         )
     try:
         return hf_hub_download(path, file_name, **kwargs)
+    except GatedRepoError as error:
+        raise PermissionError(f"cannot read repository {path!r}: {refusal(error)}") from error
     except _NOT_THERE as error:
         raise FileNotFoundError(
             f"{os.path.join(path, file_name)} is missing: the folder does not exist, and the Hub "

@@ -250,10 +250,11 @@ class QuantNoiseTrainer(PublishingMixin, DistillingTrainer):
         model = pipeline.run(resume_from_checkpoint)
         self._use_packed_model(model)
         self.compression_args = compression_args
-        self._set_card_metrics(self.compression_history[-1]["metric"])
+        self._plots = []
         if compression_args.plots and self.args.should_save:
             folder = os.path.join(str(self.args.output_dir), PLOTS)
-            plot_compression(self.compression_history, size_report(model), folder)
+            self._plots = plot_compression(self.compression_history, size_report(model), folder)
+        self._set_card_metrics(self.compression_history[-1]["metric"])
         return model
 
     def _use_packed_model(self, model: PreTrainedModel) -> None:

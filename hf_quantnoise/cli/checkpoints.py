@@ -24,6 +24,7 @@ from ..hub.auto import AutoQuantizedModel, method_of, read_config
 from ..hub.model_classes import model_class_of
 from ..hub.quantizer import QuantNoiseHfQuantizer
 from ..modeling.float16 import round_to_float16
+from ..repository import refusal
 from ..sharing import share
 from ..text import printable
 from .command import UsageError
@@ -82,7 +83,8 @@ class Checkpoint:
             if os.path.isdir(self.path):
                 raise
             raise ValueError(
-                f"{self.path!r} is not a folder, and cannot be read as a repository ({error})"
+                f"{self.path!r} is not a folder, and cannot be read as a repository: "
+                f"{refusal(error) or f'{error}; check the name and the network'}"
             ) from error
 
     @property

@@ -34,12 +34,16 @@ class Compress(Command):
     def add_arguments(parser: ArgumentParser) -> None:
         add_model_argument(parser, "Dense model")
         add_output_arguments(parser)
+        parser.add_argument(
+            "--card_template", metavar="FILE", help="Jinja template of the model card."
+        )
 
     @staticmethod
     def run(args: Namespace) -> None:
         from ..compression import check_plan, quantize_model
         from ..compression.bit_allocation.allocate import resolve_target
         from ..files.model_folders import replaced_model
+        from ..publishing.template import read_template
         from ..size import size_report
         from .checkpoints import checkpoint_of
         from .folders import check_output, copy_companions, write_card
@@ -52,6 +56,7 @@ class Compress(Command):
                 "does not load; remove it, or call quantize_model(model, config, "
                 "calibration_data=[...]) in Python"
             )
+        read_template(args.card_template)
         checkpoint = checkpoint_of(args)
         checkpoint.require_dense()
         check_output(args.out, args.overwrite, args.model)
@@ -63,5 +68,5 @@ class Compress(Command):
         with replaced_model(args.out, keep_others=False) as folder:
             source = copy_companions(checkpoint, folder)
             model.save_pretrained(folder)
-            write_card(model, source, folder)
+            write_card(model, source, folder, args.card_template)
         print(size_report(model))

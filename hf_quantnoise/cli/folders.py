@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from dataclasses import replace
 from typing import Any
 
 from huggingface_hub import snapshot_download
@@ -72,12 +73,14 @@ def copy_companions(checkpoint: Checkpoint, folder: str) -> str:
 _DENSE_ONLY = ("eval_results", "model_name", "metrics", "base_model_relation", "library_name")
 
 
-def write_card(model: PreTrainedModel, source: str, folder: str) -> None:
+def write_card(
+    model: PreTrainedModel, source: str, folder: str, template: str | None = None
+) -> None:
     """Write the card of the packed model, followed by the text of the dense model's card.
 
     Metadata of the dense model are kept, except its evaluation results and names.
     """
-    card: Any = card_of(model).render(model)
+    card: Any = replace(card_of(model), template=template).render(model, folder)
     path = os.path.join(source, CARD)
     if os.path.isfile(path):
         dense_card = read_card(path)

@@ -62,6 +62,8 @@ def _explained(repo: str) -> Iterator[None]:
         remedy = "check the network and HF_ENDPOINT, the address of the Hub"
         if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403, 404):
             remedy = "log in with `hf auth login` as a user who may write there"
+        elif "Invalid metadata" in str(error):
+            remedy = f"correct the lines at the top of {CARD}"
         raise ConnectionError(
             f"{repo!r} could not be pushed to {constants.ENDPOINT}: {error}; {remedy}"
         ) from error

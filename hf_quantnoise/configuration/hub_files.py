@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData, upload_folder
 from ..argument_checks import require_output_folder
 from ..files.durable import write_text
 from ..files.reading import read_json
-from ..repository import CARD, TAG, create_repository, existing_card, find_file
+from ..repository import CARD, LIBRARY, TAG, create_repository, existing_card, find_file
 
 
 class HubConfigMixin:
@@ -84,7 +84,7 @@ class HubConfigMixin:
 
     def _card(self, repo_id: str) -> ModelCard:
         name = type(self).__name__
-        data = ModelCardData(library_name="hf-quantnoise", tags=[TAG])
+        data = ModelCardData(library_name=LIBRARY, tags=[TAG])
         return ModelCard(
             f"---\n{data.to_yaml()}\n---\n\n"
             f"# {repo_id.split('/')[-1]}\n\n"

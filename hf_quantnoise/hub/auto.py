@@ -20,7 +20,7 @@ from ..configuration import QUANT_METHOD
 from ..files.model_folders import require_not_interrupted
 from ..files.reading import headers_in, read_json
 from ..modeling.value_check import values_unchecked
-from ..repository import is_repository_name
+from ..repository import is_repository_name, refusal
 from ..text import printable, shown
 from .model_classes import HUB_KWARGS, model_class_of
 
@@ -169,9 +169,10 @@ def _config_of(path: str, **kwargs: Any) -> PreTrainedConfig:
     try:
         return read_config(path, **kwargs)
     except OSError as error:
+        first_line = printable(str(error).partition("\n")[0])
         raise OSError(
-            f"cannot load {path!r}: it is not a folder, and cannot be read as a repository "
-            f"({printable(str(error).partition(chr(10))[0])}); check the name"
+            f"cannot load {path!r}: it is not a folder, and cannot be read as a repository: "
+            f"{refusal(error) or f'{first_line}; check the name and the network'}"
         ) from error
 
 

@@ -54,6 +54,13 @@ def remember_processing(model: Any, processing_class: Any) -> None:
         setattr(model, PROCESSING_ATTRIBUTE, processing_class)
 
 
+def has_processing(model: PreTrainedModel, folder: str | None = None) -> bool:
+    """Return whether a tokenizer or processor of a model is known, or is in its folder."""
+    known = getattr(model, PROCESSING_ATTRIBUTE, None) is not None
+    folders = filter(None, (folder, _source(model)))
+    return known or any(map(processing_files, folders))
+
+
 def save_processing(model: PreTrainedModel, folder: str, existing: str | None = None) -> None:
     """Write the tokenizer or processor of a model to a folder, or warn if none is known.
 

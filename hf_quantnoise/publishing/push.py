@@ -14,8 +14,9 @@ from ..argument_checks import require_instance, require_model, require_output_fo
 from ..files.durable import new_file
 from ..hub.card import CARD_ATTRIBUTE, TAGS
 from ..hub.processing import remember_processing, save_processing
-from ..repository import CARD, create_repository, existing_card, read_card, upload_model
+from ..repository import CARD, LIBRARY, create_repository, existing_card, read_card, upload_model
 from .card import END, START, QuantNoiseCard
+from .template import read_template
 
 # Metadata fields of a card that hold evaluation results.
 RESULT_FIELDS = ("eval_results", "model_name", "metrics")
@@ -31,11 +32,14 @@ def merge_cards(new: ModelCard, existing: ModelCard | None) -> ModelCard:
 
     The text between the package's markers is replaced, all other text is kept. Metadata of the
     existing card is kept and tags are combined. However, results and ``base_model_relation`` of a
-    card that this package wrote are dropped, since they may describe another model.
+    card that this package wrote are dropped, since they may describe another model, as is its
+    ``library_name`` and that of transformers' own cards.
     """
     if existing is None:
         return new
     data: Any = new.data
+    if existing.data.library_name in ("transformers", LIBRARY):
+        existing.data.library_name = None
     replaced = {*RESULT_FIELDS, "base_model_relation"} if START in existing.text else set()
     if data.eval_results:
         replaced.update(RESULT_FIELDS)
@@ -63,7 +67,10 @@ def _require_card_of_model(model: Any, card: Any) -> None:
 
 
 def write_model_card(
-    model: PreTrainedModel, folder: str | os.PathLike, card: QuantNoiseCard | None = None
+    model: PreTrainedModel,
+    folder: str | os.PathLike,
+    card: QuantNoiseCard | None = None,
+    template: str | os.PathLike | None = None,
 ) -> str:
     """Write a model card (``README.md``) to the folder of a saved model.
 
@@ -73,20 +80,29 @@ def write_model_card(
         model: a model, compressed or not.
         folder: the folder. In an existing card, text outside the package's markers is kept.
         card: facts for the card. Default: ``model.quantnoise_card``, set by compression.
+        template: path of a Jinja template of the card. Default: that of ``card``, or the package's.
 
     Returns:
         The path of the file.
 
     Raises:
         TypeError: if an argument is something else.
+        ValueError: if the template is invalid.
     """
     _require_card_of_model(model, card)
-    path = os.path.join(require_output_folder("folder", folder), CARD)
+    folder = require_output_folder("folder", folder)
+    path = os.path.join(folder, CARD)
     existing = read_card(path) if os.path.isfile(path) else None
-    merged = merge_cards((card or card_of(model)).render(model), existing)
+    card = _with_template(card or card_of(model), template)
+    merged = merge_cards(card.render(model, folder), existing)
+    card.copy_plot(folder)
     with new_file(path) as part:
         merged.save(part)
     return path
+
+
+def _with_template(card: QuantNoiseCard, template: str | os.PathLike | None) -> QuantNoiseCard:
+    return card if template is None else replace(card, template=template)
 
 
 def push_to_hub(
@@ -101,6 +117,7 @@ def push_to_hub(
     revision: str | None = None,
     create_pr: bool = False,
     max_shard_size: int | str = "50GB",
+    template: str | os.PathLike | None = None,
 ) -> Any:
     """Upload a model with its card to the Hub, in one commit.
 
@@ -117,15 +134,18 @@ def push_to_hub(
         commit_message, private, token, create_pr: as in ``model.push_to_hub``.
         revision: the branch; created if it does not exist.
         max_shard_size: maximum size of one weight file.
+        template: path of a Jinja template of the card. Default: that of ``card``, or the package's.
 
     Returns:
         A ``huggingface_hub.CommitInfo``.
 
     Raises:
         TypeError: if an argument is something else.
-        ValueError: if ``repo_id`` is not a valid name.
+        ValueError: if ``repo_id`` is not a valid name, or the template is invalid.
     """
     _require_card_of_model(model, card)
+    card = _with_template(card or card_of(model), template)
+    read_template(card.template)  # raises before anything is created
     repo_id = create_repository(
         repo_id, private=private, token=token, revision=revision, create_pr=create_pr
     )
@@ -134,8 +154,9 @@ def push_to_hub(
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         save_processing(model, folder)
-        card = replace(card or card_of(model), repo_id=repo_id)
-        merge_cards(card.render(model), existing).save(os.path.join(folder, CARD))
+        card = replace(card, repo_id=repo_id)
+        card.copy_plot(folder)
+        merge_cards(card.render(model, folder), existing).save(os.path.join(folder, CARD))
         return upload_model(
             repo_id,
             folder,

@@ -26,24 +26,30 @@ def megabytes(size: float) -> str:
     return f"{size / 1e6:,.{2 if size >= 1e5 else 4}f}"
 
 
-def results_table(
-    before: dict[str, float], after: dict[str, float], report: SizeReport, packed: bool
-) -> str:
-    """Return metrics and size before and after compression; unknown metrics are empty cells."""
-    total = report.total
+def results_table(before: dict[str, float], after: dict[str, float], packed: bool) -> str:
+    """Return metrics before and after compression; unknown metrics are empty cells."""
     rows = [
         (name, *(f"{side[name]:.4f}" if name in side else None for side in (before, after)))
         for name in {**before, **after}
     ]
     if not packed:
-        rows = [(name, value) for name, _, value in rows]
-        return table(("", "value"), [*rows, ("size (MB)", megabytes(total.disk_bytes))])
-    dense = total.dense_bytes or 0
-    sizes = [
-        ("size (MB)", f"{megabytes(dense)} (float32)", megabytes(total.disk_bytes)),
-        ("times smaller", "1.0", f"{total.times_smaller:.1f}"),
+        return table(("", "value"), [(name, value) for name, _, value in rows])
+    return table(("", "original", "compressed"), rows)
+
+
+def sizes_table(report: SizeReport, packed: bool) -> str:
+    """Return the size of a model on disk and in memory, beside its size in float32 and float16."""
+    total = report.total
+    sizes: dict[str, float] = {}
+    if packed and total.dense_bytes is not None:
+        sizes |= {"float32": total.dense_bytes, "float16": total.dense_bytes / 2}
+    sizes |= {"this model, on disk": total.disk_bytes, "this model, in memory": total.memory_bytes}
+    if not packed or total.dense_bytes is None:
+        return table(("", "MB"), [(name, megabytes(size)) for name, size in sizes.items()])
+    rows = [
+        (name, megabytes(size), f"{total.dense_bytes / size:.1f}") for name, size in sizes.items()
     ]
-    return table(("", "original", "compressed"), [*rows, *sizes])
+    return table(("", "MB", "times smaller"), rows)
 
 
 def plan_table(config: QuantizedModelConfig, report: SizeReport) -> str:

@@ -34,16 +34,19 @@ class PublishingMixin(Trainer):
 
     Attributes:
         unpublished: patterns of files in ``output_dir`` that are not uploaded.
+        card_template: path of a Jinja template of the card; None is the package's.
     """
 
     model: PreTrainedModel
     unpublished: ClassVar[tuple[str, ...]] = ()
+    card_template: str | os.PathLike | None = None
 
     qn_config: QuantNoiseConfig | None
     compression_history: list[dict[str, Any]]
     compression_args: Any = None
     _card_metrics: dict[str, float] = {}  # noqa: RUF012  replaced, never changed
     _has_trained: bool = False
+    _plots: tuple[str, ...] | list[str] = ()
 
     def quantnoise_card(self) -> QuantNoiseCard:
         """Return a card with everything the trainer knows about its model."""
@@ -61,6 +64,8 @@ class PublishingMixin(Trainer):
             training=settings,
             compression=_compression_settings(self.compression_args),
             history=self.compression_history,
+            plot=next(iter(self._plots), None),
+            template=self.card_template,
         )
 
     def _set_card_metrics(self, metrics: dict[str, float]) -> None:
@@ -105,10 +110,14 @@ class PublishingMixin(Trainer):
             return self.processing_class
         return getattr(self.data_collator, "tokenizer", None)
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+    def create_model_card(
+        self, *args: Any, dataset_split: str | None = None, **kwargs: Any
+    ) -> None:
         """Write this package's card to ``output_dir``, with the arguments of ``Trainer``'s method.
 
         The metadata that ``Trainer`` collects (language, license, base model, dataset) is kept.
+        ``dataset_args`` is the configuration of the dataset, ``dataset_split`` the split of it that
+        was evaluated.
         """
         super().create_model_card(*args, **kwargs)
         if not self.is_world_process_zero() or not isinstance(self.model, PreTrainedModel):
@@ -121,7 +130,10 @@ class PublishingMixin(Trainer):
             task=_first(values.get("tasks")),
             dataset=_first(values.get("dataset")),
             dataset_id=_first(values.get("dataset_tags")),
+            dataset_config=_first(values.get("dataset_args")),
+            dataset_split=dataset_split,
         )
+        card.copy_plot(str(self.args.output_dir))
         path = os.path.join(str(self.args.output_dir), CARD)
         trainer_card = read_card(path)
         # Its text repeats the settings; its results are the last logged, maybe of another model.

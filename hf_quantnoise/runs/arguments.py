@@ -26,7 +26,9 @@ from ..compression import CompressionArguments
 from ..configuration import QuantizedModelConfig, QuantNoiseConfig
 from ..configuration.flags import errors_name_flags
 from ..configuration.options import drop_removed, option, options_of, warn_removed
+from ..publishing.template import read_template
 from ..registry import suggestion
+from ..repository import refusal
 from .config_flags import ConfigFlags
 from .example_data import FileArguments
 from .known_flags import ELSEWHERE, check_training_flags, elsewhere
@@ -82,7 +84,8 @@ def load_config(flag: str, name: str, **kwargs: Any) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(name, **kwargs)
     except (OSError, ValueError) as error:
-        raise ValueError(f"invalid --{flag} {name!r}: cannot be loaded ({error})") from None
+        reason = refusal(error) or error
+        raise ValueError(f"invalid --{flag} {name!r}: cannot be loaded ({reason})") from None
 
 
 @dataclass
@@ -98,6 +101,9 @@ class CompressionFlags(ConfigFlags):
         None,
         "Compress to a file at least this many times smaller: flags that are not passed get the "
         f"values of hf_quantnoise.recipe for the model. {lengths()}",
+    )
+    card_template: str | None = option(
+        None, "Jinja template of the model card, in place of the package's."
     )
     noise_after_finetuning: float = option(
         0.0,
@@ -149,6 +155,7 @@ class Arguments:
 
     def __post_init__(self) -> None:
         self.data.check_quantization(self.flags)
+        read_template(self.flags.card_template)
         self.noise = self.flags.noise_config(self.training.seed)
         self.quantization = self.flags.config(self.training.seed)
         check_training_flags(self)

@@ -148,7 +148,7 @@ def prepare(args: Arguments) -> Job:
         },
         metric="perplexity",
         task="text-generation",
-        dataset=data.dataset_name,
+        **data.evaluated_dataset(),
         add_scores=lambda scores: perplexities(scores, texts["validation"]),
     )
 

@@ -235,9 +235,11 @@ class _Run:
         upload_model(repo, folder, token=training.hub_token)
 
     def write_card(self, folder: str) -> None:
-        self.trainer.create_model_card(tasks=self.job.task, dataset=self.job.dataset)
+        self.trainer.card_template = self.args.flags.card_template
+        self.trainer.create_model_card(**self.job.card_facts())
         if self.training.should_save:
             os.replace(self.folder(CARD), os.path.join(folder, CARD))
+            self.trainer.quantnoise_card().copy_plot(folder)
 
     def closing_table(self) -> str:
         """Return the table of dense and compressed model: MB on disk, ratio and metric."""

@@ -11,6 +11,7 @@ from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
 from ..configuration.options import option
+from ..repository import is_repository_name
 
 READERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
 # Only empty cells are missing values: by default the csv reader drops the sentence "null".
@@ -104,6 +105,18 @@ class SplitArguments(FileArguments):
     @property
     def has_train_data(self) -> bool:
         return bool(self.train_file or self.dataset_name)
+
+    def evaluated_dataset(self) -> dict[str, str | None]:
+        """Return the fields of the job that name the evaluation data; files have no name."""
+        name = self.dataset_name
+        if name is None or self.validation_file is not None:
+            return {}
+        return {
+            "dataset": name,
+            "dataset_id": name if is_repository_name(name) else None,
+            "dataset_config": getattr(self, "dataset_config_name", None),
+            "dataset_split": getattr(self, "validation_split", "validation"),
+        }
 
     def file(self, split: str) -> str | None:
         """Return the file of the ``"train"`` or ``"validation"`` split, or None for the Hub."""

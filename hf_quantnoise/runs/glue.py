@@ -11,8 +11,13 @@ from transformers import DataCollatorWithPadding
 
 from .arguments import Arguments
 from .compression_run import Example
+<<<<<<< HEAD
+from .glue_data import HUB_DATASET, DataArguments, GlueData, load_glue_data
+from .glue_labels import metrics_function, prediction_texts
+=======
 from .glue_data import DataArguments, GlueData, load_glue_data
 from .glue_labels import prediction_texts
+>>>>>>> main
 from .job import Job
 
 logger = logging.getLogger(__name__)
@@ -57,6 +62,22 @@ def tokenize(data: GlueData, tokenizer, args: DataArguments, model_limit: int | 
     )
 
 
+def _dataset_of(args: DataArguments) -> dict[str, str | None]:
+    """Return the fields of the job that name the evaluation data; files have no id."""
+    if args.task is None or args.task_name is None:
+        return {}
+    name = f"GLUE {args.task_name.upper()}"
+    if args.from_files:
+        return {"dataset": name}
+    split = args.task.hub_splits("validation")[""]
+    return {
+        "dataset": name,
+        "dataset_id": HUB_DATASET,
+        "dataset_config": args.task_name,
+        "dataset_split": split,
+    }
+
+
 def prepare(args: Arguments) -> Job:
     """Load and tokenize the data, load the model."""
     config, tokenizer = args.model.load_config(), args.model.load_tokenizer()
@@ -88,7 +109,7 @@ def prepare(args: Arguments) -> Job:
         },
         metric=metric,
         task="text-classification",
-        dataset=args.data.task_name,
+        **_dataset_of(args.data),
         more_eval_datasets=data.mismatched,
         test_datasets={
             "_".join(filter(None, ("predict_results", args.data.task_name)))

@@ -116,7 +116,7 @@ def prepare(args: Arguments) -> Job:
         },
         metric=metric,
         task="image-classification",
-        dataset=data.dataset_name,
+        **data.evaluated_dataset(),
     )
 
 

@@ -95,6 +95,12 @@ model-index:
 """
 
 
+def test_invalid_card_template_is_refused_before_the_model_is_loaded(work, run, no_weights):
+    (work / "mine.md").write_text("---\n{{ card_data }}\n---\nMine: {{ titel }}")
+    code, _, err = run("compress out/dense out/new --card_template mine.md")
+    assert code == 1 and "unknown variable 'titel'" in err and not (work / "out" / "new").exists()
+
+
 @pytest.mark.parametrize("dense_card", [True, False])
 def test_card_has_no_results_of_the_dense_model(dense_card, work, run):
     card = work / "out" / "dense" / "README.md"
@@ -103,7 +109,7 @@ def test_card_has_no_results_of_the_dense_model(dense_card, work, run):
     written = ModelCard.load(work / "out" / "new" / "README.md")
     assert "import hf_quantnoise" in written.text and ("# Words" in written.text) == dense_card
     data = written.data.to_dict()
-    assert "model-index" not in data and data["library_name"] == "transformers"
+    assert "model-index" not in data and data["library_name"] == "hf-quantnoise"
     assert "quant-noise" in data["tags"]
     expected = ("me/base", "quantized", "mit") if dense_card else (None, None, None)
     assert tuple(map(data.get, ("base_model", "base_model_relation", "license"))) == expected

@@ -74,7 +74,7 @@ def test_push_uploads_the_files_and_names_the_repository(session, made):
             assert sent[path.name] == path.read_bytes()
     # The uploaded card names the repository, the local one is unchanged.
     local, uploaded = (folder / CARD).read_text(), sent[CARD].decode()
-    assert 'from_pretrained("this/repository")' in local and "this/repository" not in uploaded
+    assert 'model="this/repository")' in local and "this/repository" not in uploaded
     assert uploaded == local.replace("this/repository", "me/small")
     assert "notes.txt" in sent and not any("-of-" in name or "index" in name for name in sent)
     requested = [path for method, path in hub.requests if method == "POST"]

@@ -212,7 +212,7 @@ def test_push_uploads_the_checked_files(full, start, monkeypatch):
     assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= set(files)
     card = (folder / "compressed" / "README.md").read_text()
     assert "import hf_quantnoise" in card and "embeddings" in card
-    assert 'from_pretrained("me/small")' in card
+    assert 'model="me/small")' in card
     assert "secret" not in (folder / "results.json").read_text()
 
 

@@ -221,14 +221,14 @@ def test_pipeline_from_hub_gives_pushed_scores(loaded):
 
 def test_card_has_loading_code_and_results(hub, pushed):
     small = card(hub, "me/small")
-    assert 'AutoModelForSequenceClassification.from_pretrained("me/small")' in small.text
+    assert 'pipeline("text-classification", model="me/small"' in small.text
     assert small.text.index("import hf_quantnoise") < small.text.index("## Results")
     data = small.data
     assert (data.base_model, data.base_model_relation) == (
         "google-bert/bert-base-uncased",
         "quantized",
     )
-    assert data.library_name == "transformers" and data.pipeline_tag == "text-classification"
+    assert data.library_name == "hf-quantnoise" and data.pipeline_tag == "text-classification"
     result = data.eval_results[0]
     assert (result.metric_type, result.metric_value) == ("accuracy", 0.75)
 
@@ -269,8 +269,9 @@ def test_trainer_pushes_model_and_card_only(hub, run, tmp_path):
     assert (tmp_path / "run" / "compression").is_dir(), "the run stores the dense model there"
     assert not any(name.startswith(("compression/", "checkpoint-")) for name in files)
     trained, by_hand = card(hub, "me/trained"), card(hub, "me/by-hand")
-    assert 'from_pretrained("me/trained")' in trained.text
-    assert 'from_pretrained("me/by-hand")' in by_hand.text
+    assert 'model="me/trained")' in trained.text
+    assert 'model="me/by-hand")' in by_hand.text
+    assert trained.data.library_name == by_hand.data.library_name == "hf-quantnoise"
     for each in (trained, by_hand):
         assert each.text.index("import hf_quantnoise") < each.text.index("## Results")
         assert "Finetuned with `proxy` at rate 0.1." in each.text

@@ -91,7 +91,7 @@ def test_render_omits_unknown_facts(packed):
     values = card.data.to_dict()
     for name in ("base_model", "base_model_relation", "model-index", "metrics", "datasets"):
         assert name not in values
-    text = re.sub(r"\*.*?\*", "", card.text)  # without the paper's title
+    text = re.sub(r"\*.*?\*", "", card.text.split("## Citation")[0])  # without the paper's title
     for words in (
         *("accuracy", "Compression stages", "Quantization noise"),
         *("Training", "None", "Measured"),
@@ -137,6 +137,29 @@ def test_render_of_a_dense_model_does_not_mention_the_import():
     assert "import hf_quantnoise" not in card.text and card.data.tags == ["quant-noise"]
     assert "finetuned with quantization noise" in card.text and "smaller" not in card.text
     assert card.data.base_model == "a/b" and "base_model_relation" not in card.data.to_dict()
+
+
+def test_plot_is_copied_and_shown(packed, tmp_path):
+    plot = tmp_path / "run" / "plots" / "stages.png"
+    card = QuantNoiseCard(plot=str(plot))
+    assert "![" not in Path(write_model_card(packed, tmp_path / "out", card)).read_text()
+    plot.parent.mkdir(parents=True)
+    plot.write_bytes(b"a picture")
+    text = Path(write_model_card(packed, tmp_path / "out", card)).read_text()
+    (shown,) = re.findall(r"!\[.*?\]\((.*?)\)", text)
+    assert (tmp_path / "out" / shown).read_bytes() == b"a picture"
+
+
+def test_saved_folder_has_the_plot_of_the_compression_run(parity_data, tmp_path):
+    pytest.importorskip("matplotlib")
+    trainer = make_trainer(tmp_path / "run", make_model("bert"), parity_data, max_steps=1)
+    settings = CompressionArguments(stage_epochs=0)
+    trainer.compress(IPQConfig(n_centroids=16), settings)
+    for folder in ("saved", "run"):
+        trainer.save_model(tmp_path / folder)
+        text = (tmp_path / folder / "README.md").read_text()
+        (shown,) = re.findall(r"!\[.*?\]\((.*?)\)", text)
+        assert (tmp_path / folder / shown).read_bytes()[1:4] == b"PNG"
 
 
 def test_card_metrics_are_dropped_by_training_until_the_next_evaluation(parity_data, tmp_path):

@@ -1,4 +1,9 @@
-"""A local server with the endpoints of the Hub that pushing and loading need."""
+"""A local server with the endpoints of the Hub that pushing and loading need.
+
+Weights are uploaded and downloaded as on the real one: large files are LFS objects, which are sent
+to another address (``hub_storage.py``), announced by the batch endpoint and confirmed afterwards.
+The metadata of cards are validated (``hub_metadata.py``).
+"""
 
 from __future__ import annotations
 
@@ -6,11 +11,15 @@ import base64
 import hashlib
 import json
 import os
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlparse
 
+from huggingface_hub import ModelCard
+
+from support.hub_metadata import metadata_problems
+from support.hub_storage import LocalServer, QuietHandler, Storage
+
 MAIN = "main"
+LFS_SUFFIXES = (".safetensors", ".onnx", ".bin", ".png")
 
 
 def hub_environment(url: str, home: str) -> dict[str, str]:
@@ -38,11 +47,10 @@ def commit_of(branch: str) -> str:
     return hashlib.sha1(branch.encode()).hexdigest()
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(QuietHandler):
     """Handles requests to repositories, which are dicts {path: content}:
     ``server.repos[name]`` for the main branch, ``server.branches[name, branch]`` for others."""
 
-    protocol_version = "HTTP/1.1"
     commit = commit_of(MAIN)
 
     def find(self, repo: str, revision: str) -> dict[str, bytes] | None:
@@ -56,60 +64,91 @@ class Handler(BaseHTTPRequestHandler):
 
     def refuse(self, repo: str) -> None:
         missing = "Revision" if repo in self.server.repos else "Repo"
-        self.reply({}, 404, X_Error_Code=f"{missing}NotFound")
+        self.fail(404, f"{missing}NotFound", f"{missing} not found")
 
-    def log_message(self, *args):
-        """Print nothing."""
+    def fail(self, status: int, code: str, message: str) -> None:
+        self.reply({"error": message}, status, X_Error_Code=code, X_Error_Message=message)
 
     def reply(self, body: bytes | dict | list = b"", status: int = 200, **headers: str) -> None:
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("X-Repo-Commit", self.commit)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content)
+        self.send(content, status, self.with_commit(headers))
 
-    def body(self) -> bytes:
-        return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+    def with_commit(self, headers: dict[str, str]) -> dict[str, str]:
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        return {"X-Repo-Commit": self.commit, **named}
 
     def do_POST(self) -> None:
         path, body = urlparse(self.path).path, self.body()
         if self.server.refuses:
             return self.reply({"error": "You may not."}, 403)
         self.server.requests.append(("POST", path))
+        if path == "/api/validate-yaml":
+            errors, warnings = metadata_problems(json.loads(body)["content"])
+            if errors and self.headers.get("Accept") == "text/plain":
+                return self.reply("\n".join(errors).encode(), 400)
+            answer = {"errors": errors, "warnings": warnings}
+            answer = {kind: [{"message": text} for text in answer[kind]] for kind in answer}
+            return self.reply(answer, 400 if errors else 200)
         if path == "/api/repos/create":
             values = json.loads(body)
             repo = "/".join(filter(None, (values.get("organization", "me"), values["name"])))
             self.server.repos.setdefault(repo, {})
             return self.reply({"url": f"{self.server.url}/{repo}", "name": repo})
+        if path.endswith("/info/lfs/objects/batch"):
+            return self.reply({"objects": [*map(self.upload_actions, json.loads(body)["objects"])]})
+        if path == "/lfs/verify":
+            stored = self.server.storage.objects.get(json.loads(body)["oid"])
+            is_complete = stored is not None and len(stored) == json.loads(body)["size"]
+            return self.reply({}, 200 if is_complete else 404)
         if "/preupload/" in path:
-            files = json.loads(body)["files"]
-            answer = [
-                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files
-            ]
-            return self.reply({"files": answer})
+            files = [
+                {"path": name, "shouldIgnore": False,
+                 "uploadMode": "lfs" if name.endswith(LFS_SUFFIXES) else "regular"}
+                for name in (file["path"] for file in json.loads(body)["files"])
+            ]  # fmt: skip
+            return self.reply({"files": files})
         if "/branch/" in path:
             repo, _, branch = path.removeprefix("/api/models/").partition("/branch/")
             self.server.branches.setdefault((repo, branch), dict(self.server.repos[repo]))
             return self.reply({})
         if "/commit/" in path:
-            repo, _, branch = path.removeprefix("/api/models/").partition("/commit/")
-            files = self.find(repo, branch)
-            if files is None:
-                return self.refuse(repo)
-            for line in body.splitlines():
-                entry = json.loads(line)
-                if entry["key"] == "file":
-                    value = entry["value"]
-                    files[value["path"]] = base64.b64decode(value["content"])
-                elif entry["key"] == "deletedFile":
-                    del files[entry["value"]["path"]]
-            url = f"{self.server.url}/{repo}/commit/{self.commit}"
-            return self.reply({"commitUrl": url, "commitOid": self.commit, "pullRequestUrl": None})
-        return self.reply({}, 200)
+            return self.take_commit(*path.removeprefix("/api/models/").split("/commit/"), body)
+        return self.reply({}, 404)
+
+    def upload_actions(self, entry: dict) -> dict:
+        """Return where to upload an LFS object; there are no actions if it is stored already."""
+        if entry["oid"] in self.server.storage.objects:
+            return entry
+        upload = {"href": f"{self.server.storage.url}/{entry['oid']}"}
+        return {
+            **entry,
+            "actions": {"upload": upload, "verify": {"href": f"{self.server.url}/lfs/verify"}},
+        }
+
+    def take_commit(self, repo: str, branch: str, body: bytes) -> None:
+        files = self.find(repo, branch)
+        if files is None:
+            return self.refuse(repo)
+        new, deleted = {}, []
+        for entry in map(json.loads, body.splitlines()):
+            value = entry["value"]
+            if entry["key"] == "file":
+                if value["path"].endswith(LFS_SUFFIXES):
+                    return self.reply({"error": f"{value['path']} must be an LFS object"}, 400)
+                new[value["path"]] = base64.b64decode(value["content"])
+            elif entry["key"] == "lfsFile":
+                if value["oid"] not in self.server.storage.objects:
+                    return self.reply({"error": f"{value['path']} was not uploaded"}, 400)
+                new[value["path"]] = self.server.storage.objects[value["oid"]]
+            elif entry["key"] == "deletedFile":
+                deleted.append(value["path"])
+        if (card := new.get("README.md")) and (errors := metadata_problems(card.decode())[0]):
+            return self.reply({"error": "; ".join(errors)}, 400)
+        files.update(new)
+        for path in deleted:
+            del files[path]
+        url = f"{self.server.url}/{repo}/commit/{self.commit}"
+        return self.reply({"commitUrl": url, "commitOid": self.commit, "pullRequestUrl": None})
 
     def do_HEAD(self) -> None:
         self.do_GET()
@@ -118,53 +157,79 @@ class Handler(BaseHTTPRequestHandler):
         path = unquote(urlparse(self.path).path)
         self.server.requests.append((self.command, path))
         if path.startswith("/api/models/"):
-            repo, revision = path.removeprefix("/api/models/"), MAIN
-            for mark in ("/revision/", "/tree/"):
-                if mark in repo:
-                    repo, _, revision = repo.partition(mark)
-            files = self.find(repo, revision.partition("/")[0])
-            if files is None:
-                return self.refuse(repo)
-            if "/tree/" in path:
-                tree = [
-                    {"type": "file", "path": name, "size": len(data), "oid": self.commit}
-                    for name, data in files.items()
-                ]
-                return self.reply(tree)
-            siblings = [{"rfilename": name} for name in files]
-            return self.reply({"id": repo, "sha": self.commit, "siblings": siblings, "tags": []})
+            return self.describe_repository(path.removeprefix("/api/models/"))
         repo, _, rest = path.lstrip("/").partition("/resolve/")
-        revision, _, file_name = rest.partition("/")
+        revision, _, name = rest.partition("/")
         files = self.find(repo, revision)
         if files is None:
             return self.refuse(repo)
-        data = files.get(file_name)
-        if data is None:
-            return self.reply({}, 404, X_Error_Code="EntryNotFound")
-        return self.reply(data, ETag=f'"{hashlib.sha256(data).hexdigest()}"')
+        if repo in self.server.gated:
+            message = (
+                f"Access to model {repo} is restricted and you are not in the authorized list."
+            )
+            return self.fail(403, "GatedRepo", message)
+        if (data := files.get(name)) is None:
+            return self.fail(404, "EntryNotFound", "Entry not found")
+        oid = hashlib.sha256(data).hexdigest()
+        if not name.endswith(LFS_SUFFIXES):
+            self.send_part(data, self.with_commit({"ETag": f'"{oid}"'}))
+            return None
+        self.server.storage.objects[oid] = data
+        links = {"X_Linked_Etag": f'"{oid}"', "X_Linked_Size": str(len(data))}
+        return self.reply(b"", 302, Location=f"{self.server.storage.url}/{oid}", **links)
+
+    def describe_repository(self, repo: str) -> None:
+        """Answer with the files of a repository or of a folder of it, or with its metadata."""
+        revision, folder = MAIN, ""
+        for mark in ("/revision/", "/tree/"):
+            if mark in repo:
+                repo, _, rest = repo.partition(mark)
+                revision, _, folder = rest.partition("/")
+                break
+        else:
+            mark = ""
+        files = self.find(repo, revision)
+        if files is None:
+            return self.refuse(repo)
+        if mark == "/tree/":
+            tree = [
+                {"type": "file", "path": name, "size": len(data), "oid": self.commit}
+                for name, data in files.items()
+                if name.startswith(folder and f"{folder}/")
+            ]
+            return self.reply(tree) if tree or not folder else self.fail(404, "EntryNotFound", "")
+        card = ModelCard(files["README.md"].decode()) if "README.md" in files else None
+        info = {"id": repo, "sha": self.commit, "siblings": [{"rfilename": name} for name in files]}
+        return self.reply({**info, "tags": [], "cardData": card and card.data.to_dict()})
 
 
-class HubServer(ThreadingHTTPServer):
+class HubServer(LocalServer):
     """Serves inside ``with HubServer() as hub:``, at the address ``hub.url``.
 
     Args:
         refuses: whether it rejects all writes.
+
+    Attributes:
+        repos: the main branch of each repository.
+        branches: the other branches.
+        gated: repositories whose files nobody may download.
+        requests: method and path of each request to the Hub itself.
+        storage: holds the large files.
     """
 
-    daemon_threads = True
-
     def __init__(self, refuses: bool = False) -> None:
+        super().__init__(Handler)
         self.refuses = refuses
-        super().__init__(("127.0.0.1", 0), Handler)
         self.repos: dict[str, dict[str, bytes]] = {}
         self.branches: dict[tuple[str, str], dict[str, bytes]] = {}
+        self.gated: set[str] = set()
         self.requests: list[tuple[str, str]] = []
-        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.storage = Storage()
 
     def __enter__(self) -> HubServer:
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-        return self
+        self.storage.__enter__()
+        return super().__enter__()
 
     def __exit__(self, *exception) -> None:
-        self.shutdown()
-        self.server_close()
+        super().__exit__(*exception)
+        self.storage.__exit__(*exception)
