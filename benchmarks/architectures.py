@@ -2,7 +2,8 @@
 
     python benchmarks/architectures.py     # overwrites the page
 
-A test fails if the page is not up to date.
+It also writes the table of docs/how_to/export.md, which architectures export to ONNX. A test fails
+if a page is not up to date.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import sys
 from collections import Counter
 from dataclasses import dataclass
 
+from pages import fill
 from transformers import HfArgumentParser
 from transformers.utils import logging
 
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
 sys.path.insert(0, os.path.join(ROOT, "tests"))
 
+from support.onnx_exports import NEED_INPUTS, NOT_EXPORTED  # noqa: E402
 from support.zoo import ZOO, Architecture, ipq_config  # noqa: E402
 
 from hf_quantnoise import QuantNoiseConfig, apply_quant_noise  # noqa: E402
@@ -53,9 +56,10 @@ NOISE = QuantNoiseConfig(noise="proxy", p=0.3, block_size=4)
 
 @dataclass
 class PageArguments:
-    """Where to write the page."""
+    """Where to write the pages."""
 
     output: str = os.path.join(ROOT, "docs", "reference", "architectures.md")
+    export_page: str = os.path.join(ROOT, "docs", "how_to", "export.md")
 
 
 def page() -> str:
@@ -67,6 +71,23 @@ def page() -> str:
     finally:
         logging.set_verbosity(verbosity)
     return HEAD + "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def onnx_table() -> str:
+    """Return which architectures export to ONNX, which ``tests/export/test_onnx_zoo.py`` tests."""
+    text = ["| architecture | class | exports |", "|---|---|---|"]
+    for name, kind in ZOO.items():
+        model = kind.make()
+        exports = "yes, with a key and value cache" if model.can_generate() else "yes"
+        if name in NEED_INPUTS:
+            exports = "yes, with example inputs"
+        if name in NOT_EXPORTED:
+            is_pair = model.config.is_encoder_decoder
+            exports = (
+                f"no: {'an encoder and a decoder' if is_pair else 'it keeps no keys and values'}"
+            )
+        text.append(f"| {name} | `{type(model).__name__}` | {exports} |")
+    return "\n".join(text)
 
 
 def _row(name: str, kind: Architecture) -> tuple[str, ...]:
@@ -98,6 +119,10 @@ def main(argv: list[str] | None = None) -> None:
     (args,) = HfArgumentParser(PageArguments).parse_args_into_dataclasses(args=argv)
     with open(args.output, "w", encoding="utf-8") as file:
         file.write(page())
+    with open(args.export_page, encoding="utf-8") as file:
+        text = fill(file.read(), {"onnx_architectures": onnx_table()})
+    with open(args.export_page, "w", encoding="utf-8") as file:
+        file.write(text)
 
 
 if __name__ == "__main__":

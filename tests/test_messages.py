@@ -8,6 +8,7 @@ import json
 
 import pytest
 from support.mistakes import SMALL, Mistake, check_message, compress, quantize, trainer
+from support.stacked import make_stacked
 from support.tiny import make_model
 from torch import nn
 
@@ -246,8 +247,9 @@ MISTAKES = {
         "export_aqlm",
         "int4",
     ),
-    "export a decoder to ONNX": Mistake(
-        lambda folder: export_onnx(quantize(SMALL, make_model("gpt2")), folder), "GPT2LMHeadModel"
+    "export an encoder-decoder to ONNX": Mistake(
+        lambda folder: export_onnx(quantize(SMALL, make_stacked("t5", 1)), folder),
+        "T5ForConditionalGeneration",
     ),
 }
 

@@ -178,6 +178,12 @@ MISTAKES = {
         "inputs",
         "{'input_ids': [1]}",
     ),
+    "ONNX of an unknown dtype": Mistake(
+        lambda folder: export_onnx(packed(), folder, dtype="q4"), "dtype", "'q4'"
+    ),
+    "ONNX with leftovers of 8 bits": Mistake(
+        lambda folder: export_onnx(packed(), folder, leftover_bits=8), "leftover_bits", "8"
+    ),
     "ONNX inputs of another model": Mistake(
         lambda folder: export_onnx(packed(), folder, inputs={"pixels": IDS}),
         "inputs",

@@ -36,10 +36,19 @@ def to_aqlm(model: PreTrainedModel, folder: str) -> None:
 
 @TARGETS.register("onnx")
 def to_onnx(model: PreTrainedModel, folder: str) -> None:
-    """for onnxruntime, transformers.js and optimum; encoders and classifiers only"""
+    """for onnxruntime, transformers.js and optimum; not for encoder-decoder models"""
     from ..export import export_onnx
 
     export_onnx(model, folder)
+
+
+@TARGETS.register("onnx_int8")
+def to_onnx_int8(model: PreTrainedModel, folder: str) -> None:
+    """the same with products of 8-bit integers, which is faster and less accurate"""
+    from ..export import export_onnx
+
+    for name, reason in export_onnx(model, folder, dtype="int8").not_int8.items():
+        print(printable(f"{name}: float32 products, {reason}"))
 
 
 @COMMANDS.register("convert")

@@ -1,6 +1,7 @@
 """Folders that transformers.js and optimum load.
 
     config.json               with "transformers.js_config": {"dtype": "fp32"}
+    generation_config.json    of decoders
     tokenizer.json, ...       or preprocessor_config.json, of images and audio
     onnx/model.onnx           or model_int8.onnx, by dtype
 
@@ -31,7 +32,7 @@ def onnx_path(dtype: str) -> str:
 
 
 def save_companions(model: PreTrainedModel, part: str, dtype: str, folder: str) -> None:
-    """Write everything but the graph: config, tokenizer or processor.
+    """Write everything but the graph: configs, tokenizer or processor.
 
     Args:
         model: the packed model.
@@ -44,6 +45,8 @@ def save_companions(model: PreTrainedModel, part: str, dtype: str, folder: str) 
     config.save_pretrained(part)
     path = os.path.join(part, CONFIG_NAME)
     write_json(read_json(path) | {"transformers.js_config": {"dtype": dtype}}, path)
+    if model.can_generate():
+        model.generation_config.save_pretrained(part)
     save_processing(model, part, folder)
     names = {*processing_files(part), *processing_files(folder)}
     _write_preprocessor(part)

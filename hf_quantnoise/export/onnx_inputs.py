@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from .onnx_cache import PAST
 
 _TOKENS = {"input_ids", "attention_mask", "token_type_ids"}
 # Inputs of models that read more than text, or more than pixels.
@@ -60,8 +63,17 @@ def _shape_of_floats(model: PreTrainedModel) -> tuple[int, ...] | None:
     return (_SAMPLES,) if main == "input_values" else None
 
 
-def dynamic_axes(name: str, tensor: Tensor) -> dict[int, str]:
-    """Return the axes of an input that may have any size, with their names."""
+def dynamic_axes(inputs: Mapping[str, Tensor]) -> dict[str, dict[int, str]]:
+    """Return the axes of each input that may have any size, with their names."""
+    axes = {name: _axes(name, tensor) for name, tensor in inputs.items()}
+    if any(name.startswith(PAST) for name in inputs):
+        axes["attention_mask"] = {0: "batch", 1: "total_length"}
+    return axes
+
+
+def _axes(name: str, tensor: Tensor) -> dict[int, str]:
+    if name.startswith(PAST):
+        return {0: "batch", 2: "past_length"}
     is_waveform = name == "input_values" and tensor.dim() == 2
     if tensor.dim() == 1 or (tensor.is_floating_point() and not is_waveform):
         return {0: "batch"}

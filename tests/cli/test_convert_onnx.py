@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from support.tiny import make_model
+from support.stacked import make_stacked
 
 from hf_quantnoise import AutoQuantizedModel, IPQConfig, quantize_model
 from hf_quantnoise.export.onnx_file import _EXPORTER_LOGGER, _quiet_exporter
@@ -58,13 +58,13 @@ def test_onnx_model_has_the_outputs_of_the_packed_model(work, input_ids):
     assert (folder / "onnx" / "model.onnx").stat().st_size < dense
 
 
-def test_generative_models_are_refused_without_output(tmp_path, run):
-    model = quantize_model(make_model("gpt2"), IPQConfig(n_centroids=16), progress=False)
+def test_encoder_decoders_are_refused_without_output(tmp_path, run):
+    model = quantize_model(make_stacked("t5", 1), IPQConfig(n_centroids=16), progress=False)
     model.save_pretrained(tmp_path / "packed")
     code, out, err = run(f"convert {tmp_path}/packed {tmp_path}/onnx --to onnx")
     lines = [line for line in err.splitlines() if "error: " in line]
     assert code == 1 and out == "" and "Traceback" not in err
-    assert len(lines) == 1 and "GPT2LMHeadModel" in lines[0]
+    assert len(lines) == 1 and "T5ForConditionalGeneration" in lines[0]
     assert [path.name for path in tmp_path.iterdir()] == ["packed"]
 
 

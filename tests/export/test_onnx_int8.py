@@ -1,0 +1,169 @@
+"""The int8 form of an ONNX export, checked layer by layer against products in float64."""
+
+import numpy as np
+import pytest
+import torch
+from support.onnx_exports import inputs_of
+from support.tiny import SIZES, VOCABULARY, make_vision_model
+from transformers import BertConfig, BertForSequenceClassification
+
+from hf_quantnoise import IPQConfig, export_onnx, quantize_model
+from hf_quantnoise.export.onnx_graph import store_as_float16
+
+LAYER = "bert.encoder.layer.0."
+PQ = {"scheme": "pq", "block_size": 4, "n_centroids": 256, "codebook_bits": 8}
+CONFIG = {
+    "block_size": 4,
+    "n_centroids": 16,
+    "codebook_bits": 8,
+    "layer_quantizers": {
+        f"{LAYER}attention.self.query": PQ | {"row_scale": True, "n_centroids": 16},
+        f"{LAYER}attention.self.key": PQ | {"codebook_bits": 16, "n_centroids": 16},
+        f"{LAYER}intermediate.dense": {"scheme": "int", "bits": 8, "observer": "channel"},
+        f"{LAYER}attention.output.dense": {"scheme": "int", "bits": 3},
+        f"{LAYER}output.dense": {"scheme": "additive", "block_size": 4, "n_centroids": 16},
+    },
+}
+ROUNDED, ADDITIVE = f"{LAYER}attention.self.key", f"{LAYER}output.dense"
+
+
+@pytest.fixture(autouse=True)
+def _extra():
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(name, reason="needs the extra 'onnx'")
+
+
+def packed(**options):
+    torch.manual_seed(0)
+    config = BertConfig(**{**SIZES, "num_hidden_layers": 1, "initializer_range": 0.2})
+    model = BertForSequenceClassification(config).eval()
+    ids = torch.randint(5, VOCABULARY, (4, 9))
+    config = IPQConfig(**CONFIG, **options)
+    return quantize_model(model, config, calibration_data=[{"input_ids": ids}], progress=False)
+
+
+def products_of(graph):
+    """Return the inputs and outputs of int8 products, by name of their layer."""
+    producers = {output: node for node in graph.node for output in node.output}
+    users = {name: node for node in graph.node for name in node.input}
+
+    def codes_of(name):
+        if name.endswith(".weight_indices"):
+            return name
+        found = [codes_of(each) for each in getattr(producers.get(name), "input", ())]
+        return next(filter(None, found), "")
+
+    products = {}
+    for node in graph.node:
+        if node.op_type == "MatMulInteger":
+            layer = codes_of(node.input[1]).removeprefix("model.").removesuffix(".weight_indices")
+            output = node.output[0]
+            for expected in ("Cast", "Mul", "Add"):
+                output, operator = users[output].output[0], users[output].op_type
+                assert operator == expected
+            products[layer] = node.input[0], output
+    return products, producers
+
+
+def rounded(inputs, layer):
+    """Return inputs rounded to 8 bits in float64, by their range or a saved one."""
+    if layer.activation_bits:
+        scale, zero = (getattr(layer, f"input_{k}").item() for k in ("scale", "zero_point"))
+    else:
+        low, high = min(inputs.min(), 0.0), max(inputs.max(), 0.0)
+        scale = (high - low) / 255
+        zero = np.round(-low / scale)
+    levels = np.clip(np.round(inputs / scale + zero), 0, 255)
+    assert np.abs((levels - zero) * scale - inputs).max() < 1.01 * scale or layer.activation_bits
+    return (levels - zero) * scale, scale
+
+
+@pytest.mark.parametrize(
+    "bits", [None, pytest.param(8, marks=pytest.mark.slow)], ids=["in each call", "saved"]
+)
+def test_int8_products_are_those_of_rounded_inputs(tmp_path, bits):
+    import onnx
+    import onnxruntime
+
+    model = packed(activation_bits=bits)
+    result = export_onnx(model, tmp_path, dtype="int8")
+    assert result.file == tmp_path / "onnx" / "model_int8.onnx"
+    assert '"dtype": "int8"' in (tmp_path / "config.json").read_text()
+    assert list(result.not_int8) == [ADDITIVE]
+
+    program = onnx.load(str(result.file))
+    products, producers = products_of(program.graph)
+    packed_layers = {name for name, m in model.named_modules() if hasattr(m, "weight_indices")}
+    tables = {name for name in packed_layers if "embeddings" in name}
+    assert products.keys() == packed_layers - tables - {ADDITIVE}
+    known = {value.name for value in program.graph.output}
+    # The float inputs, before they are rounded.
+    floats = {}
+    for layer, (integers, output) in products.items():
+        node = producers[integers]
+        while node.op_type not in ("DynamicQuantizeLinear", "Div"):
+            node = producers[node.input[0]]
+        assert (node.op_type == "Div") == (bits is not None)
+        floats[layer] = node.input[0], output
+    names = {name for pair in floats.values() for name in pair} - known
+    program.graph.output.extend(onnx.helper.make_empty_tensor_value_info(n) for n in sorted(names))
+    session = onnxruntime.InferenceSession(program.SerializeToString())
+    inputs = inputs_of(session, VOCABULARY)
+    inputs["attention_mask"][:] = 1
+    wanted = [name for pair in floats.values() for name in pair]
+    values = session.run(wanted, {name: tensor.numpy() for name, tensor in inputs.items()})
+    for name, before, found in zip(floats, values[::2], values[1::2], strict=True):
+        layer = model.get_submodule(name)
+        weight = layer.weight.detach().double().numpy()
+        exact, scale = rounded(before.astype(np.float64), layer)
+        expected = exact @ weight.T + layer.bias.detach().double().numpy()
+        # An input halfway between two levels may be rounded to either in float32.
+        tolerance = 1e-5 * np.abs(exact).max() * np.abs(weight).sum(1).max()
+        if name == ROUNDED:  # to 255 steps of its codebook
+            step = np.ptp(layer.weight_codebook.detach().double().numpy()) / 255
+            tolerance += step * np.abs(exact).sum(-1).max() / 2
+        off = np.abs(found - expected) > tolerance
+        assert off.mean() < 0.05, (name, np.abs(found - expected).max(), tolerance)
+        assert (np.abs(found - expected) < tolerance + scale * np.abs(weight).max() * 2).all()
+        assert np.abs(expected).std() > 10 * tolerance or name == ROUNDED
+
+
+def test_int8_form_needs_a_linear_layer(tmp_path):
+    config = IPQConfig(block_size=4, n_centroids=8, stages=["conv"], leftover_bits=32)
+    model = quantize_model(make_vision_model("mobilenet-v1"), config, progress=False)
+    with pytest.raises(ValueError, match="invalid dtype 'int8': no layer of MobileNetV1"):
+        export_onnx(model, tmp_path / "out", dtype="int8")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("round_matrices", [False, True])
+def test_store_as_float16_keeps_the_outputs(round_matrices):
+    import onnx_ir as ir
+    import onnxruntime
+
+    generator = np.random.default_rng(0)
+    inexact = generator.normal(size=(16, 16)).astype(np.float32)
+    tensors = {
+        "exact": inexact.astype(np.float16).astype(np.float32), "inexact": inexact,
+        "large": 1e30 * inexact, "layer.weight_codebook": inexact + 1,
+    }  # fmt: skip
+    values = [
+        ir.Value(name=name, shape=ir.Shape(t.shape), type=ir.TensorType(ir.DataType.FLOAT),
+                 const_value=ir.tensor(t))
+        for name, t in tensors.items()
+    ]  # fmt: skip
+    nodes = [ir.node("Identity", [value]) for value in values]
+    outputs = [node.outputs[0] for node in nodes]
+    for value, name in zip(outputs, tensors, strict=True):
+        value.name, value.type, value.shape = f"{name} out", values[0].type, values[0].shape
+    graph = ir.Graph([], outputs, nodes=nodes, initializers=values, opset_imports={"": 18})
+    program = ir.Model(graph, ir_version=10)
+    store_as_float16(program, round_matrices)
+    halves = {"exact", *(["inexact"] if round_matrices else [])}
+    assert graph.initializers.keys() == {
+        f"{name}.float16" if name in halves else name for name in tensors
+    }
+    session = onnxruntime.InferenceSession(ir.to_proto(program).SerializeToString())
+    for found, (name, expected) in zip(session.run(None, {}), tensors.items(), strict=True):
+        half = expected.astype(np.float16).astype(np.float32) if name in halves else expected
+        np.testing.assert_array_equal(found, half)
