@@ -39,7 +39,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-oldest fuzz coverage lint format docs wheel clean
+.PHONY: help venv demo web test test-slow test-oldest fuzz coverage lint format docs wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -67,6 +67,18 @@ $(OLDEST_STAMP): pyproject.toml constraints-oldest.txt
 
 demo: $(STAMP)  ## train, compress, save and reload a small ViT on scikit-learn's digits (1 to 2 minutes)
 	$(BIN)/python examples/demo.py $(ARGS)
+
+# Written by npm when it has installed the packages of the page.
+NPM_STAMP := examples/browser/node_modules/.package-lock.json
+
+$(NPM_STAMP): examples/browser/package-lock.json
+	@command -v npm > /dev/null || { echo "make web needs npm: install Node.js, https://nodejs.org" >&2; exit 1; }
+	npm ci --ignore-scripts --no-audit --no-fund --prefix examples/browser
+	@touch $@
+
+web: export HF_HUB_OFFLINE := 0
+web: $(NPM_STAMP) $(STAMP)  ## build a page that runs compressed models in the browser, and serve it
+	$(BIN)/python examples/browser/build.py --serve 8000 $(ARGS)
 
 test: $(STAMP)  ## run the tests except the slow ones
 	$(BIN)/python $(PYTEST) -m "not slow" $(ARGS)
@@ -111,5 +123,6 @@ wheel: $(STAMP)  ## build the wheel in dist/; try it, the command line and the d
 
 clean:  ## remove the environments and everything that was built or written
 	rm -rf $(VENV) $(OLDEST) build dist site *.egg-info demo_output .coverage* \
+		examples/browser/node_modules examples/browser/site \
 		.pytest_cache .hypothesis .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -11,13 +11,8 @@ from transformers import DataCollatorWithPadding
 
 from .arguments import Arguments
 from .compression_run import Example
-<<<<<<< HEAD
 from .glue_data import HUB_DATASET, DataArguments, GlueData, load_glue_data
-from .glue_labels import metrics_function, prediction_texts
-=======
-from .glue_data import DataArguments, GlueData, load_glue_data
 from .glue_labels import prediction_texts
->>>>>>> main
 from .job import Job
 
 logger = logging.getLogger(__name__)
