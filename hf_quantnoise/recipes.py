@@ -67,10 +67,11 @@ class Training:
 
     length: float
     codebook_learning_rate: float = 5e-4
-    codebook_update: int = 5
 
 
 TRAINING = {"13x": Training(1.0), "20x": Training(2.0), "30x": Training(3.0)}
+# Codes that are assigned every step are no better at the low rates of encoders, and take longer.
+_CODEBOOK_UPDATE = {ENCODER: 20}
 FAMILIES = tuple(_BLOCKS)
 
 
@@ -163,7 +164,7 @@ def recipe(size: str, model: PreTrainedModel | None = None, family: str | None =
         noise="pq",
         p=1.0,
         learn_codebooks=True,
-        codebook_update=training.codebook_update,
+        codebook_update=_CODEBOOK_UPDATE.get(family),
     )
     compression = CompressionArguments(
         stage_epochs=0, codebook_learning_rate=training.codebook_learning_rate
