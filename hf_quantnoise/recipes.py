@@ -70,7 +70,7 @@ class Training:
 
 
 TRAINING = {"13x": Training(1.0), "20x": Training(2.0), "30x": Training(3.0)}
-# Codes that are assigned every step are no better at the low rates of encoders, and take longer.
+# At the low rates of encoders, codes that are assigned every step cost time and gain nothing.
 _CODEBOOK_UPDATE = {ENCODER: 20}
 FAMILIES = tuple(_BLOCKS)
 
