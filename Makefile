@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 ARGS ?=
 WORKERS ?= 2
 FUZZ_EXAMPLES ?= 1000
-EXTRAS := examples,test,dev,docs,aqlm,onnx,trl,sentence-transformers
+EXTRAS := examples,test,dev,docs,aqlm,onnx,trl,sentence-transformers,notebooks
 # The oldest supported versions, with the extras that the tests require. Tests of other optional
 # packages are skipped there.
 OLDEST := .venv-oldest
@@ -29,6 +29,10 @@ VERSION_INDEPENDENT := \
 	tests/modeling/test_tracing.py tests/files \
 	tests/test_patterns.py tests/test_text.py
 PYTEST := -m pytest -n $(WORKERS) --dist worksteal
+# The Space's gradio, in the version of its header, requires pillow < 13.
+SPACE := .venv-space
+SPACE_STAMP := $(SPACE)/.installed
+GRADIO := $(shell sed -n 's/^sdk_version: //p' examples/space/README.md)
 # A clean environment for the built wheel.
 WHEEL := build/wheel-venv
 
@@ -39,7 +43,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo web test test-slow test-oldest fuzz coverage lint format docs wheel clean
+.PHONY: help venv demo web test test-slow test-oldest test-space fuzz coverage lint format docs wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -65,6 +69,11 @@ $(STAMP): pyproject.toml constraints.txt
 $(OLDEST_STAMP): pyproject.toml constraints-oldest.txt
 	$(call install,$(OLDEST),constraints-oldest.txt,$(OLDEST_EXTRAS))
 
+$(SPACE_STAMP): pyproject.toml constraints.txt examples/space/README.md
+	mkdir -p build
+	(grep -v '^pillow==' constraints.txt; echo gradio==$(GRADIO)) > build/constraints-space.txt
+	$(call install,$(SPACE),build/constraints-space.txt,space)
+
 demo: $(STAMP)  ## train, compress, save and reload a small ViT on scikit-learn's digits (1 to 2 minutes)
 	$(BIN)/python examples/demo.py $(ARGS)
 
@@ -88,6 +97,9 @@ test-slow: $(STAMP)  ## run the slow tests
 
 test-oldest: $(OLDEST_STAMP)  ## run the tests that depend on versions at the oldest supported ones
 	$(OLDEST)/bin/python $(PYTEST) -m "not slow" $(addprefix --ignore=,$(VERSION_INDEPENDENT)) $(ARGS)
+
+test-space: $(STAMP) $(SPACE_STAMP)  ## start the Space of examples/space and click its button
+	$(BIN)/python -m pytest tests/examples/test_space.py $(ARGS)
 
 fuzz: $(STAMP)  ## load mutants of saved models, FUZZ_EXAMPLES=1000 for each kind of file and storage
 	FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python $(PYTEST) tests/fuzz $(ARGS)
@@ -122,7 +134,7 @@ wheel: $(STAMP)  ## build the wheel in dist/; try it, the command line and the d
 	rm -rf build
 
 clean:  ## remove the environments and everything that was built or written
-	rm -rf $(VENV) $(OLDEST) build dist site *.egg-info demo_output .coverage* \
+	rm -rf $(VENV) $(OLDEST) $(SPACE) build dist site *.egg-info demo_output .coverage* \
 		examples/browser/node_modules examples/browser/site \
 		.pytest_cache .hypothesis .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

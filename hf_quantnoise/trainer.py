@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import nn
 from tqdm.auto import tqdm
@@ -51,8 +51,9 @@ if TYPE_CHECKING:
     ProcessingClass = (
         PreTrainedTokenizerBase | BaseImageProcessor | FeatureExtractionMixin | ProcessorMixin
     )
-    Compute = Callable[[EvalPrediction], dict[str, float]]
-    Metrics = Compute | EvaluationModule | str | os.PathLike[str]
+    Metrics: TypeAlias = (
+        Callable[[EvalPrediction], dict[str, float]] | EvaluationModule | str | os.PathLike[str]
+    )
 
 
 class QuantNoiseTrainer(PublishingMixin, DistillingTrainer):

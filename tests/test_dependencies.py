@@ -77,7 +77,7 @@ def test_imports_at_the_top_of_the_package_are_dependencies():
     runs = imported("hf_quantnoise/runs", "examples", top_level=True)
     assert "numpy" in needed and "numpy" in requirements()
     assert needed.keys() - requirements().keys() - runs.keys() == set()
-    declared = requirements("examples", "trl", "sentence-transformers").keys()
+    declared = requirements("examples", "trl", "sentence-transformers", "space").keys()
     assert {name: file for name, file in runs.items() if name not in declared} == {}
 
 
@@ -144,7 +144,7 @@ def test_wheel_is_tried_without_and_with_the_extra_of_the_demo():
 
 
 @pytest.mark.parametrize(
-    "target", ["lint", "test", "test-slow", "test-oldest", "docs", "wheel", "demo"]
+    "target", ["lint", "test", "test-slow", "test-oldest", "test-space", "docs", "wheel", "demo"]
 )
 def test_ci_runs_every_check(target):
     commands = [line.split("#")[0].split() for line in (ROOT / ".ci/run").read_text().splitlines()]
