@@ -56,8 +56,9 @@ WebAssembly.Memory.prototype = Memory.prototype;
 
 def add_variants(site: Path, args: argparse.Namespace) -> dict[str, str]:
     """Write the models that are not there yet; return their folders by name."""
-    variants = {"float32": "float32", "float32, int8 of onnxruntime": "onnxruntime_int8"}
-    variants |= {f"{size}, one shot": f"recipe_{size}" for size in args.sizes}
+    variants = {"float32": "float32", "float32, int8 of onnxruntime": "onnxruntime-int8"}
+    for size in args.sizes:
+        variants |= {f"{size}, one shot": size, f"{size}, one shot, int8": f"{size}-int8"}
     for name, folder in variants.items():
         path = site / "text" / folder
         if not path.is_dir():
@@ -71,7 +72,11 @@ def add_variants(site: Path, args: argparse.Namespace) -> dict[str, str]:
 
 def add_variant(site: Path, name: str, folder: Path, args: argparse.Namespace) -> None:
     """Write one model in the layout of transformers.js."""
-    if name == "onnxruntime_int8":
+    size, _, form = name.partition("-")
+    if size == "float32":
+        model = AutoModelForSequenceClassification.from_pretrained(args.model_dir).float().eval()
+        build.add_model(model, "text", args.model_dir, folder)
+    elif size == "onnxruntime":
         import onnx
         from onnxruntime.quantization import quantize_dynamic
 
@@ -80,13 +85,21 @@ def add_variant(site: Path, name: str, folder: Path, args: argparse.Namespace) -
         graph = onnx.load(path)
         del graph.graph.value_info[:]  # shapes of torch's exporter, which the quantizer rejects
         quantize_dynamic(graph, path)
-        return
-    model = AutoModelForSequenceClassification.from_pretrained(args.model_dir, dtype=torch.float32)
-    if name != "float32":
-        config = recipe(name.removeprefix("recipe_"), model).quantization
+    else:
+        model = AutoModelForSequenceClassification.from_pretrained(packed_folder(size, args)).eval()
+        build.add_model(model, "text", args.model_dir, folder, form or "fp32")
+
+
+def packed_folder(size: str, args: argparse.Namespace) -> Path:
+    """Return the folder of a compressed model, which is written if it is not there yet."""
+    folder = Path(args.work_dir) / size
+    if not (folder / "config.json").is_file():
+        model = AutoModelForSequenceClassification.from_pretrained(args.model_dir).float().eval()
+        config = recipe(size, model).quantization
         words = training_batches(args) if config.counts_lookups else None
         model = quantize_model(model, config, calibration_data=words, progress=False)
-    build.add_model(model.eval(), "text", args.model_dir, folder)
+        model.save_pretrained(folder)
+    return folder
 
 
 def training_batches(args: argparse.Namespace) -> list[dict[str, torch.Tensor]]:
@@ -126,7 +139,7 @@ def script(folder: str, body: str) -> str:
 def measure_alone(browser: Chromium, url: str, folder: str) -> dict[str, float]:
     """Return the seconds to load a model and to answer once, and the memory after a long text."""
     browser.open(f"{url}?{folder}")
-    browser.wait_for("document.querySelector('[role=tab]')")
+    browser.wait_for("!!document.querySelector('[role=tab]')")
     started = script(folder, f"await classify({TEXTS[16]!r}); return performance.now() - begun;")
     seconds = browser.evaluate(f"(begun = performance.now(), {started})") / 1000
     browser.evaluate(script(folder, f"await classify({TEXTS[max(TOKENS)]!r});"))
@@ -171,7 +184,7 @@ def measure_answers(browser: Chromium, folder: str, data: Dataset) -> list[int]:
 
 def run_all(args: argparse.Namespace) -> None:
     """Measure the variants, if one has no row."""
-    site = Path(args.work_dir)
+    site = Path(args.work_dir) / "site"
     if not site.is_dir():
         build.write_page(site)
     folders = add_variants(site, args)

@@ -167,14 +167,17 @@ def add_models(output: Path, name: str, args: argparse.Namespace) -> dict[str, s
     for title, (model, place) in found.items():
         if labels:
             model.config.id2label = dict(enumerate(labels))
-        add_model(model, name, place, output / name / title.lower())
+        add_model(model, name, place, output / name / title.lower(), args.dtype)
     return {title: f"{name}/{title.lower()}" for title in found}
 
 
-def add_model(model: PreTrainedModel, name: str, source: str, folder: Path) -> None:
+def add_model(
+    model: PreTrainedModel, name: str, source: str, folder: Path, dtype: str = "fp32"
+) -> None:
     """Write a model as transformers.js reads it: config, tokenizer or processor, ONNX file."""
     if any(packed_layers(model)):
-        export_onnx(model, folder)
+        # int8 products are those of Linear layers, of which image classifiers may have none.
+        export_onnx(model, folder, dtype=dtype if name == "text" else "fp32")
     else:
         export_float32(model, folder)
     if name == "text":  # in the form of a fast tokenizer, which the source may lack
@@ -186,16 +189,16 @@ def add_model(model: PreTrainedModel, name: str, source: str, folder: Path) -> N
 def export_float32(model: PreTrainedModel, folder: Path) -> None:
     """Write a model that is not compressed in the same layout."""
     inputs = example_inputs(model)
-    axes = {key: dynamic_axes(key, tensor) for key, tensor in inputs.items()}
     (folder / "onnx").mkdir(parents=True)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # notes on packages it does not need
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about internals of the exporter
         program = torch.onnx.export(
-            model, kwargs=inputs, dynamo=True, verbose=False, dynamic_shapes=axes,
+            model, kwargs=inputs, dynamo=True, verbose=False, dynamic_shapes=dynamic_axes(inputs),
             output_names=["logits"],
         )  # fmt: skip
     program.save(folder / "onnx" / "model.onnx")
+    setattr(model.config, "transformers.js_config", {"dtype": "fp32"})
     model.config.save_pretrained(folder)
 
 
@@ -236,6 +239,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.add_argument(f"--{name}_float32", help=f"its float32 form, if --{name} is packed")
         parser.add_argument(f"--{name}_labels", nargs="+", help="names of its classes")
     parser.add_argument("--block_size", type=int, default=4, help="of text models, in one shot")
+    kinds = "float or faster int8 products of the compressed text model"
+    parser.add_argument("--dtype", choices=["fp32", "int8"], default="fp32", help=kinds)
     parser.add_argument("--output", default=str(HERE / "site"), help="replaced if it exists")
     parser.add_argument("--serve", type=int, metavar="PORT", help="serve the page on 127.0.0.1")
     return parser.parse_args(argv)

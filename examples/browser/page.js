@@ -58,10 +58,10 @@ const pipelines = {};
 let binary;
 
 /** Return the promise of a pipeline; the model and the runtime are downloaded once. */
-export async function load(task, { folder, dtype = "fp32" }) {
+export async function load(task, { folder }) {
   binary ??= countedFetch(Object.keys(runtime.wasm)[0]).then((response) => response.arrayBuffer());
   wasm.wasmBinary = await binary;
-  return (pipelines[folder] ??= pipeline(task, folder, { dtype, device: "wasm" }));
+  return (pipelines[folder] ??= pipeline(task, folder, { device: "wasm" }));
 }
 
 // ---- cards: one model each ------------------------------------------------------------------

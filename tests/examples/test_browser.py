@@ -7,10 +7,12 @@ import threading
 from pathlib import Path
 from types import SimpleNamespace
 
+import in_browser
 import pytest
 import torch
 from browser import build
 from chromium import Chromium, find_chromium
+from datasets import Dataset
 from support.tiny import IMAGE_SIZE
 from transformers import (
     AutoConfig,
@@ -207,6 +209,23 @@ def test_tabs_are_reached_with_arrow_keys(page):
         assert (
             page.browser.evaluate("document.querySelector('[aria-selected=true]').id") == selected
         )
+
+
+def test_benchmark_measures_in_the_page(page, tmp_path):
+    data = Dataset.from_dict({"sentence": ["boring", SENTENCE, "a warm film"]})
+    answers = in_browser.measure_answers(page.browser, "text/compressed", data)
+    assert answers == [int(expected(page, "packed", s).argmax()) for s in data["sentence"]]
+    folders = {"small": "text/compressed", "large": "text/float32"}
+    times = in_browser.measure_times(page.browser, folders, 1)
+    assert {*times} == {*folders}
+    row = {
+        "key": {"variant": "small"}, "ms": {str(n): ms for n, ms in times["small"].items()},
+        "download": in_browser.downloads(page.site, "text/compressed"), "accuracy": 0.5,
+        "agreement": 1.0, "wasm_bytes": 17e6, "browser": "Chrome/1", "command": "c", "machine": "m",
+    }  # fmt: skip
+    size = (page.site / "text/compressed/onnx/model.onnx").stat().st_size
+    assert f"| small | {size / 1e6:.2f} |" in in_browser.table([row])
+    assert all(part["gzip"] < part["bytes"] for part in row["download"].values())
 
 
 def test_no_request_leaves_the_loopback(page):
