@@ -24,6 +24,7 @@ from pathlib import Path
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import ablation_page
+import first_screen
 from comparisons import Bootstraps, comparisons_table
 from pages import fill
 from pareto import pareto_svg
@@ -141,8 +142,11 @@ def files(root: Path, data_dir: str | None = None) -> dict[Path, str]:
         root / PAGE: fill(
             (root / PAGE).read_text(), {"studies": "\n\n".join(filter(None, sections))}
         ),
-        root / README: fill((root / README).read_text(), {"glue": readme}),
     }
+    blocks = {"glue": readme, "first screen": first_screen.box(root / RESULTS, runs)}
+    content[root / README] = fill((root / README).read_text(), blocks)
+    for name, text in first_screen.pictures(root / RESULTS, runs).items():
+        content[root / PLOTS / name] = text
     for name, study in STUDIES.items():
         for model, own in grouped(runs[name], "model").items():
             beside = same_model(runs.get(study.beside, ()), model)

@@ -2,83 +2,80 @@
 
 import contextlib
 import io
-from functools import partial
 
 import demo
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
-from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForImageClassification
 
-from hf_quantnoise import CompressionArguments
 from hf_quantnoise.runs.closing_table import Row, closing_table, weights_mb
 
-WITHOUT_PLOTS = partial(CompressionArguments, plots=False)
-SHORT = ["--epochs", "0.1", "--stage_epochs", "0.05"]  # a few steps of each
+SHORT = ["--epochs", "0.1", "--compression_epochs", "0.1"]  # a few steps of each
+FOLDERS = ("float32", "no_noise_one_shot", "no_noise_finetuned", "noise_one_shot")
+FOLDERS += ("noise_finetuned",)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A shortened demo: its folder, returned rows, printed text and compared logits."""
-    folder, seen = tmp_path_factory.mktemp("demo"), []
-    logits = demo.logits
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
-        patch.setattr(demo, "CompressionArguments", WITHOUT_PLOTS)
-        patch.setattr(demo, "logits", lambda *given: seen.append(logits(*given)) or seen[-1])
+    """A shortened demo: its folder, returned rows, and printed text."""
+    folder = tmp_path_factory.mktemp("demo")
+    with contextlib.redirect_stdout(io.StringIO()) as out:
         rows = demo.main(["--output_dir", str(folder), *SHORT])
-    return folder, rows, out.getvalue(), seen
+    return folder, rows, out.getvalue()
 
 
-def test_closing_table_has_the_sizes_of_the_files(run):
-    folder, rows, printed, _ = run
-    assert printed.endswith(f"\n\n{closing_table(rows)}\n")
-    assert [row.megabytes for row in rows] == [
-        weights_mb(folder / name) for name in ("dense", "compressed")
-    ]
-    assert rows[0].megabytes > 10 * rows[1].megabytes
-
-
-def test_saved_model_has_the_logits_of_the_compressed_one(run):
-    folder, _, printed, seen = run
-    assert "bit-equal" in printed
-    _, test = demo.load_data()
-    fresh = AutoModelForImageClassification.from_pretrained(folder / "compressed")
-    compressed, reloaded = seen
-    assert compressed.shape == (len(test), 10)
-    assert torch.equal(compressed, reloaded)
-    assert torch.equal(compressed, demo.logits(fresh, test))
-
-
-def test_closing_table_has_the_accuracy_of_the_saved_models(run):
-    folder, rows, *_ = run
+def test_closing_table_has_the_sizes_and_scores_of_the_files(run):
+    folder, rows, printed = run
+    assert f"\n\n{closing_table(rows, 'accuracy', 'loss')}\n\n" in printed
+    assert [row.megabytes for row in rows] == [weights_mb(folder / name) for name in FOLDERS]
+    assert all(rows[0].megabytes > 40 * row.megabytes for row in rows[1:])
     _, test = demo.load_data()
     truth = torch.tensor([example["labels"] for example in test])
-    for name, row in zip(("dense", "compressed"), rows, strict=True):
+    for name, row in zip(FOLDERS, rows, strict=True):
         model = AutoModelForImageClassification.from_pretrained(folder / name)
-        right = (demo.logits(model, test).argmax(-1) == truth).sum().item()
-        assert row.score == pytest.approx(right / len(test))
+        answers = demo.logits(model, test)
+        assert row.score == pytest.approx((answers.argmax(-1) == truth).float().mean().item())
+        assert row.more[0] == pytest.approx(cross_entropy(answers, truth).item(), rel=1e-4)
+
+
+def test_each_way_gives_another_model_and_none_changes_the_float32_one(run):
+    folder, rows, _ = run
+    assert len({row.more for row in rows}) == len(rows)
+    _, test = demo.load_data()
+    models = [AutoModelForImageClassification.from_pretrained(folder / n) for n in FOLDERS]
+    one_shot = demo.quantize_model(models[0], demo.TARGET())
+    assert torch.equal(demo.logits(one_shot, test), demo.logits(models[1], test))
+
+
+def test_printed_path_is_that_of_the_picture(run):
+    folder, _, printed = run
+    path = printed.rstrip().rpartition("Picture: ")[2]
+    assert path == str((folder / "accuracy.png").resolve())
+    assert Image.open(path).size == (840, 480)
 
 
 def test_different_logits_after_loading_are_an_error(monkeypatch, tmp_path):
-    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    image = {"image_size": 8, "patch_size": 4, "num_channels": 1, "num_labels": 10}
-    config = ViTConfig(**sizes, **image, intermediate_size=64)
-    monkeypatch.setattr(demo, "CompressionArguments", WITHOUT_PLOTS)
-    monkeypatch.setattr(demo, "make_model", lambda: ViTForImageClassification(config))
+    options = demo.parse_arguments(["--output_dir", str(tmp_path)])
+    trainings = demo.Demo(options, [], demo.load_data()[1])
     answers = iter([torch.zeros(1), torch.ones(1)])
     monkeypatch.setattr(demo, "logits", lambda *_: next(answers))
     with pytest.raises(RuntimeError, match="other logits"):
-        demo.main(["--output_dir", str(tmp_path), "--epochs", "0.05", "--stage_epochs", "0"])
+        demo.saved_and_scored(trainings, "float32", demo.make_model())
 
 
-def test_training_and_test_digits_are_a_partition():
-    train, test = demo.load_data()
-    assert (len(train), len(test)) == (1437, 360)
-    everything = torch.stack([example["pixel_values"] for example in train + test])
+@pytest.mark.parametrize(("held_out", "sizes"), [(False, (1437, 360)), (True, (1150, 287))])
+def test_sets_of_digits_are_apart(held_out, sizes):
+    train, test = demo.load_data(held_out)
+    assert (len(train), len(test)) == sizes
+    both = torch.stack([example["pixel_values"] for example in train + test])
+    training = torch.stack([example["pixel_values"] for example in demo.load_data()[0]])
     digits = torch.tensor(demo.load_digits().images, dtype=torch.float32) / 8 - 1
-    assert everything.shape == (1797, 1, 8, 8)
-    # Each digit once: both sides sorted as rows of pixels.
-    assert sorted(everything.flatten(1).tolist()) == sorted(digits.flatten(1).tolist())
+    # Each digit once: both sides sorted as rows of pixels. Held-out ones are training digits.
+    whole = training if held_out else digits
+    assert sorted(both.flatten(1).tolist()) == sorted(whole.flatten(1).tolist())
 
 
 def test_times_smaller_is_relative_to_the_first_row():

@@ -1,0 +1,224 @@
+"""The first screen of the README: a table of what a user gains and pays, and a picture, from rows.
+
+SST-2 is shown from the study of GLUE once it has rows, and from ``glue_sst2.jsonl`` before.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from pareto import Panel, Point, svg
+from results_file import read_lines
+from rows import METRICS, Run, grouped, run_of
+from tables import arms, mean_and_spread
+
+TASK, MODEL = "sst2", "minilm"
+_CENTROIDS = "ffn=1024,attention=1024,embeddings=256,head=256"  # of glue_sst2.jsonl
+PICTURES = ("first_screen-light.svg", "first_screen-dark.svg")
+# Light color -> dark one.
+DARK = {
+    "#ffffff": "#0d1117",
+    "#222222": "#e6edf3",
+    "#444444": "#9198a1",
+    "#dddddd": "#3d444d",
+    "#0072b2": "#58a6ff",
+    "#000000": "#f0f6fc",
+    "#8a6d00": "#d29922",
+    "#7f3c8d": "#bc8cff",
+}
+_LIBRARIES = {"torchao (Linear, embeddings)": "torchao", "quanto (Linear)": "quanto"}
+# Methods of the studies -> name in the picture. Others are not shown there.
+_SHOWN = {
+    "noise": "noise",
+    "trained noise": "noise",
+    "no noise": "no noise",
+    "joint, no noise": "no noise",
+    "one shot": "one shot, no training",
+    "intN after training": "int4, no training",
+    "torchao (Linear, embeddings)": "torchao int2, int4, no training",
+    "quanto (Linear)": "quanto int4, no training",
+}
+
+
+def sst2_runs(results: Path, glue: Iterable[Run]) -> list[Run]:
+    """Return the runs on SST-2: those of the study of GLUE, or else of ``glue_sst2.jsonl``."""
+    if runs := [run for run in glue if (run.task, run.model) == (TASK, MODEL)]:
+        return runs
+    lines = read_lines(str(results / "glue_sst2.jsonl"))
+    lines = [line for line in lines if line["key"]["noise"] == "none"]
+
+    def of(method: str, **settings: str) -> dict[int, dict]:
+        wanted = {"method": method, **settings}
+        found = [line for line in lines if {**line["key"], **wanted} == line["key"]]
+        return {line["key"]["seed"]: line for line in found}
+
+    dense = of("float32")
+    return [
+        run_of(
+            {
+                "key": {
+                    "study": "glue_sst2",
+                    "model": MODEL,
+                    "task": TASK,
+                    "method": "no noise",
+                    "size": None,
+                    "seed": seed,
+                },
+                "dev": {"accuracy": line["accuracy"]},
+                "dev_float32": {"accuracy": dense[seed]["accuracy"]},
+                "bytes": line["bytes"],
+                "float32_bytes": line["dense_bytes"],
+                "steps": 0,
+                "seconds": line["seconds"],
+            },
+            "dev",
+        )
+        for seed, line in of("stages, teacher", n_centroids=_CENTROIDS).items()
+    ]
+
+
+def _scores(runs: list[Run], name: str = "value") -> str:
+    metric = METRICS[runs[0].metric]
+    values = [getattr(run, name) for run in runs]
+    if name == "start":  # each seed has one float32 model
+        values = list({run.seed: run.start for run in runs}.values())
+    return mean_and_spread(values, metric.show)
+
+
+def _megabytes(runs: list[Run]) -> float:
+    return statistics.mean(run.megabytes for run in runs)
+
+
+def _smaller(runs: list[Run]) -> str:
+    return f"{statistics.mean(run.times_smaller for run in runs):.1f}x"
+
+
+def _best(runs: list[Run]) -> list[list[Run]]:
+    """Return the runs of each size to show: those with noise if there are any."""
+    noise = [arm for arm in arms(runs) if arm[0].method in ("noise", "trained noise")]
+    return noise or arms(runs)
+
+
+def _minutes(runs: list[Run]) -> str:
+    low, high = (round(f(run.minutes for run in runs)) for f in (min, max))
+    return f"{low} to {high} minutes" if low < high else f"{low} minutes"
+
+
+def _accuracy(sst2: list[Run], others: Mapping[str, list[Run]]) -> str:
+    sst2_text = "; ".join(f"{_scores(arm)} at {_smaller(arm)}" for arm in _best(sst2))
+    parts = [f"SST-2, MiniLM: {sst2_text} (float32 {_scores(sst2, 'start')})"]
+    for title, runs in others.items():
+        for arm in [arm for arm in arms(runs) if arm[0].method in ("noise", "trained noise")]:
+            without = [r for r in runs if r.method in ("no noise", "joint, no noise")]
+            without = [r for r in without if (r.size, r.steps) == (arm[0].size, arm[0].steps)]
+            parts.append(
+                f"{title}: {_scores(arm)} at {_smaller(arm)}, {_scores(without)} without noise "
+                f"(float32 {_scores(arm, 'start')})"
+            )
+    return ".<br>".join(parts)
+
+
+def _time(sst2: list[Run], one_shot: list[Run]) -> str:
+    text = "; ".join(f"{_minutes(arm)} at {_smaller(arm)}" for arm in _best(sst2))
+    return (
+        f"MiniLM on SST-2, one CPU core, after finetuning: {text}. Without training, in one shot: "
+        f"{_minutes(one_shot)}."
+    )
+
+
+def _speed(lines: list[dict]) -> str:
+    def variants(tokens: str) -> dict:
+        found = [line for line in lines if line["key"]["case"] == f"MiniLM, {tokens} tokens"]
+        return next(line["variants"] for line in found if line["key"]["threads"] == 1)
+
+    short, long = variants("1x16"), variants("1x128")
+    packed, fast, torch = (
+        [f"{v[name]['speed']:.1f}" for v in (short, long)]
+        + [f"{short[name]['bytes'] / 1e6:.0f} MB"]
+        for name in ("packed", 'optimized, "int8"', "torch dynamic int8")
+    )
+    return (
+        f"MiniLM, one CPU thread, times the speed of float32, for 16 / 128 tokens: as loaded "
+        f"{packed[0]} / {packed[1]} with {packed[2]} in memory; after "
+        f'`optimize_for_inference(model, "int8")` {fast[0]} / {fast[1]} with {fast[2]}; torch\'s '
+        f"dynamic int8 {torch[0]} / {torch[1]} with {torch[2]}; float32 has "
+        f"{short['dense float32']['bytes'] / 1e6:.0f} MB."
+    )
+
+
+def _peers(peers: list[Run]) -> str:
+    runs = [run for run in peers if (run.task, run.model) == (TASK, MODEL)]
+    texts = []
+    for arm in sorted(grouped(runs, "arm").values(), key=_megabytes):
+        library = _LIBRARIES.get(arm[0].method, "this package")
+        name = "one shot" if arm[0].method == "one shot" else arm[0].size
+        texts.append(f"{library}, {name}: {_scores(arm)} with {_megabytes(arm):.1f} MB")
+    return (
+        f"SST-2, MiniLM, all without training: {'; '.join(texts)} (float32 "
+        f"{_scores(runs, 'start')}; one seed)."
+    )
+
+
+def box(results: Path, runs: Mapping[str, list[Run]]) -> str:
+    """Return the table of the first screen.
+
+    Args:
+        results: folder of the rows.
+        runs: study -> its runs.
+    """
+    sst2, peers = sst2_runs(results, runs["glue"]), runs["glue_peers"]
+    one_shot = [run for run in peers if (run.task, run.method) == (TASK, "one shot")]
+    first = _best(sst2)[0]
+    others = {
+        "CoLA, MiniLM, Matthews correlation, held-out training data": [
+            run for run in runs["settings"] if run.task == "cola"
+        ],
+        "WikiText-2, a Llama of 0.26 M parameters, perplexity": runs["language_model"],
+        "CIFAR-10, MobileNetV1": runs["images"],
+    }
+    lines = [
+        (
+            "You gain",
+            f"A file of {_megabytes(first):.1f} MB in place of "
+            f"{first[0].row['float32_bytes'] / 1e6:.1f} (MiniLM), and as much less memory.",
+        ),
+        ("It costs accuracy", _accuracy(sst2, others) + "."),
+        ("How long?", _time(sst2, one_shot)),
+        ("How fast?", _speed(read_lines(str(results / "speed.jsonl")))),
+        ("How does it compare?", _peers(peers)),
+    ]
+    return "\n".join(["| | |", "|---|---|", *(f"| **{name}** | {text} |" for name, text in lines)])
+
+
+def _points(runs: Iterable[Run], difference: bool) -> list[Point]:
+    points = []
+    shown = [run for run in runs if run.method in _SHOWN]
+    for arm in grouped(shown, "arm").values():
+        factor = METRICS[arm[0].metric].factor
+        values = [factor * (run.value - difference * run.start) for run in arm]
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        name = _SHOWN[arm[0].method]
+        points.append(Point(name, _megabytes(arm), statistics.mean(values), spread))
+    return points
+
+
+def pictures(results: Path, runs: Mapping[str, list[Run]]) -> dict[str, str]:
+    """Return file name -> plot, for light and dark pages."""
+    sst2 = [*sst2_runs(results, runs["glue"]), *(r for r in runs["glue_peers"] if r.task == TASK)]
+    sst2 = [run for run in sst2 if run.model == MODEL]
+    dense = Point("float32 model", sst2[0].row["float32_bytes"] / 1e6, 0.0, 0.0)
+    points = [dense, *_points(sst2, difference=True)]
+    shown = [Panel("SST-2, MiniLM: accuracy - float32", points, 0.0)]
+    trained = [run for run in runs["language_model"] if run.method != "one shot"]
+    if text := _points(trained, difference=False):
+        start = statistics.mean(run.start for run in trained)
+        shown.append(Panel("WikiText-2, Llama 0.26 M: perplexity", text, start))
+    methods = ["float32 model", *dict.fromkeys(_SHOWN.values())]
+    methods = [m for m in methods if any(p.method == m for panel in shown for p in panel.points)]
+    light = svg(shown, methods)
+    dark = light
+    for color, other in DARK.items():
+        dark = dark.replace(color, other)
+    return dict(zip(PICTURES, (light, dark), strict=True))

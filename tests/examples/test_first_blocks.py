@@ -1,0 +1,143 @@
+"""The first blocks of the README and of each page run as they are pasted, without other names.
+
+Models and data of the Hub are local folders of the same names with tiny ones; the folders in
+``out`` are those that the quickstart writes.
+"""
+
+import contextlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from support.local_hub import write_dataset
+from test_documented_commands import place_run_clm, write_wider
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, set_seed
+
+from hf_quantnoise import AutoQuantizedModel
+from hf_quantnoise.cli import main as command_line
+from hf_quantnoise.runs.closing_table import weights_mb
+
+ROOT = Path(__file__).resolve().parents[2]
+README, QUICKSTART = ROOT / "README.md", ROOT / "docs" / "tutorials" / "quickstart.md"
+TUTORIAL = ROOT / "docs" / "tutorials" / "language_model.md"
+ERRORS = ROOT / "docs" / "how_to" / "common_errors.md"
+PAGES = [
+    page
+    for page in sorted((ROOT / "docs").rglob("*.md"))
+    if "```python" in page.read_text() and page not in (QUICKSTART, TUTORIAL, ERRORS)
+]
+NEEDS = {"other_trainers.md": "trl"}
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+
+
+def blocks(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def run(*code: str) -> dict:
+    """Run blocks one after the other in a new namespace, which is returned."""
+    names = {"__name__": "__main__"}
+    for block in code:
+        exec(compile(block, "block of a page", "exec"), names)
+    return names
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory, tiny_model):
+    """A folder with a tiny model and dataset in place of those of the Hub."""
+    folder = tmp_path_factory.mktemp("reader")
+    write_wider(tiny_model, folder / MINILM)
+    config = AutoConfig.from_pretrained(
+        folder / MINILM, vocab_size=1000, hidden_size=128, intermediate_size=512
+    )
+    set_seed(0)
+    AutoModel.from_config(config).save_pretrained(folder / MINILM)
+    return folder
+
+
+@pytest.fixture
+def reader(hub, monkeypatch, sentences):
+    """The folder of a reader, as the current one; with the data of GLUE."""
+    monkeypatch.chdir(hub)
+    if not (hub / "nyu-mll").exists():
+        splits = {}
+        for split, count in (("train", 128), ("validation", 40)):
+            texts, labels = sentences(count, count)
+            splits[split] = {"sentence": texts, "label": labels}
+        write_dataset(hub, "nyu-mll/glue", "sst2", splits, ["negative", "positive"])
+    return hub
+
+
+@pytest.fixture
+def quickstart(reader):
+    """The folder after the quickstart, which runs once."""
+    if not (reader / "out" / "train").is_dir():
+        run(*(block for block in blocks(QUICKSTART) if "name =" in block or "settings" in block))
+    return reader
+
+
+def test_readme_block_compresses_digits(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("sklearn")
+    monkeypatch.chdir(tmp_path)
+    set_seed(0)
+    names = run(blocks(README)[0])
+    dense, small = (row for row in names["trainer"].compression_history)
+    assert dense["mb"] > 20 * small["mb"], "as the recipe promises"
+    assert small["mb"] == pytest.approx(weights_mb(tmp_path / "out" / "small"), rel=0.01)
+    assert small["metric"]["eval_accuracy"] > 0.9 > 0.2  # chance is 0.1
+    assert f"{small['mb']:.3f} MB" in capsys.readouterr().out
+    assert names["model"].config.quantization_config.quant_method == "hf_quantnoise"
+
+
+def test_readme_block_compresses_a_glue_task(reader, capsys):
+    pytest.importorskip("datasets")
+    names = run(blocks(README)[1])
+    dense, small = names["trainer"].compression_history
+    assert dense["mb"] > 13 * small["mb"]
+    assert "POSITIVE" in (out := capsys.readouterr().out).upper() or "LABEL" in out
+
+
+def test_quickstart_writes_the_folders_that_other_pages_use(quickstart):
+    pytest.importorskip("datasets")
+    dense = AutoModelForSequenceClassification.from_pretrained(quickstart / "out" / "dense")
+    small = AutoQuantizedModel.from_pretrained(quickstart / "out" / "small")
+    assert type(small).__bases__ and small.config.num_labels == dense.config.num_labels
+    assert weights_mb("out/dense") > 13 * weights_mb("out/small")
+    assert (quickstart / "out" / "small" / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_first_block_of_a_page_runs(page, quickstart, request):
+    if page.name in NEEDS:
+        pytest.importorskip(NEEDS[page.name])
+        place_chats(quickstart, request.getfixturevalue)
+    try:
+        run(blocks(page)[0])
+    except ValueError as error:
+        if "AVX-512 VNNI" not in str(error):
+            raise
+        pytest.skip(str(error))
+
+
+def place_chats(folder: Path, fixture) -> None:
+    """Write the model and the dataset of the page about other trainers."""
+    from test_documented_commands import place_sft_with_noise
+
+    if not (folder / "HuggingFaceTB").exists():
+        place_sft_with_noise(folder, fixture)
+        name = folder / "HuggingFaceTB" / "SmolLM2-135M"
+        name.rename(f"{name}-Instruct")
+
+
+def test_tutorial_of_language_models_runs(tmp_path, monkeypatch, request):
+    """Its commands with tiny models and texts, then its block."""
+    pytest.importorskip("datasets")
+    monkeypatch.chdir(tmp_path)
+    place_run_clm(tmp_path, request.getfixturevalue)
+    text = re.sub(r" *\\\n *", " ", TUTORIAL.read_text())
+    commands = re.findall(r"^    hf-quantnoise (.+)$", text, re.MULTILINE)
+    for command in commands[:2]:
+        with contextlib.suppress(SystemExit):
+            command_line(shlex.split(command))
+    run(blocks(TUTORIAL)[0])

@@ -1,0 +1,107 @@
+"""The table and the picture of the README's first screen follow from the rows."""
+
+import json
+import re
+import statistics
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("scipy")
+pytest.importorskip("sklearn")
+
+import first_screen
+import report
+from published import STUDIES
+from rows import read_rows, runs_of
+
+RESULTS = report.ROOT / report.RESULTS
+
+
+def lines(name: str) -> list[dict]:
+    return [json.loads(line) for line in (RESULTS / name).read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def runs():
+    rows = read_rows(RESULTS, STUDIES)
+    return {
+        name: runs_of([row for row in rows if row["key"]["study"] == name], study.split)
+        for name, study in STUDIES.items()
+    }
+
+
+def glue_row(method: str, size: str, seed: int, accuracy: float) -> dict:
+    key = {"study": "glue", "model": "minilm", "task": "sst2", "method": method, "size": size}
+    return {
+        "key": {**key, "seed": seed, "setting": {}},
+        "dev": {"accuracy": accuracy},
+        "dev_float32": {"accuracy": 0.9},
+        "bytes": int(90e6 / int(size[:-1])),
+        "float32_bytes": 90_000_000,
+        "steps": 10,
+        "seconds": 600.0 * seed,
+    }
+
+
+def test_box_has_the_figures_of_the_rows(runs):
+    box = first_screen.box(RESULTS, {**runs, "glue": []})
+    scores = [
+        100 * line["accuracy"]
+        for line in lines("glue_sst2.jsonl")
+        if line["key"]["method"] == "stages, teacher" and "1024" in str(line["key"]["n_centroids"])
+    ]
+    assert len(scores) == 3
+    assert f"{statistics.mean(scores):.1f} ± {statistics.stdev(scores):.1f} at 13.4x" in box
+    (case,) = [
+        line["variants"]
+        for line in lines("speed.jsonl")
+        if (line["key"]["case"], line["key"]["threads"]) == ("MiniLM, 1x128 tokens", 1)
+    ]
+    assert f" / {case['packed']['speed']:.1f} with" in box
+    peers = [
+        line for line in lines("quality_glue_peers.jsonl")
+        if line["key"]["task"] == "sst2" and line["key"]["seed"] == 42
+    ]  # fmt: skip
+    assert len(peers) >= 5
+    for line in peers:
+        score, size = 100 * line["dev"]["accuracy"], line["bytes"] / 1e6
+        assert f": {score:.1f} with {size:.1f} MB" in box
+
+
+def test_box_shows_noise_at_each_size_once_there_are_rows(runs):
+    glue = [glue_row("noise", "13x", seed, 0.88 + seed / 100) for seed in (1, 2)]
+    glue += [glue_row("noise", "30x", 1, 0.8), glue_row("no noise", "30x", 1, 0.7)]
+    box = first_screen.box(RESULTS, {**runs, "glue": runs_of(glue)})
+    assert "SST-2, MiniLM: 89.5 ± 0.7 at 13.0x; 80.0 at 30.0x (float32 90.0" in box
+    assert "10 to 20 minutes at 13.0x; 10 minutes at 30.0x" in box
+
+
+def test_pictures_show_the_same_in_colors_that_can_be_seen(runs):
+    light, dark = first_screen.pictures(RESULTS, runs).values()
+    assert re.sub("#[0-9a-f]{6}", "", light) == re.sub("#[0-9a-f]{6}", "", dark)
+    for text, background in ((light, "#ffffff"), (dark, "#0d1117")):
+        marks = set(re.findall(r'translate[^/]*fill="(#[0-9a-f]{6})"', text))
+        words = set(re.findall(r'<svg[^>]*fill="(#[0-9a-f]{6})"', text))
+        assert len(marks) >= 5 and f'rx="6" fill="{background}"' in text
+        assert all(contrast(color, background) > 2 for color in marks)
+        assert all(contrast(color, background) > 10 for color in words)
+
+
+def contrast(one: str, other: str) -> float:
+    """Return the contrast ratio of two colors, as WCAG 2 defines it."""
+
+    def luminance(color: str) -> float:
+        parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+        return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_readme_shows_both_pictures():
+    text = Path(report.ROOT / report.README).read_text()
+    names = re.findall(r'(?:srcset|src)="([^"]+)"', text)
+    assert [Path(name).name for name in names] == list(reversed(first_screen.PICTURES))
+    assert all((report.ROOT / name).is_file() for name in names)
