@@ -3,11 +3,11 @@
 Names, shapes and order are those of optimum and transformers.js:
 
     input_ids                     (batch, length)
-    attention_mask                (batch, total_length), of earlier and new tokens
+    attention_mask                (batch, past + length)
     position_ids                  (batch, length), if the model takes them
-    past_key_values.0.key, ...    (batch, heads, past_length, head size); past_length may be 0
+    past_key_values.0.key, ...    (batch, heads, past, head size), where past may be 0
     logits                        (batch, length, words)
-    present.0.key, ...            (batch, heads, total_length, head size)
+    present.0.key, ...            (batch, heads, past + length, head size)
 """
 
 from __future__ import annotations

@@ -35,7 +35,10 @@ from .onnx_storage import copy_with_stored_state
 # are used by several inputs on purpose.
 _IGNORED_WARNINGS = (
     (FutureWarning, r"`isinstance\(treespec, LeafSpec\)` is deprecated"),
-    (UserWarning, r"# The axis name: (batch|choices|(past_|total_)?length) will not be used"),
+    (
+        UserWarning,
+        r"# The axis name: (batch_size|choices|((past|total)_)?sequence_length) will not be used",
+    ),
 )
 _EXPORTER_LOGGER = "torch.onnx._internal.exporter._registration"
 _IGNORED_LOG = "torchvision is not installed. Skipping"

@@ -64,19 +64,22 @@ def _shape_of_floats(model: PreTrainedModel) -> tuple[int, ...] | None:
 
 
 def dynamic_axes(inputs: Mapping[str, Tensor]) -> dict[str, dict[int, str]]:
-    """Return the axes of each input that may have any size, with their names."""
+    """Return the axes of each input that may have any size, with their names.
+
+    transformers.js finds the batch axis of a cache by its name.
+    """
     axes = {name: _axes(name, tensor) for name, tensor in inputs.items()}
     if any(name.startswith(PAST) for name in inputs):
-        axes["attention_mask"] = {0: "batch", 1: "total_length"}
+        axes["attention_mask"] = {0: "batch_size", 1: "total_sequence_length"}
     return axes
 
 
 def _axes(name: str, tensor: Tensor) -> dict[int, str]:
     if name.startswith(PAST):
-        return {0: "batch", 2: "past_length"}
+        return {0: "batch_size", 2: "past_sequence_length"}
     is_waveform = name == "input_values" and tensor.dim() == 2
     if tensor.dim() == 1 or (tensor.is_floating_point() and not is_waveform):
-        return {0: "batch"}
+        return {0: "batch_size"}
     if tensor.dim() == 3 and name in _TOKENS:  # of multiple choice
-        return {0: "batch", 1: "choices", 2: "length"}
-    return {0: "batch", 1: "length"}
+        return {0: "batch_size", 1: "choices", 2: "sequence_length"}
+    return {0: "batch_size", 1: "sequence_length"}

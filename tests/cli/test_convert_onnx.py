@@ -78,7 +78,9 @@ def test_only_irrelevant_warnings_are_suppressed():
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             with _quiet_exporter():
-                warnings.warn("# The axis name: length will not be used, since", stacklevel=1)
+                warnings.warn(
+                    "# The axis name: sequence_length will not be used, since", stacklevel=1
+                )
                 warnings.warn("# The axis name: other will not be used, since", stacklevel=1)
                 logger.warning(idle)
                 logger.warning("an operator has no translation")

@@ -20,7 +20,10 @@ NOT_EXPORTED = dict.fromkeys(("Mamba", "T5", "BART", "Marian", "Whisper"), REFUS
 # Architectures whose inputs do not follow from the config.
 NEED_INPUTS = ("ResNet", "CLIP")
 TOLERANCE = 1e-4
-SIZES = {"batch": 3, "length": 7, "past_length": 0, "total_length": 7}
+SIZES = {
+    "batch_size": 3, "sequence_length": 7,
+    "past_sequence_length": 0, "total_sequence_length": 7,
+}  # fmt: skip
 
 
 def packed(name: str) -> PreTrainedModel:
