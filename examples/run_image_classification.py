@@ -16,9 +16,11 @@ The run is implemented in ``hf_quantnoise.runs.images``; ``hf-quantnoise finetun
 same. Flags can also be passed as one JSON file.
 """
 
-from hf_quantnoise.runs.images import main, parse, run
+import sys
+
+from hf_quantnoise.runs.images import main, parse, run, script
 
 __all__ = ["main", "parse", "run"]
 
 if __name__ == "__main__":
-    main()
+    sys.exit(script())

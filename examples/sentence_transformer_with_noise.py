@@ -15,6 +15,7 @@ Requires ``pip install hf-quantnoise[examples,sentence-transformers]``.
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass, field
 
 import torch
@@ -26,12 +27,12 @@ from sentence_transformers import (
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
 from sentence_transformers.sentence_transformer.losses import CosineSimilarityLoss
 from trainer_data import RowFlags
-from transformers import HfArgumentParser
 
 from hf_quantnoise import QuantNoiseCallback, quantize_model, remove_quant_noise
 from hf_quantnoise.compat import undo_accelerate_prepare
 from hf_quantnoise.runs.closing_table import Row, closing_table, weights_mb
 from hf_quantnoise.runs.config_flags import ConfigFlags
+from hf_quantnoise.runs.script import ScriptParser, run_script
 
 
 @dataclass
@@ -48,17 +49,19 @@ class PairFlags(RowFlags):
     )
 
 
+def make_parser() -> ScriptParser:
+    """Return the parser of the command line."""
+    kinds = [PairFlags, ConfigFlags, SentenceTransformerTrainingArguments]
+    return ScriptParser(kinds, description=__doc__.splitlines()[0])
+
+
 def main(argv: list[str] | None = None) -> list[Row]:
     """Run the example; return the rows of its closing table.
 
     Raises:
         RuntimeError: if the loaded model has other embeddings than the saved one.
     """
-    parser = HfArgumentParser(
-        [PairFlags, ConfigFlags, SentenceTransformerTrainingArguments],
-        description=__doc__.splitlines()[0],
-    )
-    flags, compression, training = parser.parse_args_into_dataclasses(argv)
+    flags, compression, training = make_parser().parse_args_into_dataclasses(argv)
     flags.check(training)
     noise_config = compression.noise_config(training.seed)
     small_config = compression.config(training.seed)
@@ -112,4 +115,4 @@ def main(argv: list[str] | None = None) -> list[Row]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_script(main, make_parser()))

@@ -15,17 +15,19 @@ hardware has it. Requires ``pip install hf-quantnoise[examples,trl]``.
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass, field
 
 import torch
 from trainer_data import RowFlags
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig, SFTTrainer
 
 from hf_quantnoise import QuantNoiseCallback, quantize_model, remove_quant_noise
 from hf_quantnoise.runs.closing_table import Row, closing_table, weights_mb
 from hf_quantnoise.runs.config_flags import ConfigFlags
+from hf_quantnoise.runs.script import ScriptParser, run_script
 
 
 @dataclass
@@ -67,17 +69,19 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
     return type(model).forward(model.eval(), input_ids=ids.to(model.device)).logits.cpu()
 
 
+def make_parser() -> ScriptParser:
+    """Return the parser of the command line."""
+    kinds = [SftFlags, ConfigFlags, SftArguments]
+    return ScriptParser(kinds, description=__doc__.splitlines()[0])
+
+
 def main(argv: list[str] | None = None) -> list[Row]:
     """Run the example; return the rows of its closing table.
 
     Raises:
         RuntimeError: if the loaded model has other logits than the saved one.
     """
-    parser = HfArgumentParser(
-        [SftFlags, ConfigFlags, SftArguments],
-        description=__doc__.splitlines()[0],
-    )
-    flags, compression, training = parser.parse_args_into_dataclasses(argv)
+    flags, compression, training = make_parser().parse_args_into_dataclasses(argv)
     flags.check(training)
     noise_config = compression.noise_config(training.seed)
     small_config = compression.config(training.seed)
@@ -122,4 +126,4 @@ def main(argv: list[str] | None = None) -> list[Row]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_script(main, make_parser()))

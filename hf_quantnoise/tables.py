@@ -43,5 +43,7 @@ def data_frame(rows: Iterable[dict[str, Any]]) -> DataFrame:
     try:
         from pandas import DataFrame
     except ImportError:
-        raise ImportError("to_pandas requires pandas; run pip install pandas") from None
+        raise ImportError(
+            "to_pandas requires pandas; run pip install 'hf-quantnoise[pandas]'"
+        ) from None
     return DataFrame(list(rows))

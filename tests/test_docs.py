@@ -12,7 +12,7 @@ from transformers import BertConfig
 import hf_quantnoise
 from hf_quantnoise import CompressionArguments, FixedPointConfig, IPQConfig, QuantNoiseConfig
 from hf_quantnoise.cli import COMMANDS, build_parser
-from hf_quantnoise.cli.finetune import task_module
+from hf_quantnoise.cli.tasks import task_module
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
@@ -83,7 +83,7 @@ def test_commands_parse(page, monkeypatch):
             monkeypatch.setattr(
                 "hf_quantnoise.runs.arguments.load_config", lambda *_, **__: BertConfig()
             )
-            task_module(task).example.parse(words)
+            task_module(task, "finetune").example.parse(words)
         else:
             build_parser().parse_args([name, *words])
 

@@ -12,11 +12,10 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from typing import ClassVar
 
+from ..argument_parsing import UsageError
 from ..registry import Registry
 
-
-class UsageError(ValueError):
-    """Invalid or conflicting flags: exit code 2."""
+__all__ = ["COMMANDS", "Command", "UsageError"]
 
 
 class Command(ABC):
@@ -29,6 +28,11 @@ class Command(ABC):
     @abstractmethod
     def add_arguments(parser: ArgumentParser) -> None:
         """Add the arguments of the command."""
+
+    @classmethod
+    def add_completion(cls, parser: ArgumentParser) -> None:
+        """Add the arguments that a shell completes."""
+        cls.add_arguments(parser)
 
     @staticmethod
     @abstractmethod
@@ -83,9 +87,10 @@ def quantization_parser() -> ArgumentParser:
     return parser
 
 
-def add_table_arguments(parser: ArgumentParser, per: str) -> None:
+def add_table_arguments(parser: ArgumentParser) -> None:
     """Add ``per`` and ``json``: the form of a report."""
-    parser.add_argument("--per", choices=["group", "layer"], default=per, help="Rows of the table.")
+    kinds = ["group", "layer"]
+    parser.add_argument("--per", choices=kinds, default=kinds[0], help="Rows of the table.")
     parser.add_argument("--json", action="store_true", help="Print all rows as JSON, in bytes.")
 
 

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from argparse import REMAINDER, ArgumentParser, Namespace
-from importlib import import_module
-from types import ModuleType
+from argparse import ArgumentParser, Namespace
 
-from .command import COMMANDS, Command, UsageError
-
-TASKS = {
-    "glue": "text classification (sentences or pairs)",
-    "clm": "causal language modeling",
-    "images": "image classification",
-}
+from ..argument_parsing import TRACEBACK
+from .command import COMMANDS, Command
+from .tasks import add_task_arguments, add_task_parsers, task_module
 
 
 @COMMANDS.register("finetune")
@@ -31,30 +25,15 @@ class Finetune(Command):
 
     @staticmethod
     def add_arguments(parser: ArgumentParser) -> None:
-        tasks = "; ".join(f"{name}: {text}" for name, text in TASKS.items())
-        parser.add_argument("task", choices=list(TASKS), help=f"Task to train. {tasks}.")
-        parser.add_argument(
-            "flags",
-            nargs=REMAINDER,
-            help="Flags of the task, or a JSON file of them; TASK --help lists them.",
-        )
+        add_task_arguments(parser, "train")
+
+    @classmethod
+    def add_completion(cls, parser: ArgumentParser) -> None:
+        add_task_parsers(parser, lambda example: example.parser(add_help=False))
 
     @staticmethod
     def run(args: Namespace) -> None:
-        example = task_module(args.task).example
+        example = task_module(args.task, "finetune").example
         args.parser.prog += f" {args.task}"  # whose --help lists the flags
-        try:
-            parsed = example.parse(args.flags, prog=args.parser.prog)
-        except ValueError as error:
-            raise UsageError(str(error)) from error
-        example.start(parsed)
-
-
-def task_module(task: str) -> ModuleType:
-    """Return the module of a task."""
-    try:
-        return import_module(f"..runs.{task}", __package__)
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f"finetune {task} requires {error.name}; run pip install 'hf-quantnoise[examples]'"
-        ) from error
+        args.traceback |= TRACEBACK in args.flags
+        example.run_words(args.flags, example.parser(args.parser.prog))

@@ -20,7 +20,7 @@ from .command import (
 
 @COMMANDS.register("plan")
 class Plan(Command):
-    """Show how compress would store each layer, and the exact size of the file.
+    """Show how compress would store a model, and the exact size of the file.
 
     Nothing is quantized. Weights are loaded only with --target_size_mb or
     --target_bits_per_weight, to measure their quantization errors.
@@ -28,7 +28,7 @@ class Plan(Command):
 
     examples = (
         "hf-quantnoise plan out/dense --block_size ffn=8,embeddings=8,attention=4",
-        "hf-quantnoise plan out/dense --scheme fixed_point --bits 4 --per group",
+        "hf-quantnoise plan out/dense --scheme fixed_point --bits 4 --per layer",
         "hf-quantnoise plan out/dense --codebook_bits 16 --save plan.json",
     )
     parents = (quantization_parser,)
@@ -36,7 +36,7 @@ class Plan(Command):
     @staticmethod
     def add_arguments(parser: ArgumentParser) -> None:
         add_model_argument(parser, "Dense model")
-        add_table_arguments(parser, per="layer")
+        add_table_arguments(parser)
         parser.add_argument(
             "--save",
             metavar="FILE",

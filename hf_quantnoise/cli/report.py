@@ -25,7 +25,7 @@ class Report(Command):
     @staticmethod
     def add_arguments(parser: ArgumentParser) -> None:
         add_model_argument(parser, "Model")
-        add_table_arguments(parser, per="group")
+        add_table_arguments(parser)
         parser.add_argument("--png", metavar="FILE", help="Plot the sizes (requires matplotlib).")
 
     @staticmethod

@@ -15,13 +15,12 @@ import torch
 from transformers import (
     AutoConfig,
     AutoTokenizer,
-    HfArgumentParser,
     PretrainedConfig,
     PreTrainedModel,
     TrainingArguments,
 )
 
-from ..argument_parsing import HelpFormatter, OneLineErrors, unknown_flags
+from ..argument_parsing import TRACEBACK, unknown_flags
 from ..compression import CompressionArguments
 from ..configuration import QuantizedModelConfig, QuantNoiseConfig
 from ..configuration.flags import errors_name_flags
@@ -33,6 +32,7 @@ from .config_flags import ConfigFlags
 from .example_data import FileArguments
 from .known_flags import ELSEWHERE, check_training_flags, elsewhere
 from .recipe_flags import check_recipe, flags_of, lengths, recipe_for, shown
+from .script import ScriptParser
 
 logger = logging.getLogger(__name__)
 
@@ -218,14 +218,14 @@ class _RemovedFlag(Action):
         warn_removed(option_string, CompressionArguments.removed[name])
 
 
-class RunParser(OneLineErrors, HfArgumentParser):
+class RunParser(ScriptParser):
     """Parser of an example's dataclasses, or of one JSON file with their fields."""
 
     def __init__(self, data_class: type[FileArguments], **kwargs: Any) -> None:
         self.data_class = data_class
         self.elsewhere = {**ELSEWHERE, **data_class.elsewhere}
         flags = (ModelArguments, data_class, CompressionFlags, CompressionArguments)
-        super().__init__([*flags, RunTrainingArguments], formatter_class=HelpFormatter, **kwargs)
+        super().__init__([*flags, RunTrainingArguments], **kwargs)
         for name in CompressionArguments.removed:
             names = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
             self.add_argument(
@@ -234,6 +234,7 @@ class RunParser(OneLineErrors, HfArgumentParser):
 
     def parse(self, words: list[str]) -> Arguments:
         """Parse a command line, or the single JSON file that it names."""
+        words = [word for word in words if word != TRACEBACK]
         from_file = len(words) == 1 and words[0].endswith(".json")
         parse = partial(self._read_file, words[0]) if from_file else partial(self._parse, words)
         model, _, flags, *_ = parts = parse({})

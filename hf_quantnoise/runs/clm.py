@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, default_data_collator
 from ..configuration.flags import parse_int_or_dict
 from ..configuration.options import option
 from .arguments import Arguments
-from .compression_run import Example
+from .example import Example
 from .example_data import SplitArguments, check_column, check_minimum
 from .job import Job
 from .known_flags import TEXT_ELSEWHERE
@@ -158,4 +158,4 @@ example = Example(
     "Finetune a causal language model with quantization noise and compress it.",
     prepare,
 )
-parse, run, main = example.parse, example.run, example.main
+parse, run, main, script = example.parse, example.run, example.main, example.script

@@ -8,10 +8,8 @@ the checkpoints of a training with noise after the finetuning.
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel, Trainer, set_seed
@@ -21,10 +19,9 @@ from ..compression.reporting.console import is_quiet, silence_if_quiet
 from ..repository import CARD, create_repository, upload_model
 from ..size import size_report
 from ..trainer import QuantNoiseTrainer
-from .arguments import Arguments, RunParser, load_config
+from .arguments import Arguments, load_config
 from .closing_table import Row, closing_table, weights_mb
 from .job import Job
-from .logs import set_up_logging
 from .post_training import train_with_noise
 from .results import ResultsFile, versions
 
@@ -40,7 +37,7 @@ def logits_equal(one, other, collator, rows, device) -> bool:
     return torch.equal(first, second)
 
 
-class _Run:
+class Run:
     """A run: its trainer, and the results so far."""
 
     def __init__(self, args: Arguments, prepare: Callable[[Arguments], Job]) -> None:
@@ -257,32 +254,3 @@ class _Run:
             scores = values["reloaded"].get("metrics", {})
             rows.append(row("compressed, reloaded", compressed["bytes"], scores))
         return closing_table(rows, *metrics)
-
-
-@dataclass(frozen=True)
-class Example:
-    """An example script: its data flags, its description and how it prepares a job."""
-
-    data_class: type
-    description: str
-    prepare: Callable[[Arguments], Job]
-
-    def parse(self, argv: list[str] | None = None, prog: str | None = None) -> Arguments:
-        """Parse a command line; ``argv`` and ``prog`` default to those of the process."""
-        return self.parser(prog).parse(sys.argv[1:] if argv is None else list(argv))
-
-    def parser(self, prog: str | None = None) -> RunParser:
-        """Return the parser of the example's command line."""
-        return RunParser(self.data_class, description=self.description, prog=prog)
-
-    def run(self, args: Arguments) -> dict:
-        """Run a command line; return the content of ``results.json``."""
-        return _Run(args, self.prepare).carry_out()
-
-    def start(self, args: Arguments) -> dict:
-        """Run a command line with logs on the console."""
-        set_up_logging(args.training)
-        return self.run(args)
-
-    def main(self, argv: list[str] | None = None) -> dict:
-        return self.start(self.parse(argv))

@@ -10,7 +10,7 @@ from datasets import Dataset
 from transformers import DataCollatorWithPadding
 
 from .arguments import Arguments
-from .compression_run import Example
+from .example import Example
 from .glue_data import HUB_DATASET, DataArguments, GlueData, load_glue_data
 from .glue_labels import prediction_texts
 from .job import Job
@@ -118,4 +118,4 @@ def prepare(args: Arguments) -> Job:
 example = Example(
     DataArguments, "Finetune a text classifier with quantization noise and compress it.", prepare
 )
-parse, run, main = example.parse, example.run, example.main
+parse, run, main, script = example.parse, example.run, example.main, example.script

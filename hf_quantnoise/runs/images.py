@@ -16,7 +16,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from ..configuration.options import option
 from .arguments import Arguments
-from .compression_run import Example
+from .example import Example
 from .example_data import SplitArguments, check_column, check_minimum, read_table, truncate
 from .glue_labels import check_labels, labels_in
 from .job import Job
@@ -123,4 +123,4 @@ def prepare(args: Arguments) -> Job:
 example = Example(
     ImageArguments, "Finetune an image classifier with quantization noise and compress it.", prepare
 )
-parse, run, main = example.parse, example.run, example.main
+parse, run, main, script = example.parse, example.run, example.main, example.script

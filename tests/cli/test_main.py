@@ -1,6 +1,7 @@
 """All commands: help, examples, exit codes, errors on one line."""
 
 import importlib
+import re
 import runpy
 import sys
 import tomllib
@@ -23,9 +24,11 @@ def test_help_ends_with_the_examples(name, run):
     assert all(example.startswith(f"hf-quantnoise {name} ") for example in examples)
 
 
-# push needs a Hub (test_push_command.py), finetune needs data (tests/examples/test_finetune.py)
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("push", "finetune")])
+# push needs a Hub (test_push_command.py), finetune and eval need data (tests/examples)
+@pytest.mark.parametrize("name", sorted({*NAMES} - {"push", "finetune", "eval"}))
 def test_examples_run(name, work, run):
+    if name == "completion":
+        pytest.importorskip("shtab")
     if "plan.json" in " ".join(COMMANDS[name].examples):
         assert run("plan out/dense --save plan.json")[0] == 0
     for example in COMMANDS[name].examples:
@@ -71,6 +74,12 @@ def test_docs_show_the_examples():
         ("compress out/dense out/new --revision v1", "--revision 'v1'"),
         ("convert out/compressed out/new --to dense --revision v1", "--revision 'v1'"),
         ("finetune audio", "'audio'"),
+        ("reprt out/dense", "did you mean 'report'?"),
+        ("report out/dense --per layr", "did you mean 'layer'?"),
+        ("convert out/compressed out/new --to onxn", "did you mean 'onnx'?"),
+        ("finetune glu", "did you mean 'glue'?"),
+        ("--verson", "did you mean '--version'?"),
+        ("convert out/compressed out/new --too=dense", "did you mean '--to'?"),
     ],
 )
 def test_usage_errors_are_one_line_with_exit_code_2(line, words, made, monkeypatch, capsys):
@@ -115,6 +124,20 @@ def test_failures_are_one_line_with_exit_code_1(line, words, made, monkeypatch, 
     assert sorted(path.name for path in (made / "out").iterdir()) == ["compressed", "dense"]
 
 
+def test_report_and_plan_have_the_same_rows_by_default(work, run):
+    for line in ("report out/compressed", "plan out/dense"):
+        _, default, _ = run(line)
+        assert default == run(f"{line} --per group")[1] != run(f"{line} --per layer")[1]
+
+
+def test_interruption_is_one_line(work, run, monkeypatch):
+    def interrupt(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(COMMANDS["report"], "run", interrupt)
+    assert run("report out/dense") == (130, "", "\nhf-quantnoise report: interrupted\n")
+
+
 def test_traceback_flag(made, run):
     code, _, err = run(f"plan {made}/out/compressed --traceback")
     assert code == 1
@@ -130,7 +153,7 @@ def test_entry_points(monkeypatch, capsys):
         runpy.run_module("hf_quantnoise", run_name="__main__")
     assert stop.value.code == 0
     shown = capsys.readouterr().out
-    assert all(f"    {name} " in shown for name in NAMES)
+    assert all(re.search(rf"^    {name}\s", shown, re.MULTILINE) for name in NAMES)
 
 
 def test_unreachable_hub_errors_name_the_model(monkeypatch, run):
