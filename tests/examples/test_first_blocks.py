@@ -7,6 +7,7 @@ Models and data of the Hub are local folders of the same names with tiny ones; t
 import contextlib
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ PAGES = [
     for page in sorted((ROOT / "docs").rglob("*.md"))
     if "```python" in page.read_text() and page not in (QUICKSTART, TUTORIAL, ERRORS)
 ]
-NEEDS = {"other_trainers.md": "trl"}
+NEEDS = {"other_trainers.md": "trl", "metrics.md": "evaluate"}
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 
 
@@ -111,7 +112,7 @@ def test_quickstart_writes_the_folders_that_other_pages_use(quickstart):
 def test_first_block_of_a_page_runs(page, quickstart, request):
     if page.name in NEEDS:
         pytest.importorskip(NEEDS[page.name])
-        place_chats(quickstart, request.getfixturevalue)
+        globals()[f"place_{page.stem}"](quickstart, request.getfixturevalue)
     try:
         run(blocks(page)[0])
     except ValueError as error:
@@ -120,7 +121,12 @@ def test_first_block_of_a_page_runs(page, quickstart, request):
         pytest.skip(str(error))
 
 
-def place_chats(folder: Path, fixture) -> None:
+def place_metrics(folder: Path, fixture) -> None:
+    """Write a metric, which is preferred to that of the Hub."""
+    shutil.copytree(ROOT / "tests/support/metrics/accuracy", folder / "accuracy")
+
+
+def place_other_trainers(folder: Path, fixture) -> None:
     """Write the model and the dataset of the page about other trainers."""
     from test_documented_commands import place_sft_with_noise
 
