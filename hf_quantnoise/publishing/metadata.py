@@ -6,7 +6,7 @@ import math
 import os
 from typing import Any
 
-from huggingface_hub import EvalResult, HfApi, ModelCardData, try_to_load_from_cache
+from huggingface_hub import CardData, EvalResult, HfApi, try_to_load_from_cache
 from transformers.utils import logging
 
 from ..hub.card import plain_metrics
@@ -34,7 +34,7 @@ def facts_of_base(name: str | None) -> dict[str, Any]:
     return {field: value for field, value in values.items() if _is_text(value)}
 
 
-def _data_of_card(name: str) -> ModelCardData | None:
+def _data_of_card(name: str) -> CardData | None:
     if os.path.isdir(name):
         path = os.path.join(name, CARD)
         return read_card(path).data if os.path.isfile(path) else None

@@ -38,12 +38,13 @@ def merge_cards(new: ModelCard, existing: ModelCard | None) -> ModelCard:
     if existing is None:
         return new
     data: Any = new.data
-    if existing.data.library_name in ("transformers", LIBRARY):
-        existing.data.library_name = None
+    old: Any = existing.data
+    if old.library_name in ("transformers", LIBRARY):
+        old.library_name = None
     replaced = {*RESULT_FIELDS, "base_model_relation"} if START in existing.text else set()
     if data.eval_results:
         replaced.update(RESULT_FIELDS)
-    for name, value in existing.data.__dict__.items():
+    for name, value in vars(old).items():
         if name == "tags":
             data.tags += [tag for tag in value or [] if tag not in (*data.tags, *TAGS)]
         elif value and name not in replaced:

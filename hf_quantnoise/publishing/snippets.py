@@ -38,8 +38,10 @@ def usage_snippet(model: PreTrainedModel, repo: str, processing: str | None, pac
     lines = ["import hf_quantnoise  # registers the format with transformers"] if packed else []
     auto = auto_class_of(model)
     task = TASKS.get(auto or "")
-    argument, processing_class = _PROCESSING.get(model.main_input_name, (None, None))
-    if task in _CALLS and argument is not None and processing is not None:
+    argument, prepares = _PROCESSING.get(model.main_input_name, ("", ""))
+    if processing is None:
+        argument = ""
+    if task in _CALLS and argument:
         uses_image = argument == "image_processor"
         lines += ["from PIL import Image"] if uses_image else []
         other = f", {argument}={json.dumps(processing)}" if processing != repo else ""
@@ -48,13 +50,11 @@ def usage_snippet(model: PreTrainedModel, repo: str, processing: str | None, pac
         lines += [f"image = {_IMAGE}"] if uses_image else []
         return "\n".join([*lines, f"print(pipe({_CALLS[task]}))"])
     name = auto or ("AutoQuantizedModel" if packed else type(model).__name__)
-    classes = [name] if processing is None or argument is None else [name, processing_class]
-    if auto or not packed:
-        lines += [f"from transformers import {', '.join(sorted(classes))}"]
-    else:
-        lines = [f"from hf_quantnoise import {name}"]
-        lines += [f"from transformers import {processing_class}"] if len(classes) > 1 else []
+    classes = [name, prepares] if argument else [name]
+    if name == "AutoQuantizedModel":
+        lines = [f"from hf_quantnoise import {classes.pop(0)}"]
+    lines += [f"from transformers import {', '.join(sorted(classes))}"] if classes else []
     lines += ["", f"model = {name}.from_pretrained({json.dumps(repo)})"]
-    if len(classes) > 1:
-        lines += [f"{argument} = {processing_class}.from_pretrained({json.dumps(processing)})"]
+    if argument:
+        lines += [f"{argument} = {prepares}.from_pretrained({json.dumps(processing)})"]
     return "\n".join(lines)

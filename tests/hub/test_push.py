@@ -302,4 +302,4 @@ def test_stock_trainer_pushes_packed_model(hub, run, pushed, tmp_path):
     assert "<!-- hf_quantnoise -->" not in theirs.text
     both = card(hub, "me/went-on", "both")
     assert both.text.index("import hf_quantnoise") < both.text.index("0.00025")
-    assert both.text.count("## Results") == 1
+    assert both.text.count("## Size") == 1
