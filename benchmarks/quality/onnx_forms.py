@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Accuracy, size and latency of both forms of an ONNX export on GLUE.
+"""Accuracy and size of both forms of an ONNX export on GLUE.
 
     python benchmarks/quality/onnx_forms.py --data_dir ../shared/data --tasks mrpc sst2
 
@@ -16,7 +16,6 @@ import copy
 import os
 import sys
 import tempfile
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,8 +44,6 @@ STUDY, SIZE = "onnx_forms", "13x"
 CONFIG = {**STORAGE[SIZE], "codebook_bits": 8}
 # (form, batch size) of a table's row; "packed" is the model in torch.
 FORMS = [("packed", 64), ("fp32", 64), ("int8", 64), ("int8", 1)]
-SHAPES = ((1, 16), (1, 128))
-REPETITIONS = 30
 
 
 @dataclass
@@ -84,18 +81,6 @@ def logits_in_onnxruntime(
     return torch.tensor(np.stack([logits[row] for row in range(len(data))]))
 
 
-def milliseconds(session: onnxruntime.InferenceSession, shape: tuple[int, int]) -> float:
-    """Return the shortest time of a run."""
-    ids = np.random.default_rng(0).integers(1000, 20_000, shape)
-    inputs = {"input_ids": ids, "attention_mask": ids * 0 + 1, "token_type_ids": ids * 0}
-    times = []
-    for _ in range(REPETITIONS):
-        begun = time.perf_counter()
-        session.run(["logits"], inputs)
-        times.append(time.perf_counter() - begun)
-    return 1000 * min(times)
-
-
 def run(args: Arguments, key: dict) -> dict:
     """Compress and export one model; return the figures of each form."""
     torch.set_num_threads(1)
@@ -122,21 +107,14 @@ def run(args: Arguments, key: dict) -> dict:
             figures[f"{form}, {batch_size}"] = {
                 **figures_of_logits(task, labels, expected, logits)[0], "bytes": sizes[form],
             }  # fmt: skip
-    figures["milliseconds"] = {
-        form: {f"{rows} x {length}": milliseconds(session, (rows, length))
-               for rows, length in SHAPES}
-        for form, session in sessions.items()
-    }  # fmt: skip
     return figures
 
 
 def table(lines: list[dict]) -> str:
     """Return the rows as Markdown, one row per model and form."""
-    shapes = [f"{rows} x {length}" for rows, length in SHAPES]
     text = [
-        "| task, seed | form | batch | MB | metric | loss | KL from float32 | same answers | "
-        f"{' | '.join(f'ms, {shape}' for shape in shapes)} |",
-        "|---" * (8 + len(shapes)) + "|",
+        "| task, seed | form | batch | MB | metric | loss | KL from float32 | same answers |",
+        "|---" * 8 + "|",
     ]
     for line in lines:
         key, metric = line["key"], glue.TASKS[line["key"]["task"]].metric_name
@@ -144,13 +122,12 @@ def table(lines: list[dict]) -> str:
         dense = line["float32"]
         cells = [name, "float32, not compressed", "64", f"{line['float32_bytes'] / 1e6:.1f}"]
         cells += [f"{dense[metric]:.4f}", f"{dense['loss']:.4f}", "", ""]
-        text.append(f"| {' | '.join([*cells, *('' for _ in shapes)])} |")
+        text.append(f"| {' | '.join(cells)} |")
         for form, batch_size in FORMS:
-            found, times = line[f"{form}, {batch_size}"], line["milliseconds"].get(form, {})
+            found = line[f"{form}, {batch_size}"]
             cells = [name, form, str(batch_size), f"{found['bytes'] / 1e6:.2f}"]
             cells += [f"{found[metric]:.4f}", f"{found['loss']:.4f}"]
             cells += [f"{found['divergence']:.5f}", f"{100 * found['agreement']:.2f}%"]
-            cells += [f"{times[shape]:.1f}" if shape in times else "" for shape in shapes]
             text.append(f"| {' | '.join(cells)} |")
     return "\n".join([*text, "", "\n\n".join(provenance(lines))])
 

@@ -31,9 +31,10 @@ def _extra():
         pytest.importorskip(name, reason="needs the extra 'onnx'")
 
 
-def packed(cls, config, processing):
+def packed(cls, config, processing, dtype=torch.float32):
     torch.manual_seed(0)
-    model = quantize_model(cls(config).eval(), FixedPointConfig(bits=8), progress=False)
+    model = cls(config).to(dtype).eval()
+    model = quantize_model(model, FixedPointConfig(bits=8), progress=False)
     remember_processing(model, processing)
     return model
 
@@ -54,7 +55,8 @@ def test_export_onnx_writes_the_folder_that_transformers_js_loads(tmp_path):
     import onnx
 
     config = BertConfig(**SMALL, id2label={0: "negative", 1: "positive"})
-    result = export_onnx(packed(BertForSequenceClassification, config, tokenizer()), tmp_path)
+    model = packed(BertForSequenceClassification, config, tokenizer(), torch.bfloat16)
+    result = export_onnx(model, tmp_path)
     assert result.file == tmp_path / "onnx" / "model.onnx"
     assert names_of(tmp_path) == {
         "config.json", "onnx/model.onnx", "tokenizer.json", "tokenizer_config.json",
@@ -67,6 +69,9 @@ def test_export_onnx_writes_the_folder_that_transformers_js_loads(tmp_path):
     graph = onnx.load(str(result.file))
     assert graph.ir_version <= 10
     assert all(each.version <= 21 for each in graph.opset_import if not each.domain)
+    # Its processor kernels have no bfloat16.
+    types = {tensor.data_type for tensor in graph.graph.initializer}
+    assert onnx.TensorProto.FLOAT in types and onnx.TensorProto.BFLOAT16 not in types
 
 
 @pytest.mark.parametrize("name", ["image_processor", "feature_extractor"])

@@ -20,6 +20,7 @@ NOT_EXPORTED = dict.fromkeys(("Mamba", "T5", "BART", "Marian", "Whisper"), REFUS
 # Architectures whose inputs do not follow from the config.
 NEED_INPUTS = ("ResNet", "CLIP")
 TOLERANCE = 1e-4
+SAMPLES = 731  # of a waveform
 SIZES = {
     "batch_size": 3, "sequence_length": 7,
     "past_sequence_length": 0, "total_sequence_length": 7,
@@ -52,6 +53,8 @@ def inputs_of(session: Any, vocabulary: int) -> dict[str, Tensor]:
     generator, inputs = torch.Generator().manual_seed(0), {}
     for value in session.get_inputs():
         shape = [SIZES.get(size, size) for size in value.shape]
+        if value.name == "input_values":
+            shape[1] = SAMPLES
         if value.type == "tensor(float)":
             inputs[value.name] = torch.randn(shape, generator=generator)
         elif value.name == "input_ids":
