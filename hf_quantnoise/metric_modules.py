@@ -26,17 +26,22 @@ def decisions(prediction: EvalPrediction, name: str) -> tuple[np.ndarray, np.nda
     Raises:
         ValueError: if there is more than one label per example; ``name`` is that of the metric.
     """
-    outputs, labels = prediction.predictions, prediction.label_ids
+    outputs = prediction.predictions
     outputs = outputs[0] if isinstance(outputs, tuple) else outputs
-    shapes = [np.shape(values) for values in (outputs, labels)]
-    if isinstance(labels, tuple) or len(shapes[1]) != 1 or not 1 <= len(shapes[0]) <= 2:
+    labels = np.asarray(prediction.label_ids)
+    shape, label_shape = np.shape(outputs), labels.shape
+    is_value = not np.issubdtype(labels.dtype, np.integer)
+    if (
+        len(label_shape) != 1
+        or len(shape) not in (1, 2)
+        or (is_value and shape[1:] not in ((), (1,)))
+    ):
         raise ValueError(
-            f"invalid {FIELD}: {name} needs one label per example, got labels of shape {shapes[1]} "
-            f"and outputs of shape {shapes[0]}; pass a function that calls its compute"
+            f"invalid {FIELD}: {name} needs one label per example, got labels of shape "
+            f"{label_shape} and outputs of shape {shape}; pass a function that calls its compute"
         )
-    if outputs.ndim == 2:
-        is_class = np.issubdtype(labels.dtype, np.integer)
-        outputs = outputs.argmax(-1) if is_class else outputs.squeeze(-1)
+    if len(shape) == 2:
+        outputs = outputs.squeeze(-1) if is_value else outputs.argmax(-1)
     return outputs, labels
 
 

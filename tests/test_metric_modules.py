@@ -1,5 +1,6 @@
 """Metrics of ``evaluate`` in ``QuantNoiseTrainer``, and its evaluator on a compressed model."""
 
+import re
 import sys
 
 import numpy as np
@@ -74,10 +75,14 @@ def test_functions_and_none_are_returned_as_they_are():
 def test_other_objects_and_shapes_are_named(accuracy):
     with pytest.raises(TypeError, match=r"invalid compute_metrics: got int 3, .*; pass"):
         as_compute_metrics(3)
-    tokens = EvalPrediction(np.zeros((2, 5, 4)), np.zeros((2, 5), dtype=int))
-    message = r"invalid compute_metrics: accuracy needs one label .*\(2, 5\).*\(2, 5, 4\); pass"
-    with pytest.raises(ValueError, match=message):
-        ModuleMetrics(accuracy)(tokens)
+    for shape, labels in (
+        ((2, 5, 4), np.zeros((2, 5), dtype=int)),  # per token
+        ((3, 2), np.zeros((3, 2))),  # several labels
+        ((3, 2), np.zeros(3)),  # a value, and two outputs
+    ):
+        message = rf"accuracy needs one label .*{re.escape(str(labels.shape))}.*{shape[0]}.*; pass"
+        with pytest.raises(ValueError, match=f"^invalid compute_metrics: {message}"):
+            ModuleMetrics(accuracy)(EvalPrediction(np.zeros(shape), labels))
 
 
 def test_module_that_is_nowhere_is_named_without_a_request(metric_folder, monkeypatch):

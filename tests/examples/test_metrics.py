@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from hf_quantnoise.metric_modules import load_module
 from hf_quantnoise.runs.glue import main
 from hf_quantnoise.runs.glue_data import TASKS, DataArguments
 from hf_quantnoise.runs.metrics import METRICS, sklearn_metrics
+
+ROOT = Path(__file__).parents[2]
 
 
 def predictions_for(task: str) -> EvalPrediction:
@@ -107,8 +110,11 @@ def test_metric_without_the_hub_is_an_error_that_lists_what_to_do(
     monkeypatch.setattr(evaluate.config, "HF_MODULES_CACHE", tmp_path / "modules")
     monkeypatch.setattr(sys, "path", [*sys.path])  # evaluate adds the folder
     message = r"^invalid --metrics '(glue|me/own)': .*--metrics sklearn.*folder"
-    with pytest.raises(FileNotFoundError, match=message):
+    with pytest.raises(FileNotFoundError, match=message) as caught:
         run(tiny_model, tmp_path, write_sets(), "--task_name", "sst2", *flags)
+    if not flags:
+        page = " ".join((ROOT / "docs/how_to/metrics.md").read_text().split())
+        assert f"FileNotFoundError: {caught.value}" in page
     # No metric is loaded if nothing is scored.
     training = ["--do_train", "True", "--max_steps", "1", "--do_eval", "False", "--noise", "none"]
     run(tiny_model, tmp_path, write_sets()[:2], *training)
