@@ -86,8 +86,12 @@ def test_readme_block_compresses_digits(tmp_path, monkeypatch, capsys):
     dense, small = (row for row in names["trainer"].compression_history)
     assert dense["mb"] > 20 * small["mb"], "as the recipe promises"
     assert small["mb"] == pytest.approx(weights_mb(tmp_path / "out" / "small"), rel=0.01)
-    assert small["metric"]["eval_accuracy"] > 0.9 > 0.2  # chance is 0.1
-    assert f"{small['mb']:.3f} MB" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    scores = [
+        float(line.split(":")[1]) for line in printed.splitlines() if line[:3] in ("flo", "20x")
+    ]
+    assert scores[1] == small["metric"]["eval_accuracy"] > 0.8, "chance is 0.1"
+    assert scores[0] > 0.8 and f"{small['mb']:.3f} MB" in printed
     assert names["model"].config.quantization_config.quant_method == "hf_quantnoise"
 
 
@@ -96,7 +100,8 @@ def test_readme_block_compresses_a_glue_task(reader, capsys):
     names = run(blocks(README)[1])
     dense, small = names["trainer"].compression_history
     assert dense["mb"] > 13 * small["mb"]
-    assert "POSITIVE" in (out := capsys.readouterr().out).upper() or "LABEL" in out
+    printed = capsys.readouterr().out
+    assert "\n13x smaller: " in printed and "[{'label': 'LABEL_" in printed
 
 
 def test_quickstart_writes_the_folders_that_other_pages_use(quickstart):
