@@ -12,7 +12,9 @@ table and a picture, and takes one to two minutes.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
+import io
 import logging
 import time
 from collections.abc import Callable
@@ -58,7 +60,7 @@ class Rates:
     centroids: float
 
 
-NOISE, FINETUNING = Rates(5e-4, 2e-3), Rates(5e-4, 2e-3)
+NOISE, FINETUNING = Rates(1e-3, 2e-3), Rates(2e-4, 2e-3)
 
 
 def load_data(held_out: bool = False) -> tuple[list[dict], list[dict]]:
@@ -216,17 +218,21 @@ def saved_and_scored(demo: Demo, name: str, model: PreTrainedModel) -> Row:
 
 
 def write_picture(rows: list[Row], path: Path) -> None:
-    """Draw the accuracy of the models against their size."""
+    """Draw accuracy and loss of the models against their size."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.axhline(rows[0].score, color="0.6", linestyle="--", zorder=0)
-    for row, marker in zip(rows, "osv^D", strict=True):
-        axes.plot(row.megabytes, row.score, marker, markersize=9, label=row.model)
-    axes.set(xscale="log", xlabel="MB on disk", ylabel="accuracy on the test digits")
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    for index, axes in enumerate(figure.subplots(1, 2)):
+        scores = [(row.score, *row.more)[index] for row in rows]
+        axes.axhline(scores[0], color="0.6", linestyle="--", zorder=0)
+        # Open marks of growing size: several models may have the same score.
+        for size, (row, score, mark) in enumerate(zip(rows, scores, "osv^D", strict=True), 6):
+            axes.plot(row.megabytes, score, mark, ms=size, mew=2, mfc="none", label=row.model)
+        axes.set(xscale="log", xlabel="MB on disk", ylabel=f"{METRICS[index]} on the test digits")
+        axes.set_xticks([0.2, 0.5, 1, 2, 5], ["0.2", "0.5", "1", "2", "5"])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
     axes.legend(loc="center")
-    axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
 
 
@@ -259,15 +265,16 @@ def main(argv: list[str] | None = None) -> list[Row]:
     for name, way in ways.items():
         start = time.perf_counter()
         print(f"Compressing: {name} ...", flush=True)
-        model = way(dense)
+        with contextlib.redirect_stdout(io.StringIO()):  # the table has the figures of the stages
+            model = way(dense)
         print(f"{time.perf_counter() - start:.0f} s", flush=True)
         rows.append(saved_and_scored(demo, name, model))
     print(f"\n{closing_table(rows, *METRICS)}\n")
-    print(f"Scores are those of the models loaded from disk, on {len(test)} test digits. Their")
     print(
-        "logits are bit-equal to those of the models that were saved. Apart from one shot without"
+        f"Scores: of the models loaded from disk, on {len(test)} test digits; their logits are\n"
+        "bit-equal to those of the models that were saved. Training of each compressed model: "
+        f"{options.compression_epochs:g} epochs,\nnone for the first."
     )
-    print(f"noise, each compressed model was trained for {options.compression_epochs:g} epochs.")
     picture = options.output_dir / "accuracy.png"
     write_picture(rows, picture)
     print(f"Picture: {picture.resolve()}")

@@ -54,7 +54,7 @@ def test_printed_path_is_that_of_the_picture(run):
     folder, _, printed = run
     path = printed.rstrip().rpartition("Picture: ")[2]
     assert path == str((folder / "accuracy.png").resolve())
-    assert Image.open(path).size == (840, 480)
+    assert Image.open(path).size == (1200, 480)
 
 
 def test_different_logits_after_loading_are_an_error(monkeypatch, tmp_path):
