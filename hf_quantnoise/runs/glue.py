@@ -57,7 +57,7 @@ def tokenize(data: GlueData, tokenizer, args: DataArguments, model_limit: int | 
     )
 
 
-def _dataset_of(args: DataArguments) -> dict[str, str | None]:
+def dataset_of(args: DataArguments) -> dict[str, str | None]:
     """Return the fields of the job that name the evaluation data; files have no id."""
     if args.task is None or args.task_name is None:
         return {}
@@ -104,7 +104,7 @@ def prepare(args: Arguments) -> Job:
         },
         metric=metric,
         task="text-classification",
-        **_dataset_of(args.data),
+        **dataset_of(args.data),
         more_eval_datasets=data.mismatched,
         test_datasets={
             "_".join(filter(None, ("predict_results", args.data.task_name)))

@@ -4,7 +4,8 @@ import pytest
 from transformers import AutoTokenizer, BertConfig
 
 from hf_quantnoise.runs.arguments import ModelArguments
-from hf_quantnoise.runs.glue import tokenize
+from hf_quantnoise.runs.clm import TextArguments
+from hf_quantnoise.runs.glue import dataset_of, tokenize
 from hf_quantnoise.runs.glue_data import DataArguments, load_glue_data
 
 NO_HEAD = BertConfig()
@@ -248,3 +249,20 @@ def test_unreachable_hub_is_named(load, monkeypatch):
     monkeypatch.setattr("hf_quantnoise.runs.glue_data.load_dataset", unreachable)
     with pytest.raises(ConnectionError, match=r"--task_name 'sst2' .*nyu-mll/glue.*--train_file"):
         load(task_name="sst2")
+
+
+def test_job_names_dataset_configuration_and_split():
+    """For the metadata of the card; files may hold any data, so that only the task is named."""
+    hub = {"dataset": "GLUE MNLI", "dataset_id": "nyu-mll/glue", "dataset_config": "mnli"}
+    assert dataset_of(DataArguments(task_name="MNLI")) == {
+        **hub, "dataset_split": "validation_matched",
+    }  # fmt: skip
+    files = {"train_file": "a.csv", "validation_file": "b.csv"}
+    assert dataset_of(DataArguments(task_name="sst2", **files)) == {"dataset": "GLUE SST2"}
+    assert dataset_of(DataArguments(**files)) == {}
+    text = TextArguments(dataset_name="me/text", dataset_config_name="raw")
+    assert text.evaluated_dataset() == {
+        "dataset": "me/text", "dataset_id": "me/text", "dataset_config": "raw",
+        "dataset_split": "validation",
+    }  # fmt: skip
+    assert TextArguments(dataset_name="me/text", validation_file="b.txt").evaluated_dataset() == {}
