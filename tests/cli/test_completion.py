@@ -37,7 +37,7 @@ def script(tmp_path_factory):
         ([""], {*COMMANDS}),
         (["report", "out", "--js"], {"--json"}),
         (["report", "out", "--per", ""], {"group", "layer"}),
-        (["convert", "in", "out", "--to", "o"], {"onnx"}),
+        (["convert", "in", "out", "--to", "o"], {"onnx", "onnx_int8"}),
         (["compress", "in", "out", "--frequent"], {"--frequent_rows", "--frequent-rows"}),
         (["finetune", ""], {"glue", "clm", "images"}),
         (["finetune", "glue", "--task_n"], {"--task_name"}),

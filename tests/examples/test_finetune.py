@@ -59,7 +59,7 @@ def test_missing_packages_are_named_with_the_extra(monkeypatch, capsys):
     def without_datasets(*args):
         raise ModuleNotFoundError("No module named 'datasets'", name="datasets")
 
-    monkeypatch.setattr("hf_quantnoise.cli.finetune.import_module", without_datasets)
+    monkeypatch.setattr("hf_quantnoise.cli.tasks.import_module", without_datasets)
     assert main(["finetune", "glue", "--help"]) == 1
     assert "requires datasets; run pip install 'hf-quantnoise[examples]'" in capsys.readouterr().err
 
