@@ -85,7 +85,7 @@ def _configs(row: Row, model: PreTrainedModel, texts: wikitext.Texts):
     return QuantNoiseConfig.matching(config, model, **row.noise), config
 
 
-def _train_and_compress(args: Arguments, row: Row, seed: int, texts, model, teacher, folder):
+def train_and_compress(args: Arguments, row: Row, seed: int, texts, model, teacher, folder):
     """Return the compressed model, and its optimizer steps."""
     noise, config = _configs(row, model, texts)
     n_stages = len(config.stage_groups({"ffn", "attention", "embeddings"})) if row.staged else 1
@@ -122,7 +122,7 @@ def run(args: Arguments, row: Row, seed: int, texts: wikitext.Texts) -> dict:
     torch.manual_seed(seed)
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        small, steps = _train_and_compress(args, row, seed, texts, model, teacher, folder)
+        small, steps = train_and_compress(args, row, seed, texts, model, teacher, folder)
         small.save_pretrained(folder)
         size = os.path.getsize(os.path.join(folder, "model.safetensors"))
         small = AutoModelForCausalLM.from_pretrained(folder)
