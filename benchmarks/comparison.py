@@ -124,15 +124,12 @@ def written(args: argparse.Namespace, checkpoint: Checkpoint, form: Form) -> str
 
 def quality(args: argparse.Namespace, checkpoint: Checkpoint, form: Form) -> dict:
     """Write, load and evaluate one form; return its figures."""
-    begun = time.monotonic()
     folder = written(args, checkpoint, form)
-    seconds = time.monotonic() - begun
     model = form.load(checkpoint, folder)
     files = needed_files(folder)
     return {
         "bytes": sum(files.values()),
         "files": files,
-        "write_seconds": seconds,
         "dense": dense_matrices(checkpoint.dense, model),
         "dev": checkpoint.figures(model),
         "library_versions": {n: version(PACKAGES.get(n, n)) for n in form.requires},

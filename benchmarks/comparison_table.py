@@ -62,8 +62,8 @@ class ModelTable:
         for form in forms(self.kind.sizes):
             rows.append(self._row(form))
             size = form.name.removeprefix("packed ")
-            if form.name.startswith("packed ") and size in self.kind.sizes:
-                rows += [self._trained_row(size)] if size in self.trained else []
+            if size in self.trained and form.name in self.quality:
+                rows.append(self._trained_row(size))
         unit = "MB" if self._bytes(BASE) > 10e6 else "kB"
         header = ["form", unit, "smaller", self.metric.title, "loss", "divergence"]
         cases = [f"{case}, speed" for case in self.latency]
@@ -86,10 +86,8 @@ class ModelTable:
 
     def _trained_row(self, size: str) -> list[str]:
         """Return the scores of trained models, whose files have the layers of the one-shot one."""
-        runs, packed = self.trained[size], f"packed {size}"
-        beside = 0  # files beside the weights
-        if packed in self.quality and "files" in (line := self.quality[packed][0]):
-            beside = sum(n for name, n in line["files"].items() if name != "model.safetensors")
+        runs, files = self.trained[size], self.quality[f"packed {size}"][0].get("files", {})
+        beside = sum(n for name, n in files.items() if name != "model.safetensors")
         size_cells = self._size_cells(statistics.mean(run.row["bytes"] for run in runs) + beside)
         steps = f"{runs[0].steps:,} steps, {_count(len(runs), 'seed')}"
         row = [f"packed {size}, trained ({steps})", *size_cells]
