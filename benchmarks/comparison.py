@@ -44,7 +44,7 @@ from comparison_checkpoints import CHECKPOINTS, Checkpoint
 from comparison_forms import Form, dense_matrices, forms
 from comparison_table import tables
 from glue_compress import start_of
-from pages import fill
+from pages import fill_page
 from results_file import append_line, read_lines
 from speed import BASE, CLOCKS, measure
 from torch import nn
@@ -233,8 +233,7 @@ def main(argv: list[str] | None = None) -> None:
     text = tables(read_lines(args.results), args.trained_results)
     print(text)
     if args.page:
-        page = Path(args.page)
-        page.write_text(fill(page.read_text("utf-8"), {"comparison": text}), "utf-8")
+        fill_page(args.page, comparison=text)
 
 
 if __name__ == "__main__":

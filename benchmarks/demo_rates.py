@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import torch
-from pages import fill
+from pages import fill_page
 from results_file import append_line, provenance, read_lines  # puts examples/ on the path
 
 # isort: split
@@ -92,8 +92,7 @@ def main(argv: list[str] | None = None) -> None:
                 dense = dense if dense is not None else trainings.float32()
                 append_line(args.results, key, measure(trainings, dense, name, pair))
     lines = read_lines(args.results)
-    page = Path(args.page)
-    page.write_text(fill(page.read_text("utf-8"), {"demo": table(lines)}), "utf-8")
+    fill_page(args.page, demo=table(lines))
     print(table(lines))
 
 

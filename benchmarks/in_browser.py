@@ -30,7 +30,7 @@ import torch
 from browser import build
 from chromium import Chromium, find_chromium
 from datasets import Dataset
-from pages import fill
+from pages import fill_page
 from results_file import append_line, provenance, read_lines
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -276,8 +276,7 @@ def main(argv: list[str] | None = None) -> None:
     text = table(read_lines(args.results))
     print(text)
     if args.page:
-        page = Path(args.page)
-        page.write_text(fill(page.read_text("utf-8"), {"browser": text}), "utf-8")
+        fill_page(args.page, browser=text)
 
 
 if __name__ == "__main__":

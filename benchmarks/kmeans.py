@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from pages import fill
+from pages import fill_page
 from results_file import append_line, provenance, read_lines
 from torch import Tensor
 
@@ -148,8 +148,7 @@ def main(argv: list[str] | None = None) -> None:
                 if key not in done:
                     append_line(args.results, key, measure(case, seed, args))
     lines = read_lines(args.results)
-    page = Path(args.page)
-    page.write_text(fill(page.read_text("utf-8"), {"kmeans": table(lines)}), "utf-8")
+    fill_page(args.page, kmeans=table(lines))
     print(table(lines))
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+from pathlib import Path
 
 BLOCK = re.compile(r"(<!-- report: (.+?) -->\n).*?(<!-- end of report -->)", re.DOTALL)
 
@@ -17,3 +19,9 @@ def fill(text: str, blocks: dict[str, str]) -> str:
     return BLOCK.sub(
         lambda m: f"{m[1]}\n{blocks[m[2]]}\n\n{m[3]}" if m[2] in blocks else m[0], text
     )
+
+
+def fill_page(path: str | os.PathLike[str], **blocks: str) -> None:
+    """Write the content of blocks into a page."""
+    page = Path(path)
+    page.write_text(fill(page.read_text("utf-8"), blocks), "utf-8")

@@ -21,10 +21,9 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
-from pages import fill
+from pages import fill_page
 from results_file import append_line, provenance, read_lines
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
@@ -311,8 +310,7 @@ def main(argv: list[str] | None = None) -> None:
     text = table(read_lines(args.results))
     print(text)
     if args.page:
-        page = Path(args.page)
-        page.write_text(fill(page.read_text("utf-8"), {"speed": text}), "utf-8")
+        fill_page(args.page, speed=text)
 
 
 if __name__ == "__main__":

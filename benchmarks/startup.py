@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from pages import fill
+from pages import fill_page
 from results_file import append_line, provenance, read_lines
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -114,8 +114,7 @@ def main(argv: list[str] | None = None) -> None:
         key = {"repetitions": args.repetitions}
         append_line(args.results, key, {"seconds": measure(args.repetitions)})
     line = read_lines(args.results)[-1]
-    page = Path(args.page)
-    page.write_text(fill(page.read_text("utf-8"), {"startup": table(line)}), "utf-8")
+    fill_page(args.page, startup=table(line))
     print(table(line))
 
 

@@ -28,7 +28,7 @@ import torch
 from datasets import Dataset
 from glue_compress import Selection, figures_of_logits, run_missing, start_of, weight_bytes
 from glue_studies import STORAGE
-from pages import fill
+from pages import fill_page
 from results_file import provenance, read_lines
 from transformers import (
     AutoModelForSequenceClassification,
@@ -137,8 +137,8 @@ def main(argv: list[str] | None = None) -> None:
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(args=argv)
     if not args.table:
         run_missing(args, STUDY, lambda task: [(SIZE, "one shot", {"config": CONFIG})], run)
-    page, lines = Path(args.page), read_lines(args.results)
-    page.write_text(fill(page.read_text("utf-8"), {"onnx_forms": table(lines)}), "utf-8")
+    lines = read_lines(args.results)
+    fill_page(args.page, onnx_forms=table(lines))
 
 
 if __name__ == "__main__":

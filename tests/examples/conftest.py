@@ -1,5 +1,6 @@
 """A tiny BERT on disk, tiny datasets, and the benchmarks on the path."""
 
+import json
 import os
 import random
 import sys
@@ -10,7 +11,13 @@ import pandas
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 # The examples are on the path for all tests (pyproject.toml), the benchmarks for these.
@@ -176,3 +183,23 @@ def texts(tmp_path):
         paths[split] = tmp_path / f"{split}.txt"
         paths[split].write_text("".join(" ".join(NUMBERED[i] for i in row) + "\n" for row in ids))
     return paths
+
+
+@pytest.fixture
+def glue_start(tiny_model, sentences, tmp_path, monkeypatch):
+    """Enter a folder with data, a float32 model and the row of its training; return the model's."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sst2").mkdir()
+    for split, count, seed in (("train", 80, 0), ("dev", 24, 1)):
+        texts, labels = sentences(count, seed)
+        pandas.DataFrame({"sentence": texts, "label": labels}).to_parquet(f"sst2/{split}.parquet")
+    key = {"task": "sst2", "seed": 42, "learning_rate": 0.1, "epochs": 1}
+    line = {"key": key, "held_out": {"accuracy": 0.5, "loss": 1.0}}
+    (tmp_path / "float32.jsonl").write_text(json.dumps(line) + "\n")
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_model)
+    model.classifier.weight.data *= 50  # so that quantization changes the logits
+    folder = tmp_path / "models" / "sst2-42-0.1-1"
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
+    return str(folder)

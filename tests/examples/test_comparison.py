@@ -7,10 +7,9 @@ import signal
 from dataclasses import replace
 from functools import partial
 
-import pandas
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification
 
 pytest.importorskip("sklearn")
 
@@ -30,24 +29,10 @@ PAGE = "before\n<!-- report: comparison -->\nold\n<!-- end of report -->\nafter\
 
 
 @pytest.fixture
-def start(tiny_model, sentences, tmp_path, monkeypatch):
-    """A folder with data, a float32 model and the row of its training; return the model's."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "sst2").mkdir()
-    for split, count, seed in (("train", 80, 0), ("dev", 24, 1)):
-        texts, labels = sentences(count, seed)
-        pandas.DataFrame({"sentence": texts, "label": labels}).to_parquet(f"sst2/{split}.parquet")
-    key = {"task": "sst2", "seed": 42, "learning_rate": 0.1, "epochs": 1}
-    line = {"key": key, "held_out": {"accuracy": 0.5, "loss": 1.0}}
-    (tmp_path / "float32.jsonl").write_text(json.dumps(line) + "\n")
-    torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_pretrained(tiny_model)
-    model.classifier.weight.data *= 50  # so that quantization changes the logits
-    folder = tmp_path / "models" / "sst2-42-0.1-1"
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
+def start(glue_start, tmp_path):
+    """The folder of a float32 model, in a folder with data, the row of its training and a page."""
     (tmp_path / "page.md").write_text(PAGE)
-    return str(folder)
+    return glue_start
 
 
 def run(*words):

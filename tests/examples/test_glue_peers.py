@@ -7,10 +7,9 @@ import os
 from types import SimpleNamespace
 
 import numpy as np
-import pandas
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification
 
 pytest.importorskip("sklearn")
 
@@ -18,26 +17,6 @@ import glue
 import glue_peers
 import peer_libraries
 from rows import runs_of
-
-
-@pytest.fixture
-def start(tiny_model, sentences, tmp_path, monkeypatch):
-    """A folder with the data, a float32 model and the row of its training; return the model's."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "sst2").mkdir()
-    for split, count, seed in (("train", 80, 0), ("dev", 24, 1)):
-        texts, labels = sentences(count, seed)
-        pandas.DataFrame({"sentence": texts, "label": labels}).to_parquet(f"sst2/{split}.parquet")
-    key = {"task": "sst2", "seed": 42, "learning_rate": 0.1, "epochs": 1}
-    line = {"key": key, "held_out": {"accuracy": 0.5, "loss": 1.0}}
-    (tmp_path / "float32.jsonl").write_text(json.dumps(line) + "\n")
-    torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_pretrained(tiny_model)
-    model.classifier.weight.data *= 50  # so that quantization changes the logits
-    folder = tmp_path / "models" / "sst2-42-0.1-1"
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
-    return str(folder)
 
 
 def run_main(monkeypatch, *words):
@@ -49,7 +28,7 @@ def run_main(monkeypatch, *words):
         return [json.loads(line) for line in file]
 
 
-def test_rows_of_this_package_have_true_bytes_and_figures(start, monkeypatch):
+def test_rows_of_this_package_have_true_bytes_and_figures(glue_start, monkeypatch):
     for _, _, setting in glue_peers.METHODS:
         if "n_codebooks" in setting.get("config", {}):  # the tables are too small for 512
             monkeypatch.setitem(setting["config"], "n_centroids", 16)
@@ -58,23 +37,23 @@ def test_rows_of_this_package_have_true_bytes_and_figures(start, monkeypatch):
     words = ["--methods", *methods, "--sizes", *sizes]
     lines = run_main(monkeypatch, *words)
     assert [line["key"]["size"] for line in lines] == ["20x", "int4", "20x"]
-    dense = os.path.getsize(os.path.join(start, "model.safetensors"))
+    dense = os.path.getsize(os.path.join(glue_start, "model.safetensors"))
     for line in lines:
         assert line["steps"] == 0 and line["float32_bytes"] == dense
         assert line["bytes"] == line["file_bytes"] < dense / 2
         assert line["dev"]["divergence"] > 0
         right = [int(digit) for digit in line["dev_correct"]]
         assert len(right) == 24 and np.mean(right) == pytest.approx(line["dev"]["accuracy"])
-    model = AutoModelForSequenceClassification.from_pretrained(start)
-    dev = glue.load(".", start, "sst2").dev
-    scores = glue.scores(glue.TASKS["sst2"], *glue.logits_of(model, dev, start))
+    model = AutoModelForSequenceClassification.from_pretrained(glue_start)
+    dev = glue.load(".", glue_start, "sst2").dev
+    scores = glue.scores(glue.TASKS["sst2"], *glue.logits_of(model, dev, glue_start))
     assert lines[0]["dev_float32"] == pytest.approx(scores)
     assert len(runs_of(lines)) == 3
     assert len(run_main(monkeypatch, *words)) == 3, "finished rows are skipped"
 
 
 @pytest.mark.parametrize("library", peer_libraries.INSTALL)
-def test_missing_library_is_named_with_its_command(library, start, monkeypatch):
+def test_missing_library_is_named_with_its_command(library, glue_start, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     method = {"torchao": glue_peers.TORCHAO, "quanto": glue_peers.QUANTO}[library]
     with pytest.raises(ImportError, match=rf"{library} is not installed; run `pip install .*--m"):
@@ -103,21 +82,21 @@ OTHERS = [
 
 
 @pytest.mark.parametrize("setting", OTHERS)
-def test_other_libraries_give_the_saved_model(setting, start, tmp_path):
+def test_other_libraries_give_the_saved_model(setting, glue_start, tmp_path):
     """Only with the library installed: few bits are far from float32, eight are close."""
     library = setting["library"]
     pytest.importorskip({"quanto": "optimum.quanto"}.get(library, library))
-    model = AutoModelForSequenceClassification.from_pretrained(start)
+    model = AutoModelForSequenceClassification.from_pretrained(glue_start)
     options = {name: value for name, value in setting.items() if name != "library"}
     if options.get("group"):
         options["group"] = 32  # the hidden size
     path = str(tmp_path / "model.safetensors")
     small, size = glue_peers.QUANTIZERS[library](model, path, **options)
-    assert 0 < size <= os.path.getsize(path) < os.path.getsize(f"{start}/model.safetensors")
-    dev = glue.load(".", start, "sst2").dev
-    expected, labels = glue.logits_of(model, dev, start)
+    assert 0 < size <= os.path.getsize(path) < os.path.getsize(f"{glue_start}/model.safetensors")
+    dev = glue.load(".", glue_start, "sst2").dev
+    expected, labels = glue.logits_of(model, dev, glue_start)
     figures, _, _ = glue_peers.figures_of_logits(
-        glue.TASKS["sst2"], labels, expected, glue.logits_of(small, dev, start)[0]
+        glue.TASKS["sst2"], labels, expected, glue.logits_of(small, dev, glue_start)[0]
     )
     bits = options.get("bits") or int(options["weights"][-1])
     assert 0 < figures["divergence"] < {8: 0.01, 4: 0.5}.get(bits, math.inf)
