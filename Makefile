@@ -74,7 +74,7 @@ $(SPACE_STAMP): pyproject.toml constraints.txt examples/space/README.md
 	(grep -v '^pillow==' constraints.txt; echo gradio==$(GRADIO)) > build/constraints-space.txt
 	$(call install,$(SPACE),build/constraints-space.txt,space)
 
-demo: $(STAMP)  ## compress a small ViT on digits with and without noise; a table and a picture (1 to 2 minutes)
+demo: $(STAMP)  ## compress a small ViT on digits with and without noise; a table and a picture (2 minutes)
 	$(BIN)/python examples/demo.py $(ARGS)
 
 # Written by npm when it has installed the packages of the page.
