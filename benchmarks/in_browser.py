@@ -246,8 +246,8 @@ def table(lines: list[dict]) -> str:
     runtime = lines[0]["download"]["runtime"]
     text += [
         "",
-        f"The runtime, once for all models, has {runtime['bytes'] / 1e6:.1f} MB, with gzip "
-        f"{runtime['gzip'] / 1e6:.1f} MB. Browser: {lines[0]['browser']}.",
+        f"The runtime, once for all models, takes {runtime['bytes'] / 1e6:.1f} MB "
+        f"({runtime['gzip'] / 1e6:.1f} MB with gzip). Browser: {lines[0]['browser']}.",
         "",
     ]
     return "\n".join([*text, *provenance(lines)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shlex
 import sys
 from datetime import UTC, datetime
@@ -78,7 +79,7 @@ def figures_of(results: dict, metric: str) -> dict:
 def provenance(lines: list[dict]) -> list[str]:
     """Return the lines below a table: each command and each machine once."""
     commands = dict.fromkeys(line["command"] for line in lines)
-    machines = dict.fromkeys(line["machine"] for line in lines)
+    machines = dict.fromkeys(re.sub(r"\b1 threads$", "1 thread", x["machine"]) for x in lines)
     return [*(f"Command: `{c}`" for c in commands), *(f"Machine: {m}" for m in machines)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import traceback
@@ -41,7 +42,8 @@ class OneLineErrors(ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print one line, without the list of all flags, and exit with 2."""
-        more = f"({self.prog} --help lists all flags)"
+        listed = "flags" if self._subparsers is None else "commands and flags"
+        more = f"({self.prog} --help lists all {listed})"
         self.exit(2, f"{self.prog}: error: {message}{self._hint(message)} {more}\n")
 
     def _hint(self, message: str) -> str:
@@ -77,13 +79,26 @@ def one_line(error: BaseException) -> str:
     return text if text and expected else f"{type(error).__name__}: {text}"
 
 
+def _reader_is_gone() -> bool:
+    """Whether stdout is a closed pipe, from which stdout is then detached.
+
+    Python flushes stdout again at exit (documentation of ``signal``, "Note on SIGPIPE").
+    """
+    try:
+        print(flush=True)  # a line, as what was to be flushed may be lost
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
 def exit_code(
     run: Callable[[], object], parser: ArgumentParser, with_traceback: Callable[[], bool]
 ) -> int:
     """Run a program; return 0, or 1 after an error, which is printed as one line on stderr.
 
     A :class:`UsageError` exits with 2, as an error of the parser. After an interruption 130 is
-    returned.
+    returned. If the reader of stdout has closed it (``| head``), 1 is returned and nothing printed.
 
     Args:
         run: the program.
@@ -92,12 +107,15 @@ def exit_code(
     """
     try:
         run()
+        sys.stdout.flush()  # here, so that a closed pipe is found here
     except UsageError as error:
         parser.error(one_line(error))
     except KeyboardInterrupt:
         print(f"\n{parser.prog}: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+            return 1
         if with_traceback():
             traceback.print_exc()
         print(f"{parser.prog}: error: {one_line(error)}", file=sys.stderr)

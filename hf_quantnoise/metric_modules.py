@@ -86,10 +86,13 @@ def load_module(
         raise ImportError(
             f"{field} requires {error.name}; run pip install evaluate, or {way_out}"
         ) from error
+    path = os.fspath(path)
+    if path.startswith((".", os.sep, "~")) and not os.path.exists(path):
+        raise FileNotFoundError(f"invalid {field}: no such folder or script; {way_out}")
     if is_offline_mode():
         evaluate.config.HF_EVALUATE_OFFLINE = True  # HF_HUB_OFFLINE alone has no effect there
     try:
-        return evaluate.load(os.fspath(path), config_name, keep_in_memory=True)
+        return evaluate.load(path, config_name, keep_in_memory=True)
     except (FileNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(
             f"invalid {field}: expected the folder or script of a metric, or its name on the Hub, "

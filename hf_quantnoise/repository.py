@@ -7,19 +7,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCard, hf_hub_download, upload_folder
+from huggingface_hub import HfApi, ModelCard, hf_hub_download, is_offline_mode, upload_folder
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
     HFValidationError,
     LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
 
-from .argument_checks import require_path, require_repo_id
+from .argument_checks import require_path, require_repo_id, shorten
 from .files.model_folders import stale_weights
+from .text import printable
 
 # Tag of all repositories with files of this package.
 TAG = "quant-noise"
@@ -53,6 +55,32 @@ def refusal(error: BaseException) -> str | None:
         if any(isinstance(cause, kind) for cause in causes):
             return f"{reason}; {remedy}"
     return None
+
+
+def missing_model(path: str, error: BaseException) -> str:
+    """Return the message for a model that is neither a folder nor readable as a repository."""
+    causes = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+        causes.append(cause)
+    name = printable(path)
+    if not is_repository_name(path):
+        return f"no folder {name!r}, and not a valid name of a repository; check the path"
+    if reason := refusal(error):
+        return f"no folder {name!r}, and cannot read the repository of this name: {reason}"
+    unreachable = (LocalEntryNotFoundError, OfflineModeIsEnabled)
+    if is_offline_mode() and any(isinstance(cause, unreachable) for cause in causes):
+        return (
+            f"no folder {name!r}, and no such repository in the cache (offline: HF_HUB_OFFLINE is "
+            "set); check the path, or unset HF_HUB_OFFLINE to download it"
+        )
+    # The client's message that it is not in the cache follows from the one of the network.
+    first = next((each for each in reversed(causes) if str(each)), error)
+    cause = first if isinstance(error, OSError) else error
+    reason = shorten(printable(" ".join(str(cause).split()))).rstrip(".")
+    return (
+        f"no folder {name!r}, and cannot read the repository of this name ({reason}); check the "
+        "path and the network"
+    )
 
 
 def find_file(path: str | os.PathLike, file_name: str, hint: str, **kwargs: Any) -> str:

@@ -24,7 +24,7 @@ from ..hub.auto import AutoQuantizedModel, method_of, read_config
 from ..hub.model_classes import model_class_of
 from ..hub.quantizer import QuantNoiseHfQuantizer
 from ..modeling.float16 import round_to_float16
-from ..repository import refusal
+from ..repository import missing_model
 from ..sharing import share
 from ..text import printable
 from .command import UsageError
@@ -44,7 +44,9 @@ class Checkpoint:
         """The content of ``config.json``."""
         require_not_interrupted(self.path)
         if not self.has_config:
-            raise FileNotFoundError(f"{self.path!r} has no {CONFIG_NAME}")
+            raise FileNotFoundError(
+                f"{self.path!r} has no {CONFIG_NAME}; pass the folder of a saved model"
+            )
         with self._error_context():
             try:
                 return read_config(self.path, **self._where)
@@ -80,12 +82,9 @@ class Checkpoint:
         try:
             yield
         except Exception as error:  # any type, depending on the HTTP client
-            if os.path.isdir(self.path):
+            if os.path.isdir(self.path) or "--trust_remote_code" in str(error):
                 raise
-            raise ValueError(
-                f"{self.path!r} is not a folder, and cannot be read as a repository: "
-                f"{refusal(error) or f'{error}; check the name and the network'}"
-            ) from error
+            raise ValueError(missing_model(self.path, error)) from error
 
     @property
     def quant_method(self) -> str | None:
@@ -119,6 +118,19 @@ class Checkpoint:
             raise ValueError(
                 f"{self.path!r} is quantized by {self.quant_method!r}; pass the dense checkpoint "
                 "that it was made from"
+            )
+
+    def require_packed(self, argument: str) -> None:
+        """Raise a ``ValueError`` unless this package has packed the model."""
+        if self.quant_method is None:
+            raise ValueError(
+                f"invalid {argument} {self.path!r}: got a dense model, expected a packed one; "
+                f"compress it first: hf-quantnoise compress {self.path} OUT"
+            )
+        if self.quant_method != QUANT_METHOD:
+            raise ValueError(
+                f"invalid {argument} {self.path!r}: got a model quantized by "
+                f"{self.quant_method!r}, expected one packed by {QUANT_METHOD}; pass another"
             )
 
     def load(self) -> PreTrainedModel:

@@ -57,6 +57,7 @@ def add_trust_argument(parser: ArgumentParser) -> None:
     """Add ``trust_remote_code``."""
     parser.add_argument(
         "--trust_remote_code",
+        "--trust-remote-code",
         action="store_true",
         help="Run the model's own code, which is stored with it (auto_map in config.json).",
     )

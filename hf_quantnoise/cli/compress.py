@@ -35,7 +35,10 @@ class Compress(Command):
         add_model_argument(parser, "Dense model")
         add_output_arguments(parser)
         parser.add_argument(
-            "--card_template", metavar="FILE", help="Jinja template of the model card."
+            "--card_template",
+            "--card-template",
+            metavar="FILE",
+            help="Jinja template of the model card.",
         )
 
     @staticmethod

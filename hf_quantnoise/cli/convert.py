@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from inspect import getdoc
@@ -77,9 +78,19 @@ class Convert(Command):
         from .folders import check_output, copy_companions
 
         checkpoint = checkpoint_of(args)
+        checkpoint.require_packed("PATH_OR_REPO")
         check_output(args.out, args.overwrite, args.model)
         model = checkpoint.load_packed()
         with replaced_model(args.out, keep_others=False) as folder:
             copy_companions(checkpoint, folder)
             TARGETS[args.to](model, folder)
-        print(f"{args.model} written to {args.out} as {args.to!r}")
+        print(f"{args.model} written as {args.to!r} to {_weights_in(args.out)}")
+
+
+def _weights_in(folder: str) -> str:
+    """Return the files of weights in a folder, with their sizes."""
+    from ..files.durable import files_of
+
+    paths = [os.path.join(folder, name) for name in sorted(files_of(folder))]
+    files = [path for path in paths if path.endswith((".safetensors", ".onnx"))]
+    return ", ".join(f"{path} ({os.path.getsize(path) / 1e6:.3f} MB)" for path in files)

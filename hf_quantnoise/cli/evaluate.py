@@ -21,8 +21,9 @@ class Evaluate(Command):
     """Compare compressed models with the dense one on a dataset.
 
     Prints size, metrics, agreement (equal predictions), divergence (mean KL of the outputs, in
-    nats) and the time of a forward pass. TASK --help lists the flags of the data, which are those
-    of finetune. Requires pip install 'hf-quantnoise[examples]'.
+    nats), the time of a forward pass and the speed relative to the dense model. The models are
+    timed in turns. TASK --help lists the flags of the data, which are those of finetune for
+    validation data. Requires pip install 'hf-quantnoise[examples]'.
     """
 
     examples = (
@@ -47,22 +48,35 @@ class Evaluate(Command):
     def run(args: Namespace) -> None:
         example = task_module(args.task, "eval").example
         from ..runs.evaluation import evaluation_parser, parse, prepared_evaluation, provenance
+        from .parser import ExamplesFormatter, examples_text
 
         args.parser.prog += f" {args.task}"  # whose --help lists the flags
         args.traceback |= TRACEBACK in args.flags
-        data, flags, names = parse(evaluation_parser(example, args.parser.prog), args.flags)
+        parser = evaluation_parser(
+            example,
+            args.parser.prog,
+            epilog=examples_text(Evaluate),
+            formatter_class=ExamplesFormatter,
+        )
+        data, flags, names = parse(parser, args.flags)
         progress = sys.stderr.isatty()
         rows: list[dict[str, Any]] = []
+        models: list[PreTrainedModel] = []
         with prepared_evaluation(example, data, flags, names.dense, progress) as evaluation:
             for name in (names.dense, *names.models):
                 model = evaluation.job.model if not rows else evaluation.load(name)
                 found = evaluation.results(model)
                 rows.append({"model": name, "bytes": _file_bytes(name, model), **found})
+                models.append(model)
+            timed, latencies = evaluation.timings(models)
+            rows = [{**row, **times} for row, times in zip(rows, latencies, strict=True)]
             about = {"examples": evaluation.examples, **provenance(evaluation.training)}
         if flags.json:
-            print(json.dumps({"task": args.task, **about, "models": rows}, indent=2))
+            print(json.dumps({"task": args.task, **about, **timed, "models": rows}, indent=2))
         else:
             print(_table(rows))
+            shapes = (" x ".join(map(str, shape)) for shape in timed["timed_shapes"].values())
+            about[f"timed {timed['timed_input']}"] = " and ".join(shapes)
             print("\n" + ", ".join(f"{name}: {value}" for name, value in about.items()))
 
 
@@ -93,7 +107,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
                 f"{row['bytes'] / 1e6:.3f}",
                 f"{rows[0]['bytes'] / row['bytes']:.1f}",
                 *("" if value is None else f"{value:.4f}" for value in values),
-                *(f"{row['milliseconds'][size]:.2f}" for size in sizes),
+                *(f"{row['milliseconds'][size]:.2f} ({row['speed'][size]:.2f}x)" for size in sizes),
             )
         )
     return aligned(lines, left=1)

@@ -8,11 +8,16 @@ from inspect import getdoc
 
 from ..argument_parsing import HelpFormatter, OneLineErrors, add_traceback_argument
 from ..version import __version__
-from .command import COMMANDS
+from .command import COMMANDS, Command
 
 
-class _Formatter(HelpFormatter, RawDescriptionHelpFormatter):
+class ExamplesFormatter(HelpFormatter, RawDescriptionHelpFormatter):
     """Shows defaults, and the examples as they are written."""
+
+
+def examples_text(command: type[Command]) -> str:
+    """Return the end of a help: the examples of a command."""
+    return "\n  ".join(["examples:", *command.examples])
 
 
 def build_parser(words: Container[str] = COMMANDS, completes: bool = False) -> ArgumentParser:
@@ -38,8 +43,8 @@ def build_parser(words: Container[str] = COMMANDS, completes: bool = False) -> A
             name,
             help=" ".join(text.partition("\n\n")[0].split()),
             description=text,
-            epilog="\n  ".join(["examples:", *command.examples]),
-            formatter_class=_Formatter,
+            epilog=examples_text(command),
+            formatter_class=ExamplesFormatter,
             parents=[parent() for parent in command.parents] if is_used else [],
         )
         if is_used:

@@ -28,7 +28,10 @@ def report_of(checkpoint: Checkpoint) -> tuple[SizeReport, str | None]:
     headers = checkpoint.headers
     if headers is None:
         if not checkpoint.has_config:
-            raise ValueError(f"{checkpoint.path!r} has no config.json and no *.safetensors file")
+            raise ValueError(
+                f"{checkpoint.path!r} has no config.json and no *.safetensors file; pass the "
+                "folder of a saved model"
+            )
         return size_report(checkpoint.load()), "no safetensors file: the weights were loaded"
     try:
         model = checkpoint.skeleton()

@@ -11,7 +11,6 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, co
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 
-from ..configuration import QUANT_METHOD
 from ..hub.processing import processing_files, warn_unknown
 from ..publishing.card import REPO_PLACEHOLDER
 from ..repository import CARD, create_repository, stale_weights_in_repository
@@ -78,11 +77,7 @@ def check_packed(folder: str, trust_remote_code: bool = False) -> None:
     if not os.path.isdir(folder):
         raise ValueError(f"invalid FOLDER {folder!r}: expected a folder written by save_pretrained")
     checkpoint = Checkpoint(folder, trust_remote_code=trust_remote_code)
-    if checkpoint.quant_method != QUANT_METHOD:
-        raise ValueError(
-            f"invalid FOLDER {folder!r}: not a model packed by {QUANT_METHOD} (quant_method="
-            f"{checkpoint.quant_method!r} in config.json); compress it first, or use `hf upload`"
-        )
+    checkpoint.require_packed("FOLDER")
     if checkpoint.headers is None:
         raise ValueError(f"invalid FOLDER {folder!r}: no *.safetensors file; save the model again")
     _, note = report_of(checkpoint)

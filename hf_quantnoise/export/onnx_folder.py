@@ -5,7 +5,7 @@
     tokenizer.json, ...       or preprocessor_config.json, of images and audio
     onnx/model.onnx           or model_int8.onnx, by dtype
 
-A folder can have a file for each dtype; the last one exported is the default.
+A folder can have a file for each dtype, of the same model; the last one exported is the default.
 """
 
 from __future__ import annotations
@@ -39,12 +39,16 @@ def save_companions(model: PreTrainedModel, part: str, dtype: str, folder: str) 
         part: folder to write to.
         dtype: the dtype that transformers.js loads.
         folder: folder that ``part`` will be merged into.
+
+    Raises:
+        ValueError: if the folder has a graph of another dtype, and the config of another model.
     """
     config = deepcopy(model.config)
     del config.quantization_config
     config.save_pretrained(part)
     path = os.path.join(part, CONFIG_NAME)
     write_json(read_json(path) | {"transformers.js_config": {"dtype": dtype}}, path)
+    _require_same_model(part, dtype, folder)
     if model.can_generate():
         model.generation_config.save_pretrained(part)
     save_processing(model, part, folder)
@@ -54,6 +58,24 @@ def save_companions(model: PreTrainedModel, part: str, dtype: str, folder: str) 
         logger.warning(
             "the tokenizer has no tokenizer.json, which transformers.js reads; run "
             "AutoTokenizer.from_pretrained(folder).save_pretrained(folder) on the export's folder"
+        )
+
+
+def _require_same_model(part: str, dtype: str, folder: str) -> None:
+    """Raise a ``ValueError`` if a graph that stays in a folder is of another model."""
+    config = os.path.join(folder, CONFIG_NAME)
+    kept = [path for name in SUFFIXES if name != dtype and (path := onnx_path(name))]
+    kept = [path for path in kept if os.path.isfile(os.path.join(folder, path))]
+    if not kept or not os.path.isfile(config):
+        return
+    old, new = ({**read_json(path)} for path in (config, os.path.join(part, CONFIG_NAME)))
+    for values in (old, new):
+        for name in ("transformers.js_config", "transformers_version"):
+            values.pop(name, None)
+    if old != new:
+        raise ValueError(
+            f"invalid folder {folder!r}: got one with {kept[0]} and the {CONFIG_NAME} of another "
+            "model, expected an empty one or one with this model; choose another folder"
         )
 
 

@@ -134,7 +134,10 @@ def _remove_others(folder: str, names: Collection[str], keep_others: bool) -> No
     """Remove what the new model replaces: weights of the old one, or all other files."""
     found = sorted(set(os.listdir(folder)) - {COMPLETE})
     kept = {name.partition("/")[0] for name in names}
-    for name in stale_weights(found, names) if keep_others else set(found) - kept:
+    others = set(found) - kept
+    for name in kept:  # a folder that both have, such as onnx/
+        others |= {f"{name}/{file}" for file in files_of(os.path.join(folder, name))} - {*names}
+    for name in stale_weights(found, names) if keep_others else others:
         path = os.path.join(folder, name)
         if os.path.isdir(path) and not os.path.islink(path):
             shutil.rmtree(path)

@@ -20,7 +20,7 @@ from ..configuration import QUANT_METHOD
 from ..files.model_folders import require_not_interrupted
 from ..files.reading import headers_in, read_json
 from ..modeling.value_check import values_unchecked
-from ..repository import is_repository_name, refusal
+from ..repository import is_repository_name, missing_model
 from ..text import printable, shown
 from .model_classes import HUB_KWARGS, model_class_of
 
@@ -169,11 +169,9 @@ def _config_of(path: str, **kwargs: Any) -> PreTrainedConfig:
     try:
         return read_config(path, **kwargs)
     except OSError as error:
-        first_line = printable(str(error).partition("\n")[0])
-        raise OSError(
-            f"cannot load {path!r}: it is not a folder, and cannot be read as a repository: "
-            f"{refusal(error) or f'{first_line}; check the name and the network'}"
-        ) from error
+        if os.path.isdir(path):
+            raise
+        raise OSError(f"cannot load {path!r}: {missing_model(path, error)}") from error
 
 
 def _check_method(path: str, quantization: Any) -> None:

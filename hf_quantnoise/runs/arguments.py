@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 from argparse import SUPPRESS, Action
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ from ..configuration.flags import errors_name_flags
 from ..configuration.options import drop_removed, option, options_of, warn_removed
 from ..publishing.template import read_template
 from ..registry import suggestion
-from ..repository import refusal
+from ..repository import missing_model
 from .config_flags import ConfigFlags
 from .example_data import FileArguments
 from .known_flags import ELSEWHERE, check_training_flags, elsewhere
@@ -84,7 +85,7 @@ def load_config(flag: str, name: str, **kwargs: Any) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(name, **kwargs)
     except (OSError, ValueError) as error:
-        reason = refusal(error) or error
+        reason = error if os.path.isdir(name) else missing_model(name, error)
         raise ValueError(f"invalid --{flag} {name!r}: cannot be loaded ({reason})") from None
 
 

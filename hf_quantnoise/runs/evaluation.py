@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
-import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from statistics import median
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -25,9 +24,10 @@ from .arguments import ModelArguments
 from .example import Example
 from .example_data import check_minimum
 from .job import Job
+from .latency import latencies, main_input_shape
 from .script import ScriptParser
 
-REPETITIONS = 11  # of a forward pass that is timed
+_UNUSED = re.compile("--(max_)?(train|test|predict|shuffle)_")  # flags of other data
 
 
 @dataclass
@@ -56,9 +56,18 @@ class EvaluationArguments:
     splits: ClassVar[list[str]] = ["validation"]
 
 
+class _Parser(ScriptParser):
+    """Parser without the flags of training and test data, which an evaluation does not read."""
+
+    def add_argument(self, *names: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        if not _UNUSED.match(names[0]):
+            return super().add_argument(*names, **kwargs)
+        self.set_defaults(**{names[0].removeprefix("--"): kwargs["default"]})
+
+
 def evaluation_parser(example: Example, prog: str | None = None, **kwargs: Any) -> ScriptParser:
     """Return the parser of the data of an example, ``EvaluationFlags`` and the models."""
-    parser = ScriptParser(
+    parser = _Parser(
         [example.data_class, EvaluationFlags],
         prog=prog,
         description="Compare models on the same data, each with the first one.",
@@ -163,9 +172,9 @@ class Evaluation:
         return model
 
     def results(self, model: PreTrainedModel) -> dict[str, Any]:
-        """Return metrics and latencies of a model, and how near its outputs are to the dense ones.
+        """Return metrics of a model, and how near its outputs are to the dense ones.
 
-        Of the dense model itself only the metrics and latencies.
+        Of the dense model itself only the metrics.
         """
         is_dense = model is self.job.model
         trainer = self.trainer if is_dense else self._trainer(model)
@@ -173,12 +182,25 @@ class Evaluation:
         results = {"metrics": {name: v for name, v in scores.items() if is_metric(name, v)}}
         if not is_dense:
             results |= compare_outputs(self.job.model, model, self._batches())
+        return results
+
+    def timings(
+        self, models: Sequence[PreTrainedModel]
+    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Return what is timed, and the latencies of models with results, the dense one first.
+
+        They are timed in turns, for one example and for a batch.
+        """
         rows = self.job.parts["eval_dataset"]
         counts = dict.fromkeys((1, min(self.training.per_device_eval_batch_size, len(rows))))
-        results["milliseconds"] = {
-            str(n): milliseconds(model, next(self._batches(rows.select(range(n))))) for n in counts
-        }
-        return results
+        found: list[dict[str, Any]] = [{"milliseconds": {}, "speed": {}} for _ in models]
+        shapes, name = {}, ""
+        for count in counts:
+            batch = next(self._batches(rows.select(range(count))))
+            name, shapes[str(count)] = main_input_shape(self.job.model, batch)
+            for row, (time, speed) in zip(found, latencies(models, batch), strict=True):
+                row["milliseconds"][str(count)], row["speed"][str(count)] = time, speed
+        return {"timed_input": name, "timed_shapes": shapes}, found
 
     def _trainer(self, model: PreTrainedModel) -> Trainer:
         parts = {**self.job.parts, "train_dataset": None}
@@ -233,20 +255,6 @@ def _sums_of(one: Tensor, two: Tensor, is_regression: bool) -> Tensor:
         far = (logs[0].exp() * (logs[0] - logs[1])).sum()
     near = (one.argmax(-1) == two.argmax(-1)).sum()
     return torch.stack([near.double(), far.double(), near.new_tensor(len(one)).double()])
-
-
-@torch.no_grad()
-def milliseconds(model: PreTrainedModel, batch: Mapping[str, Any]) -> float:
-    """Return the median time of a forward pass without labels."""
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
-    times = []
-    for _ in range(REPETITIONS + 2):  # the first ones allocate memory
-        start = time.perf_counter()
-        model.eval()(**inputs)
-        if model.device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(1e3 * (time.perf_counter() - start))
-    return median(times[2:])
 
 
 def provenance(training: TrainingArguments) -> dict[str, Any]:

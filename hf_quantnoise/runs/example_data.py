@@ -28,8 +28,10 @@ def check_minimum(flags: Any, minimum: int, *names: str) -> None:
 
 def check_file(flag: str, path: str, kind: str) -> None:
     """Raise a ``FileNotFoundError`` that names the flag if there is no file."""
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"invalid --{flag} {path!r}: no such file; pass {kind}")
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"invalid --{flag} {path!r}: expected {kind}")
+        raise FileNotFoundError(f"invalid --{flag} {path!r}: it is a folder; pass {kind}")
 
 
 def read_table(flag: str, path: str, cache_dir: str | None = None, **options: Any) -> Dataset:
@@ -100,7 +102,9 @@ class SplitArguments(FileArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.dataset_name is None and not (self.train_file or self.validation_file):
-            raise ValueError("no data: pass --train_file and --validation_file, or --dataset_name")
+            raise ValueError(
+                "no data: pass --validation_file (--train_file to train), or --dataset_name"
+            )
 
     @property
     def has_train_data(self) -> bool:

@@ -86,7 +86,7 @@ class DataArguments(FileArguments, MetricArguments):
             if self.task_name not in TASKS:
                 raise ValueError(
                     f"invalid --task_name {self.task_name!r}: expected one of {', '.join(TASKS)}; "
-                    "without it, pass --train_file and --validation_file"
+                    "without it, pass --validation_file (--train_file to train)"
                 )
         super().__post_init__()
         check_minimum(self, 1, "max_seq_length", "max_predict_samples")
@@ -142,7 +142,7 @@ def _read_hub(args: DataArguments, name: str, model: ModelArguments) -> Dataset:
     except ConnectionError as error:
         raise ConnectionError(
             f"--task_name {args.task_name!r} is loaded from {HUB_DATASET}, but the Hub cannot be "
-            "reached; pass local data with --train_file and --validation_file"
+            "reached; pass local data with --validation_file (--train_file to train)"
         ) from error
 
 
@@ -152,7 +152,7 @@ def _read_sets(
     """Return flag -> dataset, for the splits that the run needs and the files that are passed."""
     if not args.from_files and not args.task_name:
         raise ValueError(
-            "no data: pass --train_file and --validation_file, or --task_name (one of "
+            "no data: pass --validation_file (--train_file to train), or --task_name (one of "
             f"{', '.join(TASKS)}) to load {HUB_DATASET} from the Hub"
         )
     sets = {}

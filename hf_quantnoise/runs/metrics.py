@@ -72,13 +72,14 @@ class MetricArguments:
             logger.warning("--metrics sklearn: scored by scikit-learn and scipy, not by evaluate.")
             return sklearn_metrics(names), names[0]
         path = self.metrics or module
-        loaded = load_module(path, config_name, f"--metrics {path!r}", WAY_OUT)
+        shown = f"--metrics {path!r}" if self.metrics else f"--metrics {path!r} (the default)"
+        loaded = load_module(path, config_name, shown, WAY_OUT)
         logger.info("Scored by evaluate.load(%r, %r).", path, config_name)
         try:  # before anything is trained
             found = [*loaded.compute(predictions=[0, 1], references=[0, 1])]
         except Exception as error:  # of any type: the module is code of others
             raise ValueError(
-                f"invalid --metrics {path!r}: it cannot score predictions [0, 1] with references "
+                f"invalid {shown}: it cannot score predictions [0, 1] with references "
                 f"[0, 1] ({shorten(str(error))}); pass a metric of classes or values"
             ) from error
         return ModuleMetrics(loaded), names[0] if names[0] in found else found[0]

@@ -23,7 +23,7 @@ class ScriptParser(OneLineErrors, HfArgumentParser):
     """Parser of dataclasses. ``--traceback`` is a flag for :func:`run_script`."""
 
     def __init__(self, dataclass_types: Any, **kwargs: Any) -> None:
-        super().__init__(dataclass_types, formatter_class=HelpFormatter, **kwargs)
+        super().__init__(dataclass_types, **{"formatter_class": HelpFormatter, **kwargs})
         add_traceback_argument(self, default=SUPPRESS)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:

@@ -180,3 +180,11 @@ def test_formats_can_be_registered(work, run):
         assert "weight_indices" in (work / "out" / "list" / "names.txt").read_text()
     finally:
         del TARGETS._entries["listing"]
+
+
+def test_convert_prints_the_file_and_its_size(work, run):
+    code, out, err = run("convert out/compressed out/plain --to dense")
+    size = size_of(work / "out" / "plain") / 1e6
+    assert code == 0, err
+    file = f"out/plain/model.safetensors ({size:.3f} MB)"
+    assert out.splitlines()[-1] == f"out/compressed written as 'dense' to {file}"

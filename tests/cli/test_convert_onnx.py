@@ -35,7 +35,9 @@ def test_onnx_model_has_the_outputs_of_the_packed_model(work, input_ids):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "out/compressed written to out/onnx as 'onnx'\n"
+    size = (work / "out" / "onnx" / "onnx" / "model.onnx").stat().st_size / 1e6
+    file = f"out/onnx/onnx/model.onnx ({size:.3f} MB)"
+    assert done.stdout == f"out/compressed written as 'onnx' to {file}\n"
     for words in ("Warning", "torchvision", "axis name", "hf_quantnoise/"):
         assert words not in done.stderr
     folder = work / "out" / "onnx"
@@ -89,3 +91,13 @@ def test_only_irrelevant_warnings_are_suppressed():
         logger.removeHandler(handler)
     assert [str(one.message)[:22] for one in caught] == ["# The axis name: other"]
     assert messages == ["an operator has no translation", idle]
+
+
+def test_overwrite_removes_the_graph_of_the_old_model(work, run):
+    old = work / "out" / "onnx"
+    (old / "onnx").mkdir(parents=True)
+    for path in (old / "config.json", old / "onnx" / "model.onnx"):
+        path.write_text("{}")
+    code, _, err = run("convert out/compressed out/onnx --to onnx_int8 --overwrite")
+    assert code == 0, err
+    assert [path.name for path in (old / "onnx").iterdir()] == ["model_int8.onnx"]

@@ -1,17 +1,24 @@
 """All commands: help, examples, exit codes, errors on one line."""
 
 import importlib
+import os
 import re
 import runpy
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 
-from hf_quantnoise.cli import COMMANDS, main
+from hf_quantnoise.cli import COMMANDS, build_parser, main
 
 NAMES = list(COMMANDS)
+# Arguments that a command needs, other than two words.
+WORDS = {
+    "completion": ["bash"], "convert": ["a", "b", "--to", "dense"], "report": ["a"],
+    "plan": ["a"], "finetune": ["glue"], "eval": ["glue"],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -74,7 +81,8 @@ def test_docs_show_the_examples():
         ("compress out/dense out/new --revision v1", "--revision 'v1'"),
         ("convert out/compressed out/new --to dense --revision v1", "--revision 'v1'"),
         ("finetune audio", "'audio'"),
-        ("reprt out/dense", "did you mean 'report'?"),
+        ("reprt out/dense", "did you mean 'report'? (hf-quantnoise --help lists all commands"),
+        ("report --perr layer", "(hf-quantnoise report --help lists all flags)"),
         ("report out/dense --per layr", "did you mean 'layer'?"),
         ("convert out/compressed out/new --to onxn", "did you mean 'onnx'?"),
         ("finetune glu", "did you mean 'glue'?"),
@@ -95,7 +103,12 @@ def test_usage_errors_are_one_line_with_exit_code_2(line, words, made, monkeypat
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("report out/nothing", "out/nothing"),
+        ("report out/nothing", "no folder 'out/nothing', and no such repository in the cache (off"),
+        ("compress out/nothing x", "no folder 'out/nothing', and no such repository in the cache"),
+        ("convert sst2_smal out/new --to dense", "no folder 'sst2_smal', and no such repository"),
+        ("report out", "no *.safetensors file; pass the folder of a saved model"),
+        ("plan out", "'out' has no config.json; pass the folder of a saved model"),
+        ("report out/a/b", "no folder 'out/a/b', and not a valid name of a repository"),
         ("plan out/compressed", "convert out/compressed OUT --to dense"),
         ("plan out/dense --stages conv", "'conv'"),
         ("plan out/dense --block_size fnn=8", "'fnn'"),
@@ -110,8 +123,11 @@ def test_usage_errors_are_one_line_with_exit_code_2(line, words, made, monkeypat
             "'out/dense/config.json/new' cannot be written",
         ),
         ("convert out/compressed out/dense/config.json/new --to dense", "choose another"),
-        ("convert out/dense out/new --to dense", "out/dense"),
-        ("push out/dense me/x", "compress it first"),
+        (
+            "convert out/dense out/new --to dense",
+            "compress it first: hf-quantnoise compress out/dense OUT",
+        ),
+        ("push out/dense me/x", "compress it first: hf-quantnoise compress out/dense OUT"),
         ("push nothing me/x", "invalid FOLDER 'nothing'"),
     ],
 )
@@ -119,7 +135,7 @@ def test_failures_are_one_line_with_exit_code_1(line, words, made, monkeypatch, 
     monkeypatch.chdir(made)
     code, out, err = run(line)
     lines = [row for row in err.splitlines() if "error: " in row]
-    assert code == 1 and out == "" and "Traceback" not in err
+    assert code == 1 and out == "" and "Traceback" not in err and ".;" not in err
     assert len(lines) == 1 and words in lines[0] and lines[0] == err.splitlines()[-1]
     assert sorted(path.name for path in (made / "out").iterdir()) == ["compressed", "dense"]
 
@@ -166,4 +182,31 @@ def test_unreachable_hub_errors_name_the_model(monkeypatch, run):
     monkeypatch.setattr("hf_quantnoise.cli.checkpoints.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("hf_quantnoise.cli.headers.HfApi.get_safetensors_metadata", fail)
     code, _, err = run("report nowhere")
-    assert code == 1 and "'nowhere' is not a folder" in err and "name not known" in err
+    assert code == 1 and "no folder 'nowhere'" in err and "name not known" in err
+
+
+def test_closed_pipes_end_a_command_silently(made):
+    line = [sys.executable, "-m", "hf_quantnoise", "report", str(made / "out" / "dense")]
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(line, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_other_broken_pipes_are_errors(run, monkeypatch):
+    def fail(args):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(COMMANDS["report"], "run", fail)
+    code, _, err = run("report out/dense")
+    assert code == 1 and "error: [Errno 32] Broken pipe" in err
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_flags_of_several_words_have_a_form_with_dashes(name):
+    args = build_parser([name]).parse_known_args([name, *WORDS.get(name, ["a", "b"])])[0]
+    known = args.parser._option_string_actions
+    assert {flag.replace("_", "-") for flag in known if flag.startswith("--")} <= known.keys()

@@ -3,7 +3,7 @@
 import codebooks as benchmark
 import pytest
 import torch
-from results_file import read_lines
+from results_file import provenance, read_lines
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -61,3 +61,8 @@ def test_invalid_flags_are_named():
         benchmark.main([])
     with pytest.raises(ValueError, match="finished row"):
         benchmark.table([])
+
+
+def test_provenance_has_the_singular_of_one_thread():
+    lines = [{"command": "run", "machine": f"CPU, {threads} threads"} for threads in (1, 11)]
+    assert provenance(lines)[1:] == ["Machine: CPU, 1 thread", "Machine: CPU, 11 threads"]

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 import shutil
 
 import numpy as np
@@ -20,6 +21,7 @@ from transformers import (
 
 from hf_quantnoise import AutoQuantizedModel, IPQConfig, quantize_model
 from hf_quantnoise.cli import COMMANDS, main
+from hf_quantnoise.runs import latency
 
 CONFIG = IPQConfig(block_size=8, n_centroids=2, kmeans_iter=2)
 NEAR = ("--metrics", "sklearn", "--json")
@@ -92,8 +94,13 @@ def test_eval_glue_equals_a_computation_by_hand(classifier, capsys):
         assert row["metrics"]["accuracy"] == pytest.approx(correct)
         loss = nn.functional.cross_entropy(of_model.double(), torch.tensor(frame.label))
         assert row["metrics"]["loss"] == pytest.approx(loss.item(), rel=1e-4)
-        assert row["milliseconds"].keys() == {"1", "8"} and min(row["milliseconds"].values()) > 0
+        for key in ("milliseconds", "speed"):
+            assert row[key].keys() == {"1", "8"} and min(row[key].values()) > 0
     dense, small = found["models"]
+    assert dense["speed"] == {"1": 1.0, "8": 1.0}
+    lengths = [len(ids) for ids in tokenizer([*frame.sentence[:8]])["input_ids"]]
+    assert found["timed_input"] == "input_ids"
+    assert found["timed_shapes"] == {"1": [1, lengths[0]], "8": [8, max(lengths)]}
     agreement, divergence = nearness(*logits)
     assert "agreement" not in dense and 0 < agreement < 1
     assert small["agreement"] == pytest.approx(agreement)
@@ -117,7 +124,32 @@ def test_eval_prints_a_table_of_several_models(classifier, capsys, metric_folder
                     "ms (batch of 1)", "ms (batch of 4)"]  # fmt: skip
     assert [row[0] for row in rows] == ["out/dense", "out/compressed", "out/dense"]
     assert rows[2][5:7] == ["1.0000", "0.0000"]  # the dense model against itself
+    assert [cell.split()[1] for cell in rows[0][-2:]] == ["(1.00x)", "(1.00x)"]
+    assert all(re.fullmatch(r"\d+\.\d\d \(\d+\.\d\dx\)", cell) for cell in rows[1][-2:])
     assert "examples: 40" in about and "threads: " in about
+    assert re.search(r"timed input_ids: 1 x \d+ and 4 x \d+$", about)
+
+
+def test_latencies_do_not_depend_on_a_load_that_changes(monkeypatch):
+    clock, calls = [0.0], []
+    monkeypatch.setattr(latency.time, "perf_counter", lambda: clock[0])
+
+    class Model(nn.Module):
+        device = torch.device("cpu")
+
+        def __init__(self, name, cost):
+            super().__init__()
+            self.name, self.cost = name, cost
+
+        def forward(self, x):
+            clock[0] += self.cost * 2 ** (len(calls) // 3)  # each round is twice as slow
+            calls.append(self.name)
+
+    models = [Model("dense", 1.0), Model("slow", 4.0), Model("fast", 0.5)]
+    found = latency.latencies(models, {"x": torch.zeros(1), "labels": torch.zeros(1)})
+    assert calls == ["dense", "slow", "fast"] * 13
+    assert [speed for _, speed in found] == [1.0, 0.25, 2.0]
+    assert [time for time, _ in found] == [1e3 * cost * 2**7 for cost in (1.0, 4.0, 0.5)]
 
 
 def test_eval_clm_counts_predicted_tokens(text_checkpoint, texts, tmp_path, monkeypatch, capsys):
@@ -172,6 +204,17 @@ def test_eval_of_a_regression_has_differences(classifier, capsys, sentences, wri
     assert "pearson" in small["metrics"]
 
 
+@pytest.mark.parametrize("task", ["glue", "clm", "images"])
+def test_eval_help_of_a_task_has_flags_in_use_and_examples(task, capsys):
+    with pytest.raises(SystemExit):
+        main(["eval", task, "--help"])
+    text = capsys.readouterr().out
+    assert "--validation_file" in text and "--max_eval_samples" in text
+    for word in ("train", "--test_file", "predict", "shuffle"):
+        assert word not in text
+    assert text.rstrip().endswith("\n  ".join(["examples:", *COMMANDS["eval"].examples]))
+
+
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
@@ -184,6 +227,13 @@ def test_eval_of_a_regression_has_differences(classifier, capsys, sentences, wri
         (["glue", "x", "y", "--batch_size", "0"], 2, "--batch_size 0"),
         (["glue", "x", "y", "--optimise", "bf16"], 2, "did you mean '--optimize'?"),
         (["clm", "x", "y"], 2, "no data"),
+        (["glue", "x", "y", "--train_file", "dev.csv"], 2, "--train_file"),
+        (["glue", "x", "y", "--test_file", "dev.csv"], 2, "--test_file"),
+        (
+            ["images", "x", "y", "--validation_file", "dev.csv", "--max_train_samples", "1"],
+            2,
+            "--max_train_samples",
+        ),
     ],
 )
 def test_eval_errors_are_one_line(words, code, message, classifier, capsys):

@@ -1,6 +1,7 @@
 """Scores of runs: a module of ``evaluate`` or scikit-learn, and what happens without the Hub."""
 
 import logging
+import re
 import sys
 from pathlib import Path
 
@@ -109,12 +110,12 @@ def test_metric_without_the_hub_is_an_error_that_lists_what_to_do(
     evaluate = pytest.importorskip("evaluate")
     monkeypatch.setattr(evaluate.config, "HF_MODULES_CACHE", tmp_path / "modules")
     monkeypatch.setattr(sys, "path", [*sys.path])  # evaluate adds the folder
-    message = r"^invalid --metrics '(glue|me/own)': .*--metrics sklearn.*folder"
+    message = r"^invalid --metrics '(glue' \(the default\)|me/own'): .*--metrics sklearn.*folder"
     with pytest.raises(FileNotFoundError, match=message) as caught:
         run(tiny_model, tmp_path, write_sets(), "--task_name", "sst2", *flags)
     if not flags:
         page = " ".join((ROOT / "docs/how_to/metrics.md").read_text().split())
-        assert f"FileNotFoundError: {caught.value}" in page
+        assert f"hf-quantnoise finetune glue: error: {caught.value}" in page
     # No metric is loaded if nothing is scored.
     training = ["--do_train", "True", "--max_steps", "1", "--do_eval", "False", "--noise", "none"]
     run(tiny_model, tmp_path, write_sets()[:2], *training)
@@ -145,3 +146,17 @@ def test_predictions_are_computed_from_logits():
     compute = sklearn_metrics(("pearson",))
     predictions = EvalPrediction(np.array([[1.0], [2.0], [3.0]]), np.array([2.0, 4.0, 6.0]))
     assert compute(predictions)["pearson"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "words"),
+    [
+        ("./glue", "invalid --metrics './glue': no such folder or script; pass --metrics sklearn"),
+        ("no_such_metric", "invalid --metrics 'no_such_metric': expected the folder or script"),
+        (None, "invalid --metrics 'no_default' (the default): expected the folder or script"),
+    ],
+)
+def test_missing_modules_are_named(metrics, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=re.escape(words)):
+        DataArguments(metrics=metrics).scoring(("accuracy",), "no_default", None)

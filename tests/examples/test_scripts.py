@@ -9,6 +9,8 @@ import datasets
 import pytest
 import transformers
 
+from hf_quantnoise.runs.example_data import read_table
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 RUNS = ("run_glue", "run_clm", "run_image_classification")
 
@@ -95,3 +97,11 @@ def test_run_glue_prints_the_closing_table_alone_at_log_level_error(
     assert head.startswith("model ") and set(line) == {"-"}
     assert [row.partition(",")[0] for row in rows] == ["finetuned", "compressed"]
     assert (tmp_path / "out" / "plots" / "stages.png").is_file()
+
+
+@pytest.mark.parametrize("path", ["dev.csv", "folder.csv"])
+def test_data_files_that_do_not_exist_or_are_folders_are_errors(path, tmp_path):
+    (tmp_path / "folder.csv").mkdir()
+    reason = "no such file" if path == "dev.csv" else "it is a folder"
+    with pytest.raises(FileNotFoundError, match=f"{path}': {reason}; pass a .parquet, .csv"):
+        read_table("validation_file", str(tmp_path / path))

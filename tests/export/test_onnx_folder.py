@@ -100,3 +100,16 @@ def test_tokenizer_without_tokenizer_json_warns(tmp_path, caplog):
     model = packed(BertForSequenceClassification, BertConfig(**SMALL), None)
     save_companions(model, str(tmp_path), "fp32", str(tmp_path))
     assert "no tokenizer.json, which transformers.js reads" in caplog.text
+
+
+def test_graphs_of_two_models_in_one_folder_are_refused(tmp_path):
+    config = BertConfig(**SMALL)
+    one = packed(BertForSequenceClassification, config, tokenizer())
+    export_onnx(one, tmp_path)
+    export_onnx(one, tmp_path, dtype="int8")
+    other = packed(BertForSequenceClassification, BertConfig(**SMALL, num_labels=3), tokenizer())
+    before = {name: (tmp_path / name).read_bytes() for name in names_of(tmp_path)}
+    assert {"onnx/model.onnx", "onnx/model_int8.onnx"} < before.keys()
+    with pytest.raises(ValueError, match=r"config\.json of another model.*choose another folder"):
+        export_onnx(other, tmp_path, dtype="int8")
+    assert before == {name: (tmp_path / name).read_bytes() for name in names_of(tmp_path)}
