@@ -25,6 +25,15 @@ import json, torch
 torch.set_num_threads({torch.get_num_threads()})
 folder = sys.argv[1]
 ids = torch.arange(5, 320, 7).reshape(3, -1)
+
+import os, huggingface_hub.repocard
+if huggingface_hub.__version__.startswith("1."):  # sends cards to a fixed address to check them
+    class Session:
+        new = staticmethod(huggingface_hub.repocard.get_session)
+        def post(self, url, **kwargs):
+            url = url.replace("https://huggingface.co", os.environ["HF_ENDPOINT"])
+            return self.new().post(url, **kwargs)
+    huggingface_hub.repocard.get_session = Session
 """
 PUSH = f"""
 from support.tiny import make_model, make_vision_model

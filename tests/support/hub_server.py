@@ -37,8 +37,8 @@ def hub_environment(url: str, home: str) -> dict[str, str]:
         "HF_HOME": home,
         "HF_TOKEN": "hf_local",
         "HF_HUB_DISABLE_TELEMETRY": "1",
-        "NO_PROXY": "127.0.0.1",
-        "no_proxy": "127.0.0.1",
+        "NO_PROXY": "127.0.0.1,localhost",
+        "no_proxy": "127.0.0.1,localhost",
     }
 
 

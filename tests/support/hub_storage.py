@@ -107,6 +107,8 @@ class Storage(LocalServer):
 
     def __init__(self) -> None:
         super().__init__(_StorageHandler)
+        # Not the host of the Hub, since huggingface_hub 1.31 follows redirects to the same host.
+        self.url = self.url.replace("127.0.0.1", "localhost")
         self.objects: dict[str, bytes] = {}
         self.refused: str | None = None
         self.cut: int | None = None
