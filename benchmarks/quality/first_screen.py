@@ -114,9 +114,10 @@ def _accuracy(sst2: list[Run], others: Mapping[str, list[Run]]) -> str:
         for arm in [arm for arm in arms(runs) if arm[0].method in ("noise", "trained noise")]:
             without = [r for r in runs if r.method in ("no noise", "joint, no noise")]
             without = [r for r in without if (r.size, r.steps) == (arm[0].size, arm[0].steps)]
+            other = f", {_scores(without)} without noise" if without else ""
             parts.append(
-                f"{title}: {_scores(arm)} at {_smaller(arm)}, {_scores(without)} without noise "
-                f"(float32 {_scores(arm, 'start')})"
+                f"{title}: {_scores(arm)} at {_smaller(arm)}{other} (float32 "
+                f"{_scores(arm, 'start')})"
             )
     return ".<br>".join(parts)
 

@@ -82,6 +82,13 @@ def test_box_shows_noise_at_each_size_once_there_are_rows(runs):
     assert "10 to 20 minutes at 13.0x; 10 minutes at 30.0x" in box
 
 
+def test_box_shows_noise_that_has_no_counterpart_of_its_size(runs):
+    trained = [run for run in runs["language_model"] if run.method == "trained noise"]
+    box = first_screen.box(RESULTS, {**runs, "language_model": trained})
+    (line,) = [part for part in re.split(r"<br>|\n", box) if part.startswith("WikiText-2")][:1]
+    assert " without noise" not in line and "(float32 7.66" in line
+
+
 def test_pictures_show_the_same_in_colors_that_can_be_seen(runs):
     light, dark = first_screen.pictures(RESULTS, runs).values()
     assert re.sub("#[0-9a-f]{6}", "", light) == re.sub("#[0-9a-f]{6}", "", dark)
