@@ -28,7 +28,7 @@ from hf_quantnoise import compat
 
 ROOT = Path(hf_quantnoise.__file__).parent
 # Private by their name, but documented (namedtuple) or without a public counterpart (argparse).
-STANDARD_LIBRARY = {"_actions", "_asdict", "_option_string_actions"}
+STANDARD_LIBRARY = {"_actions", "_asdict", "_option_string_actions", "_subparsers"}
 
 CLASSES = {
     "torch.nn.Module": nn.Module,
