@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import importlib
 import inspect
 import pickle
 from pathlib import Path
@@ -229,6 +230,7 @@ def test_trainer_methods(tmp_path, bert):
 
 def test_set_table_of_prompts():
     """It replaces a method that peft still has, once, and also before peft is imported."""
+    importlib.import_module("hf_quantnoise.trainer")  # imports what replaces it
     peft_model = pytest.importorskip("peft.peft_model", reason="peft is not installed")
     setup = peft_model.PeftModel._setup_prompt_encoder
     assert inspect.signature(setup.__wrapped__).parameters.keys() == {"self", "adapter_name"}
