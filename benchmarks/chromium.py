@@ -98,7 +98,7 @@ class Chromium:
 
         Raises:
             RuntimeError: if the browser reports an error or has ended.
-            TimeoutError: if there is no answer in ``timeout`` seconds.
+            TimeoutError: if the answer takes more than ``timeout`` seconds.
         """
         self._number += 1
         message = {"id": self._number, "method": method, "params": parameters}

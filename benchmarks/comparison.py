@@ -44,7 +44,7 @@ from comparison_checkpoints import CHECKPOINTS, Checkpoint
 from comparison_forms import Form, dense_matrices, forms
 from comparison_table import tables
 from glue_compress import start_of
-from pages import fill_page
+from pages import add_table_arguments, show
 from results_file import append_line, read_lines
 from speed import BASE, CLOCKS, measure
 from torch import nn
@@ -208,14 +208,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--start_results", default=os.path.join(RESULTS, "glue_float32.jsonl"))
     parser.add_argument("--llama_dir", default="benchmarks/runs/lm/stories-1500-0.003-42")
     parser.add_argument("--work_dir", default="benchmarks/runs/comparison", help="of the forms")
-    parser.add_argument("--results", default=os.path.join(RESULTS, "comparison.jsonl"))
+    add_table_arguments(parser, os.path.join(RESULTS, "comparison.jsonl"))
     parser.add_argument("--trained_results", default=RESULTS, help="folder of quality_*.jsonl")
     parser.add_argument("--latency", action="store_true", help="time forms that were measured")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repetitions", type=int, default=9, help="rounds over all forms")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: for a busy machine")
-    parser.add_argument("--table", action="store_true", help="print the tables, measure nothing")
-    parser.add_argument("--page", help="page to write the tables to")
     return parser.parse_args(argv)
 
 
@@ -230,10 +228,7 @@ def main(argv: list[str] | None = None) -> None:
                 (run_latency if args.latency else run_quality)(
                     args, checkpoint_of(args, name, seed)
                 )
-    text = tables(read_lines(args.results), args.trained_results)
-    print(text)
-    if args.page:
-        fill_page(args.page, comparison=text)
+    show(args, "comparison", tables(read_lines(args.results), args.trained_results))
 
 
 if __name__ == "__main__":

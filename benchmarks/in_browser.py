@@ -30,7 +30,7 @@ import torch
 from browser import build
 from chromium import Chromium, find_chromium
 from datasets import Dataset
-from pages import fill_page
+from pages import add_table_arguments, show
 from results_file import append_line, provenance, read_lines
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -262,9 +262,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repetitions", type=int, default=15, help="rounds over all variants")
     parser.add_argument("--max_samples", type=int, help="dev sentences; default: all")
     parser.add_argument("--work_dir", default="benchmarks/runs/browser", help="exported models")
-    parser.add_argument("--results", default=RESULTS, help="JSON lines, appended to")
-    parser.add_argument("--table", action="store_true", help="print the table without measuring")
-    parser.add_argument("--page", help="page to write the table to")
+    add_table_arguments(parser, RESULTS)
     return parser.parse_args(argv)
 
 
@@ -273,10 +271,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if not args.table:
         run_all(args)
-    text = table(read_lines(args.results))
-    print(text)
-    if args.page:
-        fill_page(args.page, browser=text)
+    show(args, "browser", table(read_lines(args.results)))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 BLOCK = re.compile(r"(<!-- report: (.+?) -->\n).*?(<!-- end of report -->)", re.DOTALL)
@@ -25,3 +26,17 @@ def fill_page(path: str | os.PathLike[str], **blocks: str) -> None:
     """Write the content of blocks into a page."""
     page = Path(path)
     page.write_text(fill(page.read_text("utf-8"), blocks), "utf-8")
+
+
+def add_table_arguments(parser: ArgumentParser, results: str) -> None:
+    """Add ``results``, the file with this default, ``table`` and ``page``."""
+    parser.add_argument("--results", default=results, help="JSON lines, appended to")
+    parser.add_argument("--table", action="store_true", help="print the tables without measuring")
+    parser.add_argument("--page", help="page to write the tables to")
+
+
+def show(args: Namespace, name: str, text: str) -> None:
+    """Print tables, and write them into the block ``name`` of ``--page``."""
+    print(text)
+    if args.page:
+        fill_page(args.page, **{name: text})

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from pages import fill_page
+from pages import add_table_arguments, show
 from results_file import append_line, provenance, read_lines
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
@@ -296,9 +296,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repetitions", type=int, default=15, help="rounds over all variants")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: for a busy machine")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--results", default=RESULTS, help="JSON lines, appended to")
-    parser.add_argument("--table", action="store_true", help="print the tables without measuring")
-    parser.add_argument("--page", help="page to write the tables to")
+    add_table_arguments(parser, RESULTS)
     return parser.parse_args(argv)
 
 
@@ -307,10 +305,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if not args.table:
         run_all(args)
-    text = table(read_lines(args.results))
-    print(text)
-    if args.page:
-        fill_page(args.page, speed=text)
+    show(args, "speed", table(read_lines(args.results)))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ import re
 import sys
 import traceback
 from argparse import Action, ArgumentDefaultsHelpFormatter, ArgumentParser
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from .registry import suggestion
@@ -19,6 +20,15 @@ _INVALID_CHOICE = re.compile(r"invalid choice: '(.*)' \(choose from (.*)\)$", re
 
 class UsageError(ValueError):
     """Invalid or conflicting flags: exit code 2."""
+
+
+@contextmanager
+def usage_errors() -> Iterator[None]:
+    """Raise a ``ValueError`` as a :class:`UsageError`."""
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 class HelpFormatter(ArgumentDefaultsHelpFormatter):

@@ -77,7 +77,7 @@ def load_module(
 
     Raises:
         ImportError: if evaluate is not installed.
-        FileNotFoundError: if there is no such module, or the Hub cannot be reached.
+        FileNotFoundError: if the module is missing, or the Hub cannot be reached.
         ValueError: if the module refuses the configuration.
     """
     try:

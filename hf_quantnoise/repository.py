@@ -48,20 +48,24 @@ def refusal(error: BaseException) -> str | None:
     Args:
         error: the error of the Hub's client, or one that was raised because of it.
     """
-    causes = [error]
-    while (cause := causes[-1].__cause__) is not None:
-        causes.append(cause)
+    causes = _causes(error)
     for kind, reason, remedy in _REFUSALS:
         if any(isinstance(cause, kind) for cause in causes):
             return f"{reason}; {remedy}"
     return None
 
 
+def _causes(error: BaseException, with_context: bool = False) -> list[BaseException]:
+    """Return an error and what it was raised from; with context, also what it was raised during."""
+    causes = [error]
+    while cause := causes[-1].__cause__ or (causes[-1].__context__ if with_context else None):
+        causes.append(cause)
+    return causes
+
+
 def missing_model(path: str, error: BaseException) -> str:
     """Return the message for a model that is neither a folder nor readable as a repository."""
-    causes = [error]
-    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
-        causes.append(cause)
+    causes = _causes(error, with_context=True)
     name = printable(path)
     if not is_repository_name(path):
         return f"no folder {name!r}, and not a valid name of a repository; check the path"

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 _NAME_OF = {dtype: name for name, dtype in DTYPES.items()}
 _ORDER = list(DTYPES)
+SENTINEL = "sentinel"  # a byte that names a packed layer in the file
 
 
 @dataclass(frozen=True)
@@ -284,7 +285,7 @@ def size_report(model: nn.Module) -> SizeReport:
     sentinels = sentinel_names(config, model) if packed else []
     for name in sentinels:
         disk[name] = torch.zeros(1, dtype=torch.uint8)
-        rows.append(SizeRow(name, "other", "sentinel", (1,), 1, 1, 0, 0))
+        rows.append(SizeRow(name, "other", SENTINEL, (1,), 1, 1, 0, 0))
     metadata = {"format": "pt", **({WEIGHTS_ID: "0" * ID_LENGTH} if packed else {})}
     header_bytes = _header_bytes(_as_named_in_file(model, disk, sentinels), metadata)
     return SizeReport(rows, header_bytes, dict(getattr(config, "left_dense", None) or {}))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from argparse import Namespace
 
+from ..argument_parsing import usage_errors
 from ..configuration import QuantizedModelConfig
 from ..configuration.flags import QuantizationFlags, read_quantization_config
 from ..configuration.options import options_of
-from .command import UsageError
 
 
 def quantization_config(args: Namespace) -> QuantizedModelConfig:
@@ -15,7 +15,7 @@ def quantization_config(args: Namespace) -> QuantizedModelConfig:
     values = {name: getattr(args, name) for name in options_of(QuantizationFlags)}
     flags = QuantizationFlags(**values)
     given = flags.given() + (["seed"] if args.seed else [])
-    try:
+    with usage_errors():
         if args.config is None:
             return flags.config(args.seed, with_noise=False)
         if given:
@@ -24,5 +24,3 @@ def quantization_config(args: Namespace) -> QuantizedModelConfig:
                 "settings; remove the flag, or edit the file"
             )
         return read_quantization_config(args.config)
-    except ValueError as error:
-        raise UsageError(str(error)) from error

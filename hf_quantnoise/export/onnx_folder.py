@@ -64,11 +64,11 @@ def save_companions(model: PreTrainedModel, part: str, dtype: str, folder: str) 
 def _require_same_model(part: str, dtype: str, folder: str) -> None:
     """Raise a ``ValueError`` if a graph that stays in a folder is of another model."""
     config = os.path.join(folder, CONFIG_NAME)
-    kept = [path for name in SUFFIXES if name != dtype and (path := onnx_path(name))]
+    kept = [onnx_path(name) for name in SUFFIXES if name != dtype]
     kept = [path for path in kept if os.path.isfile(os.path.join(folder, path))]
     if not kept or not os.path.isfile(config):
         return
-    old, new = ({**read_json(path)} for path in (config, os.path.join(part, CONFIG_NAME)))
+    old, new = (read_json(path) for path in (config, os.path.join(part, CONFIG_NAME)))
     for values in (old, new):
         for name in ("transformers.js_config", "transformers_version"):
             values.pop(name, None)

@@ -130,14 +130,19 @@ def _place(source: str, target: str) -> None:
     os.replace(target + _NEW, target)
 
 
+def _others(folder: str, found: Collection[str], names: Collection[str]) -> set[str]:
+    """Return the entries of a folder, and the files in folders such as onnx/, without names."""
+    kept = {name.partition("/")[0] for name in names}
+    others = set(found) - kept
+    for name in kept:
+        others |= {f"{name}/{file}" for file in files_of(os.path.join(folder, name))} - {*names}
+    return others
+
+
 def _remove_others(folder: str, names: Collection[str], keep_others: bool) -> None:
     """Remove what the new model replaces: weights of the old one, or all other files."""
     found = sorted(set(os.listdir(folder)) - {COMPLETE})
-    kept = {name.partition("/")[0] for name in names}
-    others = set(found) - kept
-    for name in kept:  # a folder that both have, such as onnx/
-        others |= {f"{name}/{file}" for file in files_of(os.path.join(folder, name))} - {*names}
-    for name in stale_weights(found, names) if keep_others else others:
+    for name in stale_weights(found, names) if keep_others else _others(folder, found, names):
         path = os.path.join(folder, name)
         if os.path.isdir(path) and not os.path.islink(path):
             shutil.rmtree(path)

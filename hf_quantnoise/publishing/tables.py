@@ -8,7 +8,7 @@ from typing import Any
 
 from ..configuration import QuantizedModelConfig
 from ..hub.card import format_metrics
-from ..size import SizeReport, SizeRow
+from ..size import SENTINEL, SizeReport, SizeRow
 from ..text import markdown, markdown_code
 
 
@@ -58,7 +58,7 @@ def plan_table(config: QuantizedModelConfig, report: SizeReport) -> str:
     The columns of sizes add up to the size of the dense model and of the file.
     """
     groups: dict[tuple, list[SizeRow]] = {}
-    tensors = [row for row in report.rows if row.stored != "sentinel"]
+    tensors = [row for row in report.rows if row.stored != SENTINEL]
     for row in tensors:
         entry = config.plan.get(row.name.removesuffix(".weight"), {})
         key = (row.group, row.stored, _block_size(entry), entry.get("n_centroids"))

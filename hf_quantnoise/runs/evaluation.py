@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
-from ..argument_parsing import UsageError
+from ..argument_parsing import usage_errors
 from ..compat import prepare_inputs
 from ..configuration.options import option
 from ..hub.card import is_metric
@@ -84,10 +84,8 @@ def parse(parser: ScriptParser, words: list[str]) -> tuple[Any, ...]:
     Raises:
         UsageError: if a flag is invalid.
     """
-    try:
+    with usage_errors():
         return parser.parse_args_into_dataclasses(words)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..argument_parsing import UsageError
+from ..argument_parsing import usage_errors
 from .arguments import Arguments, RunParser
 from .compression_run import Run
 from .job import Job
@@ -44,11 +44,9 @@ class Example:
         return self.start(self.parse(argv))
 
     def run_words(self, words: list[str], parser: RunParser) -> None:
-        """Run a command line; raise a :class:`UsageError` if it is invalid."""
-        try:
+        """Run a command line; raise a :class:`~.argument_parsing.UsageError` if it is invalid."""
+        with usage_errors():
             args = parser.parse(words)
-        except ValueError as error:
-            raise UsageError(str(error)) from error
         self.start(args)
 
     def script(self) -> int:

@@ -65,7 +65,7 @@ class MetricArguments:
             config_name: its configuration.
 
         Raises:
-            FileNotFoundError: if there is no such module, or the Hub cannot be reached.
+            FileNotFoundError: if the module is missing, or the Hub cannot be reached.
             ValueError: if it cannot score integers.
         """
         if self.metrics == SKLEARN:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from support.hub_metadata import metadata_problems
-from support.hub_server import HubServer, hub_environment
+from support.hub_server import hub_environment
 
 # A pretrained model of 1 MB, for those who have it; the others push a random one.
 STORIES = Path(__file__).parents[3] / "shared" / "models" / "stories260K"
@@ -124,12 +124,6 @@ for repo in ("classifier", "generator", "images"):
 with open(folder + "/found.json", "w") as file:
     json.dump(found, file)
 """
-
-
-@pytest.fixture(scope="module")
-def hub():
-    with HubServer() as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from support.hub_server import HubServer, hub_environment
+from support.hub_server import hub_environment
 from support.tiny import VOCABULARY
 
 from hf_quantnoise import AutoQuantizedModel
@@ -159,12 +159,6 @@ torch.save(model(ids).logits.detach(), folder + "/found")
 HfApi().create_branch("me/went-on", branch="both")
 push_to_hub(model, "me/went-on", revision="both")
 """
-
-
-@pytest.fixture(scope="module")
-def hub():
-    with HubServer() as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

@@ -116,7 +116,7 @@ class Handler(QuietHandler):
         return self.reply({}, 404)
 
     def upload_actions(self, entry: dict) -> dict:
-        """Return where to upload an LFS object; there are no actions if it is stored already."""
+        """Return where to upload an LFS object, without actions if it is stored already."""
         if entry["oid"] in self.server.storage.objects:
             return entry
         upload = {"href": f"{self.server.storage.url}/{entry['oid']}"}

@@ -21,7 +21,6 @@ WIDTH = 8  # inches; with 120 dots per inch, text is readable at 800 pixels
 MAX_ROWS = 48  # with more, layers that differ only in their index share a row
 _LONGEST = 44  # characters of a label
 GREY = "0.5"  # visible on light and dark backgrounds
-SENTINEL = "sentinel"  # a byte that names a packed layer in the file; not shown
 
 
 def new_figure(n_rows: int, panels: int = 1) -> Figure:

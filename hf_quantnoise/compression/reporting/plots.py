@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING
 from transformers.utils import logging
 
 from ...hub.card import is_metric
-from ...size import SizeReport, SizeRow
+from ...size import SENTINEL, SizeReport, SizeRow
 from .figures import (
     GREY,
-    SENTINEL,
     bytes_axis,
     label,
     name_rows,
