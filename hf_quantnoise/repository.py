@@ -74,8 +74,9 @@ def missing_model(path: str, error: BaseException) -> str:
     unreachable = (LocalEntryNotFoundError, OfflineModeIsEnabled)
     if is_offline_mode() and any(isinstance(cause, unreachable) for cause in causes):
         return (
-            f"no folder {name!r}, and no such repository in the cache (offline: HF_HUB_OFFLINE is "
-            "set); check the path, or unset HF_HUB_OFFLINE to download it"
+            f"no folder {name!r}, and no repository of this name with these files in the cache "
+            "(offline: HF_HUB_OFFLINE is set); check the path, or unset HF_HUB_OFFLINE to "
+            "download it"
         )
     # The client's message that it is not in the cache follows from the one of the network.
     first = next((each for each in reversed(causes) if str(each)), error)

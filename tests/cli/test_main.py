@@ -103,9 +103,9 @@ def test_usage_errors_are_one_line_with_exit_code_2(line, words, made, monkeypat
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("report out/nothing", "no folder 'out/nothing', and no such repository in the cache (off"),
-        ("compress out/nothing x", "no folder 'out/nothing', and no such repository in the cache"),
-        ("convert sst2_smal out/new --to dense", "no folder 'sst2_smal', and no such repository"),
+        ("report out/nothing", "no folder 'out/nothing', and no repository of this name with"),
+        ("compress out/nothing x", "no folder 'out/nothing', and no repository of this name with"),
+        ("convert sst2_smal out/new --to dense", "no folder 'sst2_smal', and no repository"),
         ("report out", "no *.safetensors file; pass the folder of a saved model"),
         ("plan out", "'out' has no config.json; pass the folder of a saved model"),
         ("report out/a/b", "no folder 'out/a/b', and not a valid name of a repository"),
