@@ -127,7 +127,7 @@ wheel: $(STAMP)  ## build the wheel in dist/; try it, the command line and the d
 	$(WHEEL)/bin/python -m pip install --quiet --no-compile --constraint constraints.txt dist/*.whl
 	cd $(WHEEL) && bin/python -c "import hf_quantnoise; print(hf_quantnoise.__version__, hf_quantnoise.__file__)"
 	cd $(WHEEL) && bin/python -c "import hf_quantnoise as q; [getattr(q, name) for name in q.__all__]"
-	cd $(WHEEL) && bin/hf-quantnoise --help && bin/hf-quantnoise finetune --help
+	cd $(WHEEL) && bin/hf-quantnoise --help && bin/hf-quantnoise compress --help
 	$(WHEEL)/bin/python -m pip install --quiet --no-compile --constraint constraints.txt \
 		"$$(echo dist/*.whl)[examples]"
 	cd $(WHEEL) && bin/python ../../examples/demo.py --epochs 1 --compression_epochs 0.5

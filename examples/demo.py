@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import copy
 import io
-import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -180,7 +179,7 @@ class Demo:
             model,
             self.arguments(share * self.options.compression_epochs, rates.weights),
             noise,
-            teacher=copy.deepcopy(dense),  # which the trainer freezes
+            teacher=dense,
             compression_args=CompressionArguments(codebook_learning_rate=rates.centroids),
         )
         trainer.train()
@@ -284,5 +283,4 @@ def main(argv: list[str] | None = None) -> list[Row]:
 if __name__ == "__main__":
     # Faster for such small matrices, and the results do not depend on the number of cores.
     torch.set_num_threads(1)
-    logging.getLogger("hf_quantnoise").setLevel(logging.ERROR)  # digits need no image processor
     main()

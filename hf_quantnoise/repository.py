@@ -7,10 +7,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCard, hf_hub_download, is_offline_mode, upload_folder
+from huggingface_hub import (
+    HfApi,
+    ModelCard,
+    constants,
+    get_token,
+    hf_hub_download,
+    is_offline_mode,
+    upload_folder,
+)
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
+    HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
@@ -152,10 +161,22 @@ def create_repository(
     revision: str | None = None,
     create_pr: bool = False,
 ) -> str:
-    """Create a repository and a branch if they are missing; return its full name."""
+    """Create a repository and a branch if they are missing; return its full name.
+
+    Raises:
+        PermissionError: if the Hub wants a token and there is none.
+    """
     require_repo_id(repo_id)
     api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    try:
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    except HfHubHTTPError as error:
+        if error.response.status_code != 401 or token or get_token():
+            raise
+        raise PermissionError(
+            f"{repo_id!r} cannot be pushed to {constants.ENDPOINT} without a token; log in with "
+            "`hf auth login`, or set HF_TOKEN"
+        ) from error
     if revision is not None and not create_pr:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     return repo_id

@@ -63,9 +63,9 @@ class QuantNoiseTrainer(PublishingMixin, DistillingTrainer):
         model: a transformers model.
         args: ``TrainingArguments``.
         qn_config: which noise to train with; None trains without noise.
-        teacher: a model to distill from, in :meth:`train` and in :meth:`compress`; frozen and put
-            in eval mode. None: :meth:`train` uses the labels alone, and :meth:`compress` a frozen
-            copy of its model.
+        teacher: a model to distill from, in :meth:`train` and in :meth:`compress`; not trained, but
+            put in eval mode. None: :meth:`train` uses the labels alone, and :meth:`compress` a
+            frozen copy of its model.
         compression_args: how to distill, the learning rate of centroids that the noise trains, and
             the default of :meth:`compress`.
         data_collator, train_dataset, eval_dataset, processing_class, model_init,

@@ -50,11 +50,36 @@ def command(line: str) -> str:
     "code",
     [
         "import hf_quantnoise",
-        *map(command, ("--help", "--version", "report --help", "push --help")),
+        *map(
+            command, ("--help", "--version", "report --help", "compress --help", "eval glue --help")
+        ),
     ],
 )
 def test_package_and_help_import_neither_torch_nor_transformers(code):
     assert modules_after(code).isdisjoint({"torch", "transformers", "numpy"})
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "compress dense small --unknown x",
+        "compress dense",
+        "plan dense --scheme best",
+        "eval glue dense",
+        "eval clm dense small --unknown x",
+        "finetune glue --unknown x",
+        "finetune audio",
+        "convert packed out --to best",
+        "report",
+    ],
+)
+def test_usage_errors_import_neither_torch_nor_transformers(line):
+    code = (
+        "from hf_quantnoise.cli import main\n"
+        f"try: main({line.split()!r})\n"
+        "except SystemExit as stop: assert stop.code == 2"
+    )
+    assert modules_after(code).isdisjoint({"torch", "transformers", "numpy", "datasets"})
 
 
 def test_report_does_not_import_the_trainer():

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from argparse import ArgumentParser, Namespace
+from argparse import SUPPRESS, Action, ArgumentParser, Namespace
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ..argument_parsing import UsageError
 from ..registry import Registry
+from .flags import add_stored, stored
 
 __all__ = ["COMMANDS", "Command", "UsageError"]
 
@@ -69,16 +70,23 @@ def add_output_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="Replace the model in OUT.")
 
 
+class _RecipeFlag(Action):
+    """``--recipe``, which only ``finetune`` has: an error that names it."""
+
+    def __call__(
+        self, parser: ArgumentParser, namespace: Namespace, values: Any, flag: str | None = None
+    ) -> None:
+        parser.error(
+            "--recipe is a flag of `hf-quantnoise finetune`, since a recipe trains the model; "
+            "without training, choose the size with --block_size, or with --target_size_mb"
+        )
+
+
 def quantization_parser() -> ArgumentParser:
     """Return the flags of the compressed model, as a parent of a command's parser."""
-    from transformers import HfArgumentParser
-
-    from ..configuration import IPQConfig
-    from ..configuration.flags import QuantizationFlags
-    from ..configuration.options import options_of
-
-    parser = HfArgumentParser([QuantizationFlags], add_help=False)
-    parser.add_argument("--seed", type=int, default=0, help=options_of(IPQConfig)["seed"].help)
+    parser = ArgumentParser(add_help=False)
+    add_stored(parser, stored()["compress"])
+    parser.add_argument("--recipe", nargs="?", action=_RecipeFlag, help=SUPPRESS)
     parser.add_argument(
         "--config",
         metavar="FILE",

@@ -8,8 +8,9 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..argument_parsing import TRACEBACK
+from ..argument_parsing import TRACEBACK, OneLineErrors, add_traceback_argument, unknown_flags
 from .command import COMMANDS, Command
+from .flags import add_stored, stored
 from .tasks import add_task_arguments, add_task_parsers, task_module
 
 if TYPE_CHECKING:
@@ -46,19 +47,13 @@ class Evaluate(Command):
 
     @staticmethod
     def run(args: Namespace) -> None:
-        example = task_module(args.task, "eval").example
-        from ..runs.evaluation import evaluation_parser, parse, prepared_evaluation, provenance
-        from .parser import ExamplesFormatter, examples_text
-
         args.parser.prog += f" {args.task}"  # whose --help lists the flags
         args.traceback |= TRACEBACK in args.flags
-        parser = evaluation_parser(
-            example,
-            args.parser.prog,
-            epilog=examples_text(Evaluate),
-            formatter_class=ExamplesFormatter,
-        )
-        data, flags, names = parse(parser, args.flags)
+        check_words(args.task, args.flags, args.parser.prog)
+        example = task_module(args.task, "eval").example
+        from ..runs.evaluation import evaluation_parser, parse, prepared_evaluation, provenance
+
+        data, flags, names = parse(evaluation_parser(example, args.parser.prog), args.flags)
         progress = sys.stderr.isatty()
         rows: list[dict[str, Any]] = []
         models: list[PreTrainedModel] = []
@@ -78,6 +73,29 @@ class Evaluate(Command):
             shapes = (" x ".join(map(str, shape)) for shape in timed["timed_shapes"].values())
             about[f"timed {timed['timed_input']}"] = " and ".join(shapes)
             print("\n" + ", ".join(f"{name}: {value}" for name, value in about.items()))
+
+
+def check_words(task: str, words: list[str], prog: str) -> None:
+    """Exit if the words are invalid, or ask for help; no parser with their dataclasses is needed.
+
+    Args:
+        task: the task.
+        words: the command line after the task.
+        prog: the command line before the words.
+    """
+    from .parser import ExamplesFormatter, examples_text
+
+    parser = OneLineErrors(
+        prog=prog,
+        description="Compare models on the same data, each with the first one.",
+        epilog=examples_text(Evaluate),
+        formatter_class=ExamplesFormatter,
+    )
+    add_stored(parser, stored()["eval"][task])
+    add_traceback_argument(parser)
+    _, unknown = parser.parse_known_args(words)
+    if unknown:
+        parser.error(unknown_flags(unknown, parser._option_string_actions))
 
 
 def _file_bytes(name: str, model: PreTrainedModel) -> int:

@@ -6,6 +6,7 @@ from argparse import ArgumentParser, Namespace
 
 from ..argument_parsing import TRACEBACK
 from .command import COMMANDS, Command
+from .flags import check_names
 from .tasks import add_task_arguments, add_task_parsers, task_module
 
 
@@ -33,7 +34,8 @@ class Finetune(Command):
 
     @staticmethod
     def run(args: Namespace) -> None:
-        example = task_module(args.task, "finetune").example
         args.parser.prog += f" {args.task}"  # whose --help lists the flags
         args.traceback |= TRACEBACK in args.flags
+        check_names(args.task, args.flags)
+        example = task_module(args.task, "finetune").example
         example.run_words(args.flags, example.parser(args.parser.prog))

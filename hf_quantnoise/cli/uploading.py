@@ -55,8 +55,8 @@ def _explained(repo: str) -> Iterator[None]:
     """Raise errors of the Hub with repository, endpoint and remedy."""
     try:
         yield
-    except HFValidationError:
-        raise  # an invalid name, which the error explains
+    except (HFValidationError, PermissionError):
+        raise  # an invalid name, or no token, which the error explains
     except Exception as error:  # any type, depending on the HTTP client
         remedy = "check the network and HF_ENDPOINT, the address of the Hub"
         if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403, 404):

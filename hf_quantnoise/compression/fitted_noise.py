@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..configuration import QuantizedModelConfig, QuantNoiseConfig
+from ..hub.card import DENSE, LATENT
 from ..lookups import Lookups, count_lookups
 from ..modeling.fitted_weights import FittedWeight
 from ..noise import find_state
@@ -20,6 +21,12 @@ FILE = "noise.safetensors"
 _CODES = "codes"
 
 FittedNoise = dict[nn.Module, FittedWeight]
+
+
+def name_of_uncompressed(model: nn.Module) -> str:
+    """Return the first stage of the history: ``"latent weights"`` after noise of rate 1."""
+    noise = find_state(model)
+    return LATENT if noise is not None and noise.config.trains_latent_weights else DENSE
 
 
 def data_needed_by(config: QuantizedModelConfig, model: nn.Module) -> str | None:

@@ -38,7 +38,7 @@ from .calibration import (
 from .checkpoints import FOLDER, SavedStage, StageCheckpoints
 from .distillation.teacher import Teacher
 from .fingerprint import Fingerprint, require_same_settings, settings_fingerprint
-from .fitted_noise import fitted_noise
+from .fitted_noise import fitted_noise, name_of_uncompressed
 from .oneshot import remove_noise
 from .preflight import check_compression
 from .reporting.console import is_quiet, no_file_bars, shows_progress
@@ -128,7 +128,7 @@ class CompressionPipeline:
 
     def _start(self) -> int:
         """Evaluate and save the dense model, and prepare the first stage."""
-        fitted = fitted_noise(self.model)
+        fitted, name = fitted_noise(self.model), name_of_uncompressed(self.model)
         lookups = lookups_in_training(self.trainer, self.model, self.config, self.args)
         config = with_number_of_rows(remove_noise(self.model, self.config), lookups)
         batches = training_batches(self.trainer, self.args.budget_batches)
@@ -137,7 +137,7 @@ class CompressionPipeline:
         self.packer = ModelPacker(self.model, config, True, fitted=fitted, lookups=lookups)
         self.evaluator = self._make_trainer(None, 0)
         check_before_stages(self.evaluator, self.packer, self.args.calibration_batches)
-        self._evaluate("dense", self.evaluator, time.perf_counter())
+        self._evaluate(name, self.evaluator, time.perf_counter())
         self._save(0)
         self._make_teacher()
         self._restructure()
@@ -241,9 +241,8 @@ class CompressionPipeline:
 
     def _add_record(self, record: StageRecord) -> None:
         record.step = self.trainer.state.global_step
-        dense_metric = self.history[0]["metric"] if self.history else record.metric
-        log_record(self.trainer, record, self._number_of(record.stage), dense_metric)
         self.history.append(record.to_dict())
+        log_record(self.trainer, record, self._number_of(record.stage), self.history[0])
         if self.report is not None:
             self.report(record)
 

@@ -236,6 +236,11 @@ class QuantNoiseConfig(HubConfigMixin, Options):
         return list(zip(*self._names_and_rates(), strict=True))
 
     @property
+    def trains_latent_weights(self) -> bool:
+        """Whether a rate is 1: training then never uses the weights as they are."""
+        return any(rate == 1 for _, rate in self.noises)
+
+    @property
     def codebook_interval(self) -> str | int:
         """``codebook_update``, or the interval for None."""
         if self.codebook_update is None:

@@ -11,6 +11,10 @@ TAGS = (TAG, "import-hf_quantnoise")
 # Attribute of a compressed model that holds its QuantNoiseCard.
 CARD_ATTRIBUTE = "quantnoise_card"
 
+# First stage of a compression history: the model before compression, and in its place the weights
+# that noise of rate 1 has trained, which score like no model that is ever used.
+DENSE, LATENT = "dense", "latent weights"
+
 _NOT_METRICS = ("runtime", "per_second", "preparation_time", "epoch")
 
 

@@ -28,7 +28,8 @@ PROCESSING = (
     "video_preprocessor_config.json",
 )  # fmt: skip
 # Main inputs of models that have a tokenizer or processor.
-_INPUTS = ("input_ids", "pixel_values", "input_values", "input_features", "pixel_values_videos")
+_TEXT = "input_ids"
+_INPUTS = (_TEXT, "pixel_values", "input_values", "input_features", "pixel_values_videos")
 
 
 def processing_files(folder: str) -> list[str]:
@@ -62,7 +63,7 @@ def has_processing(model: PreTrainedModel, folder: str | None = None) -> bool:
 
 
 def save_processing(model: PreTrainedModel, folder: str, existing: str | None = None) -> None:
-    """Write the tokenizer or processor of a model to a folder, or warn if none is known.
+    """Write the tokenizer or processor of a model to a folder; warn if no tokenizer is known.
 
     It is the one that the model was compressed with, or that of the folder (or cached repository)
     that the model was loaded from. The latter does not replace one in the folder.
@@ -90,20 +91,23 @@ def save_processing(model: PreTrainedModel, folder: str, existing: str | None = 
             )
     elif found:
         copy_processing(source, folder)
-    else:
+    elif type(model).main_input_name == _TEXT:  # without a processor, loading one raises
         warn_unknown(type(model))
 
 
 def warn_unknown(model_class: type[PreTrainedModel]) -> None:
     """Warn that no tokenizer or processor is saved, unless the models of a class need none."""
-    if model_class.main_input_name in _INPUTS:
-        logger.warning_once(
-            f"no tokenizer or processor is known for this {model_class.__name__}, so none is saved "
-            "with it, and transformers may load an empty tokenizer from its folder without an "
-            "error; call tokenizer.save_pretrained(folder) as well (or the method of the image "
-            "processor or feature extractor), or pass processing_class=tokenizer to the trainer or "
-            "to push_to_hub"
-        )
+    if model_class.main_input_name not in _INPUTS:
+        return
+    kind, name, effect = "image processor or feature extractor", "processor", ""
+    if model_class.main_input_name == _TEXT:
+        kind = name = "tokenizer"
+        effect = ", and transformers may load an empty one from its folder without an error"
+    logger.warning_once(
+        f"no {kind} is known for this {model_class.__name__}, so none is saved with it{effect}; "
+        f"call {name}.save_pretrained(folder) as well, or pass processing_class={name} to the "
+        "trainer or to push_to_hub"
+    )
 
 
 def _source(model: PreTrainedModel) -> str:

@@ -34,6 +34,8 @@ def results_table(before: dict[str, float], after: dict[str, float], packed: boo
     ]
     if not packed:
         return table(("", "value"), [(name, value) for name, _, value in rows])
+    if not before:
+        return table(("", "compressed"), [(name, value) for name, _, value in rows])
     return table(("", "original", "compressed"), rows)
 
 

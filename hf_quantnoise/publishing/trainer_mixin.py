@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, Trainer
 from ..compat import finish_current_push
 from ..configuration import QuantNoiseConfig
 from ..files.model_folders import replaced_model
-from ..hub.card import CARD_ATTRIBUTE
+from ..hub.card import CARD_ATTRIBUTE, DENSE
 from ..hub.processing import remember_processing
 from ..repository import CARD, read_card, upload_model
 from .card import QuantNoiseCard
@@ -35,11 +35,14 @@ class PublishingMixin(Trainer):
     Attributes:
         unpublished: patterns of files in ``output_dir`` that are not uploaded.
         card_template: path of a Jinja template of the card; None is the package's.
+        dense_metrics: result of ``evaluate`` for the model before it was trained with noise of rate
+            1; the "original" of the card in that case.
     """
 
     model: PreTrainedModel
     unpublished: ClassVar[tuple[str, ...]] = ()
     card_template: str | os.PathLike | None = None
+    dense_metrics: dict[str, float] = {}  # noqa: RUF012  replaced, never changed
 
     qn_config: QuantNoiseConfig | None
     compression_history: list[dict[str, Any]]
@@ -58,7 +61,7 @@ class PublishingMixin(Trainer):
             settings[length] = getattr(self.args, length)
         return QuantNoiseCard(
             repo_id=self.hub_model_id,
-            before=self.compression_history[0]["metric"] if self.compression_history else {},
+            before=self._metrics_before_compression(),
             after=dict(self._card_metrics),
             noise=self.qn_config,
             training=settings,
@@ -67,6 +70,15 @@ class PublishingMixin(Trainer):
             plot=next(iter(self._plots), None),
             template=self.card_template,
         )
+
+    def _metrics_before_compression(self) -> dict[str, float]:
+        if not self.compression_history:
+            return {}
+        first = self.compression_history[0]
+        metrics: dict[str, float] = first["metric"]
+        if first["stage"] == DENSE:
+            return metrics
+        return {name: value for name, value in self.dense_metrics.items() if name in metrics}
 
     def _set_card_metrics(self, metrics: dict[str, float]) -> None:
         """Set the metrics of the current model, and update the card on a compressed model."""

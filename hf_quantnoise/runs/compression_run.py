@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, Trainer, set_seed
 
 from ..compression import check_compression, check_plan
 from ..compression.reporting.console import is_quiet, silence_if_quiet
+from ..hub.card import LATENT
 from ..repository import CARD, create_repository, upload_model
 from ..size import size_report
 from ..trainer import QuantNoiseTrainer
@@ -57,7 +58,7 @@ class Run:
         uses_noise = self.is_post_trained or training.do_train or args.compression.keep_noise
         noise = args.noise if uses_noise else None
         # Only the final model is pushed, not each checkpoint of the dense one.
-        self.push_at_end, training.push_to_hub = training.push_to_hub, False
+        push_at_end, training.push_to_hub = training.push_to_hub, False
 
         set_seed(training.seed)
         self.job = job = prepare(args)
@@ -88,6 +89,8 @@ class Run:
         )
         if self.quantization is not None:
             check_compression(self.trainer, self.quantization, args.compression)
+        # Before the training, which would be wasted if it cannot be created.
+        self.repository = self.create_repository() if push_at_end else None
 
     @property
     def is_post_trained(self) -> bool:
@@ -120,8 +123,9 @@ class Run:
             self.results.add(reloaded=self.reload())
         elif self.training.do_predict:
             self.results.add(predictions=self.predict(self.trainer))
-        if self.push_at_end and self.training.should_save:
-            self.push(self.folder(DENSE if self.quantization is None else COMPRESSED))
+        if self.repository is not None:
+            name = DENSE if self.quantization is None else COMPRESSED
+            self.push(self.folder(name), self.repository)
         if self.training.process_index == 0:
             print(f"\n{self.closing_table()}", flush=True)
         return self.results.values
@@ -130,6 +134,8 @@ class Run:
         """Train, evaluate and save the dense model; return its results."""
         training, trainer = self.training, self.trainer
         results: dict = {"dtype": str(trainer.model.dtype).removeprefix("torch.")}
+        noise = trainer.qn_config
+        results["latent"] = bool(training.do_train and noise and noise.trains_latent_weights)
         start = time.perf_counter()
         if training.do_train:
             output = trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
@@ -222,17 +228,26 @@ class Run:
                     file.write("\n".join(lines) + "\n")
         return files
 
-    def push(self, folder: str) -> None:
-        """Upload the files that were checked, with a model card that names the repository."""
+    def create_repository(self) -> str | None:
+        """Create the repository of ``--push_to_hub``; return its name, or None on other ranks."""
         training = self.training
+        if not training.should_save:
+            return None
         name = training.hub_model_id or os.path.basename(os.path.abspath(str(training.output_dir)))
-        repo = create_repository(name, private=training.hub_private_repo, token=training.hub_token)
-        self.trainer.hub_model_id = repo
+        return create_repository(name, private=training.hub_private_repo, token=training.hub_token)
+
+    def push(self, folder: str, repository: str) -> None:
+        """Upload the files that were checked, with a model card that names the repository."""
+        self.trainer.hub_model_id = repository
         self.write_card(folder)
-        upload_model(repo, folder, token=training.hub_token)
+        upload_model(repository, folder, token=self.training.hub_token)
 
     def write_card(self, folder: str) -> None:
         self.trainer.card_template = self.args.flags.card_template
+        dense = self.results.values["dense"]
+        if not dense.get("latent"):
+            metrics = dense.get("metrics", {}).items()
+            self.trainer.dense_metrics = {f"eval_{name}": value for name, value in metrics}
         self.trainer.create_model_card(**self.job.card_facts())
         if self.training.should_save:
             os.replace(self.folder(CARD), os.path.join(folder, CARD))
@@ -243,6 +258,8 @@ class Run:
         values, metric = self.results.values, self.job.metric
         dense, compressed = values["dense"], values.get("compressed")
         kind = "finetuned" if "training" in dense else "given"
+        if dense.get("latent"):  # trained with noise of rate 1, scored without: not a baseline
+            kind = LATENT
         metrics = [metric, *(metric + suffix for suffix in self.job.more_eval_datasets)]
 
         def row(name: str, size: int, scores: dict) -> Row:

@@ -67,12 +67,7 @@ class _Parser(ScriptParser):
 
 def evaluation_parser(example: Example, prog: str | None = None, **kwargs: Any) -> ScriptParser:
     """Return the parser of the data of an example, ``EvaluationFlags`` and the models."""
-    parser = _Parser(
-        [example.data_class, EvaluationFlags],
-        prog=prog,
-        description="Compare models on the same data, each with the first one.",
-        **kwargs,
-    )
+    parser = _Parser([example.data_class, EvaluationFlags], prog=prog, **kwargs)
     parser.add_argument("dense", metavar="DENSE", help="Dense model: folder or Hub repository.")
     parser.add_argument("models", metavar="COMPRESSED", nargs="+", help="Models to compare.")
     return parser

@@ -58,6 +58,8 @@ def test_docs_show_the_examples():
         ("polish out/dense", "invalid choice: 'polish'"),
         ("plan", "PATH_OR_REPO"),
         ("plan out/dense --blocksize 8", "--blocksize 8; did you mean '--block_size'?"),
+        ("compress --recipe 30x", "--recipe is a flag of `hf-quantnoise finetune`"),
+        ("plan out/dense --recipe=30x", "since a recipe trains the model"),
         ("plan out/dense --block_size large", "invalid --block_size 'large'"),
         ("plan out/dense --n_centroids 1", "--n_centroids 1"),
         ("plan out/dense --scheme fixed_point --target_size_mb 1", "--target_size_mb"),

@@ -25,10 +25,13 @@ for line in sys.argv[1:]:
 """
 
 
-def run_lines(url, home, folder, *lines):
+def run_lines(url, home, folder, *lines, token=True):
+    environment = hub_environment(url, str(home))
+    if not token:
+        del environment["HF_TOKEN"]
     return subprocess.run(
         [sys.executable, "-c", PROGRAM, *lines],
-        env=hub_environment(url, str(home)),
+        env=environment,
         cwd=folder,
         capture_output=True,
         text=True,
@@ -130,3 +133,15 @@ def test_refusing_hub_is_named(made, tmp_path):
         for words in ("error: 'me/small'", f"to {hub.url}:", "403", "hf auth login"):
             assert words in done.stderr
         assert not hub.repos
+
+
+def test_push_without_a_token_names_the_remedy(made, tmp_path):
+    line = "hf-quantnoise push out/compressed me/small"
+    with HubServer() as hub:
+        done = run_lines(hub.url, tmp_path, made, line, token=False)
+        assert not hub.repos
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr == (
+        f"hf-quantnoise push: error: 'me/small' cannot be pushed to {hub.url} without a token; log "
+        "in with `hf auth login`, or set HF_TOKEN\n"
+    )

@@ -247,3 +247,28 @@ def test_matching_with_a_model_has_exactly_the_layers_of_the_plan():
     }
     assert noised == stored
     assert "bert.encoder.layer.0.output.dense" not in noised
+
+
+def test_latent_weights_are_not_the_baseline(tmp_path, capsys):
+    trainer = joint_trainer(tmp_path, max_steps=1)
+    trainer.eval_dataset = trainer.train_dataset
+    logged = []
+    trainer.log = lambda values, *_: logged.extend(values)
+    trainer.train()
+    trainer.compress(TARGET)
+    first = trainer.compression_history[0]
+    assert first["stage"] == "latent weights" and first["metric"]["eval_loss"] > 0
+    assert capsys.readouterr().out.startswith("latent weights    0 layers")
+    assert "compression/latent_loss" in logged and "compression/dense_loss" not in logged
+    card = str(trainer.quantnoise_card().render(trainer.model))
+    assert "latent weights" in card and "original" not in card and "| compressed |" in card
+    trainer.dense_metrics = {"eval_loss": 0.1234, "eval_perplexity": 1.0}
+    card = str(trainer.quantnoise_card().render(trainer.model))
+    assert "| original | compressed |" in card and "0.1234" in card and "perplexity" not in card
+
+
+@pytest.mark.parametrize("p", [0.5, 0.99])
+def test_weights_trained_with_less_noise_are_the_dense_model(tmp_path, p):
+    trainer = joint_trainer(tmp_path, noise=joint_noise(p=p, learn_codebooks=False))
+    trainer.compress(TARGET)
+    assert trainer.compression_history[0]["stage"] == "dense"

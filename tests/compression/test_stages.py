@@ -125,8 +125,19 @@ def test_a_given_teacher_is_used_and_not_changed(tmp_path, parity_data):
     make_bert_trainer(tmp_path, parity_data).compress(CONFIG, SHORT, teacher=teacher)
     # One batch for the check, then three stages of two steps.
     assert len(calls) == 1 + 3 * 2 and not any(calls)
-    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    assert all(parameter.requires_grad for parameter in teacher.parameters())
+    assert all(parameter.grad is None for parameter in teacher.parameters())
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+
+
+def test_a_copy_of_a_teacher_can_be_trained(tmp_path, parity_data):
+    teacher = make_model("bert", seed=5)
+    parts = {"teacher": teacher}
+    make_trainer(tmp_path, make_model("bert"), parity_data, parts=parts, max_steps=1).train()
+    student = copy.deepcopy(teacher)
+    before = copy.deepcopy(student.state_dict())
+    make_trainer(tmp_path, student, parity_data, parts=parts, max_steps=1).train()
+    assert not all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
 
 
 def test_the_teacher_is_the_model_before_pruning(tmp_path, parity_data, monkeypatch):

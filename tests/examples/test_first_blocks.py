@@ -78,11 +78,12 @@ def quickstart(reader):
     return reader
 
 
-def test_readme_block_compresses_digits(tmp_path, monkeypatch, capsys):
+def test_readme_block_compresses_digits(tmp_path, monkeypatch, capsys, caplog):
     pytest.importorskip("sklearn")
     monkeypatch.chdir(tmp_path)
     set_seed(0)
     names = run(blocks(README)[0])
+    assert [each for each in caplog.records if each.name.startswith("hf_quantnoise")] == []
     dense, small = (row for row in names["trainer"].compression_history)
     assert dense["mb"] > 20 * small["mb"], "as the recipe promises"
     assert small["mb"] == pytest.approx(weights_mb(tmp_path / "out" / "small"), rel=0.01)

@@ -183,6 +183,32 @@ def test_target_size_and_its_bit_allocation_used_again(full, start):
     assert sizes(other / "compressed") == sizes(folder / "compressed")
 
 
+@pytest.mark.parametrize("after", ["0", "1"])
+def test_weights_trained_with_noise_of_rate_1_are_named(after, full, start, capsys):
+    """The first row is the float32 model if it was finetuned before the noise."""
+    noise = ["--noise", "int8", "--noise_rate", "1", "--noise_after_finetuning", after]
+    results, folder = start(*full[0], *noise, *ONE_SHOT)
+    table = capsys.readouterr().out.rstrip().splitlines()[-4:]
+    name = "latent weights" if after == "0" else "finetuned"
+    assert table[2].startswith(f"{name}, float32 ")
+    assert results["dense"]["latent"] == (after == "0")
+    assert results["compressed"]["stages"][0]["stage"] == "latent weights"
+    card = (folder / "compressed" / "README.md").read_text()
+    dense = results["dense"]["metrics"]["loss"]
+    assert (f"| loss | {dense:.4f} |" in card) == ("| original | compressed |" in card)
+    assert ("original" in card) == (after == "1")
+
+
+def test_push_to_a_refusing_hub_fails_before_the_training(full, start, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise PermissionError("no token")
+
+    monkeypatch.setattr("hf_quantnoise.runs.compression_run.create_repository", refuse)
+    monkeypatch.setattr("transformers.Trainer.train", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(PermissionError, match="no token"):
+        start(*full[0], "--push_to_hub", *ONE_SHOT)
+
+
 def test_push_uploads_the_checked_files(full, start, monkeypatch):
     pushed = []
 

@@ -15,6 +15,7 @@ from support.tiny import SIZES, make_model
 from support.trainers import training_arguments
 from support.words import words
 from transformers import (
+    AutoImageProcessor,
     AutoModelForCausalLM,
     AutoTokenizer,
     ConvNextConfig,
@@ -127,11 +128,17 @@ def test_unknown_tokenizer_is_warned_about(tmp_path, warnings):
     assert len(warnings) == 2 and "processing_class=tokenizer" in warnings[1]
 
 
-def test_images_are_warned_about_too(tmp_path, warnings):
+def test_missing_image_processor_is_warned_about_before_a_push(tmp_path, warnings):
+    """Not when the model is saved: models of pixels may need none, and loading one raises."""
     config = ConvNextConfig(hidden_sizes=[16, 32], depths=[1, 1], num_stages=2)
     model = quantize_model(ConvNextForImageClassification(config), STORED["int8"], progress=False)
     model.save_pretrained(tmp_path)
-    assert len(warnings) == 1 and "image processor" in warnings[0]
+    assert not warnings
+    with pytest.raises((OSError, ImportError)):  # torchvision or Pillow may be missing
+        AutoImageProcessor.from_pretrained(tmp_path)
+    check_packed(str(tmp_path))
+    assert len(warnings) == 1
+    assert "no image processor or" in warnings[0] and "tokenizer" not in warnings[0]
 
 
 def test_tokenizer_saved_before_the_model_is_kept(tmp_path, warnings):

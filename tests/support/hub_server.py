@@ -82,6 +82,8 @@ class Handler(QuietHandler):
         if self.server.refuses:
             return self.reply({"error": "You may not."}, 403)
         self.server.requests.append(("POST", path))
+        if path != "/api/validate-yaml" and "Authorization" not in self.headers:
+            return self.reply({"error": "Invalid username or password."}, 401)
         if path == "/api/validate-yaml":
             errors, warnings = metadata_problems(json.loads(body)["content"])
             if errors and self.headers.get("Accept") == "text/plain":

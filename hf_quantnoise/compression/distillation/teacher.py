@@ -1,4 +1,4 @@
-"""The teacher of a compression run: a frozen model in eval mode, on its own device if requested."""
+"""The teacher of a run: a model in eval mode, without gradients, on its own device if requested."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from .logits import logits_divergence
 
 
 class Teacher:
-    """A frozen model and the distillation losses of a student.
+    """A model that is not trained, and the distillation losses of a student.
 
     Args:
         student: the model that is compressed, before any change.
-        teacher: the model to distill from, frozen and put in eval mode in place; None uses a copy
-            of the student.
+        teacher: the model to distill from, put in eval mode and moved in place. Its parameters keep
+            ``requires_grad``, so that a copy of it can be trained. None uses a copy of the student.
         args: weights of the losses, temperature and device.
 
     Attributes:
-        model: the frozen model.
+        model: the model to distill from.
         forward_kwargs: keyword arguments that the forwards of both models need.
     """
 
@@ -46,7 +46,7 @@ class Teacher:
         self.args = args
         device = args.teacher_device or next(student.parameters()).device
         model = copy.deepcopy(student) if teacher is None else teacher
-        self.model = model.eval().requires_grad_(False).to(device)
+        self.model = model.eval().to(device)
         self.device = next(self.model.parameters()).device
         self.is_encoder_decoder = bool(getattr(student.config, "is_encoder_decoder", False))
         self.forward_kwargs = {}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
+from typing import Any
 
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback
@@ -73,16 +74,20 @@ def _log_histogram(
             wandb.log(figures)
 
 
-def log_record(trainer: Trainer, record: StageRecord, number: int, dense: dict[str, float]) -> None:
-    """Log the record of a finished stage, and the metrics of the dense model for comparison.
+def log_record(
+    trainer: Trainer, record: StageRecord, number: int, first: Mapping[str, Any]
+) -> None:
+    """Log the record of a finished stage, and the metrics of the first record for comparison.
 
     The stage's own metrics are logged by ``evaluate``; the trainer prints the record as one line.
     """
     values = {"stage": number, "mb": record.mb, "relative_error": record.relative_error}
     if record.codebook_use is not None:
         values["codebook_use"] = record.codebook_use
+    name = first["stage"].split()[0]  # dense or latent
+    metrics = plain_metrics(first["metric"])
     with not_printed(trainer):
-        _log(trainer, values | {f"dense_{name}": v for name, v in plain_metrics(dense).items()})
+        _log(trainer, values | {f"{name}_{metric}": v for metric, v in metrics.items()})
 
 
 def _log(trainer: Trainer, values: dict[str, float]) -> None:

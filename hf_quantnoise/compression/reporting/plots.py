@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from transformers.utils import logging
 
-from ...hub.card import is_metric
+from ...hub.card import DENSE, is_metric
 from ...size import SENTINEL, SizeReport, SizeRow
 from .figures import (
     GREY,
@@ -124,7 +124,7 @@ def _show_file(axes: Axes, history: Sequence[dict], report: SizeReport) -> None:
 
 def _show_metric(axes: Axes, name: str, history: Sequence[dict]) -> None:
     values = [record["metric"].get(name, record["relative_error"]) for record in history]
-    if history[0]["stage"] == "dense" and name in history[0]["metric"]:
+    if history[0]["stage"] == DENSE and name in history[0]["metric"]:
         axes.axvline(values[0], color=GREY, ls="--", label="before compression")
     for number, (value, record) in enumerate(zip(values, history, strict=True)):
         if (packed := record["packed_metric"].get(name)) is not None:

@@ -29,8 +29,9 @@ class StageRecord:
     """Measurements of one stage.
 
     Attributes:
-        stage: structure group or regex; ``"dense"`` for the model before compression,
-            ``"restructured"`` after layers were pruned or shared.
+        stage: structure group or regex; ``"dense"`` for the model before compression, or ``"latent
+            weights"`` if noise of rate 1 has trained it: they are scored without quantization, and
+            are not a baseline. ``"restructured"`` after layers were pruned or shared.
         layers: number of layers packed in the stage.
         relative_error: ||W - W_q||^2 / ||W||^2 over those layers, before finetuning.
         metric: result of ``evaluate`` after finetuning; empty without an eval set.
@@ -63,7 +64,7 @@ class StageRecord:
     def line(self) -> str:
         """Return a one-line summary."""
         return (
-            f"{self.stage:<12} {self.layers:>4} layers  relative error {self.relative_error:.4f}  "
+            f"{self.stage:<14} {self.layers:>4} layers  relative error {self.relative_error:.4f}  "
             f"{self.mb:8.3f} MB  {self.seconds:7.1f} s  {format_metrics(self.metric)}"
         )
 
