@@ -20,7 +20,7 @@ from .base import Quantizer, StraightThrough, largest_magnitude, require_finite
 from .centroid_gradients import AverageOverBlocks, Lookup
 from .fixed_point import FixedPointQuantizer
 from .gather import gather_rows, is_wide
-from .half import clamp_to_half, round_to_half
+from .half import clamp_to_half, round_to_half, to_half
 from .kmeans import assign, kmeans, update_centroids
 from .packing import code_dtype
 from .row_scale import as_divisor, fit_row_scale, lost_rows
@@ -161,7 +161,7 @@ class ProductQuantizer(Quantizer):
         codebook = state["codebook"]
         sizes = [self.block_size * size for size in (codebook.element_size(), 2)]
         if self.codebook_bits == 16 and [is_wide(codes, size) for size in sizes] == [False, True]:
-            return gather_rows(clamp_to_half(codebook).to(torch.float16), codes).to(codebook.dtype)
+            return gather_rows(to_half(codebook), codes).to(codebook.dtype)
         return gather_rows(self.centroids(state), codes)
 
     def state_spec(self, rows, columns):

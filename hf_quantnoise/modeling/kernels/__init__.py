@@ -7,10 +7,13 @@ kernel of :data:`KERNELS` that is available and supports them:
 |---|---|---|---|---|
 | ``int8`` | CPU with VNNI | int8 | any number, of 8 bits or fewer | intN, or 8-bit centroids |
 | ``tables`` | CPU | float32 | up to 64 | blocks of 8 or more, rows at least 5 times the centroids |
+| ``triton`` | CUDA | float32, float16, bfloat16 | up to 512; float32: 64 | one codebook, K <= 256 |
 | ``autocast`` | any | that of autocast | any number | one codebook, no scale per row |
 | ``decode`` | any | that of inputs or autocast | any | any |
 
-``int8``, ``tables`` and ``decode`` give the same values but for the rounding of sums.
+``int8``, ``tables``, ``triton`` and ``decode`` give the same values but for the rounding of sums.
+A graph that is traced, exported or compiled must not depend on the number of inputs: its kernels
+are :data:`IN_GRAPHS`.
 """
 
 from __future__ import annotations
@@ -21,22 +24,28 @@ from typing import Any
 from torch import Tensor
 
 from ...layer_types import records_gradients
-from . import autocast, decode, dense, int8, tables
+from . import autocast, decode, dense, int8, tables, triton_products
 from .case import Case, Kernel, is_graph
 
-__all__ = ["KERNELS", "Case", "Kernel", "kernel_for", "rounds_inputs", "run_kernel"]
+__all__ = ["IN_GRAPHS", "KERNELS", "Case", "Kernel", "kernel_for", "rounds_inputs", "run_kernel"]
 
 KERNELS: MappingProxyType[str, Kernel] = MappingProxyType(
-    {"int8": int8, "tables": tables, "autocast": autocast, "decode": decode}
+    {
+        "int8": int8,
+        "tables": tables,
+        "triton": triton_products,
+        "autocast": autocast,
+        "decode": decode,
+    }
 )
+IN_GRAPHS = ("triton", "decode")
 
 
 def kernel_for(layer: Any, case: Case) -> str:
     """Return the name of the kernel that a layer uses; ``layer.kernels`` are those it may use."""
-    if is_graph():
-        return "decode"
-    for name, kernel in KERNELS.items():
-        if name in layer.kernels and kernel.is_available() and kernel.supports(layer, case):
+    for name in IN_GRAPHS if is_graph() else KERNELS:
+        kernel = KERNELS[name]
+        if name in layer.kernels and kernel.supports(layer, case) and kernel.is_available():
             return name
     return "decode"
 
