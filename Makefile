@@ -43,7 +43,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo web test test-slow test-oldest test-space fuzz coverage lint format docs wheel clean
+.PHONY: help venv demo web bench test test-slow test-oldest test-space fuzz coverage lint format docs wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -88,6 +88,16 @@ $(NPM_STAMP): examples/browser/package-lock.json
 web: export HF_HUB_OFFLINE := 0
 web: $(NPM_STAMP) $(STAMP)  ## build a page that runs compressed models in the browser, and serve it
 	$(BIN)/python examples/browser/build.py --serve 8000 $(ARGS)
+
+# Peers of a script (faiss) are measured if they are installed.
+BENCHMARKS := noise_overhead kmeans one_shot compression_overhead startup speed
+# The page of the table of a script that does not write one by default.
+bench_speed := --page docs/how_to/speed.md
+
+bench: $(STAMP)  ## measure what benchmarks/results lacks of the performance, and write its pages (1 hour)
+	@set -e; $(foreach name,$(BENCHMARKS),echo "benchmarks/$(name).py"; \
+		$(BIN)/python benchmarks/$(name).py $(bench_$(name));)
+	$(BIN)/python benchmarks/performance.py
 
 test: $(STAMP)  ## run the tests except the slow ones
 	$(BIN)/python $(PYTEST) -m "not slow" $(ARGS)

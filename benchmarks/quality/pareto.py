@@ -43,14 +43,14 @@ class Panel:
     Attributes:
         title: above it.
         points: in any order.
-        float32: height of the dashed line.
+        float32: height of the dashed line, or None.
         across: name of the horizontal axis.
         log: whether that axis is logarithmic.
     """
 
     title: str
     points: list[Point]
-    float32: float
+    float32: float | None
     across: str = "MB"
     log: bool = True
 
@@ -123,7 +123,8 @@ def _panel(panel: Panel, x: float, y: float, styles: dict[str, int]) -> list[str
     right, bottom = x + WIDTH - RIGHT, y + HEIGHT - BOTTOM
     heights = [h for p in panel.points for h in (p.mean - p.spread, p.mean + p.spread)]
     across = Axis([p.at for p in panel.points], x + LEFT, right, log=panel.log)
-    up = Axis([*heights, panel.float32], bottom, y + TOP, log=False)
+    line = [] if panel.float32 is None else [panel.float32]
+    up = Axis([*heights, *line], bottom, y + TOP, log=False)
     title, name, middle = escape(panel.title), escape(panel.across), (x + LEFT + right) / 2
     parts = [
         f'<text x="{x + LEFT:.1f}" y="{y + 20:.1f}" font-weight="bold">{title}</text>',
@@ -142,9 +143,9 @@ def _panel(panel: Panel, x: float, y: float, styles: dict[str, int]) -> list[str
             f'<text x="{at:.1f}" y="{bottom + 18:.1f}" text-anchor="middle">{_label(tick)}</text>'
         )
         parts.append(label)
-    line = f'<path d="M{x + LEFT:.1f},{up(panel.float32):.1f}H{right:.1f}" {DASHED}/>'
+    parts += [f'<path d="M{x + LEFT:.1f},{up(at):.1f}H{right:.1f}" {DASHED}/>' for at in line]
     frame = f"M{x + LEFT:.1f},{y + TOP:.1f}V{bottom:.1f}H{right:.1f}"
-    parts += [line, f'<path d="{frame}" fill="none" stroke="#444444"/>']
+    parts.append(f'<path d="{frame}" fill="none" stroke="#444444"/>')
 
     def place(p: Point) -> float:
         """Return where a point is: beside those of its size, so that all spreads can be seen."""
@@ -180,8 +181,11 @@ def pareto_svg(runs: list[Run]) -> str:
     return svg(panels(runs), grouped(runs, "method"))
 
 
-def svg(shown: list[Panel], methods: Iterable[str]) -> str:
-    """Return diagrams with a common legend, which has the methods in their order."""
+def svg(shown: list[Panel], methods: Iterable[str], dashed: str = "float32") -> str:
+    """Return diagrams with a common legend, which has the methods in their order.
+
+    ``dashed`` is the name of the dashed line, if a panel has one.
+    """
     styles = {method: index for index, method in enumerate(methods)}
     columns = min(COLUMNS, len(shown))
     lines = math.ceil(len(shown) / columns)
@@ -190,7 +194,10 @@ def svg(shown: list[Panel], methods: Iterable[str]) -> str:
         row, column = divmod(index, columns)
         parts += _panel(panel, column * WIDTH, row * HEIGHT, styles)
     y = lines * HEIGHT + 10
-    parts.append(f'<path d="M14,{y}h28" {DASHED}/><text x="50" y="{y + 4}">float32</text>')
+    if any(panel.float32 is not None for panel in shown):
+        parts.append(f'<path d="M14,{y}h28" {DASHED}/><text x="50" y="{y + 4}">{dashed}</text>')
+    else:
+        y -= LINE
     for method, style in styles.items():
         y += LINE
         parts.append(_mark(28, y, style) + f'<text x="50" y="{y + 4}">{escape(method)}</text>')

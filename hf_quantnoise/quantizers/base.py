@@ -20,8 +20,8 @@ from .packing import pack_codes, unpack_codes
 # Range of the largest magnitude of a weight that is quantized. Fits sum squares in float32, which
 # ends at 3.4e38 and 1.2e-38; real weights are far from both.
 MAGNITUDES = (1e-16, 1e16)
-# Elements that are converted to float64 at a time.
-CHUNK_ELEMENTS = 2**20
+# Elements that a computation on a matrix works on at a time, so that its temporaries stay in cache.
+CHUNK_ELEMENTS = 2**17
 
 
 def with_known_signature(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:

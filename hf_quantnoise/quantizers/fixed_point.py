@@ -11,8 +11,8 @@ from torch import Tensor
 from ..configuration import OBSERVERS, QUANTIZERS
 from ..configuration.checks import boolean, integer, one_of
 from ..layer_types import records_gradients
-from .base import Quantizer, require_finite, with_known_signature
-from .observers import CHUNK_ELEMENTS, Range, extremes
+from .base import CHUNK_ELEMENTS, Quantizer, require_finite, with_known_signature
+from .observers import Range, extremes
 from .packing import code_dtype
 
 
@@ -123,7 +123,15 @@ class FixedPointQuantizer(Quantizer):
         return values.float().div(scale).add_(zero_point).round_().clamp_(0, 2**self.bits - 1)
 
     def encode(self, matrix, state, importance=None):
-        return self.levels(matrix, state).to(code_dtype(self.bits))
+        codes = torch.empty(matrix.shape, dtype=code_dtype(self.bits), device=matrix.device)
+        step = max(1, CHUNK_ELEMENTS // matrix.shape[1])
+        for start in range(0, len(matrix), step):  # one float32 chunk of memory
+            rows = slice(start, start + step)
+            codes[rows] = self.levels(matrix[rows], self.state_of_rows(state, rows))
+        return codes
+
+    def quantize(self, matrix, state):
+        return self.decode(self.levels(matrix, state), state)  # without a conversion to integers
 
     def decode(self, codes, state):
         scale, zero_point = state["scale"], state["zero_point"]

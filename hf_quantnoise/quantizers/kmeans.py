@@ -80,8 +80,13 @@ def _nearest(augmented: Tensor, columns: Tensor, index: Tensor, scratch: Tensor)
     return bits.amin(1) & (2**index_bits - 1)
 
 
-def assign(points: Tensor, centroids: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Return the nearest centroid (K, d) of each point (N, d), shape (N,), int64.
+def assign(
+    points: Tensor,
+    centroids: Tensor,
+    weights: Tensor | None = None,
+    dtype: torch.dtype = torch.int64,
+) -> Tensor:
+    """Return the nearest centroid (K, d) of each point (N, d), shape (N,), of an integer dtype.
 
     Points are centered first, so a common offset costs no precision. If a point's squared distances
     to two centroids differ by less than a relative 2^-13, or by the float32 rounding of its squared
@@ -94,7 +99,7 @@ def assign(points: Tensor, centroids: Tensor, weights: Tensor | None = None) -> 
     centroids = centroids.float() - center
     columns = _columns(centroids, weights is not None)
     step = chunk_rows(len(centroids))
-    codes = torch.empty(len(points), dtype=torch.int64, device=points.device)
+    codes = torch.empty(len(points), dtype=dtype, device=points.device)
     # One scratch tensor for all chunks: allocating one per chunk, between smaller tensors that stay
     # alive, fragments the heap by gigabytes.
     scratch = columns.new_empty(min(step, len(points)), len(centroids))
@@ -128,7 +133,7 @@ def sample_indices(n_points: int, n_samples: int, generator: torch.Generator) ->
     """Return distinct random indices; all indices in order if there are not more points."""
     if n_points <= n_samples:
         return torch.arange(n_points)
-    return torch.randperm(n_points, generator=generator)[:n_samples]
+    return torch.randperm(n_points, generator=generator)[:n_samples].clone()  # frees the others
 
 
 def _seed_centroids(
@@ -209,16 +214,17 @@ def cluster_means(
 
 def _iterate(points, weights, centroids, n_iter, settled, generator) -> tuple[Tensor, Tensor]:
     """Run iterations until at most a share of the codes changes; return centroids and codes."""
-    codes, changed = assign(points, centroids, weights), 1.0
+    codes, changed = assign(points, centroids, weights, torch.int32), 1.0
     for remaining in reversed(range(n_iter)):
         means = update_centroids(points, weights, codes, centroids, generator)
         is_last = remaining == 0 or changed <= settled
         centroids = means if is_last else torch.lerp(centroids, means, STEP)
-        old_codes, codes = codes, assign(points, centroids, weights)
-        changed = int((codes != old_codes).count_nonzero()) / len(codes)
+        new = assign(points, centroids, weights, torch.int32)
+        changed = int((new != codes).count_nonzero()) / len(codes)
+        codes = new  # of a large table they take gigabytes: two at a time, not three
         if is_last and changed <= settled:
             break
-    return centroids, codes
+    return centroids, codes.long()
 
 
 def _check(points: Tensor, weights: Tensor | None, n_centroids: int, init: Tensor | None) -> None:

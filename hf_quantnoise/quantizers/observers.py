@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from ..configuration import OBSERVERS
+from .base import CHUNK_ELEMENTS
 
-# Elements whose intermediate values are held at a time while errors are measured.
-CHUNK_ELEMENTS = 2**20
 BINS = 2048
 # The ends of a histogram range are multiples of this fraction of min-max; all pairs are tried.
 STEPS = 64
@@ -47,7 +46,7 @@ def _minmax(matrix: Tensor, bits: int, full_range: Range) -> list[Range]:
 
 
 def _channel(matrix: Tensor, bits: int, full_range: Range) -> list[Range]:
-    low, high = torch.aminmax(matrix, dim=1, keepdim=True)
+    low, high = matrix.amin(1, keepdim=True), matrix.amax(1, keepdim=True)  # aminmax is slow here
     return [(low, high), (full_range[0].expand_as(low), full_range[1].expand_as(high))]
 
 
@@ -67,10 +66,12 @@ def range_of_histogram(counts: Tensor, low: Tensor, high: Tensor, bits: int) -> 
     first, last = torch.triu_indices(STEPS + 1, STEPS + 1, 1, device=counts.device)
     start, width = ends[first][:, None], (ends[last] - ends[first])[:, None]
     centers = (torch.arange(BINS, device=counts.device) + 0.5) / BINS
-    scale = width / (2**bits - 1)
-    levels = ((centers - start) / scale).round_().clamp_(0, 2**bits - 1)
-    errors = levels.mul_(scale).add_(start).sub_(centers).square_() @ counts
-    best = errors.argmin()
+    errors, step = [], CHUNK_ELEMENTS // BINS
+    for own, own_width in zip(start.split(step), width.split(step), strict=True):
+        scale = own_width / (2**bits - 1)
+        levels = ((centers - own) / scale).round_().clamp_(0, 2**bits - 1)
+        errors.append(levels.mul_(scale).add_(own).sub_(centers).square_() @ counts)
+    best = torch.cat(errors).argmin()
     best_low = low + (high - low) * start[best, 0]
     return best_low, best_low + (high - low) * width[best, 0]
 
@@ -82,7 +83,7 @@ def histogram(matrix: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """
     counts = torch.zeros(BINS, dtype=torch.int64, device=matrix.device)
     for part in matrix.reshape(-1).split(CHUNK_ELEMENTS):
-        bins = ((part - low) * (BINS / (high - low))).long().clamp_(0, BINS - 1)
+        bins = ((part - low) * (BINS / (high - low))).int().clamp_(0, BINS - 1)
         counts += torch.bincount(bins, minlength=BINS)
     return counts / matrix.numel()
 

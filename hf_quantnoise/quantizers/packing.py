@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Codes that are unpacked at a time, a multiple of 8.
+# Codes that are packed or unpacked at a time, a multiple of 8.
 PART = 2**17
 
 
@@ -35,11 +35,14 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
             f"invalid codes: got {int(codes.min())} to {int(codes.max())}, expected 0 to "
             f"{2**bits - 1} for {bits} bits"
         )
+    packed = codes.new_empty(-(-codes.numel() * bits // 8), dtype=torch.uint8)
     shifts = torch.arange(bits, device=codes.device, dtype=torch.int32)
-    stream = ((codes.int()[:, None] >> shifts) & 1).to(torch.uint8).reshape(-1)
-    stream = torch.nn.functional.pad(stream, (0, -stream.numel() % 8)).view(-1, 8)
     positions = torch.arange(8, device=codes.device, dtype=torch.uint8)
-    return (stream << positions).sum(1, dtype=torch.uint8)
+    for start, end in _parts(codes.numel()):  # the bits of a code take many bytes here
+        stream = ((codes[start:end].int()[:, None] >> shifts) & 1).to(torch.uint8).reshape(-1)
+        stream = torch.nn.functional.pad(stream, (0, -stream.numel() % 8)).view(-1, 8)
+        packed[_bytes(start, end, bits)] = (stream << positions).sum(1, dtype=torch.uint8)
+    return packed
 
 
 def largest_code(packed: Tensor, bits: int, count: int) -> int:

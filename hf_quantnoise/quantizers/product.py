@@ -114,14 +114,16 @@ class ProductQuantizer(Quantizer):
         """Return the codebook of lowest error for given codes (N, codes_per_block)."""
         return update_centroids(blocks, weights, codes.view(-1), codebook, generator)
 
-    def _cluster(self, seed, matrix, importance, start, n_iter) -> tuple[Tensor, Tensor]:
-        """Fit a codebook to a matrix; return it and the decoded matrix, both float32."""
+    def _cluster(
+        self, seed, matrix, importance, start, n_iter
+    ) -> tuple[Tensor, Callable[[], Tensor]]:
+        """Fit a codebook to a matrix; return it, and what decodes the matrix, both float32."""
         blocks = to_blocks(matrix, self.block_size)
         weights = self.block_weights(matrix, importance)
         codebook, codes = kmeans(
             blocks, self.n_centroids, n_iter=n_iter, seed=seed, init=start, weights=weights
         )
-        return codebook, codebook[codes].view_as(matrix)
+        return codebook, lambda: codebook[codes].view_as(matrix)
 
     def block_weights(self, matrix: Tensor, importance: Tensor | None) -> Tensor | None:
         """Return the importance of each block element, (N, block_size); (N, 1) if it is per row."""

@@ -58,14 +58,14 @@ def fit_row_scale(
     importance: Tensor | None,
     start: Tensor | None,
     n_iter: int,
-    cluster: Callable[[Tensor, Tensor, Tensor | None, int], tuple[Tensor, Tensor]],
+    cluster: Callable[[Tensor, Tensor, Tensor | None, int], tuple[Tensor, Callable[[], Tensor]]],
 ) -> tuple[Tensor, Tensor]:
     """Fit a codebook and a scale per row; return both, the scale s as (rows, 1) with mean about 1.
 
     The squared error of a row is s^2 ||W_row / s - centroids||^2: its blocks are divided by s and
     clustered with weight s^2. ``matrix`` is float32, ``start`` the initial codebook if any,
     ``n_iter`` the iterations of the first clustering, and ``cluster`` maps (matrix, importance,
-    initial codebook, iterations) to a codebook and the decoded matrix.
+    initial codebook, iterations) to a codebook and a function that decodes the matrix.
     """
     scale = matrix.square().mean(1, keepdim=True).sqrt()
     scale = as_divisor(scale / as_divisor(scale.mean()))
@@ -73,7 +73,7 @@ def fit_row_scale(
     for step in range(1 + ROUNDS):
         iterations = ROUND_ITERATIONS if step else n_iter
         divided, of_rows = matrix / as_divisor(scale), weights * row_weights(scale)
-        start, decoded = cluster(divided, of_rows, start, iterations)
-        scale = refit_scale(matrix, weights, decoded, scale)
+        start, decode = cluster(divided, of_rows, start, iterations)
+        scale = refit_scale(matrix, weights, decode(), scale)
     assert start is not None  # there was at least one round
     return start, scale

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from support.memory import live_bytes
 from torch import nn
 from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
 from transformers.pytorch_utils import Conv1D
@@ -227,3 +228,19 @@ def test_relative_error_matches_float64_reference():
     zero = nn.Linear(32, 64)
     nn.init.zeros_(zero.weight)
     assert pack_layer(zero, FixedPointQuantizer(bits=8)) == 0.0
+
+
+@pytest.mark.parametrize(
+    "quantizer",
+    [ProductQuantizer(8, 256, n_iter=1), FixedPointQuantizer(8), FixedPointQuantizer(4, "channel")],
+    ids=str,
+)
+def test_packing_needs_less_memory_than_a_second_weight(quantizer):
+    torch.manual_seed(0)
+    table = nn.Embedding(40_000, 256)
+    weight = table.weight.detach()
+    found = live_bytes(lambda: pack_layer(table, quantizer))
+    assert found.peak < 0.8 * weight.nbytes
+    decoded = table.weight.detach()
+    exact = (decoded - weight).double().square().sum() / weight.double().square().sum()
+    assert found.result == pytest.approx(float(exact), rel=1e-4)

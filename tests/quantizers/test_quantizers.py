@@ -227,3 +227,20 @@ def test_unknown_scheme_and_field_raise():
         quantizer_from_dict({"scheme": "lattice"})
     with pytest.raises(ValueError, match="rotation"):
         quantizer_from_dict({"scheme": "pq", "rotation": True})
+
+
+@pytest.mark.parametrize("observer", ["minmax", "channel", "histogram"])
+@pytest.mark.parametrize("bits", [1, 4, 8])
+def test_fixed_point_in_chunks_of_rows(bits, observer, monkeypatch):
+    """Codes, the rounded matrix and the fit do not depend on the size of the chunks."""
+    torch.manual_seed(0)
+    matrix = torch.randn(37, 24) * torch.rand(37, 1)
+    quantizer = FixedPointQuantizer(bits, observer)
+    state = quantizer.fit(matrix)
+    codes = quantizer.encode(matrix, state)
+    monkeypatch.setattr("hf_quantnoise.quantizers.observers.CHUNK_ELEMENTS", 4096)
+    monkeypatch.setattr("hf_quantnoise.quantizers.fixed_point.CHUNK_ELEMENTS", 50)
+    assert torch.equal(quantizer.encode(matrix, state), codes)
+    assert torch.equal(quantizer.quantize(matrix, state), quantizer.decode(codes, state))
+    for key, value in quantizer.fit(matrix).items():
+        torch.testing.assert_close(value, state[key], rtol=1e-6, atol=0)

@@ -85,3 +85,17 @@ def test_refit_restarts_centroids_without_blocks_by_seed():
     different = (first["codebook"] != other["codebook"]).any(1).nonzero().view(-1)
     assert different.tolist() == [3]
     assert (matrix.view(-1, 8) == first["codebook"][3]).all(1).any()
+
+
+@pytest.mark.parametrize("drift", [0.0, 0.02, 0.1, 1.0])
+@pytest.mark.parametrize("quantizer", QUANTIZERS.values(), ids=QUANTIZERS)
+def test_follow_is_no_worse_than_the_last_centroids(quantizer, drift):
+    matrix = weight()
+    state, codes = fitted(quantizer, matrix)
+    changed = matrix + drift * matrix.std() * torch.randn_like(matrix)
+    kept = error(quantizer, changed, state, quantizer.encode(changed, state))
+    after, again = (follow(quantizer, changed, codes, state, seed=0) for _ in range(2))
+    # Centroids are rounded to 8 bits after the steps.
+    assert error(quantizer, changed, *after) <= 1.001 * kept
+    assert torch.equal(after[1], again[1])
+    assert all(torch.equal(after[0][key], again[0][key]) for key in after[0])
