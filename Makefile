@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 ARGS ?=
 WORKERS ?= 2
 FUZZ_EXAMPLES ?= 1000
-EXTRAS := examples,test,dev,docs,aqlm,onnx,completion,pandas,trl,sentence-transformers,notebooks
+EXTRAS := examples,test,dev,docs,aqlm,cpu,onnx,completion,pandas,trl,sentence-transformers,notebooks
 # The oldest supported versions, with the extras that the tests require. Tests of other optional
 # packages are skipped there.
 OLDEST := .venv-oldest

@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import ctypes
 import importlib
 import inspect
 import pickle
@@ -26,6 +27,8 @@ from transformers.quantizers import HfQuantizer
 
 import hf_quantnoise
 from hf_quantnoise import compat
+from hf_quantnoise.compat import openmp
+from hf_quantnoise.compat.torch_func import in_torch_func
 
 ROOT = Path(hf_quantnoise.__file__).parent
 # Private by their name, but documented (namedtuple) or without a public counterpart (argparse).
@@ -292,3 +295,31 @@ def test_no_other_file_uses_private_names():
         if not (holder == "super()" and name in overridden)
     ]
     assert not found, "move these to compat/:\n" + "\n".join(found)
+
+
+def test_openmp_runs_a_function_on_threads_of_torch():
+    library = openmp.openmp()
+    if library is None:
+        pytest.skip("the OpenMP library of torch is unknown")
+    numbers, before = [], torch.get_num_threads()
+    function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(
+        lambda _: numbers.append((library.omp_get_thread_num(), library.omp_get_num_threads()))
+    )
+    library.GOMP_parallel(function, None, 2, 0)
+    assert sorted(numbers) == [(0, 2), (1, 2)]
+    torch.set_num_threads(3)
+    assert openmp.usable_threads() == 3
+    torch.set_num_threads(before)
+
+
+def test_in_torch_func_knows_transformations():
+    found = []
+
+    def function(values):
+        found.append(in_torch_func())
+        return values
+
+    function(torch.ones(2))
+    torch.vmap(function)(torch.ones(2))
+    torch.func.jvp(function, (torch.ones(2),), (torch.ones(2),))
+    assert found == [False, True, True]

@@ -72,8 +72,11 @@ USERS_EXTRAS = sorted(PROJECT["optional-dependencies"].keys() - {"test", "docs",
 
 
 def test_imports_at_the_top_of_the_package_are_dependencies():
-    """Except for ``runs/``, whose extra is examples, and triton, which builds of torch require."""
+    """Except for ``runs/`` (extra: examples), a kernel (cpu), and triton, which torch requires."""
     needed = imported("hf_quantnoise", top_level=True)
+    kernel = imported("hf_quantnoise/modeling/kernels/compiled", top_level=True)
+    assert kernel.keys() - requirements().keys() == {"llvmlite"} <= requirements("cpu").keys()
+    del needed["llvmlite"]
     runs = imported("hf_quantnoise/runs", "examples", top_level=True)
     assert "numpy" in needed and "numpy" in requirements()
     assert needed.keys() - requirements().keys() - runs.keys() == {"triton"}

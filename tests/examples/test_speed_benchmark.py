@@ -2,6 +2,7 @@
 
 import pytest
 import speed as benchmark
+import speed_models
 from results_file import read_lines
 
 from hf_quantnoise.modeling.kernels import int8
@@ -40,14 +41,14 @@ def test_cases_are_measured_once_and_written_to_a_page(tmp_path, capsys, monkeyp
 
 @needs_vnni
 def test_all_variants_of_a_linear_run_and_agree(monkeypatch):
-    monkeypatch.setattr(benchmark, "LINEAR", (32, 96))
-    subject = benchmark.linear(5, 8)
+    monkeypatch.setattr(speed_models, "LINEAR", (32, 96))
+    subject = speed_models.linear(5, 8)
     monkeypatch.setattr(
-        benchmark,
+        speed_models,
         "ProductQuantizer",
         lambda d, k, *rest, **named: ProductQuantizer(d, 16, *rest, **named),
     )
-    models = benchmark.variants(subject, 0)
+    models = speed_models.variants(subject, 0)
     outputs = {name: subject.run(model).detach().float() for name, model in models.items()}
     packed = [name for name in outputs if "packed" in name or "optimized" in name]
     for name in packed:

@@ -1,17 +1,19 @@
 """Kernels: ways to multiply inputs with the weight of a packed layer, without gradients.
 
-There is one file per kernel; ``case.py`` has their interface. A layer's inputs go to the first
-kernel of :data:`KERNELS` that is available and supports them:
+There is one file or folder per kernel; ``case.py`` has their interface. Inputs go to the first
+kernel of :data:`KERNELS` that supports them and is available:
 
 | kernel | device | dtype of products | inputs | weight |
 |---|---|---|---|---|
+| ``compiled`` | CPU, with llvmlite | float32 | a few; any with tables | int8, blocks of 2 to 16 |
 | ``int8`` | CPU with VNNI | int8 | any number, of 8 bits or fewer | intN, or 8-bit centroids |
 | ``tables`` | CPU | float32 | up to 64 | blocks of 8 or more, rows at least 5 times the centroids |
 | ``triton`` | CUDA | float32, float16, bfloat16 | up to 512; float32: 64 | one codebook, K <= 256 |
 | ``autocast`` | any | that of autocast | any number | one codebook, no scale per row |
 | ``decode`` | any | that of inputs or autocast | any | any |
 
-``int8``, ``tables``, ``triton`` and ``decode`` give the same values but for the rounding of sums.
+``compiled``, ``int8``, ``tables``, ``triton`` and ``decode`` give the same values but for the
+rounding of sums (``compiled`` also for models in 16 bits, whose weights it does not round).
 A graph that is traced, exported or compiled must not depend on the number of inputs: its kernels
 are :data:`IN_GRAPHS`.
 """
@@ -24,13 +26,14 @@ from typing import Any
 from torch import Tensor
 
 from ...layer_types import records_gradients
-from . import autocast, decode, dense, int8, tables, triton_products
+from . import autocast, compiled, decode, dense, int8, tables, triton_products
 from .case import Case, Kernel, is_graph
 
 __all__ = ["IN_GRAPHS", "KERNELS", "Case", "Kernel", "kernel_for", "rounds_inputs", "run_kernel"]
 
 KERNELS: MappingProxyType[str, Kernel] = MappingProxyType(
     {
+        "compiled": compiled,
         "int8": int8,
         "tables": tables,
         "triton": triton_products,

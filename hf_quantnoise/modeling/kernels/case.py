@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from ...compat.torch_func import in_torch_func
 
 # A matrix is decoded in slices of about this size: a large table (a tied LM head) is never dense.
 SCRATCH_BYTES = 8 * 2**20
@@ -33,12 +35,15 @@ class Case:
         dtype: dtype of the products: of the inputs, or of autocast.
         device: type of the device.
         is_autocast: whether autocast sets the dtype.
+        has_memory: whether their values are at an address, unlike those of ``torch.func``, which
+            only operations of torch can read.
     """
 
     n_inputs: int
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
     is_autocast: bool = False
+    has_memory: bool = True
 
     @classmethod
     def of(cls, inputs: Tensor) -> Case:
@@ -47,8 +52,10 @@ class Case:
         autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else inputs.dtype
         # A graph must not depend on the number of inputs.
-        n_inputs = MANY if is_graph() else inputs.shape[:-1].numel()
-        return cls(n_inputs, dtype, device, autocast)
+        if is_graph():
+            return cls(MANY, dtype, device, autocast, has_memory=False)
+        has_memory = type(inputs) in (Tensor, nn.Parameter) and not in_torch_func()
+        return cls(inputs.shape[:-1].numel(), dtype, device, autocast, has_memory)
 
 
 class Kernel(Protocol):

@@ -87,7 +87,7 @@ def test_every_kernel_that_supports_a_layer_matches_float64(name, shape):
         for count in COUNTS:
             for inputs in inputs_of(count, shape[1]):
                 for kernel in KERNELS.values():
-                    if not kernel.supports(layer, Case.of(inputs)):
+                    if not (kernel.supports(layer, Case.of(inputs)) and kernel.is_available()):
                         continue
                     rounds = kernel is KERNELS["int8"]
                     taken = inputs if rounds or not bits else rounded(layer, inputs)
@@ -100,7 +100,8 @@ def rounded(layer, inputs):
 
 
 @torch.no_grad()
-def test_layers_use_the_kernel_of_their_regime():
+def test_layers_use_the_kernel_of_their_regime(monkeypatch):
+    monkeypatch.setattr(KERNELS["compiled"], "is_available", lambda: False)
     few, many = Case(4), Case(512)
     wide = make_layer(QUANTIZERS["pq 8"], 400, 64, True)
     assert kernel_for(wide, few) == "tables" and kernel_for(wide, many) == "decode"
@@ -121,6 +122,7 @@ def test_layers_use_the_kernel_of_their_regime():
 @torch.no_grad()
 def test_layer_forward_in_integers_gives_what_rounded_floats_give(name, cls, monkeypatch):
     layer = make_layer(QUANTIZERS[name], 96, 32, True, activation_bits=8, cls=cls)
+    layer.kernels = ("int8",)
     used = []
     original = KERNELS["int8"].run
     monkeypatch.setattr(KERNELS["int8"], "run", lambda *args: used.append(1) or original(*args))
@@ -128,6 +130,19 @@ def test_layer_forward_in_integers_gives_what_rounded_floats_give(name, cls, mon
     assert matches(layer, inputs, layer(inputs), 2e-6) and used == [1]
     layer.kernels = ()
     assert matches(layer, inputs, layer(inputs), 2e-6) and used == [1]
+
+
+@pytest.mark.skipif(not KERNELS["int8"].is_available(), reason="the processor has no VNNI")
+@pytest.mark.skipif(not KERNELS["compiled"].is_available(), reason="llvmlite is not installed")
+@pytest.mark.parametrize(("name", "most"), [("pq int8", 32), ("int8", 16), ("int4 channel", 0)])
+@torch.no_grad()
+def test_few_rounded_inputs_are_multiplied_in_floats_and_many_in_integers(name, most):
+    layer = make_layer(QUANTIZERS[name], 96, 32, True, activation_bits=8)
+    for count in (1, 7, 16, 17, 32, 33):
+        expected = "compiled" if count <= most else "int8"
+        assert kernel_for(layer, Case(count)) == expected
+        inputs = 3 * torch.randn(count, 32)
+        assert matches(layer, inputs, layer(inputs), 2e-6)
 
 
 @torch.no_grad()

@@ -1,0 +1,41 @@
+"""torch's OpenMP threads, which have no public interface in Python."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+from functools import cache
+from typing import Any
+
+import torch
+
+_PROCESS = os.getpid()
+
+
+@cache
+def openmp() -> Any:
+    """Return the OpenMP library that torch has loaded, with ``GOMP_parallel``; None if unknown.
+
+    It is known on Linux only.
+    """
+    try:
+        with open("/proc/self/maps", encoding="utf-8") as file:
+            loaded = set(re.findall(r"\S*/lib(?:gomp|iomp5|omp)\b[^/\n]*", file.read()))
+    except OSError:
+        return None
+    folder = os.path.dirname(torch.__file__)
+    of_torch = [path for path in loaded if path.startswith(folder)] or list(loaded)
+    if len(of_torch) != 1:
+        return None
+    library = ctypes.CDLL(of_torch[0])
+    names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+    return library if all(hasattr(library, name) for name in names) else None
+
+
+def usable_threads() -> int:
+    """Return how many threads :func:`openmp` may use: as many as torch, and one after a fork.
+
+    The threads of a process do not exist in its forks, and OpenMP would wait for them.
+    """
+    return torch.get_num_threads() if openmp() is not None and os.getpid() == _PROCESS else 1
