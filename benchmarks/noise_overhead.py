@@ -245,7 +245,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--p", type=float, default=0.1, help="rate of noises without their own")
     parser.add_argument("--length", type=int, default=64)
-    parser.add_argument("--seconds", type=float, default=6, help="of the samples of a case")
+    parser.add_argument("--seconds", type=float, default=16, help="of the samples of a case")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", default=str(RESULTS), help="JSON lines, appended to")

@@ -136,14 +136,15 @@ def _speed(lines: list[dict]) -> str:
         return next(line["variants"] for line in found if line["key"]["threads"] == 1)
 
     short, long = variants("1x16"), variants("1x128")
-    packed, fast, torch = (
+    packed, extra, fast, torch = (
         [f"{v[name]['speed']:.1f}" for v in (short, long)]
         + [f"{short[name]['bytes'] / 1e6:.0f} MB"]
-        for name in ("packed", 'optimized, "int8"', "torch dynamic int8")
+        for name in ("packed", "packed, cpu extra", 'optimized, "int8"', "torch dynamic int8")
     )
     return (
         f"MiniLM, one CPU thread, times the speed of float32, for 16 / 128 tokens: as loaded "
-        f"{packed[0]} / {packed[1]} with {packed[2]} in memory; after "
+        f"{extra[0]} / {extra[1]} with `hf-quantnoise[cpu]` and {packed[0]} / {packed[1]} without, "
+        f"with {packed[2]} in memory; after "
         f'`optimize_for_inference(model, "int8")` {fast[0]} / {fast[1]} with {fast[2]}; torch\'s '
         f"dynamic int8 {torch[0]} / {torch[1]} with {torch[2]}; float32 has "
         f"{short['dense float32']['bytes'] / 1e6:.0f} MB."

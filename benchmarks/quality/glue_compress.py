@@ -103,7 +103,8 @@ def make_trainer(
     if "noise" in setting:
         noise = QuantNoiseConfig.matching(storage_of(key), teacher, seed=seed, **setting["noise"])
     training = TrainingArguments(
-        output_dir=folder, seed=seed, per_device_train_batch_size=32, weight_decay=0.01,
+        output_dir=folder, seed=seed, weight_decay=0.01,
+        per_device_train_batch_size=setting.get("batch_size", 32),
         bf16=True, use_cpu=True, train_sampling_strategy="group_by_length", save_strategy="steps",
         save_steps=200, save_total_limit=1, logging_steps=1000, disable_tqdm=True,
         report_to="none", dataloader_pin_memory=False,

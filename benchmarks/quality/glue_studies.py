@@ -89,6 +89,12 @@ def settings(task: str) -> list[tuple[str, str, dict]]:
         "no noise, no dropout": no_noise(task, "30x", 1) | {"dropout": False},
         "noise, random tokens": noise(task, "30x", 1) | {"random_tokens": True},
         "no noise, random tokens": no_noise(task, "30x", 1) | {"random_tokens": True},
+        "noise, batches of 8": noise(task, "30x", 1) | {"batch_size": 8},
+        "noise, rate 1e-4, batches of 8": noise(task, "30x", 1, 1e-4) | {"batch_size": 8},
+        "noise, rate 1e-4, batches of 8, random tokens": noise(task, "30x", 1, 1e-4)
+        | {"batch_size": 8, "random_tokens": True},
+        "no noise, rate 1e-4, batches of 8, random tokens": no_noise(task, "30x", 1, 1e-4)
+        | {"batch_size": 8, "random_tokens": True},
         "noise, hidden states": hidden(noise(task, "30x", 1)),
         "noise, even blocks": stored(noise(task, "30x", 1), EVEN),
         "noise, row groups": stored(noise(task, "30x", 1), GROUPS),
