@@ -42,8 +42,8 @@ TOKENS = (16, 128)
 # Words that are one token each; [CLS] and [SEP] are two more.
 TEXTS = {tokens: " ".join(["film"] * (tokens - 2)) for tokens in TOKENS}
 MEGABITS = 10  # per second, of the connection of the last column
-# Keeps the memory of WebAssembly, whose size the page cannot ask for, and which all models of a page
-# share. So the page must not start its first model, which it does by a click.
+# Keeps the memory of WebAssembly, whose size the page cannot ask for, and which all models of a
+# page share. So the page must not start its first model, which it does by a click.
 KEEP_MEMORY = """
 HTMLElement.prototype.click = () => {};
 const Memory = WebAssembly.Memory;
