@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support.decode_only import decode_only
 from support.processes import needs_gloo, on_two_ranks
 from support.tiny import make_model
 from support.trainers import assert_same, make_trainer, with_other_weights
@@ -155,7 +156,7 @@ def test_packing_takes_over_what_noise_trained(name, fields, monkeypatch):
     assert torch.equal(layer.codes(), trained.pop("codes"))
     assert_same(dict(layer.state), trained)
     with torch.no_grad():
-        assert torch.equal(model(**batch()).logits, expected)
+        assert torch.equal(decode_only(model)(**batch()).logits, expected)
 
 
 # ---- what a config means -------------------------------------------------------------------------
