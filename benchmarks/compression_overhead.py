@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import torch
-from pages import fill_page
+from pages import add_page_arguments, fill_page
 from results_file import append_line, provenance, read_lines
 from timed import timed
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
@@ -139,8 +139,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--results", default=str(RESULTS), help="JSON lines, appended to")
-    parser.add_argument("--page", default=str(PAGE), help="page with the table")
+    add_page_arguments(parser, RESULTS, PAGE)
     return parser.parse_args(argv)
 
 

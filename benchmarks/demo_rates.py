@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import torch
-from pages import fill_page
+from pages import add_page_arguments, fill_page
 from results_file import append_line, provenance, read_lines  # puts examples/ on the path
 
 # isort: split
@@ -71,8 +71,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--output_dir", type=Path, default=Path("demo_output"))
-    parser.add_argument("--results", default=str(RESULTS), help="JSON lines, appended to")
-    parser.add_argument("--page", default=str(PAGE), help="page with the table")
+    add_page_arguments(parser, RESULTS, PAGE)
     return parser.parse_args(argv)
 
 

@@ -24,7 +24,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from pages import fill_page
+from pages import add_page_arguments, fill_page
 from results_file import append_line, provenance, read_lines
 from torch import Tensor
 
@@ -203,18 +203,18 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--results", default=str(RESULTS), help="JSON lines, appended to")
-    parser.add_argument("--page", default=str(PAGE), help="page with the tables")
+    add_page_arguments(parser, RESULTS, PAGE)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point; ``argv`` defaults to the command line."""
     args = parse(argv)
+    done = [line["key"] for line in read_lines(args.results)]
     for threads in args.threads:
         torch.set_num_threads(threads)
         for key, run in runs(args, threads):
-            if key not in [line["key"] for line in read_lines(args.results)]:
+            if key not in done:
                 append_line(args.results, key, run())
     lines = read_lines(args.results)
     tables = {"kmeans": table(lines), "kmeans scaling": scaling_table(lines)}

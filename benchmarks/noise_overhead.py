@@ -27,7 +27,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from pages import fill_page
+from pages import add_page_arguments, fill_page
 from results_file import append_line, provenance, read_lines
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -248,8 +248,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=16, help="of the samples of a case")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--results", default=str(RESULTS), help="JSON lines, appended to")
-    parser.add_argument("--page", default=str(PAGE), help="page with the table")
+    add_page_arguments(parser, RESULTS, PAGE)
     return parser.parse_args(argv)
 
 

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from pages import fill_page
+from pages import add_page_arguments, fill_page
 from results_file import append_line, provenance, read_lines
 from timed import timed
 from torch import nn
@@ -152,8 +152,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compress", choices=SHAPES, help="compress one shape in this process")
-    parser.add_argument("--results", default=str(RESULTS), help="JSON lines, appended to")
-    parser.add_argument("--page", default=str(PAGE), help="page with the table")
+    add_page_arguments(parser, RESULTS, PAGE)
     return parser.parse_args(argv)
 
 

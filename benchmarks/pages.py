@@ -28,11 +28,21 @@ def fill_page(path: str | os.PathLike[str], **blocks: str) -> None:
     page.write_text(fill(page.read_text("utf-8"), blocks), "utf-8")
 
 
+def add_page_arguments(
+    parser: ArgumentParser,
+    results: str | os.PathLike[str],
+    page: str | os.PathLike[str] | None = None,
+) -> None:
+    """Add ``results`` and ``page``, files with these defaults."""
+    parser.add_argument("--results", default=str(results), help="JSON lines, appended to")
+    default = page and str(page)
+    parser.add_argument("--page", default=default, help="page to write the tables to")
+
+
 def add_table_arguments(parser: ArgumentParser, results: str) -> None:
     """Add ``results``, the file with this default, ``table`` and ``page``."""
-    parser.add_argument("--results", default=results, help="JSON lines, appended to")
+    add_page_arguments(parser, results)
     parser.add_argument("--table", action="store_true", help="print the tables without measuring")
-    parser.add_argument("--page", help="page to write the tables to")
 
 
 def show(args: Namespace, name: str, text: str) -> None:

@@ -38,7 +38,7 @@ class Topic:
     Attributes:
         file: of the rows, in the folder of results.
         table: of the rows, in Markdown; None if another page has it.
-        plot: of the rows, as SVG; both return nothing if there are no rows for them.
+        plot: of the rows, as SVG; both return nothing without rows for them.
         shows: alternative text of the plot.
     """
 

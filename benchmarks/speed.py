@@ -51,15 +51,26 @@ def measure(
             for _ in range(number[name]):
                 subject.run(models[name])
             seconds[name].append((clock() - start) / number[name] / subject.per_run)
+    figures = relative_speeds(seconds)
+    for name, own in figures.items():
+        own["bytes"] = sum(t.nbytes for t in tensors_of(models[name]))
+    return figures
+
+
+def relative_speeds(seconds: dict[str, list[float]]) -> dict[str, dict]:
+    """Return the median time and the speed relative to the dense model, with quartiles.
+
+    Args:
+        seconds: variant -> times of its rounds.
+    """
     figures = {}
     for name, times in seconds.items():
         ratios = [base / own for base, own in zip(seconds[BASE], times, strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4) if repetitions > 1 else ratios * 3
+        low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
         figures[name] = {
             "ms": 1000 * statistics.median(times),
             "speed": middle,
             "quartiles": [low, high],
-            "bytes": sum(t.nbytes for t in tensors_of(models[name])),
         }
     return figures
 

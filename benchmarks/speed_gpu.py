@@ -14,12 +14,12 @@ from __future__ import annotations
 import argparse
 import copy
 import os
-import statistics
 from collections.abc import Callable
 
 import torch
 from pages import add_table_arguments, show
 from results_file import append_line, provenance, read_lines
+from speed import BASE, relative_speeds
 from torch import Tensor, nn
 
 from hf_quantnoise.modeling import pack_layer
@@ -27,7 +27,6 @@ from hf_quantnoise.modeling.kernels import triton_products
 from hf_quantnoise.quantizers import ProductQuantizer
 
 RESULTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "results", "speed_gpu.jsonl")
-BASE = "dense float32"
 SHAPES = ((768, 3072), (4096, 4096), (4096, 14336))  # columns, rows
 BLOCKS, INPUTS = (4, 8), (1, 4, 16, 64, 512)
 RUNS = 20  # runs of a layer for each time
@@ -72,21 +71,14 @@ def measure(layers: dict[str, nn.Module], inputs: Tensor, repetitions: int) -> d
             time = seconds(lambda name=name: layers[name](own[name]))
             if repetition >= 0:
                 taken[name].append(time)
-    figures = {}
-    for name, times in taken.items():
-        ratios = [base / time for base, time in zip(taken[BASE], times, strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        figures[name] = {
-            "ms": 1000 * statistics.median(times), "speed": middle, "quartiles": [low, high],
-        }  # fmt: skip
-    return figures
+    return relative_speeds(taken)
 
 
 def run_all(args: argparse.Namespace) -> None:
     """Measure every case that is not in the results file yet.
 
     Raises:
-        RuntimeError: if there is no GPU that the kernel runs on.
+        RuntimeError: if the machine has no GPU that the kernel runs on.
     """
     if not triton_products.is_available():
         raise RuntimeError(

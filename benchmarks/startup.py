@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from pages import fill_page
+from pages import add_page_arguments, fill_page
 from results_file import append_line, provenance, read_lines
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -112,8 +112,7 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point; ``argv`` defaults to the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repetitions", type=int, default=5, help="processes of each case")
-    parser.add_argument("--results", default=str(RESULTS), help="JSON lines, appended to")
-    parser.add_argument("--page", default=str(PAGE), help="page with the table")
+    add_page_arguments(parser, RESULTS, PAGE)
     parser.add_argument("--table", action="store_true", help="write the table without measuring")
     args = parser.parse_args(argv)
     if not args.table:

@@ -57,7 +57,7 @@ def _is_available() -> bool:
 def supports(layer: Any, case: Case) -> bool:
     """Return whether inputs on a GPU meet a weight of one small codebook.
 
-    In graphs that are exported, or traced for another machine, there is no Triton.
+    Graphs that are exported, or traced for another machine, cannot use Triton.
     """
     quantizer = layer.quantizer
     if case.device != "cuda" or case.dtype not in DTYPES or type(quantizer) is not ProductQuantizer:
