@@ -48,7 +48,7 @@ def test_two_processes_give_the_model_of_one(words, tmp_path):
         printed = launcher(PROGRAM, *words(name, 2))
         results = json.loads((tmp_path / name / "results.json").read_text())
         stages = results["compressed"]["stages"]
-        assert [stage["stage"] for stage in stages] == ["dense", "ffn"]
+        assert [stage["stage"] for stage in stages] == ["latent weights", "ffn"]
         # 64 examples are four steps with a batch of eight on each of two processes.
         assert [stage["step"] for stage in stages] == [4, 8]
         assert results["arguments"]["training"]["per_device_train_batch_size"] == 8
