@@ -84,7 +84,7 @@ class AdditiveQuantizer(ProductQuantizer):
         """Return the codebooks of k-means, and of k-means of its residuals."""
         options = {"n_iter": n_iter, "seed": seed, "weights": weights}
         first, codes = kmeans(blocks, self.n_centroids, **options)
-        second, _ = kmeans(blocks - first[codes], self.n_centroids, **options)
+        second, _ = kmeans(blocks - first[codes.int()], self.n_centroids, **options)
         return torch.cat([first, second])
 
     def update_codebook(self, blocks, weights, codes, codebook, generator=None) -> Tensor:

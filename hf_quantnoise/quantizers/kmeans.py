@@ -13,11 +13,13 @@ codes follow in fewer iterations. The last step is to the mean.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from .base import require_finite
+from .packing import code_dtype
 
 MAX_BYTES = 4 * 2**20
 # Points of the seeding, at least, and for each centroid.
@@ -32,6 +34,8 @@ STEP = 1.8
 SAMPLE_SETTLED, SETTLED = 0.05, 0.04
 # Chunks of points that are prepared together, which costs less than one by one.
 CHUNKS = 16
+# Points of which copies are made at a time.
+COPIED_POINTS = 2**19
 
 
 def chunk_rows(n_centroids: int) -> int:
@@ -133,7 +137,9 @@ def sample_indices(n_points: int, n_samples: int, generator: torch.Generator) ->
     """Return distinct random indices; all indices in order if there are not more points."""
     if n_points <= n_samples:
         return torch.arange(n_points)
-    return torch.randperm(n_points, generator=generator)[:n_samples].clone()  # frees the others
+    dtype = torch.int32 if n_points < 2**31 else torch.int64
+    order = torch.randperm(n_points, generator=generator, dtype=dtype)
+    return order[:n_samples].long()  # a copy, which frees the others
 
 
 def _seed_centroids(
@@ -190,8 +196,13 @@ def update_centroids(
     means = cluster_means(points, codes, n_centroids, weights)
     empty = (torch.bincount(codes, minlength=n_centroids) == 0).nonzero().flatten()
     if len(empty):
-        errors = squared_errors(points, means[codes], weights)
-        if errors.double().cumsum(0)[-1] > 0:
+        errors = torch.cat(
+            [
+                squared_errors(points[part], means[codes[part].int()], _part_of(weights, part))
+                for part in _parts(len(points))
+            ]
+        )
+        if bool(errors.any()):
             uniform = torch.rand(len(empty), generator=generator, dtype=torch.float64)
             means[empty] = points[_pick_by_distance(errors, uniform.to(points.device))]
         else:  # every point equals its centroid, so there is nothing to split
@@ -203,28 +214,44 @@ def cluster_means(
     points: Tensor, codes: Tensor, n_centroids: int, weights: Tensor | None = None
 ) -> Tensor:
     """Return the (weighted) mean of each cluster, (n_centroids, d), float32; 0 if it is empty."""
-    shape = (n_centroids, points.shape[1])
-    if weights is None:
-        mass = torch.bincount(codes, minlength=n_centroids).clamp(min=1)[:, None]
-        return points.new_zeros(shape).index_add_(0, codes, points) / mass
-    mass = points.new_zeros(shape).index_add_(0, codes, weights.expand_as(points))
-    sums = points.new_zeros(shape).index_add_(0, codes, weights * points)
+    sums = points.new_zeros(n_centroids, points.shape[1])
+    mass = None if weights is None else torch.zeros_like(sums)
+    for part in _parts(len(points)):
+        index, own = codes[part].int(), points[part]
+        if mass is not None:
+            own_weights = weights[part]
+            mass.index_add_(0, index, own_weights.expand_as(own))
+            own = own_weights * own
+        sums.index_add_(0, index, own)
+    if mass is None:
+        return sums / torch.bincount(codes, minlength=n_centroids).clamp(min=1)[:, None]
     return sums / mass.clamp(min=torch.finfo(mass.dtype).tiny)
+
+
+def _parts(n_points: int) -> Iterator[slice]:
+    """Return slices of COPIED_POINTS points."""
+    for start in range(0, n_points, COPIED_POINTS):
+        yield slice(start, start + COPIED_POINTS)
+
+
+def _part_of(weights: Tensor | None, part: slice) -> Tensor | None:
+    return None if weights is None else weights[part]
 
 
 def _iterate(points, weights, centroids, n_iter, settled, generator) -> tuple[Tensor, Tensor]:
     """Run iterations until at most a share of the codes changes; return centroids and codes."""
-    codes, changed = assign(points, centroids, weights, torch.int32), 1.0
+    dtype = code_dtype((len(centroids) - 1).bit_length())  # there are two sets of codes at a time
+    codes, changed = assign(points, centroids, weights, dtype), 1.0
     for remaining in reversed(range(n_iter)):
         means = update_centroids(points, weights, codes, centroids, generator)
         is_last = remaining == 0 or changed <= settled
         centroids = means if is_last else torch.lerp(centroids, means, STEP)
-        new = assign(points, centroids, weights, torch.int32)
+        new = assign(points, centroids, weights, dtype)
         changed = int((new != codes).count_nonzero()) / len(codes)
-        codes = new  # of a large table they take gigabytes: two at a time, not three
+        codes = new
         if is_last and changed <= settled:
             break
-    return centroids, codes.long()
+    return centroids, codes
 
 
 def _check(points: Tensor, weights: Tensor | None, n_centroids: int, init: Tensor | None) -> None:
@@ -268,7 +295,8 @@ def kmeans(
             element, for codes and centroids. None weighs all alike.
 
     Returns:
-        The centroids, shape (K, d), float32, and the codes of the points, shape (N,), int64.
+        The centroids, shape (K, d), float32, and the codes of the points, shape (N,), uint8 for
+        up to 256 centroids (``int()`` makes them an index), else int32.
     """
     _check(points, weights, n_centroids, init)
     points = points.detach().float()

@@ -123,7 +123,7 @@ class ProductQuantizer(Quantizer):
         codebook, codes = kmeans(
             blocks, self.n_centroids, n_iter=n_iter, seed=seed, init=start, weights=weights
         )
-        return codebook, lambda: codebook[codes].view_as(matrix)
+        return codebook, lambda: codebook[codes.int()].view_as(matrix)
 
     def block_weights(self, matrix: Tensor, importance: Tensor | None) -> Tensor | None:
         """Return the importance of each block element, (N, block_size); (N, 1) if it is per row."""
@@ -144,7 +144,7 @@ class ProductQuantizer(Quantizer):
 
     def _assign(self, blocks: Tensor, codebook: Tensor, weights: Tensor | None) -> Tensor:
         """Return the codes of blocks (N, block_size): shape (N,), or (N, codes_per_block)."""
-        return assign(blocks, codebook, weights=weights)
+        return assign(blocks, codebook, weights, code_dtype(self.code_bits))
 
     def codebook_rows(self, codes: Tensor) -> Tensor:
         """Return the row of ``codebook`` of each code; the last dimension is along a matrix row."""
