@@ -52,6 +52,18 @@ def append_line(path: str, key: dict, figures: dict) -> None:
         file.write(json.dumps(line) + "\n")
 
 
+def append_or_compare(path: str, key: dict, figures: dict) -> None:
+    """Append a finished run; if it has a row, print whether a repetition gave the same metrics."""
+    known = [line for line in read_lines(path) if line["key"] == key]
+    if not known:
+        append_line(path, key, figures)
+        return
+    for name in known[0].keys() & figures.keys() & {"held_out", "dev"}:
+        same = known[0][name] == figures[name]
+        note = "equal to its row" if same else f"its row has {known[0][name]}"
+        print(f"{name}: {figures[name]}, {note}", flush=True)
+
+
 def figures_of(results: dict, metric: str) -> dict:
     """Return the measured values of an example's run.
 

@@ -7,8 +7,8 @@ then the other seeds are trained with the best setting.
     python benchmarks/quality/glue_float32.py --tasks rte mrpc cola sst2 \\
       --data_dir ../shared/data --model_dir ../shared/models/minilm
 
-Each finished run appends one line to the results; runs that are already there are skipped. Models of
-the best setting that are missing, for instance in a new clone, are trained again.
+Each finished run appends one line to the results; runs that are already there are skipped. Models
+of the best setting that are missing, for instance in a new clone, are trained again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import glue
 import torch
-from results_file import append_line, read_lines
+from results_file import append_or_compare, read_lines
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -92,12 +92,7 @@ def finetune(args: Arguments, key: dict) -> None:
     folder = folder_of(args.work_dir, key)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    rows = [row for row in read_lines(args.results) if row["key"] == key]
-    if rows:
-        same = all(rows[0][name] == figures[name] for name in ("held_out", "dev"))
-        print("equal to its row:" if same else f"differs from its row {rows[0]}:", end=" ")
-    else:
-        append_line(args.results, key, figures)
+    append_or_compare(args.results, key, figures)
     print(key, figures, flush=True)
 
 

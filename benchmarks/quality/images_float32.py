@@ -5,7 +5,8 @@
       --model_dir ../shared/models/mobilenet_v1_0.75_224
 
 The learning rate is chosen on held-out training images in short runs; one long run follows. Each
-finished run appends one line to the results; runs that are already there are skipped.
+finished run appends one line to the results; runs that are already there are skipped. The long run
+is repeated if its model is missing.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import cifar10
 import torch
-from results_file import append_line, read_lines
+from results_file import append_or_compare, read_lines
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 
 # transformers creates MobileNetV1 with a BatchNorm momentum that keeps the last batch only.
@@ -66,7 +67,7 @@ def key_of(seed: int, rate: float, epochs: int) -> dict:
 
 
 def finetune(args: Arguments, key: dict, splits: cifar10.Splits) -> None:
-    """Train one model and append its row; the long run saves the model."""
+    """Train one model and append its row, if it has none; the long run saves the model."""
     setting = key["setting"]
     torch.manual_seed(key["seed"])
     model = cifar10.load_model(args.model_dir)
@@ -89,7 +90,7 @@ def finetune(args: Arguments, key: dict, splits: cifar10.Splits) -> None:
     for name, split in {"held_out": splits.held_out, "dev": splits.test}.items():
         if name == "held_out" or final:  # settings are chosen on held-out images alone
             figures[name] = cifar10.scores(cifar10.logits_of(model, split), split.labels)
-    append_line(args.results, key, figures)
+    append_or_compare(args.results, key, figures)
     print(setting, figures, flush=True)
 
 
@@ -102,14 +103,16 @@ def main() -> None:
     def rows() -> list[dict]:
         return [row for row in read_lines(args.results) if row["key"] in keys]
 
-    def run(key: dict) -> None:
-        if key not in [row["key"] for row in read_lines(args.results)]:
-            finetune(args, key, splits)
+    def is_done(key: dict) -> bool:
+        return key in [row["key"] for row in read_lines(args.results)]
 
     for key in keys:
-        run(key)
+        if not is_done(key):
+            finetune(args, key, splits)
     best = min(rows(), key=lambda row: row["held_out"]["loss"])
-    run(key_of(args.seed, best["key"]["setting"]["learning_rate"], LONG))
+    final = key_of(args.seed, best["key"]["setting"]["learning_rate"], LONG)
+    if not is_done(final) or not os.path.isdir(os.path.join(args.work_dir, "float32")):
+        finetune(args, final, splits)
 
 
 if __name__ == "__main__":

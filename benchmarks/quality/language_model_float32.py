@@ -8,7 +8,7 @@
       --learning_rate 3e-3 --steps 1500 --work_dir benchmarks/runs/lm
 
 An interrupted training is resumed from its newest checkpoint. Each finished one appends one line to
-the results and is saved in ``--work_dir``.
+the results and is saved in ``--work_dir``; one that has a line is repeated if its model is missing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch
 import wikitext
-from results_file import append_line, read_lines
+from results_file import append_or_compare, read_lines
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -120,7 +120,7 @@ def train(args: Arguments, key: dict) -> dict:
 
 
 def main() -> None:
-    """Train the model if its row is missing."""
+    """Train the model if it or its row is missing."""
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     is_part = args.layers is not None and args.ffn is not None
     key = {
@@ -135,8 +135,9 @@ def main() -> None:
         },
     }  # fmt: skip
     results = os.path.join(args.results_dir, f"quality_{key['study']}.jsonl")
-    if key not in [line["key"] for line in read_lines(results)]:
-        append_line(results, key, train(args, key))
+    model = os.path.join(folder_of(args.work_dir, key), "model.safetensors")
+    if not os.path.isfile(model) or key not in [line["key"] for line in read_lines(results)]:
+        append_or_compare(results, key, train(args, key))
 
 
 if __name__ == "__main__":
