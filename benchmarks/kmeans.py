@@ -28,7 +28,8 @@ from pages import add_page_arguments, fill_page
 from results_file import append_line, provenance, read_lines
 from torch import Tensor
 
-from hf_quantnoise.quantizers.kmeans import assign, kmeans
+from hf_quantnoise.quantizers.assignment import assign
+from hf_quantnoise.quantizers.kmeans import kmeans
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "kmeans.jsonl"

@@ -16,16 +16,8 @@ from torch import Tensor
 
 from ..blocks import to_blocks
 from ..configuration import QUANTIZERS
-from .kmeans import (
-    SAMPLE_POINTS,
-    assign,
-    chunk_rows,
-    cluster_means,
-    kmeans,
-    nearest_few,
-    sample_indices,
-    squared_errors,
-)
+from .assignment import assign, chunk_rows, nearest_few, squared_errors
+from .kmeans import SAMPLE_POINTS, cluster_means, kmeans, sample_indices
 from .product import ProductQuantizer
 
 # First centroids tried for each block. With 8 the error is about 1% higher than with 32.

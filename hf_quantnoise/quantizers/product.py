@@ -16,12 +16,13 @@ from ..configuration import QUANTIZERS
 from ..configuration.checks import boolean, integer, one_of
 from ..configuration.entries import MAX_BLOCK_SIZE, MAX_CENTROIDS
 from ..layer_types import records_gradients
+from .assignment import assign
 from .base import Quantizer, StraightThrough, largest_magnitude, require_finite
 from .centroid_gradients import AverageOverBlocks, Lookup
 from .fixed_point import FixedPointQuantizer
 from .gather import gather_rows, is_wide
 from .half import clamp_to_half, round_to_half, to_half
-from .kmeans import assign, kmeans, update_centroids
+from .kmeans import kmeans, update_centroids
 from .packing import code_dtype
 from .row_scale import as_divisor, fit_row_scale, lost_rows
 

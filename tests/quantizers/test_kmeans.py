@@ -8,7 +8,8 @@ from sklearn.cluster import KMeans
 from support.clustering import objective
 from support.memory import growth_of_process
 
-from hf_quantnoise.quantizers.kmeans import MAX_BYTES, assign, chunk_rows, kmeans
+from hf_quantnoise.quantizers.assignment import MAX_BYTES, assign, chunk_rows
+from hf_quantnoise.quantizers.kmeans import kmeans
 
 
 def points_of(count, d, seed=0):
@@ -92,7 +93,7 @@ def test_assign_treats_points_independently(k, weighted, monkeypatch):
         weights[:, 3] = 8 - weights[:, :3].clamp_(max=2).sum(1)  # of mean 2
     codes = assign(points, centroids, weights=weights)
     with monkeypatch.context() as patch:
-        patch.setattr("hf_quantnoise.quantizers.kmeans.MAX_BYTES", 4 * k * 7)
+        patch.setattr("hf_quantnoise.quantizers.assignment.MAX_BYTES", 4 * k * 7)
         assert torch.equal(codes, assign(points, centroids, weights=weights))
     alone = slice(1, 2000, 3)
     points[::3] *= 1024
@@ -174,7 +175,7 @@ def test_chunk_rows_bounds_the_memory(monkeypatch):
         rows = chunk_rows(k)
         assert rows >= 1 and rows * k * 4 <= max(MAX_BYTES, 4 * k)
     assert chunk_rows(256) >= 1024
-    monkeypatch.setattr("hf_quantnoise.quantizers.kmeans.MAX_BYTES", 4096)
+    monkeypatch.setattr("hf_quantnoise.quantizers.assignment.MAX_BYTES", 4096)
     assert chunk_rows(256) == 4
 
 
@@ -183,7 +184,7 @@ def test_assign_does_not_fragment_the_heap(k, count):
     """Scratch memory allocated per chunk would leave up to a gigabyte of them."""
     before = f"""
 import torch
-from hf_quantnoise.quantizers.kmeans import assign
+from hf_quantnoise.quantizers.assignment import assign
 points, centroids = torch.randn({count}, 4), torch.randn({k}, 4)
 assign(points[:2000], centroids)
 """

@@ -8,7 +8,8 @@ from sklearn.cluster import KMeans
 from support.clustering import objective
 
 from hf_quantnoise.quantizers import ProductQuantizer
-from hf_quantnoise.quantizers.kmeans import assign, kmeans
+from hf_quantnoise.quantizers.assignment import assign
+from hf_quantnoise.quantizers.kmeans import kmeans
 
 
 def normal(*shape, seed=0):
