@@ -5,7 +5,7 @@
       --model llama --steps 4000 --work_dir benchmarks/runs/lm
     python benchmarks/quality/language_model_float32.py --data_dir ../shared/data/wikitext2 \\
       --model stories --model_dir ../shared/models/stories260K \\
-      --learning_rate 3e-3 --steps 1500 --work_dir benchmarks/runs/lm
+      --learning_rate 3e-3 --weight_decay 0.01 --steps 1500 --work_dir benchmarks/runs/lm
 
 An interrupted training is resumed from its newest checkpoint. Each finished one appends one line to
 the results and is saved in ``--work_dir``; one that has a line is repeated if its model is missing.
