@@ -1,8 +1,8 @@
 """Training with quantization noise and iterative product quantization for Transformers models.
 
-Method: "Training with Quantization Noise for Extreme Model Compression" (Fan, Stock et al., 2020).
-Importing the package registers its format with transformers, so that ``from_pretrained`` loads
-compressed models. Everything else is imported when it is used.
+The method is "Training with Quantization Noise for Extreme Model Compression" (Fan, Stock et al.,
+2020). Importing the package registers its format with transformers, so that ``from_pretrained``
+loads compressed models. Everything else is imported when it is used.
 """
 
 from typing import TYPE_CHECKING

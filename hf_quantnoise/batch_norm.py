@@ -68,15 +68,15 @@ def update_bn_stats(
 
     The weights are those of evaluation: without noise, or packed. All other modules are in eval
     mode, so dropout is off. Call it after training with noise in your own loop, before you evaluate
-    or quantize the model; the trainer and the callback do so themselves. Each layer's
+    or quantize the model; the trainer and the callback do this by themselves. Each layer's
     ``num_batches_tracked`` becomes the number of batches. Layers that no batch reaches and frozen
-    ones keep their statistics. In a distributed run all ranks must call it, with ``SyncBatchNorm``
-    with equally many batches; the statistics are averaged over the batches of all ranks.
+    ones keep their statistics. In a distributed run all ranks must call it (with ``SyncBatchNorm``,
+    with equally many batches); the statistics are averaged over the batches of all ranks.
 
     Args:
         model: any model; one without such layers is returned unchanged.
         batches: training data, each batch the keyword arguments of a forward; 256 examples or more.
-        forward: runs one batch; None is ``model(**batch)``.
+        forward: runs one batch. None: ``model(**batch)``.
 
     Returns:
         The same object.
@@ -84,7 +84,7 @@ def update_bn_stats(
     Raises:
         TypeError: if the model is not a module, or the batches are not a list of dicts of tensors.
         ValueError: if ``batches`` is empty, or the model cannot run one of them. The statistics are
-            unchanged then.
+            then unchanged.
 
     Example:
         >>> remove_quant_noise(model)

@@ -29,7 +29,7 @@ REACH_STEPS = 8
 
 
 class QuantNoiseCallback(TrainerCallback):
-    """Applies noise when training begins, and refreshes its codebooks and scales during training.
+    """Applies noise when training begins, and refreshes its codebooks and scales in training.
 
     Works with any ``Trainer``, e.g. those of TRL or sentence-transformers:
     ``trainer.add_callback(QuantNoiseCallback(config))``. Checkpoints contain the config and the
@@ -40,8 +40,8 @@ class QuantNoiseCallback(TrainerCallback):
         lookups: :func:`count_lookups`, if ``config.frequent_rows`` is set.
 
     Attributes:
-        resume_folder: checkpoint that the noise is restored from when training begins; None uses
-            the checkpoint in ``output_dir`` of the step that training resumes from.
+        resume_folder: checkpoint from which the noise is restored when training begins. None: the
+            checkpoint in ``output_dir`` of the step that training resumes from.
 
     Raises:
         TypeError: if ``config`` is not a :class:`QuantNoiseConfig`.
@@ -61,7 +61,7 @@ class QuantNoiseCallback(TrainerCallback):
         self._measured_step = -1
 
     def prepare(self, model: nn.Module) -> None:
-        """Apply the noise, unless the model has noise already."""
+        """Apply the noise, unless the model already has noise."""
         require_model(model, nn.Module)
         if find_state(model) is None:
             apply_quant_noise(model, self.config, self.lookups)
@@ -110,9 +110,9 @@ class QuantNoiseCallback(TrainerCallback):
         """Apply the noise; in a resumed run, restore the checkpoint's codebooks.
 
         Raises:
-            ValueError: if layers have to share weights that the optimizer already holds, or the
-                optimizer lacks centroids that are to be trained, or the model has BatchNorm and
-                cannot run a batch of training data by itself.
+            ValueError: if ``share_layers`` is set and the optimizer already holds the separate
+                weights, the optimizer lacks centroids that are to be trained, or the model has
+                BatchNorm and cannot run a training batch by itself.
         """
         model = kwargs["model"]
         if self.config.share_layers != 1 and find_state(model) is None:

@@ -27,10 +27,10 @@ def count_lookups(
 ) -> dict[str, Tensor]:
     """Return the number of lookups of each row, by the name of each layer that holds the table.
 
-    The tables are those of ``get_input_embeddings`` of the model and its parts. Padding, where the
-    attention mask is 0, does not count. The decoder of an encoder-decoder model with a separate
-    table looks up ``decoder_input_ids`` or, if a batch has none, the labels. The batches of all
-    ranks count; all ranks must call it.
+    The tables are those of ``get_input_embeddings`` of the model and its parts. Padding (attention
+    mask 0) does not count. The decoder of an encoder-decoder model with a separate
+    table looks up ``decoder_input_ids`` or, if a batch has none, the labels. In a distributed run
+    all ranks must call it; the batches of all ranks count.
 
     Raises:
         ValueError: if the batches have no ids for a table.

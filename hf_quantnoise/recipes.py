@@ -1,4 +1,4 @@
-"""Recipes: settings for a size, to be used as they are or as a start.
+"""Recipes: settings for a size, to be used as they are or as a starting point.
 
 A recipe finetunes without noise, then trains all layers with exact PQ noise of rate 1 whose
 centroids are trained and whose codes follow the weights, with the finetuned model as teacher
@@ -77,19 +77,19 @@ FAMILIES = tuple(_BLOCKS)
 
 @dataclass
 class Recipe:
-    """Settings for a size; all of them can be changed. ``print(recipe)`` shows them.
+    """Settings for a size. All can be changed; ``print`` shows them.
 
     Attributes:
         size: ``"13x"``, ``"20x"`` or ``"30x"``.
         family: one of ``FAMILIES``.
-        times_smaller: float32 size over that of the compressed file, for the model of
-            :func:`recipe`.
+        times_smaller: size of the model of :func:`recipe` in float32, divided by that of the
+            compressed file.
         quantization: for ``QuantNoiseTrainer.compress``.
         noise: for ``QuantNoiseTrainer``, with the blocks of ``quantization``. Change both together:
             ``QuantNoiseConfig.matching(quantization, model, ...)``.
         compression: for ``QuantNoiseTrainer``, as ``compression_args``.
-        length: length of the training with noise, in multiples of the finetuning, whose learning
-            rate it should have.
+        length: length of the training with noise, in multiples of the finetuning. Use the learning
+            rate of the finetuning.
 
     Example:
         >>> settings = recipe("30x", model)
@@ -135,12 +135,13 @@ def recipe(size: str, model: PreTrainedModel | None = None, family: str | None =
     """Return the settings for a size.
 
     Args:
-        size: how many times smaller than in float32 the file is at least: ``"13x"``, ``"20x"`` or
-            ``"30x"``.
+        size: ``"13x"``, ``"20x"`` or ``"30x"``; the file becomes at least this many times smaller
+            than in float32.
         model: the model to be compressed, which is not changed; may be on the meta device. None:
             settings for a model of the size of BERT, GPT-2 or ResNet-50.
-        family: ``"encoder"``, ``"language_model"`` or ``"image_model"``. None: that of the model,
-            see :func:`family_of`; ``"encoder"`` without a model.
+        family: ``"encoder"``, ``"language_model"`` or ``"image_model"``. None: that of the model
+            (image model: most weights are in convolutions; language model: it generates text;
+            encoder: all others); ``"encoder"`` without a model.
 
     Raises:
         TypeError: if the model is not a ``PreTrainedModel``.

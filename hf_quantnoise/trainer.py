@@ -63,16 +63,16 @@ class QuantNoiseTrainer(PublishingMixin, DistillingTrainer):
         model: a transformers model.
         args: ``TrainingArguments``.
         qn_config: which noise to train with; None trains without noise.
-        teacher: a model to distill from, in :meth:`train` and in :meth:`compress`; not trained, but
-            put in eval mode. None: :meth:`train` uses the labels alone, and :meth:`compress` a
-            frozen copy of its model.
-        compression_args: how to distill, the learning rate of centroids that the noise trains, and
-            the default of :meth:`compress`.
+        teacher: a model to distill from, in :meth:`train` and in :meth:`compress`. It is put in
+            eval mode and not trained. None: :meth:`train` uses only the labels, and
+            :meth:`compress` a frozen copy of the uncompressed model as teacher.
+        compression_args: how to distill, and the learning rate of centroids that the noise trains;
+            also the default of :meth:`compress`.
         data_collator, train_dataset, eval_dataset, processing_class, model_init,
             compute_loss_func, callbacks, optimizers, optimizer_cls_and_kwargs,
             preprocess_logits_for_metrics: as in ``Trainer``.
-        compute_metrics: as in ``Trainer``; or, for models with one label per example, a metric of
-            the package evaluate (``evaluate.load("accuracy")``) or the name or path of one.
+        compute_metrics: as in ``Trainer``; for models with one label per example also a metric of
+            the package evaluate (``evaluate.load("accuracy")``), or its name or path.
 
     Attributes:
         compression_history: after :meth:`compress`, one dict for the dense model and one per stage;
@@ -80,7 +80,7 @@ class QuantNoiseTrainer(PublishingMixin, DistillingTrainer):
 
     Raises:
         TypeError: if ``model``, ``args``, ``qn_config``, ``teacher``, ``compression_args`` or
-            ``compute_metrics`` is something else.
+            ``compute_metrics`` has another type.
         ValueError: if there is a teacher and ``compression_args`` has ``distill=False``, or the
             noise trains centroids under FSDP.
 
@@ -166,10 +166,10 @@ class QuantNoiseTrainer(PublishingMixin, DistillingTrainer):
     ) -> TrainOutput:
         """``Trainer.train``; ``resume_from_checkpoint=True`` uses the newest complete checkpoint.
 
-        Incomplete ones, which a killed run leaves, are skipped with a warning.
+        Incomplete checkpoints, as after a killed run, are skipped with a warning.
 
         Raises:
-            ValueError: if there are checkpoints, but no complete one.
+            ValueError: if there are checkpoints, but none is complete.
         """
         if resume_from_checkpoint is True:
             callback = self.noise_callback
@@ -212,9 +212,9 @@ class QuantNoiseTrainer(PublishingMixin, DistillingTrainer):
     ) -> PreTrainedModel:
         """Compress the model in place, stage by stage (iPQ, section 3.2).
 
-        The noise is removed. Each stage quantizes its layers, then finetunes the centroids and
-        everything that is still dense, with the uncompressed model as teacher. All metrics and
-        errors are logged.
+        The noise is removed first. Each stage quantizes its layers, then finetunes the centroids
+        and everything that is still dense, with the uncompressed model as teacher. All metrics and
+        quantization errors are logged.
 
         Args:
             config: :class:`IPQConfig` or :class:`FixedPointConfig`.
@@ -222,16 +222,17 @@ class QuantNoiseTrainer(PublishingMixin, DistillingTrainer):
                 per stage, with a teacher).
             teacher: another model to distill from; None uses that of the trainer.
             report: called with the record of each finished stage, on every process.
-            resume_from_checkpoint: continue an interrupted ``compress`` that had the same settings;
-                the resulting model is the same as without the interruption. Starts from scratch if
-                there are no files. Needs a ``save_strategy`` other than ``"no"``.
+            resume_from_checkpoint: resume an interrupted ``compress`` that had the same settings;
+                the result is the same as without the interruption. Without files of such a run, it
+                starts from scratch. Needs a ``save_strategy`` other than ``"no"``.
 
         Returns:
             The packed model, which is also ``self.model``.
 
         Raises:
-            TypeError: if an argument is something else.
-            ValueError: before anything is changed, if the settings cannot be carried out.
+            TypeError: if an argument has another type.
+            ValueError: before anything is changed, if the settings are invalid for this model,
+                data or trainer.
         """
         compression_args = self.compression_args if compression_args is None else compression_args
         teacher = self.given_teacher if teacher is None else teacher

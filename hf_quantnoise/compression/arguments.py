@@ -67,13 +67,13 @@ def _layers(name: str, value: Any) -> None:
 @documented
 @dataclass
 class CompressionArguments(Options):
-    """Finetuning in the stages of ``QuantNoiseTrainer.compress``.
+    """Settings of finetuning and distillation in ``QuantNoiseTrainer.compress``.
 
-    For ``HfArgumentParser``, next to ``TrainingArguments``. Batch size, optimizer, precision and
-    seed are those of the trainer.
+    ``HfArgumentParser`` can parse them, next to ``TrainingArguments``. Batch size, optimizer,
+    precision and seed are those of the trainer.
 
     Raises:
-        ValueError: naming the field, the value and what was expected.
+        ValueError: if a value is invalid; names the field, the value and what was expected.
     """
 
     stage_epochs: Annotated[float, non_negative] = option(
@@ -108,7 +108,7 @@ class CompressionArguments(Options):
         "those of the training.",
     )
     lookup_batches: Annotated[int, integer(1)] = option(
-        2000, "Training batches whose tokens are counted for frequent_rows, at most."
+        2000, "Maximum number of training batches whose tokens are counted for frequent_rows."
     )
     budget_batches: Annotated[int, integer(0)] = option(
         1,
@@ -124,10 +124,10 @@ class CompressionArguments(Options):
         True, "Distill from a teacher in the stages (section 3.2)."
     )
     distill_weight: Annotated[float, fraction] = option(
-        1.0, "Weight of the loss on the teacher's logits; the labels have the rest."
+        1.0, "Weight of the loss on the teacher's logits; that on the labels has the rest."
     )
     temperature: Annotated[float, positive] = option(
-        1.0, "Temperature of both softmaxes of the logits."
+        1.0, "Temperature of the softmaxes of the teacher's and the model's logits."
     )
     distill_hidden: Annotated[float, non_negative] = option(
         0.0, "Weight of the relative squared error of the hidden states, added to the loss."

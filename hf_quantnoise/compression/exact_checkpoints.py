@@ -57,12 +57,12 @@ def save_tensors(tensors: dict[str, Tensor], path: str) -> None:
 class ExactCheckpoints(TrainerCallback):
     """Adds a model's tensors as they are in memory to a trainer's checkpoints, and restores them.
 
-    Files of a packed model have centroids in ``codebook_bits``; training continues with more. With
-    this callback a resumed training is bit-equal to an uninterrupted one. It reads the checkpoint
-    in ``output_dir`` of the step that training resumes from.
+    Centroids have ``codebook_bits`` in files, and more precision in training. With this callback a
+    resumed training is bit-equal to an uninterrupted one. It reads the checkpoint in ``output_dir``
+    of the step that training resumes from.
 
     Args:
-        trainer: the trainer that it is added to, on one process or with DDP.
+        trainer: the trainer to which the callback is added, on one process or with DDP.
 
     Example:
         >>> trainer.add_callback(ExactCheckpoints(trainer))

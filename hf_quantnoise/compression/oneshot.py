@@ -60,9 +60,9 @@ def quantize_model(
         progress: show progress bars, and the bit allocation for a target size.
         calibration_data: a few batches, each the keyword arguments of a forward. Required if
             ``config.activation_bits`` is set (section 7.7), ``config.importance`` is
-            ``"activations"`` or ``config.frequent_rows`` is set (whose lookups the model's noise
-            may have counted); used to measure sensitivities for a target size, and how packing
-            changes the statistics of BatchNorm.
+            ``"activations"``, or ``config.frequent_rows`` is set (unless the model's noise has
+            counted the lookups); also used to measure sensitivities for a target size, and how
+            packing changes the statistics of BatchNorm.
 
     Returns:
         The same object, packed. ``save_pretrained``, ``push_to_hub`` and ``Trainer`` work as usual.
@@ -70,12 +70,12 @@ def quantize_model(
     Raises:
         TypeError: if the model is not a ``PreTrainedModel``, the config has another type, or the
             calibration data is not a list of dicts of tensors.
-        ValueError: if it is quantized already, the config does not fit it, the target cannot be
-            met, a weight cannot be stored (NaN, too large), or calibration data is required and
-            missing, or does not reach a layer.
+        ValueError: if the model is already quantized, the config does not fit it, the target cannot
+            be met, a weight cannot be stored (NaN, too large), or required calibration data is
+            missing or does not reach a layer.
 
-    If it fails or is interrupted for any reason, the model is what it was before, noise included.
-    Until it is finished the dense weights stay in memory, beside the packed ones.
+    If it fails or is interrupted, the model is restored, noise included. For this, the dense
+    weights stay in memory until it returns, in addition to the packed ones.
     """
     check_can_be_packed(model)
     require_instance(

@@ -16,7 +16,7 @@ from .storage import OBSERVERS, SCHEMES, QuantizedModelConfig
 @documented
 @dataclass(repr=False)
 class FixedPointConfig(QuantizedModelConfig):
-    """Fixed-point scalar quantization of the weights (section 3.1, Eq. 2)."""
+    """Settings of fixed-point scalar quantization (section 3.1, Eq. 2)."""
 
     bits: Annotated[int, integer(1, 8)] = option(8, "Bits per weight, 1 to 8.")
     observer: Annotated[str, one_of(OBSERVERS)] = option(

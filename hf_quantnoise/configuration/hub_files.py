@@ -39,7 +39,7 @@ class HubConfigMixin:
         Raises:
             FileNotFoundError: naming the missing file.
             ValueError: naming the file, if it is damaged, or an invalid field.
-            TypeError: if the file is a config of another class, or the path is something else.
+            TypeError: if the file is a config of another class, or the path has another type.
         """
         hint = f"write it with {cls.__name__}.save_pretrained(folder) or push_to_hub(repo_id)"
         file_name = find_file(path, cls.file_name, hint, **kwargs)

@@ -38,7 +38,7 @@ def _stages(name: str, value: Any) -> None:
 @documented
 @dataclass(repr=False)
 class IPQConfig(QuantizedModelConfig):
-    """Iterative product quantization (section 3.2)."""
+    """Settings of iterative product quantization (section 3.2)."""
 
     block_size: Annotated[int | dict[str, int], sizes(1, MAX_BLOCK_SIZE)] = option(
         4,
@@ -54,13 +54,13 @@ class IPQConfig(QuantizedModelConfig):
     stages: Annotated[list[str] | tuple[str, ...] | None, _stages] = option(
         None,
         "Structure groups, or regexes for full layer names, in the order of quantization. Layers "
-        "of no stage are stored by leftover_bits. None: the groups that the model has of ffn, "
-        "embeddings, attention, conv; and, in models with convolutions, head (section 7.8).",
+        "of no stage are stored as leftover_bits sets. None: those of ffn, embeddings, attention "
+        "and conv that the model has; and head, in models with convolutions (section 7.8).",
     )
     codebook_bits: Annotated[int, one_of((32, 16, 8))] = option(
         16,
         "Bits per stored centroid value: 32, 16, or 8 (Eq. 2 on the codebook; section 3.3). "
-        "Weights that float16 cannot hold have 32 in place of 16.",
+        "For weights that float16 cannot hold, 32 is used instead of 16.",
     )
     kmeans_iter: Annotated[int, integer(1, 100_000)] = option(
         20, "Maximum number of k-means iterations."
@@ -104,8 +104,8 @@ class IPQConfig(QuantizedModelConfig):
         {},
         "Layer name -> how it is stored, which overrides the fields above: {'scheme': 'pq', "
         "'block_size': 8, 'n_centroids': 256}, {'scheme': 'int', 'bits': 4}, {'scheme': 'dense'}, "
-        "or an entry of a plan. Without 'codebook_bits', that of the config holds. A target size "
-        "fills it in, unless it is set already.",
+        "or an entry of a plan. Without 'codebook_bits', that of the config applies. A target size "
+        "sets it, unless it is already set.",
     )
 
     scheme: ClassVar[str] = "ipq"

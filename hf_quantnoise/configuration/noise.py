@@ -50,10 +50,10 @@ def _rates(name: str, value: Any) -> None:
 @documented
 @dataclass
 class QuantNoiseConfig(HubConfigMixin, Options):
-    """Noise to train with (section 4).
+    """Settings of quantization noise in training (section 4).
 
     Raises:
-        ValueError: naming the field, the value and what was expected.
+        ValueError: if a value is invalid; names the field, the value and what was expected.
     """
 
     noise: Annotated[str | list[str], _noise_names] = option(
@@ -117,7 +117,7 @@ class QuantNoiseConfig(HubConfigMixin, Options):
         "IPQConfig; or a dict, like block_size, to the number of frequent rows.",
     )
     rare_block_size: Annotated[int | dict[str, int], sizes(1, MAX_BLOCK_SIZE)] = option(
-        32, "Number of weights per block of the other rows; int or dict, like block_size."
+        32, "Number of weights per block of rows that are not frequent; int or dict."
     )
     scale_update_steps: Annotated[int, integer(1)] = option(
         10, "Optimizer steps between updates of scale and zero point of intN noise."
@@ -149,7 +149,7 @@ class QuantNoiseConfig(HubConfigMixin, Options):
         "7.7). None: no rounding.",
     )
     activation_calibration: Annotated[int, integer(1)] = option(
-        16, "Initial forward passes that only set the range of these inputs."
+        16, "With activation_bits, initial forward passes that only set the range of inputs."
     )
     share_layers: Annotated[int | list[list[str]], layer_chunks] = option(
         1,
@@ -261,11 +261,11 @@ class QuantNoiseConfig(HubConfigMixin, Options):
         model: nn.Module | None = None,
         **overrides: Any,
     ) -> QuantNoiseConfig:
-        """Return noise with the blocks of a target.
+        """Return noise that has the block sizes with which the model will be quantized.
 
         The noise is ``"proxy"`` for an :class:`IPQConfig`, ``"intN"`` for a
-        :class:`FixedPointConfig`. With a model, only the layers that will be quantized get it: the
-        others are in ``exclude_modules``. ``overrides`` are fields of this class.
+        :class:`FixedPointConfig`. ``overrides`` are fields of this class. With a model, only layers
+        that will be quantized get noise: the others are in ``exclude_modules``.
 
         Raises:
             ValueError: if the config has a target size and no ``layer_quantizers`` yet, or does

@@ -78,10 +78,9 @@ class QuantizedModelConfig(HubConfigMixin, Options, QuantizationConfigMixin):
     )
     leftover_bits: Annotated[int, one_of((32, 16, 8))] = option(
         8,
-        "Bits per value of what is not packed as above. 8: layers of no stage, and those that do "
-        "not fit, as int8 with a scale per row, all other tensors (biases, norms) in float16. 16: "
-        "all in float16. 32: as they are. Excluded layers and {'scheme': 'dense'} entries are "
-        "unchanged.",
+        "Bits per value of everything that no stage packs. 8: layers are stored as int8 with a "
+        "scale per row, all other tensors (biases, norms) in float16. 16: all in float16. 32: as "
+        "they are. Excluded layers and {'scheme': 'dense'} entries are unchanged.",
     )
     activation_bits: Annotated[int | None, integer(1, 8)] = option(
         None,
@@ -107,8 +106,8 @@ class QuantizedModelConfig(HubConfigMixin, Options, QuantizationConfigMixin):
     )
     left_dense: Annotated[dict[str, str], by_layer(reason)] = option(
         {},
-        "Filled in by compression: name of a layer or parameter that no stage packs -> why. plan "
-        "has those that are stored in leftover_bits=8.",
+        "Filled in by compression: name of a layer or parameter that no stage packs -> why. Those "
+        "that are stored as int8 (leftover_bits=8) are in plan, too.",
     )
     shared_layers: Annotated[dict[str, str], by_layer(layer_name)] = option(
         {}, "Filled in by compression: layer -> the layer that holds its weights."
@@ -123,8 +122,8 @@ class QuantizedModelConfig(HubConfigMixin, Options, QuantizationConfigMixin):
     )
     format_version: int = option(
         FORMAT_VERSION,
-        "Version of the layout on disk; saving writes the newest. One that is newer than "
-        "the package is an error that names the version to install.",
+        "Version of the layout on disk; saving writes the newest. If it is newer than the "
+        "package, an error names the version to install.",
     )
 
     scheme: ClassVar[str] = ""

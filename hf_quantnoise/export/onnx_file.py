@@ -97,27 +97,27 @@ def export_onnx(
 ) -> OnnxExport:
     """Export a packed model as an ONNX file with dynamic batch size and sequence length.
 
-    The folder is one that transformers.js and optimum load: ``onnx/model.onnx``, ``config.json``,
-    and the tokenizer or image processor that is known for the model. Decoders take and return the
-    keys and values of earlier tokens.
+    The folder has the layout that transformers.js and optimum load: ``onnx/model.onnx``,
+    ``config.json``, and the tokenizer or image processor of the model, if it is known. Decoders
+    take the keys and values of earlier tokens and return those of all tokens.
 
     Args:
         model: a packed classifier, tagger, encoder, or decoder such as GPT-2 or Llama.
         folder: output folder; created if it does not exist.
-        inputs: example inputs by name. The first dimension is the batch, the second one of integer
-            tensors and waveforms (batch, samples) the length; both are dynamic. So are all three of
-            multiple choice (batch, choices, length). Other sizes are fixed.
+        inputs: example inputs by name. The first dimension (the batch) is dynamic, and so are the
+            second one of integer tensors and waveforms (the length), and all three of multiple
+            choice (batch, choices, length). Other sizes are those of the example.
             Default: input ids, attention mask and, if the model has several, token types; or
-            pixels or spectrograms of the size in the config; or a waveform. None for decoders.
+            pixels or spectrograms of the size in the config; or a waveform. Decoders have fixed
+            inputs: do not pass any.
         dtype: ``"fp32"``: weights are decoded, and products computed in float32. ``"int8"``:
             products of Linear layers are computed in 8-bit integers, which is faster and needs
-            less memory. Codebooks that are not stored in 8 bits, and inputs, are rounded for it
-            (:mod:`.onnx_int8`).
-        leftover_bits: 16 rounds dense matrices to float16 in the file. Values that are float16
-            values already are always stored as such.
+            less memory; inputs, and codebooks that are not stored in 8 bits, are rounded to 8 bits.
+        leftover_bits: 16 rounds dense matrices to float16 in the file. Matrices whose values fit
+            float16 exactly are always stored in it.
 
     Returns:
-        The folder, names of inputs and outputs, and layers without int8 products.
+        The folder, the names of inputs and outputs, and the layers without int8 products.
 
     Raises:
         ImportError: if ``onnx`` or ``onnxscript`` is not installed.

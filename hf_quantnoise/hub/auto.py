@@ -28,7 +28,7 @@ TRUST = "trust_remote_code"
 
 
 class AutoQuantizedModel:
-    """Loads a model compressed by this package, with any head.
+    """Loads a model that was compressed by this package, with any head.
 
     ``AutoQuantizedModel.from_pretrained(repo_or_folder)`` reads the class from the checkpoint;
     ``AutoQuantizedModelForSequenceClassification`` and its siblings load a given head instead.
@@ -48,15 +48,15 @@ class AutoQuantizedModel:
 
         Args:
             pretrained_model_name_or_path: the folder or repository.
-            check: whether the values of packed layers are checked: codes within the codebook,
-                finite centroids, scales above 0. Names, shapes and dtypes always are.
+            check: whether to check the values of packed layers: codes within the codebook, finite
+                centroids, scales above 0. Names, shapes and dtypes are always checked.
             kwargs: arguments of ``PreTrainedModel.from_pretrained``. ``trust_remote_code=True``
                 runs the code that ``auto_map`` in ``config.json`` names.
 
         Raises:
             ValueError: if the checkpoint is not from this package, or a file is corrupted.
             OSError: if a file is missing.
-            TypeError: if the path is something else.
+            TypeError: if the path has another type.
         """
         path = require_path("pretrained_model_name_or_path", pretrained_model_name_or_path)
         require_not_interrupted(os.path.join(path, kwargs.get("subfolder") or ""))

@@ -23,20 +23,20 @@ Made = dict[tuple[int, int, torch.dtype], dict[str, Any]]
 def optimize_for_inference(model: Model, form: str = "bf16") -> Model:
     """Decode the weights of a packed model once, in place, which makes it as fast as a dense one.
 
-    The model keeps its class, its packed tensors and its ties; ``generate`` and pipelines take it,
-    and ``save_pretrained`` writes the packed form. Tables stay packed, as only looked-up rows of
-    them are decoded. Layers that were not packed are unchanged. Inputs and outputs of layers keep
-    their dtype. The model is put in eval mode and cannot be trained until
-    :func:`restore_packed`: its parameters are frozen. Writes to them have no effect.
+    The model keeps its class, its packed tensors and its ties; it works in ``generate`` and
+    pipelines, and ``save_pretrained`` writes the packed form. Embedding tables stay packed, since
+    only looked-up rows are decoded. Layers that were not packed are unchanged. Inputs and outputs
+    of layers keep their dtype. The model is put in eval mode, and its parameters are frozen until
+    :func:`restore_packed` is called. Writes to them have no effect.
 
     Args:
         model: any model with packed layers.
-        form: how decoded weights of ``nn.Linear`` and ``Conv1D`` are held, and what they are
-            multiplied in. ``"float32"``; ``"bf16"``; or ``"int8"``, the dynamic int8 of torch: a
+        form: how decoded weights of ``nn.Linear`` and ``Conv1D`` are stored and multiplied:
+            ``"float32"``; ``"bf16"``; or ``"int8"``, the dynamic int8 of torch: a
             scale per row, and inputs that are rounded to 8 bits by their range in each call. With
             ``activation_bits`` and a weight of integers, both are those of the packed model.
-            Others (convolutions, subclasses with a separate forward) are held in the dtype of
-            the model.
+            Other layers (convolutions, subclasses with a separate forward) are decoded in the dtype
+            of the model.
 
     Returns:
         The model.
@@ -80,7 +80,7 @@ def optimize_for_inference(model: Model, form: str = "bf16") -> Model:
 def restore_packed(model: Model) -> Model:
     """Undo :func:`optimize_for_inference` in place, and return the model.
 
-    The model stays in eval mode. One that is not optimized is unchanged.
+    The model stays in eval mode. A model that is not optimized is returned unchanged.
     """
     _drop_dense(model)
     for name in vars(model).pop(_TRAINED, ()):

@@ -49,15 +49,16 @@ def apply_quant_noise(
 ) -> nn.Module:
     """Apply quantization noise to a model (section 4), in place.
 
-    Layers stay the same objects with the same parameters, ``state_dict`` keys and ``isinstance``;
-    they are noisy while ``.training``. Codebooks and scales are fitted at once.
-    ``find_state(model)`` holds them, the rates, and the reasons for skipped layers.
+    Layers stay the same objects with the same parameters and ``state_dict`` keys, and
+    ``isinstance`` checks hold. They are noisy in training mode. Codebooks and scales are fitted at
+    once. ``hf_quantnoise.noise.find_state(model)`` returns them, the rates, and why layers were
+    skipped.
 
     In a distributed run all ranks must call it; they get the codebooks of rank 0.
 
     Args:
-        model: any model; ``remove_quant_noise`` removes the noise again.
-        qn_config: type, rate and place of the noise.
+        model: any model; :func:`remove_quant_noise` removes the noise again.
+        qn_config: which noise to apply, at which rate and to which layers.
         lookups: :func:`count_lookups`, if ``qn_config.frequent_rows`` is set.
 
     Returns:
@@ -65,8 +66,8 @@ def apply_quant_noise(
 
     Raises:
         TypeError: if the model is not a module, or ``qn_config`` not a QuantNoiseConfig.
-        ValueError: if the model has noise already, is fully quantized, or has no layer that can
-            get the noise, or ``lookups`` is missing; the model is unchanged then.
+        ValueError: if the model already has noise, is fully quantized, or has no layer that can
+            get the noise, or ``lookups`` is missing; the model is then unchanged.
     """
     require_model(model, nn.Module)
     require_instance(
@@ -136,8 +137,8 @@ def noised_layers(model: nn.Module, qn_config: QuantNoiseConfig) -> list[str]:
 def remove_quant_noise(model: nn.Module) -> nn.Module:
     """Remove the noise from a model, in place.
 
-    Objects, classes, keys and parameters are those from before the noise was applied; layers that
-    shared weights get a copy each. A model without noise is returned unchanged.
+    Layers get their original classes; layers that shared weights get a copy each. A model without
+    noise is returned unchanged.
 
     Raises:
         TypeError: if the model is not a module.

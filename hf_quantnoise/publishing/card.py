@@ -58,9 +58,9 @@ _PAPER = (
 class QuantNoiseCard:
     """Facts for a model card that cannot be read from the model itself.
 
-    The card's class, sizes, storage and versions come from the model when the card is rendered,
-    languages and license from the card of the base model. Everything else is optional, and is not
-    mentioned on the card if it is not set.
+    Class, sizes, storage and versions are read from the model when the card is rendered, languages
+    and license from the card of the base model. Everything else is optional, and omitted from the
+    card if it is not set.
 
     ``QuantNoiseTrainer.compress`` stores a filled-in card as ``model.quantnoise_card``, which
     :func:`push_to_hub` and :func:`write_model_card` use by default.
@@ -74,7 +74,7 @@ class QuantNoiseCard:
         dataset: name of the evaluation dataset.
         dataset_id: Hub id of the evaluation dataset.
         dataset_config: its configuration, as in ``load_dataset(dataset_id, dataset_config)``.
-        dataset_split: the split of it that was evaluated.
+        dataset_split: its split that was evaluated.
         before: metrics of the uncompressed model, as returned by ``Trainer.evaluate``. Timings are
             ignored.
         after: metrics of this model, in the same form.
@@ -82,8 +82,8 @@ class QuantNoiseCard:
         training: training hyperparameters, name -> value.
         compression: settings of the finetuning between the stages, name -> value.
         history: one record per compression stage, as in ``trainer.compression_history``.
-        plot: path of a picture of the compression run, which is copied to the model's folder.
-        template: path of a Jinja template to use in place of the package's.
+        plot: path of a plot of the compression run, which is copied to the model's folder.
+        template: path of a Jinja template to use instead of the package's.
 
     Example:
         >>> card = QuantNoiseCard(base_model="roberta-base", after={"accuracy": 0.91})

@@ -87,7 +87,7 @@ def write_model_card(
         The path of the file.
 
     Raises:
-        TypeError: if an argument is something else.
+        TypeError: if an argument has another type.
         ValueError: if the template is invalid.
     """
     _require_card_of_model(model, card)
@@ -141,7 +141,7 @@ def push_to_hub(
         A ``huggingface_hub.CommitInfo``.
 
     Raises:
-        TypeError: if an argument is something else.
+        TypeError: if an argument has another type.
         ValueError: if ``repo_id`` is not a valid name, or the template is invalid.
     """
     _require_card_of_model(model, card)

@@ -24,7 +24,7 @@ def read_template(path: str | os.PathLike | None = None) -> str:
     Raises:
         ValueError: if the file is missing, is not a template, lacks the metadata or uses an unknown
             variable.
-        TypeError: if the path is something else.
+        TypeError: if the path has another type.
     """
     if path is None:
         return (files(__package__) / "template.md").read_text(encoding="utf-8")

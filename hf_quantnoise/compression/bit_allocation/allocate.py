@@ -102,8 +102,8 @@ def plan_bit_allocation(
             exclusions select the weights; ``codebook_bits`` and ``kmeans_iter`` apply to all of
             them; ``block_size`` and ``n_centroids`` are not read.
         batches: a few batches to measure sensitivities on, each the keyword arguments of a forward.
-            Without any, the quantization errors decide. In a distributed run each rank passes its
-            own and all of them count.
+            None: quantization errors decide. In a distributed run each rank passes its own batches,
+            and all of them count.
         progress: show progress bars.
         lookups: :func:`count_lookups` of the training data, if ``config.frequent_rows`` is set;
             None counts the batches.
@@ -233,13 +233,24 @@ def allocate_bits(
     table: bool | None = None,
     lookups: Lookups | None = None,
 ) -> IPQConfig:
-    """Return the config with ``layer_quantizers`` that meet its target.
+    """Return a copy of the config with ``layer_quantizers`` that meet its target size.
 
     It can be saved, edited and passed to ``quantize_model`` or ``QuantNoiseTrainer.compress``.
-    Other arguments and errors are those of :func:`plan_bit_allocation`.
 
     Args:
+        model: a dense model without noise; it is not changed.
+        config: with ``target_size_mb`` or ``target_bits_per_weight``.
+        batches: a few batches to measure sensitivities on, each the keyword arguments of a forward.
+            None: quantization errors decide. In a distributed run each rank passes its own batches.
+        progress: show progress bars.
         table: print the allocation as a table; None prints it if ``progress`` is set.
+        lookups: :func:`count_lookups` of the training data, if ``config.frequent_rows`` is set.
+            None: those of the batches.
+
+    Raises:
+        TypeError: if an argument has another type.
+        ValueError: if the config has no target or does not fit the model, or the target cannot be
+            reached or needs no quantization.
     """
     allocation = plan_bit_allocation(model, config, batches, progress, lookups)
     if (progress if table is None else table) and is_rank_0():

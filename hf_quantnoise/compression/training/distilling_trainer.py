@@ -18,7 +18,7 @@ def make_teacher(
     """Return the teacher of a trainer whose model learns from another one, or None without one.
 
     Raises:
-        TypeError: if an argument is something else.
+        TypeError: if an argument has another type.
         ValueError: if the arguments distill nothing, or the teacher has no weights.
     """
     require_instance(
