@@ -11,9 +11,16 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from support.local_hub import write_dataset
 from test_documented_commands import place_run_clm, write_wider
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    set_seed,
+)
 
 from hf_quantnoise import AutoQuantizedModel
 from hf_quantnoise.cli import main as command_line
@@ -152,13 +159,24 @@ def place_other_trainers(folder: Path, fixture) -> None:
 
 
 def test_tutorial_of_language_models_runs(tmp_path, monkeypatch, request):
-    """Its commands with tiny models and texts, then its block."""
+    """Its commands with a tiny model, texts, target and number of epochs, then its blocks."""
     pytest.importorskip("datasets")
     monkeypatch.chdir(tmp_path)
     place_run_clm(tmp_path, request.getfixturevalue)
+    config = AutoConfig.from_pretrained("gpt2", hidden_size=128, intermediate_size=512)
+    model = AutoModelForCausalLM.from_config(config)  # large enough for a recipe
+    model.save_pretrained("gpt2")
+    target = str(weights_mb("gpt2") / 10)
     text = re.sub(r" *\\\n *", " ", TUTORIAL.read_text())
     commands = re.findall(r"^    hf-quantnoise (.+)$", text, re.MULTILINE)
-    for command in commands[:2]:
+    for command in commands:
+        command = command.replace("_mb 30", f"_mb {target}").replace("_epochs 4", "_epochs 1")
         with contextlib.suppress(SystemExit):
             command_line(shlex.split(command))
-    run(blocks(TUTORIAL)[0])
+    assert weights_mb("gpt2") > 13 * weights_mb("out/compressed")
+    assert weights_mb("out/30mb/compressed") <= weights_mb("gpt2") / 10
+    generate, allocate = blocks(TUTORIAL)
+    run(generate)
+    names = {"model": model, "batches": [{"input_ids": torch.arange(8)[None]}]}
+    exec(allocate.replace("_mb=30", f"_mb={target}"), names)
+    assert names["config"].layer_quantizers and names["noise"].p == 1
