@@ -5,6 +5,7 @@ import copy
 import ctypes
 import importlib
 import inspect
+import io
 import pickle
 from pathlib import Path
 
@@ -310,6 +311,22 @@ def test_openmp_runs_a_function_on_threads_of_torch():
     torch.set_num_threads(3)
     assert openmp.usable_threads() == 3
     torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("is_deleted", [False, True])
+def test_openmp_is_found_in_folders_with_spaces_unless_deleted(is_deleted, tmp_path, monkeypatch):
+    if openmp.openmp() is None:
+        pytest.skip("the OpenMP library of torch is unknown")
+    real = Path(openmp.openmp()._name)
+    copied = tmp_path / "my env" / "libgomp" / real.name  # a folder of such a name, too
+    copied.parent.mkdir(parents=True)
+    copied.write_bytes(real.read_bytes())
+    shown = f"{copied} (deleted)" if is_deleted else str(copied)
+    maps = Path("/proc/self/maps").read_text().replace(str(real), shown)
+    other = f"{maps.splitlines()[0].rpartition(' ')[0]} {copied.parent / 'libother.so'}\n"
+    monkeypatch.setattr(openmp, "open", lambda *_, **__: io.StringIO(maps + other), raising=False)
+    found = openmp.openmp.__wrapped__()
+    assert found is None if is_deleted else found._name == str(copied)
 
 
 def test_in_torch_func_knows_transformations():

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 _PROCESS = os.getpid()
+_NAME = re.compile(r"lib(gomp|iomp5|omp)\b")
 
 
 @cache
@@ -20,15 +21,20 @@ def openmp() -> Any:
     It is known on Linux only.
     """
     try:
-        with open("/proc/self/maps", encoding="utf-8") as file:
-            loaded = set(re.findall(r"\S*/lib(?:gomp|iomp5|omp)\b[^/\n]*", file.read()))
+        with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as file:
+            fields = [line.rstrip("\n").split(maxsplit=5) for line in file]
     except OSError:
         return None
+    paths = {each[5] for each in fields if len(each) == 6}  # may have spaces
+    loaded = [path for path in paths if _NAME.match(os.path.basename(path))]
     folder = os.path.dirname(torch.__file__)
-    of_torch = [path for path in loaded if path.startswith(folder)] or list(loaded)
+    of_torch = [path for path in loaded if path.startswith(folder)] or loaded
     if len(of_torch) != 1:
         return None
-    library = ctypes.CDLL(of_torch[0])
+    try:
+        library = ctypes.CDLL(of_torch[0])
+    except OSError:  # the file was deleted, e.g. by an update
+        return None
     names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
     return library if all(hasattr(library, name) for name in names) else None
 

@@ -1,10 +1,16 @@
-"""Transformations of ``torch.func``."""
+"""Transformations of ``torch.func``, and forward-mode differentiation."""
 
 from __future__ import annotations
 
 import torch
+from torch.autograd import forward_ad
 
 
 def in_torch_func() -> bool:
     """Return whether code runs inside ``vmap``, ``grad`` or another transformation."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def records_tangents() -> bool:
+    """Return whether code runs in forward-mode differentiation, which ``no_grad`` does not end."""
+    return forward_ad._current_level >= 0

@@ -83,8 +83,9 @@ def restore_packed(model: Model) -> Model:
     The model stays in eval mode. A model that is not optimized is returned unchanged.
     """
     _drop_dense(model)
-    for name in vars(model).pop(_TRAINED, ()):
-        model.get_parameter(name).requires_grad_()
+    for module in model.modules():  # parts may have been optimized before the model was
+        for name in vars(module).pop(_TRAINED, ()):
+            module.get_parameter(name).requires_grad_()
     return model
 
 

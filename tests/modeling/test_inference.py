@@ -65,7 +65,7 @@ def test_products_match_float64(form, cls, quantizer):
     model = nn.Sequential(layer)
     matrix = weight_matrix(layer).double()
     optimize_for_inference(model, form)
-    for shape in ((1, 48), (3, 7, 48), (600, 48)):
+    for shape in ((1, 48), (3, 7, 48), (600, 48), (48,)):
         inputs = torch.randn(shape)
         expected = F.linear(inputs.double(), matrix, layer.bias.double())
         size = inputs.double().abs() @ matrix.abs().t() + layer.bias.double().abs()
@@ -85,8 +85,9 @@ def test_int8_form_with_activation_bits_has_no_further_rounding():
     state = {"scale": layer.input_scale, "zero_point": layer.input_zero_point}
     taken = round_activations(inputs, state, 8).double()
     expected = F.linear(taken, weight_matrix(layer).double(), layer.bias.double())
-    found = optimize_for_inference(nn.Sequential(layer), "int8")(inputs)
-    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    model = optimize_for_inference(nn.Sequential(layer), "int8")
+    torch.testing.assert_close(model(inputs).double(), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(model(inputs[0]), model(inputs)[0])
 
 
 @pytest.mark.parametrize("form", SUPPORTED)
@@ -147,6 +148,19 @@ def test_optimized_model_can_be_copied_cast_and_changed_to_another_form():
     assert torch.equal(logits(model), expected)
     restore_packed(model)
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_restored_model_is_trainable_if_a_part_was_optimized_before():
+    model = nn.Sequential(nn.Sequential(nn.Linear(16, 48)), nn.Linear(48, 48), nn.LayerNorm(48))
+    for layer in (model[0][0], model[1]):
+        pack_layer(layer, ProductQuantizer(4, 16))
+    model[2].bias.requires_grad_(False)
+    before = [parameter.requires_grad for parameter in model.parameters()]
+    optimize_for_inference(model[0], "bf16")
+    optimize_for_inference(model, "bf16")
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    restore_packed(model)
+    assert [parameter.requires_grad for parameter in model.parameters()] == before
 
 
 def test_dequantize_gives_trainable_weights():

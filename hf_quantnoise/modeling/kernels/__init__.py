@@ -25,6 +25,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ...compat.torch_func import records_tangents
 from ...layer_types import records_gradients
 from . import autocast, compiled, decode, dense, int8, tables, triton_products
 from .case import Case, Kernel, is_graph
@@ -46,6 +47,8 @@ IN_GRAPHS = ("triton", "decode")
 
 def kernel_for(layer: Any, case: Case) -> str:
     """Return the name of the kernel that a layer uses; ``layer.kernels`` are those it may use."""
+    if records_tangents() and not is_graph():  # of which some kernels compute none
+        return "decode"
     for name in IN_GRAPHS if is_graph() else KERNELS:
         kernel = KERNELS[name]
         if name in layer.kernels and kernel.supports(layer, case) and kernel.is_available():

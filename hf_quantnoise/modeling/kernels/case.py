@@ -91,6 +91,24 @@ def in_slices(
     return torch.cat([part(slice(start, start + step)) for start in starts], dim=-1)
 
 
+def check_inputs(layer: Any, inputs: Tensor, *weight: Tensor | None) -> None:
+    """Raise a ValueError if inputs do not fit the tensors of a weight.
+
+    For kernels that read memory themselves: operations of torch check it.
+    """
+    if inputs.shape[-1:] != (layer.columns,):
+        raise ValueError(
+            f"invalid shape of inputs: got {tuple(inputs.shape)}, expected (..., {layer.columns}), "
+            "the number of columns of the weight; pass inputs of this size"
+        )
+    for tensor in weight:
+        if tensor is not None and tensor.device != inputs.device:
+            raise ValueError(
+                f"invalid device of inputs: got {inputs.device}, expected that of the weight, "
+                f"{tensor.device}; move one of them"
+            )
+
+
 def codes_of(layer: Any, rows: slice) -> Tensor:
     """Return the codes of some rows of a layer."""
     shape = (layer.rows, layer.columns)

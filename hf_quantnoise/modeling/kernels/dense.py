@@ -52,9 +52,10 @@ def run(layer: Any, inputs: Tensor) -> Tensor:
             "cannot compute gradients of inputs through int8 products; use "
             "optimize_for_inference(model, 'bf16') or restore_packed(model)"
         )
-    if not rounds_by_itself(layer):
-        return dynamic_int8_linear(inputs.float(), weight).to(dtype)
-    integers = Integers(weight, layer.dense_scale.float(), layer.dense_offset.float())
-    flat = inputs.reshape(-1, layer.columns)
-    outputs = products(flat, lambda few: round_to_saved_scale(layer, few), integers, layer.bias)
+    flat = inputs.reshape(-1, layer.columns)  # also of one dimension
+    if rounds_by_itself(layer):
+        integers = Integers(weight, layer.dense_scale.float(), layer.dense_offset.float())
+        outputs = products(flat, lambda few: round_to_saved_scale(layer, few), integers, layer.bias)
+    else:
+        outputs = dynamic_int8_linear(flat.float(), weight)
     return outputs.to(dtype).view(*inputs.shape[:-1], layer.rows)

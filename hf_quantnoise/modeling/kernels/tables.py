@@ -34,6 +34,8 @@ def supports(layer: Any, case: Case) -> bool:
     quantizer = layer.quantizer
     if case.device != "cpu" or case.dtype != torch.float32 or case.is_autocast:
         return False
+    if not case.has_memory:  # vmap has no rule for sums of bags
+        return False
     if type(quantizer) is not ProductQuantizer or quantizer.block_size < MIN_BLOCK_SIZE:
         return False
     n_products = layer.columns // quantizer.block_size * quantizer.n_centroids * case.n_inputs
@@ -51,7 +53,9 @@ def run(layer: Any, inputs: Tensor, case: Case) -> Tensor:
     n_blocks, n_centroids = layer.columns // size, len(codebook)
     blocks = inputs.reshape(-1, n_blocks, size).permute(1, 2, 0)
     products = torch.matmul(codebook, blocks).flatten(0, 1)  # (blocks * centroids, inputs)
-    first = torch.arange(0, n_blocks * n_centroids, n_centroids, dtype=torch.int32)
+    first = torch.arange(
+        0, n_blocks * n_centroids, n_centroids, dtype=torch.int32, device=inputs.device
+    )
 
     def part(rows: slice) -> Tensor:
         sums = F.embedding_bag(codes_of(layer, rows).int().add_(first), products, mode="sum")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...quantizers import ProductQuantizer
 from ...quantizers.half import to_half
-from .case import MANY, Case
+from .case import MANY, Case, check_inputs
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BLOCK_SIZES = (2, 4, 8, 16)
@@ -79,6 +79,7 @@ def run(layer: Any, inputs: Tensor, case: Case) -> Tensor:
     halves = quantizer.codebook_bits == 16
     codebook = to_half(state["codebook"]) if halves else quantizer.centroids(state)
     scales = to_half(state["row_scale"]).view(-1) if quantizer.row_scale else None
+    check_inputs(layer, inputs, layer.weight_indices, codebook, scales, layer.bias)
     return torch.ops.hf_quantnoise.product_with_codes.default(
         inputs, layer.weight_indices, codebook, scales, layer.bias,
         layer.rows, quantizer.code_bits, case.dtype,
@@ -121,15 +122,7 @@ def product_with_codes(
         rows: number of rows of the weight.
         bits: number of bits of a code, 1 to 8.
         dtype: of the products and the outputs (..., rows).
-
-    Raises:
-        ValueError: if inputs and weight are on different devices.
     """
-    if inputs.device != codes.device:
-        raise ValueError(
-            f"invalid device of inputs: got {inputs.device}, expected that of the weight, "
-            f"{codes.device}; move one of them"
-        )
     outputs = _empty_outputs(inputs, codes, codebook, scales, bias, rows, bits, dtype)
     if outputs.numel() == 0:
         return outputs

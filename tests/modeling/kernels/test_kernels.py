@@ -1,11 +1,18 @@
 """Each kernel against float64, over shapes, strides and threads."""
 
+import re
+import subprocess
+import sys
+import textwrap
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
 from transformers.pytorch_utils import Conv1D
 
 from hf_quantnoise.blocks import weight_matrix
@@ -99,6 +106,56 @@ def rounded(layer, inputs):
     return round_activations(inputs, state, layer.activation_bits)
 
 
+@pytest.mark.parametrize("name", ["pq 4", "pq 8", "pq int8", "additive", "int8"])
+@pytest.mark.parametrize("bits", [None, 8])
+@torch.no_grad()
+def test_inputs_that_do_not_fit_are_an_error(name, bits):
+    layer = make_layer(QUANTIZERS[name], 400, 64, True, activation_bits=bits)
+    for shape in ((2, 128), (4, 32), (64, 1), (2, 3, 65), (3, 0), ()):
+        with pytest.raises((ValueError, RuntimeError)):
+            layer(torch.randn(shape))
+
+
+@pytest.mark.parametrize("name", ["compiled", "triton"])
+@torch.no_grad()
+def test_kernels_that_read_memory_check_it(name):
+    kernel, layer = KERNELS[name], make_layer(QUANTIZERS["pq 8"], 400, 64, True)
+    if name == "compiled" and not kernel.is_available():
+        pytest.skip("llvmlite is not installed")
+    for shape in ((4, 32), (2, 128), ()):
+        expected = re.escape(f"shape of inputs: got {shape}, expected (..., 64)")
+        with pytest.raises(ValueError, match=expected):
+            kernel.run(layer, torch.randn(shape), Case(4))
+    for part in ("weight_indices", "weight_codebook", "bias"):
+        elsewhere = deepcopy(layer)
+        tensor = getattr(elsewhere, part).to("meta")
+        elsewhere.register_parameter(part, nn.Parameter(tensor, requires_grad=False))
+        with pytest.raises(ValueError, match=r"device of inputs: got cpu, expected .* meta"):
+            kernel.run(elsewhere, torch.randn(4, 64), Case(4))
+
+
+@pytest.mark.parametrize("change", ["dtype(torch.bfloat16)", "device('meta')"])
+def test_defaults_of_torch_do_not_change_results(change):
+    """In a separate process, as kernels create tensors when they are imported."""
+    code = f"""
+    import sys, torch
+    sys.path.insert(0, {str(Path(__file__).parent)!r})
+    torch.set_default_{change}
+    from test_kernels import KERNELS, QUANTIZERS, Case, make_layer, matches
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
+    layers = [make_layer(quantizer, 400, 64, False) for quantizer in QUANTIZERS.values()]
+    inputs = torch.randn(3, 64)
+    torch.set_default_{change}
+    torch.set_grad_enabled(False)
+    for layer in layers:
+        for kernel in KERNELS.values():
+            if kernel.supports(layer, Case.of(inputs)) and kernel.is_available():
+                assert matches(layer, inputs, kernel.run(layer, inputs, Case.of(inputs)), 2e-6)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=300)
+
+
 @torch.no_grad()
 def test_layers_use_the_kernel_of_their_regime(monkeypatch):
     monkeypatch.setattr(KERNELS["compiled"], "is_available", lambda: False)
@@ -181,6 +238,22 @@ def test_bfloat16_layers_match_float64_to_their_precision():
         layer = make_layer(QUANTIZERS[name], 96, 32, True, activation_bits=8).to(torch.bfloat16)
         inputs = torch.randn(5, 32).bfloat16()
         assert matches(layer, inputs, layer(inputs).float(), 2**-7)
+
+
+@pytest.mark.parametrize("kernels", [("compiled",), ("tables",)])
+@torch.no_grad()
+def test_layers_run_in_vmap_and_forward_mode_differentiation(kernels):
+    layer = make_layer(QUANTIZERS["pq 8"], 400, 64, True)
+    layer.kernels = kernels
+    inputs, tangent = torch.randn(3, 2, 64), torch.randn(3, 2, 64)
+    assert matches(layer, inputs, torch.vmap(layer)(inputs), 2e-6)
+    found, derivative = torch.func.jvp(layer, (inputs,), (tangent,))
+    expected = tangent @ weight_matrix(layer).t()
+    assert matches(layer, inputs, found, 2e-6)
+    torch.testing.assert_close(derivative, expected, rtol=1e-4, atol=1e-4)
+    with forward_ad.dual_level():
+        dual = forward_ad.unpack_dual(layer(forward_ad.make_dual(inputs, tangent)))
+        torch.testing.assert_close(dual.tangent, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["pq 4", "pq 8", "pq int8", "int8"])

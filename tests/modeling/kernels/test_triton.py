@@ -131,14 +131,6 @@ def test_float32_products_follow_the_setting_of_torch(monkeypatch):
     assert triton_products._float32_precision() == "tf32"
 
 
-def test_inputs_on_another_device_are_an_error():
-    inputs, codes = torch.randn(2, 8), torch.zeros(4, dtype=torch.uint8, device="meta")
-    with pytest.raises(ValueError, match="invalid device of inputs: got cpu, expected that of"):
-        triton_products.product_with_codes(
-            inputs, codes, torch.randn(16, 8), None, None, 4, 4, torch.float32
-        )
-
-
 def test_availability_is_a_constant_of_graphs():
     torch._dynamo.reset()
     compiled = torch.compile(

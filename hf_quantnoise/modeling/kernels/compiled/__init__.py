@@ -18,12 +18,13 @@ from torch import Tensor
 from ....compat.openmp import usable_threads
 from ....quantizers import AdditiveQuantizer, FixedPointQuantizer, ProductQuantizer
 from .. import int8
-from ..case import Case
+from ..case import Case, check_inputs
 
 if TYPE_CHECKING:
     from .program import Program
 
-_ZERO, _ONE = torch.zeros(1), torch.ones(1)
+# Not in torch's default dtype, or on its default device, which may be others during the import.
+_ZERO, _ONE = (torch.full((1,), value, dtype=torch.float32, device="cpu") for value in (0.0, 1.0))
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +101,9 @@ def run(layer: Any, inputs: Tensor, case: Case) -> Tensor:
     from .machine_code import call
 
     quantizer = layer.quantizer
+    codes, bias = layer.weight_indices.contiguous(), layer.bias
+    codebook, scale, shift = _weight(layer)
+    check_inputs(layer, inputs, codes, codebook, scale, bias, shift)
     given = inputs.reshape(-1, layer.columns).float().contiguous()
     plan = _plan(
         *(layer.rows, layer.columns, _block_size(quantizer), quantizer.code_bits),
@@ -107,9 +111,7 @@ def run(layer: Any, inputs: Tensor, case: Case) -> Tensor:
     )
     outputs = given.new_empty(case.n_inputs, layer.rows)
     scratch = given.new_empty(plan.scratch)
-    codes = layer.weight_indices.contiguous()
-    codebook, scale, shift = _weight(layer)
-    bias = _ZERO if layer.bias is None else _vector(layer.bias)
+    bias = _ZERO if bias is None else _vector(bias)
     tensors = (codes, codebook, given, outputs, scale, bias, shift, scratch)
     call(
         plan.program,
