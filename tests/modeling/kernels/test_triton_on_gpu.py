@@ -43,6 +43,13 @@ def test_products_match_float64(size, dtype):
                     assert matches(cpu, own.float().cpu(), gpu(own).float().cpu(), PRECISION[dtype])
 
 
+def test_equal_inputs_give_equal_bits_in_any_batch_of_a_regime():
+    layer, _ = make_pair(ProductQuantizer(4, 16), torch.float32, (25, 32, True))
+    inputs = torch.randn(40, 32, device="cuda")
+    for count in (3, 40):  # few inputs, and many
+        assert torch.equal(layer(inputs[:count])[1:], layer(inputs[1:count]))
+
+
 def test_autocast_and_tf32():
     gpu, cpu = make_pair(ProductQuantizer(8, 256, 16), torch.float32)
     for count in COUNTS:
