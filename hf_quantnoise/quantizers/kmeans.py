@@ -29,15 +29,22 @@ STEP = 1.8
 SAMPLE_SETTLED, SETTLED = 0.05, 0.04
 # Points of which copies are made at a time.
 COPIED_POINTS = 2**19
+# Above this number, points are sampled without a permutation of all.
+MAX_PERMUTED = 2**24
 
 
 def sample_indices(n_points: int, n_samples: int, generator: torch.Generator) -> Tensor:
     """Return distinct random indices; all indices in order if there are not more points."""
     if n_points <= n_samples:
         return torch.arange(n_points)
-    dtype = torch.int32 if n_points < 2**31 else torch.int64
-    order = torch.randperm(n_points, generator=generator, dtype=dtype)
-    return order[:n_samples].long()  # a copy, which frees the others
+    if n_points <= max(MAX_PERMUTED, 64 * n_samples):
+        order = torch.randperm(n_points, generator=generator, dtype=torch.int32)
+        return order[:n_samples].long()  # a copy, which frees the others
+    drawn = torch.randint(n_points, (2 * n_samples,), generator=generator)
+    values, index = drawn.unique(return_inverse=True)  # sorted, which the result must not be
+    first = torch.full_like(values, len(drawn))
+    first.scatter_reduce_(0, index, torch.arange(len(drawn)), "amin")
+    return values[first.argsort()[:n_samples]]
 
 
 def _seed_centroids(
@@ -94,18 +101,39 @@ def update_centroids(
     means = cluster_means(points, codes, n_centroids, weights)
     empty = (torch.bincount(codes, minlength=n_centroids) == 0).nonzero().flatten()
     if len(empty):
-        errors = torch.cat(
-            [
-                squared_errors(points[part], means[codes[part].int()], _part_of(weights, part))
-                for part in _parts(len(points))
-            ]
-        )
-        if bool(errors.any()):
-            uniform = torch.rand(len(empty), generator=generator, dtype=torch.float64)
-            means[empty] = points[_pick_by_distance(errors, uniform.to(points.device))]
-        else:  # every point equals its centroid, so there is nothing to split
-            means[empty] = centroids[empty]
+        uniform = torch.rand(len(empty), generator=generator, dtype=torch.float64)
+        chosen = _pick_by_error(points, weights, codes, means, uniform.to(points.device))
+        means[empty] = centroids[empty] if chosen is None else points[chosen]
     return means
+
+
+def _pick_by_error(
+    points: Tensor, weights: Tensor | None, codes: Tensor, means: Tensor, uniform: Tensor
+) -> Tensor | None:
+    """Return indices of points, sampled in proportion to their squared error.
+
+    As :func:`_pick_by_distance` of all errors, which are computed for one part of the points at a
+    time. None if every point equals its mean.
+    """
+    parts = list(_parts(len(points)))
+
+    def errors(part: slice) -> Tensor:
+        own = None if weights is None else weights[part]
+        return squared_errors(points[part], means[codes[part].int()], own).double()
+
+    sums = torch.stack([errors(part).sum() for part in parts])
+    ends = sums.cumsum(0)
+    if not ends[-1] > 0:
+        return None
+    wanted = uniform * ends[-1]
+    numbers = torch.searchsorted(ends, wanted, right=True).clamp_(max=len(parts) - 1)
+    picks = torch.empty_like(numbers)
+    for number in numbers.unique().tolist():
+        own, before = numbers == number, ends[number] - sums[number]
+        cumulated = errors(parts[number]).cumsum(0)
+        found = torch.searchsorted(cumulated, wanted[own] - before, right=True)
+        picks[own] = found.clamp_(max=len(cumulated) - 1) + parts[number].start
+    return picks
 
 
 def cluster_means(
@@ -130,10 +158,6 @@ def _parts(n_points: int) -> Iterator[slice]:
     """Return slices of COPIED_POINTS points."""
     for start in range(0, n_points, COPIED_POINTS):
         yield slice(start, start + COPIED_POINTS)
-
-
-def _part_of(weights: Tensor | None, part: slice) -> Tensor | None:
-    return None if weights is None else weights[part]
 
 
 def _iterate(points, weights, centroids, n_iter, settled, generator) -> tuple[Tensor, Tensor]:

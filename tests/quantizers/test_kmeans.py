@@ -9,7 +9,7 @@ from support.clustering import objective
 from support.memory import growth_of_process
 
 from hf_quantnoise.quantizers.assignment import MAX_BYTES, assign, chunk_rows
-from hf_quantnoise.quantizers.kmeans import kmeans
+from hf_quantnoise.quantizers.kmeans import kmeans, sample_indices
 
 
 def points_of(count, d, seed=0):
@@ -135,6 +135,18 @@ def test_fewer_distinct_points_than_centroids():
     constant = torch.full((50, 4), 0.3)
     assert objective(constant, kmeans(constant, 8)) == pytest.approx(0, abs=1e-8)
     assert objective(torch.zeros(3, 2), kmeans(torch.zeros(3, 2), 4)) == 0
+
+
+@pytest.mark.parametrize("most", [10_000, 100])  # with a permutation, and without
+def test_samples_are_distinct_and_uniform(most, monkeypatch):
+    monkeypatch.setattr("hf_quantnoise.quantizers.kmeans.MAX_PERMUTED", most)
+    generator = torch.Generator().manual_seed(0)
+    samples = torch.stack([sample_indices(6500, 100, generator) for _ in range(2000)])
+    assert samples.min() >= 0 and samples.max() < 6500
+    assert all(len(sample.unique()) == 100 for sample in samples[:100])
+    counts = torch.bincount(samples.flatten() // 65, minlength=100)  # 2,000 each, +- 44
+    assert (counts - 2000).abs().max() < 5 * 45
+    assert abs(float(samples[:, :50].double().mean()) / 3249.5 - 1) < 0.01, "no order"
 
 
 def test_sampling_keeps_the_objective(monkeypatch):

@@ -9,7 +9,7 @@ from support.clustering import objective
 
 from hf_quantnoise.quantizers import ProductQuantizer
 from hf_quantnoise.quantizers.assignment import assign
-from hf_quantnoise.quantizers.kmeans import kmeans
+from hf_quantnoise.quantizers.kmeans import _pick_by_error, kmeans
 
 
 def normal(*shape, seed=0):
@@ -109,6 +109,19 @@ def test_sampling_and_iterations_with_weights(monkeypatch):
     full = sum(fit(seed=seed) for seed in range(4))
     monkeypatch.setattr("hf_quantnoise.quantizers.kmeans.SAMPLE_POINTS", 4096)
     assert sum(fit(seed=seed) for seed in range(4)) <= full * 1.02
+
+
+def test_points_are_picked_by_error_a_part_at_a_time(monkeypatch):
+    """The same points as with the errors of all points at once."""
+    points, weights, means = normal(500, 4), uneven(500, 4), normal(16, 4, seed=1)
+    codes = (torch.arange(500) % 16).byte()
+    uniform = torch.linspace(0, 1 - 1e-9, 200, dtype=torch.float64)
+    errors = (weights * (points - means[codes.long()]).square()).sum(1).double()
+    expected = torch.searchsorted(errors.cumsum(0), uniform * errors.sum(), right=True)
+    for size in (7, 500, 1000):
+        monkeypatch.setattr("hf_quantnoise.quantizers.kmeans.COPIED_POINTS", size)
+        assert torch.equal(_pick_by_error(points, weights, codes, means, uniform), expected)
+    assert _pick_by_error(means, None, torch.arange(16).byte(), means, uniform) is None
 
 
 def test_empty_clusters_restart():
