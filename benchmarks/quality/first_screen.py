@@ -82,8 +82,9 @@ def sst2_runs(results: Path, glue: Iterable[Run]) -> list[Run]:
 def _scores(runs: list[Run], name: str = "value") -> str:
     metric = METRICS[runs[0].metric]
     values = [getattr(run, name) for run in runs]
-    if name == "start":  # each seed has one float32 model
+    if name == "start":  # each seed has one float32 model, or all have the same
         values = list({run.seed: run.start for run in runs}.values())
+        values = values if len(set(values)) > 1 else values[:1]
     return mean_and_spread(values, metric.show)
 
 
@@ -106,20 +107,19 @@ def _minutes(runs: list[Run]) -> str:
     return f"{low} to {high} minutes" if low < high else f"{low} minutes"
 
 
-def _accuracy(sst2: list[Run], others: Mapping[str, list[Run]]) -> str:
-    sst2_text = "; ".join(f"{_scores(arm)} at {_smaller(arm)}" for arm in _best(sst2))
-    how = "" if sst2[0].row["key"]["study"] == "glue" else ", 10,000 sentences, without noise"
-    parts = [f"SST-2, MiniLM{how}: {sst2_text} (float32 {_scores(sst2, 'start')})"]
-    for title, runs in others.items():
-        for arm in [arm for arm in arms(runs) if arm[0].method in ("noise", "trained noise")]:
+def _accuracy(shown: Mapping[str, list[Run]]) -> str:
+    """Return a line for each title: the scores at each size, with noise and without."""
+    lines = []
+    for title, runs in shown.items():
+        texts = []
+        for arm in _best(runs):
             without = [r for r in runs if r.method in ("no noise", "joint, no noise")]
             without = [r for r in without if (r.size, r.steps) == (arm[0].size, arm[0].steps)]
-            other = f", {_scores(without)} without noise" if without else ""
-            parts.append(
-                f"{title}: {_scores(arm)} at {_smaller(arm)}{other} (float32 "
-                f"{_scores(arm, 'start')})"
-            )
-    return ".<br>".join(parts)
+            other = f", {_scores(without)} without noise" if without and arm != without else ""
+            texts.append(f"{_scores(arm)} at {_smaller(arm)}{other}")
+        if texts:
+            lines.append(f"{title}: {'; '.join(texts)} (float32 {_scores(runs, 'start')})")
+    return ".<br>".join(lines)
 
 
 def _time(sst2: list[Run], one_shot: list[Run]) -> str:
@@ -183,10 +183,12 @@ def box(results: Path, runs: Mapping[str, list[Run]]) -> str:
     sst2, peers = sst2_runs(results, runs["glue"]), runs["glue_peers"]
     one_shot = [run for run in peers if (run.task, run.method) == (TASK, "one shot")]
     first = _best(sst2)[0]
-    others = {
-        "CoLA, MiniLM, Matthews correlation, held-out training data": [
-            run for run in runs["settings"] if run.task == "cola"
-        ],
+    glue = {task: [r for r in runs["glue"] if r.task == task] for task in ("cola", "mrpc")}
+    trained = sst2[0].row["key"]["study"] == "glue"
+    shown = {
+        f"SST-2, MiniLM{'' if trained else ', 10,000 sentences, without noise'}": sst2,
+        "CoLA, MiniLM, Matthews correlation": glue["cola"],
+        "MRPC, MiniLM, F1": glue["mrpc"],
         "WikiText-2, a Llama of 0.26 M parameters, perplexity": runs["language_model"],
         "CIFAR-10, MobileNetV1": runs["images"],
     }
@@ -196,7 +198,7 @@ def box(results: Path, runs: Mapping[str, list[Run]]) -> str:
             f"A file of {_megabytes(first):.1f} MB in place of "
             f"{first[0].row['float32_bytes'] / 1e6:.1f} (MiniLM).",
         ),
-        ("It costs accuracy", _accuracy(sst2, others) + "."),
+        ("It costs accuracy", _accuracy(shown) + "."),
         ("How long?", _time(sst2, one_shot)),
         ("How fast?", _speed(read_lines(str(results / "speed.jsonl")))),
         ("How does it compare?", _peers(peers)),

@@ -40,6 +40,7 @@ class Study:
         goals: size -> goal of each method of that size.
         references: methods that the other methods of a size are compared with; None: those with
             "no noise" in their name.
+        n_tasks: number of tasks that a method needs for a goal.
         majority: whether the score of always predicting the most frequent class is shown.
         beside: study whose runs are in the plots as well, and to which those of other libraries
             are compared.
@@ -51,6 +52,7 @@ class Study:
     main: str | None = None
     goals: dict[str, Goal] = field(default_factory=dict)
     references: tuple[str, ...] | None = None
+    n_tasks: int = 1
     majority: bool = False
     beside: str | None = None
 
@@ -119,6 +121,7 @@ STUDIES = {
         main="noise",
         goals={"13x": _keeps(0.995), "20x": _keeps(0.98), "30x": _keeps(0.96)},
         references=("no noise",),
+        n_tasks=4,
         majority=True,
     ),
     "glue_peers": Study("Other libraries on GLUE", _PEERS, references=(), beside="glue"),

@@ -44,11 +44,6 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE, README = Path("docs/reference/results.md"), Path("README.md")
 ABLATIONS = Path("docs/reference/ablations.md")
 RESULTS, PLOTS = Path("benchmarks/results"), Path("docs/reference/results")
-README_TEXT = """\
-Four GLUE tasks with MiniLM (22.7 M parameters), on the dev sets: mean and standard deviation over
-seeds of models loaded from disk. [Results](docs/reference/results.md) has all methods, tests and
-plots.
-"""
 
 
 def plot_name(runs: list[Run]) -> str:
@@ -136,8 +131,7 @@ def files(root: Path, data_dir: str | None = None) -> dict[Path, str]:
         section(study, runs[name], baselines.get(name, []), stored, runs.get(study.beside, ()))
         for name, study in STUDIES.items()
     ]
-    table = readme_table(runs["glue"], STUDIES["glue"])
-    readme = f"{README_TEXT}\n{table}" if table else ""
+    readme = readme_table(runs["glue"], STUDIES["glue"])
     content = {
         root / PAGE: fill(
             (root / PAGE).read_text(), {"studies": "\n\n".join(filter(None, sections))}

@@ -9,6 +9,11 @@ from published import Study
 from rows import METRICS, TASKS, Run, by_seed, grouped
 
 OWN = "hf_quantnoise"  # the library of rows that name none
+README_TEXT = """\
+GLUE tasks with MiniLM (22.7 M parameters), trained with and without noise in the same number of
+steps, stored, loaded and scored on the dev sets; {of}. A dash is not measured.
+[Results](docs/reference/results.md) has all methods, tests and plots.
+"""
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -93,6 +98,11 @@ def _majority_row(runs: list[Run], majority: dict[str, float]) -> list[str]:
     return ["", "majority class", "", *cells, percent(statistics.mean(shares)), "", "", ""]
 
 
+def _complete_average(arm: list[Run], tasks: list[str]) -> list[float]:
+    """Return the average share of float32 by seed; empty if a task is missing."""
+    return average(arm, lambda run: run.kept) if tasks_of(arm) == tasks else []
+
+
 def scores_table(runs: list[Run], majority: dict[str, float] | None = None) -> str:
     """Return metric and share of float32 by size, method and task.
 
@@ -107,7 +117,7 @@ def scores_table(runs: list[Run], majority: dict[str, float] | None = None) -> s
     if majority is not None:
         rows.append(_majority_row(runs, majority))
     for arm in arms(runs):
-        kept = average(arm, lambda run: run.kept) if tasks_of(arm) == tasks else []
+        kept = _complete_average(arm, tasks)
         rows.append(
             [
                 arm[0].size or "",
@@ -133,8 +143,11 @@ def goals_table(runs: list[Run], study: Study) -> str:
         goal = study.goals.get(arm[0].size or "")
         values = average(arm, goal.value) if goal else []
         if values:
-            mean = statistics.mean(values)
-            cells = (arm[0].method, mean_and_spread(values, percent), goal.verdict(mean))
+            found = len(tasks_of(arm))
+            verdict = f"not judged: {found} of {study.n_tasks} tasks"
+            if found == study.n_tasks:
+                verdict = goal.verdict(statistics.mean(values))
+            cells = (arm[0].method, mean_and_spread(values, percent), verdict)
             rows.append([arm[0].size or "", goal.text, *cells])
     return markdown(["size", "goal of the mean over tasks and seeds", "method", "%", ""], rows)
 
@@ -259,9 +272,13 @@ def baselines_table(lines: list[dict]) -> str:
 
 
 def readme_table(runs: list[Run], study: Study) -> str:
-    """Return the table of the README: the main method of a study by size; empty without rows."""
-    runs = [run for run in runs if run.method == study.main]
-    if not runs:
+    """Return the README's text and table: the main method of a study and those it is compared to.
+
+    Empty without rows of the main method.
+    """
+    methods = (study.main, *(study.references or ()))
+    runs = [run for run in runs if run.method in methods]
+    if study.main not in [run.method for run in runs]:
         return ""
     tasks = tasks_of(runs)
     cells = [_score(float32_starts(runs, task).values(), runs, task) for task in tasks]
@@ -271,8 +288,10 @@ def readme_table(runs: list[Run], study: Study) -> str:
         cells = [_task_cell(arm, task, with_share=False) for task in tasks]
         smaller = times(statistics.mean(run.times_smaller for run in arm))
         size = f"{statistics.mean(run.megabytes for run in arm):.1f} MB"
-        kept = average(arm, lambda run: run.kept)
+        kept = _complete_average(arm, tasks)
         share = mean_and_spread(kept, percent) if kept else "-"
-        rows.append([f"{smaller} smaller", size, *cells, share])
+        rows.append([f"{smaller} smaller, {arm[0].method}", size, *cells, share])
     header = ["model", "size", *(column_title(task, runs) for task in tasks), "% of float32"]
-    return markdown(header, rows)
+    seeds = sorted({run.seed for run in runs})
+    of = f"seed {seeds[0]}" if len(seeds) == 1 else "mean and standard deviation over seeds"
+    return f"{README_TEXT.format(of=of)}\n{markdown(header, rows)}"

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import statistics
+from dataclasses import replace
 from itertools import pairwise
 from xml.etree import ElementTree
 
@@ -204,11 +205,16 @@ def test_tables_have_means_spreads_and_shares():
         "4.50", "20.0x", "3.0",
     ]  # fmt: skip
     goal = cells(goals_table(runs, STUDIES["glue"]), "noise")
+    assert goal[-1] == "not judged: 2 of 4 tasks"
+    goal = cells(goals_table(runs, replace(STUDIES["glue"], n_tasks=2)), "noise")
     assert goal[-1] == "missed by 9.9 points"
-    assert cells(readme_table(runs, STUDIES["glue"]), "20.0x smaller")[1:3] == [
-        "4.5 MB",
-        "81.0 ± 10.5",
-    ]
+    table = readme_table(runs, STUDIES["glue"])
+    assert cells(table, "20.0x smaller, noise")[1:3] == ["4.5 MB", "81.0 ± 10.5"]
+    assert "mean and standard deviation over seeds" in table
+    other = runs_of([row("no noise", "sst2", 1, digits(10, 8))])
+    table = readme_table([*other, *runs], STUDIES["glue"])
+    assert cells(table, "20.0x smaller, no noise")[-1] == "-", "a task is missing"
+    assert readme_table(other, STUDIES["glue"]) == ""
 
 
 def test_incomplete_seeds_do_not_count_in_the_average():
