@@ -83,7 +83,8 @@ class Run:
 
     @property
     def minutes(self) -> float:
-        return self.row["seconds"] / 60
+        """Without the time for which the process was stopped by hand, which its row names."""
+        return (self.row["seconds"] - self.row.get("paused_seconds", 0)) / 60
 
     def per_example(self, name: str):
         """Return ``"correct"`` (digits) or ``"losses"`` (nats) of each example; None if missing."""
