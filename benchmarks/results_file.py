@@ -31,6 +31,11 @@ def read_lines(path: str) -> list[dict]:
         return [json.loads(line) for line in file if line.strip()]
 
 
+def line_of(path: str, key: dict) -> dict | None:
+    """Return the finished run with a key; None if the results file does not have it."""
+    return next((line for line in read_lines(path) if line["key"] == key), None)
+
+
 def append_line(path: str, key: dict, figures: dict) -> None:
     """Append a finished run, with its command, machine and versions.
 
@@ -54,13 +59,13 @@ def append_line(path: str, key: dict, figures: dict) -> None:
 
 def append_or_compare(path: str, key: dict, figures: dict) -> None:
     """Append a finished run; if it has a row, print whether a repetition gave the same metrics."""
-    known = [line for line in read_lines(path) if line["key"] == key]
-    if not known:
+    known = line_of(path, key)
+    if known is None:
         append_line(path, key, figures)
         return
-    for name in known[0].keys() & figures.keys() & {"held_out", "dev"}:
-        same = known[0][name] == figures[name]
-        note = "equal to its row" if same else f"its row has {known[0][name]}"
+    for name in known.keys() & figures.keys() & {"held_out", "dev"}:
+        same = known[name] == figures[name]
+        note = "equal to its row" if same else f"its row has {known[name]}"
         print(f"{name}: {figures[name]}, {note}", flush=True)
 
 

@@ -34,7 +34,7 @@ from glue_float32 import best_setting, folder_of
 from glue_studies import STUDIES
 from random_tokens import RandomTokens
 from remembered_teacher import RememberedTeacher
-from results_file import append_line, read_lines
+from results_file import append_line, line_of
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
@@ -221,7 +221,7 @@ def run_missing(
                     "study": study, "task": task, "model": "minilm", "method": method,
                     "size": size, "seed": seed, "setting": setting,
                 }  # fmt: skip
-                if key in [line["key"] for line in read_lines(args.results)]:
+                if line_of(args.results, key):
                     continue
                 figures = run(args, key)
                 append_line(args.results, key, figures)

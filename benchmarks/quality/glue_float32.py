@@ -23,7 +23,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import glue
 import torch
-from results_file import append_or_compare, read_lines
+from results_file import append_or_compare, line_of, read_lines
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -112,7 +112,7 @@ def main() -> None:
     for task in args.tasks:
         for rate, epochs in SETTINGS[task]:
             key = {"task": task, "seed": SEED, "learning_rate": rate, "epochs": epochs}
-            if key not in [row["key"] for row in read_lines(args.results)]:
+            if line_of(args.results, key) is None:
                 finetune(args, key)
         for seed in args.seeds:
             key = {"task": task, "seed": seed, **best_setting(args.results, task)}

@@ -23,7 +23,7 @@ import cifar10
 import torch
 import torch.nn.functional as F
 from images_float32 import training_arguments
-from results_file import append_line, read_lines
+from results_file import append_line, line_of
 from transformers import AutoModelForImageClassification, HfArgumentParser
 
 from hf_quantnoise import (
@@ -191,7 +191,7 @@ def main() -> None:
                 "study": "images", "task": "cifar10", "model": "mobilenet_v1_0.75",
                 "method": method, "size": size, "seed": seed, "setting": {**common, **setting},
             }  # fmt: skip
-            if key in [row["key"] for row in read_lines(args.results)]:
+            if line_of(args.results, key):
                 continue
             figures = run(args, key, splits)
             append_line(args.results, key, figures)

@@ -19,7 +19,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import cifar10
 import torch
-from results_file import append_line, read_lines
+from results_file import append_line, line_of
 from transformers import HfArgumentParser
 
 from hf_quantnoise import FixedPointConfig, quantize_model, update_bn_stats
@@ -78,7 +78,7 @@ def main() -> None:
     splits = cifar10.load(args.data_dir, args.work_dir)
     for setting in [{"batches": number} for number in BATCHES] + PACKED:
         key = {"study": "images_batch_norm", **setting, "batch": BATCH_SIZE, "seed": 0}
-        if key in [row["key"] for row in read_lines(args.results)]:
+        if line_of(args.results, key):
             continue
         model = load_model(args, splits.train, BATCH_SIZE * setting.get("batches", 64))
         if "bits" in setting:

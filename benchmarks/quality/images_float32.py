@@ -21,7 +21,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import cifar10
 import torch
-from results_file import append_or_compare, read_lines
+from results_file import append_or_compare, line_of, read_lines
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 
 # transformers creates MobileNetV1 with a BatchNorm momentum that keeps the last batch only.
@@ -103,15 +103,13 @@ def main() -> None:
     def rows() -> list[dict]:
         return [row for row in read_lines(args.results) if row["key"] in keys]
 
-    def is_done(key: dict) -> bool:
-        return key in [row["key"] for row in read_lines(args.results)]
-
     for key in keys:
-        if not is_done(key):
+        if line_of(args.results, key) is None:
             finetune(args, key, splits)
     best = min(rows(), key=lambda row: row["held_out"]["loss"])
     final = key_of(args.seed, best["key"]["setting"]["learning_rate"], LONG)
-    if not is_done(final) or not os.path.isdir(os.path.join(args.work_dir, "float32")):
+    is_missing = not os.path.isdir(os.path.join(args.work_dir, "float32"))
+    if is_missing or line_of(args.results, final) is None:
         finetune(args, final, splits)
 
 

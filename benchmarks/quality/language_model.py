@@ -26,7 +26,7 @@ import torch
 import wikitext
 from language_model_ablations import ablations
 from language_model_rows import Row, main_study, settings
-from results_file import append_line, read_lines
+from results_file import append_line, line_of
 from transformers import (
     AutoModelForCausalLM,
     HfArgumentParser,
@@ -157,7 +157,7 @@ def main() -> None:
                 "study": args.study, "task": "wikitext2", "model": args.model, "method": row.method,
                 "size": row.size, "seed": seed, "setting": row.setting(),
             }  # fmt: skip
-            if key in [line["key"] for line in read_lines(results)]:
+            if line_of(results, key):
                 continue
             figures = run(args, row, seed, texts)
             append_line(results, key, figures)

@@ -24,7 +24,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch
 import wikitext
-from results_file import append_or_compare, read_lines
+from results_file import append_or_compare, line_of
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -136,7 +136,7 @@ def main() -> None:
     }  # fmt: skip
     results = os.path.join(args.results_dir, f"quality_{key['study']}.jsonl")
     model = os.path.join(folder_of(args.work_dir, key), "model.safetensors")
-    if not os.path.isfile(model) or key not in [line["key"] for line in read_lines(results)]:
+    if not os.path.isfile(model) or line_of(results, key) is None:
         append_or_compare(results, key, train(args, key))
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -117,11 +118,13 @@ def _pick_by_error(
     """
     parts = list(_parts(len(points)))
 
-    def errors(part: slice) -> Tensor:
+    @lru_cache(maxsize=1)  # a single part is computed once
+    def cumulated(number: int) -> Tensor:
+        part = parts[number]
         own = None if weights is None else weights[part]
-        return squared_errors(points[part], means[codes[part].int()], own).double()
+        return squared_errors(points[part], means[codes[part].int()], own).double().cumsum(0)
 
-    sums = torch.stack([errors(part).sum() for part in parts])
+    sums = torch.stack([cumulated(number)[-1] for number in range(len(parts))])
     ends = sums.cumsum(0)
     if not ends[-1] > 0:
         return None
@@ -130,9 +133,8 @@ def _pick_by_error(
     picks = torch.empty_like(numbers)
     for number in numbers.unique().tolist():
         own, before = numbers == number, ends[number] - sums[number]
-        cumulated = errors(parts[number]).cumsum(0)
-        found = torch.searchsorted(cumulated, wanted[own] - before, right=True)
-        picks[own] = found.clamp_(max=len(cumulated) - 1) + parts[number].start
+        found = torch.searchsorted(cumulated(number), wanted[own] - before, right=True)
+        picks[own] = found.clamp_(max=len(cumulated(number)) - 1) + parts[number].start
     return picks
 
 
