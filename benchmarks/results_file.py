@@ -11,6 +11,7 @@ import sys
 from datetime import UTC, datetime
 
 import torch
+from merged_commands import merged
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "examples"))
 
@@ -94,8 +95,8 @@ def figures_of(results: dict, metric: str) -> dict:
 
 
 def provenance(lines: list[dict]) -> list[str]:
-    """Return the lines below a table: each command and each machine once."""
-    commands = dict.fromkeys(line["command"] for line in lines)
+    """Return the paragraphs below a table: the commands that make all lines, and each machine."""
+    commands = merged(line["command"] for line in lines)
     machines = dict.fromkeys(re.sub(r"\b1 threads$", "1 thread", x["machine"]) for x in lines)
     return [*(f"Command: `{c}`" for c in commands), *(f"Machine: {m}" for m in machines)]
 

@@ -23,7 +23,7 @@ from significance import (
 )
 from tables import arms, markdown, task_title, tasks_of
 
-NONE, STEPS = "no difference shown", "steps differ: not compared"
+NONE = "no difference shown"
 UNTESTED = "not tested: the rows have no examples"
 
 
@@ -104,15 +104,13 @@ def compare_task(one: list[Run], other: list[Run], stored: Bootstraps) -> list[s
     """Return difference, interval, McNemar's p and verdict of two methods on a task.
 
     Args:
-        one, other: runs with the same seeds, in the same order.
+        one, other: runs with the same steps and seeds, in the same order.
         stored: of the intervals.
     """
     metric = METRICS[one[0].metric]
     if one[0].metric == "perplexity":
         return _compare_losses(one, other, stored, "perplexity", metric.decimals)
     cells = [_difference(one, other, one[0].metric, metric.factor, metric.decimals)]
-    if not same_steps(one, other):
-        return [*cells, "", "", STEPS]
     found = interval_of_metric(one, other, stored)
     if found is None:
         return [*cells, "", "", UNTESTED]
@@ -133,8 +131,6 @@ def _compare_losses(
 ) -> list[str]:
     """Compare the losses of single examples; ``name`` is the score in the first cell."""
     cells = [_difference(one, other, name, 1, decimals)]
-    if not same_steps(one, other):
-        return [*cells, "", "", STEPS]
     losses = [[run.per_example("losses") for run in side] for side in (one, other)]
     if any(values is None for side in losses for values in side):
         return [*cells, "", "", UNTESTED]
@@ -174,15 +170,13 @@ def compare_average(one: dict, other: dict) -> list[str]:
     """Return the comparison of the mean over tasks of the share of float32, seed by seed.
 
     Args:
-        one, other: seed -> task -> run, with the same seeds and tasks.
+        one, other: seed -> task -> run, with the same seeds, tasks and steps.
     """
     sides = [{seed: list(runs.values()) for seed, runs in side.items()} for side in (one, other)]
     shares = [[np.mean([r.kept for r in runs]) for runs in side.values()] for side in sides]
     mean, error, p = over_seeds([float(a - b) for a, b in zip(*shares, strict=True)])
     cells = [_with_error(100 * mean, 100 * error, "{:+.1f}".format)]
     runs = next(iter(sides[0].values()))
-    if not all(same_steps(sides[0][seed], sides[1][seed]) for seed in one):
-        return [*cells, "", "", STEPS]
     if np.isnan(p):
         return [*cells, "", "", "not tested: one seed"]
     beyond = "beyond" if abs(mean) > 2 * error else "within"
@@ -205,26 +199,29 @@ def comparisons_table(runs: list[Run], study: Study, stored: Bootstraps) -> str:
 
 
 def _compare(arm: list[Run], reference: list[Run], stored: Bootstraps) -> list[list[str]]:
+    """Return a row for each task with common seeds and equal steps, and one for their average."""
     names = [arm[0].size or "", f"{arm[0].method} - {reference[0].method}"]
     tasks = [task for task in tasks_of(arm) if task in tasks_of(reference)]
-    rows, ahead = [], 0
+    rows, compared, ahead = [], [], 0
     for task in tasks:
         sides = [
             {r.seed: r for r in sorted(side, key=lambda r: r.seed) if r.task == task}
             for side in (arm, reference)
         ]
         seeds = [seed for seed in sides[0] if seed in sides[1]]
-        if seeds:
-            pair = [[side[seed] for seed in seeds] for side in sides]
-            ahead += is_ahead(*pair)
-            rows.append([*names, task_title(task), *compare_task(*pair, stored)])
-            if pair[0][0].metric != "perplexity" and pair[0][0].per_example("losses"):
-                losses = _compare_losses(*pair, stored)
-                rows.append([*names, f"{task_title(task)}, loss", *losses])
-    sides = [by_seed(run for run in side if run.task in tasks) for side in (arm, reference)]
+        pair = [[side[seed] for seed in seeds] for side in sides]
+        if not seeds or not same_steps(*pair):
+            continue
+        compared.append(task)
+        ahead += is_ahead(*pair)
+        rows.append([*names, task_title(task), *compare_task(*pair, stored)])
+        if pair[0][0].metric != "perplexity" and pair[0][0].per_example("losses"):
+            losses = _compare_losses(*pair, stored)
+            rows.append([*names, f"{task_title(task)}, loss", *losses])
+    sides = [by_seed(run for run in side if run.task in compared) for side in (arm, reference)]
     seeds = [seed for seed in sides[0] if seed in sides[1]]
-    if len(tasks) > 1 and seeds:
+    if len(compared) > 1 and seeds:
         pair = ({seed: side[seed] for seed in seeds} for side in sides)
-        title = f"average % of float32 (ahead on {ahead} of {len(tasks)})"
+        title = f"average % of float32 (ahead on {ahead} of {len(compared)})"
         rows.append([*names, title, *compare_average(*pair)])
     return rows

@@ -141,6 +141,7 @@ STUDIES = {
         "Settings of language modeling",
         _LANGUAGE_MODEL_SETTINGS,
         split="held_out",
+        references=(),
     ),
     "images": Study(
         "Images",

@@ -259,8 +259,8 @@ def test_roberta_base_meets_the_sizes_of_table_7(megabytes, fields, tmp_path, mo
     config = allocate_bits(model, config, progress=False)
 
     # The size does not depend on the values of codes and centroids, and fitting takes minutes.
-    def any_codes(points, centroids, weights=None):
-        return torch.arange(len(points)) % len(centroids)
+    def any_codes(points, centroids, weights=None, dtype=torch.int64):
+        return (torch.arange(len(points)) % len(centroids)).to(dtype)
 
     def any_fit(points, n_centroids, **_):
         centroids = points[:n_centroids].float()
