@@ -1,21 +1,17 @@
-"""The first screen of the README: a table of what a user gains and pays, and a picture, from rows.
-
-SST-2 is shown from the study of GLUE once it has rows, and from ``glue_sst2.jsonl`` before.
-"""
+"""The first screen of the README: what a user gains and pays, and a picture, from rows."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from pareto import Panel, Point, svg
 from results_file import read_lines
-from rows import METRICS, Run, grouped, run_of
+from rows import METRICS, Run, grouped
 from tables import arms, average, mean_and_spread, percent, task_title, tasks_of
 
 TASK, MODEL = "sst2", "minilm"
-_CENTROIDS = "ffn=1024,attention=1024,embeddings=256,head=256"  # of glue_sst2.jsonl
 PICTURES = ("first_screen-light.svg", "first_screen-dark.svg")
 # Light color -> dark one.
 DARK = {
@@ -40,43 +36,6 @@ _SHOWN = {
     "torchao (Linear, embeddings)": "torchao int2, int4, no training",
     "quanto (Linear)": "quanto int4, no training",
 }
-
-
-def sst2_runs(results: Path, glue: Iterable[Run]) -> list[Run]:
-    """Return the runs on SST-2: those of the study of GLUE, or else of ``glue_sst2.jsonl``."""
-    if runs := [run for run in glue if (run.task, run.model) == (TASK, MODEL)]:
-        return runs
-    lines = read_lines(str(results / "glue_sst2.jsonl"))
-    lines = [line for line in lines if line["key"]["noise"] == "none"]
-
-    def of(method: str, **settings: str) -> dict[int, dict]:
-        wanted = {"method": method, **settings}
-        found = [line for line in lines if {**line["key"], **wanted} == line["key"]]
-        return {line["key"]["seed"]: line for line in found}
-
-    dense = of("float32")
-    return [
-        run_of(
-            {
-                "key": {
-                    "study": "glue_sst2",
-                    "model": MODEL,
-                    "task": TASK,
-                    "method": "no noise",
-                    "size": None,
-                    "seed": seed,
-                },
-                "dev": {"accuracy": line["accuracy"]},
-                "dev_float32": {"accuracy": dense[seed]["accuracy"]},
-                "bytes": line["bytes"],
-                "float32_bytes": line["dense_bytes"],
-                "steps": 0,
-                "seconds": line["seconds"],
-            },
-            "dev",
-        )
-        for seed, line in of("stages, teacher", n_centroids=_CENTROIDS).items()
-    ]
 
 
 def _scores(runs: list[Run], name: str = "value") -> str:
@@ -107,19 +66,36 @@ def _minutes(runs: list[Run]) -> str:
     return f"{low} to {high} minutes" if low < high else f"{low} minutes"
 
 
-def _accuracy(shown: Mapping[str, list[Run]]) -> str:
+def _with_counterparts(runs: list[Run], scores: Callable[[list[Run]], str]) -> str:
+    """Return the scores at each size, beside those without noise after as many steps."""
+    texts = []
+    for arm in _best(runs):
+        without = [r for r in runs if r.method in ("no noise", "joint, no noise")]
+        without = [r for r in without if (r.size, r.steps) in {(r.size, r.steps) for r in arm}]
+        other = f", {scores(without)} without noise" if without and arm != without else ""
+        texts.append(f"{scores(arm)} at {_smaller(arm)}{other}")
+    return "; ".join(texts)
+
+
+def _average(glue: list[Run]) -> str:
+    """Return the average over the tasks of GLUE, at the sizes that have all of them."""
+    tasks = tasks_of(glue)
+    sizes = grouped(glue, lambda run: (run.method, run.size))
+    complete = [run for runs in sizes.values() if tasks_of(runs) == tasks for run in runs]
+    scores = _with_counterparts(
+        complete, lambda runs: mean_and_spread(average(runs, lambda run: run.kept), percent)
+    )
+    names = ", ".join(task_title(task) for task in tasks)
+    return f"MiniLM, average over {names} in % of float32: {scores}" if scores else ""
+
+
+def _accuracy(shown: Mapping[str, list[Run]]) -> list[str]:
     """Return a line for each title: the scores at each size, with noise and without."""
-    lines = []
-    for title, runs in shown.items():
-        texts = []
-        for arm in _best(runs):
-            without = [r for r in runs if r.method in ("no noise", "joint, no noise")]
-            without = [r for r in without if (r.size, r.steps) == (arm[0].size, arm[0].steps)]
-            other = f", {_scores(without)} without noise" if without and arm != without else ""
-            texts.append(f"{_scores(arm)} at {_smaller(arm)}{other}")
-        if texts:
-            lines.append(f"{title}: {'; '.join(texts)} (float32 {_scores(runs, 'start')})")
-    return ".<br>".join(lines)
+    return [
+        f"{title}: {_with_counterparts(runs, _scores)} (float32 {_scores(runs, 'start')})"
+        for title, runs in shown.items()
+        if runs
+    ]
 
 
 def _time(sst2: list[Run], one_shot: list[Run]) -> str:
@@ -180,25 +156,23 @@ def box(results: Path, runs: Mapping[str, list[Run]]) -> str:
         results: folder of the rows.
         runs: study -> its runs.
     """
-    sst2, peers = sst2_runs(results, runs["glue"]), runs["glue_peers"]
+    glue, peers = runs["glue"], runs["glue_peers"]
+    sst2 = [run for run in glue if run.task == TASK]
     one_shot = [run for run in peers if (run.task, run.method) == (TASK, "one shot")]
     first = _best(sst2)[0]
-    glue = {task: [r for r in runs["glue"] if r.task == task] for task in ("cola", "mrpc")}
-    trained = sst2[0].row["key"]["study"] == "glue"
     shown = {
-        f"SST-2, MiniLM{'' if trained else ', 10,000 sentences, without noise'}": sst2,
-        "CoLA, MiniLM, Matthews correlation": glue["cola"],
-        "MRPC, MiniLM, F1": glue["mrpc"],
-        "WikiText-2, a Llama of 0.26 M parameters, perplexity": runs["language_model"],
-        "CIFAR-10, MobileNetV1": runs["images"],
+        "MiniLM, SST-2, accuracy": sst2,
+        "Llama of 0.26 M parameters, WikiText-2, perplexity": runs["language_model"],
+        "MobileNetV1, CIFAR-10, accuracy": runs["images"],
     }
+    costs = filter(None, [_average(glue), *_accuracy(shown)])
     lines = [
         (
             "You gain",
             f"A file of {_megabytes(first):.1f} MB in place of "
             f"{first[0].row['float32_bytes'] / 1e6:.1f} (MiniLM).",
         ),
-        ("It costs accuracy", _accuracy(shown) + "."),
+        ("It costs accuracy", ".<br>".join(costs) + "."),
         ("How long?", _time(sst2, one_shot)),
         ("How fast?", _speed(read_lines(str(results / "speed.jsonl")))),
         ("How does it compare?", _peers(peers)),
@@ -218,10 +192,10 @@ def _points(runs: Iterable[Run], difference: bool) -> list[Point]:
     return points
 
 
-def pictures(results: Path, runs: Mapping[str, list[Run]]) -> dict[str, str]:
+def pictures(runs: Mapping[str, list[Run]]) -> dict[str, str]:
     """Return file name -> plot, for light and dark pages."""
-    sst2 = [*sst2_runs(results, runs["glue"]), *(r for r in runs["glue_peers"] if r.task == TASK)]
-    sst2 = [run for run in sst2 if run.model == MODEL]
+    sst2 = [*runs["glue"], *runs["glue_peers"]]
+    sst2 = [run for run in sst2 if (run.task, run.model) == (TASK, MODEL)]
     dense = Point("float32 model", sst2[0].row["float32_bytes"] / 1e6, 0.0, 0.0)
     points = [dense, *_points(sst2, difference=True)]
     shown = [Panel("SST-2, MiniLM: accuracy - float32", points, 0.0)]

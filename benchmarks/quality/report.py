@@ -139,7 +139,7 @@ def files(root: Path, data_dir: str | None = None) -> dict[Path, str]:
     }
     blocks = {"glue": readme, "first screen": first_screen.box(root / RESULTS, runs)}
     content[root / README] = fill((root / README).read_text(), blocks)
-    for name, text in first_screen.pictures(root / RESULTS, runs).items():
+    for name, text in first_screen.pictures(runs).items():
         content[root / PLOTS / name] = text
     for name, study in STUDIES.items():
         for model, own in grouped(runs[name], "model").items():
