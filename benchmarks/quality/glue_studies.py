@@ -106,12 +106,13 @@ def settings(task: str) -> list[tuple[str, str, dict]]:
 
 def glue(task: str) -> list[tuple[str, str, dict]]:
     """Compare noise with none at each size, with equal steps, as many as the finetuning had."""
-    more, runs = {"random_tokens": True} if task in SMALL else {}, []
+    runs = []
     for size in STORAGE:
-        runs += [
-            (size, "noise", noise(task, size, 1) | more),
-            (size, "no noise", no_noise(task, size, 1) | more),
-        ]
+        arms = {"noise": noise(task, size, 1), "no noise": no_noise(task, size, 1)}
+        if task in SMALL:
+            runs += [(size, name, arm | {"random_tokens": True}) for name, arm in arms.items()]
+            arms = {f"{name}, unchanged tokens": arm for name, arm in arms.items()}
+        runs += [(size, name, arm) for name, arm in arms.items()]
     return runs
 
 
