@@ -18,12 +18,14 @@ from significance import (
     bootstrap_mean,
     bootstrap_metric,
     mcnemar,
+    mean_ratio,
     metric_of,
     over_seeds,
 )
 from tables import arms, markdown, task_title, tasks_of
 
 NONE = "no difference shown"
+LEAST_RUNS = 3  # to compare divergences over runs
 UNTESTED = "not tested: the rows have no examples"
 
 
@@ -185,6 +187,27 @@ def compare_average(one: dict, other: dict) -> list[str]:
     return [*cells, verdict(p < LEVEL, is_better)]
 
 
+def compare_divergences(one: list[Run], other: list[Run]) -> list[str]:
+    """Return title and comparison of the divergences from float32, over all tasks and seeds.
+
+    Args:
+        one, other: runs in the same order, at least two, with the same steps.
+    """
+    sides = [[run.scores["divergence"] for run in side] for side in (one, other)]
+    lower = sum(a < b for a, b in zip(*sides, strict=True))
+    interval, p = mean_ratio(*sides)
+    mean, *bounds = (
+        f"{100 * (ratio - 1):+.1f}%" for ratio in (interval.mean, interval.low, interval.high)
+    )
+    return [
+        f"divergence (lower in {lower} of {len(one)} runs)",
+        mean,
+        " to ".join(bounds),
+        f"{p:.3g} (t test, {len(one)} runs)",
+        verdict(p < LEVEL, interval.mean < 1),
+    ]
+
+
 def comparisons_table(runs: list[Run], study: Study, stored: Bootstraps) -> str:
     """Return the comparisons of each method with the study's references, by size."""
     rows = []
@@ -203,6 +226,7 @@ def _compare(arm: list[Run], reference: list[Run], stored: Bootstraps) -> list[l
     names = [arm[0].size or "", f"{arm[0].method} - {reference[0].method}"]
     tasks = [task for task in tasks_of(arm) if task in tasks_of(reference)]
     rows, compared, ahead = [], [], 0
+    runs: tuple[list[Run], list[Run]] = ([], [])
     for task in tasks:
         sides = [
             {r.seed: r for r in sorted(side, key=lambda r: r.seed) if r.task == task}
@@ -214,6 +238,8 @@ def _compare(arm: list[Run], reference: list[Run], stored: Bootstraps) -> list[l
             continue
         compared.append(task)
         ahead += is_ahead(*pair)
+        for own, found in zip(runs, pair, strict=True):
+            own.extend(found)
         rows.append([*names, task_title(task), *compare_task(*pair, stored)])
         if pair[0][0].metric != "perplexity" and pair[0][0].per_example("losses"):
             losses = _compare_losses(*pair, stored)
@@ -224,4 +250,6 @@ def _compare(arm: list[Run], reference: list[Run], stored: Bootstraps) -> list[l
         pair = ({seed: side[seed] for seed in seeds} for side in sides)
         title = f"average % of float32 (ahead on {ahead} of {len(compared)})"
         rows.append([*names, title, *compare_average(*pair)])
+        if len(runs[0]) >= LEAST_RUNS:
+            rows.append([*names, *compare_divergences(*runs)])
     return rows

@@ -114,3 +114,15 @@ def over_seeds(differences: list[float]) -> tuple[float, float, float]:
     error = values.std(ddof=1) / math.sqrt(len(values))
     p = float(ttest_1samp(values, 0).pvalue) if error else float(values.mean() == 0)
     return float(values.mean()), float(error), p
+
+
+def mean_ratio(one: list[float], other: list[float]) -> tuple[Interval, float]:
+    """Return the geometric mean of the ratios of positive values, and p of a t test of their logs.
+
+    Args:
+        one, other: values of the same runs, at least two.
+    """
+    test = ttest_1samp(np.log(one) - np.log(other), 0)
+    bounds = test.confidence_interval(1 - LEVEL)
+    mean = float(np.mean(np.log(one) - np.log(other)))
+    return Interval(*map(math.exp, (mean, bounds.low, bounds.high))), float(test.pvalue)

@@ -11,6 +11,7 @@ pytest.importorskip("sklearn")
 from comparisons import Bootstraps, comparisons_table
 from published import STUDIES
 from rows import runs_of
+from scipy.stats import ttest_rel
 from significance import bootstrap_mean, bootstrap_metric, mcnemar, over_seeds
 from sklearn.metrics import f1_score, matthews_corrcoef
 from support.quality_rows import cells, digits, row
@@ -102,6 +103,27 @@ def test_different_steps_are_not_compared(stored):
     table = comparisons_table(runs_of(rows), STUDIES["glue"], stored)
     assert "SST-2" not in table
     assert cells(table, "average % of float32 (ahead on 0 of 2)")[3] == "+0.0"
+
+
+def test_divergences_are_compared_over_tasks_and_seeds(stored):
+    values = {"no noise": [0.1, 0.2, 0.4, 0.3], "noise": [0.09, 0.17, 0.37, 0.31]}
+    places = [(task, seed) for task in ("sst2", "rte") for seed in (1, 2)]
+    rows = [
+        row(method, task, seed, digits(100, 60), dev={"accuracy": 0.6, "divergence": value})
+        for method in values
+        for (task, seed), value in zip(places, values[method], strict=True)
+    ]
+    table = comparisons_table(runs_of(rows), STUDIES["glue"], stored)
+    found = cells(table, "divergence (lower in 3 of 4 runs)")
+    test = ttest_rel(*(np.log(values[method]) for method in ("noise", "no noise")))
+    low, high = (100 * (math.exp(x) - 1) for x in test.confidence_interval(0.95))
+    ratio = math.prod(a / b for a, b in zip(values["noise"], values["no noise"], strict=True))
+    assert found[3:] == [
+        f"{100 * (ratio**0.25 - 1):+.1f}%",
+        f"{low:+.1f}% to {high:+.1f}%",
+        f"{test.pvalue:.3g} (t test, 4 runs)",
+        "no difference shown",
+    ]
 
 
 def test_only_common_seeds_are_compared(stored):
