@@ -109,6 +109,8 @@ class QuantNoiseCallback(TrainerCallback):
     ) -> None:
         """Apply the noise; in a resumed run, restore the checkpoint's codebooks.
 
+        Noise that was trained with before is fitted to the weights that the model has now.
+
         Raises:
             ValueError: if ``share_layers`` is set and the optimizer already holds the separate
                 weights, the optimizer lacks centroids that are to be trained, or the model has
@@ -121,27 +123,46 @@ class QuantNoiseCallback(TrainerCallback):
                 "holds the weights of every layer; call QuantNoiseCallback.prepare(model) before "
                 "creating the trainer"
             )
+        is_new = find_state(model) is None
         self.prepare(model)
-        _require_trained_centroids(find_state(model), kwargs.get("optimizer"))
+        noise = find_state(model)
+        _require_trained_centroids(noise, kwargs.get("optimizer"))
         self._is_first_epoch = True
-        if state.global_step > 0 and not self._is_restored:  # by a call to load()
-            folder = self.resume_folder or checkpoint_folder(args, state)
-            self.load(model, folder)
-            noise = find_state(model)
-            if not self._is_restored and noise is not None and noise.state_dict():
-                logger.warning(
-                    "resumed at step %d, but %s has no quantization noise: codebooks and scales "
-                    "were fitted again. If the checkpoint is elsewhere, call "
-                    "callback.prepare(model) and callback.load(model, folder) before train()",
-                    state.global_step,
-                    folder,
-                )
+        if state.global_step > 0:
+            self._restore(model, args, state, is_new)
+        elif noise is not None and noise.used:
+            noise.refresh_codebooks()
+            noise.refresh_scales()
         self.resume_folder, self._is_restored = None, False  # for a later call of train()
         self._statistics = TrainingStatistics(
             args, model, kwargs.get("train_dataloader"), self.config.batch_norm_batches
         )
         self._statistics.check()
         self._measured_step = -1
+
+    def _restore(
+        self, model: nn.Module, args: TrainingArguments, state: TrainerState, is_new: bool
+    ) -> None:
+        """Load the noise of the checkpoint that training resumes from, or fit it again.
+
+        ``is_new``: whether the noise was just fitted to the weights of the checkpoint.
+        """
+        if self._is_restored:  # by a call to load()
+            return
+        folder = self.resume_folder or checkpoint_folder(args, state)
+        self.load(model, folder)
+        noise = find_state(model)
+        if self._is_restored or noise is None or not noise.state_dict():
+            return
+        logger.warning(
+            "resumed at step %d, but %s has no quantization noise: codebooks and scales were "
+            "fitted again. If the checkpoint is elsewhere, call callback.prepare(model) and "
+            "callback.load(model, folder) before train()",
+            state.global_step,
+            folder,
+        )
+        if not is_new:
+            noise.fit_again()
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -213,9 +234,15 @@ class QuantNoiseCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Warn about layers without noise, and measure the statistics of BatchNorm."""
+        """Warn about layers without noise, and measure the statistics of BatchNorm.
+
+        With ``load_best_model_at_end``, load the codebooks and scales of the best model.
+        """
         if (noise := find_state(kwargs["model"])) is not None:
             noise.note_unreached()
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self.load(kwargs["model"], state.best_model_checkpoint)
+            self._is_restored = False  # a later call of train() may resume from another one
         self._update_statistics(state)
         self._statistics = None
 

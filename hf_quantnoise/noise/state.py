@@ -114,6 +114,11 @@ class QuantNoiseState:
         for weight in self.weights:
             weight.noise.rates = list(self._p)
 
+    @property
+    def used(self) -> bool:
+        """Whether any forward in training has applied the noise."""
+        return any(weight.noise.used for weight in self.weights)
+
     def rates(self) -> dict[str, float]:
         """Return the rates for logs: ``noise_p``, or ``noise_p_<index>`` for several noises."""
         if len(self.p) == 1:
@@ -135,8 +140,7 @@ class QuantNoiseState:
         A model may read a weight without calling its layer, or never use the layer. Such layers are
         listed in ``left_clean``. There are none before the first forward with noise.
         """
-        any_used = any(weight.noise.used for weight in self.weights)
-        active = [weight for weight in self.weights if any_used and weight.noise.active]
+        active = [weight for weight in self.weights if self.used and weight.noise.active]
         found = [name for weight in active for name in weight.unreached()]
         known = [name for name, reason in self.left_clean.items() if reason == _UNREACHED]
         for name in set(known).difference(found):
@@ -160,6 +164,15 @@ class QuantNoiseState:
         """
         self._refresh("scales")
         self.share_ranges()
+
+    def fit_again(self) -> None:
+        """Fit codebooks and scales from scratch, after other weights were loaded.
+
+        Trained centroids stay the same parameters. Must be called on all ranks of a distributed
+        run, which get the tensors of rank 0.
+        """
+        self._refresh("codebooks", from_scratch=True)
+        self._refresh("scales", from_scratch=True)
 
     def share_ranges(self) -> None:
         """Give all ranks one range for each layer's input: that of all their batches so far.
@@ -231,7 +244,7 @@ class QuantNoiseState:
             yield f"{name}.input", noise
 
     @torch.no_grad()
-    def _refresh(self, kind: str) -> None:
+    def _refresh(self, kind: str, from_scratch: bool = False) -> None:
         functions = [(weight, f) for weight in self.weights for _, f in weight.noise.functions]
         for position, (weight, function) in enumerate(functions):
             if function.refreshed != kind:
@@ -239,10 +252,15 @@ class QuantNoiseState:
             module: Any = weight.modules[0]
             matrix = weight_matrix(module, full_tensor(module.weight))
             require_finite(matrix, f"{weight.names[0]}.weight")
+            before = function.state
+            if from_scratch:
+                function.state = {key: before[key] for key in before.keys() & {"row_groups"}}
             with torch.autocast(matrix.device.type, enabled=False):
                 function.refresh(matrix, self.config.seed + position)
             for key, tensor in function.state.items():
-                function.state[key] = _loaded(tensor, broadcast_from_rank_0(tensor.detach()))
+                values = broadcast_from_rank_0(tensor.detach())
+                is_trained = isinstance(before.get(key), nn.Parameter)
+                function.state[key] = _loaded(before[key] if is_trained else tensor, values)
 
     def __repr__(self) -> str:
         return (

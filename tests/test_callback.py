@@ -1,0 +1,91 @@
+"""The noise of a training follows the weights: best models, other checkpoints, several runs."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.tiny import make_model
+from support.trainers import assert_same, make_trainer
+from transformers import TrainerCallback
+
+from hf_quantnoise import QuantNoiseConfig, apply_quant_noise
+from hf_quantnoise.callback import STATE_NAME
+from hf_quantnoise.noise import find_state
+
+FITTED = QuantNoiseConfig(["pq", "int8"], p=0.2, n_centroids=16)
+TRAINED = QuantNoiseConfig("pq", p=1.0, n_centroids=16, learn_codebooks=True)
+
+
+class Watch(TrainerCallback):
+    """Keeps the fitted tensors at the beginning of each step."""
+
+    def __init__(self):
+        self.tensors = []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        tensors = find_state(kwargs["model"]).state_dict()
+        self.tensors.append({name: tensor.clone() for name, tensor in tensors.items()})
+
+
+def make_bert_trainer(folder, data, noise, watch=None, model=None, parts=None, **arguments):
+    parts = {"callbacks": [watch] if watch else [], **(parts or {})}
+    model = model or make_model("bert")
+    return make_trainer(folder, model, data, noise, parts=parts, **arguments)
+
+
+def fitted_to(model, noise):
+    """Return the tensors of new noise for the weights of a model."""
+    copy = make_model("bert")
+    copy.load_state_dict(model.state_dict())
+    return find_state(apply_quant_noise(copy, noise)).state_dict()
+
+
+@pytest.mark.parametrize("noise", [FITTED, TRAINED], ids=["fitted", "trained"])
+def test_load_best_model_at_end_loads_the_noise_of_the_best_model(noise, tmp_path, parity_data):
+    trainer = make_bert_trainer(
+        tmp_path, parity_data, noise, parts={"eval_dataset": parity_data}, learning_rate=1e-2,
+        num_train_epochs=2, save_strategy="epoch", eval_strategy="epoch",
+        load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=True,
+    )  # fmt: skip
+    centroids = find_state(trainer.model).parameters()
+    trainer.train()
+    best = tmp_path / "checkpoint-6"
+    assert trainer.state.best_model_checkpoint == str(best)
+    state = find_state(trainer.model)
+    assert_same(state.state_dict(), load_file(best / STATE_NAME))
+    assert all(a is b for a, b in zip(centroids, state.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("noise", [FITTED, TRAINED], ids=["fitted", "trained"])
+def test_noise_is_fitted_to_the_weights_of_a_checkpoint_without_noise(
+    noise, tmp_path, parity_data, caplog
+):
+    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2, "learning_rate": 1e-2}
+    first = make_bert_trainer(tmp_path, parity_data, noise, **saving)
+    first.train()
+    for path in (tmp_path / "checkpoint-2").glob("quant_noise*"):
+        path.unlink()
+    watch = Watch()
+    trainer = make_bert_trainer(tmp_path / "b", parity_data, noise, watch, max_steps=3)
+    centroids = find_state(trainer.model).parameters()
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert "codebooks and scales were fitted again" in caplog.text
+    expected = fitted_to(first.model, noise)
+    if noise is TRAINED:  # codes are assigned again in each step, to rounded centroids
+        expected = {name: t for name, t in expected.items() if not name.endswith("codes")}
+    assert_same({name: watch.tensors[0][name] for name in expected}, expected)
+    state = find_state(trainer.model)
+    assert all(a is b for a, b in zip(centroids, state.parameters(), strict=True))
+
+
+def test_codebooks_and_scales_follow_the_weights_in_a_second_training(tmp_path, parity_data):
+    """A training of one epoch does not refresh them, so each has to begin with it."""
+    watch = Watch()
+    trainer = make_bert_trainer(tmp_path, parity_data, FITTED, watch, learning_rate=1e-2)
+    trainer.args.max_steps = 1
+    for _ in range(3):
+        trainer.train()
+    first, second, third = watch.tensors
+    for name in ("codebook", "scale"):
+        key = next(key for key in first if key.endswith(f".{name}"))
+        assert not torch.equal(first[key], second[key])
+        assert not torch.equal(second[key], third[key])
