@@ -32,7 +32,8 @@ def pending_noise(
     """Return a config for the layers that are both noised and pending; None without any.
 
     The rate is the final one, since its schedule ended in the finetuning before the compression.
-    LayerDrop and layer sharing are off: layers may have been removed or shared already.
+    LayerDrop and layer sharing are off: layers may have been removed or shared already. Centroids
+    are fitted, not trained: the optimizer of a stage has the parameters of the model alone.
     """
     names = [re.escape(name) for name in noised if name in pending]
     if config is None or not names:
@@ -44,5 +45,6 @@ def pending_noise(
         p_schedule="constant",
         layerdrop=0.0,
         share_layers=1,
+        learn_codebooks=False,
         batch_norm_batches=0,  # the stage measures the statistics after its training
     )

@@ -113,3 +113,13 @@ def test_keep_noise_requires_noise(tmp_path, parity_data):
     trainer = make_bert_trainer(tmp_path, parity_data, None)
     with pytest.raises(ValueError, match=r"keep_noise=True.*QuantNoiseConfig"):
         trainer.compress(TARGET, KEEP_NOISE)
+
+
+def test_noise_with_trained_centroids_is_kept_with_fitted_ones(
+    tmp_path, parity_data, noise_per_step
+):
+    noise = QuantNoiseConfig("pq", p=0.3, block_size=4, n_centroids=8, learn_codebooks=True)
+    trainer = make_bert_trainer(tmp_path, parity_data, noise)
+    small = trainer.compress(TARGET, CompressionArguments(keep_noise=True, stage_steps=1))
+    assert [each is not None for each in noise_per_step] == [True, True, False]
+    assert not any(map(is_noisy, small.modules()))
