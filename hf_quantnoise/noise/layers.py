@@ -40,7 +40,7 @@ class QuantNoiseLayer(DynamicSubclass):
         if not self.training or not noise.weight.active:
             return super().forward(*args, **kwargs)
         if noise.activations is not None:
-            args = (noise.activations(args[0]), *args[1:])
+            args, kwargs = _with_noisy_input(noise.activations, args, kwargs)
         outer = self.__dict__.get("weight")  # replicas of nn.DataParallel keep their weight here
         noisy = noise.weight.noisy_weight(self.weight, self._layer_type, noise.member)
         # Dynamo tracks self.__dict__ only if it is written out: do not use a local name for it.
@@ -52,6 +52,14 @@ class QuantNoiseLayer(DynamicSubclass):
                 del self.__dict__["weight"]
             else:
                 self.__dict__["weight"] = outer
+
+
+def _with_noisy_input(noise: ActivationNoise, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Return the arguments of a forward with noise on the first one, which may have a name."""
+    if args:
+        return (noise(args[0]), *args[1:]), kwargs
+    name = next(iter(kwargs))
+    return args, {**kwargs, name: noise(kwargs[name])}
 
 
 class QuantNoiseLookup(QuantNoiseLayer):

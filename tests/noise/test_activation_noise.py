@@ -57,6 +57,19 @@ def test_inputs_are_observed_then_rounded_within_their_range():
     assert seen_by(model[0], model, 100 * third).abs().max() < 2 * both.abs().max()
 
 
+def test_input_passed_by_name_is_rounded():
+    class ByName(nn.Sequential):
+        def forward(self, inputs):
+            return self[1](input=self[0](input=inputs))
+
+    by_name, by_place = (noisy(p=1.0, calibration=1) for _ in range(2))
+    del by_name[1], by_place[1]
+    by_name.__class__ = ByName
+    for inputs in torch.randn(2, 8, 16):
+        assert torch.equal(by_name(inputs), by_place(inputs))
+    assert find_state(by_name).activations["0"].seen == 1
+
+
 def test_activation_noise_is_off_in_eval_and_at_p_0():
     model = noisy(calibration=1)
     inputs = torch.randn(8, 16)
