@@ -27,7 +27,7 @@ from .layerdrop import LayerDrop, droppable_chunks, make_droppable, make_undropp
 from .layers import LayerNoise, is_noisy, make_noisy, remove_noise
 from .operator import WeightNoise
 from .squeeze_excitation import squeeze_excitation_layers
-from .state import NoisedWeight, QuantNoiseState, attach, detach, find_state
+from .state import NoisedWeight, QuantNoiseState, attach, detach, find_state, find_states
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +144,7 @@ def remove_quant_noise(model: nn.Module) -> nn.Module:
         TypeError: if the model is not a module.
     """
     require_model(model, nn.Module)
-    if (state := find_state(model)) is not None:
+    for state in find_states(model):  # several, if parts of the model got noise one by one
         state.sharing.undo()
     for module in model.modules():
         if is_noisy(module):

@@ -290,6 +290,9 @@ def detach(model: nn.Module) -> None:
 
 def find_state(model: nn.Module) -> QuantNoiseState | None:
     """Return the noise state of a model, or None. Wrappers (DDP, compiled modules) are searched."""
-    return next(
-        (module.__dict__[_STATE] for module in model.modules() if _STATE in module.__dict__), None
-    )
+    return next(find_states(model), None)
+
+
+def find_states(model: nn.Module) -> Iterator[QuantNoiseState]:
+    """Yield the noise states of a model and its submodules."""
+    return (m.__dict__[_STATE] for m in model.modules() if _STATE in m.__dict__)

@@ -63,6 +63,16 @@ def test_chunks_share_parameters_until_removal(name):
     assert len(set(tensors)) == len(tensors)  # not shared any more
 
 
+def test_removal_separates_layers_of_parts_that_got_noise_one_by_one():
+    model = make_stacked("t5", layers=4)
+    original = dict(model.named_parameters(remove_duplicate=False))
+    for part in (model.encoder, model.decoder):
+        apply_quant_noise(part, QuantNoiseConfig(**NOISE))
+    remove_quant_noise(model)
+    after = dict(model.named_parameters(remove_duplicate=False))
+    assert all(after[name] is original[name] for name in original)
+
+
 def _name_of(parameters, wanted):
     return next(key for key, parameter in parameters.items() if parameter is wanted)
 
