@@ -89,3 +89,16 @@ def test_codebooks_and_scales_follow_the_weights_in_a_second_training(tmp_path, 
         key = next(key for key in first if key.endswith(f".{name}"))
         assert not torch.equal(first[key], second[key])
         assert not torch.equal(second[key], third[key])
+
+
+def test_a_config_with_tuples_resumes(tmp_path, parity_data):
+    noise = QuantNoiseConfig(
+        ("pq", "int8"), p=(0.1, 0.2), n_centroids=16, target_modules=("query", "key"),
+        share_layers=(("bert.encoder.layer.0", "bert.encoder.layer.1"),),
+    )  # fmt: skip
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    for n_steps in (1, 2):
+        trainer = make_bert_trainer(tmp_path, parity_data, noise, max_steps=n_steps, **saving)
+        trainer.train(resume_from_checkpoint=n_steps > 1)
+    assert trainer.state.global_step == 2
+    assert QuantNoiseConfig.from_pretrained(tmp_path / "checkpoint-2") == noise

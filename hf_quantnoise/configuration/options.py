@@ -85,10 +85,18 @@ class Options:
 
     def __post_init__(self) -> None:
         for name, declared in options_of(type(self)).items():
-            value = getattr(self, name)
+            value = _with_lists(getattr(self, name))
+            setattr(self, name, value)
             if value is not None or type(None) not in get_args(declared.type):
                 for check in declared.checks:
                     check(name, value)
+
+
+def _with_lists(value: Any) -> Any:
+    """Return a value with lists for tuples, so that it equals the one read from its JSON."""
+    if not isinstance(value, list | tuple):
+        return value
+    return [list(part) if isinstance(part, tuple) else part for part in value]
 
 
 def unknown_option(config: type[Options], name: str) -> str:
