@@ -1,5 +1,7 @@
 """Models with PEFT adapters: noise works on them, packing refuses them before anything is done."""
 
+import copy
+
 import pytest
 import torch
 from support.stacked import logits, make_stacked
@@ -75,6 +77,17 @@ def test_a_trained_and_merged_model_is_compressed(noise, tmp_path, parity_data, 
     small.save_pretrained(tmp_path / "small")
     loaded = AutoQuantizedModel.from_pretrained(tmp_path / "small")
     assert torch.equal(logits(loaded), logits(small))
+
+
+def test_a_teacher_that_has_the_adapters_of_the_student_is_refused(tmp_path, parity_data):
+    """PEFT adds them to the layers of the model that it wraps."""
+    adapter = peft.LoraConfig(target_modules=["query", "dense"], task_type="SEQ_CLS")
+    base = make_stacked("bert", 2)
+    separate = copy.deepcopy(base)
+    student = peft.get_peft_model(base, adapter)
+    with pytest.raises(ValueError, match=r"invalid teacher.*deepcopy\(model\), made before"):
+        make_trainer(tmp_path, student, parity_data, parts={"teacher": base})
+    make_trainer(tmp_path, student, parity_data, parts={"teacher": separate}, max_steps=1).train()
 
 
 def test_a_packed_model_with_an_adapter_trains_without_a_warning(tmp_path, parity_data, caplog):

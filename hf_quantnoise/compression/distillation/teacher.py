@@ -21,6 +21,16 @@ from .features import attention_loss, eager_attention, hidden_state_loss
 from .logits import logits_divergence
 
 
+def _changes_with(student: nn.Module, teacher: nn.Module) -> bool:
+    """Return whether training the student changes the teacher.
+
+    PEFT adds its adapters to the layers of the model that it wraps, which is then no longer the
+    model from before.
+    """
+    trained = {id(parameter) for parameter in student.parameters() if parameter.requires_grad}
+    return teacher is student or any(id(each) in trained for each in teacher.parameters())
+
+
 class Teacher:
     """A model that is not trained, and the distillation losses of a student.
 
@@ -38,10 +48,11 @@ class Teacher:
     def __init__(
         self, student: nn.Module, teacher: nn.Module | None, args: CompressionArguments
     ) -> None:
-        if teacher is student:
+        if teacher is not None and _changes_with(student, teacher):
             raise ValueError(
-                "invalid teacher: got the model that is trained, expected another one; pass "
-                "copy.deepcopy(model)"
+                "invalid teacher: got the model that is trained, or one that shares trained "
+                "parameters with it, expected a separate one; pass copy.deepcopy(model), made "
+                "before adapters are added"
             )
         self.args = args
         device = args.teacher_device or next(student.parameters()).device
