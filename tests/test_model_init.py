@@ -52,6 +52,20 @@ def test_each_training_starts_from_a_new_model(noise, tmp_path, parity_data):
     assert_same(tensors(trainer.model), first)
 
 
+def test_attention_maps_of_each_new_model_are_distilled(tmp_path, parity_data):
+    trainer = QuantNoiseTrainer(
+        None, training_arguments(tmp_path, max_steps=1, logging_steps=1), train_dataset=parity_data,
+        model_init=lambda: make_stacked("bert", 2), teacher=make_stacked("bert", 4),
+        compression_args=CompressionArguments(distill_attention=1.0),
+    )  # fmt: skip
+    for _ in range(2):
+        trainer.train()
+        assert trainer.state.log_history[0]["teacher_attention"] > 0
+        assert trainer.model.config._attn_implementation == "sdpa"
+    trainer.model = None  # as after a hyperparameter search
+    trainer.train()
+
+
 def test_model_init_resumes(tmp_path, parity_data):
     trainer = make_init_trainer(
         tmp_path, parity_data, NOISES["pq"], save_strategy="steps", save_steps=1, max_steps=3

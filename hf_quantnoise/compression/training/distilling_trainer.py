@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -63,8 +66,17 @@ class DistillingTrainer(PackedModelTrainer):
         """``Trainer.train``; computes attention maps if they are distilled."""
         if self.teacher is None:
             return super().train(*args, **kwargs)
-        with self.teacher.attention_maps(self.model):
+        with ExitStack() as self._attention_maps:
+            if self.model_init is None:  # otherwise Trainer replaces the model
+                self._attention_maps.enter_context(self.teacher.attention_maps(self.model))
             return super().train(*args, **kwargs)
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """``Trainer.call_model_init``; the new model computes attention maps, too."""
+        model = super().call_model_init(trial)
+        if self.teacher is not None:
+            self._attention_maps.enter_context(self.teacher.attention_maps(model))
+        return model
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Return the loss of the labels combined with the distillation terms.
