@@ -77,6 +77,18 @@ def test_compiled_noise_uses_current_rates_and_codebooks(settings):
         assert torch.equal(effective_weight(compiled), effective_weight(clean))
 
 
+@pytest.mark.parametrize("noise", ["proxy", "pq", "int8"])
+def test_compiled_lookup_takes_batches_of_any_length(noise):
+    table = nn.Sequential(nn.Embedding(200, 16)).train()
+    config = QuantNoiseConfig(noise, p=0.5, block_size=4, n_centroids=16, target_modules=".*")
+    apply_quant_noise(table, config)
+    compiled = torch.compile(table, backend="aot_eager")
+    for length in (5, 7, 9, 11):
+        ids = torch.arange(length)
+        assert not torch.equal(compiled(ids), table[0].weight[:length])
+    assert counters["stats"]["unique_graphs"] <= 2
+
+
 def test_compiled_layerdrop_skips_different_layers(input_ids):
     model = make_stacked("gpt2", 2)
     noise = QuantNoiseConfig(noise="proxy", p=0.3, layerdrop=0.5, target_modules=["wte", "lm_head"])

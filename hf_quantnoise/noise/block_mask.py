@@ -116,13 +116,12 @@ def sample_mask(
     """
     if p >= 1.0:
         return BlockMask(count)
+    if torch.compiler.is_compiling():
+        # Dynamo has no Tensor.random_, and indices have no advantage in fused code. With a
+        # generator, None included, torch.rand takes no symbolic count.
+        return BlockMask(count, mask=torch.rand(count, device=device) < p)
     use_indices = p <= MAX_INDEX_RATE
-    # Dynamo has no Tensor.random_, and indices have no advantage in fused code.
-    if (
-        torch.compiler.is_compiling()
-        or count * p < MIN_EXPECTED_BLOCKS
-        or (not use_indices and device.type not in ("cpu", "cuda"))
-    ):
+    if count * p < MIN_EXPECTED_BLOCKS or (not use_indices and device.type not in ("cpu", "cuda")):
         return BlockMask(count, mask=torch.rand(count, device=device, generator=generator) < p)
     if use_indices:
         # 1 - (1 - 1/count)^n = p
