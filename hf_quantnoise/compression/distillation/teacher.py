@@ -31,6 +31,10 @@ def _changes_with(student: nn.Module, teacher: nn.Module) -> bool:
     return teacher is student or any(id(each) in trained for each in teacher.parameters())
 
 
+def _has_in_name(module: nn.Module, word: str) -> bool:
+    return word in type(module).__name__.lower()
+
+
 class Teacher:
     """A model that is not trained, and the distillation losses of a student.
 
@@ -135,9 +139,12 @@ class Teacher:
     def prepare(self, student: nn.Module) -> None:
         """Prepare the student for a forward in training: no dropout of distilled attention maps.
 
-        A probability that was dropped to 0 would have an unbounded divergence.
+        A probability that was dropped to 0 would have an unbounded divergence. The other layers of
+        an attention block stay in training mode, in which they have noise.
         """
         if self.args.distill_attention > 0:
             for module in student.modules():
-                if "attention" in type(module).__name__.lower():
-                    module.eval()  # until the next model.train()
+                if _has_in_name(module, "attention"):
+                    module.training = False  # until the next model.train()
+                    for dropout in module.modules():
+                        dropout.training &= not _has_in_name(dropout, "dropout")

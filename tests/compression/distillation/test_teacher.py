@@ -10,12 +10,19 @@ from support.tiny import make_model, recompute
 from support.trainers import ATTENTION, CONV, ONE_STAGE, Rows, StageLogs, make_task_trainer, sharp
 from transformers import TrainerCallback, TrainingArguments
 
-from hf_quantnoise import CompressionArguments, IPQConfig, quantize_model
+from hf_quantnoise import (
+    CompressionArguments,
+    IPQConfig,
+    QuantNoiseConfig,
+    apply_quant_noise,
+    quantize_model,
+)
 from hf_quantnoise.compression.distillation import features
 from hf_quantnoise.compression.distillation.logits import logits_divergence
 from hf_quantnoise.compression.distillation.teacher import Teacher
 from hf_quantnoise.compression.training.stage_trainer import StageTrainer
 from hf_quantnoise.modeling import packed_layers
+from hf_quantnoise.noise import find_state
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -173,6 +180,14 @@ def test_attention_maps_have_no_dropout():
         terms = teacher.loss_terms(model, outputs, inputs, ["labels"])
     assert terms["attention"][1].item() == pytest.approx(0, abs=1e-6)
     assert model.training and model.classifier.training
+
+
+def test_layers_of_attention_keep_their_noise_while_its_maps_are_distilled():
+    model = apply_quant_noise(make_model("bert"), QuantNoiseConfig("int8", p=0.5)).train()
+    args = CompressionArguments(distill_attention=1.0)
+    Teacher(model, make_model("bert"), args).prepare(model)
+    model(**TASKS["classification"][1]())
+    assert find_state(model).note_unreached() == []
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
