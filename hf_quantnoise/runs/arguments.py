@@ -15,7 +15,6 @@ from typing import Any, Literal
 import torch
 from transformers import (
     AutoConfig,
-    AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     TrainingArguments,
@@ -34,6 +33,7 @@ from .example_data import FileArguments
 from .known_flags import ELSEWHERE, check_training_flags, elsewhere
 from .recipe_flags import check_recipe, flags_of, lengths, recipe_for, shown
 from .script import ScriptParser
+from .tokenizers import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -62,9 +62,10 @@ class ModelArguments:
         flag = "config_name" if self.config_name else "model_name_or_path"
         return load_config(flag, getattr(self, flag), **self.hub())
 
-    def load_tokenizer(self):
-        name = self.tokenizer_name or self.model_name_or_path
-        return AutoTokenizer.from_pretrained(name, **self.hub())
+    def load_tokenizer(self) -> Any:
+        """Load the tokenizer; the error of a missing one names the flag."""
+        flag = "tokenizer_name" if self.tokenizer_name else "model_name_or_path"
+        return load_tokenizer(flag, getattr(self, flag), **self.hub())
 
     def load_model(self, auto_class: Any, config: PretrainedConfig) -> PreTrainedModel:
         """Load the checkpoint with the head of a config."""

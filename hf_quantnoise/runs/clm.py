@@ -23,6 +23,7 @@ from .example import Example
 from .example_data import SplitArguments, check_column, check_minimum
 from .job import Job
 from .known_flags import TEXT_ELSEWHERE
+from .tokenizers import position_limit
 
 # Larger ones are lengths of sequences: that is what transformers' run_clm.py calls a block.
 MAX_BLOCK_SIZE = 32
@@ -123,7 +124,8 @@ def prepare(args: Arguments) -> Job:
     """Load text, tokenizer and model."""
     data, model_args = args.data, args.model
     config, tokenizer = model_args.load_config(), model_args.load_tokenizer()
-    limit = getattr(config, "max_position_embeddings", None)
+    model = model_args.load_model(data.auto_class, config)
+    limit = position_limit(model)
     if limit is not None and data.sequence_length > limit:
         raise ValueError(
             f"invalid --sequence_length {data.sequence_length}: expected at most the model's "
@@ -139,7 +141,7 @@ def prepare(args: Arguments) -> Job:
     rows = {split: text.rows for split, text in texts.items()}
     args.training.prediction_loss_only = True  # the logits of all texts would fill the memory
     return Job(
-        model=model_args.load_model(data.auto_class, config),
+        model=model,
         parts={
             "train_dataset": rows.get("train"),
             "eval_dataset": rows.get("validation"),

@@ -14,6 +14,7 @@ from .example import Example
 from .glue_data import HUB_DATASET, DataArguments, GlueData, load_glue_data
 from .glue_labels import prediction_texts
 from .job import Job
+from .tokenizers import position_limit
 
 logger = logging.getLogger(__name__)
 
@@ -91,8 +92,7 @@ def prepare(args: Arguments) -> Job:
         compute_metrics, metric = args.data.scoring(data.metrics, *data.metric_module)
     model = args.model.load_model(args.data.auto_class, config)
     with args.training.main_process_first(desc="tokenizing"):
-        limit = getattr(config, "max_position_embeddings", None)
-        data = tokenize(data, tokenizer, args.data, limit)
+        data = tokenize(data, tokenizer, args.data, position_limit(model))
     return Job(
         model=model,
         parts={
