@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -59,6 +59,16 @@ def check_column(flag: str, column: str, rows: Dataset, source: str) -> None:
             f"invalid --{flag} {column!r}: expected one of the columns of {source}: "
             f"{', '.join(rows.column_names)}"
         )
+
+
+def require_filled(rows: Dataset, columns: Iterable[str], source: str) -> None:
+    """Raise a ``ValueError`` if a column has missing values."""
+    for column in columns:
+        if empty := rows.data.column(column).null_count:
+            raise ValueError(
+                f"{source} has {empty} of {len(rows)} rows with an empty column {column!r}; "
+                "remove these rows or fill them in"
+            )
 
 
 def truncate(rows: Dataset | None, count: int | None) -> Dataset | None:

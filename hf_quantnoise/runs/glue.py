@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -12,7 +13,7 @@ from transformers import DataCollatorWithPadding
 from .arguments import Arguments
 from .example import Example
 from .glue_data import HUB_DATASET, DataArguments, GlueData, load_glue_data
-from .glue_labels import prediction_texts
+from .glue_labels import prediction_texts, set_labels
 from .job import Job
 from .tokenizers import position_limit
 
@@ -32,6 +33,7 @@ def tokenize(data: GlueData, tokenizer, args: DataArguments, model_limit: int | 
         texts = [examples[key] for key in data.keys if key]
         padding = "max_length" if args.pad_to_max_length else False
         encoded = tokenizer(*texts, padding=padding, max_length=length, truncation=True)
+        require_tokens(encoded, texts, data.keys)
         to_target = float if data.is_regression else data.label_values.__getitem__
         if raw_label in examples:
             encoded["label"] = [to_target(label) for label in examples[raw_label]]
@@ -58,6 +60,26 @@ def tokenize(data: GlueData, tokenizer, args: DataArguments, model_limit: int | 
     )
 
 
+def require_tokens(encoded, texts: Sequence[Sequence[str]], columns: Sequence[str | None]) -> None:
+    """Raise a ``ValueError`` if an example has no tokens, which models cannot classify.
+
+    Tokenizers that add special tokens to each text, as BERT's does, always return some.
+
+    Args:
+        encoded: the examples, tokenized.
+        texts: those of each column.
+        columns: the names of the columns.
+    """
+    all_tokens = [[1] * len(ids) for ids in encoded["input_ids"]]
+    for number, mask in enumerate(encoded.get("attention_mask", all_tokens)):
+        if not any(mask):
+            pairs = zip(columns, texts, strict=False)  # the second column may be None
+            shown = ", ".join(f"{name}={text[number]!r}" for name, text in pairs)
+            raise ValueError(
+                f"invalid data: an example has no tokens ({shown}); remove or fill in such rows"
+            )
+
+
 def dataset_of(args: DataArguments) -> dict[str, str | None]:
     """Return the fields of the job that name the evaluation data; files have no id."""
     if args.task is None or args.task_name is None:
@@ -81,12 +103,7 @@ def prepare(args: Arguments) -> Job:
         tokenizer.pad_token = tokenizer.eos_token
         config.pad_token_id = tokenizer.pad_token_id
     data = load_glue_data(args.data, args.model, config, args.splits)
-    if data.is_regression:
-        config.num_labels = 1
-        config.problem_type = "regression"
-    else:
-        config.id2label = dict(enumerate(data.label_names))
-        config.label2id = {name: i for i, name in enumerate(data.label_names)}
+    set_labels(config, data.label_names)
     compute_metrics, metric = None, data.metrics[0]
     if args.training.do_eval:
         compute_metrics, metric = args.data.scoring(data.metrics, *data.metric_module)

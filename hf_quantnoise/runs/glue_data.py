@@ -11,7 +11,14 @@ from transformers import AutoModelForSequenceClassification, PretrainedConfig
 
 from ..configuration.options import option
 from .arguments import ModelArguments
-from .example_data import FileArguments, check_column, check_minimum, read_table, truncate
+from .example_data import (
+    FileArguments,
+    check_column,
+    check_minimum,
+    read_table,
+    require_filled,
+    truncate,
+)
 from .glue_labels import find_labels, labels_of_checkpoint
 from .known_flags import GLUE_ELSEWHERE
 from .metrics import MetricArguments
@@ -209,12 +216,7 @@ def _check_columns(sets: dict[str, Dataset], keys, args: DataArguments) -> None:
                     f"invalid --sentence{i}_key {key!r}: the column of {source} has "
                     f"{data.features[key]}, expected text"
                 )
-        for key in columns:
-            if empty := data.data.column(key).null_count:
-                raise ValueError(
-                    f"{source} has {empty} of {len(data)} rows with an empty column {key!r}; "
-                    "remove these rows or fill them in"
-                )
+        require_filled(data, columns, source)
 
 
 def load_glue_data(

@@ -1,4 +1,4 @@
-"""Labels of ``run_glue.py``."""
+"""Labels of the classification examples."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import logging
 from typing import Any
 
 import numpy as np
-from datasets import ClassLabel, Dataset
+from datasets import ClassLabel, Dataset, Value
 from transformers import PretrainedConfig
 
 logger = logging.getLogger(__name__)
 
 REGRESSION_TASKS = ("stsb",)
+_SHOWN = 10  # labels that an error or warning lists
 # Names of the labels of GLUE tasks, in the order of their ids on the Hub.
 LABELS = {
     "cola": ("unacceptable", "acceptable"),
@@ -26,7 +27,8 @@ LABELS = {
 
 
 def _has_head(config: PretrainedConfig) -> bool:
-    return any("ForSequenceClassification" in name for name in config.architectures or [])
+    heads = ("ForSequenceClassification", "ForImageClassification")
+    return any(head in name for name in config.architectures or [] for head in heads)
 
 
 def labels_in(data: Dataset, column: str, task_name: str | None = None) -> tuple[list, list[str]]:
@@ -35,6 +37,11 @@ def labels_in(data: Dataset, column: str, task_name: str | None = None) -> tuple
     If they are ids or names of a GLUE task, these are all labels of the task.
     """
     feature = data.features[column]
+    if not isinstance(feature, ClassLabel | Value):
+        raise ValueError(
+            f"invalid --label_column {column!r}: the column has {feature}, expected one label per "
+            "row: integers or strings (floats for regression)"
+        )
     if isinstance(feature, ClassLabel):
         return list(range(feature.num_classes)), list(feature.names)
     values = sorted(data.unique(column))
@@ -45,28 +52,72 @@ def labels_in(data: Dataset, column: str, task_name: str | None = None) -> tuple
     return values, [str(value) for value in values]
 
 
-def _order_as_in_checkpoint(
-    values: list, names: list[str], config: PretrainedConfig, ignore_mismatched_sizes: bool
+def order_as_in_checkpoint(
+    values: list,
+    names: list[str],
+    config: PretrainedConfig,
+    ignore_mismatched_sizes: bool,
+    allow_fewer: bool = True,
 ) -> tuple[dict, list[str]]:
-    """Return the label ids: those of the checkpoint if its head has these labels, else sorted."""
+    """Return the label ids: those of the checkpoint if its head has these labels, else sorted.
+
+    Args:
+        values: the labels of the data.
+        names: their names.
+        config: of the checkpoint.
+        ignore_mismatched_sizes: whether a head with another number of labels may be replaced.
+        allow_fewer: whether the head may have more labels than the data.
+    """
     as_found = {value: i for i, value in enumerate(values)}, names
     if not _has_head(config):
         return as_found
     known = [str(config.id2label[i]) for i in range(config.num_labels)]
-    ids = {name.lower(): i for i, name in enumerate(known)}
-    if all(name.lower() in ids for name in names):
-        return {v: ids[name.lower()] for v, name in zip(values, names, strict=True)}, known
-    numbered = all(str(value) == name for value, name in zip(values, names, strict=True))
-    if numbered and all(isinstance(v, int) and 0 <= v < len(known) for v in values):
-        return {value: int(value) for value in range(len(known))}, known
+    if not allow_fewer and known == [f"LABEL_{i}" for i in range(len(names))]:
+        return as_found  # the head has this number of labels, without names
+    if allow_fewer or len(names) == len(known):
+        for spelled in (str, str.lower):
+            ids = {spelled(name): i for i, name in enumerate(known)}
+            found = [ids.get(spelled(name)) for name in names]
+            if None not in found and len({*found}) == len(names):
+                return dict(zip(values, found, strict=True)), known
+        numbered = all(str(value) == name for value, name in zip(values, names, strict=True))
+        if numbered and all(isinstance(v, int) and 0 <= v < len(known) for v in values):
+            return {value: int(value) for value in range(len(known))}, known
     if len(names) != len(known) and not ignore_mismatched_sizes:
         raise ValueError(
-            f"--model_name_or_path has a head for the {len(known)} labels {known}, the data has "
-            f"the {len(names)} labels {names}; pass --ignore_mismatched_sizes to replace the head, "
-            "or data with these labels"
+            f"--model_name_or_path has a head for the {_listed(known)}, the data has the "
+            f"{_listed(names)}; pass --ignore_mismatched_sizes to replace the head, or data with "
+            "these labels"
         )
-    logger.warning("The checkpoint's labels %s are replaced by the data's, %s", known, names)
+    shown = _listed(known), _listed(names)
+    logger.warning("The checkpoint's %s are replaced by the data's, %s", *shown)
     return as_found
+
+
+def _listed(names: list[str]) -> str:
+    """Return the number of labels and the first of them: ``2 labels ['no', 'yes']``."""
+    more = [] if len(names) <= _SHOWN else ["..."]
+    return f"{len(names)} labels {names[:_SHOWN] + more}"
+
+
+def set_labels(config: PretrainedConfig, names: list[str] | None) -> None:
+    """Give a config the labels of a classifier, or one output for regression (None).
+
+    Raises:
+        ValueError: if there is only one label: transformers would train a regression.
+    """
+    if names is None:
+        config.num_labels = 1
+        config.problem_type = "regression"
+        return
+    if len(names) < 2:
+        raise ValueError(
+            f"invalid labels: all examples have the label {names[0]!r}, expected at least 2 "
+            "different ones; check --label_column, or pass data with more labels"
+        )
+    config.problem_type = None  # of a head that is replaced: regression, or several labels
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: i for i, name in enumerate(names)}
 
 
 def find_labels(
@@ -99,6 +150,7 @@ def find_labels(
                 "store the labels as integers or strings for classes"
             )
         logger.info("The labels are numeric (%s): regression.", kind)
+        _require_finite(sets, column)
         return None, None
     if is_float:
         raise ValueError(
@@ -106,7 +158,7 @@ def find_labels(
             "store the labels as integers or strings"
         )
     found = labels_in(first, column, task_name)
-    ids, names = _order_as_in_checkpoint(*found, config, ignore_mismatched_sizes)
+    ids, names = order_as_in_checkpoint(*found, config, ignore_mismatched_sizes)
     check_labels(sets, column, ids)
     return ids, names
 
@@ -123,6 +175,17 @@ def labels_of_checkpoint(
         return None, None
     names = [str(config.id2label[i]) for i in range(config.num_labels)]
     return {name: i for i, name in enumerate(names)}, names
+
+
+def _require_finite(sets: dict[str, Dataset], column: str) -> None:
+    """Raise a ``ValueError`` that names the flag if labels of a regression are NaN or infinite."""
+    for flag, data in sets.items():
+        values = np.asarray(data[column][:], dtype=np.float64)
+        if count := len(values) - int(np.isfinite(values).sum()):
+            raise ValueError(
+                f"invalid --{flag}: {count} of {len(values)} labels in column {column!r} are NaN "
+                "or infinite; remove these rows or correct them"
+            )
 
 
 def check_labels(sets: dict[str, Dataset], column: str, ids: dict) -> None:

@@ -17,8 +17,15 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from ..configuration.options import option
 from .arguments import Arguments
 from .example import Example
-from .example_data import SplitArguments, check_column, check_minimum, read_table, truncate
-from .glue_labels import check_labels, labels_in
+from .example_data import (
+    SplitArguments,
+    check_column,
+    check_minimum,
+    read_table,
+    require_filled,
+    truncate,
+)
+from .glue_labels import check_labels, labels_in, order_as_in_checkpoint, set_labels
 from .job import Job
 from .known_flags import IMAGES_ELSEWHERE
 from .metrics import MetricArguments
@@ -49,8 +56,10 @@ def load_images(args: ImageArguments, split: str, cache_dir: str | None) -> Data
         rows = load_dataset(args.dataset_name, split=name, cache_dir=cache_dir)
     else:
         rows = read_table(f"{split}_file", path, cache_dir)
-    check_column("image_column", args.image_column, rows, path or args.dataset_name)
-    check_column("label_column", args.label_column, rows, path or args.dataset_name)
+    source = args.dataset_name if path is None else f"--{split}_file {path!r}"
+    check_column("image_column", args.image_column, rows, source)
+    check_column("label_column", args.label_column, rows, source)
+    require_filled(rows, [args.image_column, args.label_column], source)
     rows = rows.select_columns([args.image_column, args.label_column])
     rows = truncate(rows.cast_column(args.image_column, Image(decode=False)), args.limit(split))
     return rows.add_column("row index", range(len(rows)))
@@ -94,11 +103,12 @@ def prepare(args: Arguments) -> Job:
     sets = {split: load_images(data, split, model_args.cache_dir) for split in args.splits}
     if not sets:
         raise ValueError("nothing to do: pass --do_train, --do_eval or --stage_epochs above 0")
-    values, names = labels_in(next(iter(sets.values())), data.label_column)
-    ids = {value: index for index, value in enumerate(values)}
+    found = labels_in(next(iter(sets.values())), data.label_column)
+    # Integers below the number of labels of a head are not its labels: ImageNet has 1,000.
+    replaces = model_args.ignore_mismatched_sizes
+    ids, names = order_as_in_checkpoint(*found, config, replaces, allow_fewer=False)
     check_labels({f"{split}_file": rows for split, rows in sets.items()}, data.label_column, ids)
-    config.id2label = dict(enumerate(names))
-    config.label2id = {name: index for index, name in enumerate(names)}
+    set_labels(config, names)
     compute_metrics, metric = None, "accuracy"
     if args.training.do_eval:
         compute_metrics, metric = data.scoring(("accuracy",), "accuracy", None)

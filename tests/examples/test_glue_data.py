@@ -7,6 +7,7 @@ from hf_quantnoise.runs.arguments import ModelArguments
 from hf_quantnoise.runs.clm import TextArguments
 from hf_quantnoise.runs.glue import dataset_of, tokenize
 from hf_quantnoise.runs.glue_data import DataArguments, load_glue_data
+from hf_quantnoise.runs.glue_labels import set_labels
 
 NO_HEAD = BertConfig()
 
@@ -135,6 +136,21 @@ def test_other_labels_need_a_new_head(write_sets, load):
     ]
 
 
+def test_labels_that_differ_in_case_keep_their_ids(write, load):
+    path = write("train.csv", {"sentence": ["a", "b"], "label": ["us", "US"]})
+    found = load(checkpoint_for("us", "US"), train_file=path, validation=False)
+    assert found.label_values == {"us": 0, "US": 1}
+
+
+def test_labels_of_a_large_head_are_listed_in_part(write_sets, load):
+    head = checkpoint_for(*(f"class {i}" for i in range(1000)))
+    with pytest.raises(
+        ValueError, match=r"1000 labels \['class 0', .*'\.\.\.'\], the data"
+    ) as error:
+        load(head, **as_flags(write_sets(names=("dull", "great"))))
+    assert "class 500" not in str(error.value)
+
+
 def test_floats_are_regression(write_sets, load):
     args = as_flags(write_sets("parquet", names=(0.5, 4.0)))
     data = load(**args)
@@ -217,11 +233,44 @@ def test_invalid_files_are_named(write, write_sets, load, tmp_path):
             r"1 of 2 rows .*'label'",
         ),
         ({"sentence": ["a"], "label": [-1]}, r"column 'label' has the label -1"),
+        (
+            {"sentence": ["a"], "label": [["x", "y"]]},
+            r"--label_column 'label'.*expected one label per row",
+        ),
     ],
 )
 def test_invalid_columns_are_named(columns, message, write, load):
     with pytest.raises(ValueError, match=message):
         load(train_file=write("train.json", columns), validation=False)
+
+
+def test_labels_that_are_not_finite_are_named(load, tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_text('{"sentence": "a", "label": 1.5}\n{"sentence": "b", "label": NaN}\n')
+    with pytest.raises(ValueError, match=r"--train_file: 1 of 2 labels .*'label' are NaN"):
+        load(train_file=str(path), validation=False)
+
+
+@pytest.mark.parametrize("pad", [False, True])
+def test_texts_without_tokens_are_named(write, load, text_checkpoint, pad):
+    """A tokenizer that adds no special tokens makes no tokens of an empty text."""
+    path = write("train.json", {"sentence": ["w1", " "], "label": [0, 1]})
+    data = load(train_file=path, validation=False)
+    tokenizer = AutoTokenizer.from_pretrained(text_checkpoint, pad_token="</s>")
+    args = DataArguments(train_file=path, pad_to_max_length=pad)
+    with pytest.raises(ValueError, match=r"has no tokens \(sentence=' '\); remove"):
+        tokenize(data, tokenizer, args, None)
+
+
+def test_set_labels_needs_two_labels():
+    with pytest.raises(ValueError, match=r"all examples have the label 'x', .*at least 2"):
+        set_labels(BertConfig(), ["x"])
+
+
+def test_set_labels_replaces_the_problem_of_another_head():
+    config = BertConfig(num_labels=1, problem_type="regression")
+    set_labels(config, ["no", "yes"])
+    assert (config.problem_type, config.id2label) == (None, {0: "no", 1: "yes"})
 
 
 def test_files_must_have_the_same_columns_and_labels(write, load):

@@ -137,3 +137,54 @@ def test_images_that_cannot_be_decoded_are_named(checkpoint, files, tmp_path):
     given = flags(checkpoint, files, tmp_path, "--do_train", "False", "--stage_epochs", "0")
     with pytest.raises(ValueError, match=r"--image_column 'image'.* row 5 "):
         main(given)
+
+
+# ---- labels --------------------------------------------------------------------------------------
+
+NAMES = ("red", "blue", "green", "black")  # not sorted
+AS_IT_IS = ["--do_train", "False", "--stage_epochs", "0", "--no_compress"]
+
+
+@pytest.fixture
+def named_checkpoint(checkpoint):
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["id2label"] = {str(i): name for i, name in enumerate(NAMES)}
+    config["label2id"] = {name: i for i, name in enumerate(NAMES)}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    return checkpoint
+
+
+def set_column(path, name, change):
+    columns = pq.read_table(path).to_pydict()
+    pq.write_table(pa.table({**columns, name: change(columns[name])}), path)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_label_ids_of_the_checkpoint_are_kept(named_checkpoint, files, tmp_path, named):
+    rows = pq.read_table(files["validation"]).to_pydict()
+    if named:
+        set_column(files["validation"], "label", lambda labels: [NAMES[i] for i in labels])
+    values = main(flags(named_checkpoint, files, tmp_path, *AS_IT_IS))
+    dense = AutoModelForImageClassification.from_pretrained(tmp_path / "out" / "dense")
+    assert dense.config.id2label == dict(enumerate(NAMES))
+    processor = AutoImageProcessor.from_pretrained(named_checkpoint)
+    pixels = processor(
+        [Image.open(io.BytesIO(image)) for image in rows["image"]], return_tensors="pt"
+    )
+    with torch.no_grad():
+        found = dense(**pixels).logits.argmax(-1)
+    hits = (found == torch.tensor(rows["label"])).float().mean().item()
+    assert values["dense"]["metrics"]["accuracy"] == pytest.approx(hits)
+
+
+def test_labels_of_another_head_are_named(checkpoint, files, tmp_path):
+    set_column(files["validation"], "label", lambda labels: [i % 3 for i in labels])
+    with pytest.raises(ValueError, match=r"head for the 4 labels .* data has the 3 labels"):
+        main(flags(checkpoint, files, tmp_path, *AS_IT_IS))
+
+
+@pytest.mark.parametrize("column", ["image", "label"])
+def test_missing_values_are_named(checkpoint, files, tmp_path, column):
+    set_column(files["validation"], column, lambda values: [None, *values[1:]])
+    with pytest.raises(ValueError, match=rf"--validation_file .* 1 of 16 rows .*'{column}'"):
+        main(flags(checkpoint, files, tmp_path, *AS_IT_IS))
