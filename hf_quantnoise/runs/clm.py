@@ -9,6 +9,7 @@ counts as a word).
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -20,7 +21,15 @@ from ..configuration.flags import parse_int_or_dict
 from ..configuration.options import option
 from .arguments import Arguments
 from .example import Example
-from .example_data import SplitArguments, check_column, check_minimum
+from .example_data import (
+    READERS,
+    SplitArguments,
+    check_column,
+    check_minimum,
+    check_text,
+    read_table,
+    require_filled,
+)
 from .job import Job
 from .known_flags import TEXT_ELSEWHERE
 from .tokenizers import position_limit
@@ -33,13 +42,15 @@ MAX_BLOCK_SIZE = 32
 class TextArguments(SplitArguments):
     """Data to train and evaluate on."""
 
-    file_kind: ClassVar[str] = "a UTF-8 text file"
+    file_kind: ClassVar[str] = f"a UTF-8 text file, or a {', '.join(READERS)} file"
     auto_class: ClassVar[Any] = AutoModelForCausalLM
     elsewhere: ClassVar[Mapping[str, str]] = TEXT_ELSEWHERE
     needs_predictions: ClassVar[bool] = False
 
     dataset_config_name: str | None = option(None, "Configuration of the dataset on the Hub.")
-    text_column: str = option("text", "Text column of the dataset on the Hub.")
+    text_column: str = option(
+        "text", "Text column of the dataset on the Hub, or of a parquet, csv or json file."
+    )
     sequence_length: int = option(512, "Tokens per example.")
 
     def __post_init__(self) -> None:
@@ -72,8 +83,10 @@ def read_text(args: TextArguments, split: str, cache_dir: str | None) -> list[st
         rows = load_dataset(
             args.dataset_name, args.dataset_config_name, split=split, cache_dir=cache_dir
         )
-        check_column("text_column", args.text_column, rows, args.dataset_name)
-        return [line if line.endswith("\n") else f"{line}\n" for line in rows[args.text_column]]
+        return _lines_of(rows, args.text_column, str(args.dataset_name))
+    if os.path.splitext(path)[1].lower() in READERS:
+        rows = read_table(f"{split}_file", path, cache_dir)
+        return _lines_of(rows, args.text_column, f"--{split}_file {path!r}")
     try:
         with open(path, encoding="utf-8") as file:
             lines = file.readlines()
@@ -84,6 +97,14 @@ def read_text(args: TextArguments, split: str, cache_dir: str | None) -> list[st
     if not any(line.strip() for line in lines):
         raise ValueError(f"invalid --{split}_file {path!r}: the file has no text")
     return lines
+
+
+def _lines_of(rows: Dataset, column: str, source: str) -> list[str]:
+    """Return the texts of a table, each with the end of a line."""
+    check_column("text_column", column, rows, source)
+    check_text("text_column", column, rows, source)
+    require_filled(rows, [column], source)
+    return [line if line.endswith("\n") else f"{line}\n" for line in rows[column]]
 
 
 def split_into_examples(

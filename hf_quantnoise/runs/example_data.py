@@ -61,6 +61,20 @@ def check_column(flag: str, column: str, rows: Dataset, source: str) -> None:
         )
 
 
+def is_text(rows: Dataset, column: str) -> bool:
+    """Return whether a column has strings."""
+    return getattr(rows.features[column], "dtype", None) in ("string", "large_string")
+
+
+def check_text(flag: str, column: str, rows: Dataset, source: str) -> None:
+    """Raise a ``ValueError`` that names the flag if a column does not have strings."""
+    if not is_text(rows, column):
+        raise ValueError(
+            f"invalid --{flag} {column!r}: the column of {source} has {rows.features[column]}, "
+            "expected text"
+        )
+
+
 def require_filled(rows: Dataset, columns: Iterable[str], source: str) -> None:
     """Raise a ``ValueError`` if a column has missing values."""
     for column in columns:

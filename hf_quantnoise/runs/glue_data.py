@@ -15,6 +15,8 @@ from .example_data import (
     FileArguments,
     check_column,
     check_minimum,
+    check_text,
+    is_text,
     read_table,
     require_filled,
     truncate,
@@ -177,10 +179,6 @@ def _read_sets(
     return sets
 
 
-def _is_text(data: Dataset, column: str) -> bool:
-    return getattr(data.features[column], "dtype", None) in ("string", "large_string")
-
-
 def _sentence_keys(data: Dataset, flag: str, args: DataArguments) -> tuple[str, str | None]:
     if args.sentence1_key:
         return args.sentence1_key, args.sentence2_key
@@ -189,7 +187,7 @@ def _sentence_keys(data: Dataset, flag: str, args: DataArguments) -> tuple[str, 
     for keys in candidates:
         if all(key in columns for key in keys if key):
             return keys
-    texts = [c for c in columns if c != args.label_column and _is_text(data, c)]
+    texts = [c for c in columns if c != args.label_column and is_text(data, c)]
     if args.task is None and len(texts) in (1, 2):
         return texts[0], texts[1] if len(texts) == 2 else None
     raise ValueError(
@@ -211,11 +209,7 @@ def _check_columns(sets: dict[str, Dataset], keys, args: DataArguments) -> None:
                     f"{source} has no column {key!r}, only {data.column_names}; rename the column, "
                     f"or pass --sentence{i}_key with one that both files have"
                 )
-            if not _is_text(data, key):
-                raise ValueError(
-                    f"invalid --sentence{i}_key {key!r}: the column of {source} has "
-                    f"{data.features[key]}, expected text"
-                )
+            check_text(f"sentence{i}_key", key, data, source)
         require_filled(data, columns, source)
 
 

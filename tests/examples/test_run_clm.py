@@ -6,7 +6,7 @@ import math
 import pytest
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from hf_quantnoise.runs.clm import main, split_into_examples
+from hf_quantnoise.runs.clm import TextArguments, main, read_text, split_into_examples
 
 TWO_STAGES = ["--stages", "ffn", "embeddings"]
 BITS_16 = ["--codebook_bits", "16"]
@@ -108,3 +108,25 @@ def test_files_that_are_not_text_are_named(text_checkpoint, texts, tmp_path, cha
     given = flags(text_checkpoint, texts, tmp_path)
     with pytest.raises(ValueError, match=r"--train_file .*text.*UTF-8"):
         main(changed(given, {"--train_file": str(tmp_path / "text")}))
+
+
+@pytest.mark.parametrize("extension", ["csv", "json", "jsonl", "parquet"])
+def test_tables_give_the_texts_of_their_column(write, tmp_path, extension):
+    """As in transformers' run_clm.py; the commas and braces of the file are not text."""
+    path = write(f"train.{extension}", {"id": [1, 2], "story": ["w1, w2", "w3\n"]})
+    args = TextArguments(train_file=path, text_column="story")
+    assert read_text(args, "train", str(tmp_path / "cache")) == ["w1, w2\n", "w3\n"]
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "words"),
+    [
+        ("story", ["w1"], r"--text_column 'text': expected one of .*--train_file .*: story"),
+        ("text", [3], r"--text_column 'text': .*int64.*, expected text"),
+        ("text", ["w1", None], r"--train_file .* 1 of 2 rows .*'text'"),
+    ],
+)
+def test_invalid_tables_are_named(write, tmp_path, column, values, words):
+    args = TextArguments(train_file=write("train.json", {column: values}))
+    with pytest.raises(ValueError, match=words):
+        read_text(args, "train", str(tmp_path / "cache"))
