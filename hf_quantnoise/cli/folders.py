@@ -24,8 +24,10 @@ def check_output(out: str, overwrite: bool, source: str) -> None:
     if overwrite:
         finish_interrupted(out)
     names = sorted({*os.listdir(out)} - {PART}) if os.path.isdir(out) else []
-    if names and os.path.isdir(source) and os.path.samefile(out, source):
-        raise ValueError(f"output folder {out!r} is the model itself; choose another")
+    if "config.json" in names and os.path.isdir(source) and _contains(out, source):
+        raise ValueError(
+            f"output folder {out!r} is the model itself, or contains it; choose another"
+        )
     if names and not overwrite:
         raise ValueError(
             f"output folder {out!r} is not empty ({', '.join(names[:3])}); choose another or pass "
@@ -42,6 +44,12 @@ def check_output(out: str, overwrite: bool, source: str) -> None:
         raise ValueError(
             f"output folder {out!r} cannot be written ({error}); choose another"
         ) from error
+
+
+def _contains(folder: str, other: str) -> bool:
+    """Return whether a folder is another one, or one of the folders above it."""
+    path, inner = os.path.realpath(folder), os.path.realpath(other)
+    return os.path.commonpath([path, inner]) == path
 
 
 def _require_writable(out: str) -> None:

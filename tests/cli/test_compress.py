@@ -1,6 +1,7 @@
 """``plan``, ``compress`` and ``convert``: plans are exact, and outputs complete."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -121,6 +122,19 @@ def test_overwrite_replaces_the_entire_folder(work, run):
     assert not (work / "out" / "compressed" / "stale.bin").exists()
     stored = json.loads((work / "out" / "compressed" / "config.json").read_text())
     assert stored["quantization_config"]["scheme"] == "fixed_point"
+
+
+@pytest.mark.parametrize("command", ["compress", "convert --to dense"])
+@pytest.mark.parametrize("inner", ["checkpoint-10", "runs/last"])
+def test_overwrite_keeps_the_model_that_is_read(work, run, no_weights, command, inner):
+    source = "compressed" if "convert" in command else "dense"
+    outer = work / "outer"
+    shutil.copytree(work / "out" / source, outer)
+    shutil.copytree(work / "out" / source, outer / inner)
+    before = size_of(outer)
+    code, _, err = run(f"{command} outer/{inner} outer --overwrite")
+    assert code == 1 and "'outer' is the model itself, or contains it" in err
+    assert size_of(outer) == before
 
 
 def test_failures_do_not_change_the_output_folder(work, run, monkeypatch):
