@@ -21,7 +21,7 @@ from ..compat import from_config
 from ..configuration import QUANT_METHOD, QuantizedModelConfig
 from ..files.model_folders import require_not_interrupted
 from ..hub.auto import AutoQuantizedModel, method_of, read_config
-from ..hub.model_classes import model_class_of
+from ..hub.model_classes import load_complete, model_class_of
 from ..hub.quantizer import QuantNoiseHfQuantizer
 from ..modeling.float16 import round_to_float16
 from ..repository import missing_model
@@ -135,17 +135,7 @@ class Checkpoint:
 
     def load(self) -> PreTrainedModel:
         """Load the model, in the dtype of its file."""
-        loaded: Any = self.model_class.from_pretrained(
-            self.path, output_loading_info=True, **self._where
-        )
-        model, found = loaded
-        if missing := sorted(found["missing_keys"]):
-            raise ValueError(
-                f"{self.path!r} lacks {len(missing)} weights of {type(model).__name__} "
-                f"({', '.join(missing[:3])}, ...), which would be random; finetune the model "
-                "first, or correct architectures in its config.json"
-            )
-        return model
+        return load_complete(self.model_class, self.path, **self._where)
 
     def load_packed(self) -> PreTrainedModel:
         """Load a model that this package has packed."""

@@ -95,3 +95,24 @@ def _registered_class(config: PreTrainedConfig, name: str) -> type[PreTrainedMod
             if getattr(cls, "__name__", None) == name:
                 return cls
     return None
+
+
+def load_complete(loader: Any, path: str, **kwargs: Any) -> PreTrainedModel:
+    """Load a model whose weights are all in its files.
+
+    Args:
+        loader: the class whose ``from_pretrained`` loads it.
+        path: folder or repository of the model.
+        kwargs: of ``from_pretrained``.
+
+    Raises:
+        ValueError: if weights are missing, as those of a head; transformers makes them random.
+    """
+    model, found = loader.from_pretrained(path, output_loading_info=True, **kwargs)
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(
+            f"{path!r} lacks {len(missing)} weights of {type(model).__name__} "
+            f"({', '.join(missing[:3])}, ...), which would be random; finetune the model "
+            "first, or correct architectures in its config.json"
+        )
+    return model

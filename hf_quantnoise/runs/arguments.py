@@ -72,13 +72,13 @@ class ModelArguments:
         stored = config.dtype
         if self.dtype == "float32" and stored not in (None, torch.float32):
             logger.warning("The checkpoint's weights are %s; they are loaded as float32.", stored)
-        return auto_class.from_pretrained(
-            self.model_name_or_path,
-            config=config,
-            dtype=self.dtype,
-            ignore_mismatched_sizes=self.ignore_mismatched_sizes,
-            **self.hub(),
+        sizes = self.ignore_mismatched_sizes
+        return self._load(
+            auto_class, config=config, dtype=self.dtype, ignore_mismatched_sizes=sizes, **self.hub()
         )
+
+    def _load(self, auto_class: Any, **kwargs: Any) -> PreTrainedModel:
+        return auto_class.from_pretrained(self.model_name_or_path, **kwargs)
 
 
 def load_config(flag: str, name: str, **kwargs: Any) -> PretrainedConfig:

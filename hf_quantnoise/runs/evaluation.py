@@ -18,8 +18,10 @@ from ..argument_parsing import usage_errors
 from ..compat import prepare_inputs
 from ..configuration.options import option
 from ..hub.card import is_metric
+from ..hub.model_classes import load_complete
 from ..modeling import packed_layers
 from ..modeling.inference import optimize_for_inference
+from ..repository import missing_model
 from .arguments import ModelArguments
 from .example import Example
 from .example_data import check_minimum
@@ -44,6 +46,13 @@ class EvaluationFlags:
 
     def __post_init__(self) -> None:
         check_minimum(self, 1, "batch_size")
+
+
+class StoredModel(ModelArguments):
+    """A model with all of its weights, including the head."""
+
+    def _load(self, auto_class: Any, **kwargs: Any) -> PreTrainedModel:
+        return load_complete(auto_class, self.model_name_or_path, **kwargs)
 
 
 @dataclass
@@ -97,7 +106,7 @@ def prepared_evaluation(
             use_cpu=flags.use_cpu,
             disable_tqdm=not progress,
         )
-        model = ModelArguments(dense, cache_dir=flags.cache_dir)
+        model = StoredModel(dense, cache_dir=flags.cache_dir)
         with _errors_name(dense):
             stored = AutoConfig.from_pretrained(dense, cache_dir=flags.cache_dir)
         job = example.prepare(EvaluationArguments(model, data, training))  # type: ignore[arg-type]
@@ -111,7 +120,8 @@ def _errors_name(model: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot load {model!r}: {error}") from error
+        reason = error if os.path.isdir(model) else missing_model(model, error)
+        raise ValueError(f"cannot load {model!r}: {reason}") from error
 
 
 def require_same_labels(source: str, config: Any, dense: str, stored: Any) -> None:
@@ -157,7 +167,7 @@ class Evaluation:
         """Load a model with the labels of the dense one; raise a ``ValueError`` for others."""
         cache_dir = self.source.cache_dir
         with _errors_name(name):
-            model = self.auto_class.from_pretrained(name, cache_dir=cache_dir)
+            model = load_complete(self.auto_class, name, cache_dir=cache_dir)
         dense = self.source.model_name_or_path
         require_same_labels(repr(name), model.config, dense, self.job.model.config)
         if self.form is not None and any(packed_layers(model)):

@@ -10,7 +10,7 @@ import numpy as np
 import pandas
 import pytest
 import torch
-from test_run_image_classification import write_checkpoint, write_images
+from test_run_image_classification import NAMES, set_column, write_checkpoint, write_images
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -179,6 +179,9 @@ def test_eval_images(tmp_path, monkeypatch, capsys):
     write_checkpoint(tmp_path / "model")
     files = write_images(tmp_path)
     model = AutoModelForImageClassification.from_pretrained("model")
+    model.config.id2label = dict(enumerate(NAMES))  # not sorted; those of the data are
+    model.config.save_pretrained("model")
+    set_column(files["validation"], "label", lambda labels: [NAMES[i] for i in labels])
     quantize_model(model, IPQConfig(block_size=4, n_centroids=4, kmeans_iter=2), progress=False)
     shutil.copytree("model", "small")
     model.save_pretrained("small")
@@ -224,6 +227,16 @@ def test_eval_help_of_a_task_has_flags_in_use_and_examples(task, capsys):
         (["glue", "out/none", "out/compressed", "--validation_file", "dev.csv"], 1, "out/none"),
         (["glue", "out/dense", "out/none", "--validation_file", "dev.csv"], 1, "out/none"),
         (["glue", "out/dense", "three", "--validation_file", "dev.csv"], 1, "same labels"),
+        (
+            ["glue", "tiny", "out/dense", "--validation_file", "dev.csv"],
+            1,
+            "'tiny' lacks 2 weights",
+        ),
+        (
+            ["glue", "out/dense", "tiny", "--validation_file", "dev.csv"],
+            1,
+            "'tiny' lacks 2 weights",
+        ),
         (["glue", "x", "y", "--batch_size", "0"], 2, "--batch_size 0"),
         (["glue", "x", "y", "--optimise", "bf16"], 2, "did you mean '--optimize'?"),
         (["clm", "x", "y"], 2, "no data"),
