@@ -264,6 +264,11 @@ class RunParser(ScriptParser):
                 values = json.load(file)
         except (OSError, ValueError) as error:
             raise ValueError(f"invalid file of flags {file_name!r}: {error}") from None
+        if not isinstance(values, dict):
+            raise ValueError(
+                f"invalid file of flags {file_name!r}: got a JSON {type(values).__name__}, "
+                "expected an object with the names of flags as keys"
+            )
         values = drop_removed(CompressionArguments.removed, values)
         known = {f.name for kind in self.dataclass_types for f in dataclasses.fields(kind)}
         for name in values:

@@ -12,16 +12,18 @@ import time
 from collections.abc import Callable
 
 import torch
-from transformers import PreTrainedModel, Trainer, set_seed
+from transformers import PretrainedConfig, PreTrainedModel, Trainer, set_seed
 
 from ..compression import check_compression, check_plan
 from ..compression.reporting.console import is_quiet, silence_if_quiet
 from ..hub.card import LATENT
+from ..hub.model_classes import load_complete
 from ..repository import CARD, create_repository, upload_model
 from ..size import size_report
 from ..trainer import QuantNoiseTrainer
 from .arguments import Arguments, load_config
 from .closing_table import Row, closing_table, weights_mb
+from .glue_labels import check_teacher
 from .job import Job
 from .post_training import train_with_noise
 from .results import ResultsFile, versions
@@ -44,13 +46,11 @@ class Run:
     def __init__(self, args: Arguments, prepare: Callable[[Arguments], Job]) -> None:
         self.args, self.training = args, args.training
         training, self.resume = args.training, args.flags.resume_compression
-        teacher = args.flags.teacher_name_or_path
         self.quantization = args.quantization if args.flags.compress else None
         self.results = ResultsFile(training.output_dir, training.should_save)
         self.teacher_source = args.model.hub()
         del self.teacher_source["revision"]
-        if teacher is not None:
-            load_config("teacher_name_or_path", teacher, **self.teacher_source)
+        teacher = self.load_teacher_config()
         args.require_train_data()
         if self.resume:
             self.results.read_dense()
@@ -62,6 +62,8 @@ class Run:
 
         set_seed(training.seed)
         self.job = job = prepare(args)
+        if teacher is not None and job.task != "text-generation":  # which has no labels
+            check_teacher(teacher, job.model.config)
         if self.resume:
             # Finetuned: compression may have been interrupted before it saved the model itself.
             job.model = self.load_dense()
@@ -148,12 +150,18 @@ class Run:
         results["bytes"] = round(1e6 * weights_mb(self.folder(DENSE)))
         return results
 
+    def load_teacher_config(self) -> PretrainedConfig | None:
+        """Load the config of ``--teacher_name_or_path``; the error of a missing one names it."""
+        if (name := self.args.flags.teacher_name_or_path) is None:
+            return None
+        return load_config("teacher_name_or_path", name, **self.teacher_source)
+
     def load_teacher(self) -> PreTrainedModel | None:
         """Load the model of ``--teacher_name_or_path``."""
         if (name := self.args.flags.teacher_name_or_path) is None:
             return None
         auto_class, dtype = self.args.data.auto_class, self.args.model.dtype
-        return auto_class.from_pretrained(name, dtype=dtype, **self.teacher_source)
+        return load_complete(auto_class, name, dtype=dtype, **self.teacher_source)
 
     def train_with_noise(self) -> dict:
         """Train the finetuned model with noise; return the metrics.

@@ -204,6 +204,21 @@ def check_labels(sets: dict[str, Dataset], column: str, ids: dict) -> None:
             )
 
 
+def check_teacher(teacher: PretrainedConfig, config: PretrainedConfig) -> None:
+    """Raise a ``ValueError`` if a teacher has another number or order of labels than the model.
+
+    Other names are allowed: those of the data may be ids.
+    """
+    theirs, ours = ([str(label) for label in each.id2label.values()] for each in (teacher, config))
+    one, two = ([label.lower() for label in labels] for labels in (theirs, ours))
+    if len(one) != len(two) or (one != two and sorted(one) == sorted(two)):
+        raise ValueError(
+            f"invalid --teacher_name_or_path {teacher.name_or_path!r}: got a model with the "
+            f"{_listed(theirs)}, expected those of the finetuned model in the same order, "
+            f"{_listed(ours)}"
+        )
+
+
 def prediction_texts(predictions: Any, label_names: list[str] | None) -> list[str]:
     """Return the predicted label of each example, or its value for regression (None)."""
     logits = predictions[0] if isinstance(predictions, tuple) else predictions
