@@ -272,11 +272,11 @@ def baselines_table(lines: list[dict]) -> str:
 
 
 def readme_table(runs: list[Run], study: Study) -> str:
-    """Return the README's text and table: the main method of a study and those it is compared to.
+    """Return the README's text and table: the main method of a study and its first reference.
 
     Empty without rows of the main method.
     """
-    methods = (study.main, *(study.references or ()))
+    methods = (study.main, *(study.references or ())[:1])
     runs = [run for run in runs if run.method in methods]
     if study.main not in [run.method for run in runs]:
         return ""
@@ -293,5 +293,6 @@ def readme_table(runs: list[Run], study: Study) -> str:
         rows.append([f"{smaller} smaller, {arm[0].method}", size, *cells, share])
     header = ["model", "size", *(column_title(task, runs) for task in tasks), "% of float32"]
     seeds = sorted({run.seed for run in runs})
-    of = f"seed {seeds[0]}" if len(seeds) == 1 else "mean and standard deviation over seeds"
+    names = ", ".join(map(str, seeds))
+    of = f"seed {names}" if len(seeds) == 1 else f"mean and standard deviation over seeds {names}"
     return f"{README_TEXT.format(of=of)}\n{markdown(header, rows)}"
