@@ -27,7 +27,7 @@ from .checks import require_packed
 from .onnx_cache import example_with_past, present_of, require_decoder, with_cache
 from .onnx_folder import SUFFIXES, onnx_path, save_companions
 from .onnx_graph import may_fold, store_as_float16, strip_metadata
-from .onnx_inputs import dynamic_axes, example_inputs
+from .onnx_inputs import dynamic_axes, example_inputs, without_ones
 from .onnx_int8 import int8_layers
 from .onnx_storage import copy_with_stored_state
 
@@ -167,6 +167,7 @@ def _inputs_and_outputs(
     call = "pass a batch that it takes, inputs={name: tensor}"
     options = {"return_dict": True, **({"use_cache": True} if has_past else {})}
     output = run_batch(model, {**batch, **options}, "inputs", call)
+    batch = without_ones(batch)
     names = tuple(name for name, value in output.items() if isinstance(value, Tensor))
     if not has_past:
         return batch, names

@@ -63,6 +63,25 @@ def _shape_of_floats(model: PreTrainedModel) -> tuple[int, ...] | None:
     return (_SAMPLES,) if main == "input_values" else None
 
 
+def without_ones(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return example inputs whose dynamic axes have more than one element, by repeating those.
+
+    torch.export takes a size of 1 as fixed, and the graph would only run on inputs of this size.
+    """
+    axes = dynamic_axes(inputs)
+    sizes = [(label, inputs[name].shape[axis]) for name in axes for axis, label in axes[name].items()]
+    largest = dict(sorted(sizes))
+
+    def repeated(name: str, tensor: Tensor) -> Tensor:
+        for axis, label in axes[name].items():
+            # An axis next to longer ones of its kind has one element for another reason.
+            if tensor.shape[axis] == 1 and (axis == 0 or largest[label] == 1):
+                tensor = tensor.repeat_interleave(max(2, largest[label]), axis)
+        return tensor
+
+    return {name: repeated(name, tensor) for name, tensor in inputs.items()}
+
+
 def dynamic_axes(inputs: Mapping[str, Tensor]) -> dict[str, dict[int, str]]:
     """Return the axes of each input that may have any size, with their names.
 
@@ -77,6 +96,8 @@ def dynamic_axes(inputs: Mapping[str, Tensor]) -> dict[str, dict[int, str]]:
 def _axes(name: str, tensor: Tensor) -> dict[int, str]:
     if name.startswith(PAST):
         return {0: "batch_size", 2: "past_sequence_length"}
+    if tensor.dim() == 0:
+        return {}
     is_waveform = name == "input_values" and tensor.dim() == 2
     if tensor.dim() == 1 or (tensor.is_floating_point() and not is_waveform):
         return {0: "batch_size"}

@@ -6,6 +6,7 @@ from support.tiny import SIZES
 from transformers import (
     BertConfig,
     BertForMultipleChoice,
+    BertForSequenceClassification,
     CLIPConfig,
     CLIPModel,
     LayoutLMConfig,
@@ -23,6 +24,7 @@ from transformers import (
 )
 
 from hf_quantnoise import FixedPointConfig, export_onnx, quantize_model
+from hf_quantnoise.export.onnx_inputs import without_ones
 
 SMALL = {**SIZES, "num_hidden_layers": 1}
 PIXELS = {"image_size": 32, "patch_size": 16}
@@ -121,3 +123,28 @@ def test_waveforms_export_with_any_length(tmp_path):
     session = session_of(result)
     for shape in ((2, 400), (1, 731), (3, 1600)):
         assert_same(model, session, {"input_values": torch.randn(shape)})
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (2, 1)])
+def test_example_of_one_text_or_one_token_exports_with_any_size(shape, tmp_path):
+    """torch.export takes sizes of 1 as fixed."""
+    model = packed(BertForSequenceClassification, BertConfig(**SMALL))
+    inputs = {"input_ids": torch.full(shape, 5), "attention_mask": torch.ones(shape).long()}
+    session = session_of(export_onnx(model, tmp_path / "out", inputs))
+    for sizes in ((1, 1), (3, 8)):
+        ids = torch.randint(5, 320, sizes, generator=torch.Generator().manual_seed(0))
+        mask = torch.ones_like(ids)
+        mask[1:, 5:] = 0
+        assert_same(model, session, {"input_ids": ids, "attention_mask": mask})
+
+
+def test_axes_of_one_are_repeated_in_example_inputs():
+    inputs = {
+        "input_ids": torch.zeros(3, 7).long(),
+        "pixel_values": torch.zeros(1, 3, 8, 8),
+        "labels": torch.zeros(3, 1).long(),
+    }
+    shapes = {name: tuple(tensor.shape) for name, tensor in without_ones(inputs).items()}
+    assert shapes == {"input_ids": (3, 7), "pixel_values": (3, 3, 8, 8), "labels": (3, 1)}
+    choices = without_ones({"input_ids": torch.zeros(1, 1, 1).long()})
+    assert choices["input_ids"].shape == (2, 2, 2)
