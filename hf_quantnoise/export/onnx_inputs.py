@@ -26,10 +26,14 @@ def example_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
     config, parameters = model.config, inspect.signature(model.forward).parameters
     main = model.main_input_name
     if others := _OTHER_INPUTS & parameters.keys() - {main}:
-        raise ValueError(
-            f"export_onnx: {type(model).__name__} also takes {', '.join(sorted(others))}, and a "
-            "graph has the inputs of its example batch only; pass one, inputs={name: tensor}"
+        reason = (
+            "which the graph of a decoder cannot; generate with the packed folder in transformers"
+            if model.can_generate()
+            else "and a graph has the inputs of its example batch only; pass one, "
+            "inputs={name: tensor}"
         )
+        also = f"{type(model).__name__} also takes {', '.join(sorted(others))}"
+        raise ValueError(f"export_onnx: {also}, {reason}")
     if main == "input_ids":
         shape = (2, 2, 4) if type(model).__name__.endswith("ForMultipleChoice") else (2, 8)
         ids = (torch.arange(16) % config.vocab_size).view(shape)
@@ -69,7 +73,11 @@ def without_ones(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     torch.export takes a size of 1 as fixed, and the graph would only run on inputs of this size.
     """
     axes = dynamic_axes(inputs)
-    sizes = [(label, inputs[name].shape[axis]) for name in axes for axis, label in axes[name].items()]
+    sizes = (
+        (label, inputs[name].shape[axis])
+        for name, labels in axes.items()
+        for axis, label in labels.items()
+    )
     largest = dict(sorted(sizes))
 
     def repeated(name: str, tensor: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ from transformers import (
     BertForSequenceClassification,
     CLIPConfig,
     CLIPModel,
+    GitConfig,
+    GitForCausalLM,
     LayoutLMConfig,
     LayoutLMForSequenceClassification,
     SegformerConfig,
@@ -52,6 +54,10 @@ REFUSED = {
         r"also takes pixel_values.*inputs="),
     "text in an image": (ViltForQuestionAnswering, lambda: ViltConfig(**SMALL, **PIXELS),
                          r"also takes image_embeds, pixel_values.*inputs="),
+    "decoders of text and images": (
+        GitForCausalLM,
+        lambda: GitConfig(vision_config={**SMALL, **PIXELS}, **SMALL),
+        r"also takes pixel_values, which the graph of a decoder cannot; generate"),
     "text with boxes": (LayoutLMForSequenceClassification, lambda: LayoutLMConfig(**SMALL),
                         r"also takes bbox.*inputs="),
     "videos": (
