@@ -9,6 +9,7 @@ from __future__ import annotations
 import filecmp
 import os
 import shutil
+from collections.abc import Iterable
 from fnmatch import fnmatch
 from typing import Any
 
@@ -21,6 +22,9 @@ logger = logging.get_logger(__name__)
 
 # Attribute of a model that holds its tokenizer or processor.
 PROCESSING_ATTRIBUTE = "quantnoise_processing"
+# Attribute of a model that holds the folder of its weights, which neither name_or_path nor the
+# config has if it was loaded with a subfolder, revision or cache_dir.
+_FOLDER_ATTRIBUTE = "quantnoise_folder"
 # Files of tokenizers and processors.
 PROCESSING = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
@@ -53,6 +57,13 @@ def remember_processing(model: Any, processing_class: Any) -> None:
     """Let a model save a tokenizer or processor when it is packed; None keeps the last one."""
     if hasattr(processing_class, "save_pretrained"):
         setattr(model, PROCESSING_ATTRIBUTE, processing_class)
+
+
+def remember_folder(model: PreTrainedModel, checkpoint_files: Iterable[str] | None) -> None:
+    """Remember the folder that a model is loaded from."""
+    for file in checkpoint_files or ():
+        setattr(model, _FOLDER_ATTRIBUTE, os.path.dirname(file))
+        return
 
 
 def has_processing(model: PreTrainedModel, folder: str | None = None) -> bool:
@@ -111,12 +122,17 @@ def warn_unknown(model_class: type[PreTrainedModel]) -> None:
 
 
 def _source(model: PreTrainedModel) -> str:
-    """Return the local folder that a model was loaded from, "" if there is none."""
+    """Return the local folder that a model was loaded from, "" if there is none.
+
+    A subfolder without tokenizer or processor has those of the folder or repository.
+    """
+    if processing_files(folder := getattr(model, _FOLDER_ATTRIBUTE, "")):
+        return folder
     path = getattr(model, "name_or_path", None) or ""
     if not path or os.path.isdir(path):
         return path
     try:
-        cached = try_to_load_from_cache(path, CONFIG_NAME)  # of main: no model knows its revision
+        cached = try_to_load_from_cache(path, CONFIG_NAME)  # of main: no config has its revision
     except HFValidationError:
         return ""
     return os.path.dirname(cached) if isinstance(cached, str) else ""

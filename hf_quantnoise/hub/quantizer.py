@@ -42,6 +42,7 @@ from .card import CARD_ATTRIBUTE, TAGS
 from .conversions import convert_all, convert_dense_only, names_kept_in_files, without
 from .file_check import check_files, require_valid_values
 from .parts import describe_parts, forget_parts
+from .processing import remember_folder
 from .reading import align, read_packed, release_files, require_no_renaming
 from .saving import attach_saving, detach_saving, stored_state_dict
 from .skeleton import (
@@ -110,6 +111,7 @@ class QuantNoiseHfQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files=None, device_map=None, stored=None, **kwargs
     ) -> None:
         config = self.quantization_config
+        remember_folder(model, checkpoint_files)
         if not self.pre_quantized:
             _require_no_data(config)
             return

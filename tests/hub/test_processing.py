@@ -28,6 +28,7 @@ from transformers import (
 from hf_quantnoise import (
     AutoQuantizedModel,
     CompressionArguments,
+    FixedPointConfig,
     IPQConfig,
     QuantNoiseTrainer,
     quantize_model,
@@ -118,6 +119,23 @@ def test_tokenizer_of_the_folder_is_saved_after_quantize_model(tmp_path, warning
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "small")
     assert tokenizer("w7 w300").input_ids == [7, 300]
     assert not warnings
+
+
+@pytest.mark.parametrize("quantization", [None, FixedPointConfig(bits=8)])
+def test_tokenizer_of_the_subfolder_is_saved(quantization, tmp_path, warnings):
+    """Not that of the folder, which may be of another model."""
+    other = words()
+    other.add_tokens(["new"])
+    other.save_pretrained(tmp_path / "models")
+    model = make_model("bert") if quantization else quantized()
+    model.save_pretrained(tmp_path / "models" / "small")
+    shared = {"subfolder": "small", "quantization_config": quantization}
+    load = type(model).from_pretrained
+    load(tmp_path / "models", **shared).save_pretrained(tmp_path / "a")
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "a")) == len(other)
+    words().save_pretrained(tmp_path / "models" / "small")
+    load(tmp_path / "models", **shared).save_pretrained(tmp_path / "b")
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "b")) == len(words())
 
 
 def test_unknown_tokenizer_is_warned_about(tmp_path, warnings):
