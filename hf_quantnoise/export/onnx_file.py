@@ -32,13 +32,10 @@ from .onnx_int8 import int8_layers
 from .onnx_storage import copy_with_stored_state
 
 # Messages about the internals of torch's exporter, on which the user cannot act. The axis names
-# are used by several inputs on purpose.
+# are used by several inputs, or by none, on purpose.
 _IGNORED_WARNINGS = (
     (FutureWarning, r"`isinstance\(treespec, LeafSpec\)` is deprecated"),
-    (
-        UserWarning,
-        r"# The axis name: (batch_size|choices|((past|total)_)?sequence_length) will not be used",
-    ),
+    (UserWarning, r"# The axis name: (\w+_)?(batch_size|choices|sequence_length) will not be used"),
 )
 _EXPORTER_LOGGER = "torch.onnx._internal.exporter._registration"
 _IGNORED_LOG = "torchvision is not installed. Skipping"

@@ -93,10 +93,17 @@ def without_ones(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def dynamic_axes(inputs: Mapping[str, Tensor]) -> dict[str, dict[int, str]]:
     """Return the axes of each input that may have any size, with their names.
 
-    transformers.js finds the batch axis of a cache by its name.
+    transformers.js finds the batch axis of a cache by its name. onnxruntime takes axes of one name
+    as equally long, so images beside texts have an own name for theirs (CLIP compares any number of
+    both). If the model needs as many, the exporter uses one name.
     """
     axes = {name: _axes(name, tensor) for name, tensor in inputs.items()}
-    if any(name.startswith(PAST) for name in inputs):
+    has_past = any(name.startswith(PAST) for name in inputs)
+    if not has_past and any(not tensor.is_floating_point() for tensor in inputs.values()):
+        for name, tensor in inputs.items():
+            if tensor.is_floating_point() and axes[name]:
+                axes[name][0] = f"{name}_batch_size"
+    if has_past:
         axes["attention_mask"] = {0: "batch_size", 1: "total_sequence_length"}
     return axes
 
@@ -111,4 +118,5 @@ def _axes(name: str, tensor: Tensor) -> dict[int, str]:
         return {0: "batch_size"}
     if tensor.dim() == 3 and name in _TOKENS:  # of multiple choice
         return {0: "batch_size", 1: "choices", 2: "sequence_length"}
-    return {0: "batch_size", 1: "sequence_length"}
+    prefix = "decoder_" if name.startswith("decoder_") else ""
+    return {0: "batch_size", 1: f"{prefix}sequence_length"}

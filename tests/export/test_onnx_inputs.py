@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from hf_quantnoise import FixedPointConfig, export_onnx, quantize_model
-from hf_quantnoise.export.onnx_inputs import without_ones
+from hf_quantnoise.export.onnx_inputs import dynamic_axes, without_ones
 
 SMALL = {**SIZES, "num_hidden_layers": 1}
 PIXELS = {"image_size": 32, "patch_size": 16}
@@ -151,6 +151,36 @@ def test_axes_of_one_are_repeated_in_example_inputs():
         "labels": torch.zeros(3, 1).long(),
     }
     shapes = {name: tuple(tensor.shape) for name, tensor in without_ones(inputs).items()}
-    assert shapes == {"input_ids": (3, 7), "pixel_values": (3, 3, 8, 8), "labels": (3, 1)}
+    assert shapes == {"input_ids": (3, 7), "pixel_values": (2, 3, 8, 8), "labels": (3, 1)}
     choices = without_ones({"input_ids": torch.zeros(1, 1, 1).long()})
     assert choices["input_ids"].shape == (2, 2, 2)
+
+
+@pytest.mark.slow
+def test_texts_and_images_of_other_numbers_than_exported(tmp_path):
+    """onnxruntime reuses buffers of axes that have one name."""
+    parts = {"text_config": SMALL, "vision_config": {**SMALL, **PIXELS}}
+    model = packed(CLIPModel, CLIPConfig(**parts, projection_dim=16))
+
+    def batch(texts, images):
+        ids = torch.randint(5, 320, (texts, 7), generator=torch.Generator().manual_seed(0))
+        pixels = torch.randn(images, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+
+    session = session_of(export_onnx(model, tmp_path / "out", batch(2, 2)))
+    for texts, images in ((2, 4), (3, 1)):
+        inputs = batch(texts, images)
+        with torch.no_grad():
+            expected = model(**inputs).logits_per_image
+        given = {name: tensor.numpy() for name, tensor in inputs.items()}
+        (found,) = session.run(["logits_per_image"], given)
+        torch.testing.assert_close(torch.from_numpy(found), expected, rtol=0, atol=1e-4)
+
+
+def test_axes_that_may_differ_have_other_names():
+    ids, pixels = torch.zeros(2, 3).long(), torch.zeros(2, 3, 8, 8)
+    axes = dynamic_axes({"input_ids": ids, "decoder_input_ids": ids, "pixel_values": pixels})
+    assert axes["input_ids"] == {0: "batch_size", 1: "sequence_length"}
+    assert axes["decoder_input_ids"] == {0: "batch_size", 1: "decoder_sequence_length"}
+    assert axes["pixel_values"] == {0: "pixel_values_batch_size"}
+    assert dynamic_axes({"pixel_values": pixels}) == {"pixel_values": {0: "batch_size"}}
