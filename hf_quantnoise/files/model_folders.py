@@ -39,11 +39,11 @@ def stale_weights(names: Iterable[str], new: Collection[str]) -> list[str]:
     transformers loads ``model.safetensors`` even if there are newer shards. Files of other variants
     (``model.fp16.safetensors``) are kept.
     """
-    variants = {_variant_of(name) for name in new} - {None}
-    return [name for name in names if name not in new and _variant_of(name) in variants]
+    variants = {variant_of(name) for name in new} - {None}
+    return [name for name in names if name not in new and variant_of(name) in variants]
 
 
-def _variant_of(name: str) -> str | None:
+def variant_of(name: str) -> str | None:
     """Return the variant of a file with weights, "" for the default; None for another file."""
     match = _WEIGHTS.fullmatch(name)
     return match and (match["one"] or match["other"] or "")

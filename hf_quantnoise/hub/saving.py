@@ -21,7 +21,7 @@ from ..files.model_folders import replaced_model
 from ..modeling import packed_layers, packed_names, stored_tensors
 from ..modeling.float16 import as_stored
 from .processing import save_processing
-from .weights_id import sort_metadata
+from .weights_id import keep_id_of_default, sort_metadata
 
 _METHOD = "save_pretrained"
 _SIGNATURE = inspect.signature(PreTrainedModel.save_pretrained)
@@ -58,6 +58,8 @@ def save_packed(model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
         call.arguments["save_directory"] = part
         save(*call.args, **call.kwargs)
         sort_metadata(part)
+        if values.get("variant"):
+            keep_id_of_default(part, folder)
         save_processing(model, part, folder)
     if values.get("push_to_hub"):
         further = dict(call.arguments.get("kwargs", {}))

@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import dot_natural_key
-from transformers.utils import logging
+from transformers.utils import CONFIG_NAME, logging
 
 from ..compat import ignored_on_save, load_offloaded_parameter
-from ..files.reading import Header
+from ..files.durable import write_json
+from ..files.model_folders import variant_of
+from ..files.reading import Header, read_json
 from ..text import shown
 
 logger = logging.get_logger(__name__)
@@ -55,8 +57,11 @@ def require_one_save(headers: Mapping[str, Header], weights_id: str | None) -> N
     """Raise ValueError if files, by path, have another id than their ``config.json``.
 
     If none of them has an id, another program may have rewritten them, so this is only a warning.
+    The files of a variant have another id: the config has that of the files without variant.
     """
     ids = {file: header.metadata.get(WEIGHTS_ID) for file, header in headers.items()}
+    if any(variant_of(os.path.basename(file)) for file in ids):
+        weights_id = next(iter(ids.values()))
     others = {file: found for file, found in ids.items() if found != weights_id}
     if not others:
         return
@@ -74,6 +79,21 @@ def require_one_save(headers: Mapping[str, Header], weights_id: str | None) -> N
         "config.json: the files are of different saves, as after an incomplete copy; save or "
         "download the model again into an empty folder"
     )
+
+
+def keep_id_of_default(part: str, folder: str) -> None:
+    """Keep the id in the config of a folder whose weights without variant stay there.
+
+    ``part`` has a variant of them and its config, which will replace the folder's.
+    """
+    config = os.path.join(folder, CONFIG_NAME)
+    has_default = any(variant_of(name) == "" for name in os.listdir(folder))
+    if not has_default or not os.path.isfile(config):
+        return
+    old, new = read_json(config), read_json(os.path.join(part, CONFIG_NAME))
+    if isinstance(quantization := old.get("quantization_config"), dict):
+        new["quantization_config"][WEIGHTS_ID] = quantization.get(WEIGHTS_ID)
+        write_json(new, os.path.join(part, CONFIG_NAME))
 
 
 def sort_metadata(folder: str) -> None:

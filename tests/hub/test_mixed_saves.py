@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from support.files import digest
 from support.stacked import make_stacked
 from support.stored import STORED
@@ -108,3 +109,26 @@ def test_reused_config_has_no_records_of_the_other_model(tmp_path):
     fresh = quantize_model(make_model("bert", 1), IPQConfig(n_centroids=4), progress=False)
     written, expected = (each.config.quantization_config.to_dict() for each in (reused, fresh))
     assert written | {"stages": None} == expected | {"stages": None}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_variants_of_a_model_load_from_one_folder(saves, shape, tmp_path):
+    """In any order of saving; shards of a variant must be of one save."""
+    model = AutoQuantizedModel.from_pretrained(saves[0, shape])
+    half = AutoQuantizedModel.from_pretrained(saves[0, shape], dtype=torch.float16)
+    model.save_pretrained(tmp_path, **SHAPES[shape])
+    half.save_pretrained(tmp_path, variant="fp16", **SHAPES[shape])
+    for _ in range(2):
+        for variant, dtype in ((None, torch.float32), ("fp16", torch.float16)):
+            again = AutoQuantizedModel.from_pretrained(tmp_path, variant=variant, dtype=dtype)
+            expected = half if variant else model
+            for name, tensor in again.state_dict().items():
+                assert torch.equal(tensor, expected.state_dict()[name])
+        model.save_pretrained(tmp_path, **SHAPES[shape])
+    other = AutoQuantizedModel.from_pretrained(saves[1, shape], dtype=torch.float16)
+    other.save_pretrained(tmp_path / "other", variant="fp16", **SHAPES[shape])
+    files = sorted(tmp_path.glob("*fp16*.safetensors"))
+    if len(files) > 1:
+        shutil.copyfile(tmp_path / "other" / files[0].name, files[0])
+        with pytest.raises(ValueError, match=r"invalid weights_id.*of different saves"):
+            AutoQuantizedModel.from_pretrained(tmp_path, variant="fp16")
