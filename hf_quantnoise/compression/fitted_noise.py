@@ -61,9 +61,8 @@ def fitted_noise(model: nn.Module) -> FittedNoise:
             if isinstance(noise, ProductNoise):
                 tensors = {key: tensor.detach() for key, tensor in noise.state.items()}
                 codes = tensors.pop(_CODES)
-                fitted[weight.modules[0]] = FittedWeight(
-                    noise.quantizer, tensors, codes if noise.learns else None
-                )
+                layer, trained = weight.modules[0], codes if noise.learns else None
+                fitted[layer] = FittedWeight.of(layer, noise.quantizer, tensors, trained)
     return fitted
 
 
@@ -87,7 +86,6 @@ def load_fitted_noise(quantizers: dict[str, Any], model: nn.Module, folder: str)
     for name, settings in quantizers.items():
         quantizer: Any = quantizer_from_dict(settings)
         state = {key: tensors[f"{name}.{key}"] for key in quantizer.state_spec(1, 1)}
-        fitted[model.get_submodule(name)] = FittedWeight(
-            quantizer, state, tensors.get(f"{name}.{_CODES}")
-        )
+        layer, codes = model.get_submodule(name), tensors.get(f"{name}.{_CODES}")
+        fitted[layer] = FittedWeight.of(layer, quantizer, state, codes)
     return fitted

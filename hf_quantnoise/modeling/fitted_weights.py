@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
@@ -25,11 +27,26 @@ class FittedWeight:
         quantizer: the quantizer of the noise.
         state: its state.
         codes: the codes if the state was trained together with the weight, else None.
+        checksum: of the weight that has these codes; None without codes.
     """
 
     quantizer: Quantizer
     state: dict[str, Tensor]
     codes: Tensor | None
+    checksum: str | None
+
+    @classmethod
+    def of(
+        cls, layer: Any, quantizer: Quantizer, state: dict[str, Tensor], codes: Tensor | None
+    ) -> FittedWeight:
+        """Return the same for the present weight of a layer."""
+        return cls(quantizer, state, codes, None if codes is None else _checksum(layer.weight))
+
+    def for_weight(self, weight: Tensor) -> FittedWeight:
+        """Return the same without the codes if a weight was changed since they were assigned."""
+        if self.codes is None or self.checksum == _checksum(weight):
+            return self
+        return replace(self, codes=None, checksum=None)
 
     def why_not(self, planned: Any) -> str | None:
         """Return why packing with another quantizer cannot start from this one, or None."""
@@ -43,13 +60,24 @@ class FittedWeight:
         return f"its noise is {own.short_name}, and it is stored as {planned.short_name}"
 
 
+def _checksum(weight: Tensor) -> str:
+    values = weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(values.numpy()).hexdigest()
+
+
 class FittedWeights(dict[nn.Module, FittedWeight]):
     """The first layer that holds a weight -> what its noise was fitted to."""
 
     def start_of(self, planned: PlannedWeight) -> FittedWeight | None:
-        """Return what the quantization of a weight starts from, if its noise fits."""
+        """Return what the quantization of a weight starts from, if its noise fits.
+
+        Codes are those of the present weight: the finetuning of earlier stages may have changed it.
+        """
         fitted = self._of(planned)
-        return None if fitted is None or fitted.why_not(planned.quantizer) else fitted
+        if fitted is None or fitted.why_not(planned.quantizer):
+            return None
+        module: Any = planned.modules[0]
+        return fitted.for_weight(module.weight)
 
     def _of(self, planned: PlannedWeight) -> FittedWeight | None:
         return next((self[module] for module in planned.modules if module in self), None)

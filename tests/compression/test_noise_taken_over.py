@@ -161,6 +161,42 @@ def test_interrupted_compression_takes_over_the_centroids(tmp_path, kill):
     assert_same_result(run("killed", resume=True), uninterrupted)
 
 
+def test_stages_quantize_the_weights_that_earlier_stages_finetuned(tmp_path):
+    """Codes of the training belong to other weights then; frozen ones still have them."""
+    target = replace(TARGET, stages=["ffn", "attention"])
+    trainer = joint_trainer(tmp_path, num_train_epochs=1)
+    trainer.train()
+    frozen = "bert.encoder.layer.0.attention.self.query"
+    trainer.model.get_submodule(frozen).weight.requires_grad_(False)
+    kept = {
+        weight.names[0]: weight.noise.functions[0][1].state["codes"].clone()
+        for weight in find_state(trainer.model).weights
+    }
+    settings = {"steps": 10, "learning_rate": 0.02}
+    arguments = CompressionArguments(
+        stage_epochs=0, stage_settings={"ffn": settings}, distill=False
+    )
+    finetuned = {}
+
+    def keep_weights(record):
+        if record.stage == "ffn":
+            for name in kept:
+                if "attention" in name:
+                    weight = trainer.model.get_submodule(name).weight
+                    finetuned[name] = weight.detach().clone()
+
+    model = trainer.compress(target, arguments, report=keep_weights)
+    for name, weight in finetuned.items():
+        layer = model.get_submodule(name)
+        with torch.no_grad():
+            error = float((layer.decode() - weight).square().sum() / weight.square().sum())
+            nearest = layer.quantizer.encode(weight, layer.state)
+        if name == frozen:
+            assert torch.equal(layer.codes().int(), kept[name].int())
+        else:
+            assert torch.equal(layer.codes(), nearest) and error < 0.5, (name, error)
+
+
 def test_other_blocks_than_those_of_the_noise_are_named(tmp_path):
     trainer = joint_trainer(tmp_path, num_train_epochs=1)
     trainer.train()
