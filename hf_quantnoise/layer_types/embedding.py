@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .record import LayerType, records_gradients, register_layer_type
@@ -13,7 +14,9 @@ class PackedEmbeddingForward(nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         if self.max_norm is not None or not self.rows_are_aligned:
-            return super().forward(input)
+            # Never sparse: the gradient goes on to the centroids, which are dense.
+            norm = self.max_norm, self.norm_type
+            return F.embedding(input, self.weight, self.padding_idx, *norm, self.scale_grad_by_freq)
         rows = self.decode_rows(input.reshape(-1)).view(*input.shape, self.columns)
         if self.padding_idx is None or not (records_gradients() and rows.requires_grad):
             return rows

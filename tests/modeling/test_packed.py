@@ -135,6 +135,18 @@ def test_padding_row_gives_no_gradient():
     assert layer.weight_codebook.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("columns", [32, 20])  # whose rows of codes begin on a byte, and not
+def test_table_with_sparse_gradients_trains(columns):
+    gradients = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        layer = nn.Embedding(64, columns, sparse=sparse)
+        pack_layer(layer, ProductQuantizer(block_size=4, n_centroids=8))
+        layer(torch.tensor([[1, 2]])).sum().backward()
+        gradients.append(layer.weight_codebook.grad)
+    assert gradients[0].abs().sum() > 0 and torch.equal(*gradients)
+
+
 def test_16_bit_centroids_are_used_as_stored():
     layer = LAYERS["linear"]()
     pack_layer(layer, QUANTIZERS["pq-half"])
