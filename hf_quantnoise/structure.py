@@ -83,11 +83,16 @@ def is_layer(module: nn.Module) -> bool:
     return layer_type_of(module) is not None and own_parameters(module).get("weight") is not None
 
 
+def _has_values(layer: nn.Module) -> bool:
+    return 0 not in own_parameters(layer)["weight"].shape
+
+
 def find_layers(model: nn.Module) -> list[LayerInfo]:
     """Return all layers of known types, in the order of the module tree.
 
     A layer tied to a table has the table's group (``embeddings``). Layers are omitted if they have
-    no weight parameter (packed ones, torch parametrizations) or never save it (sinusoids).
+    no weight parameter (packed ones, torch parametrizations), never save it (sinusoids), or have no
+    values in it (a head for no labels).
     """
     unsaved = ignored_on_save(model)
     input_ids = _input_tables(model)
@@ -98,7 +103,7 @@ def find_layers(model: nn.Module) -> list[LayerInfo]:
         key = id(own_parameters(module).get("weight"))
         if isinstance(module, nn.Embedding):
             tables.add(key)
-        if name and is_layer(module) and f"{name}.weight" not in unsaved:
+        if name and is_layer(module) and _has_values(module) and f"{name}.weight" not in unsaved:
             found.append((name, module))
             users.setdefault(key, []).append(name)
 
@@ -167,6 +172,8 @@ def _why_no_layer(model: nn.Module, name: str) -> str:
     if name in ignored_on_save(model):
         return "the model computes it; it is in no checkpoint"
     kind = type(module).__name__
+    if leaf == "weight" and is_layer(module):
+        return "it has no values"
     if leaf == "weight":
         return f"{kind} is not a known layer type"
     return f"it is a bare parameter of {kind}, not the weight of a known layer type"
@@ -223,6 +230,11 @@ def select_layers(
     chosen, excluded = set(names), set()
     if target_modules is not None:
         chosen = set(require_match("target_modules", target_modules, names))
+        if not chosen:
+            raise ValueError(
+                f"invalid target_modules={target_modules!r}: it selects no layer, expected at "
+                "least one pattern; set target_modules=None for all layers"
+            )
     if exclude_modules is not None:
         excluded = set(require_match("exclude_modules", exclude_modules, names))
     tied = ((layer, {layer.name, *layer.ties}) for layer in layers)

@@ -134,6 +134,21 @@ def test_nothing_that_fits_is_an_error(name):
     assert not any(packed_layers(model))
 
 
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_head_without_labels_is_skipped(config):
+    model = ZOO["BERT"].make()
+    model.classifier = torch.nn.Linear(model.config.hidden_size, 0)
+    quantize_model(model, config(), progress=False)
+    assert "no values" in model.config.quantization_config.left_dense["classifier.weight"]
+
+
+def test_stages_whose_layers_are_all_in_another_one_are_named():
+    model = ZOO["ViT"].make()
+    expected = r"every layer of 'ffn' is in '\.\*' \(a regex takes precedence.*remove 'ffn'"
+    with pytest.raises(ValueError, match=expected):
+        quantize_model(model, IPQConfig(stages=["ffn", ".*"]), progress=False)
+
+
 def test_named_stages_must_exist_and_pack_something():
     model = ZOO["ViT"].make()
     with pytest.raises(ValueError, match="invalid stages: 'embeddings' matches no layer"):

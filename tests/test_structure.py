@@ -111,6 +111,11 @@ def test_pattern_without_match_raises(field, pattern):
     assert "word_embeddings" in str(error.value)
 
 
+def test_target_modules_without_patterns_are_named():
+    with pytest.raises(ValueError, match=r"invalid target_modules=\[\]: it selects no layer"):
+        select_layers(make_model("bert"), [])
+
+
 def test_model_without_known_layers_raises():
     with pytest.raises(ValueError, match="no layer of a known type"):
         select_layers(nn.Sequential(nn.LayerNorm(4)))
@@ -151,6 +156,12 @@ def test_unsupported_weights_have_reasons():
     assert "Conv3d is not a known layer type" in others["1.weight"]
     original_class = "2.parametrizations.weight.original1"
     assert "torch parametrization" in others[original_class]
+
+
+def test_weight_without_values_is_not_a_layer():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 0))
+    assert [layer.name for layer in find_layers(model)] == ["0"]
+    assert unsupported_weights(model) == {"1.weight": "it has no values (0.0% of the weights)"}
 
 
 def test_unsaved_table_is_not_a_layer_and_takes_no_bytes():

@@ -249,10 +249,7 @@ def _without_empty_stages(
     for stage in [] if config.has_default_stages else stages:
         members = [layer for layer in layers if stage_of(layer, stages) == stage]
         if not members:
-            groups = sorted({layer.group for layer in layers})
-            raise ValueError(
-                f"invalid stages: {stage!r} matches no layer of the model; its groups are {groups}"
-            )
+            raise _matches_no_layer(stage, stages, layers)
         if not plan[stage] and not _are_skipped_by_config(members, skipped):
             raise _nothing_fits(config, f"the stage {stage!r}", members, skipped)
     if not any(plan.values()):
@@ -268,6 +265,21 @@ def _without_empty_stages(
             raise ValueError("layer_quantizers skips every layer, so there is nothing to quantize")
         raise _nothing_fits(config, "the model", members, skipped)
     return {stage: weights for stage, weights in plan.items() if weights}
+
+
+def _matches_no_layer(
+    stage: str | None, stages: Sequence[str | None], layers: Sequence[LayerInfo]
+) -> ValueError:
+    taken = [layer for layer in layers if stage_of(layer, [stage]) == stage]
+    if taken:
+        others = ", ".join(sorted({repr(stage_of(layer, stages)) for layer in taken}))
+        return ValueError(
+            f"invalid stages={stages!r}: every layer of {stage!r} is in {others} (a regex takes "
+            "precedence over a group, the first regex over later ones); remove "
+            f"{stage!r}, or use a regex that matches fewer layers"
+        )
+    reason = f"its groups are {sorted({layer.group for layer in layers})}"
+    return ValueError(f"invalid stages: {stage!r} matches no layer of the model; {reason}")
 
 
 def _are_skipped_by_config(members: Sequence[LayerInfo], skipped: dict[str, str]) -> bool:
