@@ -92,6 +92,7 @@ def check_compression(
         if field := data_needed_by(config, model):
             require_batches([], field)
     if trains:
+        _require_trained_parameters(model)
         require_dataset("train_dataset", trainer.train_dataset)
         if has_length(trainer.train_dataset) and not len(trainer.train_dataset):
             raise ValueError(
@@ -102,6 +103,16 @@ def check_compression(
         _require_recreatable_optimizer(trainer)
     _require_stock_methods(trainer, config, args, trains)
     noise_to_keep(trainer, args.keep_noise)
+
+
+def _require_trained_parameters(model: nn.Module) -> None:
+    """Refuse a model that is frozen completely, before its first stage is packed."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "invalid model: all parameters are frozen (requires_grad=False), so no stage can be "
+            "finetuned; call model.requires_grad_(True), or set "
+            "CompressionArguments(stage_epochs=0)"
+        )
 
 
 def _require_known_lengths(

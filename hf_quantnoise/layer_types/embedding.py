@@ -14,7 +14,7 @@ class PackedEmbeddingForward(nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         if self.max_norm is not None or not self.rows_are_aligned:
-            # Never sparse: the gradient goes on to the centroids, which are dense.
+            # Never sparse: the gradient of the centroids is dense.
             norm = self.max_norm, self.norm_type
             return F.embedding(input, self.weight, self.padding_idx, *norm, self.scale_grad_by_freq)
         rows = self.decode_rows(input.reshape(-1)).view(*input.shape, self.columns)

@@ -152,3 +152,11 @@ def test_epochs_of_data_without_a_length_are_refused(tmp_path, parity_data):
     # The alternative that the message names.
     settings = {"ffn": {"steps": 1}, "attention": {"epochs": 0}}
     trainer.compress(CONFIG, CompressionArguments(stage_settings=settings))
+
+
+def test_model_without_trained_parameters_is_refused(tmp_path, parity_data):
+    model = make_model("bert").requires_grad_(False)
+    trainer = make_bert_trainer(tmp_path, parity_data, model=model)
+    assert_refused(trainer, r"invalid model: all parameters are frozen.*stage_epochs=0")
+    packed = trainer.compress(CONFIG, NOT_TRAINED)
+    assert any(packed_layers(packed))
