@@ -123,13 +123,12 @@ class QuantNoiseCallback(TrainerCallback):
                 "holds the weights of every layer; call QuantNoiseCallback.prepare(model) before "
                 "creating the trainer"
             )
-        is_new = find_state(model) is None
         self.prepare(model)
         noise = find_state(model)
         _require_trained_centroids(noise, kwargs.get("optimizer"))
         self._is_first_epoch = True
         if state.global_step > 0:
-            self._restore(model, args, state, is_new)
+            self._restore(model, args, state)
         elif noise is not None and noise.used:
             noise.refresh_codebooks()
             noise.refresh_scales()
@@ -140,29 +139,25 @@ class QuantNoiseCallback(TrainerCallback):
         self._statistics.check()
         self._measured_step = -1
 
-    def _restore(
-        self, model: nn.Module, args: TrainingArguments, state: TrainerState, is_new: bool
-    ) -> None:
-        """Load the noise of the checkpoint that training resumes from, or fit it again.
+    def _restore(self, model: nn.Module, args: TrainingArguments, state: TrainerState) -> None:
+        """Load the noise of the checkpoint that training resumes from.
 
-        ``is_new``: whether the noise was just fitted to the weights of the checkpoint.
+        If the checkpoint has none, the noise stays as it was fitted when it was applied: after a
+        kill between the first checkpoint and its noise, this is the state of the run.
         """
         if self._is_restored:  # by a call to load()
             return
         folder = self.resume_folder or checkpoint_folder(args, state)
         self.load(model, folder)
         noise = find_state(model)
-        if self._is_restored or noise is None or not noise.state_dict():
-            return
-        logger.warning(
-            "resumed at step %d, but %s has no quantization noise: codebooks and scales were "
-            "fitted again. If the checkpoint is elsewhere, call callback.prepare(model) and "
-            "callback.load(model, folder) before train()",
-            state.global_step,
-            folder,
-        )
-        if not is_new:
-            noise.fit_again()
+        if not self._is_restored and noise is not None and noise.state_dict():
+            logger.warning(
+                "resumed at step %d, but %s has no quantization noise: training goes on with new "
+                "codebooks and scales. If the checkpoint is elsewhere, call "
+                "callback.prepare(model) and callback.load(model, folder) before train()",
+                state.global_step,
+                folder,
+            )
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -7,7 +7,7 @@ from support.tiny import make_model
 from support.trainers import assert_same, make_trainer
 from transformers import TrainerCallback
 
-from hf_quantnoise import QuantNoiseConfig, apply_quant_noise
+from hf_quantnoise import QuantNoiseConfig
 from hf_quantnoise.callback import STATE_NAME
 from hf_quantnoise.noise import find_state
 
@@ -32,13 +32,6 @@ def make_bert_trainer(folder, data, noise, watch=None, model=None, parts=None, *
     return make_trainer(folder, model, data, noise, parts=parts, **arguments)
 
 
-def fitted_to(model, noise):
-    """Return the tensors of new noise for the weights of a model."""
-    copy = make_model("bert")
-    copy.load_state_dict(model.state_dict())
-    return find_state(apply_quant_noise(copy, noise)).state_dict()
-
-
 @pytest.mark.parametrize("noise", [FITTED, TRAINED], ids=["fitted", "trained"])
 def test_load_best_model_at_end_loads_the_noise_of_the_best_model(noise, tmp_path, parity_data):
     trainer = make_bert_trainer(
@@ -52,28 +45,6 @@ def test_load_best_model_at_end_loads_the_noise_of_the_best_model(noise, tmp_pat
     assert trainer.state.best_model_checkpoint == str(best)
     state = find_state(trainer.model)
     assert_same(state.state_dict(), load_file(best / STATE_NAME))
-    assert all(a is b for a, b in zip(centroids, state.parameters(), strict=True))
-
-
-@pytest.mark.parametrize("noise", [FITTED, TRAINED], ids=["fitted", "trained"])
-def test_noise_is_fitted_to_the_weights_of_a_checkpoint_without_noise(
-    noise, tmp_path, parity_data, caplog
-):
-    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2, "learning_rate": 1e-2}
-    first = make_bert_trainer(tmp_path, parity_data, noise, **saving)
-    first.train()
-    for path in (tmp_path / "checkpoint-2").glob("quant_noise*"):
-        path.unlink()
-    watch = Watch()
-    trainer = make_bert_trainer(tmp_path / "b", parity_data, noise, watch, max_steps=3)
-    centroids = find_state(trainer.model).parameters()
-    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert "codebooks and scales were fitted again" in caplog.text
-    expected = fitted_to(first.model, noise)
-    if noise is TRAINED:  # codes are assigned again in each step, to rounded centroids
-        expected = {name: t for name, t in expected.items() if not name.endswith("codes")}
-    assert_same({name: watch.tensors[0][name] for name in expected}, expected)
-    state = find_state(trainer.model)
     assert all(a is b for a, b in zip(centroids, state.parameters(), strict=True))
 
 

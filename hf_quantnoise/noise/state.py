@@ -165,15 +165,6 @@ class QuantNoiseState:
         self._refresh("scales")
         self.share_ranges()
 
-    def fit_again(self) -> None:
-        """Fit codebooks and scales from scratch, after other weights were loaded.
-
-        Trained centroids stay the same parameters. Must be called on all ranks of a distributed
-        run, which get the tensors of rank 0.
-        """
-        self._refresh("codebooks", from_scratch=True)
-        self._refresh("scales", from_scratch=True)
-
     def share_ranges(self) -> None:
         """Give all ranks one range for each layer's input: that of all their batches so far.
 
@@ -244,7 +235,7 @@ class QuantNoiseState:
             yield f"{name}.input", noise
 
     @torch.no_grad()
-    def _refresh(self, kind: str, from_scratch: bool = False) -> None:
+    def _refresh(self, kind: str) -> None:
         functions = [(weight, f) for weight in self.weights for _, f in weight.noise.functions]
         for position, (weight, function) in enumerate(functions):
             if function.refreshed != kind:
@@ -252,15 +243,10 @@ class QuantNoiseState:
             module: Any = weight.modules[0]
             matrix = weight_matrix(module, full_tensor(module.weight))
             require_finite(matrix, f"{weight.names[0]}.weight")
-            before = function.state
-            if from_scratch:
-                function.state = {key: before[key] for key in before.keys() & {"row_groups"}}
             with torch.autocast(matrix.device.type, enabled=False):
                 function.refresh(matrix, self.config.seed + position)
             for key, tensor in function.state.items():
-                values = broadcast_from_rank_0(tensor.detach())
-                is_trained = isinstance(before.get(key), nn.Parameter)
-                function.state[key] = _loaded(before[key] if is_trained else tensor, values)
+                function.state[key] = _loaded(tensor, broadcast_from_rank_0(tensor.detach()))
 
     def __repr__(self) -> str:
         return (

@@ -143,4 +143,4 @@ def test_page_shows_each_setting_with_mean_and_spread():
     assert "| staged | ffn, head | 20.09 |" in blocks["order"]
     assert list(plots) == ["language_model_ablations-rate.svg"], "orders have no numeric axis"
     assert all(name in plots["language_model_ablations-rate.svg"] for name in ("proxy", "exact PQ"))
-    assert "--seeds 42" in blocks["commands"] and "--seeds 43" in blocks["commands"]
+    assert "`python study.py --seeds 42 43`" in blocks["commands"]
