@@ -152,7 +152,7 @@ class QuantNoiseCallback(TrainerCallback):
         noise = find_state(model)
         if not self._is_restored and noise is not None and noise.state_dict():
             logger.warning(
-                "resumed at step %d, but %s has no quantization noise: training goes on with new "
+                "resumed at step %d, but %s has no quantization noise: training continues with new "
                 "codebooks and scales. If the checkpoint is elsewhere, call "
                 "callback.prepare(model) and callback.load(model, folder) before train()",
                 state.global_step,
