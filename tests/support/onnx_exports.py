@@ -22,7 +22,7 @@ NEED_INPUTS = ("ResNet", "CLIP")
 TOLERANCE = 1e-4
 SAMPLES = 731  # of a waveform
 SIZES = {
-    "batch_size": 3, "sequence_length": 7,
+    "batch_size": 3, "pixel_values_batch_size": 2, "sequence_length": 7,
     "past_sequence_length": 0, "total_sequence_length": 7,
 }  # fmt: skip
 
