@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable
+from functools import cache
+from itertools import combinations
 
 # Options of the studies that take several values, each of which selects more runs.
 SELECTIONS = ("--tasks", "--sizes", "--methods", "--rows", "--seeds")
@@ -16,23 +18,13 @@ def merged(commands: Iterable[str]) -> list[str]:
     in the order of their options.
     """
     commands = list(dict.fromkeys(commands))
-    found: list[dict[str, list[str]]] = []
-    texts: list[str] = []
-    for command in commands:
-        options, position = _parsed(command), len(found)
-        for index, other in enumerate(found):
-            if _differ_in_one_selection(options, other):
-                position = index
-                options = {k: list(dict.fromkeys(v + options[k])) for k, v in other.items()}
-                break
-        found[position : position + 1], texts[position : position + 1] = [options], [command]
-    joined = [
-        text if _parsed(text) == options else _text(options)
-        for text, options in zip(texts, found, strict=True)
-    ]
-    return joined if len(joined) == len(commands) else merged(joined)
+    for one, other in combinations(commands, 2):
+        if (both := _joined(_parsed(one), _parsed(other))) is not None:
+            return merged(both if each == one else each for each in commands if each != other)
+    return commands
 
 
+@cache
 def _parsed(command: str) -> dict[str, list[str]]:
     """Return option -> its values; those before the first option belong to the option ``""``."""
     options: dict[str, list[str]] = {"": []}
@@ -46,18 +38,19 @@ def _parsed(command: str) -> dict[str, list[str]]:
     return options
 
 
-def _differ_in_one_selection(one: dict, other: dict) -> bool:
+def _joined(one: dict[str, list[str]], other: dict[str, list[str]]) -> str | None:
+    """Return a command with the options of two, or None if they differ in more than one."""
     if one.keys() != other.keys():
-        return False
+        return None
     different = [name for name in one if _value(one, name) != _value(other, name)]
-    return len(different) <= 1 and all(name in SELECTIONS for name in different)
-
-
-def _value(options: dict, name: str) -> list | set:
-    return set(options[name]) if name in SELECTIONS else options[name]
-
-
-def _text(options: dict[str, list[str]]) -> str:
-    ordered = sorted(options, key=lambda name: (name != "", name in SELECTIONS, name))
-    words = (word for name in ordered for word in ([name] if name else []) + options[name])
+    if len(different) > 1 or not set(different) <= set(SELECTIONS):
+        return None
+    words = []
+    for name in sorted(one, key=lambda name: (name != "", name in SELECTIONS, name)):
+        words += [name] if name else []
+        words += dict.fromkeys(one[name] + other[name]) if name in SELECTIONS else one[name]
     return shlex.join(words)
+
+
+def _value(options: dict[str, list[str]], name: str) -> list | set:
+    return set(options[name]) if name in SELECTIONS else options[name]
