@@ -8,21 +8,17 @@ from support.stacked import make_stacked
 from support.tasks import TASKS
 from support.tiny import make_model, recompute
 from support.trainers import ATTENTION, CONV, ONE_STAGE, Rows, StageLogs, make_task_trainer, sharp
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainingArguments
 
 from hf_quantnoise import (
     CompressionArguments,
     IPQConfig,
-    QuantNoiseConfig,
-    apply_quant_noise,
     quantize_model,
 )
-from hf_quantnoise.compression.distillation import features
 from hf_quantnoise.compression.distillation.logits import logits_divergence
 from hf_quantnoise.compression.distillation.teacher import Teacher
 from hf_quantnoise.compression.training.stage_trainer import StageTrainer
 from hf_quantnoise.modeling import packed_layers
-from hf_quantnoise.noise import find_state
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -130,64 +126,6 @@ def test_head_of_a_wrapped_model_is_found(tmp_path):
     inputs = TASKS["causal LM"][1]()
     losses = [stage.compute_loss(one, inputs) for one in (model, Wrapped(model))]
     assert torch.equal(*losses)
-
-
-# ---- attention maps ------------------------------------------------------------------------------
-
-
-def test_attention_is_eager_during_finetuning_only(tmp_path, monkeypatch):
-    teacher, trainer = make_model("bert", seed=5), make_task_trainer(tmp_path)
-    warnings, seen = [], []
-    monkeypatch.setattr(features.logger, "warning_once", warnings.append)
-
-    class Look(TrainerCallback):
-        def on_step_end(self, args, state, control, model=None, **kwargs):
-            seen.append((model.config._attn_implementation, teacher.config._attn_implementation))
-
-    original = StageTrainer.train
-    monkeypatch.setattr(
-        StageTrainer, "train", lambda t, *a, **k: (t.add_callback(Look()), original(t, *a, **k))[1]
-    )
-    trainer.compress(ONE_STAGE, CompressionArguments(distill_attention=1.0), teacher)
-    assert seen == [("eager", "eager")] * 2
-    assert trainer.model.config._attn_implementation == "sdpa"
-    assert trainer.model.bert.config._attn_implementation == "sdpa"
-    assert teacher.config._attn_implementation == "sdpa"
-    assert "'eager' instead of 'sdpa'" in warnings[0]
-
-
-def test_eager_attention_is_reset_after_an_error():
-    model = make_model("bert")
-    with pytest.raises(RuntimeError), features.eager_attention(model):
-        raise RuntimeError
-    assert model.config._attn_implementation == "sdpa"
-
-
-def test_attention_maps_have_no_dropout():
-    """Maps after dropout contain zeros, so the divergence of a model from itself would be large."""
-    model = make_model("bert")
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        if type(module).__name__ == "BertSelfAttention":
-            module.dropout.p = 0.5
-    args = CompressionArguments(distill_attention=1.0)
-    teacher, inputs = Teacher(model, None, args), TASKS["classification"][1]()
-    model.train()
-    with teacher.attention_maps(model):
-        teacher.prepare(model)
-        outputs = model(**teacher.model_inputs(inputs, ["labels"]), **teacher.forward_kwargs)
-        terms = teacher.loss_terms(model, outputs, inputs, ["labels"])
-    assert terms["attention"][1].item() == pytest.approx(0, abs=1e-6)
-    assert model.training and model.classifier.training
-
-
-def test_layers_of_attention_keep_their_noise_while_its_maps_are_distilled():
-    model = apply_quant_noise(make_model("bert"), QuantNoiseConfig("int8", p=0.5)).train()
-    args = CompressionArguments(distill_attention=1.0)
-    Teacher(model, make_model("bert"), args).prepare(model)
-    model(**TASKS["classification"][1]())
-    assert find_state(model).note_unreached() == []
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
