@@ -23,8 +23,8 @@ from ..size import size_report
 from ..trainer import QuantNoiseTrainer
 from .arguments import Arguments, load_config
 from .closing_table import Row, closing_table, weights_mb
-from .glue_labels import check_teacher
 from .job import Job
+from .labels import check_teacher
 from .post_training import train_with_noise
 from .results import ResultsFile, versions
 

@@ -13,8 +13,8 @@ from transformers import DataCollatorWithPadding
 from .arguments import Arguments
 from .example import Example
 from .glue_data import HUB_DATASET, DataArguments, GlueData, load_glue_data
-from .glue_labels import prediction_texts, set_labels
 from .job import Job
+from .labels import prediction_texts, set_labels
 from .tokenizers import position_limit
 
 logger = logging.getLogger(__name__)

@@ -21,8 +21,8 @@ from .example_data import (
     require_filled,
     truncate,
 )
-from .glue_labels import find_labels, labels_of_checkpoint
 from .known_flags import GLUE_ELSEWHERE
+from .labels import find_labels, labels_of_checkpoint
 from .metrics import MetricArguments
 
 HUB_DATASET = "nyu-mll/glue"

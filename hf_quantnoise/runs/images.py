@@ -25,9 +25,9 @@ from .example_data import (
     require_filled,
     truncate,
 )
-from .glue_labels import check_labels, labels_in, order_as_in_checkpoint, set_labels
 from .job import Job
 from .known_flags import IMAGES_ELSEWHERE
+from .labels import check_labels, labels_in, order_as_in_checkpoint, set_labels
 from .metrics import MetricArguments
 
 

@@ -7,7 +7,7 @@ from hf_quantnoise.runs.arguments import ModelArguments
 from hf_quantnoise.runs.clm import TextArguments
 from hf_quantnoise.runs.glue import dataset_of, tokenize
 from hf_quantnoise.runs.glue_data import DataArguments, load_glue_data
-from hf_quantnoise.runs.glue_labels import set_labels
+from hf_quantnoise.runs.labels import set_labels
 
 NO_HEAD = BertConfig()
 

@@ -21,7 +21,7 @@ from transformers import (
 from hf_quantnoise.compression.training import precision
 from hf_quantnoise.runs.glue import main
 from hf_quantnoise.runs.glue_data import TASKS
-from hf_quantnoise.runs.glue_labels import LABELS, REGRESSION_TASKS, find_labels, labels_in
+from hf_quantnoise.runs.labels import LABELS, REGRESSION_TASKS, find_labels, labels_in
 
 SHORT = [
     *("--n_centroids", "8", "--block_size", "4", "--stage_epochs", "0", "--max_steps", "2"),

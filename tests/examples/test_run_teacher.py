@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoModelForSequenceClassification, BertConfig
 
 from hf_quantnoise.runs.glue import main, parse
-from hf_quantnoise.runs.glue_labels import check_teacher
+from hf_quantnoise.runs.labels import check_teacher
 
 ORDER = r"--teacher_name_or_path .*\['dog', 'cat'\].* in the same order, .*\['cat', 'dog'\]"
 SHORT = [
