@@ -12,15 +12,19 @@ from collections.abc import Iterable
 from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import SchedulerType, has_length
+from transformers.utils import logging
 
 from ..argument_checks import require_dataset, require_instance, require_model, require_weights
 from ..configuration import QuantizedModelConfig
+from ..hub.card import LATENT
 from ..modeling.activations import require_batches
 from ..modeling.packable import check_can_be_packed
 from ..modeling.plan import stages_for
 from .arguments import CompressionArguments
 from .fitted_noise import data_needed_by
 from .training.pending_noise import noise_to_keep
+
+logger = logging.get_logger(__name__)
 
 # They follow evaluations, but a stage is not evaluated during training.
 _EVALUATION_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
@@ -103,6 +107,21 @@ def check_compression(
         _require_recreatable_optimizer(trainer)
     _require_stock_methods(trainer, config, args, trains)
     noise_to_keep(trainer, args.keep_noise)
+
+
+def warn_of_latent_teacher(name: str) -> None:
+    """Warn if stages are distilled from latent weights.
+
+    Args:
+        name: see :func:`name_of_uncompressed`.
+    """
+    if name == LATENT:
+        logger.warning(
+            "the model was trained with noise of rate 1, and there is no teacher: stages are "
+            "distilled from its weights without noise, which may be far worse than the trained "
+            "model. Pass the teacher of the training as teacher=..., or keep the model as it was "
+            "trained with CompressionArguments(stage_epochs=0)"
+        )
 
 
 def _require_trained_parameters(model: nn.Module) -> None:

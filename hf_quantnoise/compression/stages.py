@@ -40,7 +40,7 @@ from .distillation.teacher import Teacher
 from .fingerprint import Fingerprint, require_same_settings, settings_fingerprint
 from .fitted_noise import fitted_noise, name_of_uncompressed
 from .oneshot import remove_noise
-from .preflight import check_compression
+from .preflight import check_compression, warn_of_latent_teacher
 from .reporting.console import is_quiet, no_file_bars, shows_progress
 from .reporting.logs import forward_logs, log_errors, log_record
 from .reporting.record import CompressionHistory, StageRecord, evaluate_packed, measure_stage
@@ -187,6 +187,8 @@ class CompressionPipeline:
         if self.args.distill and self.args.trains(self.stages):
             if self.given_teacher is not None:
                 share_what_rank_0_read(self.trainer, self.given_teacher)
+            else:
+                warn_of_latent_teacher(self.history[0]["stage"])
             self.teacher = Teacher(self.model, self.given_teacher, self.args)
             self.teacher.check(self.evaluator)
 
@@ -262,8 +264,7 @@ class CompressionPipeline:
             "config": self.packer.config.to_dict(),
             "history": self.history,
         }
-        noise = self.packer.fitted, self.packer.lookups
-        self.files.save_stage(number, self.model, content, *noise)
+        self.files.save_stage(number, self.model, content, self.packer.fitted, self.packer.lookups)
         self.trainer.accelerator.wait_for_everyone()
 
     # ---- the trainer of a stage -----------------------------------------------------------------

@@ -6,7 +6,13 @@ from support.tiny import make_model
 from support.trainers import make_trainer
 from torch.nn.functional import cross_entropy
 
-from hf_quantnoise import CompressionArguments, FixedPointConfig, IPQConfig, QuantNoiseTrainer
+from hf_quantnoise import (
+    CompressionArguments,
+    FixedPointConfig,
+    IPQConfig,
+    QuantNoiseConfig,
+    QuantNoiseTrainer,
+)
 from hf_quantnoise.compression.training.stage_trainer import StageTrainer
 from hf_quantnoise.modeling import packed_layers
 
@@ -160,3 +166,25 @@ def test_model_without_trained_parameters_is_refused(tmp_path, parity_data):
     assert_refused(trainer, r"invalid model: all parameters are frozen.*stage_epochs=0")
     packed = trainer.compress(CONFIG, NOT_TRAINED)
     assert any(packed_layers(packed))
+
+
+@pytest.mark.parametrize(
+    ("p", "given", "arguments", "warns"),
+    [
+        (1.0, False, ONE_STEP, True),
+        (0.5, False, ONE_STEP, False),
+        (1.0, True, ONE_STEP, False),
+        (1.0, False, NOT_TRAINED, False),
+        (1.0, False, CompressionArguments(stage_steps=1, distill=False), False),
+    ],
+)
+def test_a_teacher_of_latent_weights_is_warned_of(
+    p, given, arguments, warns, tmp_path, parity_data, caplog
+):
+    noise = QuantNoiseConfig(noise="pq", p=p, block_size=4, n_centroids=16)
+    trainer = make_trainer(tmp_path, make_model("bert"), parity_data, noise, max_steps=1)
+    trainer.train()
+    teacher = make_model("bert") if given else None
+    trainer.compress(CONFIG, arguments, teacher=teacher)
+    warnings = [text for text in caplog.messages if "noise of rate 1" in text]
+    assert len(warnings) == warns
