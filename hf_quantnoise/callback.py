@@ -56,6 +56,7 @@ class QuantNoiseCallback(TrainerCallback):
         self.lookups = lookups
         self.resume_folder: str | os.PathLike | None = None
         self._is_restored = False
+        self._is_saved = False  # in the checkpoint that is being written
         self._is_first_epoch = True  # of a call of train()
         self._statistics: TrainingStatistics | None = None
         self._measured_step = -1
@@ -75,6 +76,16 @@ class QuantNoiseCallback(TrainerCallback):
         if tensors:
             save_file(tensors, os.path.join(folder, STATE_NAME))
         state.config.save_pretrained(folder)  # last, since load() checks for it
+
+    def save_early(self, model: nn.Module, folder: str | os.PathLike) -> None:
+        """Write the noise to a checkpoint that is still being written, instead of after it.
+
+        ``Trainer`` completes a checkpoint before it calls :meth:`on_save`, so a process that is
+        killed between the two leaves a complete one without noise; and :meth:`on_save` does not
+        know the folders of a hyperparameter search.
+        """
+        self._is_saved = os.path.isdir(folder)
+        self.save(model, folder)
 
     def checkpoint_files(self, model: nn.Module) -> tuple[str, ...]:
         """Return the names of the files without which the noise would have to be fitted again."""
@@ -244,9 +255,10 @@ class QuantNoiseCallback(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Write the noise to the checkpoint that was just saved."""
-        if args.should_save:  # on each machine, with save_on_each_node
+        """Write the noise to the checkpoint that was just saved, if it has none yet."""
+        if args.should_save and not self._is_saved:  # on each machine, with save_on_each_node
             self.save(kwargs["model"], checkpoint_folder(args, state))
+        self._is_saved = False
 
 
 def _require_trained_centroids(

@@ -202,6 +202,14 @@ class QuantNoiseTrainer(PublishingMixin, DistillingTrainer):
             optimizer.add_param_group(group if rate is None else {**group, "lr": rate})
         return optimizer
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save as ``Trainer`` does; a checkpoint contains the noise, too."""
+        super().save_model(output_dir, _internal_call)
+        if not _internal_call or output_dir is None or not self.args.should_save:
+            return
+        if self.noise_callback is not None:
+            self.noise_callback.save_early(self.model, output_dir)
+
     def compress(
         self,
         config: QuantizedModelConfig,

@@ -17,6 +17,7 @@ from hf_quantnoise import (
     QuantNoiseTrainer,
     quantize_model,
 )
+from hf_quantnoise.callback import STATE_NAME
 from hf_quantnoise.modeling import packed_layers
 from hf_quantnoise.noise import find_state
 
@@ -143,3 +144,15 @@ def test_hyperparameter_search(noise, optuna, tmp_path, parity_data):
     trainer.train()
     assert trainer.evaluate()["eval_loss"] == pytest.approx(best.objective)
     assert any(packed_layers(trainer.compress(SMALL, ONE_STEP)))
+
+
+def test_checkpoints_of_a_hyperparameter_search_have_the_noise(optuna, tmp_path, parity_data):
+    def space(trial):
+        return {"learning_rate": trial.suggest_float("learning_rate", 1e-4, 1e-2)}
+
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    trainer = make_init_trainer(tmp_path, parity_data, NOISES["pq"], **saving)
+    trainer.hyperparameter_search(space, n_trials=2, backend="optuna")
+    checkpoints = list(tmp_path.glob("run-*/checkpoint-*"))
+    assert len(checkpoints) >= 2
+    assert all((each / STATE_NAME).is_file() for each in checkpoints)

@@ -14,11 +14,10 @@ from safetensors.torch import load_file, save_file
 from support.processes import needs_gloo, on_two_ranks
 from support.tiny import make_model
 from support.trainers import Killed, assert_same, make_trainer, tensors
+from transformers import TrainerState
 
 from hf_quantnoise import QuantNoiseConfig
-from hf_quantnoise.compression.trainer_checkpoints import (
-    checkpoint_defect,
-)
+from hf_quantnoise.compression.trainer_checkpoints import checkpoint_defect
 
 PQ = QuantNoiseConfig(noise="pq", p=0.2, n_centroids=16, codebook_update=2)
 TRAINING_STATE = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
@@ -153,6 +152,19 @@ def test_a_kill_between_two_writes(name, uninterrupted, tmp_path, parity_data, m
         patch.setattr(torch, "save", save)
         make_bert_trainer(tmp_path, parity_data).train()
     resume_and_compare(tmp_path, uninterrupted, parity_data, caplog)
+
+
+def test_a_checkpoint_is_complete_only_with_its_noise(tmp_path, parity_data, monkeypatch):
+    """A process may be killed at any time; ``trainer_state.json`` makes a checkpoint complete."""
+    seen, real = [], TrainerState.save_to_json
+
+    def watched(state, path):
+        seen.append({name for name in NOISE if Path(path).with_name(name).is_file()})
+        return real(state, path)
+
+    monkeypatch.setattr(TrainerState, "save_to_json", watched)
+    make_bert_trainer(tmp_path, parity_data).train()
+    assert seen == [set(NOISE)] * 3
 
 
 def test_without_noise_in_any_checkpoint_the_newest_is_used(run, parity_data, caplog):
