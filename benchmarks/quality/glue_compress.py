@@ -99,9 +99,12 @@ def make_trainer(
     train = glue.load(args.data_dir, start, key["task"]).train
     if limit := setting.get("examples"):
         train = train.shuffle(seed=0).select(range(min(limit, len(train))))
+    model = copy.deepcopy(teacher)
+    if setting.get("half_of_layers"):
+        keep_every_other_layer(model)
     noise = None
     if "noise" in setting:
-        noise = QuantNoiseConfig.matching(storage_of(key), teacher, seed=seed, **setting["noise"])
+        noise = QuantNoiseConfig.matching(storage_of(key), model, seed=seed, **setting["noise"])
     training = TrainingArguments(
         output_dir=folder, seed=seed, weight_decay=0.01,
         per_device_train_batch_size=setting.get("batch_size", 32),
@@ -111,7 +114,6 @@ def make_trainer(
         warmup_steps=0.06, learning_rate=setting["learning_rate"],
         num_train_epochs=setting["noise_epochs"],
     )  # fmt: skip
-    model = copy.deepcopy(teacher)
     if not setting.get("dropout", True):
         for module in model.modules():
             if isinstance(module, nn.Dropout):
@@ -131,6 +133,13 @@ def make_trainer(
         train_dataset=train,
         data_collator=collate,
     )
+
+
+def keep_every_other_layer(model: PreTrainedModel) -> None:
+    """Remove the second, fourth and sixth layer of a MiniLM."""
+    encoder = model.bert.encoder
+    encoder.layer = encoder.layer[::2]
+    model.config.num_hidden_layers = len(encoder.layer)
 
 
 def figures_of_split(

@@ -20,6 +20,11 @@ GROUPS = {
     "block_size": {"ffn": 8, "embeddings": 8, "attention": 8},
     "frequent_rows": 8000, "rare_block_size": 32,
 }  # fmt: skip
+# For every other layer, in smaller blocks than "30x": 34.1 times smaller than all six in float32.
+HALF = {
+    "block_size": {"ffn": 4, "embeddings": 4, "attention": 4},
+    "frequent_rows": 8000, "rare_block_size": 32,
+}  # fmt: skip
 # Epochs of the finetuning by glue_float32.py; a model is compressed for as many.
 FINETUNING_EPOCHS = {"sst2": 2, "cola": 6, "mrpc": 5, "rte": 6}
 # Tasks with fewer than 10,000 training examples, in which tokens are replaced at random.
@@ -105,10 +110,17 @@ def settings(task: str) -> list[tuple[str, str, dict]]:
 
 
 def glue(task: str) -> list[tuple[str, str, dict]]:
-    """Compare noise with none at each size, with equal steps, as many as the finetuning had."""
+    """Compare noise with none at each size, with equal steps, as many as the finetuning had.
+
+    At 20x, also as long as a recipe; at 30x, also with every other layer, but more bits per weight.
+    """
     runs = []
     for size in STORAGE:
         arms = {"noise": noise(task, size, 1), "no noise": no_noise(task, size, 1)}
+        if size == "20x":
+            arms["noise, twice as long"] = noise(task, size, 2)
+        if size == "30x":
+            arms["noise, 3 of 6 layers"] = stored(arms["noise"], HALF) | {"half_of_layers": True}
         if task in SMALL:
             runs += [(size, name, arm | {"random_tokens": True}) for name, arm in arms.items()]
             arms = {f"{name}, unchanged tokens": arm for name, arm in arms.items()}

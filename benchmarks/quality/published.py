@@ -70,8 +70,10 @@ _GLUE_METHODS = """
   packed model takes over both.
 - *no noise*: all layers are product-quantized at once, codes stay as k-means found them, centroids
   and leftovers are trained.
+- *noise, 3 of 6 layers*: every other layer of the float32 model in smaller blocks, trained with
+  noise; the teacher has all layers.
 - Length: as many epochs as the finetuning had; for SST-2, epochs of 24,000 examples. A
-  [recipe](../how_to/recipes.md) trains longer for 20x and 30x.
+  [recipe](../how_to/recipes.md) trains twice as long for 20x and three times for 30x.
 - Input: on CoLA, MRPC and RTE, which have fewer than 10,000 training examples, half of the examples
   of a batch have 20% of their tokens replaced by other tokens of the batch. The targets are the
   teacher's probabilities for the changed text. Recipes do not do this, nor do the methods with
