@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from sklearn.metrics import f1_score, matthews_corrcoef
-from transformers import AutoTokenizer, DataCollatorWithPadding, PreTrainedModel
+from transformers import AutoTokenizer, BatchEncoding, DataCollatorWithPadding, PreTrainedModel
 
 # Every setting is chosen on these examples of the training file, which no training run sees.
 HELD_OUT_SHARE, HELD_OUT_MAX, SPLIT_SEED = 0.1, 2000, 0
@@ -76,6 +76,16 @@ def load(data_dir: str, model_dir: str, name: str) -> Data:
         held_out=shuffled.select(range(held)),
         dev=read("dev.parquet"),
     )
+
+
+def batches_of(data: Dataset, model_dir: str) -> list[BatchEncoding]:
+    """Return the texts of a split in batches of 64, padded, without labels."""
+    collate = DataCollatorWithPadding(AutoTokenizer.from_pretrained(model_dir))
+    rows = data.remove_columns("label")
+    starts = range(0, len(rows), 64)
+    return [
+        collate([rows[row] for row in range(start, min(start + 64, len(rows)))]) for start in starts
+    ]
 
 
 @torch.no_grad()

@@ -46,7 +46,16 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_quantnoise import CompressionArguments, IPQConfig, QuantNoiseConfig, QuantNoiseTrainer
+from hf_quantnoise import (
+    CompressionArguments,
+    IPQConfig,
+    QuantNoiseConfig,
+    QuantNoiseTrainer,
+    allocate_bits,
+    count_lookups,
+)
+
+ALLOCATION_BATCHES = 4  # of 64 training examples
 
 
 @dataclass
@@ -86,15 +95,20 @@ def start_of(args: Selection, task: str, seed: int) -> str:
     return folder_of(args.start_dir, {"task": task, "seed": seed, **chosen})
 
 
-def storage_of(key: dict) -> IPQConfig:
-    """Return how a run stores its model."""
-    return IPQConfig(seed=key["seed"], **key["setting"]["config"])
+def storage_of(key: dict, model: PreTrainedModel, train: Dataset, start: str) -> IPQConfig:
+    """Return how a run stores its model; bits are allocated on training examples."""
+    config = IPQConfig(seed=key["seed"], **key["setting"]["config"])
+    if config.target is None:
+        return config
+    batches = glue.batches_of(train, start)
+    lookups, few = count_lookups(model, batches), batches[:ALLOCATION_BATCHES]
+    return allocate_bits(model, config, few, progress=False, lookups=lookups)
 
 
 def make_trainer(
     args: Arguments, key: dict, start: str, teacher: PreTrainedModel, folder: str
-) -> QuantNoiseTrainer:
-    """Return the trainer of a run, whose model is the float32 model."""
+) -> tuple[QuantNoiseTrainer, IPQConfig]:
+    """Return the trainer of a run, whose model is the float32 model, and how to store it."""
     seed, setting = key["seed"], key["setting"]
     train = glue.load(args.data_dir, start, key["task"]).train
     if limit := setting.get("examples"):
@@ -102,9 +116,9 @@ def make_trainer(
     model = copy.deepcopy(teacher)
     if setting.get("half_of_layers"):
         keep_every_other_layer(model)
-    noise = None
+    config, noise = storage_of(key, model, train, start), None
     if "noise" in setting:
-        noise = QuantNoiseConfig.matching(storage_of(key), model, seed=seed, **setting["noise"])
+        noise = QuantNoiseConfig.matching(config, model, seed=seed, **setting["noise"])
     training = TrainingArguments(
         output_dir=folder, seed=seed, weight_decay=0.01,
         per_device_train_batch_size=setting.get("batch_size", 32),
@@ -124,7 +138,7 @@ def make_trainer(
         collate = RandomTokens(collate, tokenizer)
     else:
         teacher = RememberedTeacher(teacher)
-    return QuantNoiseTrainer(
+    trainer = QuantNoiseTrainer(
         model,
         training,
         noise,
@@ -133,6 +147,7 @@ def make_trainer(
         train_dataset=train,
         data_collator=collate,
     )
+    return trainer, config
 
 
 def keep_every_other_layer(model: PreTrainedModel) -> None:
@@ -170,12 +185,12 @@ def run(args: Arguments, key: dict) -> dict:
     torch.manual_seed(key["seed"])
     begun = time.monotonic()
     folder = os.path.join(args.work_dir, hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16])
-    trainer = make_trainer(args, key, start, teacher, folder)
+    trainer, config = make_trainer(args, key, start, teacher, folder)
     trained = get_last_checkpoint(folder) if os.path.isdir(folder) else None
     compressing = os.path.isdir(os.path.join(folder, "compression"))
     if key["setting"]["noise_epochs"]:
         trainer.train(resume_from_checkpoint=trained)
-    small = trainer.compress(storage_of(key), resume_from_checkpoint=compressing)
+    small = trainer.compress(config, resume_from_checkpoint=compressing)
     packed = os.path.join(folder, "packed")
     small.save_pretrained(packed)
     figures = {

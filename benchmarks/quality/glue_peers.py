@@ -29,17 +29,22 @@ import glue
 import peer_libraries
 import torch
 from datasets import Dataset
-from glue_compress import Selection, figures_of_logits, run_missing, start_of, weight_bytes
-from glue_studies import STORAGE
+from glue_compress import (
+    Selection,
+    figures_of_logits,
+    run_missing,
+    start_of,
+    storage_of,
+    weight_bytes,
+)
+from glue_studies import ALLOCATED, STORAGE
 from transformers import (
     AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DataCollatorWithPadding,
     HfArgumentParser,
     PreTrainedModel,
 )
 
-from hf_quantnoise import FixedPointConfig, IPQConfig, quantize_model
+from hf_quantnoise import FixedPointConfig, quantize_model
 
 STUDY = "glue_peers"
 TORCHAO, QUANTO = "torchao (Linear, embeddings)", "quanto (Linear)"
@@ -76,6 +81,7 @@ METHODS = [
     *(_own(size, "one shot", "ipq", STORAGE[size]) for size in ("13x", "30x", "20x")),
     _own("8x", "one shot", "ipq", {"block_size": 2}),
     _own("int4", INTN, "fixed_point", {"bits": 4, "observer": "channel"}),
+    *(_own(size, "one shot, bits allocated", "ipq", c) for size, c in ALLOCATED.items()),
     *(_own(size, "one shot, two codebooks", "ipq", c) for size, c in TWO_CODEBOOKS.items()),
     _torchao(1, 64, "asymmetric"),
     _quanto(2),
@@ -83,7 +89,6 @@ METHODS = [
     _quanto(8),
     _own("int8", INTN, "fixed_point", {"bits": 8, "observer": "channel"}),
 ]
-SCHEMES = {"ipq": IPQConfig, "fixed_point": FixedPointConfig}
 QUANTIZERS = {"torchao": peer_libraries.torchao_model, "quanto": peer_libraries.quanto_model}
 PACKAGES = {"torchao": "torchao", "quanto": "optimum-quanto"}
 
@@ -116,17 +121,13 @@ def quantized_by_this_package(
 ) -> tuple[PreTrainedModel, int]:
     """Quantize in one shot; lookups of rows are counted on the training data."""
     setting = key["setting"]
-    options = {"seed": key["seed"]} if setting["scheme"] == "ipq" else {}
-    config = SCHEMES[setting["scheme"]](**options, **setting["config"])
+    if setting["scheme"] == "ipq":
+        config = storage_of(key, model, train, folder_of(model))
+    else:
+        config = FixedPointConfig(**setting["config"])
     batches = None
     if "frequent_rows" in setting["config"]:
-        collate = DataCollatorWithPadding(AutoTokenizer.from_pretrained(folder_of(model)))
-        columns = [name for name in train.column_names if name != "label"]
-        rows = train.select_columns(columns)
-        batches = [
-            collate([rows[index] for index in range(start, min(start + 64, len(rows)))])
-            for start in range(0, len(rows), 64)
-        ]
+        batches = glue.batches_of(train, folder_of(model))
     small = quantize_model(copy.deepcopy(model), config, progress=False, calibration_data=batches)
     small.save_pretrained(folder)
     return AutoModelForSequenceClassification.from_pretrained(folder), weight_bytes(folder)

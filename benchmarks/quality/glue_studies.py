@@ -14,6 +14,11 @@ STORAGE = {
         "frequent_rows": 8000, "rare_block_size": 32,
     },
 }  # fmt: skip
+# Bit allocation: the same size in megabytes.
+ALLOCATED = {
+    size: {"target_size_mb": megabytes, "frequent_rows": 8000}
+    for size, megabytes in (("13x", 5.944), ("20x", 4.334), ("30x", 2.819))
+}
 # Tables with one block size and in row groups, at the same size: 36.8 and 37.6 times smaller.
 EVEN = {"block_size": {"ffn": 8, "embeddings": 16, "attention": 8}}
 GROUPS = {
@@ -112,11 +117,14 @@ def settings(task: str) -> list[tuple[str, str, dict]]:
 def glue(task: str) -> list[tuple[str, str, dict]]:
     """Compare noise with none at each size, with equal steps, as many as the finetuning had.
 
+    Both with one block size per group of layers, and with allocated bits.
     At 20x, also as long as a recipe; at 30x, also with every other layer, but more bits per weight.
     """
     runs = []
     for size in STORAGE:
         arms = {"noise": noise(task, size, 1), "no noise": no_noise(task, size, 1)}
+        for name in ("noise", "no noise"):
+            arms[f"{name}, bits allocated"] = stored(arms[name], ALLOCATED[size])
         if size == "20x":
             arms["noise, twice as long"] = noise(task, size, 2)
         if size == "30x":
