@@ -178,6 +178,9 @@ class IPQConfig(QuantizedModelConfig):
             **super().noise_settings(model),
         }
 
+    def noise_is_like(self, quantizer: Any) -> bool:
+        return quantizer.scheme != "int"  # which layer_quantizers may contain
+
     def _values(self, names: Iterable[str]) -> dict[str, Any]:
         return {name: getattr(self, name) for name in names}
 

@@ -173,14 +173,20 @@ class QuantizedModelConfig(HubConfigMixin, Options, QuantizationConfigMixin):
     def noise_settings(self, model: nn.Module | None = None) -> dict[str, Any]:
         """Return the fields of a :class:`QuantNoiseConfig` with the same blocks.
 
-        With a model, those of its layers that no stage packs are excluded.
+        With a model, layers that no stage packs are excluded, and those that
+        :meth:`noise_is_like` excludes.
         """
         names = ("activation_bits", "target_modules", "exclude_modules", "seed")
         settings = {name: getattr(self, name) for name in names}
         if model is not None:
-            dense = map(re.escape, stored_layers(self, model)[1])
-            settings["exclude_modules"] = "|".join(dense) or None
+            packed, dense = stored_layers(self, model)
+            unlike = [name for name, own in packed.items() if not self.noise_is_like(own)]
+            settings["exclude_modules"] = "|".join(map(re.escape, [*dense, *unlike])) or None
         return {**settings, "share_layers": 1 if self.share_layers is None else self.share_layers}
+
+    def noise_is_like(self, quantizer: Any) -> bool:
+        """Return whether noise of this config resembles what a quantizer does to a layer."""
+        return True
 
     def quantizer_settings(self, layer: Any) -> dict[str, Any] | None:
         """Return the quantizer settings of a layer, or None if the config does not cover it."""

@@ -65,6 +65,18 @@ def test_noise_is_on_the_layers_that_compression_packs(name, config):
     assert noised_layers(model, single) == noised_layers(model, noise)
 
 
+@pytest.mark.parametrize("kind", ["pq", "proxy"])
+def test_layers_that_are_stored_in_integers_have_no_noise_of_blocks(kind):
+    """Bit allocation gives the most sensitive weights more bits than blocks of 2 have."""
+    name = "bert.encoder.layer.0.output.dense"
+    model = make_model("bert")
+    config = replace(SMALL, layer_quantizers={name: {"scheme": "int", "bits": 6}})
+    without = noised_layers(model, QuantNoiseConfig.matching(SMALL, model, noise=kind))
+    noised = noised_layers(model, QuantNoiseConfig.matching(config, model, noise=kind))
+    assert name in without
+    assert set(without) - set(noised) == {name}
+
+
 def test_target_size_must_be_allocated_before_it_is_matched():
     model = make_model("bert")
     for arguments in [(), (model,)]:
