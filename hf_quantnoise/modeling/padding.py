@@ -72,6 +72,12 @@ class PaddingMasks:
         return inputs.data_ptr() == encoded.data_ptr()
 
 
+def tensor_labels(batch: Mapping[str, Any]) -> Tensor | None:
+    """Return the labels of a batch; None without any, or if they are a dict per example (boxes)."""
+    labels = batch.get("labels")
+    return labels if isinstance(labels, Tensor) else None
+
+
 def _matrix(mask: Any) -> Tensor | None:
     return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ...compat import attention_implementation, set_attention_implementation
-from ...modeling.padding import IGNORED
+from ...modeling.padding import IGNORED, tensor_labels
 from .losses import attention_divergence, hidden_state_error
 
 logger = logging.get_logger(__name__)
@@ -78,7 +78,7 @@ def _padding_masks(inputs: Values, use_labels: bool = True) -> dict[str, Tensor 
     A decoder without a mask is masked by its labels, which are -100 for padding. Its keys need no
     mask: attention is causal.
     """
-    decoder, labels = inputs.get("decoder_attention_mask"), inputs.get("labels")
+    decoder, labels = inputs.get("decoder_attention_mask"), tensor_labels(inputs)
     if decoder is None and use_labels and labels is not None and labels.dim() == 2:
         decoder = labels != IGNORED
     masks = {"encoder": inputs.get("attention_mask"), "decoder": decoder}

@@ -12,11 +12,12 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES,
     MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
     MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES,
 )
 
-from ...modeling.padding import IGNORED
+from ...modeling.padding import IGNORED, tensor_labels
 from ...registry import Registry
 from ..training.packed_trainer import without_adapters
 from .losses import sigmoid_divergence, softmax_divergence, squared_error
@@ -29,9 +30,12 @@ _PAIR_LOGITS = ("logits_per_image", "logits_per_text")
 _SPAN_LOGITS = ("start_logits", "end_logits")
 _MASKED_SCORE = -1e9
 _KINDS = {
-    "causal language model": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    "question answering": MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
-    "semantic segmentation": MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES,
+    "causal language model": {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()},
+    "question answering": {*MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES.values()},
+    "semantic segmentation": {*MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES.values()},
+    # Not in HEADS: their logits are pixels, or do not cover the boxes.
+    "object detection": {*MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES.values()},
+    "masked image": {"HieraForPreTraining", "ViTMAEForPreTraining", "VideoMAEForPreTraining"},
 }
 
 
@@ -46,10 +50,10 @@ def head_name(model: nn.Module, inputs: Mapping[str, Any]) -> str:
     if name in HEADS:
         return name
     for kind, classes in _KINDS.items():
-        if name in classes.values():
+        if name in classes:
             return kind
     problem = getattr(getattr(model, "config", None), "problem_type", None)
-    labels = inputs.get("labels")
+    labels = tensor_labels(inputs)
     if problem is None and labels is not None and labels.dim() == 2 and labels.is_floating_point():
         problem = "multi_label_classification"
     return str(problem) if problem in HEADS else "classification"
@@ -68,6 +72,12 @@ def logits_divergence(
     the positions that count.
     """
     name = head_name(model, inputs)
+    if name in _KINDS and name not in HEADS:
+        raise ValueError(
+            f"cannot distill a {type(without_adapters(model)).__name__}: the logits of its {name} "
+            "head are not all that it predicts, or no classes; register a function for the class "
+            "in hf_quantnoise.compression.distillation.logits.HEADS, or set distill=False"
+        )
     try:
         return HEADS[name](student, teacher, inputs, temperature)
     except KeyError as missing:
@@ -87,7 +97,7 @@ def label_mask(inputs: Mapping[str, Any], logits: Tensor) -> Tensor | None:
     """
     if logits.dim() != 3:
         return None
-    labels = inputs.get("labels")
+    labels = tensor_labels(inputs)
     if labels is not None:
         return labels != IGNORED if labels.shape == logits.shape[:2] else None
     decodes = any(name in inputs for name in ("decoder_input_ids", "decoder_inputs_embeds"))

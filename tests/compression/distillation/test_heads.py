@@ -1,0 +1,52 @@
+"""Heads whose outputs are not classes of examples or tokens."""
+
+import pytest
+import torch
+from support.zoo import IMAGES
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForObjectDetection, AutoModelForPreTraining
+
+from hf_quantnoise import CompressionArguments
+from hf_quantnoise.compression.distillation.logits import HEADS, logits_divergence
+from hf_quantnoise.compression.distillation.losses import squared_error
+from hf_quantnoise.compression.distillation.teacher import Teacher
+
+
+def detector():
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("yolos", **IMAGES | {"image_size": [32, 32]}, num_labels=3,
+                                  num_detection_tokens=4)  # fmt: skip
+    return AutoModelForObjectDetection.from_config(config).eval()
+
+
+def annotated_images() -> dict[str, Tensor | list]:
+    boxes = {"class_labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2]])}
+    return {"pixel_values": torch.randn(2, 3, 32, 32), "labels": [boxes, boxes]}
+
+
+def test_logits_divergence_refuses_object_detection():
+    model, batch = detector(), annotated_images()
+    outputs = {"logits": torch.randn(2, 4, 4), "pred_boxes": torch.rand(2, 4, 4)}
+    with pytest.raises(ValueError, match=r"YolosFor.* object detection .*HEADS.*distill=False"):
+        logits_divergence(model, outputs, outputs, batch)
+
+
+def test_logits_divergence_refuses_masked_images():
+    config = AutoConfig.for_model("vit_mae", **IMAGES)
+    with torch.device("meta"):
+        model = AutoModelForPreTraining.from_config(config)
+    outputs = {"logits": torch.randn(2, 4, 192)}
+    with pytest.raises(ValueError, match=r"ViTMAE.* masked image .*HEADS.*distill=False"):
+        logits_divergence(model, outputs, outputs, {"pixel_values": torch.randn(2, 3, 16, 16)})
+
+
+def test_loss_terms_of_registered_detector(monkeypatch):
+    monkeypatch.setattr(HEADS, "_registered", dict(HEADS._registered))
+    HEADS.register("YolosForObjectDetection")(
+        lambda s, t, inputs, T: squared_error(s["pred_boxes"], t["pred_boxes"])
+    )
+    model, batch = detector(), annotated_images()
+    teacher = Teacher(model, None, CompressionArguments(distill_hidden=1.0))
+    outputs = model(batch["pixel_values"], output_hidden_states=True)
+    terms = teacher.loss_terms(model, outputs, batch, ["labels"])
+    assert {name: value.item() for name, (_, value) in terms.items()} == {"logits": 0, "hidden": 0}
