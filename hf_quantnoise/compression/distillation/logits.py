@@ -33,6 +33,7 @@ _KINDS = {
     "causal language model": {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()},
     "question answering": {*MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES.values()},
     "semantic segmentation": {*MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES.values()},
+    "replaced tokens": {"ElectraForPreTraining", "FunnelForPreTraining"},
     # Not in HEADS: their logits are pixels, or do not cover the boxes.
     "object detection": {*MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES.values()},
     "masked image": {"HieraForPreTraining", "ViTMAEForPreTraining", "VideoMAEForPreTraining"},
@@ -132,6 +133,14 @@ def next_token_divergence(student, teacher, inputs, temperature):
     mask = label_mask(inputs, logits)
     mask = None if mask is None else mask[:, 1:]
     return softmax_divergence(logits[:, :-1], teacher["logits"][:, :-1], temperature, mask)
+
+
+@HEADS.register("replaced tokens")
+def replaced_token_divergence(student, teacher, inputs, temperature):
+    """Compare whether each token was replaced; logits have shape (batch, positions)."""
+    logits, mask = student["logits"], inputs.get("attention_mask")
+    mask = mask.bool() if mask is not None and mask.shape == logits.shape else None
+    return sigmoid_divergence(logits, teacher["logits"], temperature, mask)
 
 
 @HEADS.register("question answering")

@@ -2,13 +2,17 @@
 
 import pytest
 import torch
+from support.tiny import SIZES
 from support.zoo import IMAGES
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForObjectDetection, AutoModelForPreTraining
 
 from hf_quantnoise import CompressionArguments
 from hf_quantnoise.compression.distillation.logits import HEADS, logits_divergence
-from hf_quantnoise.compression.distillation.losses import squared_error
+from hf_quantnoise.compression.distillation.losses import (
+    sigmoid_divergence,
+    squared_error,
+)
 from hf_quantnoise.compression.distillation.teacher import Teacher
 
 
@@ -50,3 +54,17 @@ def test_loss_terms_of_registered_detector(monkeypatch):
     outputs = model(batch["pixel_values"], output_hidden_states=True)
     terms = teacher.loss_terms(model, outputs, batch, ["labels"])
     assert {name: value.item() for name, (_, value) in terms.items()} == {"logits": 0, "hidden": 0}
+
+
+def test_logits_divergence_of_replaced_tokens_is_that_of_independent_labels():
+    with torch.device("meta"):
+        config = AutoConfig.for_model("electra", **SIZES, embedding_size=16)
+        model = AutoModelForPreTraining.from_config(config)
+    student, teacher = torch.randn(2, 3), torch.randn(2, 3)
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
+    batch = {"attention_mask": mask, "labels": torch.ones(2, 3).long()}
+    got = logits_divergence(model, {"logits": student}, {"logits": teacher}, batch, 2.0)
+    expected = sigmoid_divergence(student[mask.bool()], teacher[mask.bool()], 2.0)
+    torch.testing.assert_close(got, expected)
+    without_mask = logits_divergence(model, {"logits": student}, {"logits": teacher}, {}, 2.0)
+    torch.testing.assert_close(without_mask, sigmoid_divergence(student, teacher, 2.0))
