@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES,
     MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
     MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES,
@@ -38,6 +39,9 @@ _KINDS = {
     "object detection": {*MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES.values()},
     "masked image": {"HieraForPreTraining", "ViTMAEForPreTraining", "VideoMAEForPreTraining"},
 }
+# Their classes do not show whether they are decoder-only models.
+_READERS_OF_IMAGES = {*MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()}
+_READERS_OF_IMAGES -= {"DiffusionGemmaForBlockDiffusion"}  # not from left to right
 
 
 def head_name(model: nn.Module, inputs: Mapping[str, Any]) -> str:
@@ -53,7 +57,10 @@ def head_name(model: nn.Module, inputs: Mapping[str, Any]) -> str:
     for kind, classes in _KINDS.items():
         if name in classes:
             return kind
-    problem = getattr(getattr(model, "config", None), "problem_type", None)
+    config = getattr(model, "config", None)
+    if name in _READERS_OF_IMAGES and not getattr(config, "is_encoder_decoder", False):
+        return "causal language model"
+    problem = getattr(config, "problem_type", None)
     labels = tensor_labels(inputs)
     if problem is None and labels is not None and labels.dim() == 2 and labels.is_floating_point():
         problem = "multi_label_classification"

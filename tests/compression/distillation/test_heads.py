@@ -5,12 +5,25 @@ import torch
 from support.tiny import SIZES
 from support.zoo import IMAGES
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForObjectDetection, AutoModelForPreTraining
+from transformers import (
+    AutoConfig,
+    AutoModelForObjectDetection,
+    AutoModelForPreTraining,
+    BlipConfig,
+    BlipForConditionalGeneration,
+    BlipTextConfig,
+    BlipVisionConfig,
+    GPT2Config,
+    VisionEncoderDecoderConfig,
+    VisionEncoderDecoderModel,
+    ViTConfig,
+)
 
 from hf_quantnoise import CompressionArguments
 from hf_quantnoise.compression.distillation.logits import HEADS, logits_divergence
 from hf_quantnoise.compression.distillation.losses import (
     sigmoid_divergence,
+    softmax_divergence,
     squared_error,
 )
 from hf_quantnoise.compression.distillation.teacher import Teacher
@@ -68,3 +81,26 @@ def test_logits_divergence_of_replaced_tokens_is_that_of_independent_labels():
     torch.testing.assert_close(got, expected)
     without_mask = logits_divergence(model, {"logits": student}, {"logits": teacher}, {}, 2.0)
     torch.testing.assert_close(without_mask, sigmoid_divergence(student, teacher, 2.0))
+
+
+def blip():
+    vision, text = BlipVisionConfig(**IMAGES), BlipTextConfig(**SIZES, encoder_hidden_size=32)
+    return BlipForConditionalGeneration(BlipConfig(text_config=text, vision_config=vision))
+
+
+def image_captioner():
+    decoder = GPT2Config(n_embd=32, n_layer=1, n_head=2, add_cross_attention=True)
+    config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(ViTConfig(**IMAGES), decoder)
+    return VisionEncoderDecoderModel(config=config)
+
+
+@pytest.mark.parametrize(("make", "shift"), [(blip, 1), (image_captioner, 0)])
+def test_logits_divergence_of_texts_of_images_reads_labels_like_the_model(make, shift):
+    with torch.device("meta"):
+        model = make()
+    student, teacher = torch.randn(2, 5, 7), torch.randn(2, 5, 7)
+    labels = torch.tensor([[-100, -100, 4, 5, -100], [-100, 3, 6, -100, -100]])
+    got = logits_divergence(model, {"logits": student}, {"logits": teacher}, {"labels": labels})
+    counted = torch.zeros(2, 5, dtype=torch.bool)
+    counted[:, : 5 - shift] = labels[:, shift:] != -100
+    torch.testing.assert_close(got, softmax_divergence(student[counted], teacher[counted]))
