@@ -81,8 +81,8 @@ class QuantNoiseTrainer(PublishingMixin, DistillingTrainer):
     Raises:
         TypeError: if ``model``, ``args``, ``qn_config``, ``teacher``, ``compression_args`` or
             ``compute_metrics`` has another type.
-        ValueError: if there is a teacher and ``compression_args`` has ``distill=False``, or the
-            noise trains centroids under FSDP.
+        ValueError: if there is a teacher and ``compression_args`` has ``distill=False``, the
+            noise trains centroids under FSDP, or ``args`` has ``predict_with_generate``.
 
     Example:
         >>> trainer = QuantNoiseTrainer(model, args, QuantNoiseConfig(noise="proxy", p=0.1), ...)

@@ -33,6 +33,12 @@ def check_arguments(model: Any, args: Any, qn_config: Any, model_init: Any) -> N
         raise TypeError(f"invalid model: got None, expected a model, or model_init; {order}")
     if args is not None:
         require_instance("args", args, TrainingArguments, "TrainingArguments", order)
+        if getattr(args, "predict_with_generate", False):
+            raise ValueError(
+                "unsupported predict_with_generate=True: only Seq2SeqTrainer evaluates with "
+                "generate; set predict_with_generate=False, or pass QuantNoiseCallback(config) to "
+                "a Seq2SeqTrainer"
+            )
     if qn_config is not None:
         require_instance(
             "qn_config", qn_config, QuantNoiseConfig,

@@ -5,7 +5,12 @@ import torch
 from support.mistakes import SMALL, Mistake, check_message, compress, quantize, trainer
 from support.tiny import SIZES, make_model
 from torch import nn
-from transformers import IBertConfig, IBertForSequenceClassification, TrainingArguments
+from transformers import (
+    IBertConfig,
+    IBertForSequenceClassification,
+    Seq2SeqTrainingArguments,
+    TrainingArguments,
+)
 
 from hf_quantnoise import (
     AutoQuantizedModel,
@@ -39,6 +44,11 @@ def train_with(**data):
     return lambda folder: QuantNoiseTrainer(
         make_model("bert"), TrainingArguments(folder, use_cpu=True, report_to="none"), **data
     )
+
+
+def evaluate_with_generate(folder):
+    args = Seq2SeqTrainingArguments(folder, use_cpu=True, predict_with_generate=True)
+    QuantNoiseTrainer(make_model("bert"), args)
 
 
 def compress_without_examples(folder):
@@ -90,6 +100,9 @@ MISTAKES = {
     ),
     "dequantized to an unknown dtype": Mistake(
         lambda folder: quantize(SMALL).dequantize(dtype="bf16"), "dtype", "'bf16'"
+    ),
+    "evaluation with generate": Mistake(
+        evaluate_with_generate, "predict_with_generate", "predict_with_generate=True"
     ),
     "stage epochs as a text": Mistake(
         lambda folder: CompressionArguments(stage_epochs="1"), "stage_epochs", "'1'"
