@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..repository import TAG
 
 # The second tag hints at how to load the model on transformers' own card as well, which
@@ -20,13 +22,19 @@ _NOT_METRICS = ("runtime", "per_second", "preparation_time", "epoch")
 
 def is_metric(name: str, value: object) -> bool:
     """Return whether an entry of ``evaluate``'s result is a metric rather than a timing."""
-    return isinstance(value, float) and not any(word in name for word in _NOT_METRICS)
+    is_float = isinstance(_plain(value), float)
+    return is_float and not any(word in name for word in _NOT_METRICS)
+
+
+def _plain(value: Any) -> Any:
+    """Return a scalar of numpy or torch, which YAML cannot store, as a Python number."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value
 
 
 def plain_metrics(metrics: dict[str, float]) -> dict[str, float]:
     """Return ``evaluate``'s result without timings, and without the prefix ``eval_``."""
     return {
-        name.removeprefix("eval_"): value
+        name.removeprefix("eval_"): _plain(value)
         for name, value in metrics.items()
         if is_metric(name, value)
     }

@@ -2,7 +2,9 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
+import torch
 from golden.make import HERE as GOLDEN
 from huggingface_hub import ModelCard
 from publishing.test_card import FULL
@@ -79,6 +81,17 @@ def test_metadata_are_valid_and_survive_a_round_trip(packed, tmp_path):
         assert loaded.data.to_dict() == rendered.data.to_dict() and str(loaded) == str(rendered)
     dense = replace(FULL, noise=None).render(make_model("bert"))
     assert metadata_problems(str(dense)) == ([], [])
+
+
+def test_scalars_of_numpy_and_torch_are_metrics(packed, tmp_path):
+    """scikit-learn and evaluate return numpy's; YAML stores them as objects, which are rejected."""
+    scores = {"f1": np.float64(0.5), "recall": np.float32(0.25), "exact": torch.tensor(0.75)}
+    path = write_model_card(packed, tmp_path, QuantNoiseCard(before=scores, after=scores))
+    results = ModelCard.load(path).data.eval_results
+    assert {result.metric_type: result.metric_value for result in results} == {
+        "f1": 0.5, "recall": 0.25, "exact": 0.75,
+    }  # fmt: skip
+    assert "| exact | 0.7500 | 0.7500 |" in (tmp_path / "README.md").read_text()
 
 
 def test_results_name_configuration_and_split(packed):
