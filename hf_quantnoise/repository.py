@@ -145,12 +145,27 @@ def existing_card(repo_id: str, revision: str | None = None, token: str | None =
         raise  # the Hub cannot be reached: a card may exist, and must not be overwritten
     except (EntryNotFoundError, RevisionNotFoundError):
         return None
-    return read_card(path)
+    return read_card(path, f"{CARD} of repository {repo_id!r}")
 
 
-def read_card(path: str | os.PathLike) -> ModelCard:
-    """Return the model card in a file, without metadata that are invalid on the Hub."""
-    return ModelCard(Path(path).read_text(encoding="utf-8"), ignore_metadata_errors=True)
+def read_card(path: str | os.PathLike, name: str | None = None) -> ModelCard:
+    """Return the model card in a file, without metadata that are invalid on the Hub.
+
+    Raises:
+        ValueError: with the name of the file, if its metadata cannot be read.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        card: Any = ModelCard(text, ignore_metadata_errors=True)
+    except OSError:
+        raise
+    except Exception as error:  # the parser of the metadata has its own types
+        name = name or repr(os.fspath(path))
+        reason = shorten(printable(" ".join(str(error).split())))
+        raise ValueError(
+            f"invalid model card {name}: {reason}; correct its metadata, and save it in UTF-8"
+        ) from error
+    return card
 
 
 def create_repository(

@@ -49,7 +49,7 @@ class Compress(Command):
         from ..publishing.template import read_template
         from ..size import size_report
         from .checkpoints import checkpoint_of
-        from .folders import check_output, copy_companions, write_card
+        from .folders import card_in, check_output, copy_companions, write_card
         from .settings import quantization_config
 
         config = quantization_config(args)
@@ -63,6 +63,7 @@ class Compress(Command):
         checkpoint = checkpoint_of(args)
         checkpoint.require_dense()
         check_output(args.out, args.overwrite, args.model)
+        card_in(args.model)  # raises before the model is loaded
         check_plan(checkpoint.skeleton(), config)
         model = checkpoint.load()
         progress = sys.stderr.isatty()

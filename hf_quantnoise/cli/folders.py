@@ -7,7 +7,7 @@ import tempfile
 from dataclasses import replace
 from typing import Any
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import ModelCard, snapshot_download
 from transformers import PreTrainedModel
 
 from ..files.model_folders import PART, finish_interrupted
@@ -77,6 +77,12 @@ def copy_companions(checkpoint: Checkpoint, folder: str) -> str:
     return source
 
 
+def card_in(folder: str) -> ModelCard | None:
+    """Return the model card in a folder, or None; raise a ``ValueError`` if it is invalid."""
+    path = os.path.join(folder, CARD)
+    return read_card(path) if os.path.isfile(path) else None
+
+
 # Metadata of a model card that is valid for the dense model only.
 _DENSE_ONLY = ("eval_results", "model_name", "metrics", "base_model_relation", "library_name")
 
@@ -89,9 +95,8 @@ def write_card(
     Metadata of the dense model are kept, except its evaluation results and names.
     """
     card: Any = replace(card_of(model), template=template).render(model, folder)
-    path = os.path.join(source, CARD)
-    if os.path.isfile(path):
-        dense_card = read_card(path)
+    dense_card: Any = card_in(source)
+    if dense_card is not None:
         for name in (*_DENSE_ONLY, *(["base_model"] if card.data.base_model else [])):
             setattr(dense_card.data, name, None)
         card = merge_cards(card, dense_card)

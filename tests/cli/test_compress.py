@@ -102,6 +102,13 @@ def test_invalid_card_template_is_refused_before_the_model_is_loaded(work, run, 
     assert code == 1 and "unknown variable 'titel'" in err and not (work / "out" / "new").exists()
 
 
+def test_invalid_dense_card_is_refused_before_the_model_is_loaded(work, run, no_weights):
+    (work / "out" / "dense" / "README.md").write_text("---\nlicense: [mit\n---\n")
+    code, _, err = run("compress out/dense out/new")
+    assert code == 1 and "invalid model card 'out/dense/README.md'" in err
+    assert not (work / "out" / "new").exists()
+
+
 @pytest.mark.parametrize("dense_card", [True, False])
 def test_card_has_no_results_of_the_dense_model(dense_card, work, run):
     card = work / "out" / "dense" / "README.md"

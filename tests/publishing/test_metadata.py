@@ -141,6 +141,14 @@ def test_license_in_an_existing_card_is_kept(packed, tmp_path):
     assert data.license == "mit" and data.language == ["en", "fr"]
 
 
+@pytest.mark.parametrize("content", [b"---\nlicense: [mit\n---\n", b"---\n- a\n---\n", b"caf\xe9"])
+def test_invalid_existing_card_is_named(content, packed, tmp_path):
+    (tmp_path / "README.md").write_bytes(content)
+    with pytest.raises(ValueError, match=r"invalid model card '.*README\.md': .*; correct its"):
+        write_model_card(packed, tmp_path)
+    assert (tmp_path / "README.md").read_bytes() == content
+
+
 @pytest.mark.parametrize(
     ("existing", "expected"),
     [("transformers", "hf-quantnoise"), ("hf-quantnoise", "hf-quantnoise"), ("setfit", "setfit")],
