@@ -155,7 +155,7 @@ def read_card(path: str | os.PathLike, name: str | None = None) -> ModelCard:
         ValueError: with the name of the file, if its metadata cannot be read.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
         card: Any = ModelCard(text, ignore_metadata_errors=True)
     except OSError:
         raise
@@ -165,7 +165,15 @@ def read_card(path: str | os.PathLike, name: str | None = None) -> ModelCard:
         raise ValueError(
             f"invalid model card {name}: {reason}; correct its metadata, and save it in UTF-8"
         ) from error
+    card.data.language = _languages(card.data.language)
     return card
+
+
+def _languages(value: Any) -> Any:
+    """Return languages as the Hub reads them: no is Norwegian, which YAML 1.1 reads as False."""
+    if isinstance(value, list):
+        return [*map(_languages, value)]
+    return "no" if value is False else value
 
 
 def create_repository(

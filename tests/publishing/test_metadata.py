@@ -141,6 +141,16 @@ def test_license_in_an_existing_card_is_kept(packed, tmp_path):
     assert data.license == "mit" and data.language == ["en", "fr"]
 
 
+def test_norwegian_and_files_of_windows_are_read(packed, tmp_path):
+    """YAML 1.1 reads the code of Norwegian as False, which the Hub rejects; Notepad adds a BOM."""
+    (tmp_path / "README.md").write_text(
+        "\ufeff---\nlanguage: [no, en]\nlicense: mit\n---\nText.", "utf-8"
+    )
+    card = ModelCard.load(write_model_card(packed, tmp_path))
+    assert (card.data.language, card.data.license) == (["no", "en"], "mit")
+    assert metadata_problems(str(card)) == ([], [])
+
+
 @pytest.mark.parametrize("content", [b"---\nlicense: [mit\n---\n", b"---\n- a\n---\n", b"caf\xe9"])
 def test_invalid_existing_card_is_named(content, packed, tmp_path):
     (tmp_path / "README.md").write_bytes(content)
