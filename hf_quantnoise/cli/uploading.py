@@ -11,9 +11,10 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, co
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 
+from ..argument_checks import require_repo_id
 from ..hub.processing import processing_files, warn_unknown
 from ..publishing.card import REPO_PLACEHOLDER
-from ..repository import CARD, create_repository, stale_weights_in_repository
+from ..repository import CARD, create_repository, read_card, stale_weights_in_repository
 from ..trainer import QuantNoiseTrainer
 from .checkpoints import Checkpoint
 from .sizes import report_of
@@ -23,7 +24,10 @@ def upload(
     folder: str, repo: str, revision: str | None, private: bool, trust_remote_code: bool
 ) -> str:
     """Upload a folder with a packed model, in one commit; return the address of the commit."""
+    require_repo_id(repo)
     check_packed(folder, trust_remote_code)
+    if os.path.isfile(card := os.path.join(folder, CARD)):
+        read_card(card)  # raises if it is invalid
     with _explained(repo):
         repo = create_repository(repo, private=private or None, revision=revision)
         files = _operations(folder, repo, revision)
@@ -43,8 +47,8 @@ def _operations(
     for name in filter_repo_objects(paths, ignore_patterns=ignored):
         content: Path | bytes = paths[name]
         if name == CARD:
-            text = paths[name].read_text(encoding="utf-8")
-            content = text.replace(REPO_PLACEHOLDER, repo).encode()
+            text = paths[name].read_bytes()
+            content = text.replace(REPO_PLACEHOLDER.encode(), repo.encode())
         files.append(CommitOperationAdd(name, content))
     stale = stale_weights_in_repository(repo, folder, revision)
     return files + [CommitOperationDelete(name) for name in stale]
@@ -59,8 +63,11 @@ def _explained(repo: str) -> Iterator[None]:
         raise  # an invalid name, or no token, which the error explains
     except Exception as error:  # any type, depending on the HTTP client
         remedy = "check the network and HF_ENDPOINT, the address of the Hub"
-        if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403, 404):
+        status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
+        if status in (401, 403, 404):
             remedy = "log in with `hf auth login` as a user who may write there"
+        elif 400 <= status < 500:
+            remedy = "correct what the Hub names, e.g. another --revision"
         elif "Invalid metadata" in str(error):
             remedy = f"correct the lines at the top of {CARD}"
         raise ConnectionError(

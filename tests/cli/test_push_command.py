@@ -110,6 +110,28 @@ def test_folders_that_do_not_match_their_config_are_refused(work, run):
     assert code == 1 and "invalid plan in quantization_config: it has no entry for" in err
 
 
+@pytest.mark.parametrize("name", ["a/b/c", "me/a--b", "https://huggingface.co/me/x"])
+def test_invalid_names_are_refused_before_the_hub_is_asked(made, run, name):
+    code, _, err = run(f"push {made}/out/compressed {name}")
+    assert code == 1 and f"invalid repo_id='{name}'" in err and "network" not in err
+
+
+@pytest.mark.parametrize("content", [b"---\nlicense: [mit\n---\n", b"caf\xe9"])
+def test_invalid_cards_are_refused_before_the_hub_is_asked(work, run, content):
+    (work / "out" / "compressed" / CARD).write_bytes(content)
+    code, _, err = run("push out/compressed me/small")
+    assert code == 1 and "invalid model card 'out/compressed/README.md'" in err
+    assert "network" not in err
+
+
+def test_invalid_branch_is_named(made, tmp_path):
+    line = "hf-quantnoise push out/compressed me/small --revision a..b"
+    with HubServer() as hub:
+        done = run_lines(hub.url, tmp_path, made, line)
+    assert done.returncode == 1 and "Invalid rev id" in done.stderr, done.stderr
+    assert "--revision" in done.stderr and "network" not in done.stderr
+
+
 @pytest.fixture
 def closed():
     """A local address without a server: a port that is bound, without listening."""

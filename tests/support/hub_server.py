@@ -111,6 +111,8 @@ class Handler(QuietHandler):
             return self.reply({"files": files})
         if "/branch/" in path:
             repo, _, branch = path.removeprefix("/api/models/").partition("/branch/")
+            if ".." in branch:  # as in git
+                return self.reply({"error": f"Invalid rev id: {branch}"}, 400)
             self.server.branches.setdefault((repo, branch), dict(self.server.repos[repo]))
             return self.reply({})
         if "/commit/" in path:
