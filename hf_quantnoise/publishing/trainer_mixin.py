@@ -9,15 +9,16 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from transformers import PreTrainedModel, Trainer
+from transformers.utils import logging
 
 from ..compat import finish_current_push
 from ..configuration import QuantNoiseConfig
 from ..files.model_folders import replaced_model
 from ..hub.card import CARD_ATTRIBUTE, DENSE
 from ..hub.processing import remember_processing
-from ..repository import CARD, read_card, upload_model
-from .card import QuantNoiseCard
-from .push import RESULT_FIELDS, merge_cards, write_model_card
+from ..repository import CARD, existing_card, read_card, upload_model
+from .card import START, QuantNoiseCard
+from .push import RESULT_FIELDS, add_missing, merge_cards, own_text, write_model_card
 from .tables import changed_fields
 
 _TRAINING = (
@@ -25,6 +26,13 @@ _TRAINING = (
     "per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "seed",
 )  # fmt: skip
 _NOT_ON_CARDS = ("plots", "teacher_device")
+# Argument of create_model_card -> field of the metadata.
+_METADATA = {
+    "language": "language", "license": "license", "finetuned_from": "base_model",
+    "tasks": "pipeline_tag", "dataset_tags": "datasets",
+}  # fmt: skip
+
+logger = logging.get_logger(__name__)
 
 
 class PublishingMixin(Trainer):
@@ -127,10 +135,13 @@ class PublishingMixin(Trainer):
     ) -> None:
         """Write this package's card to ``output_dir``, with the arguments of ``Trainer``'s method.
 
-        The metadata that ``Trainer`` collects (language, license, base model, dataset) is kept.
+        The metadata that ``Trainer`` collects (language, license, base model, dataset) is kept, and
+        those of an existing card, together with its text outside the package's markers.
         ``dataset_args`` is the configuration of the dataset, ``dataset_split`` the split of it that
         was evaluated.
         """
+        path = os.path.join(str(self.args.output_dir), CARD)
+        existing = read_card(path) if os.path.isfile(path) else None
         super().create_model_card(*args, **kwargs)
         if not self.is_world_process_zero() or not isinstance(self.model, PreTrainedModel):
             return
@@ -146,13 +157,33 @@ class PublishingMixin(Trainer):
             dataset_split=dataset_split,
         )
         card.copy_plot(str(self.args.output_dir))
-        path = os.path.join(str(self.args.output_dir), CARD)
         trainer_card = read_card(path)
         # Its text repeats the settings; its results are the last logged, maybe of another model.
         trainer_card.text = ""
         for name in RESULT_FIELDS:
             setattr(trainer_card.data, name, None)
-        merge_cards(card.render(self.model), trainer_card).save(path)
+        merged: Any = merge_cards(card.render(self.model), trainer_card)
+        if existing is not None and (START in existing.text or own_text(existing)):
+            for argument, name in _METADATA.items():
+                if values.get(argument) or (name == "base_model" and merged.data.base_model):
+                    setattr(existing.data, name, None)
+            merged = merge_cards(merged, existing)
+        merged.save(path)
+
+    def _read_card_of_repository(self, revision: str | None, token: str | None) -> None:
+        """Add to the card in ``output_dir`` what only the one of the repository has."""
+        repo_id, path = str(self.hub_model_id), os.path.join(str(self.args.output_dir), CARD)
+        if (other := existing_card(repo_id, revision, token)) is None:
+            return
+        card = read_card(path) if os.path.isfile(path) else other
+        if own_text(card) and own_text(other) not in ("", own_text(card)):
+            logger.warning(
+                f"the text of {path!r} replaces that of the card of {repo_id!r}, which remains in "
+                "the history of the repository"
+            )
+        if card is not other:
+            add_missing(card, other)
+        card.save(path)
 
     def push_to_hub(
         self,
@@ -174,6 +205,8 @@ class PublishingMixin(Trainer):
         if not self.is_world_process_zero():
             return None
         kwargs.setdefault("model_name", (self.hub_model_id or "").split("/")[-1] or None)
+        revision = self.args.hub_revision if revision is None else revision
+        self._read_card_of_repository(revision, token)
         self.create_model_card(**kwargs)
         finish_current_push(self)
         run_as_future: Any = not blocking  # upload_folder has an overload for each value
@@ -183,7 +216,7 @@ class PublishingMixin(Trainer):
             token=token,
             ignore_patterns=self.unpublished,
             commit_message=commit_message,
-            revision=self.args.hub_revision if revision is None else revision,
+            revision=revision,
             run_as_future=run_as_future,
         )
 
