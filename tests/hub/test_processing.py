@@ -192,6 +192,14 @@ def test_push_uploads_the_tokenizer_that_is_passed(monkeypatch, tmp_path):
     assert len(AutoTokenizer.from_pretrained(uploaded)) == len(other)
 
 
+@pytest.mark.parametrize("wrong", ["out/dense", type(words())], ids=["path", "class"])
+def test_push_refuses_what_is_no_tokenizer(wrong):
+    with pytest.raises(
+        TypeError, match=r"invalid processing_class: got .*; pass e\.g\. AutoTokenizer"
+    ):
+        push.push_to_hub(make_model("bert"), "me/small", processing_class=wrong)
+
+
 @pytest.mark.parametrize("command", ["compress", "convert"])
 def test_commands_copy_tokenizer_and_generation_config(command, tmp_path, warnings):
     model = make_model("gpt2")
