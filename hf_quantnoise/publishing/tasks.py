@@ -13,11 +13,11 @@ TASKS = {
     "AutoModelForSequenceClassification": "text-classification",
     "AutoModelForTokenClassification": "token-classification",
     "AutoModelForQuestionAnswering": "question-answering",
-    "AutoModelForMaskedLM": "fill-mask",
     "AutoModelForCausalLM": "text-generation",
     "AutoModelForImageTextToText": "image-text-to-text",
     "AutoModelForSpeechSeq2Seq": "automatic-speech-recognition",
-    "AutoModelForSeq2SeqLM": None,
+    "AutoModelForSeq2SeqLM": None,  # before the masked ones, which BART belongs to as well
+    "AutoModelForMaskedLM": "fill-mask",
     "AutoModelForMultipleChoice": None,
     "AutoModelForImageClassification": "image-classification",
     "AutoModelForImageSegmentation": "image-segmentation",

@@ -230,6 +230,7 @@ def test_card_lists_the_settings_that_training_used(parity_data, tmp_path, lengt
         (lambda: make_model("bert-mlm"), "AutoModelForMaskedLM"),
         (lambda: make_model("gpt2"), "AutoModelForCausalLM"),
         (lambda: make_stacked("t5"), "AutoModelForSeq2SeqLM"),
+        (lambda: make_stacked("bart"), "AutoModelForSeq2SeqLM"),
         (lambda: make_vision_model("resnet"), "AutoModelForImageClassification"),
         (lambda: make_model("bert").bert, "AutoModel"),
         (lambda: type("Custom", (transformers.BertModel,), {})(make_model("bert").config), None),
