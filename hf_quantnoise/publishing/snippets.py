@@ -6,7 +6,7 @@ import json
 
 from transformers import PreTrainedModel
 
-from .tasks import TASKS, auto_class_of
+from .tasks import TASKS, auto_class_of, auto_class_of_code
 
 _SENTENCE = '"The film was a pleasant surprise."'
 _IMAGE = 'Image.new("RGB", (224, 224))  # or Image.open("picture.jpg")'
@@ -37,6 +37,7 @@ def usage_snippet(model: PreTrainedModel, repo: str, processing: str | None, pac
     """
     lines = ["import hf_quantnoise  # registers the format with transformers"] if packed else []
     auto = auto_class_of(model)
+    trust = ", trust_remote_code=True" if auto_class_of_code(model) else ""
     task = TASKS.get(auto or "")
     argument, prepares = _PROCESSING.get(model.main_input_name, ("", ""))
     if processing is None:
@@ -46,7 +47,7 @@ def usage_snippet(model: PreTrainedModel, repo: str, processing: str | None, pac
         lines += ["from PIL import Image"] if uses_image else []
         other = f", {argument}={json.dumps(processing)}" if processing != repo else ""
         lines += ["from transformers import pipeline", ""]
-        lines += [f'pipe = pipeline("{task}", model={json.dumps(repo)}{other})']
+        lines += [f'pipe = pipeline("{task}", model={json.dumps(repo)}{other}{trust})']
         lines += [f"image = {_IMAGE}"] if uses_image else []
         return "\n".join([*lines, f"print(pipe({_CALLS[task]}))"])
     name = auto or ("AutoQuantizedModel" if packed else type(model).__name__)
@@ -54,7 +55,7 @@ def usage_snippet(model: PreTrainedModel, repo: str, processing: str | None, pac
     if name == "AutoQuantizedModel":
         lines = [f"from hf_quantnoise import {classes.pop(0)}"]
     lines += [f"from transformers import {', '.join(sorted(classes))}"] if classes else []
-    lines += ["", f"model = {name}.from_pretrained({json.dumps(repo)})"]
+    lines += ["", f"model = {name}.from_pretrained({json.dumps(repo)}{trust})"]
     if argument:
         lines += [f"{argument} = {prepares}.from_pretrained({json.dumps(processing)})"]
     return "\n".join(lines)

@@ -37,4 +37,13 @@ def auto_class_of(model: PreTrainedModel) -> str | None:
         classes = models_of(getattr(transformers, name)).get(type(model.config), ())
         if type(model) in (classes if isinstance(classes, tuple) else (classes,)):
             return name
+    return auto_class_of_code(model)
+
+
+def auto_class_of_code(model: PreTrainedModel) -> str | None:
+    """Return the Auto class of a model whose code is stored with it, or None."""
+    for name, reference in (getattr(model.config, "auto_map", None) or {}).items():
+        is_own = isinstance(reference, str) and reference.endswith(f".{type(model).__name__}")
+        if is_own and name.startswith("AutoModel") and hasattr(transformers, name):
+            return str(name)
     return None

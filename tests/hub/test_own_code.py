@@ -21,10 +21,12 @@ from hf_quantnoise import (
     AutoQuantizedModelForMaskedLM,
     AutoQuantizedModelForSequenceClassification,
     IPQConfig,
+    QuantNoiseCard,
     quantize_model,
 )
 from hf_quantnoise.cli import main
 from hf_quantnoise.modeling import packed_layers
+from hf_quantnoise.publishing.snippets import usage_snippet
 
 IDS = torch.arange(12).view(2, 6)
 PQ = IPQConfig(block_size=4, n_centroids=8, stages=["head", "embeddings"])
@@ -50,6 +52,16 @@ def own(tmp_path, monkeypatch):
 def logits(model):
     with torch.no_grad():
         return model(input_ids=IDS).logits
+
+
+def test_code_on_the_card_loads_the_model(own):
+    folder, _, model = own
+    card = QuantNoiseCard(repo_id=str(folder / "packed"))
+    for packed in (True, False):
+        names = {}
+        exec(usage_snippet(model, str(folder / "packed"), None, packed), names)
+        assert torch.equal(logits(names["model"]), logits(model))
+    assert card.render(model).data.pipeline_tag == "text-classification"
 
 
 LOADERS = [AutoQuantizedModel, AutoQuantizedModelForSequenceClassification]
