@@ -12,6 +12,7 @@ import transformers
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
+from ..argument_checks import require_instance
 from ..configuration import QuantizedModelConfig, QuantNoiseConfig
 from ..hub.card import TAGS, plain_metrics
 from ..hub.processing import has_processing
@@ -47,6 +48,11 @@ _VERSIONS = {
 _NOT_SETTINGS = (
     "plan", "left_dense", "shared_layers", "pruned_layers", "layer_quantizers", "weights_id",
     "format_version",
+)  # fmt: skip
+# Fields of a card that are strings.
+_TEXTS = (
+    "title", "repo_id", "base_model", "task", "dataset", "dataset_id", "dataset_config",
+    "dataset_split",
 )  # fmt: skip
 _PAPER = (
     "[*Training with Quantization Noise for Extreme Model Compression*]"
@@ -106,6 +112,13 @@ class QuantNoiseCard:
     history: list[dict[str, Any]] = field(default_factory=list)
     plot: str | None = None
     template: str | os.PathLike | None = None
+
+    def __post_init__(self) -> None:
+        for name in _TEXTS:
+            if (value := getattr(self, name)) is not None:
+                require_instance(name, value, str, "a string", "pass one name, or None")
+        for name in ("before", "after", "training", "compression"):
+            require_instance(name, getattr(self, name), dict, "a dict", "pass {} if it is unknown")
 
     def render(self, model: PreTrainedModel, folder: str | None = None) -> ModelCard:
         """Return the card (metadata and text) of a model, compressed or only trained with noise.

@@ -69,6 +69,12 @@ def test_render_metadata_can_be_loaded(packed, tmp_path):
     assert (result.dataset_type, result.dataset_name) == ("nyu-mll/glue", "GLUE SST-2")
 
 
+@pytest.mark.parametrize("field", ["base_model", "dataset_id", "after"])
+def test_wrong_types_are_named(field):
+    with pytest.raises(TypeError, match=f"invalid {field}: got list"):
+        QuantNoiseCard(**{field: ["a/b", "c/d"]})
+
+
 def test_table_escapes_bars_in_cells():
     row = table(("stage", "MB"), [(r".*(pooler|classifier)", 1)]).splitlines()[-1]
     assert re.split(r"(?<!\\)\|", row)[1:-1] == [r" .\*(pooler\|classifier) ", " 1 "]
