@@ -172,6 +172,13 @@ def _config_of(path: str, **kwargs: Any) -> PreTrainedConfig:
         if os.path.isdir(path):
             raise
         raise OSError(f"cannot load {path!r}: {missing_model(path, error)}") from error
+    except ValueError as error:
+        if os.path.isdir(path) or _config_file_here(path, kwargs) is not None:
+            raise
+        file = "/".join(filter(None, (kwargs.get("subfolder"), CONFIG_NAME)))
+        raise FileNotFoundError(
+            f"repository {path!r} has no {file}; check its name, revision and subfolder"
+        ) from error
 
 
 def _check_method(path: str, quantization: Any) -> None:

@@ -106,6 +106,7 @@ calls = {{
     "load gated": lambda: AutoQuantizedModel.from_pretrained("me/gated"),
     "load missing": lambda: AutoQuantizedModel.from_pretrained("me/nowhere"),
     "load revision": lambda: AutoQuantizedModel.from_pretrained("me/small", revision="nowhere"),
+    "load subfolder": lambda: AutoQuantizedModel.from_pretrained("me/shards", subfolder="no"),
     "load shards": lambda: AutoQuantizedModel.from_pretrained("me/shards"),
     "config gated": lambda: IPQConfig.from_pretrained("me/gated"),
     "validate": ModelCard("---\\nlicense: my own\\n---\\n").validate,
@@ -229,6 +230,7 @@ def test_refused_calls_name_the_reason(refused):
         "'me/nowhere'" in refused["load missing"][1] and "not exist" in refused["load missing"][1]
     )
     assert "no such branch" in refused["load revision"][1]
+    assert "repository 'me/shards' has no no/config.json" in refused["load subfolder"][1]
     assert "403" in refused["load shards"][1]
     assert refused["config gated"][0] == "PermissionError"
     assert "request access" in refused["config gated"][1]
