@@ -16,7 +16,14 @@ from transformers import (
     ViTConfig,
 )
 
-from hf_quantnoise import QuantNoiseConfig, apply_quant_noise, quantize_model, recipe, size_report
+from hf_quantnoise import (
+    QuantNoiseConfig,
+    apply_quant_noise,
+    count_lookups,
+    quantize_model,
+    recipe,
+    size_report,
+)
 from hf_quantnoise.modeling.plan import make_plan
 from hf_quantnoise.noise import noised_layers
 
@@ -124,3 +131,55 @@ def test_noise_of_a_recipe_can_be_applied():
     assert isinstance(noise, QuantNoiseConfig)
     apply_quant_noise(model, noise).train()
     assert model(input_ids=torch.arange(12)[None]).logits.isfinite().all()
+
+
+def batches_of(config, n_batches=2):
+    generator = torch.Generator().manual_seed(0)
+    shape = (8, 16)
+    return [
+        {"input_ids": torch.randint(config.vocab_size, shape, generator=generator)}
+        for _ in range(n_batches)
+    ]
+
+
+SMALL_MODELS = {
+    "encoder": (
+        AutoModelForSequenceClassification,
+        BertConfig(
+            vocab_size=3000, hidden_size=128, intermediate_size=512, num_hidden_layers=2,
+            num_attention_heads=2,
+        ),
+    ),
+    "language_model": (
+        LlamaForCausalLM,
+        LlamaConfig(
+            vocab_size=1000, hidden_size=64, intermediate_size=192, num_hidden_layers=2,
+            num_attention_heads=2, tie_word_embeddings=True,
+        ),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", SMALL_MODELS)
+def test_with_batches_bits_are_allocated(family):
+    model_class, config = SMALL_MODELS[family]
+    torch.manual_seed(0)
+    model = getattr(model_class, "from_config", model_class)(config)
+    settings = recipe("13x", model, batches=batches_of(config))
+    assert settings.family == family
+    assert settings.quantization.layer_quantizers
+    assert settings.times_smaller == pytest.approx(13, rel=0.02) and settings.times_smaller >= 13
+    assert recipe("13x", model).quantization.layer_quantizers == {}
+    # The noise has the blocks of the storage, and the packed model is the trained one.
+    apply_quant_noise(model, settings.noise, count_lookups(model, batches_of(config)))
+    names = noised_layers(model, settings.noise)
+    small = quantize_model(model, settings.quantization, calibration_data=batches_of(config))
+    plan = small.config.quantization_config.plan
+    assert set(names) == {name for name, entry in plan.items() if entry["scheme"] != "int"}
+    dense = 4 * sum(parameter.numel() for parameter in on_meta(model_class, config).parameters())
+    assert size_report(small).total.disk_bytes <= dense / 13
+
+
+def test_batches_need_the_finetuned_model():
+    with pytest.raises(ValueError, match="batches are given without a model"):
+        recipe("13x", batches=[])

@@ -31,7 +31,15 @@ from ..repository import missing_model
 from .config_flags import ConfigFlags
 from .example_data import FileArguments
 from .known_flags import ELSEWHERE, check_training_flags, elsewhere
-from .recipe_flags import check_recipe, flags_of, lengths, recipe_for, shown
+from .recipe_flags import (
+    ALLOCATES,
+    allocates,
+    check_recipe,
+    flags_of,
+    lengths,
+    recipe_for,
+    shown,
+)
 from .script import ScriptParser
 from .tokenizers import load_tokenizer
 
@@ -152,6 +160,7 @@ class Arguments:
     compression: CompressionArguments
     training: RunTrainingArguments
     recipe: str | None = None  # what --recipe did
+    allocated_family: str | None = None  # of the recipe, if it allocates bits after the finetuning
     noise: QuantNoiseConfig | None = field(init=False)
     quantization: QuantizedModelConfig = field(init=False)
 
@@ -246,7 +255,11 @@ class RunParser(ScriptParser):
         settings = recipe_for(flags.recipe, self.data_class.auto_class, model.load_config())
         values = flags_of(settings)
         parts = parse(values)
-        return Arguments(words, *parts, recipe=shown(settings, values, parts))
+        arguments = Arguments(words, *parts, recipe=shown(settings, values, parts))
+        if allocates(settings, arguments.quantization, arguments.noise):
+            arguments.allocated_family = settings.family
+            arguments.recipe += f"\n{ALLOCATES}"
+        return arguments
 
     def _parse(self, words: list[str], defaults: Mapping[str, Any]) -> tuple:
         self.set_defaults(**defaults)

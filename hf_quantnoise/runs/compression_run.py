@@ -171,9 +171,11 @@ class Run:
         args, teacher = self.args, None
         if args.compression.distill:
             teacher = self.load_teacher() or self.load_dense()
-        self.trainer, results = train_with_noise(
+        self.trainer, self.quantization, results = train_with_noise(
             args, self.load_dense(), teacher, self.folder(NOISE), self.resume, self.job.parts
         )
+        noise = self.trainer.qn_config
+        self.results.add(noise=noise.to_dict(), quantization=self.quantization.to_dict())
         self.job.model = self.trainer.model  # frees the finetuned one
         return results
 

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import math
+import os
 import shutil
 from typing import Any
 
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, get_last_checkpoint
 
+from ..compression import allocate_bits
+from ..compression.calibration import lookups_in_training, training_batches
+from ..compression.reporting.console import is_quiet, shows_progress
+from ..configuration import IPQConfig, QuantizedModelConfig, QuantNoiseConfig
+from ..recipes import changed_options, size_target
 from ..trainer import QuantNoiseTrainer
 from .arguments import Arguments
+from .config_flags import FALLBACKS, SHARED
+from .recipe_flags import SELECTION
 
 logger = logging.getLogger(__name__)
+
+ALLOCATION = "allocation.json"  # beside the checkpoints, so that a resumed run has the same
 
 
 def train_with_noise(
@@ -24,7 +35,7 @@ def train_with_noise(
     folder: str,
     resume: bool,
     parts: dict[str, Any],
-) -> tuple[QuantNoiseTrainer, dict[str, float]]:
+) -> tuple[QuantNoiseTrainer, QuantizedModelConfig, dict[str, float]]:
     """Train a finetuned model with noise (section 5.3).
 
     Args:
@@ -36,16 +47,21 @@ def train_with_noise(
         parts: arguments of any Trainer: datasets, collator, metrics, processing class.
 
     Returns:
-        The trainer, whose further output goes to the folder of the run; and the metrics.
+        The trainer, whose further output goes to the folder of the run; how to store the model; and
+        the metrics.
     """
     if not resume:
         if args.training.should_save:
             shutil.rmtree(folder, ignore_errors=True)
         args.training.distributed_state.wait_for_everyone()
+    noise, quantization = args.noise, args.quantization
+    if args.allocated_family is not None:
+        quantization = _allocation(args, model, folder, parts)
+        noise = _matching(quantization, model, args.noise)
     trainer = QuantNoiseTrainer(
         model,
         _training_arguments(args, folder),
-        args.noise,
+        noise,
         teacher=teacher,
         compression_args=args.compression,
         **parts,
@@ -53,7 +69,38 @@ def train_with_noise(
     checkpoint = _has_checkpoint(folder) if resume else None
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     trainer.args.output_dir = args.training.output_dir
-    return trainer, metrics
+    return trainer, quantization, metrics
+
+
+def _allocation(
+    args: Arguments, model: PreTrainedModel, folder: str, parts: dict[str, Any]
+) -> IPQConfig:
+    """Return how a recipe stores the finetuned model: with bits allocated on training batches."""
+    path = os.path.join(folder, ALLOCATION)
+    if not os.path.isfile(path):  # else resumed
+        trainer = Trainer(model, _training_arguments(args, folder), **parts)
+        target = size_target(str(args.flags.recipe), model, str(args.allocated_family))
+        target.seed = args.quantization.seed
+        lookups = lookups_in_training(trainer, model, target, args.compression)
+        batches = list(training_batches(trainer, args.compression.budget_batches))
+        shown = shows_progress(trainer), not is_quiet(trainer.args)  # bars, table
+        config = allocate_bits(model, target, batches, *shown, lookups=lookups)
+        if args.training.should_save:
+            os.makedirs(folder, exist_ok=True)
+            config.to_json_file(path)
+        args.training.distributed_state.wait_for_everyone()
+        return config
+    with open(path, encoding="utf-8") as file:
+        return IPQConfig.from_dict(json.load(file))
+
+
+def _matching(
+    quantization: IPQConfig, model: PreTrainedModel, noise: QuantNoiseConfig
+) -> QuantNoiseConfig:
+    """Return the noise with the blocks of another storage."""
+    own = changed_options(noise)
+    options = {name: own[name] for name in own if name not in (*FALLBACKS, *SHARED, *SELECTION)}
+    return QuantNoiseConfig.matching(quantization, model, **options)
 
 
 def _has_checkpoint(folder: str) -> bool | None:

@@ -8,10 +8,17 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
+from ..configuration import QuantizedModelConfig, QuantNoiseConfig
 from ..configuration.flags import errors_name_flags, form_of
 from ..configuration.options import options_of
-from ..recipes import TRAINING, Recipe, changed_options, recipe
+from ..recipes import ALLOCATED, TRAINING, Recipe, changed_options, recipe
 from .config_flags import FALLBACKS, NOISE_FLAGS, SHARED
+
+SELECTION = ("target_modules", "exclude_modules")  # which layers have noise
+ALLOCATES = (
+    "After the finetuning, bits are allocated to the weights for this size, in place of the block "
+    "sizes above; pass another --block_size to use your own."
+)
 
 
 def check_recipe(flags: Any) -> None:
@@ -45,6 +52,23 @@ def flags_of(settings: Recipe) -> dict[str, Any]:
         if name not in (*FALLBACKS, *SHARED):  # which noise reads from the flags of the model
             values[NOISE_FLAGS[name]] = value
     return {**values, "noise_after_finetuning": settings.length}
+
+
+def allocates(
+    settings: Recipe, quantization: QuantizedModelConfig, noise: QuantNoiseConfig | None
+) -> bool:
+    """Return whether bits are allocated: unless passed flags change what is stored or noised."""
+    if noise is None or settings.family not in ALLOCATED:
+        return False
+    own, given = (
+        {
+            **changed_options(storage),
+            **{name: getattr(noise, name) for name in SELECTION},
+            "seed": 0,
+        }
+        for storage, noise in ((quantization, noise), (settings.quantization, settings.noise))
+    )
+    return own == given
 
 
 def _changed(config: Any) -> dict[str, Any]:

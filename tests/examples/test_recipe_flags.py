@@ -11,7 +11,7 @@ pytest.importorskip("datasets")
 from support.trainers import assert_same
 from transformers import AutoModelForSequenceClassification, BertConfig, BertModel, set_seed
 
-from hf_quantnoise import recipe
+from hf_quantnoise import IPQConfig, QuantNoiseConfig, recipe
 from hf_quantnoise.modeling import packed_layers
 from hf_quantnoise.noise import find_state
 from hf_quantnoise.runs import post_training
@@ -79,18 +79,34 @@ def test_run_with_a_recipe_ends_as_it_was_trained(
     assert seen["finetuning teacher"] is None
     steps = [seen[name].state.max_steps for name in ("finetuning", "noise")]
     assert steps == [32, 32 * settings.length]
-    assert seen["noise"].qn_config.to_dict() | {"seed": 0} == settings.noise.to_dict()
+
+    # Bits are allocated to the finetuned model, and the noise has the blocks of the result.
+    stored = IPQConfig.from_dict(results["quantization"])
+    assert stored.layer_quantizers
+    assert stored.target_size_mb == 4 * dense.num_parameters() / 13 / 1e6
+    blocks = QuantNoiseConfig.matching(stored, dense).to_dict()
+    noise = seen["noise"].qn_config.to_dict()
+    assert noise == results["noise"]
+    own = {"noise", "p", "learn_codebooks", "codebook_update"}
+    assert {k: v for k, v in noise.items() if k not in own} == {
+        k: v for k, v in blocks.items() if k not in own
+    }
+    assert {k: noise[k] for k in own} == {
+        k: v for k, v in settings.noise.to_dict().items() if k in own
+    }
 
     # The packed layers are those that were trained, and the file has the named size.
     small = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "compressed")
     packed = dict(packed_layers(small))
-    assert len(seen["weights"]) >= 14
+    schemes = [entry["scheme"] for entry in stored.layer_quantizers.values()]
+    assert len(seen["weights"]) == schemes.count("pq") >= 10
     assert_same({name: packed[name].decode() for name in seen["weights"]}, seen["weights"])
     assert results["dense"]["bytes"] / results["compressed"]["bytes"] >= 13
     assert results["reloaded"]["metrics"]["accuracy"] >= 0.9
     assert results["reloaded"]["logits_bit_equal"]
     text = capsys.readouterr().out
     assert "--recipe 13x: encoder, " in text and "--noise_rate 1.0\n" in text
+    assert "bits are allocated to the weights" in text and "total file size:" in text
 
 
 def test_flags_that_are_passed_override_the_recipe(checkpoint, tmp_path):
@@ -100,6 +116,7 @@ def test_flags_that_are_passed_override_the_recipe(checkpoint, tmp_path):
     )  # fmt: skip
     args = parse(words)
     assert args.quantization.block_size == args.noise.block_size == 4
+    assert args.allocated_family is None  # the passed block size is used
     assert args.quantization.n_centroids == args.noise.n_centroids < 256
     assert args.noise.learn_codebooks and args.noise.p == 1.0
     assert args.flags.noise_after_finetuning == 0.5
@@ -156,11 +173,16 @@ def test_resumed_run_ends_with_the_same_model(checkpoint, write_sets, tmp_path, 
     def stop(trainer, *args, **kwargs):
         save(trainer, *args, **kwargs)
         if trainer.qn_config is not None and trainer.state.global_step == 6:
-            raise KeyboardInterrupt  # before the centroids are saved: step 3 is the newest complete
+            raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(post_training.QuantNoiseTrainer, "_save_checkpoint", stop)
         main(words_of(tmp_path / "stopped", checkpoint, *files, **flags))
+
+    def refused(*args, **kwargs):
+        raise AssertionError("a resumed run keeps the allocation it started with")
+
+    monkeypatch.setattr(post_training, "allocate_bits", refused)
     main(words_of(tmp_path / "stopped", checkpoint, *files, "--resume_compression", **flags))
     one, other = (
         AutoModelForSequenceClassification.from_pretrained(tmp_path / name / "compressed")
