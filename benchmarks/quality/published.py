@@ -70,6 +70,9 @@ _GLUE_METHODS = """
   packed model takes over both.
 - *no noise*: all layers are product-quantized at once, codes stay as k-means found them, centroids
   and leftovers are trained.
+- *bits allocated*: bit allocation chooses how each weight is stored, on 256 training examples; the
+  other methods have one block size for each group of layers. Weights stored in integers, the most
+  sensitive ones, have no noise.
 - *noise, 3 of 6 layers*: every other layer of the float32 model in smaller blocks, trained with
   noise; the teacher has all layers.
 - Length: as many epochs as the finetuning had; for SST-2, epochs of 24,000 examples. A
@@ -127,7 +130,7 @@ STUDIES = {
         _GLUE + _GLUE_METHODS,
         main="noise",
         goals={"13x": _keeps(0.995), "20x": _keeps(0.98), "30x": _keeps(0.96)},
-        references=("no noise", "no noise, unchanged tokens"),
+        references=("no noise", "no noise, unchanged tokens", "no noise, bits allocated"),
         n_tasks=4,
         majority=True,
     ),
