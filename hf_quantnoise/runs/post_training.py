@@ -17,6 +17,7 @@ from ..compression import allocate_bits
 from ..compression.calibration import lookups_in_training, training_batches
 from ..compression.reporting.console import is_quiet, shows_progress
 from ..configuration import IPQConfig, QuantizedModelConfig, QuantNoiseConfig
+from ..files.durable import write_json
 from ..recipes import changed_options, size_target
 from ..trainer import QuantNoiseTrainer
 from .arguments import Arguments
@@ -87,7 +88,7 @@ def _allocation(
         config = allocate_bits(model, target, batches, *shown, lookups=lookups)
         if args.training.should_save:
             os.makedirs(folder, exist_ok=True)
-            config.to_json_file(path)
+            write_json(config.to_dict(), path)
         args.training.distributed_state.wait_for_everyone()
         return config
     with open(path, encoding="utf-8") as file:

@@ -60,15 +60,10 @@ def allocates(
     """Return whether bits are allocated: unless passed flags change what is stored or noised."""
     if noise is None or settings.family not in ALLOCATED:
         return False
-    own, given = (
-        {
-            **changed_options(storage),
-            **{name: getattr(noise, name) for name in SELECTION},
-            "seed": 0,
-        }
-        for storage, noise in ((quantization, noise), (settings.quantization, settings.noise))
-    )
-    return own == given
+    if any(getattr(noise, name) != getattr(settings.noise, name) for name in SELECTION):
+        return False
+    own, given = map(changed_options, (quantization, settings.quantization))
+    return {**own, "seed": 0} == {**given, "seed": 0}
 
 
 def _changed(config: Any) -> dict[str, Any]:
