@@ -169,6 +169,12 @@ def read_card(path: str | os.PathLike, name: str | None = None) -> ModelCard:
     return card
 
 
+def card_in(folder: str | os.PathLike) -> ModelCard | None:
+    """Return the model card in a folder, or None; raise a ``ValueError`` if it is invalid."""
+    path = os.path.join(folder, CARD)
+    return read_card(path) if os.path.isfile(path) else None
+
+
 def _languages(value: Any) -> Any:
     """Return languages as the Hub reads them: no is Norwegian, which YAML 1.1 reads as False."""
     if isinstance(value, list):

@@ -47,9 +47,10 @@ class Compress(Command):
         from ..compression.bit_allocation.allocate import resolve_target
         from ..files.model_folders import replaced_model
         from ..publishing.template import read_template
+        from ..repository import card_in
         from ..size import size_report
         from .checkpoints import checkpoint_of
-        from .folders import card_in, check_output, copy_companions, write_card
+        from .folders import check_output, copy_companions, write_card
         from .settings import quantization_config
 
         config = quantization_config(args)

@@ -7,13 +7,13 @@ import tempfile
 from dataclasses import replace
 from typing import Any
 
-from huggingface_hub import ModelCard, snapshot_download
+from huggingface_hub import snapshot_download
 from transformers import PreTrainedModel
 
 from ..files.model_folders import PART, finish_interrupted
 from ..hub.processing import PROCESSING, copy_processing, processing_files, warn_unknown
 from ..publishing.push import card_of, merge_cards
-from ..repository import CARD, read_card
+from ..repository import CARD, card_in
 from .checkpoints import Checkpoint
 
 
@@ -75,12 +75,6 @@ def copy_companions(checkpoint: Checkpoint, folder: str) -> str:
     if not processing_files(folder):
         warn_unknown(checkpoint.model_class)
     return source
-
-
-def card_in(folder: str) -> ModelCard | None:
-    """Return the model card in a folder, or None; raise a ``ValueError`` if it is invalid."""
-    path = os.path.join(folder, CARD)
-    return read_card(path) if os.path.isfile(path) else None
 
 
 # Metadata of a model card that is valid for the dense model only.

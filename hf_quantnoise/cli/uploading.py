@@ -14,7 +14,7 @@ from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 from ..argument_checks import require_repo_id
 from ..hub.processing import processing_files, warn_unknown
 from ..publishing.card import REPO_PLACEHOLDER
-from ..repository import CARD, create_repository, read_card, stale_weights_in_repository
+from ..repository import CARD, card_in, create_repository, stale_weights_in_repository
 from ..trainer import QuantNoiseTrainer
 from .checkpoints import Checkpoint
 from .sizes import report_of
@@ -26,8 +26,7 @@ def upload(
     """Upload a folder with a packed model, in one commit; return the address of the commit."""
     require_repo_id(repo)
     check_packed(folder, trust_remote_code)
-    if os.path.isfile(card := os.path.join(folder, CARD)):
-        read_card(card)  # raises if it is invalid
+    card_in(folder)  # raises if it is invalid
     with _explained(repo):
         repo = create_repository(repo, private=private or None, revision=revision)
         files = _operations(folder, repo, revision)

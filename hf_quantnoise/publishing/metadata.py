@@ -10,7 +10,7 @@ from huggingface_hub import CardData, EvalResult, HfApi, try_to_load_from_cache
 from transformers.utils import logging
 
 from ..hub.card import plain_metrics
-from ..repository import CARD, read_card
+from ..repository import CARD, card_in, read_card
 
 logger = logging.get_logger(__name__)
 
@@ -36,8 +36,8 @@ def facts_of_base(name: str | None) -> dict[str, Any]:
 
 def _data_of_card(name: str) -> CardData | None:
     if os.path.isdir(name):
-        path = os.path.join(name, CARD)
-        return read_card(path).data if os.path.isfile(path) else None
+        card = card_in(name)
+        return None if card is None else card.data
     if isinstance(cached := try_to_load_from_cache(name, CARD), str):
         return read_card(cached).data
     return HfApi().model_info(name, timeout=_TIMEOUT).card_data

@@ -15,7 +15,7 @@ from ..argument_checks import describe, require_instance, require_model, require
 from ..files.durable import new_file
 from ..hub.card import CARD_ATTRIBUTE, TAGS
 from ..hub.processing import remember_processing, save_processing
-from ..repository import CARD, LIBRARY, create_repository, existing_card, read_card, upload_model
+from ..repository import CARD, LIBRARY, card_in, create_repository, existing_card, upload_model
 from .card import END, START, QuantNoiseCard
 from .template import read_template
 
@@ -118,7 +118,7 @@ def write_model_card(
     _require_card_of_model(model, card)
     folder = require_output_folder("folder", folder)
     path = os.path.join(folder, CARD)
-    existing = read_card(path) if os.path.isfile(path) else None
+    existing = card_in(folder)
     card = _with_template(card or card_of(model), template)
     merged = merge_cards(card.render(model, folder), existing)
     card.copy_plot(folder)

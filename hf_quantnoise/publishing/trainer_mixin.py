@@ -16,7 +16,7 @@ from ..configuration import QuantNoiseConfig
 from ..files.model_folders import replaced_model
 from ..hub.card import CARD_ATTRIBUTE, DENSE
 from ..hub.processing import remember_processing
-from ..repository import CARD, existing_card, read_card, upload_model
+from ..repository import CARD, card_in, existing_card, read_card, upload_model
 from .card import START, QuantNoiseCard
 from .push import RESULT_FIELDS, add_missing, merge_cards, own_text, write_model_card
 from .tables import changed_fields
@@ -141,7 +141,7 @@ class PublishingMixin(Trainer):
         was evaluated.
         """
         path = os.path.join(str(self.args.output_dir), CARD)
-        existing = read_card(path) if os.path.isfile(path) else None
+        existing = card_in(str(self.args.output_dir))
         super().create_model_card(*args, **kwargs)
         if not self.is_world_process_zero() or not isinstance(self.model, PreTrainedModel):
             return
@@ -175,7 +175,7 @@ class PublishingMixin(Trainer):
         repo_id, path = str(self.hub_model_id), os.path.join(str(self.args.output_dir), CARD)
         if (other := existing_card(repo_id, revision, token)) is None:
             return
-        card = read_card(path) if os.path.isfile(path) else other
+        card = card_in(str(self.args.output_dir)) or other
         if own_text(card) and own_text(other) not in ("", own_text(card)):
             logger.warning(
                 f"the text of {path!r} replaces that of the card of {repo_id!r}, which remains in "
