@@ -25,7 +25,7 @@ GROUPS = {
     "block_size": {"ffn": 8, "embeddings": 8, "attention": 8},
     "frequent_rows": 8000, "rare_block_size": 32,
 }  # fmt: skip
-# For every other layer, in smaller blocks than "30x": 34.1 times smaller than all six in float32.
+# For every other layer, in smaller blocks than "30x": 34.0 times smaller than all six in float32.
 HALF = {
     "block_size": {"ffn": 4, "embeddings": 4, "attention": 4},
     "frequent_rows": 8000, "rare_block_size": 32,
