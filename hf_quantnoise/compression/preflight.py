@@ -117,10 +117,10 @@ def warn_of_latent_teacher(name: str) -> None:
     """
     if name == LATENT:
         logger.warning(
-            "the model was trained with noise of rate 1, and there is no teacher: stages are "
-            "distilled from its weights without noise, which may be far worse than the trained "
-            "model. Pass the teacher of the training as teacher=..., or keep the model as it was "
-            "trained with CompressionArguments(stage_epochs=0)"
+            "teacher=None after noise of rate 1: stages are distilled from the weights without "
+            "noise, which may be far worse than the trained model. Pass the teacher of the "
+            "training as teacher=..., or keep the model as it was trained with "
+            "CompressionArguments(stage_epochs=0)"
         )
 
 
