@@ -16,19 +16,13 @@ interrupted benchmark is resumed with the same command.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from results_file import (  # adds the examples to sys.path
-    append_line,
-    figures_of,
-    provenance,
-    read_lines,
-)
+from glue_sst2_table import table
+from results_file import append_line, figures_of, read_lines  # adds the examples to sys.path
 from transformers import HfArgumentParser
 
 from hf_quantnoise.configuration.flags import parse_int_or_dict
@@ -117,9 +111,6 @@ class BenchmarkArguments:
                 )
         for blocks in self.block_sizes:
             parse_int_or_dict("block_sizes", blocks)
-
-
-# ---- runs ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -255,59 +246,6 @@ def run_all(args: BenchmarkArguments) -> None:
             _run_job(job, args)
             if not args.keep:
                 shutil.rmtree(job.folder)
-
-
-# ---- the table -----------------------------------------------------------------------------------
-
-
-def _row(lines: list[dict], seeds: list[int]) -> str:
-    key = lines[0]["key"]
-    by_seed = {line["key"]["seed"]: 100 * line["accuracy"] for line in lines}
-    values = list(by_seed.values())
-    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    each = " / ".join(f"{by_seed[seed]:.1f}" if seed in by_seed else "-" for seed in seeds)
-    size = statistics.mean(line["bytes"] for line in lines)
-    times = statistics.mean(line["dense_bytes"] / line["bytes"] for line in lines)
-    noise = key["noise"] if key["noise"] == "none" else f"{key['noise']} p={key['noise_rate']:g}"
-    cells = (
-        noise,
-        key["method"],
-        key.get("block_size", ""),
-        str(key.get("n_centroids", "")),
-        f"{key['stage_epochs']:g}" if "stage_epochs" in key else "",
-        f"{statistics.mean(values):.1f}{spread}",
-        each,
-        f"{size / 1e6:.2f}",
-        f"{times:.1f}",
-    )
-    return f"| {' | '.join(cells)} |"
-
-
-def table(lines: list[dict]) -> str:
-    """Return a Markdown table: mean and sample standard deviation over seeds.
-
-    Raises:
-        ValueError: if there are no runs.
-    """
-    if not lines:
-        raise ValueError("--results has no finished run; run the benchmark without --table first")
-    seeds = sorted({line["key"]["seed"] for line in lines})
-    groups: dict[str, list[dict]] = {}
-    for line in lines:
-        settings = {k: v for k, v in line["key"].items() if k != "seed"}
-        groups.setdefault(json.dumps(settings, sort_keys=True), []).append(line)
-    names = " / ".join(map(str, seeds))
-    text = [
-        "| noise | compression | block size | centroids | epochs per stage | accuracy | "
-        f"seeds {names} | MB | times smaller |",
-        "|---|---|---|---|---|---|---|---|---|",
-        *(_row(group, seeds) for group in groups.values()),
-        "",
-        f"{lines[-1]['examples']['train']:,} training and {lines[-1]['examples']['validation']:,} "
-        f"dev sentences; seeds {', '.join(map(str, seeds))}; mean and sample standard deviation.",
-        *provenance(lines),
-    ]
-    return "\n".join(text)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas
 import pytest
 import torch
+from support.glue_runs import run_glue
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForSequenceClassification,
@@ -203,3 +204,13 @@ def glue_start(tiny_model, sentences, tmp_path, monkeypatch):
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture
+def start(tiny_model, tmp_path):
+    """:func:`run_glue` on the tiny model, in the folder of the test."""
+
+    def start(*flags: str, model: str = tiny_model, out: str = "out"):
+        return run_glue(tmp_path, model, *flags, out=out)
+
+    return start
