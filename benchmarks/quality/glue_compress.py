@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 from glue_float32 import best_setting, folder_of
 from glue_studies import STUDIES
+from other_text import with_other_text
 from random_tokens import RandomTokens
 from remembered_teacher import RememberedTeacher
 from results_file import append_line, line_of
@@ -54,6 +55,7 @@ from hf_quantnoise import (
     allocate_bits,
     count_lookups,
 )
+from hf_quantnoise.files.durable import write_json
 
 ALLOCATION_BATCHES = 4  # of 64 training examples
 
@@ -96,13 +98,25 @@ def start_of(args: Selection, task: str, seed: int) -> str:
 
 
 def storage_of(key: dict, model: PreTrainedModel, train: Dataset, start: str) -> IPQConfig:
-    """Return how a run stores its model; bits are allocated on training examples."""
-    config = IPQConfig(seed=key["seed"], **key["setting"]["config"])
+    """Return how a run stores its model; bits are allocated on training examples.
+
+    The allocation is the same with and without noise: it is saved beside the float32 model.
+    """
+    setting = key["setting"]
+    config = IPQConfig(seed=key["seed"], **setting["config"])
     if config.target is None:
         return config
+    data = {name: setting.get(name) for name in ("examples", "other_text", "half_of_layers")}
+    allocated_for = json.dumps([key["seed"], setting["config"], data])
+    name = f"allocation-{hashlib.sha256(allocated_for.encode()).hexdigest()[:16]}.json"
+    if os.path.isfile(path := os.path.join(start, name)):
+        with open(path, encoding="utf-8") as file:
+            return IPQConfig.from_dict(json.load(file))
     batches = glue.batches_of(train, start)
     lookups, few = count_lookups(model, batches), batches[:ALLOCATION_BATCHES]
-    return allocate_bits(model, config, few, progress=False, lookups=lookups)
+    config = allocate_bits(model, config, few, progress=False, lookups=lookups)
+    write_json(config.to_dict(), path)
+    return config
 
 
 def make_trainer(
@@ -113,6 +127,9 @@ def make_trainer(
     train = glue.load(args.data_dir, start, key["task"]).train
     if limit := setting.get("examples"):
         train = train.shuffle(seed=0).select(range(min(limit, len(train))))
+    length = len(train)
+    if setting.get("other_text"):
+        train = with_other_text(train, args.data_dir, start, key["task"])
     model = copy.deepcopy(teacher)
     if setting.get("half_of_layers"):
         keep_every_other_layer(model)
@@ -126,7 +143,7 @@ def make_trainer(
         save_steps=200, save_total_limit=1, logging_steps=1000, disable_tqdm=True,
         report_to="none", dataloader_pin_memory=False,
         warmup_steps=0.06, learning_rate=setting["learning_rate"],
-        num_train_epochs=setting["noise_epochs"],
+        num_train_epochs=setting["noise_epochs"] * length / len(train),
     )  # fmt: skip
     if not setting.get("dropout", True):
         for module in model.modules():

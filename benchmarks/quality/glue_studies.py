@@ -76,9 +76,9 @@ def stored(setting: dict, storage: dict) -> dict:
     return setting | {"config": {**storage, "stages": setting["config"]["stages"]}}
 
 
-def hidden(setting: dict) -> dict:
-    """Return the setting with the hidden states of the teacher as another target."""
-    return setting | {"compression": setting["compression"] | {"distill_hidden": 1.0}}
+def with_target(setting: dict, name: str) -> dict:
+    """Return the setting with "hidden" states or "attention" maps of the teacher as a target."""
+    return setting | {"compression": setting["compression"] | {f"distill_{name}": 1.0}}
 
 
 def settings(task: str) -> list[tuple[str, str, dict]]:
@@ -99,13 +99,18 @@ def settings(task: str) -> list[tuple[str, str, dict]]:
         "no noise, no dropout": no_noise(task, "30x", 1) | {"dropout": False},
         "noise, random tokens": noise(task, "30x", 1) | {"random_tokens": True},
         "no noise, random tokens": no_noise(task, "30x", 1) | {"random_tokens": True},
+        "noise, random tokens, other text": noise(task, "30x", 1)
+        | {"random_tokens": True, "other_text": True},
         "noise, batches of 8": noise(task, "30x", 1) | {"batch_size": 8},
         "noise, rate 1e-4, batches of 8": noise(task, "30x", 1, 1e-4) | {"batch_size": 8},
         "noise, rate 1e-4, batches of 8, random tokens": noise(task, "30x", 1, 1e-4)
         | {"batch_size": 8, "random_tokens": True},
         "no noise, rate 1e-4, batches of 8, random tokens": no_noise(task, "30x", 1, 1e-4)
         | {"batch_size": 8, "random_tokens": True},
-        "noise, hidden states": hidden(noise(task, "30x", 1)),
+        "noise, random tokens, hidden states": with_target(noise(task, "30x", 1), "hidden")
+        | {"random_tokens": True},
+        "noise, random tokens, attention maps": with_target(noise(task, "30x", 1), "attention")
+        | {"random_tokens": True},
         "noise, even blocks": stored(noise(task, "30x", 1), EVEN),
         "noise, row groups": stored(noise(task, "30x", 1), GROUPS),
         "noise, p = 0.5": noise(task, "30x", 1, p=0.5),
@@ -126,7 +131,9 @@ def glue(task: str) -> list[tuple[str, str, dict]]:
         for name in ("noise", "no noise"):
             arms[f"{name}, bits allocated"] = stored(arms[name], ALLOCATED[size])
         if size == "20x":
-            arms["noise, twice as long"] = noise(task, size, 2)
+            for name, arm in (("noise", noise), ("no noise", no_noise)):
+                longer = stored(arm(task, size, 2), ALLOCATED[size])
+                arms[f"{name}, bits allocated, twice as long"] = longer
         if size == "30x":
             arms["noise, 3 of 6 layers"] = stored(arms["noise"], HALF) | {"half_of_layers": True}
         if task in SMALL:
