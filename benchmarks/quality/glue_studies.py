@@ -76,9 +76,10 @@ def stored(setting: dict, storage: dict) -> dict:
     return setting | {"config": {**storage, "stages": setting["config"]["stages"]}}
 
 
-def with_target(setting: dict, name: str) -> dict:
-    """Return the setting with "hidden" states or "attention" maps of the teacher as a target."""
-    return setting | {"compression": setting["compression"] | {f"distill_{name}": 1.0}}
+def distilled(setting: dict, **options: float) -> dict:
+    """Return the setting with other options of distillation and replaced tokens."""
+    changed = setting | {"compression": setting["compression"] | options}
+    return changed | {"random_tokens": True}
 
 
 def settings(task: str) -> list[tuple[str, str, dict]]:
@@ -107,10 +108,11 @@ def settings(task: str) -> list[tuple[str, str, dict]]:
         | {"batch_size": 8, "random_tokens": True},
         "no noise, rate 1e-4, batches of 8, random tokens": no_noise(task, "30x", 1, 1e-4)
         | {"batch_size": 8, "random_tokens": True},
-        "noise, random tokens, hidden states": with_target(noise(task, "30x", 1), "hidden")
-        | {"random_tokens": True},
-        "noise, random tokens, attention maps": with_target(noise(task, "30x", 1), "attention")
-        | {"random_tokens": True},
+        "noise, random tokens, hidden states": distilled(noise(task, "30x", 1), distill_hidden=1.0),
+        "noise, random tokens, attention maps": distilled(
+            noise(task, "30x", 1), distill_attention=1.0
+        ),
+        "noise, random tokens, temperature 4": distilled(noise(task, "30x", 1), temperature=4.0),
         "noise, even blocks": stored(noise(task, "30x", 1), EVEN),
         "noise, row groups": stored(noise(task, "30x", 1), GROUPS),
         "noise, p = 0.5": noise(task, "30x", 1, p=0.5),
