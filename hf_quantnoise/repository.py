@@ -26,7 +26,8 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects, validate_repo_id
+from transformers.utils import logging
 
 from .argument_checks import require_path, require_repo_id, shorten
 from .files.model_folders import stale_weights
@@ -37,9 +38,13 @@ TAG = "quant-noise"
 # library_name of repositories that cannot be used without this package.
 LIBRARY = "hf-quantnoise"
 CARD = "README.md"
+# Files with passwords and tokens, in any folder. They are never uploaded.
+SECRETS = tuple(f"{folder}{name}" for folder in ("", "*/") for name in (".env", ".env.*", ".envrc"))
 _NOT_THERE = (
     EntryNotFoundError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError,
 )  # fmt: skip
+
+logger = logging.get_logger(__name__)
 
 # Why a repository cannot be read, and what to do; the first that applies.
 _REFUSALS = (
@@ -222,6 +227,25 @@ def stale_weights_in_repository(
     return stale_weights(names, os.listdir(folder))
 
 
+def not_uploaded(folder: str, ignore_patterns: Sequence[str] = ()) -> list[str]:
+    """Return the patterns of all files of a folder that are not uploaded; warn about secrets.
+
+    Args:
+        folder: the folder.
+        ignore_patterns: patterns of files that are not uploaded, besides Git's and ``SECRETS``.
+    """
+    patterns = [*DEFAULT_IGNORE_PATTERNS, *ignore_patterns]
+    found = (path for path in sorted(Path(folder).rglob("*")) if path.is_file())
+    paths = (path.relative_to(folder).as_posix() for path in found)
+    names = list(filter_repo_objects(paths, ignore_patterns=patterns))
+    public = set(filter_repo_objects(names, ignore_patterns=list(SECRETS)))
+    if secrets := [repr(name) for name in names if name not in public]:
+        logger.warning(
+            f"files of {folder!r} that may hold secrets are not uploaded: {', '.join(secrets)}"
+        )
+    return [*patterns, *SECRETS]
+
+
 def upload_model(
     repo_id: str,
     folder: str,
@@ -233,6 +257,8 @@ def upload_model(
 ) -> Any:
     """Upload the model in a folder, and delete the repository's old weights in the same commit.
 
+    Files that may hold secrets are not uploaded, with a warning.
+
     ``kwargs`` are further arguments of ``upload_folder``, whose result is returned.
     """
     return upload_folder(
@@ -240,7 +266,7 @@ def upload_model(
         folder_path=folder,
         revision=revision,
         token=token,
-        ignore_patterns=list(ignore_patterns),
+        ignore_patterns=not_uploaded(folder, ignore_patterns),
         # None rather than an empty list: then the repository is not listed again.
         delete_patterns=stale_weights_in_repository(repo_id, folder, revision, token) or None,
         **kwargs,

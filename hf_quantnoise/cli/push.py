@@ -12,8 +12,8 @@ class Push(Command):
     """Upload a folder with a packed model to the Hub, in one commit.
 
     The files are checked to be a packed model and uploaded unchanged, except that the name of the
-    repository is inserted into a model card without one. Log in with `hf auth login`; HF_ENDPOINT
-    sets another Hub.
+    repository is inserted into a model card without one. Files that may hold secrets (`.env`) are
+    not uploaded, with a warning. Log in with `hf auth login`; HF_ENDPOINT sets another Hub.
     """
 
     examples = (

@@ -9,12 +9,18 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
+from huggingface_hub.utils import filter_repo_objects
 
 from ..argument_checks import require_repo_id
 from ..hub.processing import processing_files, warn_unknown
 from ..publishing.card import REPO_PLACEHOLDER
-from ..repository import CARD, card_in, create_repository, stale_weights_in_repository
+from ..repository import (
+    CARD,
+    card_in,
+    create_repository,
+    not_uploaded,
+    stale_weights_in_repository,
+)
 from ..trainer import QuantNoiseTrainer
 from .checkpoints import Checkpoint
 from .sizes import report_of
@@ -41,7 +47,7 @@ def _operations(
     """Return the files to upload, with the repository's name in the card, and those to delete."""
     found = (path for path in sorted(Path(folder).rglob("*")) if path.is_file())
     paths = {path.relative_to(folder).as_posix(): path for path in found}
-    ignored = [*DEFAULT_IGNORE_PATTERNS, *QuantNoiseTrainer.unpublished]
+    ignored = not_uploaded(folder, QuantNoiseTrainer.unpublished)
     files: list[CommitOperationAdd | CommitOperationDelete] = []
     for name in filter_repo_objects(paths, ignore_patterns=ignored):
         content: Path | bytes = paths[name]

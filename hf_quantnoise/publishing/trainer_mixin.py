@@ -194,7 +194,10 @@ class PublishingMixin(Trainer):
         private: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Upload as ``Trainer`` does, but without checkpoints and the files of compression runs."""
+        """Upload as ``Trainer`` does, but without checkpoints and the files of compression runs.
+
+        Files that may hold secrets (``.env``) are not uploaded either, with a warning.
+        """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         token = self.args.hub_token if token is None else token
         if self.hub_model_id is None:

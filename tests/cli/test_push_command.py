@@ -101,6 +101,20 @@ def test_report_reads_repositories(session, made):
     assert "'me/words' has no config.json and no *.safetensors" in done.stderr
 
 
+def test_push_uploads_no_secrets(work, tmp_path):
+    folder = work / "out" / "compressed"
+    for name in (".env", "notes/.env.local", "notes/.envrc", "notes/env.txt"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("HF_TOKEN=hf_secret")
+    with HubServer() as hub:
+        done = run_lines(hub.url, tmp_path, work, "hf-quantnoise push out/compressed me/small")
+    assert done.returncode == 0, done.stderr
+    files = hub.repos["me/small"]
+    assert "notes/env.txt" in files and not [name for name in files if ".env" in name]
+    (warning,) = (line for line in done.stderr.splitlines() if ".env" in line)
+    assert "'.env', 'notes/.env.local', 'notes/.envrc'" in warning
+
+
 def test_folders_that_do_not_match_their_config_are_refused(work, run):
     config = work / "out" / "compressed" / "config.json"
     values = json.loads(config.read_text())
