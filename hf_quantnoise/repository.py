@@ -197,6 +197,8 @@ def create_repository(
 ) -> str:
     """Create a repository and a branch if they are missing; return its full name.
 
+    A ``revision`` like refs/pr/1 is that of a pull request, and cannot be created.
+
     Raises:
         PermissionError: if the Hub wants a token and there is none.
     """
@@ -211,7 +213,7 @@ def create_repository(
             f"{repo_id!r} cannot be pushed to {constants.ENDPOINT} without a token; log in with "
             "`hf auth login`, or set HF_TOKEN"
         ) from error
-    if revision is not None and not create_pr:
+    if revision is not None and not create_pr and not revision.startswith("refs/"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     return repo_id
 

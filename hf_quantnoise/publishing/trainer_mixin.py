@@ -16,7 +16,14 @@ from ..configuration import QuantNoiseConfig
 from ..files.model_folders import replaced_model
 from ..hub.card import CARD_ATTRIBUTE, DENSE
 from ..hub.processing import remember_processing
-from ..repository import CARD, card_in, existing_card, read_card, upload_model
+from ..repository import (
+    CARD,
+    card_in,
+    create_repository,
+    existing_card,
+    read_card,
+    upload_model,
+)
 from .card import START, QuantNoiseCard
 from .push import RESULT_FIELDS, add_missing, merge_cards, own_text, write_model_card
 from .tables import changed_fields
@@ -185,6 +192,22 @@ class PublishingMixin(Trainer):
             add_missing(card, other)
         card.save(path)
 
+    def init_hf_repo(self, token: str | None = None, *args: Any, **kwargs: Any) -> None:
+        """Create the repository as ``Trainer`` does, and its branch ``hub_revision``."""
+        super().init_hf_repo(token, *args, **kwargs)
+        # Trainer uploads checkpoints to the branch, and does not report if that fails.
+        if self.args.push_to_hub and self.is_world_process_zero():
+            self._create_branch(self.args.hub_revision, token)
+
+    def _create_branch(self, revision: str | None, token: str | None) -> None:
+        if revision is not None:
+            create_repository(
+                str(self.hub_model_id),
+                private=self.args.hub_private_repo,
+                token=self.args.hub_token if token is None else token,
+                revision=revision,
+            )
+
     def push_to_hub(
         self,
         commit_message: str | None = "End of training",
@@ -196,7 +219,8 @@ class PublishingMixin(Trainer):
     ) -> Any:
         """Upload as ``Trainer`` does, but without checkpoints and the files of compression runs.
 
-        Files that may hold secrets (``.env``) are not uploaded either, with a warning.
+        Files that may hold secrets (``.env``) are not uploaded either, with a warning. The branch
+        ``revision`` is created if it does not exist.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         token = self.args.hub_token if token is None else token
@@ -209,6 +233,7 @@ class PublishingMixin(Trainer):
             return None
         kwargs.setdefault("model_name", (self.hub_model_id or "").split("/")[-1] or None)
         revision = self.args.hub_revision if revision is None else revision
+        self._create_branch(revision, token)
         self._read_card_of_repository(revision, token)
         self.create_model_card(**kwargs)
         finish_current_push(self)

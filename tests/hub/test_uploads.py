@@ -32,6 +32,19 @@ for name in (".env", "runs/1/.env.local", "runs/1/events.out", "notes.env", "_pr
     (folder / name).write_text("HF_TOKEN=hf_secret")
 trainer.push_to_hub()
 """
+BRANCHES = """
+trainer = make_trainer(folder / "by-hand", make_model("bert"), rows, hub_model_id="me/branches")
+for revision in ("new", "new", "refs/pr/1", None):
+    trainer.push_to_hub(revision=revision)
+push_to_hub(make_model("bert"), "me/branches", revision="refs/pr/1")
+
+arguments = {"push_to_hub": True, "hub_model_id": "me/run", "hub_revision": "run"}
+trainer = make_trainer(folder / "run", make_model("bert"), rows, **arguments)
+trainer.save_model()
+arguments = {**arguments, "hub_revision": "saves", "save_strategy": "steps", "save_steps": 1}
+trainer = make_trainer(folder / "saves", make_model("bert"), rows, max_steps=1, **arguments)
+trainer.train()
+"""
 
 
 @pytest.fixture(scope="module")
@@ -58,3 +71,19 @@ def test_trainer_uploads_no_secrets(hub, run, tmp_path):
     assert not [name for name in files if Path(name).name.startswith(".env")]
     (warning,) = (line for line in errors.splitlines() if ".env" in line)
     assert "'.env', 'runs/1/.env.local'" in warning and "_private" not in warning
+
+
+def test_trainer_creates_branches(hub, run, tmp_path):
+    """With the card of the main branch; ``refs/pr/1`` is a pull request, which exists."""
+    card = b"---\nlicense: mit\n---\n# Mine\n"
+    hub.repos["me/branches"] = {"README.md": card}
+    hub.branches["me/branches", "refs/pr/1"] = {}
+    run(BRANCHES, tmp_path)
+    new = hub.branches["me/branches", "new"]
+    assert "model.safetensors" in new and b"# Mine" in new["README.md"]
+    assert "model.safetensors" in hub.branches["me/branches", "refs/pr/1"]
+    assert "model.safetensors" in hub.repos["me/branches"]
+    # By save_model, and during the training.
+    for branch in ("run", "saves"):
+        assert "model.safetensors" in hub.branches["me/run", branch], branch
+    assert not hub.repos["me/run"]

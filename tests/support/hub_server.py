@@ -111,9 +111,12 @@ class Handler(QuietHandler):
             return self.reply({"files": files})
         if "/branch/" in path:
             repo, _, branch = path.removeprefix("/api/models/").partition("/branch/")
-            if ".." in branch:  # as in git
+            branch = unquote(branch)
+            if ".." in branch or branch.startswith("refs/"):  # as in git
                 return self.reply({"error": f"Invalid rev id: {branch}"}, 400)
-            self.server.branches.setdefault((repo, branch), dict(self.server.repos[repo]))
+            if branch == MAIN or (repo, branch) in self.server.branches:
+                return self.reply({"error": "Reference already exists"}, 409)
+            self.server.branches[repo, branch] = dict(self.server.repos[repo])
             return self.reply({})
         if "/commit/" in path:
             return self.take_commit(*path.removeprefix("/api/models/").split("/commit/"), body)
@@ -130,7 +133,7 @@ class Handler(QuietHandler):
         }
 
     def take_commit(self, repo: str, branch: str, body: bytes) -> None:
-        files = self.find(repo, branch)
+        files = self.find(repo, unquote(branch))
         if files is None:
             return self.refuse(repo)
         new, deleted = {}, []
@@ -158,12 +161,12 @@ class Handler(QuietHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
-        path = unquote(urlparse(self.path).path)
-        self.server.requests.append((self.command, path))
+        path = urlparse(self.path).path
+        self.server.requests.append((self.command, unquote(path)))
         if path.startswith("/api/models/"):
             return self.describe_repository(path.removeprefix("/api/models/"))
         repo, _, rest = path.lstrip("/").partition("/resolve/")
-        revision, _, name = rest.partition("/")
+        revision, name = map(unquote, rest.split("/", 1))  # a revision may have an escaped "/"
         files = self.find(repo, revision)
         if files is None:
             return self.refuse(repo)
@@ -189,6 +192,7 @@ class Handler(QuietHandler):
             if mark in repo:
                 repo, _, rest = repo.partition(mark)
                 revision, _, folder = rest.partition("/")
+                revision, folder = unquote(revision), unquote(folder)
                 break
         else:
             mark = ""
