@@ -143,12 +143,17 @@ def is_repository_name(name: str | None) -> bool:
 
 
 def existing_card(repo_id: str, revision: str | None = None, token: str | None = None):
-    """Return the model card of a repository, or None if it has none."""
+    """Return the model card of a repository, or None if it has none or does not exist.
+
+    The card of a branch that does not exist is the main one's, of which a new branch is a copy.
+    """
     try:
         path = hf_hub_download(repo_id, CARD, revision=revision, token=token)
-    except LocalEntryNotFoundError:
-        raise  # the Hub cannot be reached: a card may exist, and must not be overwritten
-    except (EntryNotFoundError, RevisionNotFoundError):
+    except (LocalEntryNotFoundError, GatedRepoError):
+        raise  # the Hub cannot be read: a card may exist, and must not be overwritten
+    except RevisionNotFoundError:
+        return None if revision is None else existing_card(repo_id, token=token)
+    except (EntryNotFoundError, RepositoryNotFoundError):
         return None
     return read_card(path, f"{CARD} of repository {repo_id!r}")
 
@@ -187,6 +192,27 @@ def _languages(value: Any) -> Any:
     return "no" if value is False else value
 
 
+def full_name(repo_id: str, token: str | None = None) -> str:
+    """Return the name of a repository with its owner, by default the user.
+
+    Raises:
+        PermissionError: if there is no token, which names the user.
+    """
+    require_repo_id(repo_id)
+    if "/" in repo_id:
+        return repo_id
+    if not (token or get_token()):
+        raise _token_required(repo_id)
+    return f"{HfApi(token=token).whoami()['name']}/{repo_id}"
+
+
+def _token_required(repo_id: str) -> PermissionError:
+    return PermissionError(
+        f"{repo_id!r} cannot be pushed to {constants.ENDPOINT} without a token; log in with "
+        "`hf auth login`, or set HF_TOKEN"
+    )
+
+
 def create_repository(
     repo_id: str,
     *,
@@ -209,10 +235,7 @@ def create_repository(
     except HfHubHTTPError as error:
         if error.response.status_code != 401 or token or get_token():
             raise
-        raise PermissionError(
-            f"{repo_id!r} cannot be pushed to {constants.ENDPOINT} without a token; log in with "
-            "`hf auth login`, or set HF_TOKEN"
-        ) from error
+        raise _token_required(repo_id) from error
     if revision is not None and not create_pr and not revision.startswith("refs/"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     return repo_id

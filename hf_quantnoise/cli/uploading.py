@@ -14,6 +14,7 @@ from huggingface_hub.utils import filter_repo_objects
 from ..argument_checks import require_repo_id
 from ..hub.processing import processing_files, warn_unknown
 from ..publishing.card import REPO_PLACEHOLDER
+from ..publishing.validation import rejected_metadata
 from ..repository import (
     CARD,
     card_in,
@@ -32,13 +33,31 @@ def upload(
     """Upload a folder with a packed model, in one commit; return the address of the commit."""
     require_repo_id(repo)
     check_packed(folder, trust_remote_code)
-    card_in(folder)  # raises if it is invalid
+    _check_card(folder, repo)
     with _explained(repo):
         repo = create_repository(repo, private=private or None, revision=revision)
         files = _operations(folder, repo, revision)
         message = "Upload a model compressed by hf_quantnoise"
         done = HfApi().create_commit(repo, files, revision=revision, commit_message=message)
     return done.commit_url
+
+
+def _check_card(folder: str, repo: str) -> None:
+    """Raise a ``ValueError`` if the model card in a folder is invalid, also for the Hub."""
+    if card_in(folder) is None:  # raises if it cannot be read
+        return
+    path = os.path.join(folder, CARD)
+    with _explained(repo):
+        reason = rejected_metadata(_with_name(Path(path), repo).decode())
+    if reason is not None:
+        raise ValueError(
+            f"invalid model card {path!r}: {reason}; correct the lines at the top of {CARD}"
+        )
+
+
+def _with_name(card: Path, repo: str) -> bytes:
+    """Return the content of a card with the name of the repository."""
+    return card.read_bytes().replace(REPO_PLACEHOLDER.encode(), repo.encode())
 
 
 def _operations(
@@ -52,8 +71,7 @@ def _operations(
     for name in filter_repo_objects(paths, ignore_patterns=ignored):
         content: Path | bytes = paths[name]
         if name == CARD:
-            text = paths[name].read_bytes()
-            content = text.replace(REPO_PLACEHOLDER.encode(), repo.encode())
+            content = _with_name(paths[name], repo)
         files.append(CommitOperationAdd(name, content))
     stale = stale_weights_in_repository(repo, folder, revision)
     return files + [CommitOperationDelete(name) for name in stale]
@@ -73,8 +91,6 @@ def _explained(repo: str) -> Iterator[None]:
             remedy = "log in with `hf auth login` as a user who may write there"
         elif 400 <= status < 500:
             remedy = "correct what the Hub names, e.g. another --revision"
-        elif "Invalid metadata" in str(error):
-            remedy = f"correct the lines at the top of {CARD}"
         raise ConnectionError(
             f"{repo!r} could not be pushed to {constants.ENDPOINT}: {error}; {remedy}"
         ) from error

@@ -15,9 +15,18 @@ from ..argument_checks import describe, require_instance, require_model, require
 from ..files.durable import new_file
 from ..hub.card import CARD_ATTRIBUTE, TAGS
 from ..hub.processing import remember_processing, save_processing
-from ..repository import CARD, LIBRARY, card_in, create_repository, existing_card, upload_model
+from ..repository import (
+    CARD,
+    LIBRARY,
+    card_in,
+    create_repository,
+    existing_card,
+    full_name,
+    upload_model,
+)
 from .card import END, START, QuantNoiseCard
 from .template import read_template
+from .validation import rejected_metadata
 
 # Metadata fields of a card that hold evaluation results.
 RESULT_FIELDS = ("eval_results", "model_name", "metrics")
@@ -158,7 +167,8 @@ def push_to_hub(
     """Upload a model with its card to the Hub, in one commit.
 
     ``model.push_to_hub`` uploads the same files but writes transformers' own card, unless the
-    repository already has a card.
+    repository already has a card. The repository is created after the model is saved and the Hub
+    has checked the card.
 
     Args:
         model: a model, compressed or not.
@@ -177,15 +187,15 @@ def push_to_hub(
 
     Raises:
         TypeError: if an argument has another type.
-        ValueError: if ``repo_id`` is not a valid name, or the template is invalid.
+        ValueError: if ``repo_id`` is not a valid name, the template is invalid, or the Hub rejects
+            the card.
+        PermissionError: if the Hub wants a token and there is none.
     """
     _require_card_of_model(model, card)
     _require_processing(processing_class)
     card = _with_template(card or card_of(model), template)
-    read_template(card.template)  # raises before anything is created
-    repo_id = create_repository(
-        repo_id, private=private, token=token, revision=revision, create_pr=create_pr
-    )
+    read_template(card.template)  # raises before the model is saved
+    repo_id = full_name(repo_id, token)
     existing = existing_card(repo_id, revision, token)
     remember_processing(model, processing_class)
     with tempfile.TemporaryDirectory() as folder:
@@ -193,7 +203,17 @@ def push_to_hub(
         save_processing(model, folder)
         card = replace(card, repo_id=repo_id)
         card.copy_plot(folder)
-        merge_cards(card.render(model, folder), existing).save(os.path.join(folder, CARD))
+        merged = merge_cards(card.render(model, folder), existing)
+        if reason := rejected_metadata(str(merged), token):
+            raise ValueError(
+                f"invalid model card of {repo_id!r}: {reason}; correct the fields of card, or the "
+                f"metadata in the {CARD} of the repository"
+            )
+        merged.save(os.path.join(folder, CARD))
+        # Last, so that no error above leaves an empty repository.
+        create_repository(
+            repo_id, private=private, token=token, revision=revision, create_pr=create_pr
+        )
         return upload_model(
             repo_id,
             folder,

@@ -138,6 +138,21 @@ def test_invalid_cards_are_refused_before_the_hub_is_asked(work, run, content):
     assert "network" not in err
 
 
+def test_card_that_the_hub_refuses_leaves_no_repository(work, tmp_path):
+    (work / "out" / "compressed" / CARD).write_text("---\nlicense: my own\n---\n")
+    with HubServer() as hub:
+        done = run_lines(hub.url, tmp_path, work, "hf-quantnoise push out/compressed me/small")
+        assert not hub.repos
+        assert hub.validated == ["Bearer hf_local"]
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    for words in (
+        "'out/compressed/README.md'",
+        '"license" with value "my own" is not valid',
+        "correct the lines",
+    ):
+        assert words in done.stderr
+
+
 def test_invalid_branch_is_named(made, tmp_path):
     line = "hf-quantnoise push out/compressed me/small --revision a..b"
     with HubServer() as hub:

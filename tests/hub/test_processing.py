@@ -184,6 +184,7 @@ def test_push_uploads_the_tokenizer_that_is_passed(monkeypatch, tmp_path):
     other.add_tokens(["new"])
     monkeypatch.setattr(push, "create_repository", lambda repo_id, **_: repo_id)
     monkeypatch.setattr(push, "existing_card", lambda *_: None)
+    monkeypatch.setattr(push, "rejected_metadata", lambda *_: None)
     uploaded = tmp_path / "uploaded"
     monkeypatch.setattr(
         push, "upload_model", lambda _, folder, **__: shutil.copytree(folder, uploaded)

@@ -1,4 +1,4 @@
-"""Files and branches of an upload by a trainer, to a local server with the endpoints of the Hub.
+"""Files, branches and cards of uploads to a local server with the endpoints of the Hub.
 
 Scripts run in separate processes: huggingface_hub reads HF_ENDPOINT once, at import.
 """
@@ -45,6 +45,42 @@ arguments = {**arguments, "hub_revision": "saves", "save_strategy": "steps", "sa
 trainer = make_trainer(folder / "saves", make_model("bert"), rows, max_steps=1, **arguments)
 trainer.train()
 """
+REFUSED = """
+class Broken(type(make_model("bert"))):
+    def save_pretrained(self, *args, **kwargs):
+        raise OSError("disk full")
+
+model = make_model("bert")
+for repo, model, card, kind, text in (
+    ("me/invalid", model, QuantNoiseCard(base_model="a b"), ValueError, "base_model"),
+    ("invalid", model, QuantNoiseCard(base_model="a b"), ValueError, "base_model"),
+    ("me/broken", Broken(model.config), None, OSError, "disk full"),
+):
+    try:
+        push_to_hub(model, repo, card=card, token="hf_other")
+    except kind as error:
+        assert text in str(error), error
+        print(error, file=sys.stderr)
+    else:
+        raise AssertionError(repo)
+"""
+MERGED = """
+model = quantize_model(make_model("bert"), IPQConfig(n_centroids=16), progress=False)
+push_to_hub(model, "written")
+push_to_hub(model, "me/written", revision="new")
+push_to_hub(model, "created", token="hf_other")
+"""
+NO_TOKEN = """
+import os
+del os.environ["HF_TOKEN"]
+for repo in ("me/nothing", "nothing"):
+    try:
+        push_to_hub(make_model("bert"), repo)
+    except PermissionError as error:
+        assert f"{repo!r} cannot be pushed" in str(error) and "hf auth login" in str(error), error
+    else:
+        raise AssertionError(repo)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -87,3 +123,29 @@ def test_trainer_creates_branches(hub, run, tmp_path):
     for branch in ("run", "saves"):
         assert "model.safetensors" in hub.branches["me/run", branch], branch
     assert not hub.repos["me/run"]
+
+
+def test_push_that_fails_creates_no_repository(hub, run, tmp_path):
+    """The card is checked with the token, and before anything is created."""
+    before = set(hub.repos)
+    hub.validated.clear()
+    errors = run(REFUSED, tmp_path)
+    assert set(hub.repos) == before
+    assert hub.validated == ["Bearer hf_other"] * 2
+    assert "invalid model card of 'me/invalid': " in errors
+    assert '"base_model" with value "a b" is not valid' in errors
+
+
+def test_push_keeps_cards_of_repositories_without_an_owner(hub, run, tmp_path):
+    hub.repos["me/written"] = {"README.md": b"---\nlicense: mit\n---\n# Mine\n"}
+    run(MERGED, tmp_path)
+    for files in (hub.repos["me/written"], hub.branches["me/written", "new"]):
+        assert b"# Mine" in files["README.md"] and b"license: mit" in files["README.md"]
+        assert b'from_pretrained("me/written")' in files["README.md"]
+    assert b'from_pretrained("me/created")' in hub.repos["me/created"]["README.md"]
+
+
+def test_push_without_a_token_names_the_remedy(hub, run, tmp_path):
+    before = set(hub.repos)
+    run(NO_TOKEN, tmp_path)
+    assert set(hub.repos) == before

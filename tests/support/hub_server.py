@@ -19,6 +19,7 @@ from support.hub_metadata import metadata_problems
 from support.hub_storage import LocalServer, QuietHandler, Storage
 
 MAIN = "main"
+USER = "me"  # owner of the token, and of repositories that are created without an owner
 LFS_SUFFIXES = (".safetensors", ".onnx", ".bin", ".png")
 
 
@@ -85,6 +86,7 @@ class Handler(QuietHandler):
         if path != "/api/validate-yaml" and "Authorization" not in self.headers:
             return self.reply({"error": "Invalid username or password."}, 401)
         if path == "/api/validate-yaml":
+            self.server.validated.append(self.headers.get("Authorization"))
             errors, warnings = metadata_problems(json.loads(body)["content"])
             if errors and self.headers.get("Accept") == "text/plain":
                 return self.reply("\n".join(errors).encode(), 400)
@@ -93,7 +95,7 @@ class Handler(QuietHandler):
             return self.reply(answer, 400 if errors else 200)
         if path == "/api/repos/create":
             values = json.loads(body)
-            repo = "/".join(filter(None, (values.get("organization", "me"), values["name"])))
+            repo = f"{values.get('organization') or USER}/{values['name']}"
             self.server.repos.setdefault(repo, {})
             return self.reply({"url": f"{self.server.url}/{repo}", "name": repo})
         if path.endswith("/info/lfs/objects/batch"):
@@ -163,6 +165,10 @@ class Handler(QuietHandler):
     def do_GET(self) -> None:
         path = urlparse(self.path).path
         self.server.requests.append((self.command, unquote(path)))
+        if path == "/api/whoami-v2":
+            if "Authorization" not in self.headers:
+                return self.reply({"error": "Invalid username or password."}, 401)
+            return self.reply({"type": "user", "name": USER})
         if path.startswith("/api/models/"):
             return self.describe_repository(path.removeprefix("/api/models/"))
         repo, _, rest = path.lstrip("/").partition("/resolve/")
@@ -222,6 +228,7 @@ class HubServer(LocalServer):
         branches: the other branches.
         gated: repositories whose files nobody may download.
         requests: method and path of each request to the Hub itself.
+        validated: the header with the token of each request to validate a card, or None.
         storage: holds the large files.
     """
 
@@ -232,6 +239,7 @@ class HubServer(LocalServer):
         self.branches: dict[tuple[str, str], dict[str, bytes]] = {}
         self.gated: set[str] = set()
         self.requests: list[tuple[str, str]] = []
+        self.validated: list[str | None] = []
         self.storage = Storage()
 
     def __enter__(self) -> HubServer:
