@@ -244,13 +244,19 @@ class Run:
         if not training.should_save:
             return None
         name = training.hub_model_id or os.path.basename(os.path.abspath(str(training.output_dir)))
-        return create_repository(name, private=training.hub_private_repo, token=training.hub_token)
+        return create_repository(
+            name,
+            private=training.hub_private_repo,
+            token=training.hub_token,
+            revision=training.hub_revision,
+        )
 
     def push(self, folder: str, repository: str) -> None:
         """Upload the files that were checked, with a model card that names the repository."""
         self.trainer.hub_model_id = repository
         self.write_card(folder)
-        upload_model(repository, folder, token=self.training.hub_token)
+        training = self.training
+        upload_model(repository, folder, token=training.hub_token, revision=training.hub_revision)
 
     def write_card(self, folder: str) -> None:
         self.trainer.card_template = self.args.flags.card_template

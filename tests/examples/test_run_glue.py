@@ -180,7 +180,7 @@ def test_push_to_a_refusing_hub_fails_before_the_training(full, start, monkeypat
 
 
 def test_push_uploads_the_checked_files(full, start, monkeypatch):
-    pushed = []
+    pushed, branches = [], []
 
     class Hub:
         def __init__(self, token=None):
@@ -190,21 +190,26 @@ def test_push_uploads_the_checked_files(full, start, monkeypatch):
             assert private is None and exist_ok
             return type("Url", (), {"repo_id": f"me/{name}"})
 
+        def create_branch(self, name, branch, exist_ok):
+            branches.append((name, branch))
+
         def list_repo_files(self, name, revision):
             return ["model-00001-of-00002.safetensors", "model.safetensors", "notes.txt"]
 
-    def upload_folder(repo_id, folder_path, token, delete_patterns, **_):
-        assert token == "secret"
+    def upload_folder(repo_id, folder_path, token, revision, delete_patterns, **_):
+        assert (token, revision) == ("secret", "ipq")
         assert delete_patterns == ["model-00001-of-00002.safetensors"]
         pushed.append((repo_id, sorted(os.listdir(folder_path)), folder_path))
 
     monkeypatch.setattr("hf_quantnoise.repository.HfApi", Hub)
     monkeypatch.setattr("hf_quantnoise.repository.upload_folder", upload_folder)
     push = ["--push_to_hub", "--hub_model_id", "small", "--hub_token", "secret"]
+    push += ["--hub_revision", "ipq"]
     flags = [*full[0][2:], "--do_train", "False", *ONE_SHOT, *push]
     _, folder = start(*flags, model=str(full[2] / "dense"))
     ((repository, files, pushed_folder),) = pushed
     assert (repository, pushed_folder) == ("me/small", str(folder / "compressed"))
+    assert branches == [("me/small", "ipq")]
     assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= set(files)
     card = (folder / "compressed" / "README.md").read_text()
     assert "import hf_quantnoise" in card and "embeddings" in card
