@@ -152,15 +152,17 @@ def unsupported_weights(model: nn.Module) -> dict[str, str]:
     Examples are ``in_proj_weight`` of ``nn.MultiheadAttention`` and the fused experts of a mixture.
     """
     known = {id(own_parameters(layer.module)["weight"]) for layer in find_layers(model)}
-    unsaved = ignored_on_save(model)
+    unsaved, notable = ignored_on_save(model), f"more than {NOTABLE_SHARE:.0%} of the weights"
     total = sum(parameter.numel() for parameter in model.parameters())
     others = {}
     for name, parameter in model.named_parameters():
         if parameter.dim() >= 2 and parameter.is_floating_point() and id(parameter) not in known:
             share = parameter.numel() / total
-            others[name] = f"{_why_no_layer(model, name)} ({share:.1%} of the weights)"
+            reason = _why_no_layer(model, name)
+            others[name] = f"{reason} ({share:.1%} of the weights)"
             if share >= NOTABLE_SHARE and name not in unsaved:
-                logger.warning("skipped %s: %s", name, others[name])
+                # Without the share, which changes when layers are packed or pruned.
+                logger.warning_once(f"skipped {name}, {notable}: {reason}")
     return others
 
 

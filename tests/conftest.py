@@ -16,6 +16,13 @@ import pytest
 import torch
 from datasets import Dataset
 from support.tiny import MAKERS, TIED, VOCABULARY, make_model
+from transformers.utils import logging
+
+
+@pytest.fixture(autouse=True)
+def _own_warnings():
+    """Let each test see the warnings that are issued once in a process."""
+    logging.warning_once.cache_clear()
 
 
 @pytest.fixture(autouse=True)

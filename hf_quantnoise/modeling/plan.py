@@ -114,7 +114,7 @@ def checked_weights(weights: Sequence[PlannedWeight]) -> list[PlannedWeight]:
         if new.quantizer != old.quantizer
     ]
     if changed:
-        logger.warning(
+        logger.warning_once(
             f"the centroids of {len(changed)} weights are stored in 32 bits, since float16 cannot "
             f"hold their values: {', '.join(changed)}"
         )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from typing import Any
 
 from torch import nn
+from transformers.utils import logging
 
 from ..argument_checks import describe, require_instance, require_model
 from ..configuration import NOISES, QuantNoiseConfig
@@ -29,7 +29,7 @@ from .operator import WeightNoise
 from .squeeze_excitation import squeeze_excitation_layers
 from .state import NoisedWeight, QuantNoiseState, attach, detach, find_state, find_states
 
-logger = logging.getLogger(__name__)
+logger = logging.get_logger(__name__)
 
 Reasons = dict[str, str]  # layer name -> why it gets no noise
 
@@ -116,7 +116,7 @@ def _fitted_state(
         raise ValueError(_no_layer_message(layers, qn_config, {**by_default, **refused}))
     if refused:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
-        logger.warning("quantization noise skips %d layers (%s)", len(refused), reasons)
+        logger.warning_once(f"quantization noise skips {len(refused)} layers ({reasons})")
     drop = None
     if qn_config.layerdrop > 0:
         chunks = droppable_chunks(model, sharing.chunks, qn_config.layerdrop)
