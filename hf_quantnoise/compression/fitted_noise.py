@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..configuration import QuantizedModelConfig, QuantNoiseConfig
+from ..configuration.row_groups import why_no_row_groups
 from ..hub.card import DENSE, LATENT
 from ..lookups import Lookups, count_lookups
 from ..modeling.fitted_weights import FittedWeight
@@ -36,7 +37,11 @@ def data_needed_by(config: QuantizedModelConfig, model: nn.Module) -> str | None
     """
     noise = find_state(model)
     has_lookups = noise is not None and bool(noise.lookups)
-    return config.reads_inputs or (None if has_lookups else config.counts_lookups)
+    return config.reads_inputs or (None if has_lookups else _counts_lookups(config, model))
+
+
+def _counts_lookups(config: QuantizedModelConfig, model: nn.Module) -> str | None:
+    return None if why_no_row_groups(config, model) else config.counts_lookups
 
 
 def lookups_for(
@@ -49,7 +54,10 @@ def lookups_for(
     noise = find_state(model)
     if noise is not None and noise.lookups:
         return noise.lookups
-    return count_lookups(model, batches, progress) if config.counts_lookups else {}
+    field = config.counts_lookups
+    if isinstance(config, QuantizedModelConfig):
+        field = _counts_lookups(config, model)
+    return count_lookups(model, batches, progress) if field else {}
 
 
 def fitted_noise(model: nn.Module) -> FittedNoise:

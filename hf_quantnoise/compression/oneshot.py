@@ -19,6 +19,7 @@ from ..batch_norm import (
     warn_without_data,
 )
 from ..configuration import QuantizedModelConfig
+from ..configuration.row_groups import why_no_row_groups
 from ..lookups import with_number_of_rows
 from ..modeling import packed_layers
 from ..modeling.activations import calibrate, require_batches
@@ -44,6 +45,17 @@ def remove_noise(model: nn.Module, config: QuantizedModelConfig) -> QuantizedMod
     if state is None or config.share_layers is not None:
         return config
     return replace(config, share_layers=state.config.share_layers)
+
+
+def _why_unused(config: QuantizedModelConfig, model: nn.Module) -> str:
+    """Return why a model is packed without calibration data, although there is some."""
+    if not config.counts_lookups:
+        return (
+            "the config has neither activation_bits, nor importance='activations', nor "
+            "frequent_rows, nor a target size, and the model has no BatchNorm"
+        )
+    counted = "the noise of the model has counted the lookups"
+    return why_no_row_groups(config, model) or counted
 
 
 def quantize_model(
@@ -87,13 +99,7 @@ def quantize_model(
     if required_by or config.target or tracking_norms(model):
         batches = read_batches("calibration_data", calibration_data)
     elif calibration_data is not None:
-        reason = "the noise of the model has counted the lookups"
-        if not config.counts_lookups:
-            reason = (
-                "the config has neither activation_bits, nor importance='activations', nor "
-                "frequent_rows, nor a target size, and the model has no BatchNorm"
-            )
-        logger.warning("calibration_data is not used: %s", reason)
+        logger.warning("calibration_data is not used: %s", _why_unused(config, model))
     if not batches:
         warn_without_data(model, "there is no calibration_data; pass a few training batches")
     if required_by:

@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from torch import nn
+from transformers.utils import logging
+
+from ..structure import find_layers, select_layers, stage_of
 from .checks import invalid, is_int, rows_or_share, sizes
+
+logger = logging.get_logger(__name__)
 
 
 def rows_by_layer(name: str, value: Any) -> None:
@@ -23,6 +29,32 @@ def without_share(config: Any) -> Any:
     """
     share = getattr(config, "frequent_rows", None)
     return replace(config, frequent_rows=None) if isinstance(share, float) else config
+
+
+def why_no_row_groups(config: Any, model: nn.Module) -> str | None:
+    """Return why ``frequent_rows`` of an IPQConfig has no effect on a model, or None."""
+    if getattr(config, "frequent_rows", None) is None:
+        return None
+    layers = select_layers(model, config.target_modules, config.exclude_modules)
+    stages = config.stage_groups({layer.group for layer in layers})
+    if any(layer.input_table and stage_of(layer, stages) is not False for layer in layers):
+        return None
+    if tables := _input_tables(model):
+        return f"the table of token ids ({', '.join(tables)}) is not packed"
+    return f"{type(model).__name__} has no table of token ids"
+
+
+def warn_without_row_groups(config: Any, model: nn.Module) -> None:
+    """Warn once if ``frequent_rows`` of an IPQConfig has no effect on a model."""
+    if (reason := why_no_row_groups(config, model)) is not None:
+        instead = "set frequent_rows=None"
+        if _input_tables(model):
+            instead = f"select it with target_modules, exclude_modules and stages, or {instead}"
+        logger.warning_once(f"frequent_rows has no effect: {reason}; {instead}")
+
+
+def _input_tables(model: nn.Module) -> list[str]:
+    return [layer.name for layer in find_layers(model) if layer.input_table]
 
 
 def in_row_groups(

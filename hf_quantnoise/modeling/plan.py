@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +18,7 @@ from ..configuration import (
     settings_of,
 )
 from ..configuration.layer_storage import SKIPPED_BY_CONFIG, storage_of, why_not_packed
+from ..configuration.row_groups import warn_without_row_groups
 from ..patterns import compile_pattern
 from ..quantizers import FixedPointQuantizer, Quantizer
 from ..quantizers.base import require_finite
@@ -31,6 +31,7 @@ from ..structure import (
     unsupported_weights,
     weights_of,
 )
+from .plan_errors import hint, matches_no_layer, nothing_fits
 
 logger = logging.get_logger(__name__)
 
@@ -142,6 +143,7 @@ def make_plan(
     _require_known_keys(config, model)
     if isinstance(config, IPQConfig):  # a convolution or head may stay dense
         config.check_covers([stage for stage in stages if stage not in ("conv", "head")])
+        warn_without_row_groups(config, model)
     plan: dict[str | None, list[PlannedWeight]] = {stage: [] for stage in stages}
     leftovers: list[PlannedWeight] = []
     skipped: dict[str, str] = {}
@@ -196,7 +198,7 @@ def _require_known(
                 )
             raise ValueError(
                 f"{field}: {type(model).__name__} has no such layer after prune_layers and "
-                f"share_layers{_hint(name, known)}"
+                f"share_layers{hint(name, known)}"
             )
         layer = chosen[name]
         of_stage = settings["scheme"] != DENSE and settings != LEFTOVER.to_dict()
@@ -223,16 +225,8 @@ def _require_known_keys(config: QuantizedModelConfig, model: nn.Module) -> None:
                 raise ValueError(
                     f"invalid {setting}={value!r}: {key!r} is not a structure group "
                     f"({', '.join(GROUPS)}), and no full layer name matches it as a regex"
-                    f"{_hint(key, [*GROUPS, *names])}"
+                    f"{hint(key, [*GROUPS, *names])}"
                 )
-
-
-def _hint(name: str, known: list[str]) -> str:
-    """Return the end of an error about an unknown name."""
-    if close := difflib.get_close_matches(name, known, n=1):
-        return f". Did you mean {close[0]!r}?"
-    layers = [entry for entry in known if entry not in GROUPS]
-    return f"; the model has {', '.join(layers[:4])}, ..."
 
 
 def _without_empty_stages(
@@ -249,9 +243,9 @@ def _without_empty_stages(
     for stage in [] if config.has_default_stages else stages:
         members = [layer for layer in layers if stage_of(layer, stages) == stage]
         if not members:
-            raise _matches_no_layer(stage, stages, layers)
+            raise matches_no_layer(stage, stages, layers)
         if not plan[stage] and not _are_skipped_by_config(members, skipped):
-            raise _nothing_fits(config, f"the stage {stage!r}", members, skipped)
+            raise nothing_fits(config, f"the stage {stage!r}", members, skipped)
     if not any(plan.values()):
         members = [layer for layer in layers if stage_of(layer, stages) is not False]
         if not members:
@@ -263,38 +257,9 @@ def _without_empty_stages(
             )
         if _are_skipped_by_config(members, skipped):
             raise ValueError("layer_quantizers skips every layer, so there is nothing to quantize")
-        raise _nothing_fits(config, "the model", members, skipped)
+        raise nothing_fits(config, "the model", members, skipped)
     return {stage: weights for stage, weights in plan.items() if weights}
-
-
-def _matches_no_layer(
-    stage: str | None, stages: Sequence[str | None], layers: Sequence[LayerInfo]
-) -> ValueError:
-    taken = [layer for layer in layers if stage_of(layer, [stage]) == stage]
-    if taken:
-        others = ", ".join(sorted({repr(stage_of(layer, stages)) for layer in taken}))
-        return ValueError(
-            f"invalid stages={stages!r}: every layer of {stage!r} is in {others} (a regex takes "
-            "precedence over a group, the first regex over later ones); remove "
-            f"{stage!r}, or use a regex that matches fewer layers"
-        )
-    reason = f"its groups are {sorted({layer.group for layer in layers})}"
-    return ValueError(f"invalid stages: {stage!r} matches no layer of the model; {reason}")
 
 
 def _are_skipped_by_config(members: Sequence[LayerInfo], skipped: dict[str, str]) -> bool:
     return all(skipped[layer.name] == SKIPPED_BY_CONFIG for layer in members)
-
-
-def _nothing_fits(
-    config: QuantizedModelConfig, what: str, members: Sequence[LayerInfo], skipped: dict[str, str]
-) -> ValueError:
-    widths = sorted({layer.columns for layer in members})
-    settings = config.quantizer_settings(members[0]) or vars(config)
-    setting = next(key for key in ("block_size", "block_sizes", "bits") if key in settings)
-    reasons = "; ".join(f"{layer.name}: {skipped[layer.name]}" for layer in members[:3])
-    return ValueError(
-        f"invalid {setting}={settings[setting]!r}: none of the {len(members)} layers of {what} "
-        f"can be packed ({reasons}), which have {widths} columns; choose a block_size that "
-        "divides them, fewer n_centroids, or other stages"
-    )

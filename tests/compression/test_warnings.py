@@ -2,14 +2,15 @@
 
 import logging
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
-from support.tiny import make_model
+from support.tiny import make_model, make_vision_model
 from support.trainers import make_trainer
 from torch import nn
 
-from hf_quantnoise import CompressionArguments, IPQConfig, QuantNoiseConfig
+from hf_quantnoise import CompressionArguments, IPQConfig, QuantNoiseConfig, quantize_model
 from hf_quantnoise.compression import check_plan
 
 LARGE = "bert.encoder.layer.0.intermediate.dense"  # its values exceed float16
@@ -47,3 +48,48 @@ def test_noise_on_new_models_of_a_run_warns_once(tmp_path, parity_data, caplog):
     trainer.train()
     for start in ("skipped prompts", "noise skips 2 layers"):
         assert sum(start in text for text in caplog.messages) == 1
+
+
+def row_group_messages(caplog):
+    return [text for text in caplog.messages if "frequent_rows has no effect" in text]
+
+
+IMAGES = [{"pixel_values": torch.zeros(2, 3, 32, 32)}]
+TOKENS = [{"input_ids": torch.arange(8)[None]}]
+# Config, model, batches, reason.
+WITHOUT_TABLE = {
+    "images": ({"stages": ["conv"]}, lambda: make_vision_model("convnext"), IMAGES,
+               "ConvNextForImageClassification has no table of token ids; set frequent_rows=None"),
+    "excluded": ({"exclude_modules": ["word_embeddings"]}, lambda: make_model("bert"), TOKENS,
+                 "the table of token ids (bert.embeddings.word_embeddings) is not packed; select "
+                 "it with target_modules, exclude_modules and stages, or set frequent_rows=None"),
+    "in no stage": ({"stages": ["ffn"]}, lambda: make_model("bert"), TOKENS, "is not packed"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rows", [16, 0.9])
+@pytest.mark.parametrize("case", WITHOUT_TABLE)
+def test_frequent_rows_without_a_table_are_warned_of_once(case, rows, caplog):
+    fields, make, batches, reason = WITHOUT_TABLE[case]
+    config = IPQConfig(block_size=4, n_centroids=8, frequent_rows=rows, **fields)
+    model = make()
+    check_plan(model, config)  # before anything is trained or packed
+    (message,) = row_group_messages(caplog)
+    assert reason in message
+    quantize_model(model, config, progress=False, calibration_data=batches)
+    assert len(row_group_messages(caplog)) == 1
+
+
+def test_frequent_rows_without_a_table_need_no_data(caplog):
+    config = IPQConfig(block_size=4, n_centroids=8, stages=["conv"], frequent_rows=0.9)
+    quantize_model(make_vision_model("convnext"), config, progress=False)
+    assert len(row_group_messages(caplog)) == 1
+    quantize_model(make_vision_model("convnext"), config, False, calibration_data=IMAGES)
+    assert "is not used: ConvNextForImageClassification has no table of token ids" in caplog.text
+
+
+def test_frequent_rows_of_a_table_are_not_warned_of(caplog):
+    config = IPQConfig(block_size=4, n_centroids=8, frequent_rows=16)
+    for fields in ({}, {"target_size_mb": 0.06}, {"exclude_modules": ["classifier"]}):
+        check_plan(make_model("bert"), replace(config, **fields))
+    assert row_group_messages(caplog) == []

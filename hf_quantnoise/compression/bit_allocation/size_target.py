@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ...configuration import IPQConfig, QuantizedModelConfig
-from ...configuration.row_groups import without_share
+from ...configuration.row_groups import warn_without_row_groups, without_share
 from ...modeling.model_copies import copy_on_meta
 from ...modeling.packer import ModelPacker
 from ...modeling.plan import stage_of, stages_for
@@ -47,6 +47,7 @@ def check_plan(model: PreTrainedModel, config: QuantizedModelConfig) -> None:
     Raises:
         ValueError: under the conditions of :func:`hf_quantnoise.quantize_model`.
     """
+    warn_without_row_groups(config, model)
     config = without_share(config)
     if config.target is None:
         ModelPacker(model, config).check_weights()
