@@ -25,10 +25,10 @@ from transformers import (
 )
 
 from .argument_checks import require_instance
-from .compression import CompressionArguments, allocate_bits, file_bytes
+from .compression import CompressionArguments, allocate_bits, file_bytes, smallest_bytes
 from .configuration import IPQConfig, QuantNoiseConfig
 from .configuration.checks import invalid
-from .configuration.options import Options, options_of
+from .configuration.options import Options, changed_options
 from .lookups import Lookups
 from .modeling.packable import check_can_be_packed
 from .structure import find_layers
@@ -130,13 +130,6 @@ class Recipe:
         return "\n".join(["Recipe(", *lines, ")"])
 
 
-def changed_options(config: Any) -> dict[str, Any]:
-    """Return the options of a config that do not have their default."""
-    options = options_of(type(config)).values()
-    values = {option.name: getattr(config, option.name) for option in options}
-    return {o.name: values[o.name] for o in options if values[o.name] != o.default}
-
-
 def recipe(
     size: str,
     model: PreTrainedModel | None = None,
@@ -177,9 +170,10 @@ def recipe(
     else:
         require_instance("model", model, PreTrainedModel, "a transformers model", "pass a model")
         family = family_of(model) if family is None else family
-    quantization, times_smaller = _storage(size, model, family)
     if batches is not None and family in ALLOCATED:
         quantization, times_smaller = _allocated(size, model, family, batches, lookups)
+    else:
+        quantization, times_smaller = _storage(size, model, family)
     training = TRAINING[size]
     noise = QuantNoiseConfig.matching(
         quantization,
@@ -240,10 +234,14 @@ def _storage(size: str, model: PreTrainedModel, family: str) -> tuple[IPQConfig,
         if times_smaller >= float(size.removesuffix("x")):
             return config, times_smaller
         reached = max(reached, times_smaller)
-    raise ValueError(
-        f"invalid size={size!r}: the recipes make this {type(model).__name__} with "
-        f"{dense / 4e6:.2f} M parameters at most {reached:.1f} times smaller; use a smaller size "
-        "or your own IPQConfig"
+    raise _unreachable(size, model, "the block sizes of the recipes make", reached)
+
+
+def _unreachable(size: str, model: PreTrainedModel, what: str, reached: float) -> ValueError:
+    return ValueError(
+        f"invalid size={size!r}: {what} this {type(model).__name__} with "
+        f"{_dense_bytes(model) / 4e6:.2f} M parameters at most {reached:.1f} times smaller; use a "
+        "smaller size or your own IPQConfig"
     )
 
 
@@ -254,9 +252,18 @@ def _allocated(
     batches: Iterable[Mapping[str, Any]],
     lookups: Lookups | None,
 ) -> tuple[IPQConfig, float]:
-    """Return a config with allocated bits, and how many times smaller the model becomes."""
-    config = allocate_bits(model, size_target(size, model, family), batches, lookups=lookups)
-    return config, _dense_bytes(model) / file_bytes(model, config)
+    """Return a config with allocated bits, and how many times smaller the model becomes.
+
+    Raises:
+        ValueError: if no bit allocation reaches the size.
+    """
+    check_can_be_packed(model)
+    dense, target = _dense_bytes(model), size_target(size, model, family)
+    reached = dense / smallest_bytes(model, target)
+    if reached < float(size.removesuffix("x")):
+        raise _unreachable(size, model, "bit allocation makes", reached)
+    config = allocate_bits(model, target, batches, lookups=lookups)
+    return config, dense / file_bytes(model, config)
 
 
 def size_target(size: str, model: PreTrainedModel, family: str) -> IPQConfig:

@@ -183,3 +183,28 @@ def test_with_batches_bits_are_allocated(family):
 def test_batches_need_the_finetuned_model():
     with pytest.raises(ValueError, match="batches are given without a model"):
         recipe("13x", batches=[])
+
+
+def narrow_model():
+    """Return a model whose columns few block sizes of the recipes divide."""
+    config = BertConfig(
+        vocab_size=500, hidden_size=60, intermediate_size=240, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return AutoModelForSequenceClassification.from_config(config)
+
+
+def test_with_batches_block_sizes_do_not_decide_on_the_size():
+    model = narrow_model()
+    with pytest.raises(ValueError, match="invalid size='20x': the block sizes of the recipes"):
+        recipe("20x", model)
+    settings = recipe("20x", model, batches=batches_of(model.config))
+    assert settings.quantization.layer_quantizers and settings.times_smaller >= 20
+
+
+def test_size_that_bit_allocation_cannot_reach_is_named():
+    model = narrow_model()
+    message = r"invalid size='30x': bit allocation makes this BertFor\S+ with 0.13 M parameters at "
+    with pytest.raises(ValueError, match=message + r"most 2\d\.\d times smaller; use a smaller"):
+        recipe("30x", model, batches=batches_of(model.config))

@@ -7,7 +7,7 @@ from ..deferred_imports import lazy_exports
 if TYPE_CHECKING:
     from .arguments import CompressionArguments
     from .bit_allocation.allocate import BitAllocation, allocate_bits, plan_bit_allocation
-    from .bit_allocation.size_target import check_plan, file_bytes
+    from .bit_allocation.size_target import check_plan, file_bytes, smallest_bytes
     from .exact_checkpoints import ExactCheckpoints
     from .oneshot import quantize_model
     from .preflight import check_compression
@@ -20,7 +20,7 @@ else:
         {
             "arguments": ["CompressionArguments"],
             "bit_allocation.allocate": ["BitAllocation", "allocate_bits", "plan_bit_allocation"],
-            "bit_allocation.size_target": ["check_plan", "file_bytes"],
+            "bit_allocation.size_target": ["check_plan", "file_bytes", "smallest_bytes"],
             "exact_checkpoints": ["ExactCheckpoints"],
             "oneshot": ["quantize_model"],
             "preflight": ["check_compression"],
@@ -43,4 +43,5 @@ __all__ = [
     "file_bytes",
     "plan_bit_allocation",
     "quantize_model",
+    "smallest_bytes",
 ]

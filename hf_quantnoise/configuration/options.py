@@ -61,6 +61,13 @@ def options_of(config: type) -> dict[str, Option]:
     return options
 
 
+def changed_options(config: Any) -> dict[str, Any]:
+    """Return the options of a config that do not have their default."""
+    options = options_of(type(config)).values()
+    values = {option.name: getattr(config, option.name) for option in options}
+    return {o.name: values[o.name] for o in options if values[o.name] != o.default}
+
+
 class Options:
     """Base of the config dataclasses: checks values, and suggests the name of a misspelt one."""
 

@@ -17,8 +17,9 @@ from ..compression import allocate_bits
 from ..compression.calibration import lookups_in_training, training_batches
 from ..compression.reporting.console import is_quiet, shows_progress
 from ..configuration import IPQConfig, QuantizedModelConfig, QuantNoiseConfig
+from ..configuration.options import changed_options
 from ..files.durable import write_json
-from ..recipes import changed_options, size_target
+from ..recipes import size_target
 from ..trainer import QuantNoiseTrainer
 from .arguments import Arguments
 from .config_flags import FALLBACKS, SHARED

@@ -10,8 +10,8 @@ from transformers import PretrainedConfig
 
 from ..configuration import QuantizedModelConfig, QuantNoiseConfig
 from ..configuration.flags import errors_name_flags, form_of
-from ..configuration.options import options_of
-from ..recipes import ALLOCATED, TRAINING, Recipe, changed_options, recipe
+from ..configuration.options import changed_options, options_of
+from ..recipes import ALLOCATED, TRAINING, Recipe, recipe
 from .config_flags import FALLBACKS, NOISE_FLAGS, SHARED
 
 SELECTION = ("target_modules", "exclude_modules")  # which layers have noise

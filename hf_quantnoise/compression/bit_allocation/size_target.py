@@ -80,25 +80,42 @@ def check_target_reachable(model: PreTrainedModel, config: IPQConfig) -> int:
             f"invalid {config.target}: it allows {target:,} bytes, and the file has {dense:,} "
             "without quantization; set a smaller target, or quantize without a target"
         )
+    size, stored = _smallest(model, shapes, config)
+    if size > target:
+        n_weights = sum(p.numel() for p in shapes.parameters())
+        raise ValueError(
+            f"invalid {config.target}: it allows {target:,} bytes, but the smallest bit allocation "
+            f"takes {size:,} ({8 * size / n_weights:.2f} bits per weight); "
+            + _ways_to_reduce(shapes, config, size - stored)
+        )
+    return target
+
+
+def smallest_bytes(model: PreTrainedModel, config: IPQConfig) -> int:
+    """Return the size of the smallest file that bit allocation can reach with a config."""
+    return _smallest(model, changed_copy(copy_on_meta(model), config), config)[0]
+
+
+def _smallest(
+    model: PreTrainedModel, shapes: PreTrainedModel, config: IPQConfig
+) -> tuple[int, int]:
+    """Return the bytes of the smallest file, and those of the weights in its stages.
+
+    ``shapes`` is a pruned and shared copy of the model on the meta device.
+    """
     smallest = {}
     for layers in weights_to_store(shapes, config):
         candidates = candidates_for(layers, config, with_errors=False).candidates
         smallest[layers[0].name] = min(candidates, key=lambda each: each.bytes)
     settings = {name: candidate.settings for name, candidate in smallest.items()}
     size = file_bytes(model, replace(config, layer_quantizers=settings))
-    if size > target:
-        n_weights = sum(p.numel() for p in shapes.parameters())
-        raise ValueError(
-            f"invalid {config.target}: it allows {target:,} bytes, but the smallest bit allocation "
-            f"takes {size:,} ({8 * size / n_weights:.2f} bits per weight); "
-            + _ways_to_reduce(shapes, config, size - sum(each.bytes for each in smallest.values()))
-        )
-    return target
+    return size, sum(each.bytes for each in smallest.values())
 
 
 def _ways_to_reduce(shapes: nn.Module, config: IPQConfig, rest: int) -> str:
-    groups = {layer.group for layer in select_layers(shapes)}
-    missing = sorted(groups - set(stages_for(config, shapes)))
+    stages = stages_for(config, shapes)
+    layers = (layer for layer in select_layers(shapes) if stage_of(layer, stages) is False)
+    missing = sorted({layer.group for layer in layers})
     ways = [f"add {', '.join(missing)} to stages"] if missing else []
     ways += [f"set {name}=8" for name in ("codebook_bits", "leftover_bits")
              if getattr(config, name) > 8]  # fmt: skip
