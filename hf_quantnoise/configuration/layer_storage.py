@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from ..structure import LayerInfo, select_layers, stage_of, weights_of
+from ..structure import LayerInfo, find_layers, select_layers, stage_of, weights_of
+from .checks import patterns
 from .entries import quantizer_from_dict
 from .layer_quantizers import DENSE
 from .row_groups import without_share
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
 # The reason of layers that a config skips by name.
 SKIPPED_BY_CONFIG = "layer_quantizers skips it"
+SELECTION = ("target_modules", "exclude_modules")  # which layers a config is for
 # Of weights that can be packed; states have the dtype of the weight.
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -60,6 +63,27 @@ def stored_layers(
             packed |= dict.fromkeys((layer.name for layer in members), quantizer)
     names = [layer.name for layer in select_layers(model, config.target_modules)]
     return packed, [name for name in names if name not in packed]
+
+
+def noise_fields(
+    model: nn.Module | None, storage: dict[str, Any], own: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the fields of noise: those of a storage, replaced by one's own.
+
+    With a model, an own selection is one among the layers that the storage selects.
+    """
+    fields, selection = {**storage, **own}, {name: own.get(name) for name in SELECTION}
+    if model is None or not any(selection.values()):
+        return fields
+    for name, value in selection.items():
+        if value is not None:
+            patterns(name, value)
+    both = [
+        {layer.name for layer in select_layers(model, *(each[name] for name in SELECTION))}
+        for each in (storage, selection)
+    ]
+    others = [layer.name for layer in find_layers(model) if layer.name not in both[0] & both[1]]
+    return {**fields, "exclude_modules": "|".join(map(re.escape, others)) or None}
 
 
 def _quantizer_for(

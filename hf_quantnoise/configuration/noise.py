@@ -24,6 +24,7 @@ from .checks import (
 )
 from .entries import MAX_BLOCK_SIZE, MAX_CENTROIDS
 from .hub_files import HubConfigMixin
+from .layer_storage import noise_fields
 from .options import Options, documented, from_file, option
 from .row_groups import in_row_groups, rows_by_layer
 from .storage import OBSERVERS, QuantizedModelConfig
@@ -265,7 +266,8 @@ class QuantNoiseConfig(HubConfigMixin, Options):
 
         The noise is ``"proxy"`` for an :class:`IPQConfig`, ``"intN"`` for a
         :class:`FixedPointConfig`. ``overrides`` are fields of this class. With a model, only layers
-        that will be quantized get noise: the others are in ``exclude_modules``.
+        that will be quantized get noise, and of these only those that ``target_modules`` and
+        ``exclude_modules`` in the overrides select: the others are in ``exclude_modules``.
 
         Raises:
             ValueError: if the config has a target size and no ``layer_quantizers`` yet, or does
@@ -277,7 +279,8 @@ class QuantNoiseConfig(HubConfigMixin, Options):
         )  # fmt: skip
         if model is not None:
             require_model(model, nn.Module)
-        return cls(**{**quantization_config.noise_settings(model), **overrides})
+        settings = quantization_config.noise_settings(model)
+        return cls(**noise_fields(model, settings, overrides))
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as a JSON-able dict."""

@@ -31,15 +31,7 @@ from ..repository import missing_model
 from .config_flags import ConfigFlags
 from .example_data import FileArguments
 from .known_flags import ELSEWHERE, check_training_flags, elsewhere
-from .recipe_flags import (
-    ALLOCATES,
-    allocates,
-    check_recipe,
-    flags_of,
-    lengths,
-    recipe_for,
-    shown,
-)
+from .recipe_flags import check_recipe, complete, flags_of, lengths, recipe_for
 from .script import ScriptParser
 from .tokenizers import load_tokenizer
 
@@ -161,6 +153,7 @@ class Arguments:
     training: RunTrainingArguments
     recipe: str | None = None  # what --recipe did
     allocated_family: str | None = None  # of the recipe, if it allocates bits after the finetuning
+    noise_selection: dict[str, Any] = field(default_factory=dict)  # passed, if it allocates bits
     noise: QuantNoiseConfig | None = field(init=False)
     quantization: QuantizedModelConfig = field(init=False)
 
@@ -254,11 +247,8 @@ class RunParser(ScriptParser):
         check_recipe(flags)
         settings = recipe_for(flags.recipe, self.data_class.auto_class, model.load_config())
         values = flags_of(settings)
-        parts = parse(values)
-        arguments = Arguments(words, *parts, recipe=shown(settings, values, parts))
-        if allocates(settings, arguments.quantization, arguments.noise):
-            arguments.allocated_family = settings.family
-            arguments.recipe += f"\n{ALLOCATES}"
+        arguments = Arguments(words, *parse(values))
+        complete(arguments, settings, values)
         return arguments
 
     def _parse(self, words: list[str], defaults: Mapping[str, Any]) -> tuple:

@@ -17,13 +17,14 @@ from ..compression import allocate_bits
 from ..compression.calibration import lookups_in_training, training_batches
 from ..compression.reporting.console import is_quiet, shows_progress
 from ..configuration import IPQConfig, QuantizedModelConfig, QuantNoiseConfig
+from ..configuration.layer_storage import SELECTION
 from ..configuration.options import changed_options
 from ..files.durable import write_json
 from ..recipes import size_target
 from ..trainer import QuantNoiseTrainer
 from .arguments import Arguments
-from .config_flags import FALLBACKS, SHARED
-from .recipe_flags import SELECTION
+from .config_flags import SHARED
+from .recipe_flags import BLOCKS
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ def train_with_noise(
     noise, quantization = args.noise, args.quantization
     if args.allocated_family is not None:
         quantization = _allocation(args, model, folder, parts)
-        noise = _matching(quantization, model, args.noise)
+        noise = _matching(quantization, model, args.noise, args.noise_selection)
     trainer = QuantNoiseTrainer(
         model,
         _training_arguments(args, folder),
@@ -97,12 +98,15 @@ def _allocation(
 
 
 def _matching(
-    quantization: IPQConfig, model: PreTrainedModel, noise: QuantNoiseConfig
+    quantization: IPQConfig,
+    model: PreTrainedModel,
+    noise: QuantNoiseConfig,
+    selection: dict[str, Any],
 ) -> QuantNoiseConfig:
-    """Return the noise with the blocks of another storage."""
+    """Return the noise with the blocks of another storage, on layers of a selection."""
     own = changed_options(noise)
-    options = {name: own[name] for name in own if name not in (*FALLBACKS, *SHARED, *SELECTION)}
-    return QuantNoiseConfig.matching(quantization, model, **options)
+    options = {name: own[name] for name in own if name not in (*BLOCKS, *SHARED, *SELECTION)}
+    return QuantNoiseConfig.matching(quantization, model, **options, **selection)
 
 
 def _has_checkpoint(folder: str) -> bool | None:

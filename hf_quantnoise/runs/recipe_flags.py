@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from ..configuration import QuantizedModelConfig, QuantNoiseConfig
+from ..configuration import QuantizedModelConfig
 from ..configuration.flags import errors_name_flags, form_of
+from ..configuration.layer_storage import SELECTION
 from ..configuration.options import changed_options, options_of
 from ..recipes import ALLOCATED, TRAINING, Recipe, recipe
 from .config_flags import FALLBACKS, NOISE_FLAGS, SHARED
 
-SELECTION = ("target_modules", "exclude_modules")  # which layers have noise
+BLOCKS = ("block_size", "n_centroids")  # of noise, which bit allocation sets
 ALLOCATES = (
     "After the finetuning, bits are allocated to the weights for this size, in place of the block "
     "sizes above; pass another --block_size to use your own."
@@ -54,16 +55,67 @@ def flags_of(settings: Recipe) -> dict[str, Any]:
     return {**values, "noise_after_finetuning": settings.length}
 
 
-def allocates(
-    settings: Recipe, quantization: QuantizedModelConfig, noise: QuantNoiseConfig | None
-) -> bool:
-    """Return whether bits are allocated: unless passed flags change what is stored or noised."""
-    if noise is None or settings.family not in ALLOCATED:
-        return False
-    if any(getattr(noise, name) != getattr(settings.noise, name) for name in SELECTION):
-        return False
-    own, given = map(changed_options, (quantization, settings.quantization))
-    return {**own, "seed": 0} == {**given, "seed": 0}
+def complete(arguments: Any, settings: Recipe, values: Mapping[str, Any]) -> None:
+    """Set what the arguments of a run with a recipe allocate, and the text that reports it.
+
+    Args:
+        arguments: the parsed command line.
+        settings: the recipe.
+        values: :func:`flags_of` it, which the command line may replace.
+    """
+    flags, quantization, noise = arguments.flags, arguments.quantization, arguments.noise
+    stored = _other_storage(quantization, settings)
+    replaced = {**stored, **_other_noise(flags, quantization, noise)}
+    size = f"{settings.times_smaller:.1f} times smaller"
+    start, closing = f"{size} with these flags:", []
+    if stored:
+        start = f"with these flags (without those that were passed, the file is {size}):"
+    if settings.family in ALLOCATED and not replaced:
+        arguments.allocated_family = settings.family
+        arguments.noise_selection = _own_selection(settings, noise)
+        times = settings.size.removesuffix("x")
+        start = f"at least {times} times smaller with allocated bits and these flags:"
+        closing = [ALLOCATES]
+        if names := _joined(f"--{NOISE_FLAGS[name]}" for name in arguments.noise_selection):
+            closing.append(f"Layers without noise by {names} are stored with allocated bits, too.")
+    elif settings.family in ALLOCATED:
+        passed = _joined(f"--{name} {_written(value)}" for name, value in replaced.items())
+        verb = "was" if len(replaced) == 1 else "were"
+        closing = [f"Bits are not allocated to the weights, since {passed} {verb} passed."]
+    lines = [f"--recipe {settings.size}: {settings.family}, {start}"]
+    parts = arguments.model, arguments.data, flags, arguments.compression, arguments.training
+    arguments.recipe = "\n".join([*lines, *_shown(values, parts), *closing])
+
+
+def _other_storage(quantization: QuantizedModelConfig, settings: Recipe) -> dict[str, Any]:
+    """Return the passed flags that change how weights are stored."""
+    given = settings.quantization
+    names = [name for name in options_of(type(given)) if name != "seed"]
+    passed = {name: getattr(quantization, name) for name in names}
+    return {name: value for name, value in passed.items() if value != getattr(given, name)}
+
+
+def _other_noise(flags: Any, quantization: Any, noise: Any) -> dict[str, Any]:
+    """Return the passed flags that leave no training in which noise has allocated blocks."""
+    if not flags.noise_after_finetuning:
+        return {"noise_after_finetuning": flags.noise_after_finetuning}
+    own = {name: getattr(noise, name) for name in BLOCKS}
+    return {
+        NOISE_FLAGS[name]: value
+        for name, value in own.items()
+        if value != getattr(quantization, name)
+    }
+
+
+def _own_selection(settings: Recipe, noise: Any) -> dict[str, Any]:
+    """Return which layers passed flags select for noise."""
+    own = {name: getattr(noise, name) for name in SELECTION}
+    return {name: own[name] for name in own if own[name] != getattr(settings.noise, name)}
+
+
+def _joined(words: Iterable[str]) -> str:
+    *others, last = [*words] or [""]
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def _changed(config: Any) -> dict[str, Any]:
@@ -75,23 +127,14 @@ def _changed(config: Any) -> dict[str, Any]:
     }
 
 
-def shown(settings: Recipe, defaults: Mapping[str, Any], parts: Iterable[Any]) -> str:
-    """Return the text that reports the flags of a recipe, and which were passed instead.
-
-    Args:
-        settings: the recipe.
-        defaults: :func:`flags_of` it.
-        parts: the dataclasses of the parsed flags.
-    """
+def _shown(defaults: Mapping[str, Any], parts: Iterable[Any]) -> list[str]:
+    """Return a line for each flag of a recipe, with its value and whether it was passed."""
     values = {name: value for part in parts for name, value in vars(part).items()}
-    lines = [
-        f"--recipe {settings.size}: {settings.family}, {settings.times_smaller:.1f} times smaller "
-        "with these flags:"
-    ]
+    lines = []
     for name, default in defaults.items():
         passed = "" if values[name] == default else f" (passed; recipe: {_written(default)})"
         lines.append(f"  --{name} {_written(values[name])}{passed}")
-    return "\n".join(lines)
+    return lines
 
 
 def _written(value: Any) -> str:

@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertMod
 
 from hf_quantnoise import IPQConfig, QuantNoiseConfig, recipe
 from hf_quantnoise.modeling import packed_layers
-from hf_quantnoise.noise import find_state
+from hf_quantnoise.noise import find_state, noised_layers
 from hf_quantnoise.runs import post_training
 from hf_quantnoise.runs.glue import main, parse
 
@@ -130,6 +130,49 @@ def test_flags_that_are_passed_override_the_recipe(checkpoint, tmp_path):
     assert from_file.recipe == args.recipe
     assert from_file.noise == args.noise
     assert from_file.quantization.to_dict() == args.quantization.to_dict()
+
+
+def test_own_selection_of_noise_keeps_the_bit_allocation(checkpoint, write_sets, tmp_path, capsys):
+    words = ["--noise_exclude_modules", ".*query|.*token_type_embeddings"]
+    files = write_sets()
+    results = main(words_of(tmp_path / "out", checkpoint, *files, *words, num_train_epochs=2))
+    stored = IPQConfig.from_dict(results["quantization"])
+    assert stored.layer_quantizers
+    assert results["dense"]["bytes"] / results["compressed"]["bytes"] >= 13
+    dense = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "dense")
+    noised = set(noised_layers(dense, QuantNoiseConfig.from_dict(results["noise"])))
+    like_storage = set(noised_layers(dense, QuantNoiseConfig.matching(stored, dense)))
+    assert noised == {name for name in like_storage if not name.endswith("query")} != like_storage
+    text = capsys.readouterr().out
+    assert "--recipe 13x: encoder, at least 13 times smaller with allocated bits" in text
+    assert "Layers without noise by --noise_exclude_modules are stored with allocated" in text
+
+
+# Passed flags -> whether bits are allocated, what the text has and what it has not.
+TEXTS = {
+    "": (True, "at least 13 times smaller with allocated bits", "without noise"),
+    "--noise_target_modules .*layer.*": (True, "by --noise_target_modules are stored", "not al"),
+    "--noise_exclude_modules .*query": (True, "by --noise_exclude_modules are stored", "not al"),
+    "--block_size 8": (
+        False, "not allocated to the weights, since --block_size 8 was passed", "smaller with",
+    ),
+    "--leftover_bits 16 --codebook_bits 8": (
+        False, "since --leftover_bits 16 and --codebook_bits 8 were passed", "smaller with",
+    ),
+    "--noise_block_size 8": (False, "since --noise_block_size 8 was passed", "at least"),
+    "--noise_after_finetuning 0": (
+        False, "since --noise_after_finetuning 0.0 was passed", "After the finetuning",
+    ),
+    "--seed 5 --noise_observer channel": (True, "bits are allocated to the weights", "not al"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", TEXTS)
+def test_text_of_a_recipe_says_whether_bits_are_allocated(flags, checkpoint, tmp_path):
+    is_allocated, expected, unexpected = TEXTS[flags]
+    args = parse(words_of(tmp_path, checkpoint, "--train_file", "a.csv", *flags.split()))
+    assert (args.allocated_family == "encoder") == is_allocated
+    assert expected in args.recipe and unexpected not in args.recipe
 
 
 # With the types that JSON has.

@@ -82,3 +82,23 @@ def test_target_size_must_be_allocated_before_it_is_matched():
     for arguments in [(), (model,)]:
         with pytest.raises(ValueError, match=r"cannot match target_size_mb=0.05.*allocate_bits"):
             QuantNoiseConfig.matching(IPQConfig(target_size_mb=0.05), *arguments)
+
+
+def test_own_selection_is_added_to_what_storage_leaves_out():
+    model = make_model("bert")
+    target = IPQConfig(block_size=8, n_centroids=16, stages=["ffn", "attention"])
+    stored = set(noised_layers(model, QuantNoiseConfig.matching(target, model, noise="pq")))
+    queries = {name for name in stored if name.endswith("query")}
+    assert queries and not any("embeddings" in name for name in stored)
+    for own, expected in (
+        ({"exclude_modules": ["query"]}, stored - queries),
+        ({"exclude_modules": ".*embeddings.*|.*query"}, stored - queries),
+        ({"target_modules": ".*query|.*embeddings"}, queries),
+        ({"target_modules": ["query", "key"], "exclude_modules": ["key"]}, queries),
+    ):
+        noise = QuantNoiseConfig.matching(target, model, noise="pq", **own)
+        assert set(noised_layers(model, noise)) == expected
+    with pytest.raises(ValueError, match="exclude_modules='typo' matches no layer"):
+        QuantNoiseConfig.matching(target, model, exclude_modules="typo")
+    with pytest.raises(ValueError, match="invalid exclude_modules=5"):
+        QuantNoiseConfig.matching(target, model, exclude_modules=5)
