@@ -26,6 +26,7 @@ from .losses import sigmoid_divergence, softmax_divergence, squared_error
 # (student's outputs, teacher's outputs, inputs, temperature) -> divergence.
 Head = Callable[[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any], float], Tensor]
 HEADS: Registry[Head] = Registry("head")
+_HEADS = f"{__name__}.HEADS"
 
 _PAIR_LOGITS = ("logits_per_image", "logits_per_text")
 _SPAN_LOGITS = ("start_logits", "end_logits")
@@ -79,21 +80,25 @@ def logits_divergence(
     The class of ``model``, the student, selects the head. The labels and masks of the inputs select
     the positions that count.
     """
-    name = head_name(model, inputs)
+    name, kind = head_name(model, inputs), type(without_adapters(model)).__name__
     if name in _KINDS and name not in HEADS:
         raise ValueError(
-            f"cannot distill a {type(without_adapters(model)).__name__}: the logits of its {name} "
-            "head are not all that it predicts, or no classes; register a function for the class "
-            "in hf_quantnoise.compression.distillation.logits.HEADS, or set distill=False"
+            f"cannot distill a {kind}: the logits of its {name} head are not all that it predicts, "
+            f"or no classes; register a function for the class in {_HEADS}, or set distill=False"
         )
     try:
         return HEADS[name](student, teacher, inputs, temperature)
     except KeyError as missing:
+        if name == "classification" and "logits" not in student:  # the head of unknown classes
+            raise ValueError(
+                f"cannot distill a {kind}: its head is unknown, and its outputs "
+                f"({', '.join(student)}) have no 'logits'; register a function for the class in "
+                f"{_HEADS}, or set distill=False"
+            ) from None
         raise ValueError(
-            f"cannot compare a {name} head: the outputs have no {missing} (the student, a "
-            f"{type(without_adapters(model)).__name__}, returns {', '.join(student)}, the teacher "
-            f"{', '.join(teacher)}); register a function for the head in "
-            "hf_quantnoise.compression.distillation.logits.HEADS, or set distill=False"
+            f"cannot compare a {name} head: the outputs have no {missing} (the student, a {kind}, "
+            f"returns {', '.join(student)}, the teacher {', '.join(teacher)}); register a function "
+            f"for the head in {_HEADS}, or set distill=False"
         ) from None
 
 

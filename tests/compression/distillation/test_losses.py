@@ -10,6 +10,7 @@ from support.stacked import inputs_of, make_stacked
 from support.tasks import EXAMPLES, TASKS, WIDTH, expected_divergence
 from support.tiny import make_model
 from torch import nn
+from transformers import SiglipConfig, SiglipModel
 
 from hf_quantnoise.compression.distillation.features import (
     attention_loss,
@@ -157,11 +158,26 @@ def test_unknown_head_is_refused_and_can_be_registered(monkeypatch):
         pass
 
     outputs = {"scores": torch.randn(3, 4)}
-    with pytest.raises(ValueError, match=r"logits.*NewHead.*scores.*HEADS"):
+    with pytest.raises(ValueError, match=r"NewHead: its head.*scores.*'logits'.*HEADS"):
         logits_divergence(NewHead(), outputs, outputs, {})
     monkeypatch.setattr(HEADS, "_registered", dict(HEADS._registered))
     HEADS.register("NewHead")(lambda s, t, inputs, T: squared_error(s["scores"], t["scores"]))
     assert logits_divergence(NewHead(), outputs, outputs, {}).item() == 0
+
+
+def test_error_for_image_text_models_names_no_classification_head():
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    sizes["num_attention_heads"] = 2
+    texts, images = {**sizes, "vocab_size": 40}, {**sizes, "image_size": 16, "patch_size": 8}
+    model = SiglipModel(SiglipConfig(text_config=texts, vision_config=images))
+    ids = torch.ones(2, 4, dtype=torch.int64)
+    outputs = model(input_ids=ids, pixel_values=torch.zeros(2, 3, 16, 16))
+    with pytest.raises(ValueError) as error:
+        logits_divergence(model, outputs, outputs, {})
+    message = str(error.value)
+    assert "classification" not in message
+    assert "cannot distill a SiglipModel: its head is unknown" in message
+    assert "logits_per_image, logits_per_text" in message and "distill=False" in message
 
 
 # ---- hidden states -------------------------------------------------------------------------------
