@@ -118,6 +118,9 @@ class QuantNoiseTrainer(PublishingMixin, DistillingTrainer):
         require_dataset("eval_dataset", eval_dataset)
         self.qn_config: QuantNoiseConfig | None = None  # until the trainer exists
         self.noise_callback: QuantNoiseCallback | None = None
+        more: dict[str, Any] = {}  # Seq2SeqTrainer, as another base class, has no such argument
+        if optimizer_cls_and_kwargs is not None:
+            more["optimizer_cls_and_kwargs"] = optimizer_cls_and_kwargs
         super().__init__(
             model,
             args,
@@ -130,8 +133,8 @@ class QuantNoiseTrainer(PublishingMixin, DistillingTrainer):
             compute_metrics=as_compute_metrics(compute_metrics),
             callbacks=callbacks,
             optimizers=optimizers,
-            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            **more,
         )
         silence_if_quiet(self)
         self.qn_config = qn_config

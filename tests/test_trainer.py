@@ -6,12 +6,17 @@ import json
 
 import pytest
 import torch
+from datasets import Dataset
 from support.tiny import make_model
 from support.trainers import assert_same, make_trainer, training_arguments
 from transformers import (
     AutoModelForSequenceClassification,
     BertForSequenceClassification,
     GPT2LMHeadModel,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    T5Config,
+    T5ForConditionalGeneration,
     Trainer,
     TrainerCallback,
 )
@@ -24,6 +29,7 @@ from hf_quantnoise import (
     QuantNoiseTrainer,
     apply_quant_noise,
 )
+from hf_quantnoise.modeling import packed_layers
 from hf_quantnoise.noise import find_state
 
 NOISES = {
@@ -346,3 +352,28 @@ def test_compression_removes_noise_and_writes_a_card(tmp_path, parity_data):
     assert "More information needed" not in body
     assert all(f"| {stage} |" in body for stage in ("dense", "ffn", "embeddings", "attention"))
     assert "quant-noise" in small.model_tags
+
+
+class Seq2SeqQuantNoiseTrainer(QuantNoiseTrainer, Seq2SeqTrainer):
+    """The trainer together with that of encoder-decoder models."""
+
+
+def test_trainer_works_together_with_seq2seq_trainer(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2}
+    model = T5ForConditionalGeneration(
+        T5Config(**sizes, vocab_size=64, decoder_start_token_id=0, pad_token_id=0)
+    )
+    data = Dataset.from_dict({"input_ids": [[5, 6, 7, 1]] * 8, "labels": [[8, 9, 1]] * 8})
+    args = Seq2SeqTrainingArguments(
+        str(tmp_path), max_steps=2, save_strategy="no", report_to="none", use_cpu=True,
+        disable_tqdm=True, predict_with_generate=False,
+    )  # fmt: skip
+    config = IPQConfig(block_size=4, n_centroids=8, stages=["ffn"])
+    noise = QuantNoiseConfig.matching(config)
+    trainer = Seq2SeqQuantNoiseTrainer(model, args, noise, train_dataset=data, eval_dataset=data)
+    trainer.train()
+    small = trainer.compress(config, CompressionArguments(stage_steps=1))
+    assert isinstance(small, T5ForConditionalGeneration) and any(packed_layers(small))
+    assert trainer.evaluate()["eval_loss"] > 0
+    assert trainer.compression_history[-1]["metric"]["eval_loss"] > 0
