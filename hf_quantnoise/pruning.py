@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .sharing import Chunk
+from .sharing import Chunk, chunks_by_stack
 from .structure import find_stacks, require_match
 
 EVERY_OTHER = "every_other"
@@ -29,7 +29,7 @@ def layers_to_prune(
 
     ``prune_layers`` is a regex for full layer names, a list of exact names and suffixes, or
     ``"every_other"`` for every second chunk of shared layers in each stack: of layers A to H in
-    chunks of two, C, D, G and H. Without ``chunks`` each layer is a chunk.
+    chunks of two, C, D, G and H. A layer that shares no weights is a chunk by itself.
     """
     stacks = find_stacks(model)
     if not stacks:
@@ -39,11 +39,8 @@ def layers_to_prune(
             "count); set prune_layers=None"
         )
     if prune_layers == EVERY_OTHER:
-        pruned = []
-        for stack in stacks:
-            in_stack = [chunk for chunk in chunks if chunk[0] in stack] or [(n,) for n in stack]
-            pruned += [name for chunk in in_stack[1::2] for name in chunk]
-        return pruned
+        of_stacks = chunks_by_stack(stacks, chunks)
+        return [name for in_stack in of_stacks for chunk in in_stack[1::2] for name in chunk]
     names = [name for stack in stacks for name in stack]
     try:
         pruned = require_match("prune_layers", prune_layers, names)

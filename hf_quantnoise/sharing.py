@@ -96,6 +96,21 @@ def sources_of(chunks: Sequence[Chunk]) -> dict[str, str]:
     return {name: chunk[0] for chunk in chunks for name in chunk[1:]}
 
 
+def chunks_by_stack(stacks: Sequence[Sequence[str]], chunks: Sequence[Chunk]) -> list[list[Chunk]]:
+    """Return the chunks of each stack in order; a layer outside of ``chunks`` is one by itself.
+
+    Chunks of layers outside of the stacks are omitted. One of several stacks is in that of its
+    first layer.
+    """
+    stacked = {name for stack in stacks for name in stack}
+    by_first = {chunk[0]: chunk for chunk in chunks if stacked.issuperset(chunk)}
+    shared = {name for chunk in by_first.values() for name in chunk}
+    return [
+        [by_first.get(name, (name,)) for name in stack if name in by_first or name not in shared]
+        for stack in stacks
+    ]
+
+
 def parents_of(name: str) -> Iterator[str]:
     """Yield the names of the modules around a module or tensor: ``a.b.c`` -> ``a.b``, ``a``."""
     while name := name.rpartition(".")[0]:

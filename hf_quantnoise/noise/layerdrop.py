@@ -25,7 +25,7 @@ from ..compat import CacheLayerMixin
 from ..distributed import is_distributed
 from ..dynamic_subclass import DynamicSubclass, make_dynamic_subclass
 from ..quantizers.base import StraightThrough
-from ..sharing import Chunk
+from ..sharing import Chunk, chunks_by_stack
 from ..structure import find_stacks
 from .block_mask import SharedMaskSampler
 
@@ -204,16 +204,13 @@ def droppable_class(cls: type[nn.Module]) -> type[nn.Module]:
 
 def droppable_chunks(model: nn.Module, chunks: Sequence[Chunk], rate: float) -> list[Chunk]:
     """Return the given chunks of shared layers, and each other layer of the stacks by itself."""
-    names = [name for stack in find_stacks(model) for name in stack]
-    if not names:
+    if not (stacks := find_stacks(model)):
         raise ValueError(
             f"layerdrop={rate!r} needs a stack of two or more similar layers, which "
             f"{type(model).__name__} does not have (repeated layers of one weight and "
             "convolutional stages do not count); set layerdrop=0"
         )
-    stacked = [chunk for chunk in chunks if set(chunk) <= set(names)]
-    shared = {name for chunk in stacked for name in chunk}
-    return [*stacked, *((name,) for name in names if name not in shared)]
+    return [chunk for in_stack in chunks_by_stack(stacks, chunks) for chunk in in_stack]
 
 
 def make_droppable(model: nn.Module, drop: LayerDrop) -> None:
