@@ -18,7 +18,8 @@ from transformers.utils import logging
 from .argument_checks import read_batches, require_model, run_batch
 from .distributed import is_distributed, raise_on_all_ranks, sum_over_ranks
 from .modeling import packed_layers
-from .modeling.activations import evaluating, without_rounding
+from .modeling.activations import without_rounding
+from .module_modes import evaluating
 
 logger = logging.get_logger(__name__)
 

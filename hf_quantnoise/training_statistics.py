@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from .argument_checks import run_batch
 from .batch_norm import Statistics, measure_bn_stats, set_bn_stats, tracking_norms
-from .modeling.activations import evaluating
+from .module_modes import evaluating
 
 logger = logging.get_logger(__name__)
 

@@ -25,6 +25,7 @@ LAYERS = (
     "files",
     "distributed",
     "dynamic_subclass",
+    "module_modes",
     "layer_types",
     "blocks",
     "structure",

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..argument_checks import run_batch
 from ..distributed import broadcast_from_rank_0, on_any_rank, sum_over_ranks, widest_over_ranks
 from ..layer_types import known_layer_type
+from ..module_modes import evaluating
 from ..quantizers import FixedPointQuantizer
 from ..quantizers.observers import BINS, extremes, histogram, range_of_histogram
 
@@ -86,18 +87,6 @@ def require_reached(
                 f"{field}: {name} never ran on the calibration data, so its inputs are unknown; "
                 f"exclude it with exclude_modules=[{name!r}]"
             )
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model in eval mode inside the context, and restore the mode of each module after it."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextmanager

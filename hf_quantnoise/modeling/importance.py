@@ -23,7 +23,8 @@ from ..argument_checks import FoundWhileRunning, run_batch
 from ..blocks import matrix_shape
 from ..distributed import broadcast_from_rank_0, on_any_rank, sum_over_ranks
 from ..layer_types import known_layer_type
-from .activations import evaluating, first_input, name_of, require_reached
+from ..module_modes import evaluating
+from .activations import first_input, name_of, require_reached
 from .padding import PaddingMasks
 
 # Features that are zero on the calibration batches may be non-zero later: this share of the mean is

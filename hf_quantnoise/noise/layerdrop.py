@@ -24,6 +24,7 @@ from transformers.utils import logging
 from ..compat import CacheLayerMixin
 from ..distributed import is_distributed
 from ..dynamic_subclass import DynamicSubclass, make_dynamic_subclass
+from ..module_modes import evaluating
 from ..quantizers.base import StraightThrough
 from ..sharing import Chunk, chunks_by_stack
 from ..structure import find_stacks
@@ -130,11 +131,12 @@ class DroppableLayer(DynamicSubclass):
         """Run a trial forward without side effects; return whether the layer may be skipped now.
 
         A resumed run thus skips in its first forward what an uninterrupted run skips. A layer that
-        creates tensors has to wait, because layers that have not run yet may read them.
+        creates tensors has to wait, because layers that have not run yet may read them. In eval
+        mode, statistics of BatchNorm and ranges of activations do not count the trial.
         """
         args = tuple(map(_copy_cache, args))
         kwargs = {name: _copy_cache(value) for name, value in kwargs.items()}
-        with torch.no_grad(), torch.random.fork_rng():
+        with torch.no_grad(), torch.random.fork_rng(), evaluating(self):
             self._record_forward(args, kwargs, super().forward(*args, **kwargs))
         plan = self._layer_drop.plan
         if isinstance(plan, SkipPlan) and plan.creates:

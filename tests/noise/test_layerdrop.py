@@ -9,10 +9,16 @@ from support.stacked import STACKED, inputs_of
 from support.stacked import make_stacked as make
 from support.tiny import SIZES, make_vision_model, recompute
 from torch import nn
-from transformers import AlbertConfig, AlbertForMaskedLM
+from transformers import (
+    AlbertConfig,
+    AlbertForMaskedLM,
+    Wav2Vec2ConformerConfig,
+    Wav2Vec2ConformerModel,
+)
 
 from hf_quantnoise import QuantNoiseConfig, apply_quant_noise, remove_quant_noise
 from hf_quantnoise.noise import find_state
+from hf_quantnoise.noise.layerdrop import SkipPlan
 from hf_quantnoise.structure import find_stacks
 
 NAMES = list(STACKED)
@@ -196,6 +202,30 @@ def test_layers_of_a_chunk_are_skipped_together(checkpointing):
         assert sorted(ran) == (forward if checkpointing else [])  # recomputed
         seen.add(tuple(forward))
     assert len(seen) > 2
+
+
+def test_trial_forward_leaves_statistics_unchanged():
+    """A layer that is skipped in its first forward has not run: no BatchNorm, range or noise."""
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+    config = Wav2Vec2ConformerConfig(
+        **sizes, num_hidden_layers=2, conv_dim=(8,), conv_stride=(4,), conv_kernel=(4,),
+        num_feat_extract_layers=1, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
+        conv_depthwise_kernel_size=3, mask_time_prob=0.0, layerdrop=0.0,
+    )  # fmt: skip
+    model, fields = Wav2Vec2ConformerModel(config), {"activation_bits": 8, "layerdrop": 1 - 1e-9}
+    apply_quant_noise(model, QuantNoiseConfig(noise="int8", p=0.5, **fields)).train()
+    statistics = {name: buffer.clone() for name, buffer in model.encoder.layers.named_buffers()}
+    assert any(name.endswith("running_var") for name in statistics)
+    model(torch.randn(2, 80))
+    for name, buffer in model.encoder.layers.named_buffers():
+        assert torch.equal(buffer, statistics[name]), name
+    state = find_state(model)
+    assert all(isinstance(layer._layer_drop.plan, SkipPlan) for layer in layers_of(model))
+    inside = {name: each for name, each in state.activations.items() if ".layers." in name}
+    assert inside and not any(noise.seen for noise in inside.values())
+    weights = [weight for weight in state.weights if weight.names[0] in inside]
+    assert not any(weight.noise.used for weight in weights)
+    assert all(module.training for module in model.modules())
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -15,7 +15,7 @@ from transformers import Trainer
 from ...argument_checks import run_batch
 from ...compat import prepare_inputs
 from ...distributed import raise_on_all_ranks
-from ...modeling.activations import evaluating
+from ...module_modes import evaluating
 from ..arguments import CompressionArguments
 from .features import attention_loss, eager_attention, hidden_state_loss
 from .logits import logits_divergence
