@@ -94,9 +94,9 @@ class ProductQuantizer(Quantizer):
 
     @torch.no_grad()
     def fit(self, matrix, *, seed=0, init=None, importance=None):
+        require_finite(matrix)
         start = None if init is None else init["codebook"]
         if self.row_scale:
-            require_finite(matrix)
             cluster = partial(self._cluster, seed)
             start, scale = fit_row_scale(matrix.float(), importance, start, self.n_iter, cluster)
             return self.state_of(start.to(matrix.dtype), scale.to(matrix.dtype))
@@ -141,7 +141,8 @@ class ProductQuantizer(Quantizer):
         blocks = to_blocks(matrix, self.block_size)
         weights = self.block_weights(matrix, importance)
         codes = self._assign(blocks, self.centroids(state), weights)
-        return codes.to(code_dtype(self.code_bits)).view(matrix.shape[0], -1)
+        per_row = matrix.shape[1] // self.block_size * self.codes_per_block
+        return codes.to(code_dtype(self.code_bits)).view(matrix.shape[0], per_row)
 
     def _assign(self, blocks: Tensor, codebook: Tensor, weights: Tensor | None) -> Tensor:
         """Return the codes of blocks (N, block_size): shape (N,), or (N, codes_per_block)."""

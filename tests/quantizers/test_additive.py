@@ -116,3 +116,11 @@ def test_check_and_config_errors():
     assert "only 32 blocks for 32 centroids" in quantizer.check(8, 32)
     with pytest.raises(ValueError, match=r"n_codebooks.*3"):
         IPQConfig(n_codebooks=3)
+
+
+def test_nan_raises_with_given_codebooks():
+    quantizer, matrix = AdditiveQuantizer(block_size=4, n_centroids=4), torch.randn(64, 16)
+    start = quantizer.fit(matrix)
+    matrix[3, 5] = torch.nan
+    with pytest.raises(ValueError, match=r"invalid weight: 1 of 1024 entries"):
+        quantizer.fit(matrix, init=start)

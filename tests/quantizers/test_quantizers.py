@@ -68,6 +68,13 @@ class TestEveryQuantizer:
         with pytest.raises(ValueError, match="NaN"):
             quantizer.fit(matrix)
 
+    def test_matrix_without_rows_has_no_codes(self, quantizer):
+        """A noisy table with ``max_norm`` may be called without words."""
+        state = quantizer.state_of_rows(quantizer.fit(matrix_of()), slice(0, 0))
+        codes = quantizer.encode(matrix_of()[:0], state)
+        assert codes.shape == (0, 32 // quantizer.block_size)
+        assert quantizer.decode(codes, state).shape == (0, 32)
+
 
 # ---- Eq. 2 ---------------------------------------------------------------------------------------
 
