@@ -49,12 +49,15 @@ class InputObserver:
         counts = histogram(values, *self.range) * values.numel()
         self.counts = counts if self.counts is None else self.counts + counts
 
-    def state(self, bits: int) -> dict[str, Tensor]:
-        """Return the scale and zero point with the lowest squared error over all inputs."""
+    def state(self, bits: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        """Return the scale and zero point with the lowest squared error over all inputs.
+
+        They are float32, and the scale is above 0 in ``dtype`` as well.
+        """
         low, high = self.range
         if self.counts is not None and bool(high > low):
             low, high = range_of_histogram(self.counts / self.counts.sum(), low, high, bits)
-        return FixedPointQuantizer(bits=bits).state_of_range(low, high)
+        return FixedPointQuantizer(bits=bits).state_of_range(low, high, dtype)
 
 
 def require_batches(batches: Sequence, needed_by: str = "activation_bits") -> None:
@@ -160,7 +163,8 @@ def calibrate(
             forward(batch)
     for layer, observer in observers.items():
         sum_over_ranks(observer.counts)
-        for key, value in observer.state(layer.activation_bits).items():
+        own_dtype = layer.get_parameter("input_scale").dtype
+        for key, value in observer.state(layer.activation_bits, own_dtype).items():
             stored = layer.get_parameter(f"input_{key}")
             if not bool(torch.isfinite(stored.copy_(broadcast_from_rank_0(value)))):
                 dtype = str(stored.dtype).removeprefix("torch.")

@@ -54,4 +54,5 @@ class AverageOverBlocks(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor):
         (counts,) = ctx.saved_tensors
-        return gradient / counts.clamp(min=1).to(gradient.dtype), None
+        # In float32: float16 ends at 65,504 blocks.
+        return (gradient.float() / counts.clamp(min=1)).to(gradient.dtype), None

@@ -15,6 +15,8 @@ from .base import CHUNK_ELEMENTS, Quantizer, require_finite, with_known_signatur
 from .observers import Range, extremes
 from .packing import code_dtype
 
+SMALLEST_HALF = 2.0**-24  # the smallest positive float16
+
 
 @QUANTIZERS.register("int")
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class FixedPointQuantizer(Quantizer):
         full_range = extremes(values, running if observer.running else None)
         states = []
         for low, high in observer.candidates(values, self.bits, full_range):
-            state = self.state_of_range(low, high)
+            state = self.state_of_range(low, high, matrix.dtype)
             states.append({key: value.to(matrix.dtype) for key, value in state.items()})
         best, *others = states
         for state in others:
@@ -89,12 +91,20 @@ class FixedPointQuantizer(Quantizer):
         errors = torch.cat(parts)
         return errors if state["scale"].dim() else errors.sum()
 
-    def state_of_range(self, low: Tensor, high: Tensor) -> dict[str, Tensor]:
-        """Return the state whose 2^N levels span a range."""
+    def state_of_range(
+        self, low: Tensor, high: Tensor, dtype: torch.dtype = torch.float32
+    ) -> dict[str, Tensor]:
+        """Return the state whose 2^N levels span a range, with a scale above 0 also in ``dtype``.
+
+        A float16 scale of a tiny range would be 0. With the smallest float16 value as the scale,
+        all values in such a range are levels.
+        """
         scale = (high - low) / (2**self.bits - 1)
         # A constant matrix has an empty range; with its magnitude as the scale it is exact.
         constant = torch.where(low == 0, torch.ones_like(low), low.abs())
         scale = torch.where(scale > 0, scale, constant)
+        if dtype == torch.float16:  # bfloat16 has the exponents of float32
+            scale = scale.clamp(min=SMALLEST_HALF)
         return {"scale": scale, "zero_point": -torch.round(low / scale)}
 
     def check_values(self, matrix):

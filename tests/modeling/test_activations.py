@@ -23,8 +23,9 @@ from hf_quantnoise import (
     quantize_model,
     size_report,
 )
-from hf_quantnoise.modeling import packed_layers
-from hf_quantnoise.modeling.activations import InputObserver
+from hf_quantnoise.modeling import pack_layer, packed_layers
+from hf_quantnoise.modeling.activations import InputObserver, calibrate
+from hf_quantnoise.quantizers import FixedPointQuantizer
 from hf_quantnoise.quantizers.fixed_point import round_activations
 
 CONFIGS = {
@@ -42,6 +43,17 @@ def batches(count=3):
 @torch.no_grad()
 def logits(model, ids):
     return model(input_ids=ids).logits
+
+
+def test_calibrate_on_tiny_float16_inputs():
+    """Their range divided by 255 is below the smallest float16, as a scale it would be 0."""
+    layer = nn.Linear(8, 4).half()
+    pack_layer(layer, FixedPointQuantizer(bits=8), activation_bits=8)
+    inputs = 2.0**-24 * torch.arange(-8, 16).view(3, 8).half()
+    calibrate(layer, [layer], [{"input": inputs}])
+    assert float(layer.input_scale) > 0
+    state = {"scale": layer.input_scale, "zero_point": layer.input_zero_point}
+    assert torch.equal(round_activations(inputs, state, 8), inputs)
 
 
 @pytest.fixture(params=CONFIGS)

@@ -93,3 +93,22 @@ def test_histogram_observer_keeps_running_extremes():
 def test_unknown_observer_raises(config):
     with pytest.raises(ValueError, match=r"observer.*'median'"):
         config(observer="median")
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("observer", ["minmax", "channel", "histogram"])
+def test_scale_of_tiny_float16_rows_is_above_zero(bits, observer):
+    """Their range divided by 2^N - 1 is below the smallest float16: 0 / 0 would be NaN."""
+    generator = torch.Generator().manual_seed(0)
+    smallest = 2.0**-24  # of float16
+    tiny = smallest * torch.randint(0, 2**bits // 2, (6, 32), generator=generator)
+    tiny[:, 0] = 0
+    for others in (torch.randn(2, 32, generator=generator), torch.zeros(0, 32)):
+        matrix = torch.cat([tiny, others]).half()
+        quantizer = FixedPointQuantizer(bits, observer)
+        state = quantizer.fit(matrix)
+        assert bool((state["scale"] > 0).all())
+        quantized = quantizer.quantize(matrix, state)
+        assert torch.isfinite(quantized).all()
+        if observer == "channel" or not len(others):
+            assert torch.equal(quantized[:6], matrix[:6])
