@@ -12,9 +12,11 @@ from ..compat import disabled_torch_function
 
 # Methods whose results share memory with the tensor, so that a write to them is one to it.
 _VIEWS = (
-    *("__getitem__", "as_strided", "chunk", "detach", "diagonal", "expand", "flatten", "movedim"),
-    *("narrow", "permute", "reshape", "reshape_as", "select", "split", "squeeze", "swapaxes", "t"),
-    *("transpose", "unbind", "unflatten", "unfold", "unsqueeze", "view", "view_as"),
+    *("__getitem__", "adjoint", "as_strided", "broadcast_to", "chunk", "detach", "diagonal"),
+    *("expand", "expand_as", "flatten", "hsplit", "moveaxis", "movedim", "narrow", "permute"),
+    *("ravel", "reshape", "reshape_as", "select", "split", "split_with_sizes", "squeeze"),
+    *("swapaxes", "swapdims", "t", "tensor_split", "transpose", "unbind", "unflatten", "unfold"),
+    *("unsafe_chunk", "unsafe_split", "unsqueeze", "view", "view_as", "vsplit"),
 )
 # In-place methods that do not change values.
 _HARMLESS = {"detach_", "requires_grad_", "share_memory_"}

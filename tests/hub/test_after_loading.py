@@ -261,6 +261,9 @@ def test_writing_to_decoded_weight_raises():
             lambda weight: weight.data.add_(1),
             lambda weight: weight.__setitem__(0, 0.0),
             lambda weight: setattr(weight, "data", expected),
+            lambda weight: weight.ravel().zero_(),
+            lambda weight: weight.swapdims(0, 1).zero_(),
+            lambda weight: weight.tensor_split(2)[0].zero_(),
             nn.init.normal_,
         ):
             with pytest.raises(ValueError, match=r"cannot be written to.*dequantize"):
