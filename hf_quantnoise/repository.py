@@ -37,6 +37,7 @@ from .text import printable
 TAG = "quant-noise"
 # library_name of repositories that cannot be used without this package.
 LIBRARY = "hf-quantnoise"
+HOME = "https://github.com/hf-quantnoise/hf_quantnoise"
 CARD = "README.md"
 # Files with passwords and tokens, in any folder. They are never uploaded.
 SECRETS = tuple(f"{folder}{name}" for folder in ("", "*/") for name in (".env", ".env.*", ".envrc"))

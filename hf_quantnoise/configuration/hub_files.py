@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData, upload_folder
 from ..argument_checks import require_output_folder
 from ..files.durable import write_text
 from ..files.reading import read_json
-from ..repository import CARD, LIBRARY, TAG, create_repository, existing_card, find_file
+from ..repository import CARD, HOME, LIBRARY, TAG, create_repository, existing_card, find_file
 
 
 class HubConfigMixin:
@@ -88,9 +88,9 @@ class HubConfigMixin:
         return ModelCard(
             f"---\n{data.to_yaml()}\n---\n\n"
             f"# {repo_id.split('/')[-1]}\n\n"
-            f"A `{name}` for `hf_quantnoise` (no model).\n\n"
+            f"A `{name}` for [hf_quantnoise]({HOME}) (no model).\n\n"
             "```python\n"
-            f"from hf_quantnoise import {name}  # pip install hf-quantnoise\n\n"
+            f"from hf_quantnoise import {name}\n\n"
             f'config = {name}.from_pretrained("{repo_id}")\n'
             "```\n\n"
             f"`{self.file_name}`:\n\n```json\n{self.to_json_string()}```\n"
