@@ -35,6 +35,8 @@ class HelpFormatter(ArgumentDefaultsHelpFormatter):
     """Shows the default of each flag, except of optional values and switches."""
 
     def _get_help_string(self, action: Action) -> str | None:
+        if action.nargs == 0 and action.const is False:  # it has the help of the flag it negates
+            return f"Same as --{action.dest} False."
         if action.default is None or action.default is False:
             return action.help
         return super()._get_help_string(action)

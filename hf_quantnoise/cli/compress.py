@@ -19,8 +19,8 @@ from .command import (
 class Compress(Command):
     """Quantize a model in one shot, without data or training, and save it.
 
-    Tokenizer, processor and model card are copied. Compression in stages with finetuning keeps more
-    of the quality: see finetune, or QuantNoiseTrainer.compress.
+    The tokenizer or processor is copied, and a model card is written. Training keeps more of the
+    quality: see finetune --recipe, or QuantNoiseTrainer.
     """
 
     examples = (

@@ -19,6 +19,8 @@ class Finetune(Command):
     """
 
     examples = (
+        "hf-quantnoise finetune glue --model_name_or_path roberta-base --task_name sst2 "
+        "--recipe 13x --output_dir out",
         "hf-quantnoise finetune images --help",
         "hf-quantnoise finetune glue --model_name_or_path out/dense --train_file train.csv "
         "--validation_file dev.csv --noise int4 --scheme fixed_point --bits 4 --output_dir run",

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from transformers import BertConfig
 
 from hf_quantnoise import AutoQuantizedModel, CompressionArguments
 from hf_quantnoise.cli import COMMANDS, main
@@ -17,12 +18,16 @@ def test_examples_run(tiny_model, sentences, write, tmp_path, monkeypatch, capsy
     for name, seed in (("train", 1), ("dev", 2)):
         texts, labels = sentences(16, seed)
         write(f"{name}.csv", {"sentence": texts, "label": labels})
-    to_help, to_run = (example.split()[1:] for example in COMMANDS["finetune"].examples)
+    to_parse, to_help, to_run = (ex.split()[1:] for ex in COMMANDS["finetune"].examples)
+    with monkeypatch.context() as patch:  # the config is on the Hub
+        patch.setattr("hf_quantnoise.runs.arguments.load_config", lambda *_, **__: BertConfig())
+        assert parse(to_parse[2:]).flags.recipe == "13x"
     with pytest.raises(SystemExit) as stop:
         main(to_help)
     out = capsys.readouterr().out
     assert stop.value.code == 0
     assert out.startswith("usage: hf-quantnoise finetune images") and "--image_column" in out
+    assert "Same as --compress False." in out, "the help of --no_compress"
     assert main(to_run) == 0
     assert "times smaller" in capsys.readouterr().out
     results = json.loads((tmp_path / "run" / "results.json").read_text())
