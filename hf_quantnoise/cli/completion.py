@@ -13,7 +13,7 @@ _FOLDERS = ("model", "models", "dense", "out", "folder", "output_dir", "cache_di
 
 @COMMANDS.register("completion")
 class Completion(Command):
-    """Print a script with which a shell completes commands, flags, choices and files.
+    """Print a script for shell completion of commands, flags, choices and files.
 
     Requires pip install 'hf-quantnoise[completion]'. Write it again after an update.
     """

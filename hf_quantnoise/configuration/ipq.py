@@ -54,8 +54,9 @@ class IPQConfig(QuantizedModelConfig):
     stages: Annotated[list[str] | tuple[str, ...] | None, _stages] = option(
         None,
         "Structure groups, or regexes for full layer names, in the order of quantization. Layers "
-        "of no stage are stored as leftover_bits sets. None: those of ffn, embeddings, attention "
-        "and conv that the model has; and head, in models with convolutions (section 7.8).",
+        "of no stage are stored according to leftover_bits. None: those of ffn, embeddings, "
+        "attention and conv that the model has; and head, in models with convolutions (section "
+        "7.8).",
     )
     codebook_bits: Annotated[int, one_of((32, 16, 8))] = option(
         16,

@@ -40,7 +40,7 @@ class EvaluationFlags:
     optimize: Literal["float32", "bf16", "int8"] | None = option(
         None, "Decode packed weights first, for speed, into this form (optimize_for_inference)."
     )
-    use_cpu: bool = option(False, "Use the CPU if there is a GPU, too.")
+    use_cpu: bool = option(False, "Use the CPU even if there is a GPU.")
     cache_dir: str | None = option(None, "Folder for downloads and prepared data.")
     json: bool = option(False, "Print the results as JSON.")
 
