@@ -137,6 +137,7 @@ class QuantNoiseCallback(TrainerCallback):
         self.prepare(model)
         noise = find_state(model)
         _require_trained_centroids(noise, kwargs.get("optimizer"))
+        _clear_gradients(noise)  # of a step that was interrupted, or ran out of memory
         self._is_first_epoch = True
         if state.global_step > 0:
             self._restore(model, args, state)
@@ -204,9 +205,7 @@ class QuantNoiseCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Clear the gradients of trained centroids: ``Trainer`` clears those of the model."""
-        if (noise := find_state(kwargs["model"])) is not None:
-            for centroids in noise.parameters():
-                centroids.grad = None
+        _clear_gradients(find_state(kwargs["model"]))
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -274,6 +273,11 @@ def _require_trained_centroids(
             "QuantNoiseTrainer without optimizers, or call QuantNoiseCallback.prepare(model) and "
             "add find_state(model).parameters() to the optimizer"
         )
+
+
+def _clear_gradients(noise: QuantNoiseState | None) -> None:
+    for centroids in noise.parameters() if noise is not None else ():
+        centroids.grad = None
 
 
 def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> str:

@@ -118,9 +118,6 @@ class QuantNoiseTrainer(PublishingMixin, DistillingTrainer):
         require_dataset("eval_dataset", eval_dataset)
         self.qn_config: QuantNoiseConfig | None = None  # until the trainer exists
         self.noise_callback: QuantNoiseCallback | None = None
-        more: dict[str, Any] = {}  # Seq2SeqTrainer, as another base class, has no such argument
-        if optimizer_cls_and_kwargs is not None:
-            more["optimizer_cls_and_kwargs"] = optimizer_cls_and_kwargs
         super().__init__(
             model,
             args,
@@ -134,7 +131,8 @@ class QuantNoiseTrainer(PublishingMixin, DistillingTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-            **more,
+            # Seq2SeqTrainer, if it is another base class, has no such argument.
+            **_unless_none(optimizer_cls_and_kwargs=optimizer_cls_and_kwargs),
         )
         silence_if_quiet(self)
         self.qn_config = qn_config
@@ -286,3 +284,7 @@ class QuantNoiseTrainer(PublishingMixin, DistillingTrainer):
         if state is not None and "loss" in logs:
             logs = {**logs, **state.figures(self.model)}
         super().log(logs, start_time)
+
+
+def _unless_none(**arguments: Any) -> dict[str, Any]:
+    return {name: value for name, value in arguments.items() if value is not None}

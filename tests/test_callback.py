@@ -3,7 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.tiny import make_model
+from support.tiny import make_model, with_dropout
 from support.trainers import assert_same, make_trainer
 from transformers import TrainerCallback
 
@@ -24,6 +24,21 @@ class Watch(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         tensors = find_state(kwargs["model"]).state_dict()
         self.tensors.append({name: tensor.clone() for name, tensor in tensors.items()})
+
+
+class CentroidGradients(TrainerCallback):
+    """Keeps the gradients of the centroids of each step; can interrupt the first step."""
+
+    def __init__(self, interrupt):
+        self.interrupt, self.steps = interrupt, []
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        if self.interrupt:
+            self.interrupt = False
+            raise KeyboardInterrupt
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.steps.append([each.grad.clone() for each in find_state(model).parameters()])
 
 
 def make_bert_trainer(folder, data, noise, watch=None, model=None, parts=None, **arguments):
@@ -60,6 +75,24 @@ def test_codebooks_and_scales_follow_the_weights_in_a_second_training(tmp_path, 
         key = next(key for key in first if key.endswith(f".{name}"))
         assert not torch.equal(first[key], second[key])
         assert not torch.equal(second[key], third[key])
+
+
+def test_a_training_begins_without_the_gradients_of_an_interrupted_step(tmp_path, parity_data):
+    found = {}
+    for interrupt in (False, True):
+        watch = CentroidGradients(interrupt)
+        model = with_dropout(make_model("bert"), 0)
+        trainer = make_bert_trainer(
+            tmp_path, parity_data.select(range(8)), TRAINED, watch, model,
+            per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=1,
+        )  # fmt: skip
+        if interrupt:
+            with pytest.raises(KeyboardInterrupt):
+                trainer.train()
+            assert not watch.steps
+        trainer.train()
+        (found[interrupt],) = watch.steps
+    torch.testing.assert_close(found[True], found[False], rtol=1e-3, atol=1e-7)
 
 
 def test_a_config_with_tuples_resumes(tmp_path, parity_data):
