@@ -15,6 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .argument_checks import require_instance, require_model
 from .configuration import NOISE_CONFIG_NAME, QuantNoiseConfig
+from .distributed import average_gradients
 from .lookups import Lookups
 from .noise import QuantNoiseState, apply_quant_noise, find_state
 from .training_statistics import TrainingStatistics
@@ -200,6 +201,13 @@ class QuantNoiseCallback(TrainerCallback):
             noise.refresh_codebooks()
         if step % self.config.scale_update_steps == 0:
             noise.refresh_scales()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Average the gradients of trained centroids over ranks; DDP does so for the model only."""
+        if (noise := find_state(kwargs["model"])) is not None:
+            average_gradients(noise.parameters())
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -23,7 +23,6 @@ from .compression.trainer_checkpoints import checkpoint_to_resume_from
 from .compression.training.distilling_trainer import DistillingTrainer, make_teacher
 from .configuration import QuantizedModelConfig, QuantNoiseConfig
 from .configuration.checks import boolean
-from .distributed import average_gradients
 from .files.model_folders import UNPUBLISHED
 from .hub.processing import remember_processing
 from .metric_modules import as_compute_metrics
@@ -131,7 +130,6 @@ class QuantNoiseTrainer(PublishingMixin, DistillingTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-            # Seq2SeqTrainer, if it is another base class, has no such argument.
             **_unless_none(optimizer_cls_and_kwargs=optimizer_cls_and_kwargs),
         )
         silence_if_quiet(self)
@@ -184,13 +182,6 @@ class QuantNoiseTrainer(PublishingMixin, DistillingTrainer):
         ):
             self.noise_callback.resume_folder = resume_from_checkpoint
         return super().train(resume_from_checkpoint, *args, **kwargs)
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Run a micro-batch; after the last of a step average the gradients of the centroids."""
-        loss = super().training_step(*args, **kwargs)
-        if self.accelerator.sync_gradients and (state := find_state(self.model)) is not None:
-            average_gradients(state.parameters())  # they are not in the wrapped model
-        return loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """``Trainer.create_optimizer``, with the centroids that the noise trains."""
@@ -287,4 +278,5 @@ class QuantNoiseTrainer(PublishingMixin, DistillingTrainer):
 
 
 def _unless_none(**arguments: Any) -> dict[str, Any]:
+    """Return the arguments that are set; other base classes, as Seq2SeqTrainer, may lack them."""
     return {name: value for name, value in arguments.items() if value is not None}

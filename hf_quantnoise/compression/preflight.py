@@ -95,6 +95,8 @@ def check_compression(
             )
         if field := data_needed_by(config, model):
             require_batches([], field)
+    if trainer.eval_dataset is not None:
+        _require_evaluation_in_own_dtype(trainer)
     if trains:
         _require_trained_parameters(model)
         require_dataset("train_dataset", trainer.train_dataset)
@@ -145,6 +147,17 @@ def _require_known_lengths(
             "cannot be finetuned for a number of epochs; set CompressionArguments(stage_steps=...)"
             ' or "steps" in stage_settings'
         )
+
+
+def _require_evaluation_in_own_dtype(trainer: Trainer) -> None:
+    """Refuse evaluations that convert the model itself, which the next stage would train."""
+    for name, other in (("bf16_full_eval", "bf16"), ("fp16_full_eval", "fp16")):
+        if getattr(trainer.args, name):
+            raise ValueError(
+                f"invalid {name}=True: each evaluation of compress would convert the model to 16 "
+                f"bits, and later stages would train these weights; set {name}=False before the "
+                f"first evaluation, and {other}=True to evaluate with autocast"
+            )
 
 
 def _require_recreatable_optimizer(trainer: Trainer) -> None:

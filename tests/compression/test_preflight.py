@@ -54,6 +54,15 @@ def test_stages_use_the_optimizer_class_of_the_trainer(tmp_path, parity_data, mo
     assert SGD[1] == {"lr": 1e-3, "momentum": 0.9}
 
 
+@pytest.mark.parametrize("name", ["bf16_full_eval", "fp16_full_eval"])
+def test_evaluations_that_convert_the_model_are_refused(name, tmp_path, parity_data):
+    """Trainer converts the model itself, so that stages would train 16-bit weights."""
+    parts = {"eval_dataset": parity_data}
+    trainer = make_bert_trainer(tmp_path, parity_data, parts=parts, **{name: True})
+    assert_refused(trainer, rf"invalid {name}=True: .* set {name}=False", ONE_STEP)
+    assert {each.dtype for each in trainer.model.parameters()} == {torch.float32}
+
+
 def test_an_optimizer_of_the_dense_model_is_refused(tmp_path, parity_data):
     model = make_model("bert")
     parts = {"optimizers": (torch.optim.SGD(model.parameters(), lr=1e-3), None)}

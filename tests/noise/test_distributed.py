@@ -42,6 +42,39 @@ def test_state_is_the_same_on_all_ranks(tmp_path):
     assert (one["0.input.low"], one["0.input.high"]) == (inputs.min(), inputs.max())
 
 
+TRAINED = """
+from torch import nn
+
+from hf_quantnoise import QuantNoiseCallback, QuantNoiseConfig
+from hf_quantnoise.noise import find_state
+
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 32)).train()
+callback = QuantNoiseCallback(QuantNoiseConfig(
+    "pq", p=1.0, block_size=4, n_centroids=16, learn_codebooks=True, target_modules=".*"
+))
+callback.prepare(model)
+centroids = find_state(model).parameters()
+torch.manual_seed(rank)
+model(torch.randn(5, 32)).square().mean().backward()
+found["own"] = [each.grad.clone() for each in centroids]
+callback.on_pre_optimizer_step(None, None, None, model=model)
+found["averaged"] = [each.grad for each in centroids]
+"""
+
+
+@needs_gloo
+def test_callback_averages_gradients_of_centroids(tmp_path):
+    """In any trainer, and DDP does not know them."""
+    first, second = on_two_ranks(TRAINED, tmp_path)
+    assert len(first["own"]) == 2
+    for name in ("own", "averaged"):
+        same = [torch.equal(*pair) for pair in zip(first[name], second[name], strict=True)]
+        assert same == [name == "averaged"] * 2
+    for one, other, mean in zip(first["own"], second["own"], first["averaged"], strict=True):
+        torch.testing.assert_close(mean, (one + other) / 2)
+
+
 UNEVEN = """
 import os, sys
 import torch
