@@ -85,6 +85,11 @@ _GLUE_METHODS = """
 The majority class is that of the training data. If float32 is close to it, as on RTE and in the F1
 of MRPC, the share of float32 is weak evidence."""
 
+_GLUE_SETTINGS = """ The settings of the study
+above were chosen from these runs. *random tokens*: tokens are replaced as in the study above. *other
+text*: half of the examples are sentences of other data sets, in as many steps. *temperature 4* is that
+of the distillation; *hidden states* and *attention maps* of the teacher are further targets."""
+
 _LANGUAGE_MODEL_SETTINGS = """\
 Perplexity on held-out articles after 150 steps, from which the settings of the study above were
 chosen. *noise, codes every N*: trained centroids; blocks are assigned to them again every N steps.
@@ -137,7 +142,7 @@ STUDIES = {
     "glue_peers": Study("Other libraries on GLUE", _PEERS, references=(), beside="glue"),
     "settings": Study(
         "Settings of GLUE",
-        _GLUE + " The settings of the study\nabove were chosen from these runs.",
+        _GLUE + _GLUE_SETTINGS,
         split="held_out",
         references=("no noise",),
     ),
