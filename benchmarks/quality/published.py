@@ -86,9 +86,9 @@ The majority class is that of the training data. If float32 is close to it, as o
 of MRPC, the share of float32 is weak evidence."""
 
 _GLUE_SETTINGS = """ The settings of the study
-above were chosen from these runs. *random tokens*: tokens are replaced as in the study above. *other
-text*: half of the examples are sentences of other data sets, in as many steps. *temperature 4* is that
-of the distillation; *hidden states* and *attention maps* of the teacher are further targets."""
+above were chosen from these runs. *random tokens*: tokens are replaced as in the study above.
+*other text*: half of the examples are sentences of other data sets, in as many steps.
+*temperature 4* is that of the distillation."""
 
 _LANGUAGE_MODEL_SETTINGS = """\
 Perplexity on held-out articles after 150 steps, from which the settings of the study above were
