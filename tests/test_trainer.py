@@ -12,13 +12,11 @@ from support.trainers import assert_same, make_trainer, training_arguments
 from transformers import (
     AutoModelForSequenceClassification,
     BertForSequenceClassification,
-    GPT2LMHeadModel,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     T5Config,
     T5ForConditionalGeneration,
     Trainer,
-    TrainerCallback,
 )
 
 from hf_quantnoise import (
@@ -140,43 +138,6 @@ def test_the_callback_equals_quant_noise_trainer(trained, tmp_path, parity_data)
     assert_same(run(str(tmp_path / "checkpoint-8")), expected)
 
 
-class ReadsTheHead(BertForSequenceClassification):
-    """Multiplies by the classifier's weight without calling it, as TRL's SFTTrainer does."""
-
-    head = "classifier"
-
-    def forward(self, input_ids=None, attention_mask=None, labels=None):
-        pooled = self.bert(input_ids, attention_mask).pooler_output
-        logits = pooled @ self.classifier.weight.T + self.classifier.bias
-        return {"loss": torch.nn.functional.cross_entropy(logits, labels), "logits": logits}
-
-
-class ReadsTheTiedHead(GPT2LMHeadModel):
-    """The same with a head tied to the embeddings, which are called."""
-
-    head = "lm_head"
-
-    def forward(self, input_ids=None, attention_mask=None, labels=None):
-        hidden = self.transformer(input_ids, attention_mask=attention_mask).last_hidden_state
-        logits = hidden @ self.lm_head.weight.T
-        loss = torch.nn.functional.cross_entropy(logits[:, -1], labels)
-        return {"loss": loss, "logits": logits}
-
-
-@pytest.mark.parametrize("kind", [ReadsTheHead, ReadsTheTiedHead])
-@pytest.mark.parametrize("steps", [2, 10])
-def test_a_layer_that_never_receives_noise_is_reported_once(
-    kind, steps, tmp_path, parity_data, caplog
-):
-    model = kind(make_model("bert" if kind is ReadsTheHead else "gpt2").config)
-    args = training_arguments(tmp_path, max_steps=steps)
-    callbacks = [QuantNoiseCallback(NOISES["proxy"])]
-    Trainer(model, args, train_dataset=parity_data, callbacks=callbacks).train()
-    warnings = [text for text in caplog.messages if "no quantization noise on" in text]
-    assert len(warnings) == 1
-    assert f"no quantization noise on {kind.head}:" in warnings[0]
-
-
 def test_resuming_from_another_folder_needs_load(tmp_path, parity_data, caplog):
     noise = NOISES["pq"]
 
@@ -231,66 +192,6 @@ def test_noise_is_saved_on_each_node_with_save_on_each_node(tmp_path, parity_dat
     callback = trainer.noise_callback
     callback.on_save(trainer.args, trainer.state, trainer.control, model=trainer.model)
     assert (tmp_path / "checkpoint-4" / "quant_noise_state.safetensors").is_file()
-
-
-# ---- refreshes and rates -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("fields", "codebooks", "scales"),
-    [({}, 1, 1), ({"codebook_update": 5}, 2, 1), ({"scale_update_steps": 3}, 1, 3)],
-)
-def test_codebooks_and_scales_are_refreshed_when_due(
-    fields, codebooks, scales, tmp_path, parity_data, monkeypatch
-):
-    noise = QuantNoiseConfig(noise=["pq", "int8"], p=0.1, n_centroids=16, **fields)
-    trainer = make_bert_trainer(tmp_path, parity_data, noise, save_strategy="no")
-    cls, counts = type(find_state(trainer.model)), {"refresh_codebooks": 0, "refresh_scales": 0}
-    for name in counts:
-        original = getattr(cls, name)
-
-        def counted(self, name=name, original=original):
-            counts[name] += 1
-            return original(self)
-
-        monkeypatch.setattr(cls, name, counted)
-    trainer.train()
-    # The first fit, by apply_quant_noise, is not counted.
-    assert counts == {"refresh_codebooks": codebooks, "refresh_scales": scales}
-
-
-def test_data_of_unknown_length_refreshes_codebooks_per_pass(tmp_path, parity_data, monkeypatch):
-    """``Trainer`` counts all steps of such data as one epoch."""
-    noise = QuantNoiseConfig(noise="pq", p=0.1, n_centroids=16)
-    trainer = make_trainer(
-        tmp_path, make_model("bert"), parity_data.to_iterable_dataset(), noise, max_steps=15
-    )
-    state, steps = find_state(trainer.model), []
-    monkeypatch.setattr(state, "refresh_codebooks", lambda: steps.append(trainer.state.global_step))
-    trainer.train()
-    assert steps == [6, 12]
-
-
-def test_the_rate_warms_up_also_in_a_resumed_run(tmp_path, parity_data):
-    noise = QuantNoiseConfig(noise=["pq", "int8"], p=[0.4, 0.2], n_centroids=16, p_schedule=8)
-
-    class Watch(TrainerCallback):
-        def __init__(self):
-            self.rates = []
-
-        def on_step_end(self, args, state, control, **kwargs):
-            self.rates.append(find_state(kwargs["model"]).p)
-
-    def run(resume=None):
-        watch = Watch()
-        trainer = make_bert_trainer(tmp_path, parity_data, noise, parts={"callbacks": [watch]})
-        trainer.train(resume_from_checkpoint=resume)
-        return watch.rates
-
-    rates = run()
-    expected = [(0.4 * min(1, t / 8), 0.2 * min(1, t / 8)) for t in range(1, 13)]
-    assert rates == [pytest.approx(pair) for pair in expected]
-    assert run(str(tmp_path / "checkpoint-4")) == rates[4:]
 
 
 # ---- QuantNoiseTrainer ---------------------------------------------------------------------------

@@ -3,8 +3,16 @@
 import pytest
 import torch
 from support.tiny import make_model
+from support.trainers import training_arguments
 from torch import nn
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    BertForSequenceClassification,
+    GPT2LMHeadModel,
+    Trainer,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from hf_quantnoise import QuantNoiseCallback, QuantNoiseConfig, apply_quant_noise
 from hf_quantnoise.noise import find_state
@@ -74,3 +82,40 @@ def test_no_warning_for_layers_that_layerdrop_skips_at_first(tmp_path):
         callback.on_step_end(args, TrainerState(global_step=step), control, model=model)
     callback.on_train_end(args, TrainerState(global_step=12), control, model=model)
     assert not any("never called" in reason for reason in state.left_clean.values())
+
+
+class ReadsTheHead(BertForSequenceClassification):
+    """Multiplies by the classifier's weight without calling it, as TRL's SFTTrainer does."""
+
+    head = "classifier"
+
+    def forward(self, input_ids=None, attention_mask=None, labels=None):
+        pooled = self.bert(input_ids, attention_mask).pooler_output
+        logits = pooled @ self.classifier.weight.T + self.classifier.bias
+        return {"loss": torch.nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+class ReadsTheTiedHead(GPT2LMHeadModel):
+    """The same with a head tied to the embeddings, which are called."""
+
+    head = "lm_head"
+
+    def forward(self, input_ids=None, attention_mask=None, labels=None):
+        hidden = self.transformer(input_ids, attention_mask=attention_mask).last_hidden_state
+        logits = hidden @ self.lm_head.weight.T
+        loss = torch.nn.functional.cross_entropy(logits[:, -1], labels)
+        return {"loss": loss, "logits": logits}
+
+
+@pytest.mark.parametrize("kind", [ReadsTheHead, ReadsTheTiedHead])
+@pytest.mark.parametrize("steps", [2, 10])
+def test_a_layer_that_never_receives_noise_is_reported_once(
+    kind, steps, tmp_path, parity_data, caplog
+):
+    model = kind(make_model("bert" if kind is ReadsTheHead else "gpt2").config)
+    args = training_arguments(tmp_path, max_steps=steps)
+    callbacks = [QuantNoiseCallback(QuantNoiseConfig(noise="proxy", p=0.2))]
+    Trainer(model, args, train_dataset=parity_data, callbacks=callbacks).train()
+    warnings = [text for text in caplog.messages if "no quantization noise on" in text]
+    assert len(warnings) == 1
+    assert f"no quantization noise on {kind.head}:" in warnings[0]

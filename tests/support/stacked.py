@@ -1,5 +1,7 @@
 """Tiny random models of many architectures with any number of layers."""
 
+import copy
+
 import torch
 from torch import nn
 from transformers import (
@@ -112,3 +114,13 @@ def inputs_of(name: str) -> dict:
 def logits(model: nn.Module, name: str = "bert") -> torch.Tensor:
     """Return the logits of a model in eval mode for :func:`inputs_of` ``(name)``."""
     return model.eval()(**inputs_of(name)).logits
+
+
+def perturbed(model, seed=7):
+    """Return a copy of a model with other weights."""
+    changed = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in changed.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return changed
