@@ -197,7 +197,7 @@ def full_name(repo_id: str, token: str | None = None) -> str:
     """Return the name of a repository with its owner, by default the user.
 
     Raises:
-        PermissionError: if there is no token, which names the user.
+        PermissionError: if no token is set; the token determines the user.
     """
     require_repo_id(repo_id)
     if "/" in repo_id:
@@ -253,23 +253,23 @@ def stale_weights_in_repository(
     return stale_weights(names, os.listdir(folder))
 
 
-def not_uploaded(folder: str, ignore_patterns: Sequence[str] = ()) -> list[str]:
-    """Return the patterns of all files of a folder that are not uploaded; warn about secrets.
+def files_to_upload(folder: str, ignore_patterns: Sequence[str] = ()) -> list[str]:
+    """Return the names of the files of a folder that are uploaded; warn about secrets.
 
     Args:
         folder: the folder.
         ignore_patterns: patterns of files that are not uploaded, besides Git's and ``SECRETS``.
     """
-    patterns = [*DEFAULT_IGNORE_PATTERNS, *ignore_patterns]
     found = (path for path in sorted(Path(folder).rglob("*")) if path.is_file())
     paths = (path.relative_to(folder).as_posix() for path in found)
+    patterns = [*DEFAULT_IGNORE_PATTERNS, *ignore_patterns]
     names = list(filter_repo_objects(paths, ignore_patterns=patterns))
-    public = set(filter_repo_objects(names, ignore_patterns=list(SECRETS)))
+    public = list(filter_repo_objects(names, ignore_patterns=list(SECRETS)))
     if secrets := [repr(name) for name in names if name not in public]:
         logger.warning(
             f"files of {folder!r} that may hold secrets are not uploaded: {', '.join(secrets)}"
         )
-    return [*patterns, *SECRETS]
+    return public
 
 
 def upload_model(
@@ -287,12 +287,13 @@ def upload_model(
 
     ``kwargs`` are further arguments of ``upload_folder``, whose result is returned.
     """
+    files_to_upload(folder, ignore_patterns)  # warns; upload_folder selects them by patterns
     return upload_folder(
         repo_id=repo_id,
         folder_path=folder,
         revision=revision,
         token=token,
-        ignore_patterns=not_uploaded(folder, ignore_patterns),
+        ignore_patterns=[*ignore_patterns, *SECRETS],
         # None rather than an empty list: then the repository is not listed again.
         delete_patterns=stale_weights_in_repository(repo_id, folder, revision, token) or None,
         **kwargs,

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from huggingface_hub.utils import filter_repo_objects
 
 from ..argument_checks import require_repo_id
 from ..hub.processing import processing_files, warn_unknown
@@ -19,7 +18,7 @@ from ..repository import (
     CARD,
     card_in,
     create_repository,
-    not_uploaded,
+    files_to_upload,
     stale_weights_in_repository,
 )
 from ..trainer import QuantNoiseTrainer
@@ -64,14 +63,10 @@ def _operations(
     folder: str, repo: str, revision: str | None
 ) -> list[CommitOperationAdd | CommitOperationDelete]:
     """Return the files to upload, with the repository's name in the card, and those to delete."""
-    found = (path for path in sorted(Path(folder).rglob("*")) if path.is_file())
-    paths = {path.relative_to(folder).as_posix(): path for path in found}
-    ignored = not_uploaded(folder, QuantNoiseTrainer.unpublished)
     files: list[CommitOperationAdd | CommitOperationDelete] = []
-    for name in filter_repo_objects(paths, ignore_patterns=ignored):
-        content: Path | bytes = paths[name]
-        if name == CARD:
-            content = _with_name(paths[name], repo)
+    for name in files_to_upload(folder, QuantNoiseTrainer.unpublished):
+        path = Path(folder, name)
+        content = _with_name(path, repo) if name == CARD else path
         files.append(CommitOperationAdd(name, content))
     stale = stale_weights_in_repository(repo, folder, revision)
     return files + [CommitOperationDelete(name) for name in stale]
