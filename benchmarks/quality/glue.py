@@ -54,20 +54,24 @@ class Data:
     dev: Dataset
 
 
+def tokenized(data: Dataset, model_dir: str, task: Task) -> Dataset:
+    """Return texts in the columns of a task as inputs of a model, with their labels."""
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    return data.map(
+        lambda rows: tokenizer(
+            *(rows[column] for column in task.columns), truncation=True, max_length=task.max_length
+        ),
+        batched=True, remove_columns=[c for c in data.column_names if c != "label"],
+    )  # fmt: skip
+
+
 @cache
 def load(data_dir: str, model_dir: str, name: str) -> Data:
     """Read and tokenize the files of a task."""
-    task, tokenizer = TASKS[name], AutoTokenizer.from_pretrained(model_dir)
 
     def read(file: str) -> Dataset:
         data = Dataset.from_parquet(os.path.join(data_dir, name, file))
-        return data.map(
-            lambda rows: tokenizer(
-                *(rows[column] for column in task.columns),
-                truncation=True, max_length=task.max_length,
-            ),
-            batched=True, remove_columns=[c for c in data.column_names if c != "label"],
-        )  # fmt: skip
+        return tokenized(data, model_dir, TASKS[name])
 
     shuffled = read("train.parquet").shuffle(seed=SPLIT_SEED)
     held = min(HELD_OUT_MAX, int(len(shuffled) * HELD_OUT_SHARE))

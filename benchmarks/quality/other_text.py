@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import glue
 from datasets import Dataset, concatenate_datasets
-from transformers import AutoTokenizer
+from wikitext import UNKNOWN
 
 WORDS = (4, 40)  # fewest and most words of a sentence
 
@@ -21,21 +21,12 @@ def with_other_text(train: Dataset, data_dir: str, model_dir: str, name: str) ->
         model_dir: folder of the tokenizer.
         name: name of the task, whose own files are not read.
     """
-    task, tokenizer = glue.TASKS[name], AutoTokenizer.from_pretrained(model_dir)
+    task = glue.TASKS[name]
     texts = pairs_of(data_dir, name) if len(task.columns) == 2 else sentences_of(data_dir, name)
-    other = Dataset.from_list([dict(zip(task.columns, text, strict=True)) for text in texts])
-    other = other.shuffle(seed=glue.SPLIT_SEED).select(range(min(len(train), len(other))))
-    other = other.map(
-        lambda rows: tokenizer(
-            *(rows[column] for column in task.columns), truncation=True, max_length=task.max_length
-        )
-        | {"label": [0] * len(rows[task.columns[0]])},
-        batched=True, remove_columns=list(task.columns),
-    )  # fmt: skip
-    features = {"input_ids", "token_type_ids", "attention_mask", "label"}
-    train = train.remove_columns([c for c in train.column_names if c not in features])
-    other = other.select_columns(train.column_names).cast(train.features)
-    return concatenate_datasets([train, other])
+    rows = [{**dict(zip(task.columns, text, strict=True)), "label": 0} for text in texts]
+    other = Dataset.from_list(rows).shuffle(seed=glue.SPLIT_SEED)
+    other = other.select(range(min(len(train), len(other))))
+    return concatenate_datasets([train, glue.tokenized(other, model_dir, task)])
 
 
 def sentences_of(data_dir: str, name: str) -> list[tuple[str]]:
@@ -61,7 +52,7 @@ def pairs_of(data_dir: str, name: str) -> list[tuple[str, str]]:
 
 def is_sentence(text: str) -> bool:
     """Return whether a text has the length of a sentence and no unknown word."""
-    return WORDS[0] <= len(text.split()) <= WORDS[1] and "<unk>" not in text
+    return WORDS[0] <= len(text.split()) <= WORDS[1] and UNKNOWN not in text
 
 
 def wikitext_sentences(data_dir: str) -> list[str]:
