@@ -35,7 +35,7 @@ def table(lines: list[dict]) -> str:
     """Return a Markdown table: mean and sample standard deviation over seeds.
 
     Raises:
-        ValueError: if there are no runs.
+        ValueError: if ``lines`` is empty.
     """
     if not lines:
         raise ValueError("--results has no finished run; run the benchmark without --table first")
