@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -116,14 +117,19 @@ def accelerate_launch(
 
 def _run(arguments: list[str], seconds: int) -> str:
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        env={**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=seconds,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    with TemporaryDirectory() as folder:
+        settings = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "RANK_ERRORS": folder}
+        done = subprocess.run(
+            [sys.executable, *arguments],
+            env={**os.environ, **settings, "PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+        )
+        errors = sorted(Path(folder).iterdir(), key=lambda file: file.stat().st_mtime)
+        by_rank = [f"rank {file.name}: {file.read_text()[-6000:]}" for file in errors]
+    message = "\n".join([done.stdout[-2000:], done.stderr[-2000:], "By time:", *by_rank])
+    assert done.returncode == 0, message
     return done.stdout
 
 
