@@ -25,8 +25,17 @@ DARK = {
     "#7f3c8d": "#bc8cff",
 }
 _LIBRARIES = {"torchao (Linear, embeddings)": "torchao", "quanto (Linear)": "quanto"}
+# Methods with noise -> those without that are as long. Of each size, those with the most runs are
+# shown, and of these the first.
+_WITH_NOISE = {
+    "noise, bits allocated": ("no noise, bits allocated",),
+    "noise": ("no noise",),
+    "trained noise": ("no noise", "joint, no noise"),
+}
 # Methods of the studies -> name in the picture. Others are not shown there.
 _SHOWN = {
+    "noise, bits allocated": "noise",
+    "no noise, bits allocated": "no noise",
     "noise": "noise",
     "trained noise": "noise",
     "no noise": "no noise",
@@ -55,10 +64,22 @@ def _smaller(runs: list[Run]) -> str:
     return f"{statistics.mean(run.times_smaller for run in runs):.1f}x"
 
 
+def _shown(runs: Iterable[Run]) -> list[Run]:
+    """Return the runs without other methods with noise, and their counterparts, of each size."""
+    shown = []
+    for same_size in grouped(runs, "size").values():
+        methods = grouped(same_size, "method")
+        noise = [name for name in _WITH_NOISE if name in methods]
+        best = max(noise, key=lambda name: len(methods[name]), default=None)
+        others = {part for name in noise if name != best for part in (name, *_WITH_NOISE[name])}
+        kept = {best, *_WITH_NOISE.get(best, ())}
+        shown += [run for run in same_size if run.method in kept or run.method not in others]
+    return shown
+
+
 def _best(runs: list[Run]) -> list[list[Run]]:
     """Return the runs of each size to show: those with noise if there are any."""
-    noise = [arm for arm in arms(runs) if arm[0].method in ("noise", "trained noise")]
-    return noise or arms(runs)
+    return [arm for arm in arms(_shown(runs)) if arm[0].method in _WITH_NOISE] or arms(runs)
 
 
 def _minutes(runs: list[Run]) -> str:
@@ -70,9 +91,9 @@ def _with_counterparts(runs: list[Run], scores: Callable[[list[Run]], str]) -> s
     """Return the scores at each size, beside those without noise after as many steps."""
     texts = []
     for arm in _best(runs):
-        without = [r for r in runs if r.method in ("no noise", "joint, no noise")]
+        without = [r for r in runs if r.method in _WITH_NOISE.get(arm[0].method, ())]
         without = [r for r in without if (r.size, r.steps) in {(r.size, r.steps) for r in arm}]
-        other = f", {scores(without)} without noise" if without and arm != without else ""
+        other = f", {scores(without)} without noise" if without else ""
         texts.append(f"{scores(arm)} at {_smaller(arm)}{other}")
     return "; ".join(texts)
 
@@ -197,7 +218,7 @@ def pictures(runs: Mapping[str, list[Run]]) -> dict[str, str]:
     sst2 = [*runs["glue"], *runs["glue_peers"]]
     sst2 = [run for run in sst2 if (run.task, run.model) == (TASK, MODEL)]
     dense = Point("float32 model", sst2[0].row["float32_bytes"] / 1e6, 0.0, 0.0)
-    points = [dense, *_points(sst2, difference=True)]
+    points = [dense, *_points(_shown(sst2), difference=True)]
     shown = [Panel("SST-2, MiniLM: accuracy - float32", points, 0.0)]
     trained = [run for run in runs["language_model"] if run.method != "one shot"]
     if text := _points(trained, difference=False):

@@ -16,6 +16,7 @@ from published import STUDIES
 from rows import read_rows, runs_of
 
 RESULTS = report.ROOT / report.RESULTS
+METHOD = "noise, bits allocated"
 
 
 def lines(name: str) -> list[dict]:
@@ -49,7 +50,7 @@ def test_box_has_the_figures_of_the_rows(runs):
     scores = [
         100 * line["dev"]["accuracy"]
         for line in lines("quality_glue.jsonl")
-        if {**line["key"], "study": "glue", "task": "sst2", "method": "noise", "size": "20x"}
+        if {**line["key"], "study": "glue", "task": "sst2", "method": METHOD, "size": "20x"}
         == line["key"]
     ]
     spread = f" ± {statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
@@ -86,6 +87,26 @@ def test_box_shows_noise_at_each_size_once_there_are_rows(runs):
     )
     assert averages in box
     assert "10 to 20 minutes at 13.0x; 10 minutes at 30.0x" in box
+
+
+def test_box_shows_allocated_bits_at_sizes_that_have_as_many_runs(runs):
+    other = ("no noise", "20x"), ("no noise, bits allocated", "20x")
+    glue = [glue_row(f"noise{kind}", size, seed, score + seed / 100)
+            for kind, size, score, seeds in (("", "20x", 0.6, (1, 2)), ("", "30x", 0.5, (1, 2)),
+                                             (", bits allocated", "20x", 0.8, (1, 2)),
+                                             (", bits allocated", "30x", 0.7, (1,)))
+            for seed in seeds]  # fmt: skip
+    glue += [glue_row(*each, 1, 0.75 - 0.05 * n) for n, each in enumerate(other)]
+    found = {**runs, "glue": runs_of(glue)}
+    box = first_screen.box(RESULTS, found)
+    assert "accuracy: 81.5 ± 0.7 at 20.0x, 70.0 without noise; 51.5 ± 0.7 at 30.0x (float32" in box
+    drawn = {
+        ("noise, bits allocated", "20x"),
+        ("no noise, bits allocated", "20x"),
+        ("noise", "30x"),
+    }
+    only = [run for run in found["glue"] if (run.method, run.size) in drawn]
+    assert first_screen.pictures(found) == first_screen.pictures({**found, "glue": only})
 
 
 def test_box_has_the_average_of_sizes_with_all_tasks_only(runs):
