@@ -36,7 +36,7 @@ class Study:
         text: Markdown below the heading.
         split: the examples that scores are shown of: ``"dev"``, or ``"held_out"`` if the study
             chooses settings.
-        main: method of the README's table.
+        main: methods of the README's table, if the first has rows.
         goals: size -> goal of each method of that size.
         references: methods that the other methods of a size are compared with; None: those with
             "no noise" in their name.
@@ -49,7 +49,7 @@ class Study:
     title: str
     text: str
     split: str = "dev"
-    main: str | None = None
+    main: tuple[str, ...] = ()
     goals: dict[str, Goal] = field(default_factory=dict)
     references: tuple[str, ...] | None = None
     n_tasks: int = 1
@@ -133,7 +133,7 @@ STUDIES = {
     "glue": Study(
         "GLUE",
         _GLUE + _GLUE_METHODS,
-        main="noise",
+        main=("noise, bits allocated", "no noise, bits allocated"),
         goals={"13x": _keeps(0.995), "20x": _keeps(0.98), "30x": _keeps(0.96)},
         references=("no noise", "no noise, unchanged tokens", "no noise, bits allocated"),
         n_tasks=4,

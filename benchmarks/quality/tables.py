@@ -272,13 +272,13 @@ def baselines_table(lines: list[dict]) -> str:
 
 
 def readme_table(runs: list[Run], study: Study) -> str:
-    """Return the README's text and table: the main method of a study and its first reference.
+    """Return the README's text and table: the main methods of a study.
 
-    Empty without rows of the main method.
+    Empty without rows of the first of them.
     """
-    methods = (study.main, *(study.references or ())[:1])
-    runs = [run for run in runs if run.method in methods]
-    if study.main not in [run.method for run in runs]:
+    shown = (run for run in runs if run.method in study.main)
+    runs = sorted(shown, key=lambda run: study.main.index(run.method))
+    if study.main[0] not in [run.method for run in runs]:
         return ""
     tasks = tasks_of(runs)
     cells = [_score(float32_starts(runs, task).values(), runs, task) for task in tasks]

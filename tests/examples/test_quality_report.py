@@ -44,13 +44,15 @@ def test_tables_have_means_spreads_and_shares():
     assert goal[-1] == "not judged: 2 of 4 tasks"
     goal = cells(goals_table(runs, replace(STUDIES["glue"], n_tasks=2)), "noise")
     assert goal[-1] == "missed by 9.9 points"
-    table = readme_table(runs, STUDIES["glue"])
+    study = replace(STUDIES["glue"], main=("noise", "no noise"))
+    table = readme_table(runs, study)
     assert cells(table, "20.0x smaller, noise")[1:3] == ["4.5 MB", "81.0 ± 10.5"]
     assert "mean and standard deviation over seeds" in table
     other = runs_of([row("no noise", "sst2", 1, digits(10, 8))])
-    table = readme_table([*other, *runs], STUDIES["glue"])
+    table = readme_table([*other, *runs], study)
     assert cells(table, "20.0x smaller, no noise")[-1] == "-", "a task is missing"
-    assert readme_table(other, STUDIES["glue"]) == ""
+    assert table.index("smaller, noise") < table.index("smaller, no noise"), "in the order of main"
+    assert readme_table(other, study) == ""
 
 
 def test_incomplete_seeds_do_not_count_in_the_average():
