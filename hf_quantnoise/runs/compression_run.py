@@ -15,6 +15,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel, Trainer, set_seed
 
 from ..compression import check_compression, check_plan
+from ..compression.checkpoints import FOLDER, StageCheckpoints
 from ..compression.reporting.console import is_quiet, silence_if_quiet
 from ..hub.card import LATENT
 from ..hub.model_classes import load_complete
@@ -117,6 +118,8 @@ class Run:
         if self.args.recipe is not None:
             self.show(self.args.recipe)
         if not self.resume:
+            # Before results.json has a dense model, with which this run could be resumed.
+            StageCheckpoints(self.folder(FOLDER), self.training.should_save).clear()
             self.results.add(dense=self.finetune())
         if self.quantization is not None:
             if self.is_post_trained:

@@ -1,0 +1,43 @@
+"""Runs that are resumed with ``--resume_compression`` in a folder with files of other runs."""
+
+import pytest
+
+pytest.importorskip("datasets")
+
+from hf_quantnoise.runs import post_training
+
+NOISE = ["--noise", "pq", "--noise_after_finetuning", "1", "--n_centroids", "8"]
+NOISE += ["--stage_epochs", "0", "--seed", "7", "--save_steps", "1"]
+
+
+@pytest.fixture
+def interrupt(monkeypatch):
+    """Start a run that is interrupted at the second checkpoint of the training with noise."""
+
+    def interrupt(start, *flags, **kwargs):
+        save = post_training.QuantNoiseTrainer._save_checkpoint
+
+        def stop(trainer, *args, **kwargs):
+            save(trainer, *args, **kwargs)
+            if trainer.qn_config is not None and trainer.state.global_step == 2:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(post_training.QuantNoiseTrainer, "_save_checkpoint", stop)
+            start(*flags, **kwargs)
+
+    return interrupt
+
+
+def weights(folder) -> bytes:
+    return (folder / "compressed" / "model.safetensors").read_bytes()
+
+
+def test_resumed_run_does_not_use_the_stages_of_an_earlier_one(start, write_sets, interrupt):
+    files = [*write_sets(), *NOISE]
+    other = [*files, "--max_train_samples", "48"]
+    _, expected = start(*other, out="expected")
+    start(*files)
+    interrupt(start, *other)
+    _, folder = start(*other, "--resume_compression")
+    assert weights(folder) == weights(expected)
