@@ -54,7 +54,7 @@ class Run:
         teacher = self.load_teacher_config()
         args.require_train_data()
         if self.resume:
-            self.results.read_dense()
+            self.results.read_dense(args.to_dict())
             training.do_train = False
         uses_noise = self.is_post_trained or training.do_train or args.compression.keep_noise
         noise = args.noise if uses_noise else None

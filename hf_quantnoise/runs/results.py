@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import datasets
 import torch
@@ -12,6 +15,11 @@ import transformers
 from ..files.durable import write_json
 from ..files.reading import read_json
 from ..version import __version__
+
+# Flags that a resumed run may change. So may those of files, which another machine has elsewhere.
+_MAY_CHANGE = ("resume_compression", "card_template", "plots", "teacher_device", "overwrite_cache")
+# Those of TrainingArguments that are compared.
+_TRAINING = ("seed", "learning_rate", "num_train_epochs", "max_steps")
 
 
 class ResultsFile:
@@ -33,8 +41,12 @@ class ResultsFile:
         os.makedirs(os.path.dirname(self.path), exist_ok=True)
         write_json(self.values, self.path, default=str)
 
-    def read_dense(self) -> None:
-        """Read the results of the dense model from the file of an interrupted run."""
+    def read_dense(self, arguments: Mapping[str, Any]) -> None:
+        """Read the results of the dense model from the file of an interrupted run.
+
+        Raises:
+            ValueError: if there is no such run, or it has other flags than ``arguments``.
+        """
         if not os.path.isfile(self.path):
             raise ValueError(
                 f"--resume_compression: {self.path} is missing, so there is no run to resume; pass "
@@ -46,7 +58,24 @@ class ResultsFile:
                 f"--resume_compression: the run of {self.path} was interrupted before compression; "
                 "pass --resume_from_checkpoint to resume its finetuning"
             )
+        if changes := list(_changes(values.get("arguments", {}), arguments)):
+            raise ValueError(
+                f"--resume_compression: the run of {self.path} was started with "
+                f"{', '.join(changes)}; pass the same flags, or remove --resume_compression to "
+                "start from scratch"
+            )
         self.values["dense"] = values["dense"]
+
+
+def _changes(stored: Mapping[str, Any], arguments: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the flags that differ from the stored ones; those of another version are skipped."""
+    current = json.loads(json.dumps(arguments, default=str))
+    for part in ("flags", "data", "compression", "training"):
+        for name, value in stored.get(part, {}).items():
+            if name in _MAY_CHANGE or name.endswith("_file") or name not in current[part]:
+                continue
+            if (part != "training" or name in _TRAINING) and value != current[part][name]:
+                yield f"--{name} {value} (now {current[part][name]})"
 
 
 def versions() -> dict[str, str]:

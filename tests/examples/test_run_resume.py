@@ -41,3 +41,16 @@ def test_resumed_run_does_not_use_the_stages_of_an_earlier_one(start, write_sets
     interrupt(start, *other)
     _, folder = start(*other, "--resume_compression")
     assert weights(folder) == weights(expected)
+
+
+def test_resumed_run_with_other_flags_is_refused(start, write_sets, interrupt, tmp_path):
+    files = [*write_sets(), *NOISE]
+    interrupt(start, *files)
+    for flag, value in (("n_centroids", "16"), ("max_train_samples", "48"), ("seed", "8")):
+        with pytest.raises(ValueError, match=rf"--{flag} \w+ \(now {value}\).*the same flags"):
+            start(*files, f"--{flag}", value, "--resume_compression")
+    # Files may be in another folder.
+    (tmp_path / "train.csv").rename(tmp_path / "moved.csv")
+    files[files.index("--train_file") + 1] = str(tmp_path / "moved.csv")
+    results, _ = start(*files, "--resume_compression")
+    assert results["reloaded"]["logits_bit_equal"]
