@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import os
 from argparse import SUPPRESS, Action
@@ -30,6 +29,7 @@ from ..registry import suggestion
 from ..repository import missing_model
 from .config_flags import ConfigFlags
 from .example_data import FileArguments
+from .flag_files import checked_values, read_flags
 from .known_flags import ELSEWHERE, check_training_flags, elsewhere
 from .recipe_flags import check_recipe, complete, flags_of, lengths, recipe_for
 from .script import ScriptParser
@@ -239,7 +239,12 @@ class RunParser(ScriptParser):
     def parse(self, words: list[str]) -> Arguments:
         """Parse a command line, or the single JSON file that it names."""
         words = [word for word in words if word != TRACEBACK]
-        from_file = len(words) == 1 and words[0].endswith(".json")
+        from_file = bool(words) and words[0].endswith(".json")
+        if from_file and len(words) > 1:
+            raise ValueError(
+                f"{words[0]} is a file of flags, which cannot be combined with others "
+                f"({' '.join(words[1:])}); add them to the file"
+            )
         parse = partial(self._read_file, words[0]) if from_file else partial(self._parse, words)
         model, _, flags, *_ = parts = parse({})
         if flags.recipe is None:
@@ -262,21 +267,12 @@ class RunParser(ScriptParser):
         return tuple(parts)
 
     def _read_file(self, file_name: str, defaults: Mapping[str, Any]) -> tuple:
-        try:
-            with open(file_name, encoding="utf-8") as file:
-                values = json.load(file)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"invalid file of flags {file_name!r}: {error}") from None
-        if not isinstance(values, dict):
-            raise ValueError(
-                f"invalid file of flags {file_name!r}: got a JSON {type(values).__name__}, "
-                "expected an object with the names of flags as keys"
-            )
-        values = drop_removed(CompressionArguments.removed, values)
+        values = drop_removed(CompressionArguments.removed, read_flags(file_name))
         known = {f.name for kind in self.dataclass_types for f in dataclasses.fields(kind)}
         for name in values:
             if name not in known:
                 hint = elsewhere([name], self.elsewhere)
                 hint = f": {hint}" if hint else suggestion(name, known)
                 raise ValueError(f"unknown field {name!r} in {file_name}{hint}")
+        values = checked_values(values, self, self.dataclass_types, file_name)
         return self.parse_dict({**defaults, **values})

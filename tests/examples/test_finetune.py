@@ -99,3 +99,50 @@ def test_flags_in_a_json_file(tmp_path, caplog):
     path.write_text("{")
     with pytest.raises(ValueError, match=r"flags.json"):
         parse([str(path)])
+
+
+@pytest.fixture
+def parse_file(tmp_path):
+    """Parse a JSON file with these flags."""
+
+    def parse_file(**flags):
+        path = tmp_path / "flags.json"
+        path.write_text(json.dumps({"model_name_or_path": "m", "task_name": "sst2", **flags}))
+        return parse([str(path)])
+
+    return parse_file
+
+
+def test_values_of_a_json_file_are_read_as_flags(parse_file):
+    words = {"compress": "false", "seed": "7", "learning_rate": "5e-5", "max_steps": 1e3}
+    args = parse_file(**words, noise="none", noise_rate=0.5, max_train_samples=None, plots=None)
+    assert args.flags.compress is False and args.compression.plots is True
+    training = args.training
+    assert (training.seed, training.learning_rate, training.max_steps) == (7, 5e-5, 1000)
+    assert args.noise is None and args.data.max_train_samples is None
+    assert parse_file(include_num_input_tokens_seen="all").training.include_num_input_tokens_seen
+    assert parse_file(noise=["pq", "int8"], noise_rate=[0.1, "0.2"]).noise.p == [0.1, 0.2]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"compress": "maybe"}, 'invalid compress in .*got "maybe", expected true or false'),
+        ({"max_train_samples": 10.5}, "max_train_samples .*got 10.5, expected an integer"),
+        ({"max_train_samples": True}, "max_train_samples .*got true, expected an integer"),
+        ({"learning_rate": "high"}, 'learning_rate .*got "high", expected a number'),
+        ({"noise_rate": [0.1, [0.2]]}, "noise_rate .*expected a number"),
+        ({"scheme": "pq"}, 'scheme .*got "pq", expected one of ipq, fixed_point'),
+        ({"dtype": "float64"}, "dtype .*expected one of float32, bfloat16"),
+        ({"recipe": ["13x"]}, "recipe .*expected one of 13x, 20x, 30x"),
+        ({"model_name_or_path": None}, "missing model_name_or_path in .*flags.json"),
+    ],
+)
+def test_invalid_values_of_a_json_file_are_named(flags, words, parse_file):
+    with pytest.raises(ValueError, match=words):
+        parse_file(**flags)
+
+
+def test_json_file_with_other_flags_is_refused():
+    with pytest.raises(ValueError, match=r"flags.json is a file of flags.*\(--seed 1\); add them"):
+        parse(["flags.json", "--seed", "1"])
