@@ -12,6 +12,8 @@ from transformers import PretrainedConfig
 logger = logging.getLogger(__name__)
 
 REGRESSION_TASKS = ("stsb",)
+_FLOATS = ("float", "double", "decimal")  # types of columns
+_NUMERIC = (*_FLOATS, "int", "uint")
 _SHOWN = 10  # labels that an error or warning lists
 # Names of the labels of GLUE tasks, in the order of their ids on the Hub.
 LABELS = {
@@ -136,9 +138,9 @@ def find_labels(
     first = next(iter(sets.values()))
     feature = first.features[column]
     kind = str(getattr(feature, "dtype", feature))
-    is_float = kind.startswith(("float", "double", "decimal"))
+    is_float = kind.startswith(_FLOATS)
     if task_name in REGRESSION_TASKS or (is_float and task_name is None):
-        if not is_float and not kind.startswith(("int", "uint")):
+        if not kind.startswith(_NUMERIC):
             raise ValueError(
                 f"--task_name {task_name!r} is a regression, but column {column!r} has {kind}; "
                 "pass data with numeric labels, or remove --task_name"
@@ -178,8 +180,14 @@ def labels_of_checkpoint(
 
 
 def _require_finite(sets: dict[str, Dataset], column: str) -> None:
-    """Raise a ``ValueError`` that names the flag if labels of a regression are NaN or infinite."""
+    """Raise a ``ValueError`` that names the flag if labels of a regression are not finite."""
     for flag, data in sets.items():
+        feature = data.features[column]
+        if not str(getattr(feature, "dtype", feature)).startswith(_NUMERIC):
+            raise ValueError(
+                f"invalid --{flag}: column {column!r} has {feature}, expected the values of a "
+                "regression, as in the training data; store the labels of all files alike"
+            )
         values = np.asarray(data[column][:], dtype=np.float64)
         if count := len(values) - int(np.isfinite(values).sum()):
             raise ValueError(
@@ -189,9 +197,14 @@ def _require_finite(sets: dict[str, Dataset], column: str) -> None:
 
 
 def check_labels(sets: dict[str, Dataset], column: str, ids: dict) -> None:
-    """Raise a ``ValueError`` that names the flag if a dataset has labels without an id."""
+    """Raise a ``ValueError`` that names the flag if a dataset has labels without an id.
+
+    So do classes that have other names in the first dataset, which defines the ids.
+    """
+    first = next(iter(sets.values())).features[column]
     for flag, data in sets.items():
-        values, _ = labels_in(data, column)
+        labels_in(data, column)  # raises if these are not labels
+        values = sorted(data.unique(column))
         if -1 in values:
             raise ValueError(
                 f"invalid --{flag}: column {column!r} has the label -1, which marks hidden labels "
@@ -202,6 +215,16 @@ def check_labels(sets: dict[str, Dataset], column: str, ids: dict) -> None:
                 f"invalid --{flag}: column {column!r} has the labels {unknown[:5]}, expected those "
                 f"of the training data or the model, {list(ids)}; remove or map them"
             )
+        feature = data.features[column]
+        if not (isinstance(feature, ClassLabel) and isinstance(first, ClassLabel)):
+            continue
+        for value in values:
+            if feature.names[value] != first.names[value]:
+                raise ValueError(
+                    f"invalid --{flag}: in column {column!r}, class {value} is "
+                    f"{feature.names[value]!r}, and {first.names[value]!r} in the training data; "
+                    "store the labels as strings, or the classes in the same order"
+                )
 
 
 def check_teacher(teacher: PretrainedConfig, config: PretrainedConfig) -> None:

@@ -1,6 +1,7 @@
 """Data of the GLUE example: columns and labels found in files, and errors about files."""
 
 import pytest
+from datasets import ClassLabel, Dataset, Features, Value
 from transformers import AutoTokenizer, BertConfig
 
 from hf_quantnoise.runs.arguments import ModelArguments
@@ -249,6 +250,42 @@ def test_labels_that_are_not_finite_are_named(load, tmp_path):
     path.write_text('{"sentence": "a", "label": 1.5}\n{"sentence": "b", "label": NaN}\n')
     with pytest.raises(ValueError, match=r"--train_file: 1 of 2 labels .*'label' are NaN"):
         load(train_file=str(path), validation=False)
+
+
+@pytest.fixture
+def write_classes(tmp_path):
+    """Write two rows with a column of classes of these names to a parquet file."""
+
+    def write_classes(name, names, labels=(0, 1)):
+        features = Features({"sentence": Value("string"), "label": ClassLabel(names=names)})
+        rows = Dataset.from_dict({"sentence": ["a", "b"], "label": labels}, features=features)
+        rows.to_parquet(tmp_path / name)
+        return str(tmp_path / name)
+
+    return write_classes
+
+
+def test_classes_in_another_order_are_named(write_classes, load):
+    train = write_classes("train.parquet", ["no", "yes"])
+    other = write_classes("other.parquet", ["yes", "no"])
+    with pytest.raises(ValueError, match=r"--validation_file: .* class 0 is 'yes', and 'no' in"):
+        load(train_file=train, validation_file=other)
+    more = write_classes("more.parquet", ["no", "yes", "maybe"])
+    assert load(train_file=train, validation_file=more).label_names == ["no", "yes"]
+
+
+def test_hidden_labels_of_classes_are_named(write_classes, load):
+    train = write_classes("train.parquet", ["no", "yes"])
+    hidden = write_classes("hidden.parquet", ["no", "yes"], labels=(-1, -1))
+    with pytest.raises(ValueError, match=r"--validation_file: column 'label' has the label -1"):
+        load(train_file=train, validation_file=hidden)
+
+
+def test_texts_as_labels_of_a_regression_are_named(write, load):
+    train = write("train.csv", {"sentence": ["a", "b"], "label": [0.5, 1.5]})
+    other = write("other.csv", {"sentence": ["a", "b"], "label": ["low", "high"]})
+    with pytest.raises(ValueError, match=r"--validation_file: .*string.*expected the values of a"):
+        load(train_file=train, validation_file=other)
 
 
 @pytest.mark.parametrize("pad", [False, True])
