@@ -40,7 +40,12 @@ def tokenize(data: GlueData, tokenizer, args: DataArguments, model_limit: int | 
         return encoded
 
     def apply(dataset: Dataset, has_labels: bool = True) -> Dataset:
-        # Under the old name, map would cast the ids to the type of the labels in the file.
+        # map casts values to the type of a column of this name in the file: the label ids to that
+        # of the labels, or of another column that is called label.
+        columns = dict.fromkeys(filter(None, data.keys))
+        if has_labels:
+            columns[args.label_column] = None
+        dataset = dataset.select_columns([*columns])
         if has_labels:
             dataset = dataset.rename_column(args.label_column, raw_label)
         return dataset.map(

@@ -163,6 +163,19 @@ def test_floats_are_regression(write_sets, load):
         load(**args, task_name="sst2")
 
 
+@pytest.mark.parametrize("other", [7, True, "x"])
+def test_other_columns_do_not_change_the_labels(other, write, load, tiny_model):
+    columns = {"sentence": ["a", "b"], "score": [1.0, 2.0]}
+    more = {"label": [other] * 2, "input_ids": [other] * 2}
+    path = write("train.parquet", columns | more)
+    flags = {"train_file": path, "label_column": "score", "sentence1_key": "sentence"}
+    data = load(validation=False, **flags)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    rows = tokenize(data, tokenizer, DataArguments(**flags), None).train
+    assert rows.features["label"].dtype == "float64" and rows["label"][:] == [1.0, 2.0]
+    assert rows["input_ids"][:] == tokenizer(["a", "b"])["input_ids"]
+
+
 def test_stsb_with_integers_is_regression(write_sets, load, tiny_model):
     args = as_flags(write_sets("parquet", names=(1, 5), pair=True)) | {"task_name": "stsb"}
     data = load(**args)
