@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -44,7 +45,8 @@ def read_table(flag: str, path: str, cache_dir: str | None = None, **options: An
     reader = READERS[extension]
     options = {"cache_dir": cache_dir, **READER_OPTIONS.get(reader, {}), **options}
     try:
-        return load_dataset(reader, data_files={"train": path}, split="train", **options)
+        files = {"train": glob.escape(path)}  # which load_dataset reads as a pattern
+        return load_dataset(reader, data_files=files, split="train", **options)
     except (DatasetGenerationError, ValueError) as error:  # ArrowInvalid is a ValueError
         raise ValueError(
             f"invalid --{flag} {path!r}: expected a {reader} file with at least one row "

@@ -61,6 +61,13 @@ def test_words_that_look_like_missing_values_are_kept(write, load):
     assert load(train_file=path, validation=False).train["sentence"][:] == texts
 
 
+@pytest.mark.parametrize(("name", "other"), [("t[1].csv", "t1.csv"), ("t*.csv", "t1.csv")])
+def test_file_names_are_not_patterns(name, other, write, load):
+    write(other, {"sentence": ["other", "other"], "label": [0, 1]})
+    path = write(name, {"sentence": ["a", "b"], "label": [0, 1]})
+    assert load(train_file=path, validation=False).train["sentence"][:] == ["a", "b"]
+
+
 def test_pairs_are_found_and_truncated_together(write_sets, load, tiny_model):
     args = as_flags(write_sets("parquet", pair=True))
     data = load(**args)
