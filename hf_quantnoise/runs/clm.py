@@ -77,12 +77,13 @@ class TokenizedText:
     words: float  # that these tokens make up, including ends of lines
 
 
-def read_text(args: TextArguments, split: str, cache_dir: str | None) -> list[str]:
+def read_text(
+    args: TextArguments, split: str, cache_dir: str | None, token: str | None = None
+) -> list[str]:
     """Return the lines of a split, from a file or from the Hub."""
     if (path := args.file(split)) is None:
-        rows = load_dataset(
-            args.dataset_name, args.dataset_config_name, split=split, cache_dir=cache_dir
-        )
+        source = {"cache_dir": cache_dir, "token": token}
+        rows = load_dataset(args.dataset_name, args.dataset_config_name, split=split, **source)
         return _lines_of(rows, args.text_column, str(args.dataset_name))
     if os.path.splitext(path)[1].lower() in READERS:
         rows = read_table(f"{split}_file", path, cache_dir)
@@ -154,7 +155,7 @@ def prepare(args: Arguments) -> Job:
         )
 
     def read(split: str) -> TokenizedText:
-        lines = read_text(data, split, model_args.cache_dir)
+        lines = read_text(data, split, model_args.cache_dir, model_args.token)
         length, limit = data.sequence_length, data.limit(split)
         return split_into_examples(lines, tokenizer, length, limit, f"--{split}_file")
 

@@ -49,11 +49,13 @@ class ImageArguments(SplitArguments, MetricArguments):
         check_minimum(self, 1, "image_size")
 
 
-def load_images(args: ImageArguments, split: str, cache_dir: str | None) -> Dataset:
+def load_images(
+    args: ImageArguments, split: str, cache_dir: str | None, token: str | None
+) -> Dataset:
     """Return the encoded images, labels and row indices of a split."""
     if (path := args.file(split)) is None:
         name = "train" if split == "train" else args.validation_split
-        rows = load_dataset(args.dataset_name, split=name, cache_dir=cache_dir)
+        rows = load_dataset(args.dataset_name, split=name, cache_dir=cache_dir, token=token)
     else:
         rows = read_table(f"{split}_file", path, cache_dir)
     source = args.dataset_name if path is None else f"--{split}_file {path!r}"
@@ -100,7 +102,8 @@ def prepare(args: Arguments) -> Job:
     """Load images, image processor and model."""
     data, model_args = args.data, args.model
     config = model_args.load_config()
-    sets = {split: load_images(data, split, model_args.cache_dir) for split in args.splits}
+    source = model_args.cache_dir, model_args.token
+    sets = {split: load_images(data, split, *source) for split in args.splits}
     if not sets:
         raise ValueError("nothing to do: pass --do_train, --do_eval or --stage_epochs above 0")
     found = labels_in(next(iter(sets.values())), data.label_column)

@@ -1,9 +1,11 @@
 """Example scripts: errors of one line, like those of the commands, and ``--log_level error``."""
 
+import importlib
 import logging
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -105,3 +107,26 @@ def test_data_files_that_do_not_exist_or_are_folders_are_errors(path, tmp_path):
     reason = "no such file" if path == "dev.csv" else "it is a folder"
     with pytest.raises(FileNotFoundError, match=f"{path}': {reason}; pass a .parquet, .csv"):
         read_table("validation_file", str(tmp_path / path))
+
+
+@pytest.mark.parametrize("task", ["clm", "images"])
+def test_datasets_are_loaded_with_the_token(task, monkeypatch, tmp_path):
+    module = importlib.import_module(f"hf_quantnoise.runs.{task}")
+    asked = []
+
+    def load_dataset(*names, token=None, **kwargs):
+        asked.append(token)
+        raise ConnectionError
+
+    monkeypatch.setattr(module, "load_dataset", load_dataset)
+    args = module.parse(
+        ["--model_name_or_path", "m", "--output_dir", str(tmp_path), "--dataset_name", "me/private",
+         "--token", "secret", "--noise", "none"]
+    )  # fmt: skip
+    monkeypatch.setattr(args.model, "load_config", lambda: None)
+    monkeypatch.setattr(args.model, "load_tokenizer", lambda: None)
+    monkeypatch.setattr(args.model, "load_model", lambda *args: SimpleNamespace(config=None))
+    monkeypatch.setattr(f"{module.__name__}.position_limit", lambda model: None, raising=False)
+    with pytest.raises(ConnectionError):
+        module.prepare(args)
+    assert asked == ["secret"]
