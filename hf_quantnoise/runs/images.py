@@ -63,7 +63,7 @@ def load_images(
     check_column("label_column", args.label_column, rows, source)
     require_filled(rows, [args.image_column, args.label_column], source)
     rows = rows.select_columns([args.image_column, args.label_column])
-    rows = truncate(rows.cast_column(args.image_column, Image(decode=False)), args.limit(split))
+    rows = rows.cast_column(args.image_column, Image(decode=False))
     return rows.add_column("row index", range(len(rows)))
 
 
@@ -112,6 +112,8 @@ def prepare(args: Arguments) -> Job:
     ids, names = order_as_in_checkpoint(*found, config, replaces, allow_fewer=False)
     check_labels({f"{split}_file": rows for split, rows in sets.items()}, data.label_column, ids)
     set_labels(config, names)
+    # After the labels were found, since files may be sorted by label.
+    sets = {split: truncate(rows, data.limit(split)) for split, rows in sets.items()}
     compute_metrics, metric = None, "accuracy"
     if args.training.do_eval:
         compute_metrics, metric = data.scoring(("accuracy",), "accuracy", None)

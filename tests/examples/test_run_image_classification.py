@@ -12,7 +12,7 @@ from PIL import Image
 from support.tiny import make_vision_model
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from hf_quantnoise.runs.images import main
+from hf_quantnoise.runs.images import main, parse, prepare
 
 PROCESSOR = {
     "image_processor_type": "MobileNetV1ImageProcessor",
@@ -181,6 +181,15 @@ def test_labels_of_another_head_are_named(checkpoint, files, tmp_path):
     set_column(files["validation"], "label", lambda labels: [i % 3 for i in labels])
     with pytest.raises(ValueError, match=r"head for the 4 labels .* data has the 3 labels"):
         main(flags(checkpoint, files, tmp_path, *AS_IT_IS))
+
+
+def test_labels_are_those_of_all_examples(checkpoint, files, tmp_path):
+    """Also if the data is sorted by label and truncated."""
+    set_column(files["train"], "label", sorted)
+    args = parse(flags(checkpoint, files, tmp_path, "--max_train_samples", "2"))
+    job = prepare(args)
+    assert job.parts["train_dataset"]["label"][:] == [0, 0]
+    assert job.model.config.id2label == {0: "0", 1: "1", 2: "2", 3: "3"}
 
 
 @pytest.mark.parametrize("column", ["image", "label"])
