@@ -7,14 +7,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 from datasets import Dataset
-from transformers import DataCollatorWithPadding
+from transformers import DataCollatorWithPadding, EvalPrediction
 
 from .arguments import Arguments
 from .example import Example
 from .glue_data import HUB_DATASET, DataArguments, GlueData, load_glue_data
 from .job import Job
-from .labels import prediction_texts, set_labels
+from .labels import LABELS, prediction_texts, set_labels
+from .metrics import Compute
 from .tokenizers import position_limit
 
 logger = logging.getLogger(__name__)
@@ -101,6 +103,28 @@ def dataset_of(args: DataArguments) -> dict[str, str | None]:
     }
 
 
+def of_task_ids(compute: Compute, data: GlueData, task_name: str | None) -> Compute:
+    """Return metrics that read the two labels of a model as those of a task, in its order.
+
+    F1 is that of the label with id 1, and a checkpoint may have it as id 0.
+    """
+    if data.label_names is None or data.label_values is None or "f1" not in data.metrics:
+        return compute
+    names = [name.lower() for name in data.label_names]
+    positive = LABELS[str(task_name)][1]
+    # Labels without the names of the task are in its order.
+    last = names.index(positive) if positive in names else [*data.label_values.values()][1]
+    if last == 1:
+        return compute
+
+    def compute_swapped(prediction: EvalPrediction) -> dict[str, float]:
+        logits = prediction.predictions
+        logits = logits[0] if isinstance(logits, tuple) else logits
+        return compute(EvalPrediction(np.flip(logits, -1), 1 - np.asarray(prediction.label_ids)))
+
+    return compute_swapped
+
+
 def prepare(args: Arguments) -> Job:
     """Load and tokenize the data, load the model."""
     config, tokenizer = args.model.load_config(), args.model.load_tokenizer()
@@ -111,7 +135,8 @@ def prepare(args: Arguments) -> Job:
     set_labels(config, data.label_names)
     compute_metrics, metric = None, data.metrics[0]
     if args.training.do_eval:
-        compute_metrics, metric = args.data.scoring(data.metrics, *data.metric_module)
+        compute, metric = args.data.scoring(data.metrics, *data.metric_module)
+        compute_metrics = of_task_ids(compute, data, args.data.task_name)
     model = args.model.load_model(args.data.auto_class, config)
     with args.training.main_process_first(desc="tokenizing"):
         data = tokenize(data, tokenizer, args.data, position_limit(model))

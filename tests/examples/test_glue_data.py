@@ -1,14 +1,16 @@
 """Data of the GLUE example: columns and labels found in files, and errors about files."""
 
+import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
-from transformers import AutoTokenizer, BertConfig
+from transformers import AutoTokenizer, BertConfig, EvalPrediction
 
 from hf_quantnoise.runs.arguments import ModelArguments
 from hf_quantnoise.runs.clm import TextArguments
-from hf_quantnoise.runs.glue import dataset_of, tokenize
+from hf_quantnoise.runs.glue import dataset_of, of_task_ids, tokenize
 from hf_quantnoise.runs.glue_data import DataArguments, load_glue_data
-from hf_quantnoise.runs.labels import set_labels
+from hf_quantnoise.runs.labels import LABELS, set_labels
+from hf_quantnoise.runs.metrics import sklearn_metrics
 
 NO_HEAD = BertConfig()
 
@@ -346,6 +348,25 @@ def test_f1_needs_two_labels(write, load):
     columns = {"sentence1": ["a"] * 3, "sentence2": ["b"] * 3, "label": [0, 1, 2]}
     with pytest.raises(ValueError, match=r"--task_name 'mrpc'.*F1 needs 2"):
         load(train_file=write("train.csv", columns), validation=False, task_name="mrpc")
+
+
+@pytest.mark.parametrize("labels", [(0, 1), ("not_equivalent", "equivalent"), ("no", "yes")])
+@pytest.mark.parametrize("swapped", [False, True])
+def test_f1_is_that_of_the_task_for_any_order_in_the_checkpoint(labels, swapped, write, load):
+    columns = {"sentence1": ["a"] * 4, "sentence2": ["b"] * 4, "label": [labels[1]] * 3}
+    columns["label"].append(labels[0])
+    names = labels if labels[0] == "no" else LABELS["mrpc"]
+    head = checkpoint_for(*(names[::-1] if swapped else names))
+    path = write("train.csv", columns)
+    data = load(head, train_file=path, validation=False, task_name="mrpc")
+    assert data.label_names[0] == names[swapped]
+    ids = np.array([data.label_values[label] for label in data.train["label"]])
+    # All are predicted to be equivalent: 3 of 4 are.
+    logits = np.eye(2)[np.full(4, ids[0])]
+    compute = of_task_ids(sklearn_metrics(data.metrics), data, "mrpc")
+    expected = {"f1": pytest.approx(6 / 7), "accuracy": 0.75}
+    assert compute(EvalPrediction(logits, ids)) == expected
+    assert compute(EvalPrediction((logits, logits), ids)) == expected
 
 
 def test_unreachable_hub_is_named(load, monkeypatch):
