@@ -124,7 +124,7 @@ def split_into_examples(
             f"invalid {flag}: {len(stream)} tokens are less than --sequence_length {length}; pass "
             "more text or a smaller length"
         )
-    words = sum(len(line.split()) + 1 for line in lines)
+    words = sum(len(line.split()) + line.count("\n") for line in lines)
     count = min(count, limit or count)
     predicted = count * (length - 1)  # the first token of an example is not predicted
     examples = [stream[i * length : (i + 1) * length] for i in range(count)]

@@ -61,6 +61,16 @@ def test_examples_are_the_stream_without_gaps(text_checkpoint):
     assert text.words == pytest.approx(24 * 15 / 20)
 
 
+def test_each_end_of_line_counts_as_a_word(text_checkpoint):
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(text_checkpoint)
+    lines = ["w1 w2\n", "w3\n", "\n", "w4 w5 w6\n"]
+    counts = [
+        split_into_examples(texts, tokenizer, 6, None, "--train_file").words
+        for texts in (lines, ["".join(lines)])
+    ]
+    assert counts == [10 * 5 / 6] * 2
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
