@@ -6,6 +6,7 @@ import runpy
 from inspect import signature
 from pathlib import Path
 
+import numpy as np
 import pytest
 from transformers import HfArgumentParser
 
@@ -45,6 +46,8 @@ CONFIGS = [QuantNoiseConfig, IPQConfig, FixedPointConfig, CompressionArguments]
         ({"exclude_modules": "["}, ["exclude_modules='['", "regular expression"]),
         ({"seed": -1}, ["seed=-1"]),
         ({"layerdrop_ste": 1}, ["layerdrop_ste=1", "True or False"]),
+        ({"p": 10**400}, ["p=1000", "from 0 to 1"]),
+        ({"share_layers": [["a", "b"], "cd"]}, ["share_layers", "list of lists"]),
     ],
 )
 def test_noise_config_checks(values, words):
@@ -212,6 +215,16 @@ def test_noise_config_round_trip(tmp_path):
     assert QuantNoiseConfig.from_pretrained(tmp_path / "new" / "folder") == config
     assert QuantNoiseConfig.from_dict(json.loads(config.to_json_string())) == config
     assert config.noises == [("pq", 0.1), ("int4", 0.5)]
+
+
+def test_configs_with_values_of_numpy_can_be_saved(tmp_path):
+    rates = list(np.array([0.25, 0.5], dtype=np.float32))
+    noise = QuantNoiseConfig(noise=["pq", "int8"], p=rates, scale_update_steps=np.int64(5))
+    storage = IPQConfig(block_size=np.int32(8), target_size_mb=np.float16(2.5))
+    for config in (noise, storage):
+        config.save_pretrained(tmp_path)
+        assert type(config).from_pretrained(tmp_path) == config
+    assert (noise.p, noise.scale_update_steps, storage.block_size) == ([0.25, 0.5], 5, 8)
 
 
 def test_noise_config_missing_file(tmp_path):

@@ -66,7 +66,13 @@ def number(expected: str, is_valid: Callable[[float], bool]) -> Check:
     """A real number for which a condition holds."""
 
     def check(name: str, value: Any) -> None:
-        if not isinstance(value, Real) or isinstance(value, bool) or not is_valid(float(value)):
+        if not isinstance(value, Real) or isinstance(value, bool):
+            raise invalid(name, value, expected)
+        try:
+            valid = is_valid(float(value))
+        except OverflowError:  # an integer that float64 cannot hold
+            valid = False
+        if not valid:
             raise invalid(name, value, expected)
 
     return check
@@ -187,7 +193,8 @@ def layer_chunks(name: str, value: Any) -> None:
     if is_int(value) and value >= 1:
         return
     chunks = value if isinstance(value, list | tuple) else []
-    names = [layer for chunk in chunks if isinstance(chunk, list | tuple) for layer in chunk]
+    are_lists = all(isinstance(chunk, list | tuple) for chunk in chunks)
+    names = [layer for chunk in chunks for layer in chunk] if are_lists else []
     if not names or not all(isinstance(layer, str) for layer in names):
         expected = "a number of layers per chunk (1: no sharing), or a list of lists of layer names"
         raise invalid(name, value, expected)

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
 from inspect import getdoc
+from numbers import Integral, Real
 from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
 from ..argument_checks import describe, require_instance
@@ -92,18 +93,27 @@ class Options:
 
     def __post_init__(self) -> None:
         for name, declared in options_of(type(self)).items():
-            value = _with_lists(getattr(self, name))
+            value = _as_from_json(getattr(self, name))
             setattr(self, name, value)
             if value is not None or type(None) not in get_args(declared.type):
                 for check in declared.checks:
                     check(name, value)
 
 
-def _with_lists(value: Any) -> Any:
-    """Return a value with lists for tuples, so that it equals the one read from its JSON."""
-    if not isinstance(value, list | tuple):
+def _as_from_json(value: Any) -> Any:
+    """Return a value as its JSON is read: with lists for tuples, and Python's types for numpy's.
+
+    JSON refuses those of numpy, when the config is saved.
+    """
+    if isinstance(value, list | tuple):
+        return [list(part) if isinstance(part, tuple) else _plain(part) for part in value]
+    return _plain(value)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, int | float) or not isinstance(value, Real):
         return value
-    return [list(part) if isinstance(part, tuple) else part for part in value]
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def unknown_option(config: type[Options], name: str) -> str:
