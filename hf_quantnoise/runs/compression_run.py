@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from copy import copy
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, Trainer, set_seed
@@ -231,6 +232,8 @@ class Run:
     def predict(self, trainer: Trainer) -> list[str]:
         """Write a file of predictions for each test set; return the files."""
         files = []
+        trainer.args = copy(trainer.args)
+        trainer.args.train_sampling_strategy = "sequential"  # group_by_length sorts these, too
         for name, rows in self.job.test_datasets.items():
             predictions = trainer.predict(rows, metric_key_prefix="predict").predictions
             texts = enumerate(self.job.prediction_texts(predictions))

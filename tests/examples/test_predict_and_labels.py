@@ -91,6 +91,23 @@ def test_predictions_are_those_of_the_saved_model(
     assert found == [classify(text)[0]["label"] for text in texts]
 
 
+def test_predictions_keep_the_order_of_the_file(tiny_model, write, tmp_path, sentences):
+    texts, _ = sentences(10, 3)
+    test_file = write("test.csv", {"sentence": texts})
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1).eval()
+    model.classifier.weight.data *= 100  # so that the values differ
+    model.save_pretrained(tmp_path / "finetuned")
+    copy_tokenizer(tiny_model, tmp_path / "finetuned")
+    flags = ["--test_file", test_file, "--do_predict", "--compress", "False"]
+    flags += ["--train_sampling_strategy", "group_by_length"]
+    run(tmp_path / "finetuned", tmp_path, *flags)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    with torch.no_grad():
+        logits = [model(**tokenizer(text, return_tensors="pt")).logits.item() for text in texts]
+    assert predictions(tmp_path, "predict_results") == pytest.approx(logits, abs=1e-3)
+
+
 def test_predictions_alone_use_the_labels_of_the_checkpoint(tiny_model, write, tmp_path, sentences):
     config = AutoConfig.from_pretrained(tiny_model, id2label={0: "no", 1: "yes", 2: "maybe"})
     model = AutoModelForSequenceClassification.from_config(config)
