@@ -26,6 +26,7 @@ from ..trainer import QuantNoiseTrainer
 from .arguments import Arguments, load_config
 from .closing_table import Row, closing_table, weights_mb
 from .job import Job
+from .known_flags import require_checkpoint
 from .labels import check_teacher
 from .post_training import train_with_noise
 from .results import ResultsFile, versions
@@ -50,9 +51,9 @@ class Run:
         training, self.resume = args.training, args.flags.resume_compression
         self.quantization = args.quantization if args.flags.compress else None
         self.results = ResultsFile(training.output_dir, training.should_save)
-        self.teacher_source = args.model.hub()
-        del self.teacher_source["revision"]
+        self.teacher_source = {k: v for k, v in args.model.hub().items() if k != "revision"}
         teacher = self.load_teacher_config()
+        require_checkpoint(training.resume_from_checkpoint)
         args.require_train_data()
         if self.resume:
             self.results.read_dense(args.to_dict())

@@ -14,6 +14,7 @@ from datasets.exceptions import DatasetGenerationError
 from ..configuration.options import option
 from ..repository import is_repository_name
 
+NOTHING_TO_DO = "nothing to do: pass --do_train, --do_eval or --stage_epochs above 0"
 READERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
 # Only empty cells are missing values: by default the csv reader drops the sentence "null".
 READER_OPTIONS = {"csv": {"keep_default_na": False, "na_values": [""]}}

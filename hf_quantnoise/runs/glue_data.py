@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification, PretrainedConfig
 from ..configuration.options import option
 from .arguments import ModelArguments
 from .example_data import (
+    NOTHING_TO_DO,
     FileArguments,
     check_column,
     check_minimum,
@@ -221,6 +222,8 @@ def load_glue_data(
     The label ids are those of ``config`` if its head has these labels.
     """
     sets = _read_sets(args, model, splits)
+    if not sets:
+        raise ValueError(NOTHING_TO_DO)
     first = next(iter(sets))
     keys = _sentence_keys(sets[first], first, args)
     _check_columns(sets, keys, args)
@@ -233,7 +236,7 @@ def load_glue_data(
         values, names = labels_of_checkpoint(args.task_name, config)
     default = ("pearson", "spearmanr") if names is None else ("accuracy",)
     metrics = args.task.metrics if args.task else default
-    if "f1" in metrics and len(names) != 2:
+    if "f1" in metrics and len(names or ()) != 2:
         raise ValueError(
             f"invalid --task_name {args.task_name!r}: its metric F1 needs 2 labels, the data has "
             f"{names}"

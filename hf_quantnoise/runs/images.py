@@ -18,6 +18,7 @@ from ..configuration.options import option
 from .arguments import Arguments
 from .example import Example
 from .example_data import (
+    NOTHING_TO_DO,
     SplitArguments,
     check_column,
     check_minimum,
@@ -105,7 +106,7 @@ def prepare(args: Arguments) -> Job:
     source = model_args.cache_dir, model_args.token
     sets = {split: load_images(data, split, *source) for split in args.splits}
     if not sets:
-        raise ValueError("nothing to do: pass --do_train, --do_eval or --stage_epochs above 0")
+        raise ValueError(NOTHING_TO_DO)
     found = labels_in(next(iter(sets.values())), data.label_column)
     # Integers below the number of labels of a head are not its labels: ImageNet has 1,000.
     replaces = model_args.ignore_mismatched_sizes

@@ -56,7 +56,7 @@ class ResultsFile:
         if "dense" not in values:
             raise ValueError(
                 f"--resume_compression: the run of {self.path} was interrupted before compression; "
-                "pass --resume_from_checkpoint to resume its finetuning"
+                "pass --resume_from_checkpoint with its newest checkpoint to resume its finetuning"
             )
         if changes := list(_changes(values.get("arguments", {}), arguments)):
             raise ValueError(

@@ -369,6 +369,19 @@ def test_f1_is_that_of_the_task_for_any_order_in_the_checkpoint(labels, swapped,
     assert compute(EvalPrediction((logits, logits), ids)) == expected
 
 
+def test_f1_of_a_checkpoint_with_one_output_is_an_error(write, tmp_path):
+    head = checkpoint_for("score")
+    test_file = write("test.csv", {"sentence1": ["a"], "sentence2": ["b"]})
+    args = DataArguments(test_file=test_file, task_name="mrpc")
+    with pytest.raises(ValueError, match=r"--task_name 'mrpc'.*F1 needs 2"):
+        load_glue_data(args, ModelArguments("m", cache_dir=str(tmp_path)), head, ["test"])
+
+
+def test_run_without_data_is_an_error():
+    with pytest.raises(ValueError, match="nothing to do: pass --do_train"):
+        load_glue_data(DataArguments(task_name="sst2"), ModelArguments("m"), NO_HEAD, [])
+
+
 def test_unreachable_hub_is_named(load, monkeypatch):
     def unreachable(*args, **kwargs):
         raise ConnectionError("offline")

@@ -54,3 +54,9 @@ def test_resumed_run_with_other_flags_is_refused(start, write_sets, interrupt, t
     files[files.index("--train_file") + 1] = str(tmp_path / "moved.csv")
     results, _ = start(*files, "--resume_compression")
     assert results["reloaded"]["logits_bit_equal"]
+
+
+def test_missing_checkpoint_of_the_finetuning_is_named(start, write_sets):
+    message = r"--resume_from_checkpoint 'True': no such folder; pass .*checkpoint-500"
+    with pytest.raises(ValueError, match=message):
+        start(*write_sets(), "--resume_from_checkpoint", "True")
