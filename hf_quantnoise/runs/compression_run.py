@@ -27,7 +27,7 @@ from .arguments import Arguments, load_config
 from .closing_table import Row, closing_table, weights_mb
 from .job import Job
 from .known_flags import require_checkpoint
-from .labels import check_teacher
+from .labels import check_teacher, with_same_labels
 from .post_training import train_with_noise
 from .results import ResultsFile, versions
 
@@ -69,7 +69,7 @@ class Run:
             check_teacher(teacher, job.model.config)
         if self.resume:
             # Finetuned: compression may have been interrupted before it saved the model itself.
-            job.model = self.load_dense()
+            job.model = with_same_labels(self.load_dense(), job.model.config)
         if self.quantization is not None:
             check_plan(job.model, self.quantization)
         sets = {"train": job.parts["train_dataset"], "validation": job.parts["eval_dataset"]}

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from datasets import ClassLabel, Dataset, Value
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -240,6 +240,22 @@ def check_teacher(teacher: PretrainedConfig, config: PretrainedConfig) -> None:
             f"{_listed(theirs)}, expected those of the finetuned model in the same order, "
             f"{_listed(ours)}"
         )
+
+
+def with_same_labels(model: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel:
+    """Return the finetuned model of a resumed run.
+
+    Raises:
+        ValueError: if it has other labels than the data (``config``), or in another order.
+    """
+    theirs, ours = ([*each.id2label.values()] for each in (model.config, config))
+    if theirs != ours:
+        raise ValueError(
+            f"--resume_compression: the finetuned model has the {_listed(theirs)}, the data has "
+            f"the {_listed(ours)}; pass the data of the interrupted run, or remove the flag to "
+            "start from scratch"
+        )
+    return model
 
 
 def prediction_texts(predictions: Any, label_names: list[str] | None) -> list[str]:

@@ -56,6 +56,16 @@ def test_resumed_run_with_other_flags_is_refused(start, write_sets, interrupt, t
     assert results["reloaded"]["logits_bit_equal"]
 
 
+def test_resumed_run_with_other_labels_is_refused(start, write_sets, interrupt):
+    files = [*write_sets(), *NOISE]
+    interrupt(start, *files)
+    write_sets(names=("dull", "great"))
+    with pytest.raises(
+        ValueError, match=r"model has the 2 labels \['0', '1'\], the data .*'great'"
+    ):
+        start(*files, "--resume_compression")
+
+
 def test_missing_checkpoint_of_the_finetuning_is_named(start, write_sets):
     message = r"--resume_from_checkpoint 'True': no such folder; pass .*checkpoint-500"
     with pytest.raises(ValueError, match=message):
