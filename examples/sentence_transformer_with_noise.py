@@ -19,6 +19,7 @@ import sys
 from dataclasses import dataclass, field
 
 import torch
+from datasets import Dataset
 from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
@@ -32,7 +33,10 @@ from hf_quantnoise import QuantNoiseCallback, quantize_model, remove_quant_noise
 from hf_quantnoise.compat import undo_accelerate_prepare
 from hf_quantnoise.runs.closing_table import Row, closing_table, weights_mb
 from hf_quantnoise.runs.config_flags import ConfigFlags
+from hf_quantnoise.runs.example_data import require_filled
 from hf_quantnoise.runs.script import ScriptParser, run_script
+
+COLUMNS = ["sentence1", "sentence2", "score"]
 
 
 @dataclass
@@ -47,6 +51,33 @@ class PairFlags(RowFlags):
         default="sentence-transformers/stsb",
         metadata={"help": "Dataset on the Hub, if there are no files."},
     )
+
+
+def read_pairs(flags: PairFlags, name: str) -> Dataset:
+    """Return the pairs of ``"train"`` or ``"validation"``, without further columns.
+
+    The trainer would take the first columns as the sentences, whatever their names.
+
+    Raises:
+        ValueError: if a column is missing or empty, or a score is not one of a cosine.
+    """
+    rows, source = flags.read(name), getattr(flags, f"{name}_file") or flags.dataset_name
+    if missing := [column for column in COLUMNS if column not in rows.column_names]:
+        raise ValueError(
+            f"{source} lacks the columns {', '.join(missing)}; its columns are "
+            f"{', '.join(rows.column_names)}; rename them"
+        )
+    rows = rows.select_columns(COLUMNS)
+    require_filled(rows, COLUMNS, source)
+    kind = str(getattr(rows.features["score"], "dtype", "lists"))
+    if not kind.startswith(("float", "int")):
+        raise ValueError(f"{source} has a column 'score' of {kind}, expected numbers from 0 to 1")
+    low, high = min(rows["score"]), max(rows["score"])
+    if low < -1 or high > 1:
+        raise ValueError(
+            f"{source} has a column 'score' from {low} to {high}, expected -1 to 1; rescale it"
+        )
+    return rows
 
 
 def make_parser() -> ScriptParser:
@@ -66,7 +97,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
     noise_config = compression.noise_config(training.seed)
     small_config = compression.config(training.seed)
     dense, compressed = (os.path.join(training.output_dir, n) for n in ("dense", "compressed"))
-    train, validation = flags.read("train"), flags.read("validation")
+    train, validation = read_pairs(flags, "train"), read_pairs(flags, "validation")
     evaluator = EmbeddingSimilarityEvaluator(
         list(validation["sentence1"]), list(validation["sentence2"]), list(validation["score"]),
         write_csv=False,
@@ -97,7 +128,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
     model.save_pretrained(compressed)
 
     undo_accelerate_prepare(model)  # mixed precision, which the loaded model does not have
-    fresh = SentenceTransformer(compressed)
+    fresh = SentenceTransformer(compressed, device=str(model.device))
     sentences = validation["sentence1"][:8]
     if not torch.equal(
         fresh.encode(sentences, convert_to_tensor=True),

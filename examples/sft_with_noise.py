@@ -62,11 +62,11 @@ class SftArguments(SFTConfig):
 def logits(model: PreTrainedModel) -> torch.Tensor:
     """Return the logits of the first tokens of the vocabulary, in the precision of the weights.
 
-    The forward of the class is called, since a trainer replaces that of its model, for example by
-    one in mixed precision.
+    The model is moved to the CPU, since a GPU rounds differently. The forward of the class is
+    called, since a trainer replaces that of its model, for example by one in mixed precision.
     """
     ids = torch.arange(min(32, model.config.vocab_size))[None]
-    return type(model).forward(model.eval(), input_ids=ids.to(model.device)).logits.cpu()
+    return type(model).forward(model.cpu().eval(), input_ids=ids).logits
 
 
 def make_parser() -> ScriptParser:

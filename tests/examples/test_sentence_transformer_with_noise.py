@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("sentence_transformers", reason="needs the extra 'sentence-transformers'")
 
+import sentence_transformer_with_noise
 from datasets import load_dataset
 from sentence_transformer_with_noise import main
 from sentence_transformers import (
@@ -48,6 +49,52 @@ def test_example_finetunes_compresses_and_reloads(bf16, tiny_model, pair_files, 
     plain = SentenceTransformer(str(out / "checkpoint-4"))[0].auto_model
     assert not getattr(plain, "is_quantized", False)
     assert SentenceTransformer(str(out / "compressed"))[0].auto_model.is_quantized
+
+
+def write_pairs(write, **columns) -> list[str]:
+    pairs = {"sentence1": ["a film", "a plot"], "sentence2": ["the film", "a cast"]}
+    columns = {**columns, **pairs, "score": columns.get("score", [0.5, 0.0])}
+    files = {flag: write(f"{flag}.csv", columns) for flag in ("train", "validation")}
+    return [word for flag, path in files.items() for word in (f"--{flag}_file", path)]
+
+
+def test_other_columns_are_not_trained_on(tiny_model, write, tmp_path, monkeypatch):
+    """The trainer would take the first two columns that are not labels as the sentences."""
+    found = []
+
+    def trainer(*_, train_dataset, eval_dataset, **__):
+        found.extend([train_dataset.column_names, eval_dataset.column_names])
+        raise InterruptedError
+
+    monkeypatch.setattr(sentence_transformer_with_noise, "SentenceTransformerTrainer", trainer)
+    files = write_pairs(write, genre=["news", "forum"], label=[1, 0])
+    with pytest.raises(InterruptedError):
+        main(["--model_name_or_path", tiny_model, *files, "--output_dir", str(tmp_path / "out")])
+    assert found == [["sentence1", "sentence2", "score"]] * 2
+
+
+@pytest.mark.parametrize(
+    ("score", "reason"),
+    [
+        ([3.8, 0.0], "'score' from 0.0 to 3.8, expected -1 to 1"),
+        ([None, 0.5], "1 of 2 rows with an empty column 'score'"),
+        (["good", "bad"], "'score' of (large_)?string, expected numbers"),
+    ],
+)
+def test_scores_that_no_cosine_can_have_are_an_error(score, reason, tiny_model, write, tmp_path):
+    files = write_pairs(write, score=score)
+    with pytest.raises(ValueError, match=rf"train\.csv.*{reason}"):
+        main(["--model_name_or_path", tiny_model, *files, "--output_dir", str(tmp_path / "out")])
+
+
+def test_missing_columns_are_named(tiny_model, write, tmp_path):
+    files = [
+        word
+        for flag in ("train", "validation")
+        for word in (f"--{flag}_file", write(f"{flag}.csv", {"text": ["a"], "score": [0]}))
+    ]
+    with pytest.raises(ValueError, match=r"train\.csv.* lacks the columns sentence1, sentence2"):
+        main(["--model_name_or_path", tiny_model, *files, "--output_dir", str(tmp_path / "out")])
 
 
 def test_resumed_runs_are_bit_equal(tiny_model, pair_files, tmp_path):

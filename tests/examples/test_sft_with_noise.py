@@ -4,6 +4,7 @@ TRL's default precision, mixed with bfloat16, is used everywhere.
 """
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch
 pytest.importorskip("trl", reason="needs the extra 'trl'")
 
 from datasets import load_dataset
-from sft_with_noise import main
+from sft_with_noise import logits, main
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
@@ -55,6 +56,27 @@ def test_example_finetunes_compresses_and_reloads(text_checkpoint, files, tmp_pa
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert not getattr(loaded, "is_quantized", False)
     assert AutoModelForCausalLM.from_pretrained(out / "compressed").is_quantized
+
+
+class OnGpu:
+    """A model on a GPU."""
+
+    device, config = "cuda", SimpleNamespace(vocab_size=8)
+
+    def cpu(self):
+        self.device = "cpu"
+        return self
+
+    def eval(self):
+        return self
+
+    def forward(self, input_ids):
+        return SimpleNamespace(logits=input_ids.to(self.device))
+
+
+def test_logits_are_those_on_the_cpu():
+    """The saved model is where it was trained, the loaded one on the CPU."""
+    assert torch.equal(logits(OnGpu()), torch.arange(8)[None])
 
 
 @pytest.mark.parametrize("tied", [False, True])
