@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -31,6 +32,32 @@ def test_notebook_has_a_badge_an_install_cell_and_no_outputs(name):
             assert f"`{line.split()[0]}`" in text, "the introduction lists the variables"
     code = [install, *(cell for cell in rest if cell["cell_type"] == "code")]
     assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code)
+
+
+SHELL = """
+import sys
+from IPython.core.interactiveshell import InteractiveShell
+shell = InteractiveShell.instance()
+sys.exit(not all(shell.run_cell(source).success for source in sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("code", [0, 2])
+@pytest.mark.parametrize("name", ["glue", "language_model"])
+def test_notebook_stops_if_the_run_fails(name, code, tmp_path):
+    """The cells below would show the files of an earlier run."""
+    pytest.importorskip("IPython")
+    command = tmp_path / "hf-quantnoise"
+    command.write_text(f"#!/bin/sh\nexit {code}\n")
+    command.chmod(0o755)
+    sources = ["".join(cell["source"]) for cell in cells_of(name) if cell["cell_type"] == "code"]
+    (run,) = (source for source in sources if "hf-quantnoise finetune" in source)
+    path = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
+    done = subprocess.run(
+        [sys.executable, "-c", SHELL, sources[1], run],
+        cwd=tmp_path, env={**os.environ, "PATH": path, "IPYTHONDIR": str(tmp_path)}, timeout=120,
+    )  # fmt: skip
+    assert bool(done.returncode) == bool(code)
 
 
 def place_encoder(folder: Path, source: str) -> None:
