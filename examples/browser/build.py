@@ -32,14 +32,16 @@ from sklearn.datasets import load_sample_images
 from transformers import (
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     PreTrainedModel,
 )
 from transformers.utils import cached_file
 
 from hf_quantnoise import FixedPointConfig, IPQConfig, export_onnx, quantize_model
 from hf_quantnoise.export.onnx_inputs import dynamic_axes, example_inputs
+from hf_quantnoise.hub.model_classes import load_complete
 from hf_quantnoise.modeling import packed_layers
+from hf_quantnoise.repository import missing_model
+from hf_quantnoise.runs.tokenizers import load_tokenizer, position_limit
 
 HERE = Path(__file__).resolve().parent
 PACKAGES = HERE / "node_modules"
@@ -97,8 +99,10 @@ def build(args: argparse.Namespace) -> None:
 
     Raises:
         FileNotFoundError: if the npm packages are not installed.
+        ValueError: if the folder must not be replaced, or a model cannot be shown.
     """
     output = Path(args.output)
+    check_output(output, args)
     write_page(output)
     tabs = {}
     for name, tab in TABS.items():
@@ -107,6 +111,24 @@ def build(args: argparse.Namespace) -> None:
             extra = {"samples": add_samples(output)} if name == "image" else {}
             tabs[name] = entry_of_tab(tab, models) | extra
     write_manifest(output, tabs)
+
+
+def check_output(output: Path, args: argparse.Namespace) -> None:
+    """Raise a ``ValueError`` if a folder has other files than a page, or one of the models."""
+    names = sorted(os.listdir(output)) if output.is_dir() else []
+    if names and not {"page.js", "runtime"} <= {*names}:
+        raise ValueError(
+            f"--output {str(output)!r} has other files than a page ({', '.join(names[:3])}), which "
+            "would be deleted; choose another folder"
+        )
+    for flag in (f"{name}{form}" for name in TABS for form in ("", "_float32")):
+        model = getattr(args, flag)
+        is_inside = bool(model) and Path(model).resolve().is_relative_to(output.resolve())
+        if is_inside and Path(model).is_dir():
+            raise ValueError(
+                f"--output {str(output)!r} contains the model of --{flag}, which would be deleted; "
+                "choose another folder"
+            )
 
 
 def write_page(output: Path) -> None:
@@ -155,20 +177,42 @@ def add_models(output: Path, name: str, args: argparse.Namespace) -> dict[str, s
     tab, source = TABS[name], getattr(args, name)
     dense_source = getattr(args, f"{name}_float32")
     labels = getattr(args, f"{name}_labels")
-    model = tab.auto_class.from_pretrained(source).eval()
+    model = load(name, tab, source)
+    if labels and len(labels) != model.config.num_labels:
+        raise ValueError(
+            f"--{name}_labels has {len(labels)} names, and the model {source!r} has "
+            f"{model.config.num_labels} classes; pass a name for each class"
+        )
     if not any(packed_layers(model)):
         dense_source = dense_source or source
         print(f"{source}: compressing in one shot", flush=True)
         model = quantize_model(model, tab.storage(args), progress=False)
     found = {"Compressed": (model, source)}
     if dense_source:
-        dense = tab.auto_class.from_pretrained(dense_source, dtype=torch.float32).eval()
+        dense = load(f"{name}_float32", tab, dense_source, dtype=torch.float32)
         found["float32"] = dense, dense_source
     for title, (model, place) in found.items():
         if labels:
             model.config.id2label = dict(enumerate(labels))
         add_model(model, name, place, output / name / title.lower(), args.dtype)
     return {title: f"{name}/{title.lower()}" for title in found}
+
+
+def load(flag: str, tab: Tab, source: str, **kwargs: Any) -> PreTrainedModel:
+    """Load the classifier that a flag names.
+
+    Raises:
+        ValueError: with the flag, if it is missing or not a classifier.
+    """
+    try:
+        model = load_complete(tab.auto_class, source, **kwargs).eval()
+    except (OSError, ValueError) as error:
+        is_missing = isinstance(error, OSError) and not os.path.isdir(source)
+        reason = missing_model(source, error) if is_missing else error
+        raise ValueError(f"invalid --{flag} {source!r}: {reason}") from error
+    if model.config.num_labels < 2:
+        raise ValueError(f"invalid --{flag} {source!r}: it has one output, expected a classifier")
+    return model
 
 
 def add_model(
@@ -181,7 +225,10 @@ def add_model(
     else:
         export_float32(model, folder)
     if name == "text":  # in the form of a fast tokenizer, which the source may lack
-        AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+        tokenizer = load_tokenizer(name, source)
+        if (limit := position_limit(model)) is not None:  # transformers.js truncates to this length
+            tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
+        tokenizer.save_pretrained(folder)
     else:
         shutil.copy(cached_file(source, "preprocessor_config.json"), folder)
 
@@ -249,18 +296,32 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Entry point; ``argv`` defaults to the command line."""
     args = parse(argv)
+    server = None
     try:
+        if not any(getattr(args, name) for name in TABS):
+            raise ValueError(f"no models: pass {' or '.join(f'--{name}' for name in TABS)}")
+        if args.serve is not None:
+            server = open_server(args)
         build(args)
-    except OSError as error:
+    except (OSError, ValueError, ImportError) as error:
         sys.exit(f"error: {error}")
     print(f"the page is in {args.output}")
-    if args.serve is not None:
-        with make_server(args.output, args.serve) as server:
+    if server is not None:
+        with server:
             print(f"open http://127.0.0.1:{server.server_address[1]}/ (Ctrl+C ends it)", flush=True)
             try:
                 server.serve_forever()
             except KeyboardInterrupt:
                 print()
+
+
+def open_server(args: argparse.Namespace) -> ThreadingHTTPServer:
+    """Return the server of a page that is not built yet, which may take minutes."""
+    try:
+        return make_server(args.output, args.serve)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"--serve {args.serve}: {reason}; pass another port") from error
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -105,6 +106,15 @@ def in_page(page, folder: str, task: str, body: str):
     }})()""")
 
 
+def write(page, sentence: str) -> None:
+    """Write into the field as a user does."""
+    page.browser.evaluate(f"""{{
+        const field = document.querySelector("textarea");
+        field.value = "{sentence}";
+        field.dispatchEvent(new Event("input"));
+    }}""")
+
+
 @torch.no_grad()
 def expected(page, name: str, sentence: str) -> torch.Tensor:
     return page.models[name](**page.tokenizer(sentence, return_tensors="pt")).logits[0]
@@ -140,11 +150,7 @@ def test_logits_of_a_picture_equal_those_of_torch(page):
 def test_answer_follows_the_sentence(page):
     answers = {}
     for sentence in ("boring", SENTENCE):
-        page.browser.evaluate(f"""{{
-            const field = document.querySelector("textarea");
-            field.value = "{sentence}";
-            field.dispatchEvent(new Event("input"));
-        }}""")
+        write(page, sentence)
         scores = expected(page, "packed", sentence).softmax(-1)
         best = int(scores.argmax())
         wanted = f"{['negative', 'positive'][best]}{100 * scores[best]:.1f} %"
@@ -241,6 +247,99 @@ def test_missing_npm_packages_are_named(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match=r"needs npm packages.*run: npm ci --ignore-scripts"):
         build.main(["--output", str(tmp_path / "site")])
     assert not (tmp_path / "site").exists()
+
+
+@pytest.mark.parametrize(
+    ("files", "inner", "reason"),
+    [
+        (["notes.txt"], None, "has other files than a page .*notes.txt"),
+        (["config.json", "model.safetensors"], None, "has other files than a page"),
+        # The folder of the script has page.js, too.
+        (["page.js", "index.html", "package.json"], None, "has other files than a page"),
+        (["page.js", "runtime/ort.wasm"], "text/model/config.json", "contains the model of --text"),
+    ],
+)
+def test_output_with_other_files_is_not_replaced(files, inner, reason, tmp_path):
+    pytest.importorskip("onnxscript")
+    site = tmp_path / "site"
+    names = [*files, inner] if inner else files
+    for name in names:
+        (site / name).parent.mkdir(parents=True, exist_ok=True)
+        (site / name).write_text("{}")
+    model = str(site / "text" / "model") if inner else "missing/model"
+    with pytest.raises(SystemExit, match=f"error: --output '.*site'.*{reason}"):
+        build.main(["--text", model, "--image", "", "--output", str(site)])
+    assert sorted(p.relative_to(site).as_posix() for p in site.rglob("*") if p.is_file()) == sorted(
+        names
+    )
+
+
+def test_a_page_is_replaced(tmp_path, packages):
+    site = tmp_path / "site"
+    build.write_page(site)
+    (site / "models.json").write_text("{}")
+    build.check_output(site, build.parse(["--text", "a/b"]))
+    build.write_page(site)
+    assert not (site / "models.json").exists()
+
+
+@pytest.fixture
+def packages(tmp_path, monkeypatch):
+    """Empty files in place of the npm packages."""
+    folder = tmp_path / "node_modules"
+    for name in (*build.CODE, build.WASM):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    monkeypatch.setattr(build, "PACKAGES", folder)
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--text", "missing/model"], "invalid --text 'missing/model': no folder"),
+        (["--text", "ENCODER"], "invalid --text .*would be random"),
+        (["--text", "DENSE", "--text_float32", "ENCODER"], "--text_float32 .*would be random"),
+        (["--text", "DENSE", "--text_labels", "one"], "has 1 names, .* has 2 classes"),
+        (["--text", "REGRESSION"], "invalid --text .*one output"),
+        (["--text", "NO_TOKENIZER"], "invalid --text .*only special tokens"),
+        (["--text", "DENSE", "--block_size", "5"], "block_size"),
+        (["--text", ""], "no models: pass --text or --image"),
+    ],
+)
+def test_models_that_a_page_cannot_show_are_an_error(
+    flags, reason, tiny_model, tmp_path, packages, monkeypatch
+):
+    config = AutoConfig.from_pretrained(tiny_model, num_hidden_layers=1)
+    for name, labels in (("DENSE", 2), ("NO_TOKENIZER", 2), ("REGRESSION", 1)):
+        config.num_labels = labels
+        AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / name)
+        if name != "NO_TOKENIZER":
+            AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / name)
+    shutil.copytree(tiny_model, tmp_path / "ENCODER")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        build.main([*flags, "--image", "", "--output", "site"])
+    assert re.search(rf"^error: .*{reason}", str(ended.value)), ended.value
+
+
+def test_port_in_use_is_an_error_before_the_page_is_built(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "build", lambda _: pytest.fail("the page was built"))
+    with build.make_server(tmp_path) as server:
+        port = server.server_address[1]
+        with pytest.raises(SystemExit, match=f"error: --serve {port}: .* in use"):
+            build.main(["--serve", str(port), "--output", str(tmp_path / "site")])
+
+
+def test_tokenizer_is_limited_to_the_positions_of_the_model(tiny_model, tmp_path, packages):
+    pytest.importorskip("onnxscript")
+    folder = tmp_path / "model"
+    config = AutoConfig.from_pretrained(tiny_model, num_hidden_layers=1)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_model, model_max_length=10**30).save_pretrained(folder)
+    build.main(["--text", str(folder), "--image", "", "--output", str(tmp_path / "site")])
+    for name in ("compressed", "float32"):
+        written = AutoTokenizer.from_pretrained(tmp_path / "site" / "text" / name)
+        assert written.model_max_length == config.max_position_embeddings
 
 
 def test_packages_are_pinned_and_from_the_default_registry():
