@@ -71,7 +71,7 @@ def read_pairs(flags: PairFlags, name: str) -> Dataset:
     require_filled(rows, COLUMNS, source)
     kind = str(getattr(rows.features["score"], "dtype", "lists"))
     if not kind.startswith(("float", "int")):
-        raise ValueError(f"{source} has a column 'score' of {kind}, expected numbers from 0 to 1")
+        raise ValueError(f"{source} has a column 'score' of {kind}, expected values from 0 to 1")
     low, high = min(rows["score"]), max(rows["score"])
     if low < -1 or high > 1:
         raise ValueError(
@@ -106,7 +106,9 @@ def main(argv: list[str] | None = None) -> list[Row]:
     def score(model: SentenceTransformer) -> float:
         return float(evaluator(model)["spearman_cosine"])
 
-    model = SentenceTransformer(flags.model_name_or_path, model_kwargs={"dtype": "float32"})
+    with flags.errors_name_model():
+        model = SentenceTransformer(flags.model_name_or_path, model_kwargs={"dtype": "float32"})
+    flags.require_dense(model)
     callbacks = [QuantNoiseCallback(noise_config)] if noise_config else []
     trainer = SentenceTransformerTrainer(
         model, training, train_dataset=train, eval_dataset=validation,

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 import torch
 from trainer_data import RowFlags
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig, SFTTrainer
 
@@ -28,6 +28,7 @@ from hf_quantnoise import QuantNoiseCallback, quantize_model, remove_quant_noise
 from hf_quantnoise.runs.closing_table import Row, closing_table, weights_mb
 from hf_quantnoise.runs.config_flags import ConfigFlags
 from hf_quantnoise.runs.script import ScriptParser, run_script
+from hf_quantnoise.runs.tokenizers import load_tokenizer
 
 
 @dataclass
@@ -86,14 +87,16 @@ def main(argv: list[str] | None = None) -> list[Row]:
     noise_config = compression.noise_config(training.seed)
     small_config = compression.config(training.seed)
     dense, compressed = (os.path.join(training.output_dir, n) for n in ("dense", "compressed"))
-    tokenizer = AutoTokenizer.from_pretrained(flags.model_name_or_path)
+    tokenizer = load_tokenizer("model_name_or_path", flags.model_name_or_path)
+    with flags.errors_name_model():
+        model = AutoModelForCausalLM.from_pretrained(flags.model_name_or_path, dtype="float32")
+    flags.require_dense(model)
     data = {
         "train_dataset": flags.read("train"),
         "eval_dataset": flags.read("validation"),
         "processing_class": tokenizer,
     }
 
-    model = AutoModelForCausalLM.from_pretrained(flags.model_name_or_path, dtype="float32")
     callbacks = [QuantNoiseCallback(noise_config)] if noise_config else []
     trainer = SFTTrainer(model, training, callbacks=callbacks, **data)
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)

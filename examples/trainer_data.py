@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from datasets import Dataset, load_dataset
+from torch import nn
 from transformers import TrainingArguments
 
 from hf_quantnoise.configuration.options import option
+from hf_quantnoise.modeling import packed_layers
+from hf_quantnoise.repository import missing_model
 from hf_quantnoise.runs.example_data import read_table
 
 
@@ -39,6 +44,25 @@ class RowFlags:
                 raise ValueError(
                     f"--{name} is not supported; remove it (hf-quantnoise push uploads a model)"
                 )
+
+    @contextmanager
+    def errors_name_model(self) -> Iterator[None]:
+        """Raise the errors of loading the model with its name."""
+        name = self.model_name_or_path
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            reason = error if os.path.isdir(name) else missing_model(name, error)
+            raise ValueError(f"invalid --model_name_or_path {name!r}: {reason}") from error
+
+    def require_dense(self, model: nn.Module) -> None:
+        """Raise a ``ValueError`` for a packed model, which can be neither noised nor packed."""
+        name = self.model_name_or_path
+        if any(packed_layers(model)):
+            raise ValueError(
+                f"invalid --model_name_or_path {name!r}: it is compressed already; pass a dense "
+                f"model (hf-quantnoise convert {name} FOLDER --to dense writes this one as dense)"
+            )
 
     def read(self, name: str) -> Dataset:
         """Return the data of ``"train"`` or ``"validation"``."""

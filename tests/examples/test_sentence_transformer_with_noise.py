@@ -14,8 +14,9 @@ from sentence_transformers import (
     SentenceTransformerTrainingArguments,
 )
 from sentence_transformers.sentence_transformer.losses import CosineSimilarityLoss
+from transformers import AutoModel, AutoTokenizer
 
-from hf_quantnoise import QuantNoiseCallback, QuantNoiseConfig
+from hf_quantnoise import IPQConfig, QuantNoiseCallback, QuantNoiseConfig, quantize_model
 from hf_quantnoise.noise import find_state
 
 
@@ -78,7 +79,7 @@ def test_other_columns_are_not_trained_on(tiny_model, write, tmp_path, monkeypat
     [
         ([3.8, 0.0], "'score' from 0.0 to 3.8, expected -1 to 1"),
         ([None, 0.5], "1 of 2 rows with an empty column 'score'"),
-        (["good", "bad"], "'score' of (large_)?string, expected numbers"),
+        (["good", "bad"], "'score' of (large_)?string, expected values"),
     ],
 )
 def test_scores_that_no_cosine_can_have_are_an_error(score, reason, tiny_model, write, tmp_path):
@@ -95,6 +96,23 @@ def test_missing_columns_are_named(tiny_model, write, tmp_path):
     ]
     with pytest.raises(ValueError, match=r"train\.csv.* lacks the columns sentence1, sentence2"):
         main(["--model_name_or_path", tiny_model, *files, "--output_dir", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("missing/model", "no folder 'missing/model'"), ("packed", "is compressed already")],
+)
+def test_models_that_cannot_be_trained_are_an_error_before_training(
+    name, reason, tiny_model, write, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    model = AutoModel.from_pretrained(tiny_model)
+    quantize_model(model, IPQConfig(block_size=4, n_centroids=8), progress=False)
+    model.save_pretrained("packed")
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained("packed")
+    words = ["--model_name_or_path", name, *write_pairs(write), "--output_dir", "out"]
+    with pytest.raises(ValueError, match=f"invalid --model_name_or_path '{name}': .*{reason}"):
+        main([*words, "--max_steps", "1", "--use_cpu", "--report_to", "none"])
 
 
 def test_resumed_runs_are_bit_equal(tiny_model, pair_files, tmp_path):

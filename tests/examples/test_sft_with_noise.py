@@ -11,12 +11,13 @@ import torch
 
 pytest.importorskip("trl", reason="needs the extra 'trl'")
 
+import sft_with_noise
 from datasets import load_dataset
 from sft_with_noise import logits, main
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
-from hf_quantnoise import QuantNoiseCallback, QuantNoiseConfig
+from hf_quantnoise import IPQConfig, QuantNoiseCallback, QuantNoiseConfig, quantize_model
 from hf_quantnoise.noise import find_state
 
 
@@ -56,6 +57,36 @@ def test_example_finetunes_compresses_and_reloads(text_checkpoint, files, tmp_pa
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert not getattr(loaded, "is_quantized", False)
     assert AutoModelForCausalLM.from_pretrained(out / "compressed").is_quantized
+
+
+def packed(path, out):
+    """Write a packed model with its tokenizer; return the folder."""
+    model = AutoModelForCausalLM.from_pretrained(path)
+    quantize_model(model, IPQConfig(block_size=4, n_centroids=8), progress=False)
+    model.save_pretrained(out)
+    AutoTokenizer.from_pretrained(path).save_pretrained(out)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("missing", "no folder 'missing/model'"),
+        ("packed", "is compressed already.*--to dense"),
+        ("wordless", "its tokenizer cannot be loaded"),
+    ],
+)
+def test_models_that_cannot_be_trained_are_an_error_before_training(
+    kind, reason, text_checkpoint, files, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(sft_with_noise, "SFTTrainer", lambda *_, **__: pytest.fail("it trains"))
+    if kind == "wordless":
+        AutoModelForCausalLM.from_pretrained(text_checkpoint).save_pretrained(tmp_path / kind)
+    paths = {"missing": "missing/model", "wordless": tmp_path / "wordless"}
+    name = str(paths.get(kind) or packed(text_checkpoint, tmp_path / "packed"))
+    words = ["--model_name_or_path", name, *files, "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(ValueError, match=f"invalid --model_name_or_path '{name}': .*{reason}"):
+        main([*words, "--noise", "none"])
 
 
 class OnGpu:
