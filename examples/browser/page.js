@@ -54,14 +54,27 @@ Object.assign(env, { fetch: countedFetch, useBrowserCache: false });
 Object.assign(env, { allowLocalModels: true, localModelPath: root.pathname, allowRemoteModels: false });
 // One thread: more need headers that many hosts do not send. No path: the default is a CDN.
 Object.assign(wasm, { numThreads: 1, wasmPaths: {} });
-const pipelines = {};
-let binary;
+const kept = {};
+
+/** Return the promise that a function returns; it is called again only if that one was rejected. */
+function once(name, make) {
+  return (kept[name] ??= make().catch((error) => {
+    delete kept[name];
+    throw error;
+  }));
+}
+
+async function downloadRuntime() {
+  const [path] = Object.keys(runtime.wasm);
+  const response = await countedFetch(path);
+  if (!response.ok) throw new Error(`${path}: status ${response.status}`);
+  return response.arrayBuffer();
+}
 
 /** Return the promise of a pipeline; the model and the runtime are downloaded once. */
 export async function load(task, { folder }) {
-  binary ??= countedFetch(Object.keys(runtime.wasm)[0]).then((response) => response.arrayBuffer());
-  wasm.wasmBinary = await binary;
-  return (pipelines[folder] ??= pipeline(task, folder, { device: "wasm" }));
+  wasm.wasmBinary = await once("runtime", downloadRuntime);
+  return once(folder, () => pipeline(task, folder, { device: "wasm" }));
 }
 
 // ---- cards: one model each ------------------------------------------------------------------
@@ -82,24 +95,36 @@ function addCard(panel, tab, model, current) {
   const card = $("#model").content.firstElementChild.cloneNode(true);
   const button = $("button", card);
   const options = { top_k: tab.top };
-  const failed = ({ message }) => ($(".time", card).textContent = `Failed: ${message}`);
-  let classify, answered;
+  let classify, answered, hasRun;
   card.dataset.folder = model.folder;
   $("h2", card).textContent = model.name;
   $("progress", card).ariaLabel = `Download of ${model.name}`;
   follow(card, model.files);
   $(".models", panel).append(card);
 
+  function show(items, time = "") {
+    $("ol", card).replaceChildren(...items);
+    $(".time", card).textContent = time;
+  }
+  function failed({ message }) {
+    answered = undefined; // so that the same input is tried again
+    show([create("li", { textContent: `Failed: ${message}` })]);
+  }
+
   async function answer() {
     const input = current();
-    if (!classify || !input || input === answered) return;
-    if (!answered) await classify(input, options); // the first run also prepares the model
-    const begun = performance.now();
-    const scores = await classify(input, options);
-    const time = performance.now() - begun;
+    if (!classify || input === answered) return;
+    if (input) {
+      if (!hasRun) await classify(input, options); // the first run also prepares the model
+      hasRun = true;
+      const begun = performance.now();
+      const scores = await classify(input, options);
+      const time = performance.now() - begun;
+      show(scores.map(row), `${time.toFixed(time < 10 ? 1 : 0)} ms`);
+    } else {
+      show([]);
+    }
     answered = input;
-    $(".time", card).textContent = `${time.toFixed(time < 10 ? 1 : 0)} ms`;
-    $("ol", card).replaceChildren(...scores.map(row));
   }
   const answerInTurn = () => inTurn(() => answer().catch(failed));
 
@@ -108,10 +133,12 @@ function addCard(panel, tab, model, current) {
     button.hidden = true;
     try {
       classify = await load(tab.task, model);
-      await answerInTurn();
     } catch (error) {
       failed(error);
+      button.hidden = false; // to try again
+      return;
     }
+    await answerInTurn();
   };
   return answerInTurn;
 }

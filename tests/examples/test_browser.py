@@ -234,6 +234,64 @@ def test_benchmark_measures_in_the_page(page, tmp_path):
     assert all(part["gzip"] < part["bytes"] for part in row["download"].values())
 
 
+@pytest.fixture
+def reopened(page):
+    """Load the page again; problems that it logs in the test are expected."""
+    known = list(page.browser.problems)
+    page.browser.open(page.url)
+    page.browser.wait_for("document.querySelectorAll('#text li').length > 0")
+    yield page
+    page.browser.problems[:] = known
+
+
+def test_failed_download_is_announced_and_can_be_repeated(reopened):
+    browser, part = reopened.browser, card("text/float32")
+    browser.send("Network.setBlockedURLs", urls=["*/text/float32/onnx/*"])
+    browser.evaluate(f"{part}.querySelector('button').click()")
+    browser.wait_for(f"{part}.querySelector('[aria-live]').textContent.startsWith('Failed')")
+    browser.send("Network.setBlockedURLs", urls=[])
+    assert not browser.evaluate(f"{part}.querySelector('button').hidden")
+    browser.evaluate(f"{part}.querySelector('button').click()")
+    browser.wait_for(f"{part}.querySelectorAll('meter').length == 2")
+    assert browser.evaluate(f"{part}.querySelector('button').hidden")
+
+
+def test_failed_runtime_is_downloaded_again(page):
+    known, browser, part = list(page.browser.problems), page.browser, card("text/compressed")
+    wasm = page.site / "runtime" / Path(build.WASM).name
+    wasm.rename(page.site / "moved")
+    browser.open(page.url)
+    browser.wait_for(f"{part}?.textContent.includes('{wasm.name}: status 404')")
+    (page.site / "moved").rename(wasm)
+    browser.evaluate(f"{part}.querySelector('button').click()")
+    browser.wait_for(f"{part}.querySelectorAll('meter').length == 2")
+    browser.problems[:] = known
+
+
+def test_answer_is_removed_with_its_sentence(reopened):
+    browser, part = reopened.browser, card("text/compressed")
+    write(reopened, " ")
+    browser.wait_for(f"{part}.querySelector('ol').textContent === ''")
+    assert browser.evaluate(f"{part}.querySelector('.time').textContent") == ""
+    write(reopened, SENTENCE)
+    browser.wait_for(f"{part}.querySelectorAll('meter').length == 2")
+
+
+def test_picture_that_cannot_be_read_replaces_the_answer(reopened):
+    browser, part = reopened.browser, card("image/compressed")
+    browser.evaluate("document.querySelector('#tab-image').click()")
+    browser.wait_for(f"{part}.querySelectorAll('meter').length > 0")
+    browser.evaluate("""{
+        const dataTransfer = new DataTransfer();
+        dataTransfer.items.add(new File(["no picture"], "a.png", { type: "image/png" }));
+        document.querySelector(".picture").dispatchEvent(new DragEvent("drop", { dataTransfer }));
+    }""")
+    browser.wait_for(f"{part}.querySelector('ol').textContent.startsWith('Failed')")
+    assert browser.evaluate(f"{part}.querySelectorAll('meter').length") == 0
+    browser.evaluate("document.querySelector('#samples button').click()")
+    browser.wait_for(f"{part}.querySelectorAll('meter').length > 0")
+
+
 def test_no_request_leaves_the_loopback(page):
     assert page.browser.evaluate(f"fetch('{REFUSED}').then(() => false, () => true)")
     assert any(f"'{REFUSED}' violates" in text for text in page.browser.problems)
