@@ -36,7 +36,7 @@ class SftFlags(RowFlags):
     """Model and data."""
 
     model_name_or_path: str = field(
-        default="HuggingFaceTB/SmolLM2-135M",
+        default="HuggingFaceTB/SmolLM2-135M-Instruct",
         metadata={"help": "Checkpoint: a folder or a Hub repository."},
     )
     dataset_name: str = field(

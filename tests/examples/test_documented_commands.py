@@ -92,7 +92,7 @@ def place_run_image_classification(folder, fixture):
 
 def place_sft_with_noise(folder, fixture):
     write_wider(fixture("text_checkpoint"), folder / "gpt2", AutoModelForCausalLM)
-    chat_model = folder / "HuggingFaceTB/SmolLM2-135M"
+    chat_model = folder / "HuggingFaceTB/SmolLM2-135M-Instruct"
     write_wider(fixture("text_checkpoint"), chat_model, AutoModelForCausalLM)
     config = chat_model / "tokenizer_config.json"
     template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"

@@ -154,8 +154,6 @@ def place_other_trainers(folder: Path, fixture) -> None:
 
     if not (folder / "HuggingFaceTB").exists():
         place_sft_with_noise(folder, fixture)
-        name = folder / "HuggingFaceTB" / "SmolLM2-135M"
-        name.rename(f"{name}-Instruct")
 
 
 def test_tutorial_of_language_models_runs(tmp_path, monkeypatch, request):
