@@ -189,7 +189,10 @@ def add_models(output: Path, name: str, args: argparse.Namespace) -> dict[str, s
         model = quantize_model(model, tab.storage(args), progress=False)
     found = {"Compressed": (model, source)}
     if dense_source:
-        dense = load(f"{name}_float32", tab, dense_source, dtype=torch.float32)
+        flag = f"{name}_float32"
+        dense = load(flag, tab, dense_source, dtype=torch.float32)
+        if any(packed_layers(dense)):
+            raise ValueError(f"invalid --{flag} {dense_source!r}: it is compressed already")
         found["float32"] = dense, dense_source
     for title, (model, place) in found.items():
         if labels:

@@ -357,6 +357,7 @@ def packages(tmp_path, monkeypatch):
         (["--text", "missing/model"], "invalid --text 'missing/model': no folder"),
         (["--text", "ENCODER"], "invalid --text .*would be random"),
         (["--text", "DENSE", "--text_float32", "ENCODER"], "--text_float32 .*would be random"),
+        (["--text", "DENSE", "--text_float32", "PACKED"], "--text_float32 .*is compressed"),
         (["--text", "DENSE", "--text_labels", "one"], "has 1 names, .* has 2 classes"),
         (["--text", "REGRESSION"], "invalid --text .*one output"),
         (["--text", "NO_TOKENIZER"], "invalid --text .*only special tokens"),
@@ -374,6 +375,9 @@ def test_models_that_a_page_cannot_show_are_an_error(
         if name != "NO_TOKENIZER":
             AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / name)
     shutil.copytree(tiny_model, tmp_path / "ENCODER")
+    packed = AutoModelForSequenceClassification.from_pretrained(tmp_path / "DENSE")
+    quantize_model(packed, IPQConfig(block_size=4, n_centroids=16), progress=False)
+    packed.save_pretrained(tmp_path / "PACKED")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:
         build.main([*flags, "--image", "", "--output", "site"])
