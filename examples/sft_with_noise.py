@@ -19,6 +19,7 @@ import sys
 from dataclasses import dataclass, field
 
 import torch
+from datasets import Dataset
 from trainer_data import RowFlags
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import is_torch_bf16_gpu_available
@@ -70,6 +71,23 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
     return type(model).forward(model.cpu().eval(), input_ids=ids).logits
 
 
+def read_texts(flags: SftFlags, name: str, text: str) -> Dataset:
+    """Return the data of ``"train"`` or ``"validation"``; raise if SFTTrainer cannot read them.
+
+    Args:
+        flags: name the data.
+        name: of the split.
+        text: column of plain text.
+    """
+    rows, source = flags.read(name), getattr(flags, f"{name}_file") or flags.dataset_name
+    if not {text, "messages", "conversations", "prompt", "input_ids"} & {*rows.column_names}:
+        raise ValueError(
+            f"{source} has the columns {', '.join(rows.column_names)}, expected {text}, messages, "
+            "or prompt and completion; rename one, or pass --dataset_text_field"
+        )
+    return rows
+
+
 def make_parser() -> ScriptParser:
     """Return the parser of the command line."""
     kinds = [SftFlags, ConfigFlags, SftArguments]
@@ -92,8 +110,8 @@ def main(argv: list[str] | None = None) -> list[Row]:
         model = AutoModelForCausalLM.from_pretrained(flags.model_name_or_path, dtype="float32")
     flags.require_dense(model)
     data = {
-        "train_dataset": flags.read("train"),
-        "eval_dataset": flags.read("validation"),
+        "train_dataset": read_texts(flags, "train", training.dataset_text_field),
+        "eval_dataset": read_texts(flags, "validation", training.dataset_text_field),
         "processing_class": tokenizer,
     }
 

@@ -20,6 +20,8 @@ from trl import SFTConfig, SFTTrainer
 from hf_quantnoise import IPQConfig, QuantNoiseCallback, QuantNoiseConfig, quantize_model
 from hf_quantnoise.noise import find_state
 
+SPLITS = ("train", "validation")
+
 
 @pytest.fixture
 def files(texts, tmp_path):
@@ -87,6 +89,13 @@ def test_models_that_cannot_be_trained_are_an_error_before_training(
     words = ["--model_name_or_path", name, *files, "--output_dir", str(tmp_path / "out")]
     with pytest.raises(ValueError, match=f"invalid --model_name_or_path '{name}': .*{reason}"):
         main([*words, "--noise", "none"])
+
+
+def test_columns_that_the_trainer_does_not_know_are_named(text_checkpoint, write, tmp_path):
+    files = [f"--{s}_file={write(f'{s}.jsonl', {'sentence': ['w1']})}" for s in SPLITS]
+    words = ["--model_name_or_path", str(text_checkpoint), "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(ValueError, match=r"train\.jsonl has the columns sentence, expected text"):
+        main([*words, *files])
 
 
 class OnGpu:
