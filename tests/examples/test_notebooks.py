@@ -60,6 +60,21 @@ def test_notebook_stops_if_the_run_fails(name, code, tmp_path):
     assert bool(done.returncode) == bool(code)
 
 
+@pytest.mark.parametrize(("task", "is_pair"), [("mrpc", True), ("sst2", False), ("cola", False)])
+def test_glue_notebook_classifies_a_text_of_its_task(task, is_pair, monkeypatch):
+    seen = []
+
+    class Pipeline:
+        model, __call__ = None, staticmethod(seen.append)
+
+    monkeypatch.setattr("transformers.pipeline", lambda *_, **__: Pipeline())
+    monkeypatch.setattr("hf_quantnoise.optimize_for_inference", lambda *_: None)
+    sources = ("".join(cell["source"]) for cell in cells_of("glue"))
+    (source,) = (source for source in sources if "pipeline(" in source)
+    exec(source, {"TASK": task})
+    assert isinstance(seen[0], dict) == is_pair
+
+
 def place_encoder(folder: Path, source: str) -> None:
     """Write the pretrained model: random, and large enough for a recipe."""
     target = folder / "sentence-transformers/all-MiniLM-L6-v2"
