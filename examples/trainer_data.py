@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 from datasets import Dataset, load_dataset
@@ -14,8 +13,8 @@ from transformers import TrainingArguments
 
 from hf_quantnoise.configuration.options import option
 from hf_quantnoise.modeling import packed_layers
-from hf_quantnoise.repository import missing_model
 from hf_quantnoise.runs.example_data import read_table
+from hf_quantnoise.runs.loading import errors_name_model
 
 
 @dataclass
@@ -45,15 +44,9 @@ class RowFlags:
                     f"--{name} is not supported; remove it (hf-quantnoise push uploads a model)"
                 )
 
-    @contextmanager
-    def errors_name_model(self) -> Iterator[None]:
-        """Raise the errors of loading the model with its name."""
-        name = self.model_name_or_path
-        try:
-            yield
-        except (OSError, ValueError) as error:
-            reason = error if os.path.isdir(name) else missing_model(name, error)
-            raise ValueError(f"invalid --model_name_or_path {name!r}: {reason}") from error
+    def errors_name_model(self) -> AbstractContextManager[None]:
+        """Return a context that raises the errors of loading the model with its name."""
+        return errors_name_model("invalid --model_name_or_path", self.model_name_or_path)
 
     def require_dense(self, model: nn.Module) -> None:
         """Raise a ``ValueError`` for a packed model, which can be neither noised nor packed."""

@@ -40,7 +40,7 @@ from hf_quantnoise import FixedPointConfig, IPQConfig, export_onnx, quantize_mod
 from hf_quantnoise.export.onnx_inputs import dynamic_axes, example_inputs
 from hf_quantnoise.hub.model_classes import load_complete
 from hf_quantnoise.modeling import packed_layers
-from hf_quantnoise.repository import missing_model
+from hf_quantnoise.runs.loading import errors_name_model
 from hf_quantnoise.runs.tokenizers import load_tokenizer, position_limit
 
 HERE = Path(__file__).resolve().parent
@@ -207,12 +207,8 @@ def load(flag: str, tab: Tab, source: str, **kwargs: Any) -> PreTrainedModel:
     Raises:
         ValueError: with the flag, if it is missing or not a classifier.
     """
-    try:
+    with errors_name_model(f"invalid --{flag}", source):
         model = load_complete(tab.auto_class, source, **kwargs).eval()
-    except (OSError, ValueError) as error:
-        is_missing = isinstance(error, OSError) and not os.path.isdir(source)
-        reason = missing_model(source, error) if is_missing else error
-        raise ValueError(f"invalid --{flag} {source!r}: {reason}") from error
     if model.config.num_labels < 2:
         raise ValueError(f"invalid --{flag} {source!r}: it has one output, expected a classifier")
     return model

@@ -25,7 +25,7 @@ from transformers import AutoModelForSequenceClassification, pipeline
 
 from hf_quantnoise import size_report
 from hf_quantnoise.hub.model_classes import load_complete
-from hf_quantnoise.repository import missing_model
+from hf_quantnoise.runs.loading import errors_name_model
 from hf_quantnoise.runs.tokenizers import load_tokenizer, position_limit
 
 HEADERS = ["model", "answer", "score", "MB on disk", "times smaller", "ms per text"]
@@ -58,12 +58,9 @@ def load(flag: str, name: str) -> Loaded:
     Raises:
         ValueError: with the flag, if it is missing or cannot classify texts.
     """
-    try:  # a pipeline would load another task's model with a random head
+    with errors_name_model(f"invalid --{flag}", name):
+        # A pipeline would load another task's model with a random head.
         model = load_complete(AutoModelForSequenceClassification, name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        is_missing = isinstance(error, OSError) and not os.path.isdir(name)
-        reason = missing_model(name, error) if is_missing else error
-        raise ValueError(f"invalid --{flag} {name!r}: {reason}") from error
     if model.config.num_labels < 2:
         raise ValueError(f"invalid --{flag} {name!r}: it has one output, expected a classifier")
     tokenizer = load_tokenizer(flag, name)

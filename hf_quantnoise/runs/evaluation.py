@@ -21,12 +21,12 @@ from ..hub.card import is_metric
 from ..hub.model_classes import load_complete
 from ..modeling import packed_layers
 from ..modeling.inference import optimize_for_inference
-from ..repository import missing_model
 from .arguments import ModelArguments
 from .example import Example
 from .example_data import check_minimum
 from .job import Job
 from .latency import latencies, main_input_shape
+from .loading import errors_name_model
 from .script import ScriptParser
 
 _UNUSED = re.compile("--(max_)?(train|test|predict|shuffle)_")  # flags of other data
@@ -107,21 +107,11 @@ def prepared_evaluation(
             disable_tqdm=not progress,
         )
         model = StoredModel(dense, cache_dir=flags.cache_dir)
-        with _errors_name(dense):
+        with errors_name_model("cannot load", dense):
             stored = AutoConfig.from_pretrained(dense, cache_dir=flags.cache_dir)
         job = example.prepare(EvaluationArguments(model, data, training))  # type: ignore[arg-type]
         require_same_labels("validation data", job.model.config, dense, stored)
         yield Evaluation(job, training, model, data.auto_class, flags.optimize)
-
-
-@contextmanager
-def _errors_name(model: str) -> Iterator[None]:
-    """Raise the errors of loading a model with its name."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        reason = error if os.path.isdir(model) else missing_model(model, error)
-        raise ValueError(f"cannot load {model!r}: {reason}") from error
 
 
 def require_same_labels(source: str, config: Any, dense: str, stored: Any) -> None:
@@ -166,7 +156,7 @@ class Evaluation:
     def load(self, name: str) -> PreTrainedModel:
         """Load a model with the labels of the dense one; raise a ``ValueError`` for others."""
         cache_dir = self.source.cache_dir
-        with _errors_name(name):
+        with errors_name_model("cannot load", name):
             model = load_complete(self.auto_class, name, cache_dir=cache_dir)
         dense = self.source.model_name_or_path
         require_same_labels(repr(name), model.config, dense, self.job.model.config)
