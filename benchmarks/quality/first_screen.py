@@ -25,8 +25,8 @@ DARK = {
     "#7f3c8d": "#bc8cff",
 }
 _LIBRARIES = {"torchao (Linear, embeddings)": "torchao", "quanto (Linear)": "quanto"}
-# Methods with noise -> those without that are as long. Of each size, those with the most runs are
-# shown, and of these the first.
+# Methods with noise -> those without that are as long. Of each size, the one with the most runs of
+# both is shown, and of these the first.
 _WITH_NOISE = {
     "noise, bits allocated": ("no noise, bits allocated",),
     "noise": ("no noise",),
@@ -70,7 +70,14 @@ def _shown(runs: Iterable[Run]) -> list[Run]:
     for same_size in grouped(runs, "size").values():
         methods = grouped(same_size, "method")
         noise = [name for name in _WITH_NOISE if name in methods]
-        best = max(noise, key=lambda name: len(methods[name]), default=None)
+        pairs = {
+            name: sum(len(methods.get(other, ())) for other in _WITH_NOISE[name]) for name in noise
+        }
+        best = max(
+            noise,
+            key=lambda name: (min(pairs[name], len(methods[name])), len(methods[name])),
+            default=None,
+        )
         others = {part for name in noise if name != best for part in (name, *_WITH_NOISE[name])}
         kept = {best, *_WITH_NOISE.get(best, ())}
         shown += [run for run in same_size if run.method in kept or run.method not in others]

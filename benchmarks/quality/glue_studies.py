@@ -77,9 +77,8 @@ def stored(setting: dict, storage: dict) -> dict:
 
 
 def distilled(setting: dict, **options: float) -> dict:
-    """Return the setting with other options of distillation and replaced tokens."""
-    changed = setting | {"compression": setting["compression"] | options}
-    return changed | {"random_tokens": True}
+    """Return the setting with other options of distillation."""
+    return setting | {"compression": setting["compression"] | options}
 
 
 def settings(task: str) -> list[tuple[str, str, dict]]:
@@ -108,11 +107,29 @@ def settings(task: str) -> list[tuple[str, str, dict]]:
         | {"batch_size": 8, "random_tokens": True},
         "no noise, rate 1e-4, batches of 8, random tokens": no_noise(task, "30x", 1, 1e-4)
         | {"batch_size": 8, "random_tokens": True},
-        "noise, random tokens, hidden states": distilled(noise(task, "30x", 1), distill_hidden=1.0),
-        "noise, random tokens, attention maps": distilled(
-            noise(task, "30x", 1), distill_attention=1.0
-        ),
-        "noise, random tokens, temperature 4": distilled(noise(task, "30x", 1), temperature=4.0),
+        **{
+            f"noise, random tokens, {name}": distilled(noise(task, "30x", 1), **options)
+            | {"random_tokens": True}
+            for name, options in (
+                ("hidden states", {"distill_hidden": 1.0}),
+                ("attention maps", {"distill_attention": 1.0}),
+                ("temperature 4", {"temperature": 4.0}),
+            )
+        },
+        **{
+            f"{name}, random tokens, bits allocated, centroids 0.002": stored(
+                arm(task, "30x", 1, centroids=2e-3), ALLOCATED["30x"]
+            )
+            | {"random_tokens": True}
+            for name, arm in (("noise", noise), ("no noise", no_noise))
+        },
+        **{
+            f"{name}, random tokens, bits allocated, attention maps": distilled(
+                stored(arm(task, "30x", 1), ALLOCATED["30x"]), distill_attention=1.0
+            )
+            | {"random_tokens": True}
+            for name, arm in (("noise", noise), ("no noise", no_noise))
+        },
         "noise, even blocks": stored(noise(task, "30x", 1), EVEN),
         "noise, row groups": stored(noise(task, "30x", 1), GROUPS),
         "noise, p = 0.5": noise(task, "30x", 1, p=0.5),
@@ -124,14 +141,18 @@ def settings(task: str) -> list[tuple[str, str, dict]]:
 def glue(task: str) -> list[tuple[str, str, dict]]:
     """Compare noise with none at each size, with equal steps, as many as the finetuning had.
 
-    Both with one block size per group of layers, and with allocated bits.
+    Both with one block size per group of layers, and with allocated bits, also with the teacher's
+    attention maps as targets.
     At 20x, also as long as a recipe; at 30x, also with every other layer, but more bits per weight.
     """
     runs = []
     for size in STORAGE:
         arms = {"noise": noise(task, size, 1), "no noise": no_noise(task, size, 1)}
         for name in ("noise", "no noise"):
-            arms[f"{name}, bits allocated"] = stored(arms[name], ALLOCATED[size])
+            allocated = stored(arms[name], ALLOCATED[size])
+            arms[f"{name}, bits allocated"] = allocated
+            with_maps = distilled(allocated, distill_attention=1.0)
+            arms[f"{name}, bits allocated, attention maps"] = with_maps
         if size == "20x":
             for name, arm in (("noise", noise), ("no noise", no_noise)):
                 longer = stored(arm(task, size, 2), ALLOCATED[size])
