@@ -45,7 +45,7 @@ class ResultsFile:
         """Read the results of the dense model from the file of an interrupted run.
 
         Raises:
-            ValueError: if there is no such run, or it has other flags than ``arguments``.
+            ValueError: if the run is missing, or was started with other flags than ``arguments``.
         """
         if not os.path.isfile(self.path):
             raise ValueError(

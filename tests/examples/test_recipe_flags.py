@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("datasets")
 
-from support.trainers import assert_same
+from support.trainers import assert_same, interrupted_noise
 from transformers import AutoModelForSequenceClassification, BertConfig, BertModel, set_seed
 
 from hf_quantnoise import IPQConfig, QuantNoiseConfig, recipe
@@ -211,15 +211,7 @@ def test_resumed_run_ends_with_the_same_model(checkpoint, write_sets, tmp_path, 
     flags = {"num_train_epochs": 2}
     main(words_of(tmp_path / "complete", checkpoint, *files, **flags))
 
-    save = post_training.QuantNoiseTrainer._save_checkpoint
-
-    def stop(trainer, *args, **kwargs):
-        save(trainer, *args, **kwargs)
-        if trainer.qn_config is not None and trainer.state.global_step == 6:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(post_training.QuantNoiseTrainer, "_save_checkpoint", stop)
+    with interrupted_noise(6):
         main(words_of(tmp_path / "stopped", checkpoint, *files, **flags))
 
     def refused(*args, **kwargs):

@@ -1,29 +1,21 @@
 """Runs that are resumed with ``--resume_compression`` in a folder with files of other runs."""
 
 import pytest
+from support.trainers import interrupted_noise
 
 pytest.importorskip("datasets")
 
-from hf_quantnoise.runs import post_training
 
 NOISE = ["--noise", "pq", "--noise_after_finetuning", "1", "--n_centroids", "8"]
 NOISE += ["--stage_epochs", "0", "--seed", "7", "--save_steps", "1"]
 
 
 @pytest.fixture
-def interrupt(monkeypatch):
+def interrupt():
     """Start a run that is interrupted at the second checkpoint of the training with noise."""
 
     def interrupt(start, *flags, **kwargs):
-        save = post_training.QuantNoiseTrainer._save_checkpoint
-
-        def stop(trainer, *args, **kwargs):
-            save(trainer, *args, **kwargs)
-            if trainer.qn_config is not None and trainer.state.global_step == 2:
-                raise KeyboardInterrupt
-
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(post_training.QuantNoiseTrainer, "_save_checkpoint", stop)
+        with interrupted_noise(2):
             start(*flags, **kwargs)
 
     return interrupt

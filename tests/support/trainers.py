@@ -1,5 +1,8 @@
 """Trainers for short compression runs, what they log, and interrupted runs that are resumed."""
 
+from contextlib import contextmanager
+
+import pytest
 import torch
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainingArguments
@@ -73,6 +76,21 @@ def make_task_trainer(folder, task="classification", model=None, data=None, **ar
 
 class Killed(BaseException):
     """Raised in place of a SIGKILL. Not an Exception, so that nothing catches it."""
+
+
+@contextmanager
+def interrupted_noise(step):
+    """Interrupt a training with noise after its checkpoint of a step, and expect that."""
+    save = QuantNoiseTrainer._save_checkpoint
+
+    def stop(trainer, *args, **kwargs):
+        save(trainer, *args, **kwargs)
+        if trainer.qn_config is not None and trainer.state.global_step == step:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(QuantNoiseTrainer, "_save_checkpoint", stop)
+        yield
 
 
 def tensors(model):
