@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas
 import pytest
 import torch
+from support.checkpoint_labels import NO_HEAD
 from support.glue_runs import run_glue
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -214,3 +215,18 @@ def start(tiny_model, tmp_path):
         return run_glue(tmp_path, model, *flags, out=out)
 
     return start
+
+
+@pytest.fixture
+def load(tmp_path):
+    """Load data by flags (``train_file=...``), with a cache in the folder of the test."""
+    from hf_quantnoise.runs.arguments import ModelArguments
+    from hf_quantnoise.runs.glue_data import DataArguments, load_glue_data
+
+    def load_data(config=NO_HEAD, *, validation=True, new_head=False, **flags):
+        cache = str(tmp_path / "cache")
+        model = ModelArguments("m", cache_dir=cache, ignore_mismatched_sizes=new_head)
+        splits = ["train", "validation"] if validation else ["train"]
+        return load_glue_data(DataArguments(**flags), model, config, splits)
+
+    return load_data

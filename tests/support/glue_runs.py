@@ -19,3 +19,8 @@ def run_glue(folder, model: str, *flags: str, out: str = "out"):
     }
     words = [word for name, v in shared.items() for word in (f"--{name}", str(v))]
     return main([*words, *flags]), folder / out
+
+
+def as_flags(words: list[str]) -> dict[str, str]:
+    """Return words of a command line as the keyword arguments of their flags."""
+    return {k.removeprefix("--"): v for k, v in zip(words[::2], words[1::2], strict=True)}
