@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, default_data_collator
 
 from ..configuration.flags import parse_int_or_dict
@@ -82,8 +82,7 @@ def read_text(
 ) -> list[str]:
     """Return the lines of a split, from a file or from the Hub."""
     if (path := args.file(split)) is None:
-        source = {"cache_dir": cache_dir, "token": token}
-        rows = load_dataset(args.dataset_name, args.dataset_config_name, split=split, **source)
+        rows = args.load_from_hub(split, cache_dir, token, args.dataset_config_name)
         return _lines_of(rows, args.text_column, str(args.dataset_name))
     if os.path.splitext(path)[1].lower() in READERS:
         rows = read_table(f"{split}_file", path, cache_dir)

@@ -64,6 +64,16 @@ def check_column(flag: str, column: str, rows: Dataset, source: str) -> None:
         )
 
 
+def check_not_labels(flags: Any, *names: str) -> None:
+    """Raise a ``ValueError`` if a flag names the column of ``--label_column``."""
+    for name in names:
+        if (column := getattr(flags, name)) == flags.label_column:
+            raise ValueError(
+                f"invalid --{name} {column!r}: it is the --label_column; pass another column for "
+                "one of them"
+            )
+
+
 def is_text(rows: Dataset, column: str) -> bool:
     """Return whether a column has strings."""
     return getattr(rows.features[column], "dtype", None) in ("string", "large_string")
@@ -125,6 +135,7 @@ class SplitArguments(FileArguments):
     file_kind: ClassVar[str] = "a file"  # for errors
 
     dataset_name: str | None = option(None, "Dataset on the Hub, if there are no files.")
+    validation_split: str = option("validation", "Validation split of the dataset on the Hub.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -146,7 +157,7 @@ class SplitArguments(FileArguments):
             "dataset": name,
             "dataset_id": name if is_repository_name(name) else None,
             "dataset_config": getattr(self, "dataset_config_name", None),
-            "dataset_split": getattr(self, "validation_split", "validation"),
+            "dataset_split": self.validation_split,
         }
 
     def file(self, split: str) -> str | None:
@@ -158,3 +169,18 @@ class SplitArguments(FileArguments):
         if path is not None:
             check_file(flag, path, self.file_kind)
         return path
+
+    def load_from_hub(
+        self, split: str, cache_dir: str | None, token: str | None, config: str | None = None
+    ) -> Dataset:
+        """Load the ``"train"`` or ``"validation"`` split of the dataset on the Hub."""
+        is_train, dataset = split == "train", str(self.dataset_name)
+        name = split if is_train else self.validation_split
+        try:
+            return load_dataset(dataset, config, split=name, cache_dir=cache_dir, token=token)
+        except ValueError as error:
+            if (reason := str(error)).startswith("Unknown split"):
+                flag = f"--dataset_name {dataset!r}" if is_train else f"--validation_split {name!r}"
+                advice = "pass --train_file" if is_train else "pass one of them"
+                raise ValueError(f"invalid {flag}: {reason} {advice}") from error
+            raise

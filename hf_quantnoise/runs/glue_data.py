@@ -16,6 +16,7 @@ from .example_data import (
     FileArguments,
     check_column,
     check_minimum,
+    check_not_labels,
     check_text,
     is_text,
     read_table,
@@ -102,6 +103,7 @@ class DataArguments(FileArguments, MetricArguments):
         check_minimum(self, 1, "max_seq_length", "max_predict_samples")
         if self.sentence2_key and not self.sentence1_key:
             raise ValueError(f"--sentence2_key {self.sentence2_key!r} requires --sentence1_key")
+        check_not_labels(self, "sentence1_key", "sentence2_key")
 
     @property
     def task(self) -> Task | None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
-from datasets import Dataset, Image, load_dataset
+from datasets import Dataset, Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from ..configuration.options import option
@@ -22,6 +22,7 @@ from .example_data import (
     SplitArguments,
     check_column,
     check_minimum,
+    check_not_labels,
     read_table,
     require_filled,
     truncate,
@@ -48,6 +49,7 @@ class ImageArguments(SplitArguments, MetricArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_minimum(self, 1, "image_size")
+        check_not_labels(self, "image_column")
 
 
 def load_images(
@@ -55,8 +57,7 @@ def load_images(
 ) -> Dataset:
     """Return the encoded images, labels and row indices of a split."""
     if (path := args.file(split)) is None:
-        name = "train" if split == "train" else args.validation_split
-        rows = load_dataset(args.dataset_name, split=name, cache_dir=cache_dir, token=token)
+        rows = args.load_from_hub(split, cache_dir, token)
     else:
         rows = read_table(f"{split}_file", path, cache_dir)
     source = args.dataset_name if path is None else f"--{split}_file {path!r}"

@@ -49,6 +49,7 @@ def test_examples_run(tiny_model, sentences, write, tmp_path, monkeypatch, capsy
         (["--stage_epochs", "-1"], "--stage_epochs -1"),
         (["--bits", "4"], "--bits 4 requires --scheme fixed_point"),
         (["--sentence2_key", "b"], "--sentence2_key 'b' requires --sentence1_key"),
+        (["--sentence1_key", "label"], "--sentence1_key 'label': it is the --label_column"),
     ],
 )
 def test_invalid_flags_are_usage_errors(flags, words, tmp_path, capsys):

@@ -140,3 +140,31 @@ def test_invalid_tables_are_named(write, tmp_path, column, values, words):
     args = TextArguments(train_file=write("train.json", {column: values}))
     with pytest.raises(ValueError, match=words):
         read_text(args, "train", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """A dataset with only a test split, as a folder: read like one on the Hub."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "test.txt").write_text("w1 w2\nw3\n")
+    return {"dataset_name": str(folder), "text_column": "text"}
+
+
+def test_the_validation_split_of_a_dataset_is_a_flag(dataset, tmp_path):
+    args = TextArguments(**dataset, validation_split="test")
+    cache = str(tmp_path / "cache")
+    assert read_text(args, "validation", cache) == ["w1 w2\n", "w3\n"]
+    assert args.evaluated_dataset()["dataset_split"] == "test"
+
+
+@pytest.mark.parametrize(
+    ("split", "words"),
+    [
+        ("validation", r"--validation_split 'validation': .*\['test'\].*pass one of them"),
+        ("train", r"--dataset_name '.*data': .*\"train\".*pass --train_file"),
+    ],
+)
+def test_missing_splits_are_named(dataset, tmp_path, split, words):
+    with pytest.raises(ValueError, match=words):
+        read_text(TextArguments(**dataset), split, str(tmp_path / "cache"))

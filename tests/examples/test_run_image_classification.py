@@ -113,6 +113,7 @@ def test_image_size(checkpoint, files, tmp_path):
     [
         ({"--validation_file": "x.parquet"}, "--validation_file 'x.parquet'"),
         ({"--image_column": "img"}, "--image_column 'img'.*image, label"),
+        ({"--image_column": "label"}, "--image_column 'label': it is the --label_column"),
         ({"--stages": "ffn"}, "stages.*'ffn'"),
         ({"--image_size": "0"}, "--image_size 0"),
     ],

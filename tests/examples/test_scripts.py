@@ -118,7 +118,7 @@ def test_datasets_are_loaded_with_the_token(task, monkeypatch, tmp_path):
         asked.append(token)
         raise ConnectionError
 
-    monkeypatch.setattr(module, "load_dataset", load_dataset)
+    monkeypatch.setattr("hf_quantnoise.runs.example_data.load_dataset", load_dataset)
     args = module.parse(
         ["--model_name_or_path", "m", "--output_dir", str(tmp_path), "--dataset_name", "me/private",
          "--token", "secret", "--noise", "none"]
