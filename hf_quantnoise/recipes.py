@@ -10,19 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from functools import cache
 from typing import Any
 
-import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForImageClassification,
-    AutoModelForSequenceClassification,
-    BertConfig,
-    GPT2Config,
-    PreTrainedModel,
-    ResNetConfig,
-)
+from transformers import PreTrainedModel
 
 from .argument_checks import require_instance
 from .compression import CompressionArguments, allocate_bits, file_bytes, smallest_bytes
@@ -30,10 +20,16 @@ from .configuration import IPQConfig, QuantNoiseConfig
 from .configuration.checks import invalid
 from .configuration.options import Options, changed_options
 from .lookups import Lookups
+from .model_families import (
+    ENCODER,
+    FAMILIES,
+    IMAGE_MODEL,
+    LANGUAGE_MODEL,
+    family_of,
+    reference_model,
+)
 from .modeling.packable import check_can_be_packed
 from .structure import find_layers
-
-ENCODER, LANGUAGE_MODEL, IMAGE_MODEL = "encoder", "language_model", "image_model"
 
 # Blocks of a family, larger files first. The first entry that reaches a size is used: small tables
 # and leftovers make a difference between models. A group that is not listed is a leftover (pooler
@@ -74,7 +70,6 @@ class Training:
 TRAINING = {"13x": Training(1.0), "20x": Training(2.0), "30x": Training(3.0)}
 # At the low rates of encoders, codes that are assigned every step cost time and gain nothing.
 _CODEBOOK_UPDATE = {ENCODER: 20}
-FAMILIES = tuple(_BLOCKS)
 # Training batches for bit allocation, which takes two forward passes of each for every weight.
 BUDGET_BATCHES = 4
 # Families for which bit allocation was measured.
@@ -166,7 +161,7 @@ def recipe(
         if batches is not None:
             raise ValueError("batches are given without a model; pass the finetuned model")
         family = ENCODER if family is None else family
-        model = _reference_model(family)
+        model = reference_model(family)
     else:
         require_instance("model", model, PreTrainedModel, "a transformers model", "pass a model")
         family = family_of(model) if family is None else family
@@ -189,19 +184,6 @@ def recipe(
         budget_batches=BUDGET_BATCHES,
     )
     return Recipe(size, family, times_smaller, quantization, noise, compression, training.length)
-
-
-def family_of(model: PreTrainedModel) -> str:
-    """Return the family of a model.
-
-    An image model has most of its weights in convolutions, a language model generates text; all
-    others, also vision transformers, are encoders.
-    """
-    layers = find_layers(model)
-    in_convolutions = sum(layer.numel for layer in layers if layer.group == "conv")
-    if 2 * in_convolutions > sum(layer.numel for layer in layers):
-        return IMAGE_MODEL
-    return LANGUAGE_MODEL if model.can_generate() else ENCODER
 
 
 def _candidates(family: str, frequent_rows: int | None) -> Iterator[IPQConfig]:
@@ -283,17 +265,3 @@ def _frequent_rows(model: PreTrainedModel) -> int | None:
     """Return how many rows of a table of token ids count as frequent; None without a table."""
     rows = [layer.rows for layer in find_layers(model) if layer.input_table]
     return max(rows) // FREQUENT_ROWS if rows else None
-
-
-@cache
-def _reference_model(family: str) -> PreTrainedModel:
-    """Return the model, on the meta device, that recipes without a model are for."""
-    auto_class, config = {
-        ENCODER: (AutoModelForSequenceClassification, BertConfig()),
-        LANGUAGE_MODEL: (AutoModelForCausalLM, GPT2Config()),
-        IMAGE_MODEL: (AutoModelForImageClassification, ResNetConfig()),
-    }[family]
-    with torch.device("meta"):
-        model: PreTrainedModel = auto_class.from_config(config)
-    model.tie_weights()
-    return model

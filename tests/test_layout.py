@@ -46,6 +46,7 @@ LAYERS = (
     "publishing",
     "callback",
     "compression",
+    "model_families",
     "recipes",
     "trainer_arguments",
     "metric_modules",

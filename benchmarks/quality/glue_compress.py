@@ -146,14 +146,14 @@ def make_trainer(
         num_train_epochs=setting["noise_epochs"] * length / len(train),
     )  # fmt: skip
     if not setting.get("dropout", True):
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
+        disable_dropout(model)
+    if not setting.get("attention_dropout", True):
+        disable_dropout(model, within=".attention.")
     tokenizer = AutoTokenizer.from_pretrained(start)
     collate = DataCollatorWithPadding(tokenizer)
     if setting.get("random_tokens"):
         collate = RandomTokens(collate, tokenizer)
-    else:
+    elif "distill_attention" not in setting["compression"]:
         teacher = RememberedTeacher(teacher)
     trainer = QuantNoiseTrainer(
         model,
@@ -165,6 +165,13 @@ def make_trainer(
         data_collator=collate,
     )
     return trainer, config
+
+
+def disable_dropout(model: PreTrainedModel, within: str = "") -> None:
+    """Set the probability of dropout to 0 in modules that have ``within`` in their name."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout) and within in name:
+            module.p = 0.0
 
 
 def keep_every_other_layer(model: PreTrainedModel) -> None:

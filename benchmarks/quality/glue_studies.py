@@ -37,6 +37,12 @@ SMALL = ("cola", "mrpc", "rte")
 # Epochs of SST-2 have so many examples, which take as long as those of the other tasks.
 EXAMPLES = {"sst2": 24_000}
 
+# Dropout of the student; the teacher has none.
+LESS_DROPOUT = {
+    "no attention dropout": {"attention_dropout": False},
+    "no dropout": {"dropout": False},
+}
+
 
 def _setting(task: str, size: str, length: float, rate: float, centroids: float) -> dict:
     setting = {
@@ -130,6 +136,14 @@ def settings(task: str) -> list[tuple[str, str, dict]]:
             | {"random_tokens": True}
             for name, arm in (("noise", noise), ("no noise", no_noise))
         },
+        **{
+            f"{name}, random tokens, bits allocated, {less}": stored(
+                arm(task, "30x", 1), ALLOCATED["30x"]
+            )
+            | {"random_tokens": True, **without}
+            for name, arm in (("noise", noise), ("no noise", no_noise))
+            for less, without in LESS_DROPOUT.items()
+        },
         "noise, even blocks": stored(noise(task, "30x", 1), EVEN),
         "noise, row groups": stored(noise(task, "30x", 1), GROUPS),
         "noise, p = 0.5": noise(task, "30x", 1, p=0.5),
@@ -153,6 +167,8 @@ def glue(task: str) -> list[tuple[str, str, dict]]:
             arms[f"{name}, bits allocated"] = allocated
             with_maps = distilled(allocated, distill_attention=1.0)
             arms[f"{name}, bits allocated, attention maps"] = with_maps
+            for less, without in LESS_DROPOUT.items():
+                arms[f"{name}, bits allocated, {less}"] = allocated | without
         if size == "20x":
             for name, arm in (("noise", noise), ("no noise", no_noise)):
                 longer = stored(arm(task, size, 2), ALLOCATED[size])

@@ -62,6 +62,16 @@ class ModelArguments:
         flag = "config_name" if self.config_name else "model_name_or_path"
         return load_config(flag, getattr(self, flag), **self.hub())
 
+    def teacher_hub(self) -> dict:
+        """Return :meth:`hub` for the teacher, whose revision is the default one."""
+        return {name: value for name, value in self.hub().items() if name != "revision"}
+
+    def load_teacher_config(self, name: str | None) -> PretrainedConfig | None:
+        """Load the config of ``--teacher_name_or_path``; the error of a missing one names it."""
+        if name is None:
+            return None
+        return load_config("teacher_name_or_path", name, **self.teacher_hub())
+
     def load_tokenizer(self) -> Any:
         """Load the tokenizer; the error of a missing one names the flag."""
         flag = "tokenizer_name" if self.tokenizer_name else "model_name_or_path"
@@ -97,7 +107,7 @@ class CompressionFlags(ConfigFlags):
     compress: bool = option(True, "Compress the finetuned model.")
     resume_compression: bool = option(False, "Resume a run that was interrupted in compression.")
     teacher_name_or_path: str | None = option(
-        None, "Teacher of the stages, with the same labels; default: the finetuned model."
+        None, "Teacher, with the same labels as the model; default: the finetuned model."
     )
     recipe: Literal["13x", "20x", "30x"] | None = option(
         None,

@@ -13,23 +13,23 @@ from collections.abc import Callable
 from copy import copy
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel, Trainer, set_seed
+from transformers import PreTrainedModel, Trainer, set_seed
 
 from ..compression import check_compression, check_plan
 from ..compression.checkpoints import FOLDER, StageCheckpoints
 from ..compression.reporting.console import is_quiet, silence_if_quiet
 from ..hub.card import LATENT
-from ..hub.model_classes import load_complete
 from ..repository import CARD, create_repository, upload_model
 from ..size import size_report
 from ..trainer import QuantNoiseTrainer
-from .arguments import Arguments, load_config
+from .arguments import Arguments
 from .closing_table import Row, closing_table, weights_mb
 from .job import Job
 from .known_flags import require_checkpoint
 from .labels import check_teacher, with_same_labels
 from .post_training import train_with_noise
 from .results import ResultsFile, versions
+from .teacher import check_outputs, load_teacher
 
 DENSE, NOISE, COMPRESSED = "dense", "noise", "compressed"
 
@@ -51,8 +51,7 @@ class Run:
         training, self.resume = args.training, args.flags.resume_compression
         self.quantization = args.quantization if args.flags.compress else None
         self.results = ResultsFile(training.output_dir, training.should_save)
-        self.teacher_source = {k: v for k, v in args.model.hub().items() if k != "revision"}
-        teacher = self.load_teacher_config()
+        teacher = args.model.load_teacher_config(args.flags.teacher_name_or_path)
         require_checkpoint(training.resume_from_checkpoint)
         args.require_train_data()
         if self.resume:
@@ -94,6 +93,7 @@ class Run:
         )
         if self.quantization is not None:
             check_compression(self.trainer, self.quantization, args.compression)
+            check_outputs(args, self.trainer)
         # Before the training, which would be wasted if it cannot be created.
         self.repository = self.create_repository() if push_at_end else None
 
@@ -155,19 +155,6 @@ class Run:
         results["bytes"] = round(1e6 * weights_mb(self.folder(DENSE)))
         return results
 
-    def load_teacher_config(self) -> PretrainedConfig | None:
-        """Load the config of ``--teacher_name_or_path``; the error of a missing one names it."""
-        if (name := self.args.flags.teacher_name_or_path) is None:
-            return None
-        return load_config("teacher_name_or_path", name, **self.teacher_source)
-
-    def load_teacher(self) -> PreTrainedModel | None:
-        """Load the model of ``--teacher_name_or_path``."""
-        if (name := self.args.flags.teacher_name_or_path) is None:
-            return None
-        auto_class, dtype = self.args.data.auto_class, self.args.model.dtype
-        return load_complete(auto_class, name, dtype=dtype, **self.teacher_source)
-
     def train_with_noise(self) -> dict:
         """Train the finetuned model with noise; return the metrics.
 
@@ -175,7 +162,7 @@ class Run:
         """
         args, teacher = self.args, None
         if args.compression.distill:
-            teacher = self.load_teacher() or self.load_dense()
+            teacher = load_teacher(args) or self.load_dense()
         self.trainer, self.quantization, results = train_with_noise(
             args, self.load_dense(), teacher, self.folder(NOISE), self.resume, self.job.parts
         )
@@ -187,7 +174,7 @@ class Run:
     def compress(self) -> dict:
         """Compress in stages and save; return the results of the compressed model."""
         args, trainer, folder = self.args, self.trainer, self.folder(COMPRESSED)
-        teacher = None if self.is_post_trained else self.load_teacher()
+        teacher = None if self.is_post_trained else load_teacher(args)
         start = time.perf_counter()
         model = trainer.compress(
             self.quantization,

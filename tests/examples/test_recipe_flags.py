@@ -60,7 +60,6 @@ def test_run_with_a_recipe_ends_as_it_was_trained(
 
     def spy_on_weights(trainer, *args, **kwargs):
         state = find_state(trainer.model)
-        state.refresh_codebooks()  # the codes follow the last step
         cpu = torch.device("cpu")
         seen["weights"] = {
             weight.names[0]: weight.noise.functions[0][1].decode(cpu, None).detach().clone()
@@ -192,6 +191,30 @@ VALUES = {"noise_after_finetuning": 0.5, "codebook_learning_rate": 0.1, **FLAGS}
 def test_invalid_flags_with_a_recipe_are_refused(words, message, checkpoint, tmp_path):
     with pytest.raises(ValueError, match=message):
         parse(words_of(tmp_path, checkpoint, "--train_file", "a.csv", *words))
+
+
+@pytest.fixture
+def teacher(checkpoint, tmp_path) -> str:
+    """Folder of a classifier with half as many attention heads."""
+    heads = BertConfig.from_pretrained(checkpoint).num_attention_heads // 2
+    config = BertConfig.from_pretrained(
+        checkpoint, num_attention_heads=heads, id2label={0: "cat", 1: "dog"}
+    )
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "teacher")
+    return str(tmp_path / "teacher")
+
+
+def test_other_teachers_are_compared_before_the_finetuning(
+    checkpoint, teacher, write_sets, tmp_path, monkeypatch
+):
+    files = [*write_sets(names=("cat", "dog")), "--teacher_name_or_path", teacher]
+
+    def train(*args, **kwargs):
+        raise AssertionError("trained, and then refused")
+
+    monkeypatch.setattr(post_training.QuantNoiseTrainer, "train", train)
+    with pytest.raises(ValueError, match="as many heads, or set distill_attention=0"):
+        main(words_of(tmp_path / "out", checkpoint, *files, "--distill_attention", "1"))
 
 
 def test_a_model_that_is_too_small_is_named(tiny_model, tmp_path):
