@@ -8,6 +8,7 @@ the checkpoints of a training with noise after the finetuning.
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Callable
 from copy import copy
@@ -120,8 +121,7 @@ class Run:
         if self.args.recipe is not None:
             self.show(self.args.recipe)
         if not self.resume:
-            # Before results.json has a dense model, with which this run could be resumed.
-            StageCheckpoints(self.folder(FOLDER), self.training.should_save).clear()
+            self.forget_earlier_run()
             self.results.add(dense=self.finetune())
         if self.quantization is not None:
             if self.is_post_trained:
@@ -136,6 +136,15 @@ class Run:
         if self.training.process_index == 0:
             print(f"\n{self.closing_table()}", flush=True)
         return self.results.values
+
+    def forget_earlier_run(self) -> None:
+        """Remove checkpoints that another run left in the folder.
+
+        Called before ``results.json`` has a dense model, with which this run could be resumed.
+        """
+        StageCheckpoints(self.folder(FOLDER), self.training.should_save).clear()
+        if self.training.should_save:
+            shutil.rmtree(self.folder(NOISE), ignore_errors=True)
 
     def finetune(self) -> dict:
         """Train, evaluate and save the dense model; return its results."""

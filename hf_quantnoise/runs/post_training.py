@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import os
-import shutil
 from typing import Any
 
 from transformers import PreTrainedModel, Trainer, TrainingArguments
@@ -45,7 +44,7 @@ def train_with_noise(
         args: of the run.
         model: the finetuned model.
         teacher: None trains on the labels.
-        folder: folder of the checkpoints; those of an earlier run are removed.
+        folder: folder of the checkpoints.
         resume: continue from the newest of these checkpoints, if there is one.
         parts: arguments of any Trainer: datasets, collator, metrics, processing class.
 
@@ -53,10 +52,6 @@ def train_with_noise(
         The trainer, whose further output goes to the folder of the run; how to store the model; and
         the metrics.
     """
-    if not resume:
-        if args.training.should_save:
-            shutil.rmtree(folder, ignore_errors=True)
-        args.training.distributed_state.wait_for_everyone()
     noise, quantization = args.noise, args.quantization
     if args.allocated_family is not None:
         quantization = _allocation(args, model, folder, parts)

@@ -5,6 +5,7 @@ from support.trainers import interrupted_noise
 
 pytest.importorskip("datasets")
 
+from hf_quantnoise.runs import compression_run
 
 NOISE = ["--noise", "pq", "--noise_after_finetuning", "1", "--n_centroids", "8"]
 NOISE += ["--stage_epochs", "0", "--seed", "7", "--save_steps", "1"]
@@ -31,6 +32,24 @@ def test_resumed_run_does_not_use_the_stages_of_an_earlier_one(start, write_sets
     _, expected = start(*other, out="expected")
     start(*files)
     interrupt(start, *other)
+    _, folder = start(*other, "--resume_compression")
+    assert weights(folder) == weights(expected)
+
+
+def test_run_killed_after_the_finetuning_has_no_noise_of_an_earlier_one(
+    start, write_sets, interrupt, monkeypatch
+):
+    files = [*write_sets(), *NOISE]
+    other = [*files, "--max_train_samples", "48"]
+    _, expected = start(*other, out="expected")
+    interrupt(start, *files)
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(compression_run, "train_with_noise", killed)
+        start(*other)
     _, folder = start(*other, "--resume_compression")
     assert weights(folder) == weights(expected)
 
