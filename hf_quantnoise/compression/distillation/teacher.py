@@ -82,9 +82,16 @@ class Teacher:
 
     @torch.no_grad()
     def outputs(self, inputs: Mapping[str, Any], label_names: list[str]) -> dict[str, Any]:
-        """Return the teacher's outputs for a batch (labels are ignored), on the batch's device."""
+        """Return the teacher's outputs for a batch (labels are ignored), on the batch's device.
+
+        Images and sounds are converted to the dtype of the teacher, which has no autocast.
+        """
         device = next(x.device for x in inputs.values() if isinstance(x, Tensor))
         batch = send_to_device(self.model_inputs(inputs, label_names), self.device)
+        dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), None)
+        for name, value in batch.items():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                batch[name] = value.to(dtype or value.dtype)
         outputs = run_batch(
             self.model,
             {**batch, **self.forward_kwargs},

@@ -302,3 +302,11 @@ def test_model_without_head_is_refused_before_packing(tmp_path):
     with pytest.raises(ValueError, match=r"logits.*distill=False"):
         trainer.compress(ONE_STAGE)
     assert not any(packed_layers(trainer.model))
+
+
+def test_a_teacher_of_images_may_have_another_dtype():
+    student, batch = TASKS["vit"][0](), TASKS["vit"][1]()
+    teacher = Teacher(student, copy.deepcopy(student).bfloat16(), CompressionArguments())
+    expected = copy.deepcopy(student).bfloat16()(batch["pixel_values"].bfloat16()).logits
+    assert torch.equal(teacher.outputs(batch, ["labels"])["logits"], expected)
+    assert batch["pixel_values"].dtype == torch.float32
