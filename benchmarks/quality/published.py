@@ -73,8 +73,10 @@ _GLUE_METHODS = """
 - *bits allocated*: bit allocation chooses how each weight is stored, on 256 training examples; the
   other methods have one block size for each group of layers. Weights stored in integers, the most
   sensitive ones, have no noise.
-- *attention maps*: those of the teacher are targets, too; the attention of the student then has no
-  dropout.
+- *no attention dropout*, *no dropout*: the model that is trained has no dropout in its attention
+  blocks, or none at all; with the other methods both are as in the finetuning. The teacher never
+  has any.
+- *attention maps*: those of the teacher are targets, too, which also means no attention dropout.
 - *noise, 3 of 6 layers*: every other layer of the float32 model in smaller blocks, trained with
   noise; the teacher has all layers.
 - Length: as many epochs as the finetuning had; for SST-2, epochs of 24,000 examples. A
@@ -91,8 +93,8 @@ _GLUE_SETTINGS = """ The settings of the study
 above were chosen from these runs. *random tokens*: tokens are replaced as in the study above.
 *other text*: half of the examples are sentences of other data sets, in as many steps.
 *temperature 4* is that of the distillation. With *hidden states* and *attention maps*, these are
-targets, too; with attention maps, the attention of the student has no dropout. The runs with *bits
-allocated* and centroids at 5e-4 are in the study above."""
+targets, too; attention maps also mean no attention dropout. The runs with *bits allocated* and
+centroids at 5e-4 are in the study above."""
 
 _LANGUAGE_MODEL_SETTINGS = """\
 Perplexity on held-out articles after 150 steps, from which the settings of the study above were
@@ -143,6 +145,7 @@ STUDIES = {
             "no noise",
             "no noise, unchanged tokens",
             "no noise, bits allocated",
+            "no noise, bits allocated, no attention dropout",
             "no noise, bits allocated, attention maps",
         ),
         n_tasks=4,

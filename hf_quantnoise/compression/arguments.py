@@ -142,6 +142,11 @@ class CompressionArguments(Options):
         "Layers whose hidden states and attention maps are compared: 'all', 'last', or indices "
         "from 0, as a list or as in 0,3,5.",
     )
+    random_tokens: Annotated[float, fraction] = option(
+        0.0,
+        "Share of the examples in which a fifth of the tokens are replaced by random ones of the "
+        "batch, for the model and its teacher alike. Requires distill_weight=1.",
+    )
     teacher_device: Annotated[str | None, _device] = option(
         None, "Device of the teacher, e.g. 'cpu'. None: that of the model."
     )
@@ -156,6 +161,12 @@ class CompressionArguments(Options):
                 f"invalid distill=False: distill_hidden={self.distill_hidden!r} and "
                 f"distill_attention={self.distill_attention!r} need a teacher; set distill=True "
                 "(and distill_weight=0 for no loss on the logits)"
+            )
+        if self.random_tokens > 0 and not (self.distill and self.distill_weight == 1):
+            raise ValueError(
+                f"invalid random_tokens={self.random_tokens!r}: labels do not fit changed texts, "
+                f"and distill={self.distill!r} with distill_weight={self.distill_weight!r} trains "
+                "on them; set distill=True and distill_weight=1, or random_tokens=0"
             )
 
     def settings_of(self, stage: str | None) -> StageSettings:

@@ -183,7 +183,7 @@ def eager_attention(*models: nn.Module) -> Iterator[None]:
     if others:
         logger.warning_once(
             f"distill_attention needs attention maps: attention uses 'eager' instead of "
-            f"{', '.join(map(repr, others))} while a stage is finetuned."
+            f"{', '.join(map(repr, others))} during the training."
         )
     try:
         for model in models:

@@ -19,6 +19,7 @@ from ...module_modes import evaluating
 from ..arguments import CompressionArguments
 from .features import attention_loss, eager_attention, hidden_state_loss
 from .logits import logits_divergence
+from .random_tokens import with_random_tokens
 
 
 def _changes_with(student: nn.Module, teacher: nn.Module) -> bool:
@@ -69,6 +70,14 @@ class Teacher:
             self.forward_kwargs["output_hidden_states"] = True
         if args.distill_attention > 0:
             self.forward_kwargs["output_attentions"] = True
+
+    def changed(self, inputs: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+        """Return the batch that both models see in training, with random tokens if there are any.
+
+        The errors are those of :func:`with_random_tokens`.
+        """
+        share = self.args.random_tokens
+        return with_random_tokens(inputs, tokenizer, share) if share > 0 else inputs
 
     def model_inputs(self, inputs: Mapping[str, Any], label_names: list[str]) -> dict[str, Any]:
         """Return a batch without labels, so that the forward computes no loss.
@@ -129,7 +138,8 @@ class Teacher:
 
         Call on all ranks; if one raises, all do. ``trainer`` has the student, still dense.
         """
-        inputs = prepare_inputs(trainer, next(iter(trainer.get_train_dataloader())))
+        batch = next(iter(trainer.get_train_dataloader()))
+        inputs = self.changed(prepare_inputs(trainer, batch), trainer.processing_class)
         student, label_names = trainer.model, trainer.label_names
         batch = self.model_inputs(inputs, label_names)
         # The shapes of examples may differ between ranks.
