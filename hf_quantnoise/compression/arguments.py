@@ -164,9 +164,9 @@ class CompressionArguments(Options):
             )
         if self.random_tokens > 0 and not (self.distill and self.distill_weight == 1):
             raise ValueError(
-                f"invalid random_tokens={self.random_tokens!r}: labels do not fit changed texts, "
-                f"and distill={self.distill!r} with distill_weight={self.distill_weight!r} trains "
-                "on them; set distill=True and distill_weight=1, or random_tokens=0"
+                f"invalid random_tokens={self.random_tokens!r}: labels may be wrong for changed "
+                f"texts, expected distill=True and distill_weight=1, got distill={self.distill!r} "
+                f"and distill_weight={self.distill_weight!r}; set them, or random_tokens=0"
             )
 
     def settings_of(self, stage: str | None) -> StageSettings:

@@ -182,5 +182,5 @@ class SplitArguments(FileArguments):
             if (reason := str(error)).startswith("Unknown split"):
                 flag = f"--dataset_name {dataset!r}" if is_train else f"--validation_split {name!r}"
                 advice = "pass --train_file" if is_train else "pass one of them"
-                raise ValueError(f"invalid {flag}: {reason} {advice}") from error
+                raise ValueError(f"invalid {flag}: {reason.rstrip('.')}; {advice}") from error
             raise

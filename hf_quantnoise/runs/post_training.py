@@ -52,6 +52,8 @@ def train_with_noise(
         The trainer, whose further output goes to the folder of the run; how to store the model; and
         the metrics.
     """
+    # Rank 0 must not write the allocation before the others have looked for an earlier one.
+    args.training.distributed_state.wait_for_everyone()
     noise, quantization = args.noise, args.quantization
     if args.allocated_family is not None:
         quantization = _allocation(args, model, folder, parts)

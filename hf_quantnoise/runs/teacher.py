@@ -24,6 +24,7 @@ def check_outputs(args: Arguments, trainer: QuantNoiseTrainer) -> None:
     """Compare the outputs of teacher and model on one batch.
 
     They would be compared only after the finetuning, which would be wasted if they cannot be.
+    With FSDP and DeepSpeed they are not compared before.
 
     Raises:
         ValueError: if the teacher lacks weights or has outputs of another shape, or one of the
@@ -31,10 +32,12 @@ def check_outputs(args: Arguments, trainer: QuantNoiseTrainer) -> None:
     """
     options, flags = args.compression, args.flags
     is_teaching = flags.noise_after_finetuning > 0 or args.finetunes_stages
-    features = options.distill_hidden > 0 or options.distill_attention > 0
+    weights = options.distill_hidden, options.distill_attention, options.random_tokens
     is_other = flags.teacher_name_or_path is not None
-    if not (options.distill and is_teaching and (is_other or features)):
+    if not (options.distill and is_teaching and (is_other or any(weights))):
         return
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        return  # a rank may have no weights yet
     teacher = load_teacher(args) or copy.deepcopy(trainer.model)
     Teacher(trainer.model, teacher, options).check(trainer)
     set_seed(args.training.seed)  # drawing the batch changed the state

@@ -215,6 +215,9 @@ def test_other_teachers_are_compared_before_the_finetuning(
     monkeypatch.setattr(post_training.QuantNoiseTrainer, "train", train)
     with pytest.raises(ValueError, match="as many heads, or set distill_attention=0"):
         main(words_of(tmp_path / "out", checkpoint, *files, "--distill_attention", "1"))
+    layers = ["--distill_hidden", "1", "--distill_layers", "9"]
+    with pytest.raises(ValueError, match="distill_layers='9': the student has"):
+        main(words_of(tmp_path / "out", checkpoint, *files[:-2], *layers))
 
 
 def test_a_model_that_is_too_small_is_named(tiny_model, tmp_path):

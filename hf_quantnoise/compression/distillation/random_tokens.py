@@ -1,4 +1,4 @@
-"""Random tokens in the batches of a model that learns from a teacher."""
+"""Random tokens in the batches of a model that is distilled from a teacher."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ def with_random_tokens(
     """Return a batch in which some tokens are replaced by others of the batch, drawn at random.
 
     The teacher sees the same text, so its outputs are the targets for it, and no label is needed.
-    Special tokens and padding stay.
+    Special tokens and padding are kept.
 
     Args:
         inputs: the batch; is not changed.
-        tokenizer: knows the special tokens.
+        tokenizer: its special tokens are kept; or a processor that has a tokenizer.
         examples: share of the examples that are changed.
         tokens: share of the tokens of such an example that are replaced.
 
@@ -37,9 +37,9 @@ def with_random_tokens(
     special = getattr(getattr(tokenizer, "tokenizer", tokenizer), "all_special_ids", None)
     if special is None:
         raise ValueError(
-            f"invalid random_tokens={examples!r}: processing_class={tokenizer!r} knows no special "
-            "tokens, which stay; pass processing_class=tokenizer to the trainer, or set "
-            "random_tokens=0"
+            f"invalid random_tokens={examples!r}: got a processing_class of type "
+            f"{type(tokenizer).__name__}, expected a tokenizer, whose special tokens are kept; "
+            "pass processing_class=tokenizer to the trainer, or set random_tokens=0"
         )
     device = ids.device
     words = ~torch.isin(ids, torch.tensor(sorted(set(special)), device=device))

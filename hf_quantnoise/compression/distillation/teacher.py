@@ -71,7 +71,7 @@ class Teacher:
         if args.distill_attention > 0:
             self.forward_kwargs["output_attentions"] = True
 
-    def changed(self, inputs: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+    def training_inputs(self, inputs: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
         """Return the batch that both models see in training, with random tokens if there are any.
 
         The errors are those of :func:`with_random_tokens`.
@@ -139,13 +139,16 @@ class Teacher:
         Call on all ranks; if one raises, all do. ``trainer`` has the student, still dense.
         """
         batch = next(iter(trainer.get_train_dataloader()))
-        inputs = self.changed(prepare_inputs(trainer, batch), trainer.processing_class)
         student, label_names = trainer.model, trainer.label_names
+        inputs = self.training_inputs(prepare_inputs(trainer, batch), trainer.processing_class)
+        # Before training, the trainer may have left the model on the CPU.
+        inputs = send_to_device(inputs, next(student.parameters()).device)
         batch = self.model_inputs(inputs, label_names)
         # The shapes of examples may differ between ranks.
         maps = self.attention_maps(student)
         with raise_on_all_ranks(), torch.no_grad(), evaluating(student), maps:
-            outputs = student(**batch, **self.forward_kwargs)
+            with trainer.accelerator.autocast():
+                outputs = student(**batch, **self.forward_kwargs)
             self.loss_terms(student, outputs, inputs, label_names)
 
     def attention_maps(self, student: nn.Module) -> AbstractContextManager[None]:

@@ -87,7 +87,7 @@ class DistillingTrainer(PackedModelTrainer):
         if self.teacher is None or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self.teacher.prepare(self.model)
-        inputs = self.teacher.changed(inputs, self.processing_class)
+        inputs = self.teacher.training_inputs(inputs, self.processing_class)
         weight, kwargs = self.compression_args.distill_weight, self.teacher.forward_kwargs
         if weight < 1:
             loss, outputs = super().compute_loss(model, {**inputs, **kwargs}, return_outputs=True)

@@ -310,3 +310,10 @@ def test_a_teacher_of_images_may_have_another_dtype():
     expected = copy.deepcopy(student).bfloat16()(batch["pixel_values"].bfloat16()).logits
     assert torch.equal(teacher.outputs(batch, ["labels"])["logits"], expected)
     assert batch["pixel_values"].dtype == torch.float32
+
+
+def test_a_student_in_16_bits_is_checked_with_the_autocast_of_its_training(tmp_path):
+    """Its inputs are float32, as the collator makes them."""
+    model = TASKS["vit"][0]().bfloat16()
+    trainer = make_task_trainer(tmp_path, "vit", model=model, bf16=True)
+    Teacher(trainer.model, None, CompressionArguments()).check(trainer)
