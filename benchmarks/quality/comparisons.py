@@ -26,6 +26,7 @@ from tables import arms, markdown, task_title, tasks_of
 
 NONE = "no difference shown"
 LEAST_RUNS = 3  # to compare divergences over runs
+SPLITS = {"dev": "divergence", "held_out": "divergence on held-out examples"}
 UNTESTED = "not tested: the rows have no examples"
 
 
@@ -187,20 +188,21 @@ def compare_average(one: dict, other: dict) -> list[str]:
     return [*cells, verdict(p < LEVEL, is_better)]
 
 
-def compare_divergences(one: list[Run], other: list[Run]) -> list[str]:
+def compare_divergences(one: list[Run], other: list[Run], split: str) -> list[str]:
     """Return title and comparison of the divergences from float32, over all tasks and seeds.
 
     Args:
         one, other: runs in the same order, at least two, with the same steps.
+        split: the examples: ``"dev"``, or ``"held_out"``.
     """
-    sides = [[run.scores["divergence"] for run in side] for side in (one, other)]
+    sides = [[run.row[split]["divergence"] for run in side] for side in (one, other)]
     lower = sum(a < b for a, b in zip(*sides, strict=True))
     interval, p = mean_ratio(*sides)
     mean, *bounds = (
         f"{100 * (ratio - 1):+.1f}%" for ratio in (interval.mean, interval.low, interval.high)
     )
     return [
-        f"divergence (lower in {lower} of {len(one)} runs)",
+        f"{SPLITS[split]} (lower in {lower} of {len(one)} runs)",
         mean,
         " to ".join(bounds),
         f"{p:.3g} (t test, {len(one)} runs)",
@@ -213,6 +215,8 @@ def comparisons_table(runs: list[Run], study: Study, stored: Bootstraps) -> str:
     rows = []
     for same_size in grouped(arms(runs), lambda arm: arm[0].size).values():
         references = [arm for arm in same_size if study.is_reference(arm[0].method)]
+        if order := study.references:  # each is compared with those before it
+            references.sort(key=lambda arm: order.index(arm[0].method))
         others = [arm for arm in same_size if arm not in references]
         for index, reference in enumerate(references):
             for arm in [*references[index + 1 :], *others]:
@@ -251,5 +255,8 @@ def _compare(arm: list[Run], reference: list[Run], stored: Bootstraps) -> list[l
         title = f"average % of float32 (ahead on {ahead} of {len(compared)})"
         rows.append([*names, title, *compare_average(*pair)])
         if len(runs[0]) >= LEAST_RUNS:
-            rows.append([*names, *compare_divergences(*runs)])
+            splits = [
+                name for name in SPLITS if all(name in run.row for run in [*runs[0], *runs[1]])
+            ]
+            rows += [[*names, *compare_divergences(*runs, split)] for split in splits]
     return rows

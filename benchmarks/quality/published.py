@@ -38,8 +38,8 @@ class Study:
             chooses settings.
         main: methods of the README's table, if the first has rows.
         goals: size -> goal of each method of that size.
-        references: methods that the other methods of a size are compared with; None: those with
-            "no noise" in their name.
+        references: methods that all others of the same size are compared with; each is also
+            compared with the references before it. None: those with "no noise" in their name.
         n_tasks: number of tasks that a method needs for a goal.
         majority: whether the score of always predicting the most frequent class is shown.
         beside: study whose runs are in the plots as well, and to which those of other libraries
@@ -145,6 +145,7 @@ STUDIES = {
             "no noise",
             "no noise, unchanged tokens",
             "no noise, bits allocated",
+            "noise, bits allocated",
             "no noise, bits allocated, no attention dropout",
             "no noise, bits allocated, attention maps",
         ),

@@ -109,7 +109,14 @@ def test_divergences_are_compared_over_tasks_and_seeds(stored):
     values = {"no noise": [0.1, 0.2, 0.4, 0.3], "noise": [0.09, 0.17, 0.37, 0.31]}
     places = [(task, seed) for task in ("sst2", "rte") for seed in (1, 2)]
     rows = [
-        row(method, task, seed, digits(100, 60), dev={"accuracy": 0.6, "divergence": value})
+        row(
+            method,
+            task,
+            seed,
+            digits(100, 60),
+            dev={"accuracy": 0.6, "divergence": value},
+            held_out={"accuracy": 0.6, "divergence": 1 - value},
+        )
         for method in values
         for (task, seed), value in zip(places, values[method], strict=True)
     ]
@@ -124,6 +131,14 @@ def test_divergences_are_compared_over_tasks_and_seeds(stored):
         f"{test.pvalue:.3g} (t test, 4 runs)",
         "no difference shown",
     ]
+    assert cells(table, "divergence on held-out examples (lower in 1 of 4 runs)")
+
+
+def test_references_are_compared_in_their_order(stored):
+    """Whatever the order of the rows, the difference is noise - no noise."""
+    methods = ("noise, bits allocated", "no noise, bits allocated")
+    rows = [row(method, "sst2", 1, digits(100, 60)) for method in methods]
+    assert " - ".join(methods) in comparisons_table(runs_of(rows), STUDIES["glue"], stored)
 
 
 def test_only_common_seeds_are_compared(stored):
