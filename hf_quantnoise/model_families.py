@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 from transformers import (
@@ -11,6 +12,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     GPT2Config,
+    PretrainedConfig,
     PreTrainedModel,
     ResNetConfig,
 )
@@ -41,6 +43,11 @@ def reference_model(family: str) -> PreTrainedModel:
         LANGUAGE_MODEL: (AutoModelForCausalLM, GPT2Config()),
         IMAGE_MODEL: (AutoModelForImageClassification, ResNetConfig()),
     }[family]
+    return skeleton_of(auto_class, config)
+
+
+def skeleton_of(auto_class: Any, config: PretrainedConfig) -> PreTrainedModel:
+    """Return the model of a config on the meta device, with its ties."""
     with torch.device("meta"):
         model: PreTrainedModel = auto_class.from_config(config)
     model.tie_weights()

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from transformers import PretrainedConfig
 
 from ..configuration import QuantizedModelConfig
 from ..configuration.flags import errors_name_flags, form_of
 from ..configuration.layer_storage import SELECTION
 from ..configuration.options import changed_options, options_of
+from ..model_families import skeleton_of
 from ..recipes import ALLOCATED, TRAINING, Recipe, recipe
 from .config_flags import FALLBACKS, NOISE_FLAGS, SHARED
 
@@ -39,11 +39,8 @@ def check_recipe(flags: Any) -> None:
 
 def recipe_for(size: str, auto_class: Any, config: PretrainedConfig) -> Recipe:
     """Return the recipe for the model of a config."""
-    with torch.device("meta"):
-        model = auto_class.from_config(config)
-    model.tie_weights()
     with errors_name_flags({"size": "recipe"}):
-        return recipe(size, model)
+        return recipe(size, skeleton_of(auto_class, config))
 
 
 def flags_of(settings: Recipe) -> dict[str, Any]:
