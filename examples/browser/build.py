@@ -21,13 +21,12 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import matplotlib.cbook
 import torch
+from page_server import open_server
 from sklearn.datasets import load_sample_images
 from transformers import (
     AutoModelForImageClassification,
@@ -51,7 +50,6 @@ CODE = (
     "onnxruntime-web/dist/ort.wasm.bundle.min.mjs",
 )
 WASM = "onnxruntime-web/dist/ort-wasm-simd-threaded.wasm"
-TYPES = {".js": "text/javascript", ".mjs": "text/javascript", ".wasm": "application/wasm"}
 
 
 @dataclass(frozen=True)
@@ -257,25 +255,6 @@ def add_samples(output: Path) -> list[str]:
     return sorted(path.relative_to(output).as_posix() for path in (output / "samples").iterdir())
 
 
-class Handler(SimpleHTTPRequestHandler):
-    """Serves files with the types that modules and WebAssembly need, whatever the system has."""
-
-    extensions_map = SimpleHTTPRequestHandler.extensions_map | TYPES
-    protocol_version = "HTTP/1.1"
-
-    def end_headers(self) -> None:
-        self.send_header("Cache-Control", "no-cache")  # the page may be built again
-        super().end_headers()
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
-def make_server(folder: str | os.PathLike, port: int = 0) -> ThreadingHTTPServer:
-    """Return a server of a folder on the loopback; port 0 is any free one."""
-    return ThreadingHTTPServer(("127.0.0.1", port), partial(Handler, directory=os.fspath(folder)))
-
-
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -300,7 +279,7 @@ def main(argv: list[str] | None = None) -> None:
         if not any(getattr(args, name) for name in TABS):
             raise ValueError(f"no models: pass {' or '.join(f'--{name}' for name in TABS)}")
         if args.serve is not None:
-            server = open_server(args)
+            server = open_server(args.output, args.serve)
         build(args)
     except (OSError, ValueError, ImportError) as error:
         sys.exit(f"error: {error}")
@@ -312,15 +291,6 @@ def main(argv: list[str] | None = None) -> None:
                 server.serve_forever()
             except KeyboardInterrupt:
                 print()
-
-
-def open_server(args: argparse.Namespace) -> ThreadingHTTPServer:
-    """Return the server of a page that is not built yet, which may take minutes."""
-    try:
-        return make_server(args.output, args.serve)
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"--serve {args.serve}: {reason}; pass another port") from error
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import torch
 from browser import build
 from chromium import Chromium, find_chromium
 from datasets import Dataset
+from page_server import make_server
 from support.tiny import IMAGE_SIZE
 from transformers import (
     AutoConfig,
@@ -74,7 +75,7 @@ def page(tmp_path_factory, tiny_model):
         *("--text", str(folder / "packed"), "--text_float32", str(folder / "dense")),
         *("--image", str(folder / "image"), "--output", str(site)),
     ])  # fmt: skip
-    with build.make_server(site) as server, Chromium(chromium) as browser:
+    with make_server(site) as server, Chromium(chromium) as browser:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_address[1]}/"
         rate = {"latency": 0, "downloadThroughput": 10_000_000, "uploadThroughput": -1}

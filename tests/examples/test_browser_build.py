@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 from browser import build
+from page_server import make_server
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_quantnoise import IPQConfig, quantize_model
@@ -97,7 +98,7 @@ def test_models_that_a_page_cannot_show_are_an_error(
 
 def test_port_in_use_is_an_error_before_the_page_is_built(tmp_path, monkeypatch):
     monkeypatch.setattr(build, "build", lambda _: pytest.fail("the page was built"))
-    with build.make_server(tmp_path) as server:
+    with make_server(tmp_path) as server:
         port = server.server_address[1]
         with pytest.raises(SystemExit, match=f"error: --serve {port}: .* in use"):
             build.main(["--serve", str(port), "--output", str(tmp_path / "site")])
