@@ -26,7 +26,7 @@ def with_random_tokens(
         tokens: share of the tokens of such an example that are replaced.
 
     Raises:
-        ValueError: if the batch has no ``input_ids``, or there is no tokenizer.
+        ValueError: if the batch lacks ``input_ids``, or the tokenizer is missing.
     """
     ids = inputs.get("input_ids")
     if not isinstance(ids, Tensor):
