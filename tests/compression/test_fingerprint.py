@@ -90,6 +90,22 @@ def test_parts_that_an_older_run_did_not_store_are_not_compared(started):
     assert stored["TrainingArguments"]["seed"] == 42
 
 
+def test_options_that_an_older_run_did_not_have_may_have_their_default(started):
+    stored = json.loads((started / "compression" / "stage-1" / "stage.json").read_text())["asked"]
+    now = json.loads(json.dumps(stored))
+    added = ("random_tokens", "lookup_batches")  # one is off, the other has a number
+    for name in added:
+        del stored["compression_args"][name]
+    require_same_settings(stored, now, "")
+    for name, value in zip(added, (0.5, 7), strict=True):
+        changed = {**now, "compression_args": {**now["compression_args"], name: value}}
+        with pytest.raises(ValueError, match=rf"{name}=None \(now {value}\)"):
+            require_same_settings(stored, changed, "")
+    now["TrainingArguments"]["optim_args"] = None  # of another release of transformers
+    del stored["TrainingArguments"]["optim_args"]
+    require_same_settings(stored, now, "")
+
+
 def test_removed_options_of_an_older_run_have_no_effect(tmp_path, parity_data, caplog):
     resume(tmp_path, parity_data)
     path = tmp_path / "compression" / "stage-1" / "stage.json"
