@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from transformers import PreTrainedModel
 
+from ..files.durable import contains
 from ..files.model_folders import PART, finish_interrupted
 from ..hub.processing import PROCESSING, copy_processing, processing_files, warn_unknown
 from ..publishing.push import card_of, merge_cards
@@ -24,7 +25,7 @@ def check_output(out: str, overwrite: bool, source: str) -> None:
     if overwrite:
         finish_interrupted(out)
     names = sorted({*os.listdir(out)} - {PART}) if os.path.isdir(out) else []
-    if "config.json" in names and os.path.isdir(source) and _contains(out, source):
+    if "config.json" in names and os.path.isdir(source) and contains(out, source):
         raise ValueError(
             f"output folder {out!r} is the model itself, or contains it; choose another"
         )
@@ -44,12 +45,6 @@ def check_output(out: str, overwrite: bool, source: str) -> None:
         raise ValueError(
             f"output folder {out!r} cannot be written ({error}); choose another"
         ) from error
-
-
-def _contains(folder: str, other: str) -> bool:
-    """Return whether a folder is another one, or one of the folders above it."""
-    path, inner = os.path.realpath(folder), os.path.realpath(other)
-    return os.path.commonpath([path, inner]) == path
 
 
 def _require_writable(out: str) -> None:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,9 +31,11 @@ from transformers.utils import logging
 from ..distributed import broadcast_object, is_rank_0, raise_on_all_ranks
 from ..files.durable import (
     PART,
+    entries,
     find_defect,
     flush,
     has_list,
+    remove_entries,
     write_json,
     write_list,
 )
@@ -173,16 +176,18 @@ class StageCheckpoints:
             shutil.rmtree(old, ignore_errors=True)
 
     def clear(self) -> None:
-        """Remove the files of an earlier run."""
-        if self.writes and os.path.isdir(self.folder):
-            logger.warning(f"removing the files of an earlier compression run in {self.folder}")
-            # First the folder that all others build on, so that no run resumes from the rest.
-            dense = os.path.join(self.folder, f"{_STAGE}0")
-            if os.path.isdir(dense):
-                if os.path.isdir(dense + PART):
-                    shutil.rmtree(dense + PART)
-                os.replace(dense, dense + PART)
-            shutil.rmtree(self.folder)
+        """Remove the files of an earlier run; others in the folder are kept."""
+        own = rf"({_STAGE}|{_RUN})\d+({re.escape(PART)})?"
+        if not (self.writes and entries(self.folder, own)):
+            return
+        logger.warning(f"removing the files of an earlier compression run in {self.folder}")
+        # First the folder that all others build on, so that no run resumes from the rest.
+        dense = os.path.join(self.folder, f"{_STAGE}0")
+        if os.path.isdir(dense):
+            if os.path.isdir(dense + PART):
+                shutil.rmtree(dense + PART)
+            os.replace(dense, dense + PART)
+        remove_entries(self.folder, own)
 
     def run_folder(self, number: int) -> str:
         """Return the ``output_dir`` of a stage's finetuning."""

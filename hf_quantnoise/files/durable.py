@@ -10,8 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 LIST_NAME = "files.json"
@@ -68,6 +71,29 @@ def files_of(folder: str) -> Iterator[str]:
     for inside, _, names in os.walk(folder):
         for name in names:
             yield os.path.relpath(os.path.join(inside, name), folder).replace(os.sep, "/")
+
+
+def contains(folder: str, path: str) -> bool:
+    """Return whether a path is a folder or in it."""
+    return Path(path).resolve().is_relative_to(Path(folder).resolve())
+
+
+def remove_entries(folder: str, pattern: str) -> None:
+    """Remove the files and subfolders whose name matches, and the folder if it is empty then."""
+    for name in entries(folder, pattern):
+        path = os.path.join(folder, name)
+        if os.path.isdir(path) and not os.path.islink(path):
+            shutil.rmtree(path)
+        else:
+            os.unlink(path)
+    with suppress(OSError):  # missing, or it has other files
+        os.rmdir(folder)
+
+
+def entries(folder: str, pattern: str) -> list[str]:
+    """Return the names in a folder, which may be missing, that match a regular expression."""
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    return [name for name in names if re.fullmatch(pattern, name)]
 
 
 def write_list(folder: str) -> None:

@@ -8,7 +8,6 @@ the checkpoints of a training with noise after the finetuning.
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections.abc import Callable
 from copy import copy
@@ -17,7 +16,6 @@ import torch
 from transformers import PreTrainedModel, Trainer, set_seed
 
 from ..compression import check_compression, check_plan
-from ..compression.checkpoints import FOLDER, StageCheckpoints
 from ..compression.reporting.console import is_quiet, silence_if_quiet
 from ..hub.card import LATENT
 from ..repository import CARD, create_repository, upload_model
@@ -25,14 +23,12 @@ from ..size import size_report
 from ..trainer import QuantNoiseTrainer
 from .arguments import Arguments
 from .closing_table import Row, closing_table, weights_mb
+from .folders import COMPRESSED, DENSE, NOISE, check_folders, forget_earlier_run
 from .job import Job
-from .known_flags import require_checkpoint
 from .labels import check_teacher, with_same_labels
 from .post_training import train_with_noise
 from .results import ResultsFile, versions
 from .teacher import check_outputs, load_teacher
-
-DENSE, NOISE, COMPRESSED = "dense", "noise", "compressed"
 
 
 @torch.no_grad()
@@ -53,7 +49,7 @@ class Run:
         self.quantization = args.quantization if args.flags.compress else None
         self.results = ResultsFile(training.output_dir, training.should_save)
         teacher = args.model.load_teacher_config(args.flags.teacher_name_or_path)
-        require_checkpoint(training.resume_from_checkpoint)
+        check_folders(args)
         args.require_train_data()
         if self.resume:
             self.results.read_dense(args.to_dict())
@@ -121,7 +117,7 @@ class Run:
         if self.args.recipe is not None:
             self.show(self.args.recipe)
         if not self.resume:
-            self.forget_earlier_run()
+            forget_earlier_run(self.training)
             self.results.add(dense=self.finetune())
         if self.quantization is not None:
             if self.is_post_trained:
@@ -136,15 +132,6 @@ class Run:
         if self.training.process_index == 0:
             print(f"\n{self.closing_table()}", flush=True)
         return self.results.values
-
-    def forget_earlier_run(self) -> None:
-        """Remove checkpoints that another run left in the folder.
-
-        Called before ``results.json`` has a dense model, with which this run could be resumed.
-        """
-        StageCheckpoints(self.folder(FOLDER), self.training.should_save).clear()
-        if self.training.should_save:
-            shutil.rmtree(self.folder(NOISE), ignore_errors=True)
 
     def finetune(self) -> dict:
         """Train, evaluate and save the dense model; return its results."""

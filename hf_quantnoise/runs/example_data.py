@@ -13,6 +13,7 @@ from datasets.exceptions import DatasetGenerationError
 
 from ..configuration.options import option
 from ..repository import is_repository_name
+from .known_flags import refuse
 
 NOTHING_TO_DO = "nothing to do: pass --do_train, --do_eval or --stage_epochs above 0"
 READERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
@@ -142,6 +143,27 @@ class SplitArguments(FileArguments):
         if self.dataset_name is None and not (self.train_file or self.validation_file):
             raise ValueError(
                 "no data: pass --validation_file (--train_file to train), or --dataset_name"
+            )
+        self._check_used()
+
+    def _check_used(self) -> None:
+        """Raise a ``ValueError`` that names a flag of the dataset that is not read."""
+        name, config = self.dataset_name, getattr(self, "dataset_config_name", None)
+        if name is not None and self.train_file and self.validation_file:
+            raise refuse(
+                "dataset_name",
+                name,
+                "is not read with --train_file and --validation_file; remove it, or one of them",
+            )
+        if name is None and config is not None:
+            raise refuse("dataset_config_name", config, "requires --dataset_name; remove it")
+        split = self.validation_split
+        if split != type(self).validation_split and (name is None or self.validation_file):
+            raise refuse(
+                "validation_split",
+                split,
+                "selects from --dataset_name, which is not read for validation; pass it without "
+                "--validation_file, or remove the flag",
             )
 
     @property

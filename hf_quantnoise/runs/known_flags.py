@@ -5,7 +5,6 @@ A flag has the meaning that it has there, or it is refused: no flag is accepted 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -102,15 +101,6 @@ def check_training_flags(args: Any) -> None:
             "teacher_name_or_path", flags.teacher_name_or_path,
             "requires stages that are finetuned with --distill; remove it",
         )  # fmt: skip
-
-
-def require_checkpoint(checkpoint: Any) -> None:
-    """Raise a ``ValueError`` if the folder of ``--resume_from_checkpoint`` is missing."""
-    if isinstance(checkpoint, str) and not os.path.isdir(checkpoint):
-        raise ValueError(
-            f"invalid --resume_from_checkpoint {checkpoint!r}: no such folder; pass a checkpoint "
-            "of the finetuning, such as OUTPUT_DIR/checkpoint-500"
-        )
 
 
 def _check_noise_after_finetuning(args: Any) -> None:

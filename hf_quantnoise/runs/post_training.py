@@ -23,11 +23,10 @@ from ..recipes import size_target
 from ..trainer import QuantNoiseTrainer
 from .arguments import Arguments
 from .config_flags import SHARED
+from .folders import ALLOCATION
 from .recipe_flags import BLOCKS
 
 logger = logging.getLogger(__name__)
-
-ALLOCATION = "allocation.json"  # beside the checkpoints, so that a resumed run has the same
 
 
 def train_with_noise(

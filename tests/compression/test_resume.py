@@ -254,6 +254,21 @@ def test_without_resume_the_files_of_an_earlier_run_are_removed(
     resume_and_compare(resume=False)
 
 
+def test_files_of_others_in_the_folder_are_kept(tmp_path, parity_data):
+    """As with an ``output_dir`` of ".", where the user may have a folder of this name."""
+    own = tmp_path / "compression"
+    (own / "stage-two").mkdir(parents=True)
+    for name in ("stage-two/notes.txt", "model.py"):
+        (own / name).write_text("mine")
+    for _ in range(2):
+        trainer = make_bert_trainer(tmp_path, parity_data)
+        trainer.compress(IPQConfig(**PQ), CompressionArguments(stage_epochs=0))
+    (own / "stage-0.part").mkdir()
+    checkpoints.StageCheckpoints(str(own)).clear()
+    assert sorted(path.name for path in own.iterdir()) == ["model.py", "stage-two"]
+    assert (own / "stage-two" / "notes.txt").read_text() == "mine"
+
+
 def test_resume_without_files_starts_from_scratch(resume_and_compare):
     resume_and_compare()
 

@@ -168,3 +168,24 @@ def test_the_validation_split_of_a_dataset_is_a_flag(dataset, tmp_path):
 def test_missing_splits_are_named(dataset, tmp_path, split, words):
     with pytest.raises(ValueError, match=words):
         read_text(TextArguments(**dataset), split, str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (
+            {"dataset_name": "d", "train_file": "t", "validation_file": "v"},
+            "--dataset_name d is not read with --train_file and --validation_file",
+        ),
+        (
+            {"dataset_name": "d", "validation_file": "v", "validation_split": "test"},
+            "--validation_split test .*--dataset_name, which is not read for validation",
+        ),
+        ({"validation_file": "v", "validation_split": "test"}, "--validation_split test .*pass it"),
+        ({"train_file": "t", "dataset_config_name": "raw"}, "--dataset_config_name raw requires"),
+    ],
+)
+def test_flags_of_a_dataset_that_is_not_read_are_refused(given, words):
+    with pytest.raises(ValueError, match=words):
+        TextArguments(**given)
+    TextArguments(dataset_name="d", train_file="t", validation_split="test")

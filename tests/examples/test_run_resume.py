@@ -1,5 +1,7 @@
 """Runs that are resumed with ``--resume_compression`` in a folder with files of other runs."""
 
+import re
+
 import pytest
 from support.trainers import interrupted_noise
 
@@ -75,6 +77,34 @@ def test_resumed_run_with_other_labels_is_refused(start, write_sets, interrupt):
         ValueError, match=r"model has the 2 labels \['0', '1'\], the data .*'great'"
     ):
         start(*files, "--resume_compression")
+
+
+def test_new_run_removes_only_its_own_files(start, write_sets, tmp_path):
+    mine = [tmp_path / "out" / name / "mine.txt" for name in ("noise", "compression")]
+    for file in mine:
+        file.parent.mkdir(parents=True)
+        file.write_text("mine")
+    flags = [*write_sets(), *NOISE]
+    start(*flags)
+    noise = mine[0].parent
+    assert (noise / "checkpoint-1").is_dir()
+    start(*flags, "--noise", "none", "--noise_after_finetuning", "0")
+    assert [file.read_text() for file in mine] == ["mine", "mine"]
+    assert [path.name for path in noise.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("name", ["dense", "noise/checkpoint-1"])
+def test_models_in_folders_that_the_run_replaces_are_refused(start, write_sets, name):
+    flags = [*write_sets(), *NOISE]
+    _, folder = start(*flags)
+    path = str(folder / name)
+    message = f"{re.escape(path)} is in .*, which the run replaces; pass another --output_dir"
+    with pytest.raises(ValueError, match=f"--teacher_name_or_path {message}"):
+        start(*flags, "--teacher_name_or_path", path)
+    if name != "dense":  # which is only replaced once it has been read
+        with pytest.raises(ValueError, match=f"--model_name_or_path {message}"):
+            start(*flags, model=path)
+    start(*flags, "--teacher_name_or_path", path, out="other")
 
 
 def test_missing_checkpoint_of_the_finetuning_is_named(start, write_sets):
