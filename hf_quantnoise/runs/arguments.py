@@ -180,6 +180,12 @@ class Arguments:
         return self.flags.compress and self.compression.trains(self.quantization.stage_groups())
 
     @property
+    def distills(self) -> bool:
+        """Whether anything is trained with a teacher."""
+        trains = self.finetunes_stages or self.flags.noise_after_finetuning > 0
+        return self.compression.distill and trains
+
+    @property
     def needs_train_data(self) -> bool:
         """Whether anything is trained."""
         trains_after = self.finetunes_stages or self.flags.noise_after_finetuning > 0

@@ -63,6 +63,9 @@ def elsewhere(flags: Iterable[str], known: Mapping[str, str]) -> str | None:
     return None
 
 
+_OF_TEACHER = ("distill_hidden", "distill_attention", "random_tokens")
+
+
 def refuse(flag: str, value: Any, reason: str) -> ValueError:
     """Return the error of a flag that is known and cannot be carried out, to be raised."""
     return ValueError(f"--{flag} {value} {reason}")
@@ -95,12 +98,15 @@ def check_training_flags(args: Any) -> None:
     for name in ("teacher_name_or_path", "resume_compression", "noise_after_finetuning"):
         if (value := getattr(flags, name)) and not flags.compress:
             raise refuse(name, value, "requires compression; remove it or --compress False")
-    trains = args.finetunes_stages or flags.noise_after_finetuning
-    if flags.teacher_name_or_path and not (args.compression.distill and trains):
-        raise refuse(
-            "teacher_name_or_path", flags.teacher_name_or_path,
-            "requires stages that are finetuned with --distill; remove it",
-        )  # fmt: skip
+    if args.distills:
+        return
+    given = {"teacher_name_or_path": flags.teacher_name_or_path}
+    given |= {name: getattr(args.compression, name) for name in _OF_TEACHER}
+    for name, value in given.items():
+        if value:
+            raise refuse(
+                name, value, "requires stages that are finetuned with --distill; remove it"
+            )
 
 
 def _check_noise_after_finetuning(args: Any) -> None:

@@ -31,10 +31,9 @@ def check_outputs(args: Arguments, trainer: QuantNoiseTrainer) -> None:
             models does not return what is distilled.
     """
     options, flags = args.compression, args.flags
-    is_teaching = flags.noise_after_finetuning > 0 or args.finetunes_stages
     weights = options.distill_hidden, options.distill_attention, options.random_tokens
     is_other = flags.teacher_name_or_path is not None
-    if not (options.distill and is_teaching and (is_other or any(weights))):
+    if not (args.distills and (is_other or any(weights))):
         return
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return  # a rank may have no weights yet

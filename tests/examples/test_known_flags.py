@@ -113,6 +113,9 @@ def test_block_size_of_finetune_clm_is_a_usage_error(tmp_path, capsys):
         ("glue", ["--teacher_name_or_path", "t", "--no_compress"], "--teacher_name_or_path t"),
         ("glue", ["--teacher_name_or_path", "t", "--distill", "False"], "--teacher_name_or_path t"),
         ("glue", ["--teacher_name_or_path", "t", "--stage_epochs", "0"], "--teacher_name_or_path"),
+        ("glue", ["--distill_hidden", "1", "--stage_epochs", "0"], "--distill_hidden 1.0 requires"),
+        ("glue", ["--distill_attention", "1", "--no_compress"], "--distill_attention 1.0 requires"),
+        ("clm", ["--random_tokens", ".5", "--stage_epochs", "0"], "--random_tokens 0.5 requires"),
     ],
 )
 def test_flag_that_would_be_ignored_is_refused(task, flags, words, tmp_path):
