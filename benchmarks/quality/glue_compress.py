@@ -36,6 +36,7 @@ from other_text import with_other_text
 from random_tokens import RandomTokens
 from remembered_teacher import RememberedTeacher
 from results_file import append_line, line_of
+from saved_allocation import saved_allocation
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
@@ -55,7 +56,6 @@ from hf_quantnoise import (
     allocate_bits,
     count_lookups,
 )
-from hf_quantnoise.files.durable import write_json
 
 ALLOCATION_BATCHES = 4  # of 64 training examples
 
@@ -100,23 +100,20 @@ def start_of(args: Selection, task: str, seed: int) -> str:
 def storage_of(key: dict, model: PreTrainedModel, train: Dataset, start: str) -> IPQConfig:
     """Return how a run stores its model; bits are allocated on training examples.
 
-    The allocation is the same with and without noise: it is saved beside the float32 model.
+    The allocation is the same with and without noise.
     """
     setting = key["setting"]
     config = IPQConfig(seed=key["seed"], **setting["config"])
     if config.target is None:
         return config
+
+    def allocate() -> IPQConfig:
+        batches = glue.batches_of(train, start)
+        lookups, few = count_lookups(model, batches), batches[:ALLOCATION_BATCHES]
+        return allocate_bits(model, config, few, progress=False, lookups=lookups)
+
     data = {name: setting.get(name) for name in ("examples", "other_text", "half_of_layers")}
-    allocated_for = json.dumps([key["seed"], setting["config"], data])
-    name = f"allocation-{hashlib.sha256(allocated_for.encode()).hexdigest()[:16]}.json"
-    if os.path.isfile(path := os.path.join(start, name)):
-        with open(path, encoding="utf-8") as file:
-            return IPQConfig.from_dict(json.load(file))
-    batches = glue.batches_of(train, start)
-    lookups, few = count_lookups(model, batches), batches[:ALLOCATION_BATCHES]
-    config = allocate_bits(model, config, few, progress=False, lookups=lookups)
-    write_json(config.to_dict(), path)
-    return config
+    return saved_allocation(start, [key["seed"], setting["config"], data], allocate)
 
 
 def make_trainer(

@@ -27,6 +27,7 @@ import wikitext
 from language_model_ablations import ablations
 from language_model_rows import Row, main_study, settings
 from results_file import append_line, line_of
+from saved_allocation import saved_allocation
 from transformers import (
     AutoModelForCausalLM,
     HfArgumentParser,
@@ -69,17 +70,21 @@ class Arguments:
     )
 
 
-def _configs(row: Row, model: PreTrainedModel, texts: wikitext.Texts):
+def _configs(row: Row, model: PreTrainedModel, texts: wikitext.Texts, start: str):
     """Return the noise (or None) and how the model is stored."""
     stored = dict(row.stored)
     if stored.pop("scheme", "ipq") == "fixed_point":
         config = FixedPointConfig(**stored)
     else:
         config = IPQConfig(**stored)
-    if config.target is not None:
+
+    def allocate() -> IPQConfig:
         ids = torch.tensor(texts.train.rows[:64]["input_ids"])
         batches = [{"input_ids": part, "labels": part} for part in ids.split(16)]
-        config = allocate_bits(copy.deepcopy(model), config, batches, progress=False)
+        return allocate_bits(copy.deepcopy(model), config, batches, progress=False)
+
+    if config.target is not None:
+        config = saved_allocation(start, [row.stored], allocate)
     if row.noise is None:
         return None, config
     return QuantNoiseConfig.matching(config, model, **row.noise), config
@@ -87,7 +92,7 @@ def _configs(row: Row, model: PreTrainedModel, texts: wikitext.Texts):
 
 def train_and_compress(args: Arguments, row: Row, seed: int, texts, model, teacher, folder):
     """Return the compressed model, and its optimizer steps."""
-    noise, config = _configs(row, model, texts)
+    noise, config = _configs(row, model, texts, args.start_dir)
     n_stages = len(config.stage_groups({"ffn", "attention", "embeddings"})) if row.staged else 1
     batch_size = wikitext.BATCH_TOKENS // wikitext.length_of(args.model)
     trainer = QuantNoiseTrainer(
