@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from transformers import PreTrainedModel
 
-from ..files.durable import contains
+from ..files.durable import path_within
 from ..files.model_folders import PART, finish_interrupted
 from ..hub.processing import PROCESSING, copy_processing, processing_files, warn_unknown
 from ..publishing.push import card_of, merge_cards
@@ -25,7 +25,7 @@ def check_output(out: str, overwrite: bool, source: str) -> None:
     if overwrite:
         finish_interrupted(out)
     names = sorted({*os.listdir(out)} - {PART}) if os.path.isdir(out) else []
-    if "config.json" in names and os.path.isdir(source) and contains(out, source):
+    if "config.json" in names and os.path.isdir(source) and path_within(out, source):
         raise ValueError(
             f"output folder {out!r} is the model itself, or contains it; choose another"
         )

@@ -59,6 +59,7 @@ logger = logging.get_logger(__name__)
 
 FOLDER = "compression"
 _STAGE, _RUN = "stage-", "run-"
+OWN = rf"({_STAGE}|{_RUN})\d+({re.escape(PART)})?"  # the names in the folder
 _CONTENT, _TENSORS, _LOOKUPS = "stage.json", "tensors.safetensors", "lookups.safetensors"
 _KEYS = {"asked", "config", "history"}  # of the content
 
@@ -177,8 +178,7 @@ class StageCheckpoints:
 
     def clear(self) -> None:
         """Remove the files of an earlier run; others in the folder are kept."""
-        own = rf"({_STAGE}|{_RUN})\d+({re.escape(PART)})?"
-        if not (self.writes and entries(self.folder, own)):
+        if not (self.writes and entries(self.folder, OWN)):
             return
         logger.warning(f"removing the files of an earlier compression run in {self.folder}")
         # First the folder that all others build on, so that no run resumes from the rest.
@@ -187,7 +187,7 @@ class StageCheckpoints:
             if os.path.isdir(dense + PART):
                 shutil.rmtree(dense + PART)
             os.replace(dense, dense + PART)
-        remove_entries(self.folder, own)
+        remove_entries(self.folder, OWN)
 
     def run_folder(self, number: int) -> str:
         """Return the ``output_dir`` of a stage's finetuning."""

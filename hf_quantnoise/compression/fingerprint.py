@@ -71,8 +71,8 @@ def settings_fingerprint(
 def require_same_settings(stored: Fingerprint, current: Fingerprint, folder: str) -> None:
     """Compare the settings stored in the folder of an interrupted run with the current ones.
 
-    Parts that were not stored are not compared, nor are options that the release of the run did not
-    have, unless they are on and not at their default. Removed options are reported in a warning.
+    Parts that were not stored are not compared. An option that the release of the run did not have
+    may have its default. Removed options are reported in a warning.
 
     Raises:
         ValueError: naming all settings of the first part that differs, with both values.
@@ -89,8 +89,7 @@ def require_same_settings(stored: Fingerprint, current: Fingerprint, folder: str
         changes = [
             f"{name}={settings.get(name)!r} (now {value!r})"
             for name, value in current.get(part, {}).items()
-            if settings.get(name) != value
-            and (name in settings or (value and value != defaults.get(name)))
+            if settings.get(name, defaults.get(name)) != value
         ]
         if changes:
             raise ValueError(

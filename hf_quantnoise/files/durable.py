@@ -73,27 +73,29 @@ def files_of(folder: str) -> Iterator[str]:
             yield os.path.relpath(os.path.join(inside, name), folder).replace(os.sep, "/")
 
 
-def contains(folder: str, path: str) -> bool:
-    """Return whether a path is a folder or in it."""
-    return Path(path).resolve().is_relative_to(Path(folder).resolve())
-
-
-def remove_entries(folder: str, pattern: str) -> None:
-    """Remove the files and subfolders whose name matches, and the folder if it is empty then."""
-    for name in entries(folder, pattern):
-        path = os.path.join(folder, name)
-        if os.path.isdir(path) and not os.path.islink(path):
-            shutil.rmtree(path)
-        else:
-            os.unlink(path)
-    with suppress(OSError):  # missing, or it has other files
-        os.rmdir(folder)
+def path_within(folder: str, path: str) -> str | None:
+    """Return a path relative to a folder, "." for the folder itself; None if it is not in it."""
+    inner, outer = Path(path).resolve(), Path(folder).resolve()
+    return inner.relative_to(outer).as_posix() if inner.is_relative_to(outer) else None
 
 
 def entries(folder: str, pattern: str) -> list[str]:
     """Return the names in a folder, which may be missing, that match a regular expression."""
     names = os.listdir(folder) if os.path.isdir(folder) else []
     return [name for name in names if re.fullmatch(pattern, name)]
+
+
+def remove_entries(folder: str, pattern: str) -> None:
+    """Remove the files and subfolders whose name matches, and the folder if it is empty then."""
+    for name in entries(folder, pattern):
+        path = os.path.join(folder, name)
+        with suppress(FileNotFoundError):  # removed by a process of another machine
+            if os.path.isdir(path) and not os.path.islink(path):
+                shutil.rmtree(path)
+            else:
+                os.unlink(path)
+    with suppress(OSError):  # missing, or it has other files
+        os.rmdir(folder)
 
 
 def write_list(folder: str) -> None:

@@ -153,7 +153,7 @@ class SplitArguments(FileArguments):
             raise refuse(
                 "dataset_name",
                 name,
-                "is not read with --train_file and --validation_file; remove it, or one of them",
+                "is not read with --train_file and --validation_file; remove it, or one of these",
             )
         if name is None and config is not None:
             raise refuse("dataset_config_name", config, "requires --dataset_name; remove it")
@@ -162,8 +162,8 @@ class SplitArguments(FileArguments):
             raise refuse(
                 "validation_split",
                 split,
-                "selects from --dataset_name, which is not read for validation; pass it without "
-                "--validation_file, or remove the flag",
+                "selects from --dataset_name, which is not read for validation; pass "
+                "--dataset_name without --validation_file, or remove --validation_split",
             )
 
     @property

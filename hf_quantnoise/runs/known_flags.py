@@ -105,7 +105,10 @@ def check_training_flags(args: Any) -> None:
     for name, value in given.items():
         if value:
             raise refuse(
-                name, value, "requires stages that are finetuned with --distill; remove it"
+                name,
+                value,
+                "requires --distill, and --stage_epochs above 0 or --noise_after_finetuning; "
+                "remove it",
             )
 
 

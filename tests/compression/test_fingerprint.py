@@ -93,11 +93,11 @@ def test_parts_that_an_older_run_did_not_store_are_not_compared(started):
 def test_options_that_an_older_run_did_not_have_may_have_their_default(started):
     stored = json.loads((started / "compression" / "stage-1" / "stage.json").read_text())["asked"]
     now = json.loads(json.dumps(stored))
-    added = ("random_tokens", "lookup_batches")  # one is off, the other has a number
+    added = ("random_tokens", "lookup_batches", "distill_weight")
     for name in added:
         del stored["compression_args"][name]
     require_same_settings(stored, now, "")
-    for name, value in zip(added, (0.5, 7), strict=True):
+    for name, value in zip(added, (0.5, 7, 0.0), strict=True):
         changed = {**now, "compression_args": {**now["compression_args"], name: value}}
         with pytest.raises(ValueError, match=rf"{name}=None \(now {value}\)"):
             require_same_settings(stored, changed, "")

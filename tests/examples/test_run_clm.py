@@ -181,7 +181,10 @@ def test_missing_splits_are_named(dataset, tmp_path, split, words):
             {"dataset_name": "d", "validation_file": "v", "validation_split": "test"},
             "--validation_split test .*--dataset_name, which is not read for validation",
         ),
-        ({"validation_file": "v", "validation_split": "test"}, "--validation_split test .*pass it"),
+        (
+            {"validation_file": "v", "validation_split": "test"},
+            "--validation_split test .*pass --d",
+        ),
         ({"train_file": "t", "dataset_config_name": "raw"}, "--dataset_config_name raw requires"),
     ],
 )

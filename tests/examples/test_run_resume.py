@@ -1,6 +1,7 @@
 """Runs that are resumed with ``--resume_compression`` in a folder with files of other runs."""
 
 import re
+import shutil
 
 import pytest
 from support.trainers import interrupted_noise
@@ -88,23 +89,38 @@ def test_new_run_removes_only_its_own_files(start, write_sets, tmp_path):
     start(*flags)
     noise = mine[0].parent
     assert (noise / "checkpoint-1").is_dir()
+    for name in ("allocation.json", "allocation.json.part"):
+        (noise / name).write_text("{}")
     start(*flags, "--noise", "none", "--noise_after_finetuning", "0")
     assert [file.read_text() for file in mine] == ["mine", "mine"]
     assert [path.name for path in noise.iterdir()] == ["mine.txt"]
 
 
-@pytest.mark.parametrize("name", ["dense", "noise/checkpoint-1"])
-def test_models_in_folders_that_the_run_replaces_are_refused(start, write_sets, name):
-    flags = [*write_sets(), *NOISE]
-    _, folder = start(*flags)
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("dense", ["teacher"]),
+        ("checkpoint-1", ["teacher"]),
+        ("noise/checkpoint-1", ["teacher", "model", "checkpoint"]),
+        ("noise/mine", []),
+    ],
+)
+def test_models_that_the_run_replaces_are_refused(start, write_sets, name, flags):
+    given = [*write_sets(), *NOISE]
+    _, folder = start(*given)
+    shutil.copytree(folder / "dense", folder / "noise" / "mine")
     path = str(folder / name)
-    message = f"{re.escape(path)} is in .*, which the run replaces; pass another --output_dir"
-    with pytest.raises(ValueError, match=f"--teacher_name_or_path {message}"):
-        start(*flags, "--teacher_name_or_path", path)
-    if name != "dense":  # which is only replaced once it has been read
-        with pytest.raises(ValueError, match=f"--model_name_or_path {message}"):
-            start(*flags, model=path)
-    start(*flags, "--teacher_name_or_path", path, out="other")
+    words = {
+        "teacher": ["--teacher_name_or_path", path],
+        "model": ["--model_name_or_path", path],
+        "checkpoint": ["--resume_from_checkpoint", path],
+    }
+    for flag in flags:
+        message = rf"{words[flag][0]} {re.escape(path)} is a part of the run .*another --output_dir"
+        with pytest.raises(ValueError, match=message):
+            start(*given, *words[flag])
+    assert (folder / name).is_dir()
+    start(*given, *words["teacher"], out="out" if name == "noise/mine" else "other")
 
 
 def test_missing_checkpoint_of_the_finetuning_is_named(start, write_sets):
