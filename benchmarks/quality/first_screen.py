@@ -24,6 +24,8 @@ DARK = {
     "#8a6d00": "#d29922",
     "#7f3c8d": "#bc8cff",
 }
+# Models of the language-model study, smallest first -> millions of parameters.
+_LLAMAS = {"stories": "0.26 M", "llama": "5.1 M"}
 _LIBRARIES = {"torchao (Linear, embeddings)": "torchao", "quanto (Linear)": "quanto"}
 # Methods with noise -> those without that are as long. Of each size, the one with the most runs of
 # both is shown, and of these the first.
@@ -190,7 +192,10 @@ def box(results: Path, runs: Mapping[str, list[Run]]) -> str:
     first = _best(sst2)[0]
     shown = {
         "MiniLM, SST-2, accuracy": sst2,
-        "Llama of 0.26 M parameters, WikiText-2, perplexity": runs["language_model"],
+        **{
+            f"Llama of {size} parameters, WikiText-2, perplexity": text
+            for size, text in _llamas(runs).items()
+        },
         "MobileNetV1, CIFAR-10, accuracy": runs["images"],
     }
     costs = filter(None, [_average(glue), *_accuracy(shown)])
@@ -206,6 +211,12 @@ def box(results: Path, runs: Mapping[str, list[Run]]) -> str:
         ("How does it compare?", _peers(peers)),
     ]
     return "\n".join(["| | |", "|---|---|", *(f"| **{name}** | {text} |" for name, text in lines)])
+
+
+def _llamas(runs: Mapping[str, list[Run]]) -> dict[str, list[Run]]:
+    """Return the size of each language model -> its runs."""
+    models = grouped(runs["language_model"], "model")
+    return {size: models[name] for name, size in _LLAMAS.items() if name in models}
 
 
 def _points(runs: Iterable[Run], difference: bool) -> list[Point]:
@@ -227,10 +238,12 @@ def pictures(runs: Mapping[str, list[Run]]) -> dict[str, str]:
     dense = Point("float32 model", sst2[0].row["float32_bytes"] / 1e6, 0.0, 0.0)
     points = [dense, *_points(_shown(sst2), difference=True)]
     shown = [Panel("SST-2, MiniLM: accuracy - float32", points, 0.0)]
-    trained = [run for run in runs["language_model"] if run.method != "one shot"]
-    if text := _points(trained, difference=False):
-        start = statistics.mean(run.start for run in trained)
-        shown.append(Panel("WikiText-2, Llama 0.26 M: perplexity", text, start))
+    for name, rows in _llamas(runs).items():
+        trained = [run for run in rows if run.method != "one shot"]
+        points = _points(trained, difference=False)
+        if len({run.size for run in trained}) > 1:  # one size makes no curve
+            start = statistics.mean(run.start for run in trained)
+            shown.append(Panel(f"WikiText-2, Llama {name}: perplexity", points, start))
     methods = ["float32 model", *dict.fromkeys(_SHOWN.values())]
     methods = [m for m in methods if any(p.method == m for panel in shown for p in panel.points)]
     light = svg(shown, methods)

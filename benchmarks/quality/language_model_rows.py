@@ -7,8 +7,9 @@ from typing import Any
 
 JOINT = {"stages": [".*"]}  # one stage for all layers
 LEARNED = {"noise": "pq", "p": 1.0, "learn_codebooks": True, "codebook_update": 1}
-# Learning rates that the study of settings chose: of weights and of centroids.
-TRAINED_RATES = {"learning_rate": 8e-3, "codebook_learning_rate": 5e-3}
+# What the study of settings chose: learning rates of weights and of centroids.
+TRAINED_RATES = {"learning_rate": 8e-3, "codebook_learning_rate": 5e-3}  # stories
+LLAMA_RATES = {"learning_rate": 5e-4, "codebook_learning_rate": 5e-4}
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,22 @@ LEFTOVERS = {"codebook_bits": 16, "leftover_bits": 8}
 ALLOCATED = {**LEFTOVERS, "importance": "activations"}
 MEGABYTES = {
     "stories": {"8x": 0.13, "11x": 0.095, "15x": 0.069},
-    "llama": {"15x": 1.36},
+    "llama": {"15x": 1.36, "25x": 0.81},
 }
 STEPS = {"stories": 600, "llama": 600}
 
 
-def _arms(size: str, stored: dict, steps: int) -> list[Row]:
+def _llama_arms(size: str, stored: dict, steps: int) -> list[Row]:
+    """Return the arms of the larger model, each with the same number of steps."""
+    joint = {**stored, **JOINT}
+    return [
+        Row("one shot", size, joint),
+        Row("joint, no noise", size, joint, compression_steps=steps, codebook_learning_rate=1e-3),
+        Row("trained noise", size, joint, LEARNED, noise_steps=steps, **LLAMA_RATES),
+    ]
+
+
+def _stories_arms(size: str, stored: dict, steps: int) -> list[Row]:
     """Return all arms of one size, each with the same number of steps."""
     half, joint = steps // 2, {**stored, **JOINT}
     finetuned = {"noise_steps": half, "compression_steps": steps - half}
@@ -81,10 +92,11 @@ def _arms(size: str, stored: dict, steps: int) -> list[Row]:
 def main_study(model: str, steps: int | None) -> list[Row]:
     """Compare noise with none, at each size."""
     steps = STEPS[model] if steps is None else steps
+    arms = {"stories": _stories_arms, "llama": _llama_arms}[model]
     return [
         row
         for size, megabytes in MEGABYTES[model].items()
-        for row in _arms(size, {**ALLOCATED, "target_size_mb": megabytes}, steps)
+        for row in arms(size, {**ALLOCATED, "target_size_mb": megabytes}, steps)
     ]
 
 
@@ -126,15 +138,25 @@ def settings(model: str, steps: int | None) -> list[Row]:
         for every, rate, centroids in (
             (20, 5e-4, 5e-3), (20, 1e-3, 5e-3),
             (5, 5e-4, 5e-3), (5, 1e-3, 5e-3), (5, 2e-3, 5e-3), (5, 4e-3, 5e-3), (5, 8e-3, 5e-3),
-            (5, 1e-3, 1e-2), (5, 1e-3, 2e-3),
+            (5, 1e-3, 1e-2), (5, 1e-3, 2e-3), (5, 1e-3, 5e-4), (5, 5e-4, 5e-4), (5, 5e-4, 2e-4),
+            (5, 2e-4, 5e-4),
             (2, 4e-3, 5e-3),
-            (1, 5e-4, 5e-3), (1, 2e-3, 5e-3), (1, 4e-3, 5e-3), (1, 8e-3, 5e-3),
-            (1, 2e-3, 5e-4), (1, 4e-3, 2e-3),
+            (1, 2e-4, 5e-3), (1, 5e-4, 5e-3), (1, 2e-3, 5e-3), (1, 4e-3, 5e-3), (1, 8e-3, 5e-3),
+            (1, 2e-4, 2e-4), (1, 5e-4, 5e-4), (1, 4e-3, 2e-3), (1, 4e-3, 5e-4),
+            (1, 8e-3, 1e-3), (1, 8e-3, 5e-4),
         )
     ]  # fmt: skip
     rows += [
         _tried(allocated, rate, centroids, compression_steps=steps)
-        for rate, centroids in ((5e-4, 5e-3), (5e-4, 2e-2), (2e-3, 5e-3), (2e-3, 1e-2))
+        for rate, centroids in (
+            (5e-4, 5e-3),
+            (5e-4, 2e-2),
+            (2e-3, 2e-4),
+            (2e-3, 5e-4),
+            (2e-3, 1e-3),
+            (2e-3, 5e-3),
+            (2e-3, 1e-2),
+        )
     ]
     halves = {"noise_steps": steps // 2, "compression_steps": steps - steps // 2}
     rows.append(_tried(allocated, 4e-3, 5e-3, noise={**LEARNED, "codebook_update": 5}, **halves))
