@@ -85,15 +85,19 @@ def entries(folder: str, pattern: str) -> list[str]:
     return [name for name in names if re.fullmatch(pattern, name)]
 
 
+def remove(path: str) -> None:
+    """Remove a file, a link, or a folder with all that is in it."""
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path)
+    else:
+        os.unlink(path)
+
+
 def remove_entries(folder: str, pattern: str) -> None:
     """Remove the files and subfolders whose name matches, and the folder if it is empty then."""
     for name in entries(folder, pattern):
-        path = os.path.join(folder, name)
         with suppress(FileNotFoundError):  # removed by a process of another machine
-            if os.path.isdir(path) and not os.path.islink(path):
-                shutil.rmtree(path)
-            else:
-                os.unlink(path)
+            remove(os.path.join(folder, name))
     with suppress(OSError):  # missing, or it has other files
         os.rmdir(folder)
 

@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 
 from transformers.utils import CONFIG_NAME
 
-from .durable import files_of, flush, flush_folder
+from .durable import files_of, flush, flush_folder, remove
 
 PART, COMPLETE, _NEW = ".hf-quantnoise-part", "interrupted-save", ".new"
 # What is not part of a model, as patterns of huggingface_hub.
@@ -143,8 +143,4 @@ def _remove_others(folder: str, names: Collection[str], keep_others: bool) -> No
     """Remove what the new model replaces: weights of the old one, or all other files."""
     found = sorted(set(os.listdir(folder)) - {COMPLETE})
     for name in stale_weights(found, names) if keep_others else _others(folder, found, names):
-        path = os.path.join(folder, name)
-        if os.path.isdir(path) and not os.path.islink(path):
-            shutil.rmtree(path)
-        else:
-            os.unlink(path)
+        remove(os.path.join(folder, name))

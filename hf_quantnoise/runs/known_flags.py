@@ -52,6 +52,8 @@ IMAGES_ELSEWHERE = {
     "train_val_split": "pass --validation_file",
     "validation_dir": "use --validation_file, a parquet file of images",
 }
+# Compression options without effect where nothing is distilled.
+_OF_TEACHER = ("distill_hidden", "distill_attention", "random_tokens")
 
 
 def elsewhere(flags: Iterable[str], known: Mapping[str, str]) -> str | None:
@@ -61,9 +63,6 @@ def elsewhere(flags: Iterable[str], known: Mapping[str, str]) -> str | None:
         if name in known:
             return f"--{name} is a flag of other scripts; {known[name]}"
     return None
-
-
-_OF_TEACHER = ("distill_hidden", "distill_attention", "random_tokens")
 
 
 def refuse(flag: str, value: Any, reason: str) -> ValueError:
