@@ -73,8 +73,7 @@ def has_code_from(packed: Tensor, bits: int, count: int, limit: int) -> bool:
     )
     whole = count // 8 * 8
     for start, end in _parts(whole):
-        groups = packed[_bytes(start, end, bits)].view(-1, bits)  # eight codes each
-        words = torch.nn.functional.pad(groups, (0, 8 - bits)).view(torch.int64)
+        words = _words(packed[_bytes(start, end, bits)], bits)
         even, odd = ((words >> shift).bitwise_and_(mask).add_(addend) for shift in (0, bits))
         if bool(even.bitwise_or_(odd).bitwise_and_(carry).any()):
             return True
@@ -92,6 +91,14 @@ def _bytes(start: int, end: int, bits: int) -> slice:
     return slice(start * bits // 8, -(-end * bits // 8))
 
 
+def _words(packed: Tensor, bits: int) -> Tensor:
+    """Return one int64 for eight codes, which take less than 8 bits each."""
+    if missing := -packed.numel() % bits:
+        packed = torch.nn.functional.pad(packed, (0, missing))
+    octets = torch.nn.functional.pad(packed.view(-1, bits), (0, 8 - bits))
+    return octets.view(torch.int64).view(-1)
+
+
 def unpack_codes(packed: Tensor, bits: int, count: int) -> Tensor:
     """Unpack codes to shape (count,) and :func:`code_dtype`; the inverse of :func:`pack_codes`."""
     _check_bits(bits)
@@ -105,6 +112,23 @@ def unpack_codes(packed: Tensor, bits: int, count: int) -> Tensor:
     if bits in (1, 2, 4):  # no code crosses a byte
         shifts = torch.arange(0, 8, bits, device=packed.device, dtype=torch.uint8)
         return ((packed[:, None] >> shifts) & (2**bits - 1)).reshape(-1)[:count]
+    # A graph may be exported to a format that has no views as another dtype.
+    if bits < 8 and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+        return _spread(_words(packed, bits), bits).view(torch.uint8)[:count]
+    return _from_bytes(packed, bits, count)
+
+
+def _spread(words: Tensor, bits: int) -> Tensor:
+    """Move eight adjacent codes of each word to a byte each, in place: four, two, one at a time."""
+    for codes in (4, 2, 1):
+        mask = sum((2 ** (codes * bits) - 1) << 16 * codes * k for k in range(4 // codes))
+        upper = (words >> codes * bits).bitwise_and_(mask).bitwise_left_shift_(8 * codes)
+        words.bitwise_and_(mask).bitwise_or_(upper)
+    return words
+
+
+def _from_bytes(packed: Tensor, bits: int, count: int) -> Tensor:
+    """Unpack codes of any number of bits with arithmetic of bytes only."""
     # Eight codes fill `bits` bytes; each is within three adjacent bytes (two zeros pad the last).
     groups = -(-count // 8)
     octets = torch.nn.functional.pad(packed, (0, groups * bits - packed.numel())).view(-1, bits)

@@ -21,6 +21,28 @@ def test_round_trip_and_byte_count(bits, count, seed):
     assert unpacked.tolist() == codes.tolist()
 
 
+class Unpacking(torch.nn.Module):
+    """A model that unpacks codes."""
+
+    def __init__(self, bits, count):
+        super().__init__()
+        self.bits, self.count = bits, count
+
+    def forward(self, packed):
+        return unpack_codes(packed, self.bits, self.count)
+
+
+@pytest.mark.parametrize("bits", [3, 5, 7, 12])
+def test_exported_graph_unpacks_the_same_without_views_as_another_dtype(bits):
+    codes = torch.randint(0, 2**bits, (801,))
+    packed = pack_codes(codes, bits)
+    exported = torch.export.export(Unpacking(bits, 801), (packed,))
+    assert exported.module()(packed).tolist() == codes.tolist()
+    assert "view.dtype" not in str(exported.graph)
+    assert unpack_codes(packed, bits, 801).tolist() == codes.tolist()
+    assert torch.equal(packed, pack_codes(codes, bits))  # unchanged
+
+
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 8, 12])
 def test_layout_is_lowest_bit_first(bits):
     """Compare with Python integers: the stream is one integer in base 2**bits."""

@@ -69,9 +69,55 @@ def test_both_methods_for_several_inputs_match_float64(name, method, monkeypatch
     monkeypatch.setattr(compiled, "TABLE_BYTES", 2**14)  # more than one chunk
     layer = make_layer(QUANTIZERS[name], 331, 48, True)
     for count in (7, 33):
-        assert compiled._program(331, 8, 5, 1, count).method == method
+        assert compiled._program(331, 8, 5, 1, count, False).method == method
         inputs = inputs_of(count, 48)[0]
         assert matches(layer, inputs, compiled.run(layer, inputs, Case.of(inputs)), 2e-6)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("columns", [16, 64, 72])  # rows of a few bytes, of more, not of bytes
+@pytest.mark.parametrize("bits", range(1, 10))
+@torch.no_grad()
+def test_codes_of_any_width_match_float64(bits, columns):
+    layer = make_layer(ProductQuantizer(8, 2**bits - (bits > 1), n_iter=1), 331, columns, True)
+    for count in (1, 9, 33):
+        inputs = inputs_of(count, columns)[0]
+        assert matches(layer, inputs, compiled.run(layer, inputs, Case.of(inputs)), 2e-6)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs mprotect")
+def test_nothing_is_read_beyond_the_codes():
+    """Put codes at the end of a page of memory, with a page after it that may not be read."""
+    code = """
+    import ctypes, mmap, sys, torch
+    from test_kernels import inputs_of, make_layer
+    from hf_quantnoise.modeling.kernels import Case, compiled
+    from hf_quantnoise.quantizers import ProductQuantizer
+
+    libc, page = ctypes.CDLL(None, use_errno=True), mmap.PAGESIZE
+    pages = mmap.mmap(-1, 4 * page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+    assert libc.mprotect(ctypes.c_void_p(start + 3 * page), page, 0) == 0
+    for bits in (3, 5, 9):
+        for columns in (64, 72):
+            layer = make_layer(ProductQuantizer(8, 2**bits, n_iter=1), 331, columns, True)
+            packed = layer.weight_indices
+            first = 3 * page - packed.numel()
+            held = torch.frombuffer(pages, dtype=torch.uint8, offset=first, count=packed.numel())
+            layer.weight_indices = held.view(packed.shape).copy_(packed)
+            for count in (1, 9):
+                inputs = inputs_of(count, columns)[0]
+                with torch.no_grad():
+                    outputs = compiled.run(layer, inputs, Case.of(inputs))
+                assert outputs.isfinite().all()
+    if sys.argv[1:]:  # that page is protected
+        print(ctypes.string_at(start + 3 * page, 1))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    options = {"capture_output": True, "text": True, "cwd": os.path.dirname(__file__)}
+    found = subprocess.run(command, **options, check=False)
+    assert found.returncode == 0, found.stderr
+    assert subprocess.run([*command, "read"], **options, check=False).returncode < 0
 
 
 @pytest.mark.parametrize("name", ["pq 4", "int8"])

@@ -164,8 +164,11 @@ def _plan(
     rows: int, columns: int, size: int, bits: int, n_books: int, n_inputs: int, n_threads: int
 ) -> Plan:
     """Return how to compute the outputs of some inputs with codes of ``bits`` bits."""
-    program = _program(rows, size, bits, n_books, n_inputs)
-    blocks, groups = columns // size, -(-n_inputs // program.width)
+    blocks = columns // size
+    row_bits = blocks * n_books * bits
+    aligned = row_bits % 8 == 0 and row_bits >= 32
+    program = _program(rows, size, bits, n_books, n_inputs, aligned)
+    groups = -(-n_inputs // program.width)
     entries, width = max(1, n_books) * 2**bits, program.width
     n_threads = max(1, min(n_threads, rows * blocks * max(1, n_books) * groups // CODES_PER_THREAD))
     n_slices = -(-rows // SLICE_ROWS) * (n_threads if groups % n_threads else 1)
@@ -180,16 +183,19 @@ def _plan(
     return Plan(program, n_threads, n_threads * scratch, sizes)
 
 
-def _program(rows: int, size: int, bits: int, n_books: int, n_inputs: int) -> Program:
+def _program(
+    rows: int, size: int, bits: int, n_books: int, n_inputs: int, aligned: bool
+) -> Program:
     """Return the program of lowest cost."""
     from .llvm import has_wide_registers
     from .program import Program
 
     if n_inputs <= FEW or not n_books:
-        return Program("dot", size, bits, n_books, min(FEW, 2 ** (n_inputs - 1).bit_length()))
-    width = 16 if n_inputs > 8 and has_wide_registers() else 8
-    method = "table" if _saves_with_table(rows, size, bits) else "lanes"
-    return Program(method, size, bits, n_books, width)
+        method, width = "dot", min(FEW, 2 ** (n_inputs - 1).bit_length())
+    else:
+        method = "table" if _saves_with_table(rows, size, bits) else "lanes"
+        width = 16 if n_inputs > 8 and has_wide_registers() else 8
+    return Program(method, size, bits, n_books, width, aligned)
 
 
 def _saves_with_table(rows: int, size: int, bits: int) -> bool:

@@ -28,6 +28,7 @@ class Program:
         code_bits: bits of a code.
         n_codebooks: codes of a block, whose centroids are added; 0 for weights of 8-bit integers.
         width: inputs at a time.
+        aligned: whether each row of codes is a number of bytes, four or more.
     """
 
     method: str
@@ -35,6 +36,7 @@ class Program:
     code_bits: int
     n_codebooks: int
     width: int
+    aligned: bool
 
     @property
     def rows(self) -> int:
@@ -57,14 +59,21 @@ class Writer(Builder):
         """Return a code. It is within four bytes, of which none is read past the end."""
         program, given = self.program, self.given
         n_books, bits = program.n_codebooks, program.code_bits
-        index = self.product(self.sum(self.product(row, given["blocks"]), block), n_books)
-        index = self.sum(index, I64(book))
+        first = self.product(row, given["blocks"], n_books)
+        index = self.sum(self.product(block, n_books), I64(book))
         if bits in (8, 16):
             of = ir.IntType(bits)
-            return self.zext(self.load(self.at(given["codes"], index, of), typ=of, align=1), I64)
+            pointer = self.at(given["codes"], self.sum(first, index), of)
+            return self.zext(self.load(pointer, typ=of, align=1), I64)
+        codes, n_bytes = given["codes"], given["n_bytes"]
+        if program.aligned:  # positions within a row are then the same in all rows
+            n_bytes = self.lshr(self.product(given["blocks"], n_books * bits), I64(3))
+            codes = self.at(codes, self.product(row, n_bytes), I8)
+        else:
+            index = self.sum(first, index)
         bit = self.product(index, bits)
-        byte = self.smaller(self.lshr(bit, I64(3)), self.sub(given["n_bytes"], I64(4)))
-        word = self.zext(self.read(given["codes"], byte, I32, I8), I64)
+        byte = self.smaller(self.lshr(bit, I64(3)), self.sub(n_bytes, I64(4)))
+        word = self.zext(self.read(codes, byte, I32, I8), I64)
         return self.and_(self.lshr(word, self.sub(bit, self.shl(byte, I64(3)))), I64(2**bits - 1))
 
     def centroid(self, row: Any, block: Any, book: int) -> Any:
