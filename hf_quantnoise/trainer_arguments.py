@@ -9,10 +9,10 @@ from transformers import Trainer, TrainingArguments
 from transformers.utils import logging
 
 from .argument_checks import require_instance, require_model, require_weights
+from .compat.peft import has_adapters
 from .configuration import QuantNoiseConfig
 from .distributed import is_distributed
 from .modeling import packed_layers
-from .modeling.packable import has_adapters
 
 logger = logging.get_logger(__name__)
 

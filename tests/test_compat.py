@@ -26,6 +26,7 @@ from transformers.quantizers import HfQuantizer
 
 import hf_quantnoise
 from hf_quantnoise import compat
+from hf_quantnoise.compat import products
 from hf_quantnoise.compat.torch_func import in_torch_func
 
 ROOT = Path(hf_quantnoise.__file__).parent
@@ -80,20 +81,22 @@ def test_int8_product_is_exact_in_int32():
     for n_inputs in (1, 3, 17):
         inputs = extremes[torch.randint(2, (n_inputs, 3072))]
         weight = extremes[torch.randint(2, (40, 3072))]
-        found = compat.int8_product(inputs, weight)
+        found = products.int8_product(inputs, weight)
         assert found.dtype == torch.int32
         assert torch.equal(found.long(), inputs.long() @ weight.long().t())
-    assert isinstance(compat.has_int8_products(), bool)
+    assert isinstance(products.has_int8_products(), bool)
+    for device in ("cpu", "cuda", "mps"):
+        assert isinstance(products.has_bf16_products(torch.device(device)), bool)
 
 
-@pytest.mark.skipif(not compat.has_int8_products(), reason="no int8 instructions")
+@pytest.mark.skipif(not products.has_int8_products(), reason="no int8 instructions")
 def test_prepacked_int8_survives_copies_and_saturates_nowhere():
     weight, bias = torch.randn(24, 4096).sign() * 3, torch.randn(24)
     inputs = torch.randn(5, 4096).sign() * 2
     expected = torch.nn.functional.linear(inputs, weight, bias)
-    packed = compat.prepacked_int8(weight, bias)
+    packed = products.prepacked_int8(weight, bias)
     for each in (packed, copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
-        found = compat.dynamic_int8_linear(inputs, each)
+        found = products.dynamic_int8_linear(inputs, each)
         assert float((found - expected).abs().max()) < 4096 * 6 * 0.01
 
 

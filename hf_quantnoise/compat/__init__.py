@@ -8,7 +8,6 @@ To support a new version, run those tests with it and fix what fails here.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -87,31 +86,6 @@ OVERRIDDEN = {
 disabled_torch_function = torch._C._disabled_torch_function_impl
 # Context manager that skips all torch function modes (`torch.device` contexts, for example).
 DisableTorchFunction = torch._C.DisableTorchFunction
-
-
-def has_int8_products() -> bool:
-    """Return whether this processor multiplies 8-bit integers, so that it is fast."""
-    return torch.cpu._is_vnni_supported() and torch.backends.quantized.engine != "none"
-
-
-def int8_product(inputs: Tensor, weight: Tensor) -> Tensor:
-    """Return ``inputs @ weight.T`` of int8 matrices, with sums in int32."""
-    return torch._int_mm(inputs, weight.t())
-
-
-def prepacked_int8(weight: Tensor, bias: Tensor | None) -> torch.ScriptObject:
-    """Return a float32 weight (rows, columns) in torch's int8 form, with a scale for each row."""
-    scale = weight.abs().amax(1).div_(127).clamp_(min=torch.finfo(torch.float32).tiny)
-    zeros = torch.zeros(len(scale), dtype=torch.int64)
-    with warnings.catch_warnings():  # torch recommends torchao, which has no such form
-        warnings.simplefilter("ignore")
-        quantized = torch.quantize_per_channel(weight, scale, zeros, 0, torch.qint8)
-        return torch.ops.quantized.linear_prepack(quantized, bias)
-
-
-def dynamic_int8_linear(inputs: Tensor, weight: torch.ScriptObject) -> Tensor:
-    """Return float32 products of inputs, rounded to 8 bits, and a :func:`prepacked_int8`."""
-    return torch.ops.quantized.linear_dynamic(inputs, weight, False)
 
 
 def in_backward() -> bool:

@@ -1,4 +1,4 @@
-"""Changes to PEFT, made when it is imported."""
+"""Changes to PEFT, made when it is imported, and whether it changed a model."""
 
 from __future__ import annotations
 
@@ -38,3 +38,8 @@ def set_table_of_prompts(table_of: Callable[[Any], nn.Module | None]) -> None:
         module.PeftModel._setup_prompt_encoder = setup
 
     call_after_import("peft.peft_model", patch)
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Return whether PEFT has wrapped a model, or some of its layers."""
+    return any(type(module).__module__.startswith("peft.") for module in model.modules())

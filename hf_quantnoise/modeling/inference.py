@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, TypeVar
 
 import torch
@@ -9,18 +10,22 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..argument_checks import require_model
+from ..compat.peft import has_adapters
+from ..compat.products import has_bf16_products
 from ..layer_types import known_layer_type
 from .kernels import dense, int8
 from .packed import PackedLayer
 
+logger = logging.getLogger(__name__)
+
 Model = TypeVar("Model", bound=nn.Module)
-# Attribute of an optimized model: names of the parameters that had gradients.
+# Attribute of an optimized model: the parameters that had gradients, and whether it had adapters.
 _TRAINED = "_trained_before_optimizing"
 Made = dict[tuple[int, int, torch.dtype], dict[str, Any]]
 
 
 @torch.no_grad()
-def optimize_for_inference(model: Model, form: str = "bf16") -> Model:
+def optimize_for_inference(model: Model, form: str | None = None) -> Model:
     """Decode the weights of a packed model once, in place, which makes it as fast as a dense one.
 
     The model keeps its class, its packed tensors and its ties; it works in ``generate`` and
@@ -36,25 +41,34 @@ def optimize_for_inference(model: Model, form: str = "bf16") -> Model:
             scale per row, and inputs that are rounded to 8 bits by their range in each call. With
             ``activation_bits`` and a weight of integers, both are those of the packed model.
             Other layers (convolutions, subclasses with a separate forward) are decoded in the dtype
-            of the model.
+            of the model. None takes ``"bf16"`` on a device that multiplies bfloat16 in hardware,
+            otherwise ``"float32"``, since products in bfloat16 take several times as long there.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: if the form is unknown or this machine does not support it, or no layer is
-            packed.
+        ValueError: if the form is unknown or this machine does not support it, no layer is packed,
+            or a packed layer is offloaded.
         TypeError: if the model is not a module.
     """
     require_model(model, nn.Module)
     layers = [module for module in model.modules() if isinstance(module, PackedLayer)]
-    if form not in dense.FORMS:
+    if form is not None and form not in dense.FORMS:
         known = ", ".join(map(repr, dense.FORMS))
-        raise ValueError(f"invalid form: got {form!r}, expected one of {known}")
+        raise ValueError(f"invalid form: got {form!r}, expected one of {known}, or None")
     if not layers:
         raise ValueError(
             f"optimize_for_inference: {type(model).__name__} has no packed layer; compress it "
             "first with quantize_model or QuantNoiseTrainer.compress, or load a compressed model"
+        )
+    _require_in_memory(model)
+    is_fast = has_bf16_products(layers[0].weight_indices.device)
+    form = form or ("bf16" if is_fast else "float32")
+    if form == "bf16" and not is_fast:
+        logger.warning(
+            "form 'bf16' is slow on this machine, which has no instructions for bfloat16; "
+            "'float32' is faster"
         )
     if form == "int8" and not (int8.is_available() and all(_is_on_cpu(layer) for layer in layers)):
         raise ValueError(
@@ -71,8 +85,8 @@ def optimize_for_inference(model: Model, form: str = "bf16") -> Model:
     except BaseException:  # out of memory
         _drop_dense(model)
         raise
-    trained = [name for name, tensor in model.named_parameters() if tensor.requires_grad]
-    vars(model)[_TRAINED] = trained
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    vars(model)[_TRAINED] = trained, has_adapters(model)
     model.requires_grad_(False)
     return model
 
@@ -80,13 +94,26 @@ def optimize_for_inference(model: Model, form: str = "bf16") -> Model:
 def restore_packed(model: Model) -> Model:
     """Undo :func:`optimize_for_inference` in place, and return the model.
 
-    The model stays in eval mode. A model that is not optimized is returned unchanged.
+    The model stays in eval mode. A model that is not optimized is returned unchanged. If it has got
+    adapters since, the parameters below them stay frozen.
     """
     _drop_dense(model)
     for module in model.modules():  # parts may have been optimized before the model was
-        for name in vars(module).pop(_TRAINED, ()):
-            module.get_parameter(name).requires_grad_()
+        trained, had_adapters = vars(module).pop(_TRAINED, ((), False))
+        if had_adapters or not has_adapters(module):
+            for parameter in trained:
+                parameter.requires_grad_()
     return model
+
+
+def _require_in_memory(model: nn.Module) -> None:
+    """Raise ValueError if a packed layer is offloaded."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, PackedLayer) and any(t.is_meta for t in layer.state_dict().values()):
+            raise ValueError(
+                f"invalid device_map: {name} is offloaded, and must be in memory to be decoded "
+                "once; load the model without offloading, or use it as it is"
+            )
 
 
 def _is_on_cpu(layer: Any) -> bool:

@@ -6,12 +6,8 @@ from torch import nn
 
 from ..argument_checks import require_model
 from ..compat import stop_rescaling
+from ..compat.peft import has_adapters
 from .convert import packed_layers
-
-
-def has_adapters(model: nn.Module) -> bool:
-    """Return whether PEFT has wrapped a model, or some of its layers."""
-    return any(type(module).__module__.startswith("peft.") for module in model.modules())
 
 
 def check_can_be_packed(model: nn.Module) -> None:

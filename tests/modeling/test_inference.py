@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from support.files import digest
 from support.tiny import make_model
 from torch import nn
+from transformers import AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
 from hf_quantnoise import (
@@ -20,7 +21,7 @@ from hf_quantnoise import (
     restore_packed,
 )
 from hf_quantnoise.blocks import weight_matrix
-from hf_quantnoise.modeling import pack_layer, packed_layers
+from hf_quantnoise.modeling import inference, pack_layer, packed_layers
 from hf_quantnoise.modeling.kernels import int8
 from hf_quantnoise.modeling.kernels.dense import FORMS
 from hf_quantnoise.quantizers import AdditiveQuantizer, FixedPointQuantizer, ProductQuantizer
@@ -161,6 +162,49 @@ def test_restored_model_is_trainable_if_a_part_was_optimized_before():
     assert not any(parameter.requires_grad for parameter in model.parameters())
     restore_packed(model)
     assert [parameter.requires_grad for parameter in model.parameters()] == before
+
+
+@pytest.mark.parametrize("is_fast", [True, False])
+def test_form_follows_the_instructions_of_the_machine(is_fast, monkeypatch, caplog):
+    monkeypatch.setattr(inference, "has_bf16_products", lambda device: is_fast)
+    model = optimize_for_inference(packed())
+    assert {layer.dense_form for _, layer in packed_layers(model)} - {None} == (
+        {"bf16"} if is_fast else {"weight"}  # held in float32, the dtype of the model
+    )
+    assert not caplog.records
+    optimize_for_inference(model, "bf16")
+    assert ("form 'bf16' is slow on this machine" in caplog.text) is not is_fast
+
+
+def test_restored_model_with_new_adapters_or_layers_does_not_train_what_is_below_them():
+    peft = pytest.importorskip("peft")
+    model = optimize_for_inference(packed(), "float32")
+    lora = peft.LoraConfig(r=2, target_modules=["query"], modules_to_save=[])
+    adapted = peft.get_peft_model(model, lora)
+    trained = {name for name, p in adapted.named_parameters() if p.requires_grad}
+    assert trained and all("lora_" in name for name in trained)
+    restore_packed(model)
+    assert trained == {name for name, p in adapted.named_parameters() if p.requires_grad}
+    adapted.train()(input_ids=IDS).logits.sum().backward()
+
+    model = optimize_for_inference(packed(), "float32")
+    model.classifier = nn.Linear(32, 2)
+    restore_packed(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_offloaded_layers_are_refused(tmp_path):
+    packed().save_pretrained(tmp_path / "small")
+    places = {"bert.embeddings": "cpu", "bert.encoder": "disk", "bert.pooler": "cpu"}
+    model = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "small",
+        device_map={**places, "classifier": "cpu"},
+        offload_folder=tmp_path / "disk",
+    )
+    expected = logits(model)
+    with pytest.raises(ValueError, match=r"bert\.encoder\.\S+ is offloaded, and must be in memory"):
+        optimize_for_inference(model, "float32")
+    assert torch.equal(logits(model), expected)
 
 
 def test_dequantize_gives_trainable_weights():

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...compat import dynamic_int8_linear, prepacked_int8
+from ...compat.products import dynamic_int8_linear, prepacked_int8
 from .case import Case
 from .int8 import Integers, has_integers, integers_of, products, round_to_saved_scale
 
@@ -50,7 +50,7 @@ def run(layer: Any, inputs: Tensor) -> Tensor:
     if inputs.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             "cannot compute gradients of inputs through int8 products; use "
-            "optimize_for_inference(model, 'bf16') or restore_packed(model)"
+            "optimize_for_inference(model, 'float32') or restore_packed(model)"
         )
     flat = inputs.reshape(-1, layer.columns)  # also of one dimension
     if rounds_by_itself(layer):

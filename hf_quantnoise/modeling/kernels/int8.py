@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ...compat import has_int8_products, int8_product
+from ...compat.products import has_int8_products, int8_product
 from ...quantizers import FixedPointQuantizer, ProductQuantizer
 from ...quantizers.gather import gather_rows
 from .case import Case, bias_of, codes_of, in_slices
