@@ -101,7 +101,7 @@ class QuantNoiseConfig(HubConfigMixin, Options):
         "Train the centroids of 'pq' with the model (section 3.2), instead of fitting them again; "
         "codebook_update then only assigns the blocks to their nearest centroids. With p=1 at the "
         "end, compress() stores exactly what was trained, except for leftovers (leftover_bits). "
-        "Needs QuantNoiseTrainer.",
+        "In other trainers than QuantNoiseTrainer, add the centroids to the optimizer.",
     )
     codebook_bits: Annotated[int, one_of((32, 16, 8))] = option(
         16, "Bits per centroid value of 'pq', as in IPQConfig."
