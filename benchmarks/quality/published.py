@@ -73,14 +73,14 @@ _GLUE_METHODS = """
 - *bits allocated*: bit allocation chooses how each weight is stored, on 256 training examples; the
   other methods have one block size for each group of layers. Weights stored in integers, the most
   sensitive ones, have no noise.
-- *no attention dropout*, *no dropout*: the model that is trained has no dropout in its attention
-  blocks, or none at all; with the other methods both are as in the finetuning. The teacher never
-  has any.
+- *no attention dropout*, *no dropout*: the student is trained without attention dropout, or without
+  any dropout; all other methods but *attention maps* keep the dropout of the finetuning.
 - *attention maps*: those of the teacher are targets, too, which also means no attention dropout.
 - *noise, 3 of 6 layers*: every other layer of the float32 model in smaller blocks, trained with
   noise; the teacher has all layers.
 - Length: as many epochs as the finetuning had; for SST-2, epochs of 24,000 examples. A
   [recipe](../how_to/recipes.md) trains twice as long for 20x and three times for 30x.
+- Learning rate: 5e-5. A recipe has that of the finetuning, here 1e-4 except on CoLA.
 - Input: on CoLA, MRPC and RTE, which have fewer than 10,000 training examples, half of the examples
   of a batch have 20% of their tokens replaced by other tokens of the batch. The targets are the
   teacher's probabilities for the changed text. Recipes do not do this, nor do the methods with

@@ -61,6 +61,9 @@ def test_box_has_the_figures_of_the_rows(runs):
         if (line["key"]["case"], line["key"]["threads"]) == ("MiniLM, 1x128 tokens", 1)
     ]
     assert f" / {case['packed']['speed']:.1f} with" in box
+    assert "1,500 steps of 32 sentences after the finetuning: 8 to 14 minutes at 21.0x" in box
+    (shape,) = [line for line in lines("one_shot.jsonl") if line["key"]["shape"] == "roberta-base"]
+    assert f"one shot: {shape['seconds']:.0f} s for the shape of RoBERTa-base, on 2 cores" in box
     peers = [
         line for line in lines("quality_glue_peers.jsonl")
         if (line["key"]["method"], line["key"]["size"]) == ("one shot", "13x")
