@@ -203,17 +203,22 @@ class PackedLayer(DynamicSubclass):
                 self.register_parameter(name, parameter)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        """Convert in place what is never trained, so that tied layers continue to share it."""
+        """Convert in place what is never trained, so that tied layers continue to share it.
+
+        If ``fn`` raises (out of memory), the layer keeps all its tensors.
+        """
         buffers = own_buffers(self)
         fixed = {name: buffers.pop(name) for name in list(buffers) if self.is_never_trained(name)}
-        super()._apply(fn, recurse)
-        for name, tensor in fixed.items():
-            converted = fn(tensor)
-            if tensor.is_meta == converted.is_meta:
-                tensor.data = converted
-            else:
-                tensor = NonTrainableParameter(converted)
-            buffers[name] = tensor
+        try:
+            super()._apply(fn, recurse)
+            for name, tensor in fixed.items():
+                converted = fn(tensor)
+                if tensor.is_meta == converted.is_meta:
+                    tensor.data = converted
+                else:
+                    fixed[name] = NonTrainableParameter(converted)
+        finally:
+            buffers.update(fixed)
         return self
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):

@@ -9,7 +9,7 @@ from support.stacked import make_stacked
 from support.stored import PQ, tensors_of
 from torch import nn
 
-from hf_quantnoise import IPQConfig, quantize_model
+from hf_quantnoise import AutoQuantizedModel, IPQConfig, quantize_model
 from hf_quantnoise.modeling.non_trainable import NonTrainableParameter
 
 FIXED = ("weight_indices", "weight_codebook_scale", "weight_codebook_zero_point", "input_scale",
@@ -78,3 +78,32 @@ def test_state_dict_pickles_as_regular_tensors(packed):
     loaded = torch.load(file, weights_only=True)
     assert all(type(tensor) is torch.Tensor for tensor in loaded.values())
     assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors_of(packed).items())
+
+
+@pytest.mark.parametrize("calls", [0, 1, 30])
+def test_failed_conversion_keeps_every_tensor(calls, packed, tmp_path):
+    """A device that runs out of memory: the model still has all codes, and saves them."""
+    model = copy.deepcopy(packed)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    layer = model.transformer.h[0].mlp.c_fc
+    left = iter(range(calls))
+
+    def convert(tensor):
+        if next(left, None) is None:
+            raise RuntimeError("out of memory")
+        return tensor
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        model._apply(convert)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert {name for name, _ in layer.named_buffers()} == {
+        *("weight_indices", "weight_codebook_scale", "weight_codebook_zero_point"),
+        *("input_scale", "input_zero_point"),
+    }
+    model.save_pretrained(tmp_path)
+    again = AutoQuantizedModel.from_pretrained(tmp_path)
+    ids = torch.arange(5, 21).view(2, 8)
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, packed(ids).logits)
