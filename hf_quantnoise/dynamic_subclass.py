@@ -1,6 +1,7 @@
 """Subclasses created at run time: a module object stays the same and its class is replaced.
 
-Subclasses keep their behaviour, ``isinstance`` holds; ``__class__ = original_class`` undoes it.
+Subclasses keep their behaviour, ``isinstance`` holds; :func:`change_class` to the original class
+undoes it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
+
+from .compat import bind_hooked_forward
 
 Maker = Callable[[type[nn.Module]], type[nn.Module]]
 
@@ -52,6 +55,13 @@ def make_dynamic_subclass(
         **attributes,
     }
     return type(f"{prefix}{cls.__name__}", bases, attributes)
+
+
+def change_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Give a module another class, in place, also for the hooks that accelerate has added to it."""
+    before = type(module)
+    module.__class__ = cls
+    bind_hooked_forward(module, before)
 
 
 def _empty(maker: Maker, cls: type[nn.Module]) -> nn.Module:

@@ -27,6 +27,7 @@ from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from .accelerate import bind_hooked_forward, offloaded_names, undo_accelerate_prepare
 from .peft import set_table_of_prompts
 
 if TYPE_CHECKING:
@@ -38,11 +39,14 @@ __all__ = [
     "WeightConverter",
     "WeightRenaming",
     "WeightTransform",
+    "bind_hooked_forward",
     "get_model_conversion_mapping",
     "load_offloaded_parameter",
+    "offloaded_names",
     "revert_weight_conversion",
     "set_table_of_prompts",
     "should_convert_module",
+    "undo_accelerate_prepare",
 ]
 
 # The versions in which every name below was seen: the oldest and the newest that are tested.
@@ -116,31 +120,6 @@ def conv_padding(layer: Any) -> list[int]:
 def without_compile_wrapper(model: nn.Module) -> nn.Module:
     """Return the model inside `torch.compile`'s wrapper, or the model itself."""
     return getattr(model, "_orig_mod", model)
-
-
-# ---- accelerate ----------------------------------------------------------------------------------
-
-
-def offloaded_names(module: Any) -> set[str]:
-    """Return the names of a module's own tensors that its hook loads before each forward."""
-    weights = module._hf_hook.weights_map  # iterating reads names only, membership the file
-    prefix = getattr(weights, "prefix", "")
-    return {name.removeprefix(prefix) for name in weights}
-
-
-def undo_accelerate_prepare(model: nn.Module) -> nn.Module:
-    """Remove, in place, autocast and the mark "prepared" that accelerate leaves on a model.
-
-    `unwrap_model(..., keep_fp32_wrapper=False)` would remove transformers' decorators as well.
-    """
-    attributes = vars(model)
-    attributes.pop("_is_accelerate_prepared", None)
-    original = attributes.pop("_original_forward", None)
-    if original is not None:
-        attributes.pop("forward", None)
-        if model.forward != original:  # it was set on the instance
-            model.forward = original
-    return model
 
 
 # ---- transformers: models ------------------------------------------------------------------------

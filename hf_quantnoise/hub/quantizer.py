@@ -136,7 +136,11 @@ class QuantNoiseHfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs):
         if not self.pre_quantized:
-            _require_in_memory(model)
+            _require_in_memory(
+                model,
+                "quantized; quantize without offloading, save_pretrained, and load the result with "
+                "this device_map",
+            )
             warn_without_data(model, "from_pretrained has no data; use quantize_model")
             model.is_quantized = False  # the packer takes dense models, and marks it
             ModelPacker(model, self.quantization_config).pack_all()
@@ -210,6 +214,7 @@ class QuantNoiseHfQuantizer(HfQuantizer):
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None):
         dtype = as_float_dtype(dtype)  # config.dtype is its name once the model was saved
+        _require_in_memory(model, "dequantized; load the model without offloading")
         unpack_model(model)
         detach_saving(model)
         convert_all(model)
@@ -275,12 +280,11 @@ def _cannot_be_offloaded(name: str, reason: str) -> ValueError:
     )
 
 
-def _require_in_memory(model: PreTrainedModel) -> None:
-    """Raise ValueError if a parameter of a model that is to be quantized is offloaded."""
+def _require_in_memory(model: PreTrainedModel, action: str) -> None:
+    """Raise ValueError if a parameter is offloaded; ``action`` ends the error."""
     offloaded = next((name for name, tensor in model.named_parameters() if tensor.is_meta), None)
     if offloaded is not None:
         raise ValueError(
             f"invalid device_map: {offloaded} is offloaded, and a weight must be in memory to be "
-            "quantized; quantize without offloading, save_pretrained, and load the result with "
-            "this device_map"
+            + action
         )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..blocks import matrix_shape, weight_matrix
 from ..compat import mark_initialized, own_buffers, own_parameters
+from ..dynamic_subclass import change_class
 from ..quantizers import Quantizer, RowGroupQuantizer
 from ..quantizers.base import CHUNK_ELEMENTS, sum_of_squares
 from .activations import rounds_inputs
@@ -105,7 +106,7 @@ def _become_packed(
     }
     for layer in layers:
         del own_parameters(layer)["weight"]
-        layer.__class__ = packed_class(type(layer))
+        change_class(layer, packed_class(type(layer)))
         has_buffers = bool(own_buffers(layer))
         # Past nn.Module.__setattr__: none of these is a tensor or a module.
         vars(layer).update(quantizer=quantizer, rows=rows, columns=columns, weight_shape=shape)
@@ -247,7 +248,7 @@ def unpack_model(model: nn.Module) -> nn.Module:
             own_buffers(layer).pop(name, None)
         for name in _ATTRIBUTES:
             layer.__dict__.pop(name, None)
-        layer.__class__ = type(layer).original_class
+        change_class(layer, type(layer).original_class)
         # The weight comes first again: optimizers number the parameters.
         others = dict(own_parameters(layer))
         own_parameters(layer).clear()

@@ -23,7 +23,7 @@ from transformers.utils import logging
 
 from ..compat import CacheLayerMixin
 from ..distributed import is_distributed
-from ..dynamic_subclass import DynamicSubclass, make_dynamic_subclass
+from ..dynamic_subclass import DynamicSubclass, change_class, make_dynamic_subclass
 from ..module_modes import evaluating
 from ..quantizers.base import StraightThrough
 from ..sharing import Chunk, chunks_by_stack
@@ -222,12 +222,12 @@ def make_droppable(model: nn.Module, drop: LayerDrop) -> None:
         for member, name in enumerate(chunk):
             layer = model.get_submodule(name)
             layer.__dict__["_layer_drop"] = DropState(drop, sampler, member)
-            layer.__class__ = droppable_class(type(layer))
+            change_class(layer, droppable_class(type(layer)))
 
 
 def make_undroppable(model: nn.Module) -> None:
     """Undo :func:`make_droppable`."""
     for module in model.modules():
         if isinstance(module, DroppableLayer):
-            module.__class__ = type(module).original_class
+            change_class(module, type(module).original_class)
             del module.__dict__["_layer_drop"]

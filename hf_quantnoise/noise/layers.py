@@ -13,7 +13,7 @@ from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
-from ..dynamic_subclass import DynamicSubclass, make_dynamic_subclass
+from ..dynamic_subclass import DynamicSubclass, change_class, make_dynamic_subclass
 from ..layer_types import LayerType, known_layer_type
 from .activations import ActivationNoise
 from .operator import WeightNoise
@@ -93,10 +93,10 @@ def is_noisy(module: nn.Module) -> bool:
 def make_noisy(module: nn.Module, noise: LayerNoise) -> None:
     """Turn a layer of a known type into a noisy one, in place."""
     module.__dict__["_layer_noise"] = noise
-    module.__class__ = noisy_class(type(module))
+    change_class(module, noisy_class(type(module)))
 
 
 def remove_noise(module: nn.Module) -> None:
     """Undo :func:`make_noisy`: the same object with its original class."""
-    module.__class__ = cast(type[DynamicSubclass], type(module)).original_class
+    change_class(module, cast(type[DynamicSubclass], type(module)).original_class)
     del module.__dict__["_layer_noise"]
