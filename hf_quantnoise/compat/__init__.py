@@ -29,6 +29,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from .accelerate import bind_hooked_forward, offloaded_names, undo_accelerate_prepare
 from .peft import set_table_of_prompts
+from .saving import check_before_saving
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -40,6 +41,7 @@ __all__ = [
     "WeightRenaming",
     "WeightTransform",
     "bind_hooked_forward",
+    "check_before_saving",
     "get_model_conversion_mapping",
     "load_offloaded_parameter",
     "offloaded_names",

@@ -31,16 +31,16 @@ from ..compat import (
 from ..configuration import QuantizedModelConfig
 from ..files.reading import headers_of, tensors_in
 from ..modeling import PackedLayer, packed_layers
-from ..modeling.convert import decode_stored_states, is_packed, unpack_model
+from ..modeling.convert import decode_stored_states, unpack_model
 from ..modeling.packed import PREFIX
 from ..modeling.packer import ModelPacker
 from ..modeling.structural_changes import declare_shared, tied_after_loading
 from ..modeling.ties import restore_ties
 from ..sharing import share, unshare
-from ..structure import is_layer
 from .card import CARD_ATTRIBUTE, TAGS
 from .conversions import convert_all, convert_dense_only, names_kept_in_files, without
 from .file_check import check_files, require_valid_values
+from .layers_match import match_plan_to_layers
 from .parts import describe_parts, forget_parts
 from .processing import remember_folder
 from .reading import align, read_packed, release_files, require_no_renaming
@@ -198,7 +198,7 @@ class QuantNoiseHfQuantizer(HfQuantizer):
                 sub_config.dtype = model.dtype
         # With an adapter loaded, transformers writes only the adapter.
         if not has_adapter(model):
-            _drop_replaced_layers(model, self.quantization_config)
+            match_plan_to_layers(model, self.quantization_config)
         state_dict = stored_state_dict(model, self.quantization_config)
         sentinels = sentinel_names(self.quantization_config, model)
         for name in sentinels:
@@ -246,26 +246,6 @@ def _require_no_data(config: QuantizedModelConfig) -> None:
     if config.target:
         reason = f"{config.target}: from_pretrained does not allocate bits"
         raise ValueError(f"{reason}; {call}), with {data} if there is data, or QuantNoiseTrainer")
-
-
-def _drop_replaced_layers(model: PreTrainedModel, config: QuantizedModelConfig) -> None:
-    """Remove layers from the plan that are dense again: a new head, or a resized table."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    for name in [name for name in config.plan if not is_packed(modules.get(name))]:
-        module: nn.Module | None = modules.get(name)
-        if module is None or not is_layer(module):
-            found = "is missing" if module is None else f"is a {type(module).__name__}"
-            raise ValueError(
-                f"cannot save the model as quantized: layer {name} of the plan {found} now; unload "
-                "an adapter with peft_model.unload() or save only the adapter, put a regular layer "
-                "there, or call model.dequantize()"
-            )
-        logger.warning(f"{name} was replaced after quantization; it is saved in floating point.")
-        del config.plan[name]
-        config.left_dense[name] = "replaced by a layer in floating point after it was quantized"
-    for entry in config.plan.values():
-        if "tied_to" in entry and entry["tied_to"] not in config.plan:
-            del entry["tied_to"]
 
 
 def _is_offloaded(module: nn.Module) -> bool:
