@@ -94,6 +94,11 @@ disabled_torch_function = torch._C._disabled_torch_function_impl
 DisableTorchFunction = torch._C.DisableTorchFunction
 
 
+def wrapper_tensor(cls: Any, shape: Iterable[int], dtype: torch.dtype, device: Any) -> Any:
+    """Return a tensor of a class with `__torch_dispatch__`, with a shape but without values."""
+    return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+
+
 def in_backward() -> bool:
     """Return whether autograd is running a backward pass in this thread."""
     return torch._C._current_graph_task_id() != -1

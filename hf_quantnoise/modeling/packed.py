@@ -18,13 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from ..compat import own_buffers, own_parameters
+from ..compat.torch_func import in_torch_func
 from ..dynamic_subclass import DynamicSubclass, make_dynamic_subclass
 from ..layer_types import known_layer_type
 from ..quantizers import Quantizer
 from ..quantizers.fixed_point import round_activations
 from .kernels import KERNELS, rounds_inputs, run_kernel
+from .lazy_weight import LazyWeight
 from .non_trainable import NonTrainableParameter
-from .read_only_weight import ReadOnlyWeight, raise_read_only
+from .read_only_weight import raise_read_only
 from .stored_state import decode_state_dict
 from .value_check import invalid_values
 
@@ -84,17 +86,20 @@ class PackedLayer(DynamicSubclass):
 
     @property
     def weight(self) -> Tensor:
-        """The decoded weight in its original shape, differentiable in the quantizer's state."""
+        """The decoded weight in its original shape, differentiable in the quantizer's state.
+
+        It is decoded when its values are needed (``lazy_weight.py``), or at once in a graph.
+        """
         if self._loading is not None and self._loading.is_skeleton:
             # Rows first for every layer type: transformers pads the bias to the first dimension of
             # a tied weight, and would cut that of a Conv1D.
             return torch.empty(self.rows, self.columns, device="meta")
-        weight = self.decode()
         if torch.compiler.is_compiling():
-            return weight
-        weight = weight.as_subclass(ReadOnlyWeight)
-        weight._trained = self.state.values()
-        return weight
+            return self.decode()
+        state = self.state
+        like = next(tensor for tensor in state.values() if tensor.is_floating_point())
+        weight = LazyWeight.of(self.decode, self.weight_shape, like, state.values())
+        return weight.values if torch.jit.is_tracing() or in_torch_func() else weight
 
     @weight.setter
     def weight(self, value: Tensor) -> None:
