@@ -8,7 +8,7 @@ To support a new version, run those tests with it and fix what fails here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -94,7 +94,7 @@ disabled_torch_function = torch._C._disabled_torch_function_impl
 DisableTorchFunction = torch._C.DisableTorchFunction
 
 
-def wrapper_tensor(cls: Any, shape: Iterable[int], dtype: torch.dtype, device: Any) -> Any:
+def wrapper_tensor(cls: Any, shape: Sequence[int], dtype: torch.dtype, device: Any) -> Any:
     """Return a tensor of a class with `__torch_dispatch__`, with a shape but without values."""
     return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
 

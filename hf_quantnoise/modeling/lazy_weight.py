@@ -38,7 +38,7 @@ class LazyWeight(ReadOnlyWeight):
     """
 
     _decode: Callable[[], Tensor]
-    _values: Tensor | None
+    _decoded: Tensor | None
     _modes: tuple[bool, bool]  # of inference and gradients
 
     @staticmethod
@@ -53,26 +53,26 @@ class LazyWeight(ReadOnlyWeight):
         ``like`` has its dtype and device, and ``trained`` are the parameters it is decoded from.
         """
         weight: LazyWeight = wrapper_tensor(LazyWeight, shape, like.dtype, like.device)
-        weight._decode, weight._values, weight._trained = decode, None, tuple(trained)
+        weight._decode, weight._decoded, weight._trained = decode, None, tuple(trained)
         weight._modes = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
         return weight
 
     @property
-    def values(self) -> Tensor:
+    def decoded(self) -> Tensor:
         """The decoded weight."""
-        if self._values is None:
+        if self._decoded is None:
             inference, gradients = self._modes
             with torch.inference_mode(inference), torch.set_grad_enabled(gradients):
                 values = self._decode().as_subclass(ReadOnlyWeight)
             values._trained = self._trained
-            self._values = values
-        return self._values
+            self._decoded = values
+        return self._decoded
 
     @property
     def requires_grad(self) -> bool:
         """Whether the weight has a gradient. Setting it freezes or unfreezes the layer's state."""
-        if self._values is not None:
-            return self._values.requires_grad
+        if self._decoded is not None:
+            return self._decoded.requires_grad
         return self._modes[1] and any(parameter.requires_grad for parameter in self._trained)
 
     @requires_grad.setter
@@ -81,7 +81,7 @@ class LazyWeight(ReadOnlyWeight):
 
     def detach(self) -> LazyWeight:  # also of nn.Parameter, which needs the same type
         """Return the values without gradients, decoded when they are needed."""
-        return LazyWeight.of(lambda: self.values.detach(), self.shape, self)
+        return LazyWeight.of(lambda: self.decoded.detach(), self.shape, self)
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -97,7 +97,7 @@ class LazyWeight(ReadOnlyWeight):
 
 
 def _with_gradients(weight: LazyWeight) -> Tensor:
-    return weight.values
+    return weight.decoded
 
 
 def _without_gradients(weight: LazyWeight) -> Tensor:
@@ -106,7 +106,7 @@ def _without_gradients(weight: LazyWeight) -> Tensor:
             "cannot compute gradients of the weight of a packed layer while torch functions are "
             "disabled; use layer.decode() instead of layer.weight"
         )
-    return weight.values.detach().as_subclass(Tensor)
+    return weight.decoded.detach().as_subclass(Tensor)
 
 
 def _with_values(value: Any, values_of: Callable[[LazyWeight], Tensor] = _with_gradients) -> Any:

@@ -99,7 +99,7 @@ class PackedLayer(DynamicSubclass):
         state = self.state
         like = next(tensor for tensor in state.values() if tensor.is_floating_point())
         weight = LazyWeight.of(self.decode, self.weight_shape, like, state.values())
-        return weight.values if torch.jit.is_tracing() or in_torch_func() else weight
+        return weight.decoded if torch.jit.is_tracing() or in_torch_func() else weight
 
     @weight.setter
     def weight(self, value: Tensor) -> None:
