@@ -63,14 +63,14 @@ class Compress(Command):
         read_template(args.card_template)
         checkpoint = checkpoint_of(args)
         checkpoint.require_dense()
-        check_output(args.out, args.overwrite, args.model)
+        old = check_output(args.out, args.overwrite, args.model)
         card_in(args.model)  # raises before the model is loaded
         check_plan(checkpoint.skeleton(), config)
         model = checkpoint.load()
         progress = sys.stderr.isatty()
         config = resolve_target(model, config, progress=progress, table=False)
         model = quantize_model(model, config, progress)
-        with replaced_model(args.out, keep_others=False) as folder:
+        with replaced_model(args.out, old) as folder:
             source = copy_companions(checkpoint, folder)
             model.save_pretrained(folder)
             write_card(model, source, folder, args.card_template)

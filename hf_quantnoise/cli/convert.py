@@ -79,9 +79,9 @@ class Convert(Command):
 
         checkpoint = checkpoint_of(args)
         checkpoint.require_packed("PATH_OR_REPO")
-        check_output(args.out, args.overwrite, args.model)
+        old = check_output(args.out, args.overwrite, args.model)
         model = checkpoint.load_packed()
-        with replaced_model(args.out, keep_others=False) as folder:
+        with replaced_model(args.out, old) as folder:
             copy_companions(checkpoint, folder)
             TARGETS[args.to](model, folder)
         print(f"{args.model} written as {args.to!r} to {_weights_in(args.out)}")

@@ -9,6 +9,7 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 from transformers import PreTrainedModel
+from transformers.utils import CONFIG_NAME
 
 from ..files.durable import path_within
 from ..files.model_folders import PART, finish_interrupted
@@ -16,16 +17,20 @@ from ..hub.processing import PROCESSING, copy_processing, processing_files, warn
 from ..publishing.push import card_of, merge_cards
 from ..repository import CARD, card_in
 from .checkpoints import Checkpoint
+from .saved_model import saved_entries
 
 
-def check_output(out: str, overwrite: bool, source: str) -> None:
-    """Raise a ``ValueError`` if a folder must not or cannot be written."""
+def check_output(out: str, overwrite: bool, source: str) -> list[str]:
+    """Return the entries of the model in the output folder, which the new model replaces.
+
+    Raise a ``ValueError`` if the folder must not or cannot be written.
+    """
     if os.path.isfile(out):
         raise ValueError(f"output {out!r} is a file; choose a folder")
     if overwrite:
         finish_interrupted(out)
     names = sorted({*os.listdir(out)} - {PART}) if os.path.isdir(out) else []
-    if "config.json" in names and os.path.isdir(source) and path_within(out, source):
+    if CONFIG_NAME in names and os.path.isdir(source) and path_within(out, source):
         raise ValueError(
             f"output folder {out!r} is the model itself, or contains it; choose another"
         )
@@ -34,17 +39,14 @@ def check_output(out: str, overwrite: bool, source: str) -> None:
             f"output folder {out!r} is not empty ({', '.join(names[:3])}); choose another or pass "
             "--overwrite"
         )
-    if names and "config.json" not in names:
-        raise ValueError(
-            f"output folder {out!r} has other files than a saved model ({', '.join(names[:3])}), "
-            "which --overwrite does not delete; choose another"
-        )
     try:
+        old = saved_entries(out) if names else []
         _require_writable(out)
     except OSError as error:
         raise ValueError(
             f"output folder {out!r} cannot be written ({error}); choose another"
         ) from error
+    return old
 
 
 def _require_writable(out: str) -> None:

@@ -50,12 +50,13 @@ def variant_of(name: str) -> str | None:
 
 
 @contextmanager
-def replaced_model(folder: str | os.PathLike, keep_others: bool = True) -> Iterator[str]:
+def replaced_model(folder: str | os.PathLike, old: Collection[str] = ()) -> Iterator[str]:
     """Yield a new folder whose files are placed in ``folder`` if the block succeeds.
 
     Args:
         folder: the folder; created if it does not exist. It is not changed if the block raises.
-        keep_others: keep files that are not in the new folder, except weights of the old model.
+        old: entries of the old model, relative to the folder, to remove unless the new model has
+            them. Its weights are removed in any case, all other entries are kept.
     """
     folder = os.fspath(folder)
     existed = os.path.isdir(folder)
@@ -74,7 +75,7 @@ def replaced_model(folder: str | os.PathLike, keep_others: bool = True) -> Itera
     if os.path.lexists(os.path.join(folder, CONFIG_NAME)):  # otherwise there is nothing to lose
         flush_folder(part)
     os.replace(part, os.path.join(folder, COMPLETE))
-    _place_files(folder, keep_others)
+    _place_files(folder, old)
 
 
 def finish_interrupted(folder: str) -> None:
@@ -94,7 +95,7 @@ def require_not_interrupted(folder: str | os.PathLike) -> None:
         )
 
 
-def _place_files(folder: str, keep_others: bool = True) -> None:
+def _place_files(folder: str, old: Collection[str] = ()) -> None:
     """Place the files of the complete new model in its folder; may be repeated after a kill."""
     complete, config = os.path.join(folder, COMPLETE), os.path.join(folder, CONFIG_NAME)
     names = set(files_of(complete))
@@ -103,7 +104,7 @@ def _place_files(folder: str, keep_others: bool = True) -> None:
             os.unlink(config)
     for name in sorted(names - {CONFIG_NAME}):
         _place(os.path.join(complete, name), os.path.join(folder, name))
-    _remove_others(folder, names, keep_others)
+    _remove_old(folder, {*old, *stale_weights(os.listdir(folder), names)} - names)
     flush(folder)
     if has_config:
         _place(os.path.join(complete, CONFIG_NAME), config)
@@ -130,17 +131,12 @@ def _place(source: str, target: str) -> None:
     os.replace(target + _NEW, target)
 
 
-def _others(folder: str, found: Collection[str], names: Collection[str]) -> set[str]:
-    """Return the entries of a folder, and the files in folders such as onnx/, without names."""
-    kept = {name.partition("/")[0] for name in names}
-    others = set(found) - kept
-    for name in kept:
-        others |= {f"{name}/{file}" for file in files_of(os.path.join(folder, name))} - {*names}
-    return others
-
-
-def _remove_others(folder: str, names: Collection[str], keep_others: bool) -> None:
-    """Remove what the new model replaces: weights of the old one, or all other files."""
-    found = sorted(set(os.listdir(folder)) - {COMPLETE})
-    for name in stale_weights(found, names) if keep_others else _others(folder, found, names):
-        remove(os.path.join(folder, name))
+def _remove_old(folder: str, entries: Collection[str]) -> None:
+    """Remove entries of a folder, and the subfolders that are empty then."""
+    for name in entries:
+        path = os.path.join(folder, name)
+        if os.path.lexists(path):
+            remove(path)
+    for subfolder in {os.path.dirname(name) for name in entries} - {""}:
+        with suppress(OSError):  # it has other files
+            os.rmdir(os.path.join(folder, subfolder))

@@ -123,14 +123,6 @@ def test_card_has_no_results_of_the_dense_model(dense_card, work, run):
     assert tuple(map(data.get, ("base_model", "base_model_relation", "license"))) == expected
 
 
-def test_overwrite_replaces_the_entire_folder(work, run):
-    (work / "out" / "compressed" / "stale.bin").write_text("of an earlier model")
-    assert run("compress out/dense out/compressed --scheme fixed_point --overwrite")[0] == 0
-    assert not (work / "out" / "compressed" / "stale.bin").exists()
-    stored = json.loads((work / "out" / "compressed" / "config.json").read_text())
-    assert stored["quantization_config"]["scheme"] == "fixed_point"
-
-
 @pytest.mark.parametrize("command", ["compress", "convert --to dense"])
 @pytest.mark.parametrize("inner", ["checkpoint-10", "runs/last"])
 def test_overwrite_keeps_the_model_that_is_read(work, run, no_weights, command, inner):

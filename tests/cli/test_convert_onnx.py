@@ -97,7 +97,7 @@ def test_overwrite_removes_the_graph_of_the_old_model(work, run):
     old = work / "out" / "onnx"
     (old / "onnx").mkdir(parents=True)
     for path in (old / "config.json", old / "onnx" / "model.onnx"):
-        path.write_text("{}")
+        path.write_text('{"model_type": "bert"}')
     code, _, err = run("convert out/compressed out/onnx --to onnx_int8 --overwrite")
     assert code == 0, err
     assert [path.name for path in (old / "onnx").iterdir()] == ["model_int8.onnx"]
