@@ -21,7 +21,7 @@ from hf_quantnoise import (
     size_report,
 )
 from hf_quantnoise.compression.distillation.teacher import Teacher
-from hf_quantnoise.compression.training.packed_trainer import loss_reads_num_items
+from hf_quantnoise.compression.training.loss_normalization import loss_reads_num_items
 from hf_quantnoise.compression.training.stage_trainer import StageTrainer
 from hf_quantnoise.modeling import packed_layers
 

@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import (
 
 from ...modeling.padding import IGNORED, tensor_labels
 from ...registry import Registry
-from ..training.packed_trainer import without_adapters
+from ..training.loss_normalization import without_adapters
 from .losses import sigmoid_divergence, softmax_divergence, squared_error
 
 # (student's outputs, teacher's outputs, inputs, temperature) -> divergence.

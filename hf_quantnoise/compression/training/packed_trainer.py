@@ -2,53 +2,22 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import os
-import re
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import get_last_checkpoint
-from transformers.utils import CONFIG_NAME, logging
+from transformers.utils import CONFIG_NAME
 
 from ...compat import undo_accelerate_prepare, without_compile_wrapper
 from ...modeling.packed import PREFIX
 from .fsdp import ShardedCopy, require_fsdp2, share_what_rank_0_read
+from .loss_normalization import loss_reads_num_items
 from .precision import check_trained_dtypes
-
-logger = logging.get_logger(__name__)
-
-_PASSES_KWARGS_ON = re.compile(r"loss_function\([^()]*(?:\([^()]*\)[^()]*)*\*\*", re.DOTALL)
-
-
-def without_adapters(model: nn.Module) -> nn.Module:
-    """Return the model inside a PEFT wrapper; any other model unchanged."""
-    while hasattr(model, "get_base_model"):
-        model = model.get_base_model()
-    return model
-
-
-def loss_reads_num_items(model: nn.Module) -> bool:
-    """Return whether a model's loss is normalized by ``num_items_in_batch``.
-
-    ``Trainer`` assumes so for every forward with ``**kwargs``. The heads of the BERT family accept
-    them and ignore them (a plain mean), which multiplies loss and gradient by the gradient
-    accumulation steps. The answer is read from the source of the forward.
-    """
-    model = without_adapters(model)
-    try:
-        source = inspect.getsource(type(model).forward)
-    except (OSError, TypeError):
-        logger.warning(
-            f"cannot read the source of {type(model).__name__}.forward: assuming, as transformers "
-            "does, that its loss is normalized by num_items_in_batch"
-        )
-        return True
-    return _PASSES_KWARGS_ON.search(source) is not None
 
 
 def _describe_bound_optimizer(trainer: Trainer) -> str | None:
