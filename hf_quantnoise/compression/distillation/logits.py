@@ -49,7 +49,7 @@ def head_name(model: nn.Module, inputs: Mapping[str, Any]) -> str:
     """Return the name of a model's head in :data:`HEADS`.
 
     If the config has no ``problem_type``, float labels of shape (batch, labels) in the batch select
-    multi-label classification.
+    multi-label classification; a single label is regression in any shape.
     """
     model = without_adapters(model)
     name = type(model).__name__
@@ -64,7 +64,9 @@ def head_name(model: nn.Module, inputs: Mapping[str, Any]) -> str:
     problem = getattr(config, "problem_type", None)
     labels = tensor_labels(inputs)
     if problem is None and labels is not None and labels.dim() == 2 and labels.is_floating_point():
-        problem = "multi_label_classification"
+        # As in the loss of transformers, which sets the type in its first forward with labels.
+        is_regression = getattr(config, "num_labels", None) == 1
+        problem = "regression" if is_regression else "multi_label_classification"
     return str(problem) if problem in HEADS else "classification"
 
 

@@ -9,6 +9,8 @@ from transformers import (
     AutoConfig,
     AutoModelForObjectDetection,
     AutoModelForPreTraining,
+    BertConfig,
+    BertForSequenceClassification,
     BlipConfig,
     BlipForConditionalGeneration,
     BlipTextConfig,
@@ -104,3 +106,29 @@ def test_logits_divergence_of_texts_of_images_reads_labels_like_the_model(make, 
     counted = torch.zeros(2, 5, dtype=torch.bool)
     counted[:, : 5 - shift] = labels[:, shift:] != -100
     torch.testing.assert_close(got, softmax_divergence(student[counted], teacher[counted]))
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 1)])
+def test_logits_divergence_of_one_output_is_the_squared_error_of_regression(shape):
+    model = BertForSequenceClassification(BertConfig(**SIZES, num_labels=1))
+    batch = {"input_ids": torch.arange(5, 25).view(4, 5), "labels": torch.rand(shape)}
+    student, teacher = torch.randn(4, 1), torch.randn(4, 1)
+    outputs, expected = ({"logits": student}, {"logits": teacher}), squared_error(student, teacher)
+    before = logits_divergence(model, *outputs, batch, 2.0)
+    model(**batch)  # the loss sets the type of problem
+    assert model.config.problem_type == "regression"
+    assert before == logits_divergence(model, *outputs, batch, 2.0) == expected
+
+
+@pytest.mark.parametrize("n_labels", [1, 3])
+def test_logits_divergence_of_independent_labels_follows_the_loss_of_the_labels(n_labels):
+    problem = "multi_label_classification" if n_labels == 1 else None
+    config = BertConfig(**SIZES, num_labels=n_labels, problem_type=problem)
+    model = BertForSequenceClassification(config)
+    labels = torch.ones(4, n_labels)
+    batch = {"input_ids": torch.arange(5, 25).view(4, 5), "labels": labels}
+    student, teacher = torch.randn(4, n_labels), torch.randn(4, n_labels)
+    got = logits_divergence(model, {"logits": student}, {"logits": teacher}, batch)
+    model(**batch)
+    assert model.config.problem_type == "multi_label_classification"
+    assert got == sigmoid_divergence(student, teacher)
