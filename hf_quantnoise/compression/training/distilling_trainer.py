@@ -90,7 +90,7 @@ class DistillingTrainer(PackedModelTrainer):
         inputs = self.teacher.training_inputs(inputs, self.processing_class)
         weight, kwargs = self.compression_args.distill_weight, self.teacher.forward_kwargs
         if weight < 1:
-            loss, outputs = super().compute_loss(model, {**inputs, **kwargs}, return_outputs=True)
+            loss, outputs = self._label_loss(model, {**inputs, **kwargs})
         else:
             without_labels = self.teacher.model_inputs(inputs, self.label_names)
             loss, outputs = 0.0, model(**without_labels, **kwargs)
@@ -101,6 +101,22 @@ class DistillingTrainer(PackedModelTrainer):
             self._term_sums[name] = self._term_sums.get(name, 0.0) + value.detach()
         self._batches += 1
         return (loss, outputs) if return_outputs else loss
+
+    def _label_loss(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, Any]:
+        """Return the loss of the labels of a micro-batch, a mean over them, and the outputs.
+
+        A ``compute_loss_func`` is passed the number of labels of this micro-batch and process.
+        """
+        averaged = self.args.average_tokens_across_devices
+        # Otherwise the labels of all processes are counted, and the loss is multiplied by their
+        # number, which is wrong for functions that return a mean.
+        self.args.average_tokens_across_devices = False
+        try:
+            # Private: the rule for shifted labels. None without compute_loss_func.
+            count = self._get_num_items_in_batch([inputs], self.args.device)
+            return super().compute_loss(model, inputs, True, count)
+        finally:
+            self.args.average_tokens_across_devices = averaged
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the mean of each distillation term since the last log."""
