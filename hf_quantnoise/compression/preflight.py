@@ -21,6 +21,7 @@ from ..modeling.activations import require_batches
 from ..modeling.packable import check_can_be_packed
 from ..modeling.plan import stages_for
 from .arguments import CompressionArguments
+from .distillation.teacher import require_distillation
 from .fitted_noise import data_needed_by
 from .training.pending_noise import noise_to_keep
 
@@ -62,8 +63,8 @@ def check_compression(
         TypeError: if the config is not one for storage, the model not a ``PreTrainedModel``, or
             another argument something else.
         ValueError: if a stage has no training data or an unknown length, the settings contradict
-            each other, the config or the trainer, or the trainer has something that stages cannot
-            use.
+            each other, the config, the teacher or the trainer, or the trainer has something that
+            stages cannot use.
     """
     require_instance(
         "config", config, QuantizedModelConfig, "an IPQConfig or a FixedPointConfig",
@@ -87,6 +88,8 @@ def check_compression(
     stages = stages_for(config, model)
     args.check_stages(stages)
     trains = args.trains(stages)
+    if trains and teacher is not None:
+        require_distillation(args)
     if trainer.train_dataset is None:
         if trains:
             raise ValueError(

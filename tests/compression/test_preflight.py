@@ -197,3 +197,15 @@ def test_a_teacher_of_latent_weights_is_warned_of(
     trainer.compress(CONFIG, arguments, teacher=teacher)
     warnings = [text for text in caplog.messages if "noise of rate 1" in text]
     assert len(warnings) == warns
+
+
+@pytest.mark.parametrize("of_trainer", [False, True])
+def test_teacher_without_distillation_is_refused(of_trainer, tmp_path, parity_data):
+    teacher = make_model("bert", 1)
+    parts, passed = ({"teacher": teacher}, {}) if of_trainer else ({}, {"teacher": teacher})
+    trainer = make_bert_trainer(tmp_path, parity_data, parts=parts)
+    with pytest.raises(ValueError, match=r"distill=False, and a teacher is given; remove one"):
+        trainer.compress(CONFIG, CompressionArguments(distill=False), **passed)
+    assert not list(packed_layers(trainer.model))
+    # Nothing is trained, so there is nothing to distill.
+    trainer.compress(CONFIG, CompressionArguments(distill=False, stage_epochs=0), **passed)

@@ -36,6 +36,14 @@ def _has_in_name(module: nn.Module, word: str) -> bool:
     return word in type(module).__name__.lower()
 
 
+def require_distillation(args: CompressionArguments) -> None:
+    """Raise a ``ValueError`` if a teacher that is given would not be used."""
+    if not args.distill:
+        raise ValueError(
+            "compression_args has distill=False, and a teacher is given; remove one of them"
+        )
+
+
 class Teacher:
     """A model that is not trained, and the distillation losses of a student.
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from ...argument_checks import require_instance, require_model, require_weights
 from ..arguments import CompressionArguments
-from ..distillation.teacher import Teacher
+from ..distillation.teacher import Teacher, require_distillation
 from .fsdp import share_what_rank_0_read
 from .packed_trainer import PackedModelTrainer
 
@@ -32,10 +32,7 @@ def make_teacher(
         return None
     require_model(teacher, nn.Module, "teacher")
     require_weights(teacher, "teacher")
-    if not args.distill:
-        raise ValueError(
-            "compression_args has distill=False, and a teacher is given; remove one of them"
-        )
+    require_distillation(args)
     share_what_rank_0_read(trainer, teacher)
     return Teacher(trainer.model, teacher, args)
 
