@@ -35,7 +35,7 @@ def loss_reads_num_items(model: nn.Module) -> bool:
     plain mean), which multiplies loss and gradient by the gradient accumulation steps: the heads of
     the BERT family, CTC, regression and independent labels. The answer is read from the code of the
     forward and of the loss function. False is right for all models, as their loss is a mean then;
-    True also counts labels alike if micro-batches have different numbers of them.
+    True also weights all labels of a step alike if micro-batches differ in how many they have.
     """
     model = without_adapters(model)
     try:
@@ -43,8 +43,7 @@ def loss_reads_num_items(model: nn.Module) -> bool:
     except (OSError, TypeError):
         logger.warning(
             f"cannot read the source of {type(model).__name__}.forward: with gradient accumulation,"
-            " its loss is averaged over micro-batches, even if these have different numbers of "
-            "labels"
+            " its loss is averaged over micro-batches, even if they differ in how many labels they have"
         )
         return False
     return _PASSES_KWARGS_ON.search(source) is not None and _reads_num_items(model)

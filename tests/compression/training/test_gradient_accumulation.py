@@ -69,7 +69,7 @@ HEADS = {
     "CTC": (sounds, rows("input_values", (800,), lambda row: torch.arange(row, row + 5) % 11 + 1)),
     "next token": (
         lambda: make_model("gpt2"),
-        # Micro-batches with different numbers of labels, which count alike.
+        # Micro-batches differ in how many labels they have; all labels count alike.
         [{"input_ids": ids, "labels": ids.where(torch.arange(8) < 2 + row // 3, -100)}
          for row in range(EXAMPLES) if (ids := torch.arange(row, row + 8)) is not None],
     ),
