@@ -14,14 +14,14 @@ from transformers import Trainer
 from transformers.trainer_utils import SchedulerType, has_length
 from transformers.utils import logging
 
-from ..argument_checks import require_dataset, require_instance, require_model, require_weights
+from ..argument_checks import require_dataset, require_instance
 from ..configuration import QuantizedModelConfig
 from ..hub.card import LATENT
 from ..modeling.activations import require_batches
 from ..modeling.packable import check_can_be_packed
 from ..modeling.plan import stages_for
 from .arguments import CompressionArguments
-from .distillation.teacher import require_distillation
+from .distillation.teacher import require_distillation, require_teacher
 from .fitted_noise import data_needed_by
 from .training.pending_noise import noise_to_keep
 
@@ -75,9 +75,7 @@ def check_compression(
         "pass e.g. CompressionArguments(stage_epochs=1), since batch size and optimizer are those "
         "of the trainer's TrainingArguments",
     )  # fmt: skip
-    if teacher is not None:
-        require_model(teacher, nn.Module, "teacher")
-        require_weights(teacher, "teacher")
+    require_teacher(teacher)
     if trainer.model is None:
         raise ValueError(
             "the trainer has no model, as after a hyperparameter search; call train() before "
@@ -88,8 +86,6 @@ def check_compression(
     stages = stages_for(config, model)
     args.check_stages(stages)
     trains = args.trains(stages)
-    if trains and teacher is not None:
-        require_distillation(args)
     if trainer.train_dataset is None:
         if trains:
             raise ValueError(
@@ -101,6 +97,7 @@ def check_compression(
     if trainer.eval_dataset is not None:
         _require_evaluation_in_own_dtype(trainer)
     if trains:
+        require_distillation(args, teacher)
         _require_trained_parameters(model)
         require_dataset("train_dataset", trainer.train_dataset)
         if has_length(trainer.train_dataset) and not len(trainer.train_dataset):

@@ -12,7 +12,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import Trainer
 
-from ...argument_checks import run_batch
+from ...argument_checks import require_model, require_weights, run_batch
 from ...compat import prepare_inputs
 from ...distributed import raise_on_all_ranks
 from ...module_modes import evaluating
@@ -36,9 +36,16 @@ def _has_in_name(module: nn.Module, word: str) -> bool:
     return word in type(module).__name__.lower()
 
 
-def require_distillation(args: CompressionArguments) -> None:
-    """Raise a ``ValueError`` if a teacher that is given would not be used."""
-    if not args.distill:
+def require_teacher(teacher: nn.Module | None) -> None:
+    """Raise unless a teacher is None, or a module (TypeError) with weights (ValueError)."""
+    if teacher is not None:
+        require_model(teacher, nn.Module, "teacher")
+        require_weights(teacher, "teacher")
+
+
+def require_distillation(args: CompressionArguments, teacher: nn.Module | None) -> None:
+    """Raise a ``ValueError`` if there is a teacher that would not be used."""
+    if teacher is not None and not args.distill:
         raise ValueError(
             "compression_args has distill=False, and a teacher is given; remove one of them"
         )

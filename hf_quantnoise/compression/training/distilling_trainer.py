@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...argument_checks import require_instance, require_model, require_weights
+from ...argument_checks import require_instance
 from ..arguments import CompressionArguments
-from ..distillation.teacher import Teacher, require_distillation
+from ..distillation.teacher import Teacher, require_distillation, require_teacher
 from .fsdp import share_what_rank_0_read
 from .packed_trainer import PackedModelTrainer
 
@@ -30,9 +30,8 @@ def make_teacher(
     )  # fmt: skip
     if teacher is None:
         return None
-    require_model(teacher, nn.Module, "teacher")
-    require_weights(teacher, "teacher")
-    require_distillation(args)
+    require_teacher(teacher)
+    require_distillation(args, teacher)
     share_what_rank_0_read(trainer, teacher)
     return Teacher(trainer.model, teacher, args)
 
@@ -111,7 +110,8 @@ class DistillingTrainer(PackedModelTrainer):
         try:
             # Private: the rule for shifted labels. None without compute_loss_func.
             count = self._get_num_items_in_batch([inputs], self.args.device)
-            return super().compute_loss(model, inputs, True, count)
+            result: Any = super().compute_loss(model, inputs, True, count)
+            return result
         finally:
             self.args.average_tokens_across_devices = averaged
 

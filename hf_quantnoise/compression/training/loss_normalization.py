@@ -43,7 +43,7 @@ def loss_reads_num_items(model: nn.Module) -> bool:
     except (OSError, TypeError):
         logger.warning(
             f"cannot read the source of {type(model).__name__}.forward: with gradient accumulation,"
-            " its loss is averaged over micro-batches, even if they differ in how many labels they have"
+            " its loss is averaged over micro-batches, even if some have more labels than others"
         )
         return False
     return _PASSES_KWARGS_ON.search(source) is not None and _reads_num_items(model)
