@@ -1,16 +1,17 @@
 """The cost of each candidate: how much the model's output changes if one weight is stored that way.
 
 With calibration batches, it is the divergence between the outputs of the model with one quantized
-weight and of the dense model. This is measured for two candidates of each weight and interpolated
-for the others by their quantization error: for small errors the divergence grows with
-||W - W_q||^2, because its gradient is zero at the dense model. Without batches, the cost is the
-quantization error.
+weight and of the dense model: that of distillation, or the relative error of outputs that
+distillation cannot compare. This is measured for two candidates of each weight and interpolated for
+the others by their quantization error: for small errors the divergence grows with ||W - W_q||^2,
+because its gradient is zero at the dense model. Without batches, it is the quantization error.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from statistics import median
 from typing import Any
 
@@ -24,7 +25,7 @@ from ...blocks import weight_matrix
 from ...distributed import raise_on_all_ranks, sum_over_ranks
 from ...quantizers.base import sum_of_squares
 from ...structure import LayerInfo
-from ..distillation.logits import logits_divergence
+from ..distillation.logits import HEADS, head_name
 from .candidates import Candidate, WeightCandidates
 
 # A few batches do not reach every token and path, so the sensitivity of each weight is at least
@@ -33,7 +34,10 @@ MIN_SENSITIVITY = 0.01
 
 
 def comparable_outputs(outputs: Any) -> dict[str, Tensor]:
-    """Return the outputs of a forward to compare: all logits, or without logits the first float."""
+    """Return the outputs of a forward to compare: all predictions, or without any the first float.
+
+    Predictions are logits and, in object detection, ``pred_boxes``.
+    """
     named = dict(outputs) if isinstance(outputs, Mapping) else dict(enumerate(outputs))
     tensors = [
         (str(name), value)
@@ -45,8 +49,12 @@ def comparable_outputs(outputs: Any) -> dict[str, Tensor]:
             f"cannot measure sensitivities: the model's output has neither logits nor hidden "
             f"states (got {list(named)}); pass no calibration batches to use quantization errors"
         )
-    logits = {name: value for name, value in tensors if name.endswith("logits")}
-    return logits or dict(tensors[:1])
+    predictions = {
+        name: value
+        for name, value in tensors
+        if name.endswith("logits") or name.startswith("pred_")
+    }
+    return predictions or dict(tensors[:1])
 
 
 def output_divergence(
@@ -55,15 +63,27 @@ def output_divergence(
     reference: dict[str, Tensor],
     batch: Mapping[str, Any],
 ) -> float:
-    """Return the divergence of logits as in distillation, of other outputs the relative error."""
-    if all(name.endswith("logits") for name in outputs):
-        return float(logits_divergence(model, outputs, reference, batch))
+    """Return the divergence of distillation, or the relative error if that has no such head.
+
+    The relative errors of all outputs are added.
+    """
+    if (head := head_name(model, batch)) in HEADS:
+        with suppress(KeyError):  # the head of an unknown class, or a model without a head
+            return float(HEADS[head](outputs, reference, batch, 1.0))
     total = 0.0
     for name, output in outputs.items():
         target = reference[name].float()
         error = (output.float() - target).square().mean()
         total += float(error / target.square().mean().clamp(min=1e-30))
     return total
+
+
+@contextmanager
+def _same_random_values() -> Iterator[None]:
+    """Forwards in this context draw the same random values, e.g. the masks of ViTMAE."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
 
 
 class SensitivityMeter:
@@ -76,9 +96,11 @@ class SensitivityMeter:
     def __init__(self, model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> None:
         self.model, self.batches = model, batches
         with raise_on_all_ranks():
-            self.reference = [
-                comparable_outputs(run_batch(model, batch, "batches")) for batch in batches
-            ]
+            self.reference = []
+            for batch in batches:
+                with _same_random_values():
+                    outputs = run_batch(model, batch, "batches")
+                self.reference.append(comparable_outputs(outputs))
 
     def measure(self, layers: Sequence[LayerInfo], matrix: Tensor) -> float:
         """Return the mean divergence over the batches of all ranks with a replaced weight.
@@ -90,7 +112,8 @@ class SensitivityMeter:
         replaced = {f"{layer.name}.weight": values for layer in layers}
         divergences = []
         for batch, reference in zip(self.batches, self.reference, strict=True):
-            outputs = comparable_outputs(functional_call(self.model, replaced, (), dict(batch)))
+            with _same_random_values():
+                outputs = comparable_outputs(functional_call(self.model, replaced, (), dict(batch)))
             divergences.append(output_divergence(self.model, outputs, reference, batch))
         sums = torch.tensor([sum(divergences), len(divergences)], dtype=torch.float64)
         total, count = sum_over_ranks(sums).tolist()
