@@ -67,8 +67,8 @@ class ModelPacker:
     Attributes:
         stages: stage -> the weights it packs.
         leftovers: the weights that :meth:`pack_leftovers` packs.
-        planned: the model whose layers ``stages`` refers to: a copy until pruning and sharing have
-            been applied, then the model itself.
+        planned: the model of the layers in ``stages``: a copy until pruning and sharing are done.
+        excluded: names of the layers that keep all their tensors as they are.
 
     Raises:
         ValueError: if the model is quantized, or the config does not fit it; it stays unchanged.
@@ -95,7 +95,7 @@ class ModelPacker:
             self.planned = changed_copy(model, self.config)
         plan = make_plan(self.planned, self.config)
         self.stages, self.leftovers, self.config.left_dense = plan
-        self._excluded = excluded_layers(self.planned, self.config)
+        self.excluded = excluded_layers(self.planned, self.config)
         if isinstance(self.config, IPQConfig) and self.config.has_default_stages:
             self.config.stages = [stage for stage in self.stages if stage is not None]
 
@@ -175,7 +175,7 @@ class ModelPacker:
         """
         if self.config.leftover_bits == 32:
             return
-        excluded = (self.model.get_submodule(name) for name in self._excluded)
+        excluded = (self.model.get_submodule(name) for name in self.excluded)
         kept = {id(tensor) for layer in excluded for tensor in layer.parameters(recurse=False)}
         for name in round_to_float16(self.model, kept):
             self.config.left_dense[name] = "its values exceed the range of float16"
@@ -194,7 +194,7 @@ class ModelPacker:
         return results
 
     def pack_skeletons(self) -> None:
-        """Pack all layers with empty tensors, for the size of models on the meta device."""
+        """Pack all layers with empty tensors, to count their bytes, also on the meta device."""
         self.change_structure()
         self.restore_stages(self.stages)
         self.round_leftovers()
@@ -212,7 +212,7 @@ class ModelPacker:
             weights += self.leftovers if stage == self.last_stage else []
             with self._transformers_updated(weights):
                 for planned in weights:
-                    self._pack_empty(planned.recorded_in(plan or {}))
+                    self._pack_empty(planned.for_values().recorded_in(plan or {}))
 
     @property
     def last_stage(self) -> str | None:

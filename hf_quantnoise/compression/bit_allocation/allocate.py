@@ -1,7 +1,7 @@
 """Bit allocation: choose how each weight is stored so that the file meets a target size.
 
 The size is that of the safetensors file, header included, counted to the byte by packing a copy of
-the model on the meta device. Layers are pruned and shared first (section 7.9); the budget is spent
+the model with empty tensors. Layers are pruned and shared first (section 7.9); the budget is spent
 on the remaining weights.
 """
 
@@ -28,7 +28,13 @@ from ...size import aligned
 from .candidates import WeightCandidates, candidates_for
 from .knapsack import Option, allocate_bytes
 from .sensitivity import costs_by_output
-from .size_target import check_target_reachable, check_within_target, file_bytes, weights_to_store
+from .size_target import (
+    check_target_reachable,
+    check_within_target,
+    file_bytes,
+    require_within_target,
+    weights_to_store,
+)
 
 # The bytes of a candidate are an estimate (the digits of offsets in the header vary). After each
 # round the file is counted and the remaining bytes are allocated again.
@@ -142,6 +148,7 @@ def plan_bit_allocation(
         stored = candidate.short_name, candidate.bytes, cost, candidate.settings
         rows.append(AllocatedWeight(layer.name, layer.group, len(weight.layers), *stored))
     size = file_bytes(model, _with_choices(config, weights, chosen))
+    require_within_target(copy, config, target, size, sum(row.bytes for row in rows))
     return BitAllocation(rows, size, target)
 
 

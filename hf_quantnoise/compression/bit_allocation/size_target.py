@@ -7,9 +7,10 @@ from dataclasses import replace
 from torch import nn
 from transformers import PreTrainedModel
 
+from ...compat import own_parameters
 from ...configuration import IPQConfig, QuantizedModelConfig
 from ...configuration.row_groups import warn_without_row_groups, without_share
-from ...modeling.model_copies import copy_on_meta
+from ...modeling.model_copies import copy_sharing_tensors
 from ...modeling.packer import ModelPacker
 from ...modeling.plan import stage_of, stages_for
 from ...modeling.structural_changes import changed_copy
@@ -21,14 +22,24 @@ from .candidates import candidates_for
 def file_bytes(model: PreTrainedModel, config: QuantizedModelConfig) -> int:
     """Return the size in bytes of the ``model.safetensors`` that a config results in.
 
-    Nothing is quantized and the model is not changed.
+    Nothing is quantized and the model is not changed. Values that float16 cannot hold count as they
+    are stored, in 32 bits; on the meta device there are none.
 
     Raises:
         ValueError: if the config does not fit the model.
     """
-    shapes = copy_on_meta(model)
-    ModelPacker(shapes, config).pack_skeletons()
-    return size_report(shapes).total.disk_bytes
+    copy = copy_sharing_tensors(model)
+    packer = ModelPacker(copy, config)
+    packer.pack_skeletons()
+    # In their own dtype, also if float16 holds their values (zeros) until they are trained.
+    empty: dict[int, nn.Parameter] = {}
+    for layer in map(copy.get_submodule, packer.excluded):
+        for name, tensor in own_parameters(layer).items():
+            if tensor is not None:
+                own_parameters(layer)[name] = empty.setdefault(
+                    id(tensor), nn.Parameter(tensor.detach().to("meta"), tensor.requires_grad)
+                )
+    return size_report(copy).total.disk_bytes
 
 
 def target_bytes(model: PreTrainedModel, config: IPQConfig) -> int:
@@ -73,38 +84,46 @@ def check_target_reachable(model: PreTrainedModel, config: IPQConfig) -> int:
 
     Raise a ``ValueError`` if no bit allocation is small enough, or the dense model is already.
     """
-    shapes = changed_copy(copy_on_meta(model), config)
-    target, dense = target_bytes(shapes, config), size_report(shapes).total.disk_bytes
+    copy = changed_copy(model, config)
+    target, dense = target_bytes(copy, config), size_report(copy).total.disk_bytes
     if dense <= target:
         raise ValueError(
             f"invalid {config.target}: it allows {target:,} bytes, and the file has {dense:,} "
             "without quantization; set a smaller target, or quantize without a target"
         )
-    size, stored = _smallest(model, shapes, config)
+    require_within_target(copy, config, target, *_smallest(model, copy, config))
+    return target
+
+
+def require_within_target(
+    copy: PreTrainedModel, config: IPQConfig, target: int, size: int, stored: int
+) -> None:
+    """Raise a ``ValueError`` if the smallest file is larger than the target.
+
+    ``copy`` is a pruned and shared copy of the model, ``size`` the bytes of the file and ``stored``
+    those of the weights in its stages.
+    """
     if size > target:
-        n_weights = sum(p.numel() for p in shapes.parameters())
+        n_weights = sum(p.numel() for p in copy.parameters())
         raise ValueError(
             f"invalid {config.target}: it allows {target:,} bytes, but the smallest bit allocation "
             f"takes {size:,} ({8 * size / n_weights:.2f} bits per weight); "
-            + _ways_to_reduce(shapes, config, size - stored)
+            + _ways_to_reduce(copy, config, size - stored)
         )
-    return target
 
 
 def smallest_bytes(model: PreTrainedModel, config: IPQConfig) -> int:
     """Return the size of the smallest file that bit allocation can reach with a config."""
-    return _smallest(model, changed_copy(copy_on_meta(model), config), config)[0]
+    return _smallest(model, changed_copy(model, config), config)[0]
 
 
-def _smallest(
-    model: PreTrainedModel, shapes: PreTrainedModel, config: IPQConfig
-) -> tuple[int, int]:
+def _smallest(model: PreTrainedModel, copy: PreTrainedModel, config: IPQConfig) -> tuple[int, int]:
     """Return the bytes of the smallest file, and those of the weights in its stages.
 
-    ``shapes`` is a pruned and shared copy of the model on the meta device.
+    ``copy`` is a pruned and shared copy of the model.
     """
     smallest = {}
-    for layers in weights_to_store(shapes, config):
+    for layers in weights_to_store(copy, config):
         candidates = candidates_for(layers, config, with_errors=False).candidates
         smallest[layers[0].name] = min(candidates, key=lambda each: each.bytes)
     settings = {name: candidate.settings for name, candidate in smallest.items()}
@@ -112,9 +131,9 @@ def _smallest(
     return size, sum(each.bytes for each in smallest.values())
 
 
-def _ways_to_reduce(shapes: nn.Module, config: IPQConfig, rest: int) -> str:
-    stages = stages_for(config, shapes)
-    layers = (layer for layer in select_layers(shapes) if stage_of(layer, stages) is False)
+def _ways_to_reduce(copy: nn.Module, config: IPQConfig, rest: int) -> str:
+    stages = stages_for(config, copy)
+    layers = (layer for layer in select_layers(copy) if stage_of(layer, stages) is False)
     missing = sorted({layer.group for layer in layers})
     ways = [f"add {', '.join(missing)} to stages"] if missing else []
     ways += [f"set {name}=8" for name in ("codebook_bits", "leftover_bits")
