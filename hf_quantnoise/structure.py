@@ -287,11 +287,11 @@ def block_size_of(value: int | dict[str, int], layer: LayerInfo) -> int | None:
 
 
 def stage_of(layer: LayerInfo, stages: Sequence[str | None]) -> str | bool | None:
-    """Return the stage of a layer (a regex takes precedence over a group), or False if none."""
+    """Return the stage of a layer and its ties (regexes precede groups), or False if none."""
     for stage in stages:
         if stage is None or stage in GROUPS:
             continue
-        if compile_pattern("stages", stage).fullmatch(layer.name):
+        if any(map(compile_pattern("stages", stage).fullmatch, (layer.name, *layer.ties))):
             return stage
     if layer.group in stages:
         return layer.group

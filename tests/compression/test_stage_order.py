@@ -5,12 +5,14 @@ import re
 import pytest
 import torch
 from support.stacked import inputs_of, make_stacked
+from support.tiny import make_model
 from support.trainers import make_trainer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_quantnoise import CompressionArguments, IPQConfig, quantize_model
 from hf_quantnoise.modeling import packed_layers, packer
+from hf_quantnoise.modeling.packer import ModelPacker
 
 FIRST, SECOND = r"bert\.encoder\.layer\.0\..*", r".*\.(query|key)"
 
@@ -72,3 +74,18 @@ def test_layers_are_packed_in_the_order_of_the_forward(name, stage, monkeypatch)
     order = list(dict.fromkeys(packed))
     assert order == [each for each in dict.fromkeys(reached) if each in order]
     assert len(order) >= 3
+
+
+@pytest.mark.parametrize("name", ["lm_head", "transformer.wte"])
+@pytest.mark.parametrize("stages", [["{}"], ["ffn", "{}"], ["ffn", ".*attn.*|{}"]])
+def test_stage_that_names_one_layer_of_a_tied_pair_packs_the_pair(name, stages):
+    stages = [stage.format(name) for stage in stages]
+    config = IPQConfig(block_size=4, n_centroids=8, stages=stages)
+    model = make_model("gpt2")
+    packer = ModelPacker(model, config)
+    assert {"lm_head", "transformer.wte"} <= set(packer.layers_of(stages[-1]))
+    assert not {"lm_head", "transformer.wte"} & packer.config.left_dense.keys()
+    packed = quantize_model(model, config, progress=False)
+    plan = packed.config.quantization_config.plan
+    assert plan["lm_head"]["scheme"] == plan["transformer.wte"]["scheme"] == "pq"
+    assert packed.lm_head.weight_indices is packed.transformer.wte.weight_indices
