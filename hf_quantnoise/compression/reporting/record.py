@@ -38,8 +38,9 @@ class StageRecord:
         packed_metric: result of ``evaluate`` after packing, before finetuning; empty if the stage
             is not finetuned.
         mb: size on disk after the stage, in 10^6 bytes.
-        seconds: wall time of the stage.
-        finetuning: metrics of the stage's ``train``; empty without finetuning.
+        seconds: wall time of the stage; of a resumed stage that since the run was resumed.
+        finetuning: metrics of the stage's ``train``; empty without finetuning. If it was resumed
+            from a checkpoint, without its mean loss and speed, which would be of the steps since.
         layer_errors: ||W - W_q||^2 / ||W||^2 of each weight packed in the stage, before finetuning.
         codebook_use: fraction of all centroids so far that some block is assigned to.
         step: optimizer steps of the training run and the compression run so far, as logged.

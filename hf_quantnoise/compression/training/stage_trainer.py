@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from transformers.trainer_utils import TrainOutput
 
 from ...callback import QuantNoiseCallback
 from ...configuration import QuantNoiseConfig
@@ -50,6 +51,19 @@ class StageTrainer(DistillingTrainer):
         self.add_callback(_StageCheckpoints(self))
         self.compression_args = compression_args
         self.set_teacher(teacher)
+        self._resumed = False
+
+    def train(self, resume_from_checkpoint: str | None = None, *args, **kwargs) -> TrainOutput:
+        """``Trainer.train``; a resumed one has no loss and speed, which are of later steps."""
+        self._resumed = resume_from_checkpoint is not None
+        result = super().train(resume_from_checkpoint, *args, **kwargs)
+        return result._replace(metrics=self._of_all_steps(result.metrics))
+
+    def _of_all_steps(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Return the metrics that are not of the steps since the training was resumed only."""
+        if not self._resumed:
+            return metrics
+        return {name: value for name, value in metrics.items() if not name.startswith("train_")}
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the optimizer; centroids with another learning rate get a parameter group."""
@@ -72,7 +86,7 @@ class StageTrainer(DistillingTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the mean of each distillation term since the last log and the noise rates."""
-        logs = dict(logs)
+        logs = self._of_all_steps(dict(logs))
         if "loss" in logs and (state := find_state(self.model)) is not None:
             logs |= state.rates()
         super().log(logs, start_time)
