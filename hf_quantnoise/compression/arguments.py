@@ -80,7 +80,9 @@ class CompressionArguments(Options):
         1.0, "Epochs of finetuning after each stage; 0 quantizes without finetuning."
     )
     stage_learning_rate: Annotated[float | None, positive] = option(
-        None, "Learning rate of the stages. None: that of the trainer."
+        None,
+        "Learning rate of the stages, each with the trainer's schedule from its start, without "
+        "warmup. None: that of the trainer.",
     )
     codebook_learning_rate: Annotated[float | None, positive] = option(
         None, "Learning rate of the centroids. None: that of the stage."

@@ -23,12 +23,12 @@ _ARGUMENTS = "compression_args"
 _WITHOUT_INFLUENCE = ("plots", "teacher_device")
 # Values with which an option that was removed had no effect.
 _OFF = (None, False, "restart", 1e-4)
-# The stages have their own lengths. What only changes rounding (torch_compile, tf32, activation
-# checkpointing) may differ between machines, and so may the number of processes.
+# The stages have their own lengths, and no warmup. What only changes rounding (torch_compile, tf32,
+# activation checkpointing) may differ between machines, and so may the number of processes.
 _TRAINING = (
-    "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim",
-    "optim_args", "optim_target_modules", "weight_decay", "adam_beta1", "adam_beta2",
-    "adam_epsilon", "max_grad_norm", "label_smoothing_factor", "neftune_noise_alpha",
+    "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "optim", "optim_args",
+    "optim_target_modules", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
+    "max_grad_norm", "label_smoothing_factor", "neftune_noise_alpha",
     "average_tokens_across_devices", "seed", "data_seed", "train_sampling_strategy",
     "length_column_name", "dataloader_drop_last", "accelerator_config",
 )  # fmt: skip
