@@ -133,6 +133,16 @@ def test_first_block_of_a_page_runs(page, quickstart, request):
         pytest.skip(str(error))
 
 
+def test_blocks_of_the_page_about_target_sizes_run_in_order(quickstart):
+    pytest.importorskip("datasets")
+    names = run(*blocks(ROOT / "docs/how_to/target_size.md"))
+    small, config = names["small"], names["config"]
+    edited = "bert.encoder.layer.0.attention.self.query"
+    assert config.layer_quantizers[edited] == {"scheme": "int", "bits": 8}
+    assert small.config.quantization_config.plan[edited]["bits"] == 8
+    assert (quickstart / "allocation.json").is_file()
+
+
 def test_evaluator_block_of_the_page_about_metrics_runs(quickstart, request):
     pytest.importorskip("evaluate")
     page = ROOT / "docs/how_to/metrics.md"
