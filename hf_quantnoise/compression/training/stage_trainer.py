@@ -53,9 +53,11 @@ class StageTrainer(DistillingTrainer):
         self.set_teacher(teacher)
         self._resumed = False
 
-    def train(self, resume_from_checkpoint: str | None = None, *args, **kwargs) -> TrainOutput:
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs
+    ) -> TrainOutput:
         """``Trainer.train``; a resumed one has no loss and speed, which are of later steps."""
-        self._resumed = resume_from_checkpoint is not None
+        self._resumed = bool(resume_from_checkpoint)
         result = super().train(resume_from_checkpoint, *args, **kwargs)
         return result._replace(metrics=self._of_all_steps(result.metrics))
 
