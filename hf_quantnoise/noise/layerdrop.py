@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.utils import logging
 
-from ..compat import CacheLayerMixin
+from ..compat import CacheLayerMixin, in_backward
 from ..distributed import is_distributed
 from ..dynamic_subclass import DynamicSubclass, change_class, make_dynamic_subclass
 from ..module_modes import evaluating
@@ -74,11 +74,19 @@ class DropState:
     sampler: SharedMaskSampler  # decides for all layers of the chunk
     member: int  # index of the layer in the chunk
     plan: SkipPlan | str | None = None
+    # Seed of the forward in which the layer ran because its plan was not known.
+    seed_without_plan: int | None = None
 
-    def sample_skip(self) -> bool:
-        """Sample whether the layer is skipped in its current forward."""
+    def sample_seed(self) -> int:
+        """Return the seed of the layer's current forward; the same one if it is recomputed."""
         # By the CPU's generator, which gradient checkpointing restores for its recomputation.
-        generator = torch.Generator().manual_seed(self.sampler.seed_for(self.member))
+        return self.sampler.seed_for(self.member)
+
+    def is_skip(self, seed: int) -> bool:
+        """Return whether the forward of this seed skips the layer."""
+        if in_backward() and seed == self.seed_without_plan:
+            return False  # a recomputation: the plan was set by the forward itself
+        generator = torch.Generator().manual_seed(seed)
         return bool(torch.rand((), generator=generator) < self.drop.rate)
 
 
@@ -105,13 +113,15 @@ class DroppableLayer(DynamicSubclass):
         state = self._layer_drop
         if not self.training or state.drop.rate <= 0:
             return super().forward(*args, **kwargs)
-        skip = state.sample_skip()
+        seed = state.sample_seed()
+        skip = state.is_skip(seed)
         if skip and state.plan is None:
             skip = self._try_layer(args, kwargs)
         plan = state.plan
         if not skip or not isinstance(plan, SkipPlan):
             outputs = super().forward(*args, **kwargs)
             if plan is None:
+                state.seed_without_plan = seed
                 self._record_forward(args, kwargs, outputs)
             return outputs
         hidden = args[0] if args else kwargs[HIDDEN]

@@ -149,6 +149,27 @@ def test_recomputation_skips_the_same_layers():
             torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("name", ["bloom", "llama", "t5", "gpt2"])
+def test_recomputation_of_a_first_forward_skips_the_same_layers(name, use_reentrant):
+    """Layers that create tensors run in their first forward, even if a skip is sampled."""
+    for seed in range(4):
+        results = []
+        for checkpointing in (False, True):
+            model = quiet(dropping(make(name), 0.5))
+            if checkpointing:
+                recompute(model, use_reentrant=use_reentrant)
+            torch.manual_seed(seed)
+            # The second forward may skip the layers that the first one has to run.
+            outputs = [model(**inputs_of(name), use_cache=False).logits for _ in range(2)]
+            sum(output.square().mean() for output in outputs).backward()
+            results.append([p.grad for p in model.parameters()])
+        for one, other in zip(*results, strict=True):
+            assert (one is None) == (other is None)
+            if one is not None:
+                torch.testing.assert_close(one, other)
+
+
 def test_cache_in_training_and_generation_after_it(input_ids):
     model = dropping(make("gpt2"), 0.5).train()
     for _ in range(5):
