@@ -15,7 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .argument_checks import require_instance, require_model
 from .configuration import NOISE_CONFIG_NAME, QuantNoiseConfig
-from .distributed import average_gradients
+from .distributed import average_gradients, require_one_gpu_per_process
 from .lookups import Lookups
 from .noise import QuantNoiseState, apply_quant_noise, find_state
 from .training_statistics import TrainingStatistics
@@ -125,8 +125,9 @@ class QuantNoiseCallback(TrainerCallback):
 
         Raises:
             ValueError: if ``share_layers`` is set and the optimizer already holds the separate
-                weights, the optimizer lacks centroids that are to be trained, or the model has
-                BatchNorm and cannot run a training batch by itself.
+                weights, centroids are to be trained on several GPUs of one process or the
+                optimizer lacks them, or the model has BatchNorm and cannot run a training batch by
+                itself.
         """
         model = kwargs["model"]
         if self.config.share_layers != 1 and find_state(model) is None:
@@ -137,7 +138,7 @@ class QuantNoiseCallback(TrainerCallback):
             )
         self.prepare(model)
         noise = find_state(model)
-        _require_trained_centroids(noise, kwargs.get("optimizer"))
+        _require_trained_centroids(noise, args.n_gpu, kwargs.get("optimizer"))
         _clear_gradients(noise)  # of a step that was interrupted, or ran out of memory
         self._is_first_epoch = True
         if state.global_step > 0:
@@ -269,10 +270,13 @@ class QuantNoiseCallback(TrainerCallback):
 
 
 def _require_trained_centroids(
-    noise: QuantNoiseState | None, optimizer: torch.optim.Optimizer | None
+    noise: QuantNoiseState | None, n_gpu: int, optimizer: torch.optim.Optimizer | None
 ) -> None:
-    """Raise if centroids are to be trained and the optimizer does not have them."""
-    if noise is None or optimizer is None or not (centroids := noise.parameters()):
+    """Raise if centroids are to be trained, and cannot be, or the optimizer does not have them."""
+    if noise is None or not (centroids := noise.parameters()):
+        return
+    require_one_gpu_per_process(n_gpu, "learn_codebooks=True")  # replicas share the centroids
+    if optimizer is None:
         return
     trained = {id(each) for group in optimizer.param_groups for each in group["params"]}
     if any(id(each) not in trained for each in centroids):

@@ -22,6 +22,24 @@ def is_rank_0() -> bool:
     return not is_distributed() or dist.get_rank() == 0
 
 
+def require_one_gpu_per_process(n_gpu: int, setting: str) -> None:
+    """Raise if a trainer uses several GPUs in one process, by ``nn.DataParallel``.
+
+    Args:
+        n_gpu: ``TrainingArguments.n_gpu``.
+        setting: what this does not work with.
+
+    Raises:
+        ValueError: if ``n_gpu`` is above 1.
+    """
+    if n_gpu > 1:
+        raise ValueError(
+            f"invalid launch: got n_gpu={n_gpu} in one process, expected one GPU per process with "
+            f"{setting}; start with torchrun --nproc-per-node {n_gpu}, or set "
+            "CUDA_VISIBLE_DEVICES=0 to use one GPU"
+        )
+
+
 def broadcast_object(value: Any) -> Any:
     """Return rank 0's picklable object on every rank."""
     if not is_distributed():

@@ -11,7 +11,7 @@ from transformers.utils import logging
 from .argument_checks import require_instance, require_model, require_weights
 from .compat.peft import has_adapters
 from .configuration import QuantNoiseConfig
-from .distributed import is_distributed
+from .distributed import is_distributed, require_one_gpu_per_process
 from .modeling import packed_layers
 
 logger = logging.get_logger(__name__)
@@ -52,11 +52,14 @@ def check_arguments(model: Any, args: Any, qn_config: Any, model_init: Any) -> N
 
 
 def require_ddp_for_centroids(trainer: Trainer, noise: QuantNoiseConfig) -> None:
-    """Raise if noise trains centroids under FSDP2.
+    """Raise if noise trains centroids under FSDP2 or ``nn.DataParallel``.
 
     accelerate (1.15) shards an optimizer only if all of its parameters are in the model.
     """
-    if noise.learn_codebooks and trainer.is_fsdp_enabled:
+    if not noise.learn_codebooks:
+        return
+    require_one_gpu_per_process(trainer.args.n_gpu, "learn_codebooks=True")
+    if trainer.is_fsdp_enabled:
         raise ValueError(
             "learn_codebooks=True does not work under FSDP; train with DDP (remove the fsdp "
             "arguments), or set learn_codebooks=False"

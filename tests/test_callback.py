@@ -5,9 +5,9 @@ import torch
 from safetensors.torch import load_file
 from support.tiny import make_model, with_dropout
 from support.trainers import assert_same, make_trainer
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hf_quantnoise import QuantNoiseConfig
+from hf_quantnoise import QuantNoiseCallback, QuantNoiseConfig, QuantNoiseTrainer
 from hf_quantnoise.callback import STATE_NAME
 from hf_quantnoise.noise import find_state
 
@@ -106,3 +106,25 @@ def test_a_config_with_tuples_resumes(tmp_path, parity_data):
         trainer.train(resume_from_checkpoint=n_steps > 1)
     assert trainer.state.global_step == 2
     assert QuantNoiseConfig.from_pretrained(tmp_path / "checkpoint-2") == noise
+
+
+@pytest.mark.parametrize("cls", [QuantNoiseTrainer, Trainer])
+@pytest.mark.parametrize("noise", [FITTED, TRAINED], ids=["fitted", "trained"])
+def test_trained_centroids_are_refused_on_several_gpus_of_one_process(
+    cls, noise, tmp_path, parity_data, monkeypatch
+):
+    """A trainer then uses ``nn.DataParallel``, whose replicas would share the centroids."""
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    learns, parts = noise.learn_codebooks, None
+    if cls is Trainer:
+        parts, noise = {"callbacks": [QuantNoiseCallback(noise)]}, None
+
+    def train():
+        model = make_model("bert")
+        make_trainer(tmp_path, model, parity_data, noise, cls, parts, max_steps=1).train()
+
+    if learns:
+        with pytest.raises(ValueError, match=r"n_gpu=2.*learn_codebooks=True.*torchrun"):
+            train()
+    else:
+        train()

@@ -88,9 +88,11 @@ class NoiseFunction(ABC):
 
         Tensors that are trained stay the same parameters, which an optimizer may have.
         """
-        if any(tensor.device != device for tensor in self.state.values()):
-            self.state = {key: _moved(tensor, device) for key, tensor in self.state.items()}
-        return self.state
+        state = self.state
+        if any(tensor.device != device for tensor in state.values()):
+            # Replicas of nn.DataParallel, each in a thread, may replace self.state at any time.
+            self.state = state = {key: _moved(tensor, device) for key, tensor in state.items()}
+        return state
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:

@@ -147,3 +147,15 @@ def test_refresh_on_the_same_weights_keeps_the_error():
     first = error()
     function.refresh(matrix(), seed=1)
     assert error() <= first * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("name", ["mean", "pq", "int8"])
+def test_state_on_a_device_is_not_that_of_another_replica(name, monkeypatch):
+    """Replicas of ``nn.DataParallel`` share the noise, and each has its device and thread."""
+    function = fitted(name)
+    on_cpu = function.state
+    # Each write is followed by that of a replica on the CPU.
+    replica = property(lambda function: on_cpu, lambda function, state: None)
+    monkeypatch.setattr(type(function), "state", replica, raising=False)
+    state = function._state_on(torch.device("meta"))
+    assert state.keys() == on_cpu.keys() and all(tensor.is_meta for tensor in state.values())
