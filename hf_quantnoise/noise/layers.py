@@ -72,6 +72,7 @@ class QuantNoiseLookup(QuantNoiseLayer):
         rows_only = self.max_norm is not None or 0 < input.numel() < self.num_embeddings
         if not rows_only or not self.training or not noise.weight.active:
             return super().forward(input)
+        noise.weight.require_shape(self.weight.shape)
         values = nn.Embedding.forward(self, input)
         return noise.weight.noisy_rows(values, input, noise.member)
 

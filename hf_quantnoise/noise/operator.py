@@ -6,7 +6,7 @@ weight unchanged.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,22 +46,28 @@ class WeightNoise:
         """Return whether a forward of this layer has applied it yet."""
         return self.used if self.shared is None else member in self.shared.called
 
+    def require_shape(self, shape: Sequence[int]) -> None:
+        """Raise a RuntimeError if this is not the shape that the weight matrix had so far."""
+        if tuple(shape) != (self.rows, self.columns):
+            raise RuntimeError(
+                f"invalid weight matrix: got {tuple(shape)}, expected {(self.rows, self.columns)} "
+                "as when the noise was applied (resized embeddings?); call "
+                "remove_quant_noise(model), then apply_quant_noise(model, config)"
+            )
+
     def noisy_weight(self, weight: Tensor, layer_type: LayerType, member: int = 0) -> Tensor:
         """Return the weight with noise (Eq. 7), in its own layout and dtype.
 
         ``member`` is the index of the layer among those that hold the weight.
+
+        Raises:
+            RuntimeError: if the weight was resized.
         """
         self.used = True
         # Autocast would search the nearest centroids in half precision, with other results.
         with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
             matrix = layer_type.to_matrix(weight.detach())
-            if matrix.shape != (self.rows, self.columns):
-                raise RuntimeError(
-                    f"invalid weight matrix: got {tuple(matrix.shape)}, expected "
-                    f"{(self.rows, self.columns)} as when the noise was applied (resized "
-                    "embeddings?); call remove_quant_noise(model), then apply_quant_noise(model, "
-                    "config)"
-                )
+            self.require_shape(matrix.shape)
             copy = matrix.clone(memory_format=torch.contiguous_format)
             trained = None
             for function, chosen in self._sample(self.rows, weight.device, member):

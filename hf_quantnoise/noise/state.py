@@ -154,6 +154,9 @@ class QuantNoiseState:
         """Run a few steps of k-means on the current weights, from the last codes (section 4.2).
 
         Must be called on all ranks of a distributed run, which get the codebooks of rank 0.
+
+        Raises:
+            RuntimeError: if a weight was resized.
         """
         self._refresh("codebooks")
 
@@ -161,6 +164,9 @@ class QuantNoiseState:
         """Fit scale and zero point to the current weights (Eq. 2), and share input ranges.
 
         Must be called on all ranks of a distributed run, which get the scales of rank 0.
+
+        Raises:
+            RuntimeError: if a weight was resized.
         """
         self._refresh("scales")
         self.share_ranges()
@@ -242,6 +248,7 @@ class QuantNoiseState:
                 continue
             module: Any = weight.modules[0]
             matrix = weight_matrix(module, full_tensor(module.weight))
+            weight.noise.require_shape(matrix.shape)
             require_finite(matrix, f"{weight.names[0]}.weight")
             with torch.autocast(matrix.device.type, enabled=False):
                 function.refresh(matrix, self.config.seed + position)

@@ -2,13 +2,15 @@
 
 import pytest
 import torch
+from support.tiny import make_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_quantnoise import QuantNoiseConfig
+from hf_quantnoise import QuantNoiseConfig, apply_quant_noise
 from hf_quantnoise.blocks import weight_matrix
 from hf_quantnoise.configuration import NOISES
 from hf_quantnoise.layer_types import layer_type_of
+from hf_quantnoise.noise import find_state
 from hf_quantnoise.noise.operator import WeightNoise
 from hf_quantnoise.quantizers.base import StraightThrough
 
@@ -140,3 +142,23 @@ def test_resized_weight_raises():
     noise = noise_for(layer)
     with pytest.raises(RuntimeError, match=r"\(50, 32\).*\(48, 32\)"):
         noise.noisy_weight(torch.zeros(50, 32), layer_type_of(layer))
+
+
+@pytest.mark.parametrize("action", ["old ids", "new ids", "all ids", "codebooks", "scales"])
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_resized_embeddings_raise(name, action):
+    """Rows that are looked up, the complete table (for many ids) and a refresh; tied or not."""
+    model = make_model(name).train()
+    config = QuantNoiseConfig(noise=["pq", "int8"], p=0.5, n_centroids=8)
+    rows = apply_quant_noise(model, config).get_input_embeddings().num_embeddings
+    model.resize_token_embeddings(rows + 10)
+    ids = {
+        "old ids": torch.tensor([[1, 2]]),
+        "new ids": torch.tensor([[1, rows + 5]]),
+        "all ids": torch.arange(rows + 10).view(-1, 10),
+    }
+    with pytest.raises(RuntimeError, match=rf"{rows + 10}, .*{rows}, .*remove_quant_noise"):
+        if action in ids:
+            model(ids[action])
+        else:
+            getattr(find_state(model), f"refresh_{action}")()
