@@ -74,7 +74,7 @@ class QuantNoiseLookup(QuantNoiseLayer):
             return super().forward(input)
         noise.weight.require_shape(self.weight.shape)
         values = nn.Embedding.forward(self, input)
-        return noise.weight.noisy_rows(values, input, noise.member)
+        return noise.weight.noisy_rows(values, input, noise.member, self.padding_idx)
 
 
 @cache

@@ -78,10 +78,13 @@ class WeightNoise:
         matrix = straight_through_both(layer_type.to_matrix(weight), copy, trained)
         return layer_type.from_matrix(matrix, weight.shape)
 
-    def noisy_rows(self, values: Tensor, ids: Tensor, member: int = 0) -> Tensor:
+    def noisy_rows(
+        self, values: Tensor, ids: Tensor, member: int = 0, padding_idx: int | None = None
+    ) -> Tensor:
         """Return looked-up rows with noise; a repeated row gets the same noise each time.
 
-        ``values`` are the rows without noise, shape (*ids.shape, columns).
+        ``values`` are the rows without noise, shape (*ids.shape, columns). Row ``padding_idx``
+        trains no centroids, as in a lookup in the complete table.
         """
         self.used = True
         flat, tied = ids.reshape(-1), self.shared is not None
@@ -101,6 +104,8 @@ class WeightNoise:
         if trained is None:
             noisy = StraightThrough.apply(values, copy.view(values.shape))
         else:
+            if padding_idx is not None:
+                trained = trained.without_rows(flat == padding_idx)
             matrix = values.reshape(copy.shape)
             noisy = straight_through_both(matrix, copy, trained).view(values.shape)
         # A copy, since the model may change the rows in place: autograd refuses that for views made

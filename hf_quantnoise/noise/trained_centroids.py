@@ -34,6 +34,11 @@ class TrainedBlocks:
         n_blocks = self.decoded.shape[1] // self.block_size
         return replace(self, chosen=self.chosen.select_rows(rows, n_blocks))
 
+    def without_rows(self, rows: Tensor) -> TrainedBlocks:
+        """Return the same without gradients from some rows: those that are True, shape (n,)."""
+        # The values are not read again, only the gradient.
+        return replace(self, decoded=self.decoded.masked_fill(rows[:, None], 0.0))
+
 
 def straight_through_both(matrix: Tensor, noisy: Tensor, trained: TrainedBlocks) -> Tensor:
     """Return ``noisy``, with gradients to the weight and to what its blocks were decoded from.

@@ -68,6 +68,26 @@ def test_centroid_gradient_is_the_mean_over_its_noised_blocks(name, p):
     )
 
 
+@pytest.mark.parametrize("padding_idx", [None, 3])
+@pytest.mark.parametrize("p", [0.999999, 1.0])
+def test_gradients_of_looked_up_rows_are_those_of_the_table(p, padding_idx):
+    """Padding trains neither the table nor the centroids."""
+    gradients = []
+    ids = torch.tensor([3, 4, 3, 9, 4, 3])
+    for more in (0, 30):  # with more ids, the complete table gets noise
+        model, noise = noisy(nn.Embedding(30, 16, padding_idx=padding_idx), p)
+        output = model(torch.cat([ids, ids[:1].repeat(more)]))
+        output[: len(ids)].square().sum().backward()
+        gradients.append((model[0].weight.grad, noise.state["codebook"].grad))
+    for of_rows, of_table in zip(*gradients, strict=True):
+        assert of_rows.abs().max() > 0.01
+        torch.testing.assert_close(of_rows, of_table)
+    padding = torch.full((6,), 3)
+    model, noise = noisy(nn.Embedding(30, 16, padding_idx=padding_idx), p)
+    model(padding).square().sum().backward()
+    assert bool(noise.state["codebook"].grad.any()) == (padding_idx is None)
+
+
 def test_weight_gradient_is_that_of_fixed_centroids():
     gradients = []
     for learn in (False, True):
