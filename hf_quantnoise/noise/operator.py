@@ -63,6 +63,10 @@ class WeightNoise:
         Raises:
             RuntimeError: if the weight was resized.
         """
+        if _in_inference_mode():
+            # Autograd cannot save inference tensors, and the noise keeps some for later forwards.
+            with torch.inference_mode(False), torch.no_grad():
+                return self.noisy_weight(weight, layer_type, member)
         self.used = True
         # Autocast would search the nearest centroids in half precision, with other results.
         with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
@@ -86,6 +90,9 @@ class WeightNoise:
         ``values`` are the rows without noise, shape (*ids.shape, columns). Row ``padding_idx``
         trains no centroids, as in a lookup in the complete table.
         """
+        if _in_inference_mode():  # as in noisy_weight
+            with torch.inference_mode(False), torch.no_grad():
+                return self.noisy_rows(values, ids.clone(), member, padding_idx)
         self.used = True
         flat, tied = ids.reshape(-1), self.shared is not None
         # If tied, the head needs J for all rows anyway.
@@ -123,6 +130,11 @@ class WeightNoise:
         else:
             masks = [sample_mask(count, p, device) for count, p in sizes]
         return zip([f for f, _ in active], masks, strict=True)
+
+
+def _in_inference_mode() -> bool:
+    # Dynamo breaks the graph at torch's function.
+    return not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
 
 
 def _distort(

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.toy import IDS, Toy
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -141,3 +142,31 @@ def test_centroids_stay_the_parameters_of_an_optimizer_on_another_device(action,
     assert devices and set(devices) == {model[0].weight.device}
     assert find_state(model).parameters() == [codebook] and noise.state["codebook"] is codebook
     assert torch.equal(codebook, value) and torch.equal(codebook.grad, gradient)
+
+
+@pytest.mark.parametrize("p", [0.3, 1.0])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"learn_codebooks": True},
+        {"learn_codebooks": True, "row_scale": True, "codebook_bits": 8, "n_codebooks": 2},
+        {"learn_codebooks": False, "activation_bits": 8, "activation_calibration": 2},
+    ],
+)
+def test_inference_mode_equals_no_grad_and_leaves_noise_that_can_be_trained(p, fields):
+    results = []
+    for mode in (torch.no_grad, torch.inference_mode):
+        config = QuantNoiseConfig(noise="pq", p=p, n_centroids=8, block_size=BLOCK, **fields)
+        model = apply_quant_noise(Toy().train(), config)
+        with torch.no_grad():
+            for parameter in find_state(model).parameters():
+                parameter.mul_(1.1)  # 8-bit centroids are rounded with a new scale
+        torch.manual_seed(1)
+        with mode():
+            outputs = [model(IDS.clone()), model(IDS.clone())]
+        outputs.append(model(IDS))
+        outputs[-1].square().sum().backward()
+        trained = [*model.parameters(), *find_state(model).parameters()]
+        results.append([*outputs, *(each.grad for each in trained)])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
