@@ -69,7 +69,7 @@ def widest_over_ranks(
     """
     if not ranges:
         return []
-    empty = torch.tensor(math.inf), torch.tensor(-math.inf)
+    empty = torch.tensor([math.inf, -math.inf], device="cpu").unbind()
     known = [empty if found is None else found for found in ranges]
     low, high = (torch.stack([found[end].cpu() for found in known]) for end in (0, 1))
     low, high = max_over_ranks(torch.stack([-low, high]))
@@ -84,7 +84,9 @@ def on_any_rank(flags: Sequence[bool]) -> list[bool]:
     """
     if not flags:
         return []
-    return max_over_ranks(torch.tensor(list(flags), dtype=torch.uint8)).bool().tolist()
+    return (
+        max_over_ranks(torch.tensor(list(flags), dtype=torch.uint8, device="cpu")).bool().tolist()
+    )
 
 
 def average_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:

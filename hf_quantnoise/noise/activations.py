@@ -74,8 +74,9 @@ class ActivationNoise:
     @property
     def state(self) -> dict[str, Tensor]:
         """The tensors of a checkpoint, scalars; setting them restores the noise."""
-        low, high = self.range if self.range is not None else (torch.zeros(()), torch.zeros(()))
-        return {"low": low, "high": high, "seen": torch.tensor(self.seen)}
+        zero = torch.zeros((), device="cpu")
+        low, high = (zero, zero.clone()) if self.range is None else self.range
+        return {"low": low, "high": high, "seen": torch.tensor(self.seen, device="cpu")}
 
     @state.setter
     def state(self, tensors: dict[str, Tensor]) -> None:

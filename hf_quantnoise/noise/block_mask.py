@@ -43,7 +43,7 @@ class BlockMask:
         if self.mask is not None:
             return self.mask
         if self.indices is None:
-            return torch.ones(self.count, dtype=torch.bool)
+            return torch.ones(self.count, dtype=torch.bool, device="cpu")
         mask = torch.zeros(self.count, dtype=torch.bool, device=self.indices.device)
         return mask.index_fill_(0, self.indices, True)
 
@@ -154,7 +154,7 @@ class SharedMaskSampler:
 
     def seed_for(self, member: int) -> int:
         """Return the seed of J for a layer's current forward or recomputation."""
-        ticket = int(torch.randint(2**63 - 1, ()))
+        ticket = int(torch.randint(2**63 - 1, (), device="cpu"))
         if in_backward() and ticket in self._seed_of_ticket:
             return self._seed_of_ticket[ticket]
         if self._seed is None or member in self._called_in_forward:

@@ -87,7 +87,7 @@ class DropState:
         if in_backward() and seed == self.seed_without_plan:
             return False  # a recomputation: the plan was set by the forward itself
         generator = torch.Generator().manual_seed(seed)
-        return bool(torch.rand((), generator=generator) < self.drop.rate)
+        return bool(torch.rand((), generator=generator, device="cpu") < self.drop.rate)
 
 
 class _Skip(torch.autograd.Function):

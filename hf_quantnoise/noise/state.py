@@ -182,7 +182,7 @@ class QuantNoiseState:
         noises = list(self.activations.values())
         if is_distributed() and noises:
             ranges = widest_over_ranks([noise.range for noise in noises])
-            seen = max_over_ranks(torch.tensor([noise.seen for noise in noises]))
+            seen = max_over_ranks(torch.tensor([noise.seen for noise in noises], device="cpu"))
             for noise, widest, count in zip(noises, ranges, seen.tolist(), strict=True):
                 noise.seen, noise.range = count, widest if count else None
         self._ranges_are_shared = all(noise.seen >= noise.calibration for noise in noises)

@@ -186,5 +186,6 @@ def round_activations(values: Tensor, state: dict[str, Tensor], bits: int) -> Te
         rounded = quantizer.decode(quantizer.levels(values, state), state).to(values.dtype)
     if not (records_gradients() and values.requires_grad):
         return rounded
-    low, high = (quantizer.decode(torch.tensor(level), state) for level in (0, 2**bits - 1))
+    ends = (torch.tensor(level, device="cpu") for level in (0, 2**bits - 1))
+    low, high = (quantizer.decode(end, state) for end in ends)
     return _RoundWithin.apply(values, rounded, low, high)

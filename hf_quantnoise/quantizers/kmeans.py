@@ -37,14 +37,14 @@ MAX_PERMUTED = 2**24
 def sample_indices(n_points: int, n_samples: int, generator: torch.Generator) -> Tensor:
     """Return distinct random indices; all indices in order if there are not more points."""
     if n_points <= n_samples:
-        return torch.arange(n_points)
+        return torch.arange(n_points, device="cpu")
     if n_points <= max(MAX_PERMUTED, 64 * n_samples):
-        order = torch.randperm(n_points, generator=generator, dtype=torch.int32)
+        order = torch.randperm(n_points, generator=generator, dtype=torch.int32, device="cpu")
         return order[:n_samples].long()  # a copy, which frees the others
-    drawn = torch.randint(n_points, (2 * n_samples,), generator=generator)
+    drawn = torch.randint(n_points, (2 * n_samples,), generator=generator, device="cpu")
     values, index = drawn.unique(return_inverse=True)  # sorted, which the result must not be
     first = torch.full_like(values, len(drawn))
-    first.scatter_reduce_(0, index, torch.arange(len(drawn)), "amin")
+    first.scatter_reduce_(0, index, torch.arange(len(drawn), device="cpu"), "amin")
     return values[first.argsort()[:n_samples]]
 
 
@@ -63,12 +63,11 @@ def _seed_centroids(
     weighted = sample_weights * sample
     norms = (weighted * sample).sum(1)
     weight_columns = sample_weights.expand_as(sample).t()
-    first = int(torch.randint(len(sample), (1,), generator=generator))
+    first = int(torch.randint(len(sample), (1,), generator=generator, device="cpu"))
     centroids = sample[first].expand(n_centroids, -1).clone()
     distances = (sample_weights * (sample - centroids[0]).square()).sum(1)
     trials = 2 + int(math.log(n_centroids))
-    uniform = torch.rand(n_centroids, trials, generator=generator, dtype=torch.float64)
-    uniform = uniform.to(points.device)
+    uniform = _uniform(n_centroids, trials, generator=generator).to(points.device)
     for k in range(1, n_centroids):
         picks = _pick_by_distance(distances, uniform[k])
         if weights is None:
@@ -81,6 +80,10 @@ def _seed_centroids(
         centroids[k] = sample[picks[best]]
         distances = new[best]
     return centroids
+
+
+def _uniform(*size: int, generator: torch.Generator) -> Tensor:
+    return torch.rand(*size, generator=generator, dtype=torch.float64, device="cpu")
 
 
 def _pick_by_distance(distances: Tensor, uniform: Tensor) -> Tensor:
@@ -102,8 +105,8 @@ def update_centroids(
     means = cluster_means(points, codes, n_centroids, weights)
     empty = (torch.bincount(codes, minlength=n_centroids) == 0).nonzero().flatten()
     if len(empty):
-        uniform = torch.rand(len(empty), generator=generator, dtype=torch.float64)
-        chosen = _pick_by_error(points, weights, codes, means, uniform.to(points.device))
+        uniform = _uniform(len(empty), generator=generator).to(points.device)
+        chosen = _pick_by_error(points, weights, codes, means, uniform)
         means[empty] = centroids[empty] if chosen is None else points[chosen]
     return means
 

@@ -196,7 +196,8 @@ class _WeightSample:
         count = max(1, SAMPLE_SIZE // columns)
         if rows > count:
             generator = torch.Generator().manual_seed(seed)
-            matrix = matrix[torch.randperm(rows, generator=generator)[:count].to(matrix.device)]
+            order = torch.randperm(rows, generator=generator, device="cpu")
+            matrix = matrix[order[:count].to(matrix.device)]
         self.rows = matrix.float().contiguous()
         self.energy = float(self.rows.double().square().sum())
         self.curves: dict[int, Curve] = defaultdict(list)  # by block size
@@ -225,7 +226,8 @@ class _WeightSample:
             return None, None
         fast = replace(quantizer, n_iter=min(quantizer.n_iter, SAMPLE_ITERATIONS))
         generator = torch.Generator().manual_seed(self.seed)
-        start = torch.randperm(len(blocks), generator=generator)[:count].to(blocks.device)
+        order = torch.randperm(len(blocks), generator=generator, device="cpu")
+        start = order[:count].to(blocks.device)
         state = fast.fit(self.rows, seed=self.seed, init={"codebook": blocks[start]})
         # A mean of m points is closer to them than to unseen points, by a factor of 1 - 1/m.
         error = self._error(fast, state) / (1 - count / len(blocks))
