@@ -37,6 +37,11 @@ _SIDE_TABLE = (
     "a table other than the input embeddings (position, type): zeroed rows can make an all-zero "
     "vector before a LayerNorm; name it in target_modules to apply noise to it"
 )
+_UNKNOWN_TABLE = (
+    "the model does not define which table holds its input embeddings (get_input_embeddings), "
+    "and zeroed rows of others can make an all-zero vector before a LayerNorm; name it in "
+    "target_modules, with the other layers, to apply noise to it"
+)
 
 _SQUEEZE_EXCITATION = (
     "a layer of a squeeze-and-excitation block, which scales each channel (section 7.8); "
@@ -117,6 +122,11 @@ def _fitted_state(
     if refused:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
         logger.warning_once(f"quantization noise skips {len(refused)} layers ({reasons})")
+    if unknown := [name for name, reason in by_default.items() if reason == _UNKNOWN_TABLE]:
+        tables, names = "table" if len(unknown) == 1 else "tables", ", ".join(unknown)
+        logger.warning_once(
+            f"quantization noise skips {len(unknown)} {tables} ({names}): {_UNKNOWN_TABLE}"
+        )
     drop = None
     if qn_config.layerdrop > 0:
         chunks = droppable_chunks(model, sharing.chunks, qn_config.layerdrop)
@@ -171,11 +181,13 @@ def _plan(
     by_form = config.target_modules is None
     zeroes = by_form and any(NOISES[name].zeroes for name, _ in config.noises)
     gates = squeeze_excitation_layers(model, find_layers(model)) if by_form else set()
+    knows_inputs = any(hasattr(module, "get_input_embeddings") for module in model.modules())
+    side_table = _SIDE_TABLE if knows_inputs else _UNKNOWN_TABLE
     for members in weights_of(layers):
         layer, names = members[0], tuple(member.name for member in members)
         tables = [m for m in members if isinstance(m.module, nn.Embedding)]
         if zeroes and not all(table.input_table for table in tables):
-            by_default.update(dict.fromkeys(names, _SIDE_TABLE))
+            by_default.update(dict.fromkeys(names, side_table))
             continue
         if not gates.isdisjoint(names):
             by_default.update(dict.fromkeys(names, _SQUEEZE_EXCITATION))
@@ -245,7 +257,11 @@ def _divide_rows(
 
 def _no_layer_message(layers: list[LayerInfo], config: QuantNoiseConfig, skipped: Reasons) -> str:
     """Return the error message if no layer can get the noise."""
-    layers = [layer for layer in layers if skipped.get(layer.name) != _SIDE_TABLE]
+    if all(skipped.get(layer.name) == _UNKNOWN_TABLE for layer in layers):
+        return f"target_modules={config.target_modules!r} selects only tables; {_UNKNOWN_TABLE}"
+    layers = [
+        layer for layer in layers if skipped.get(layer.name) not in (_SIDE_TABLE, _UNKNOWN_TABLE)
+    ]
     if not layers:
         return (
             f"target_modules={config.target_modules!r} selects only tables other than the input "

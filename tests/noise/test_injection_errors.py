@@ -84,3 +84,28 @@ def test_layer_may_lack_one_of_several_noises():
     assert "up" in state.layers and "down" not in state.left_clean
     assert (model.down(torch.eye(48)) == model.down.bias).all()
     assert not (model.up(torch.eye(32)) == model.up.bias).all()
+
+
+def plain_model() -> nn.Sequential:
+    """Return a model of torch, without ``get_input_embeddings``."""
+    return nn.Sequential(nn.Embedding(60, 32), nn.Linear(32, 48))
+
+
+def test_tables_of_models_without_input_embeddings_are_logged(caplog):
+    with caplog.at_level(logging.WARNING):
+        model = apply_quant_noise(plain_model(), QuantNoiseConfig())
+    assert list(find_state(model).layers) == ["1"]
+    reason = find_state(model).left_clean["0"]
+    assert "does not define which table holds its input embeddings" in reason
+    (record,) = caplog.records
+    for part in ("skips 1 table", "(0)", reason, "target_modules"):
+        assert part in record.getMessage()
+    with pytest.raises(ValueError, match=r"target_modules=None.* which table holds its input"):
+        apply_quant_noise(nn.Sequential(nn.Embedding(60, 32)), QuantNoiseConfig())
+
+
+@pytest.mark.parametrize("fields", [{"target_modules": ["0", "1"]}, {"noise": "int8"}])
+def test_tables_of_models_without_input_embeddings_can_get_noise(fields, caplog):
+    with caplog.at_level(logging.WARNING):
+        model = apply_quant_noise(plain_model(), QuantNoiseConfig(**fields))
+    assert list(find_state(model).layers) == ["0", "1"] and not caplog.records
