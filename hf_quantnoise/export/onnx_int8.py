@@ -8,7 +8,8 @@ s_x (x8 - z_x) and w = s_w (w8 - z_w)
     x w = s_x s_w MatMulInteger(x8, w8, z_x, z_w),
 
 which sums in int32. Files hold uint8; 128 is subtracted, as onnxruntime multiplies uint8 inputs
-with int8 weights fastest.
+with int8 weights fastest. A zero point of the weight that was trained is between two integers: the
+product is that with the nearest one n_w, plus s_x s_w (n_w - z_w) sum(x8 - z_x).
 """
 
 from __future__ import annotations
@@ -49,9 +50,12 @@ def _why_float(layer: Any) -> str | None:
     if type(quantizer) not in (ProductQuantizer, FixedPointQuantizer):
         return f"its weight ({quantizer.short_name}) is not one integer per value"
     quantizer, state = with_8_bits(quantizer, layer.state)
-    zero_points = _zero_point(quantizer, quantizer.to_storage(state))
+    zero_points = _zero_point(quantizer, quantizer.to_storage(state)).round()
     if layer.activation_bits is not None:
-        zero_points = torch.cat([zero_points.reshape(-1), layer.input_zero_point.reshape(-1) - 128])
+        inputs = layer.input_zero_point.reshape(-1) - 128
+        if not is_integer(inputs):  # an average of models
+            return "the zero point of its inputs is not an integer"
+        zero_points = torch.cat([zero_points.reshape(-1), inputs])
     if bool((zero_points < -128).any() or (zero_points > 127).any()):
         return "the range of its weight or inputs does not contain 0"
     return None
@@ -63,6 +67,11 @@ def with_8_bits(quantizer: Any, state: dict[str, Tensor]) -> tuple[Any, dict[str
         return quantizer, state
     quantizer = replace(quantizer, codebook_bits=8)
     return quantizer, quantizer.state_of(state["codebook"], state.get("row_scale"))
+
+
+def is_integer(tensor: Tensor) -> bool:
+    """Return whether all values of a tensor are integers."""
+    return bool((tensor == tensor.round()).all())
 
 
 def _zero_point(quantizer: Any, stored: dict[str, Tensor]) -> Tensor:
@@ -80,19 +89,31 @@ def _as_int8(values: Tensor) -> Tensor:
 class Int8Product:
     """Mixin, before ``StoredState``, for packed layers whose products are of integers."""
 
+    has_integer_zero_point: bool
+
+    def prepare(self: Any) -> None:
+        """Look at the values of the state, which a traced forward cannot do."""
+        zero_point = _zero_point(self.storage_quantizer, self.stored)
+        self.has_integer_zero_point = is_integer(zero_point)
+
     def forward(self: Any, input: Tensor) -> Tensor:
         """Return the product with the rounded inputs, and the bias."""
         values, scale, zero_point = self._weight_integers()
         rounded, input_scale, input_zero_point = self._input_integers(input)
+        nearest = zero_point.round()
         sums = torch.onnx.ops.symbolic(
             "MatMulInteger",
-            (rounded, values.t(), input_zero_point, zero_point),
+            (rounded, values.t(), input_zero_point, nearest.to(torch.int8)),
             dtype=torch.int32,
             shape=(*input.shape[:-1], self.rows),
         )
         # In this order onnxruntime computes all of it as one operator.
         outputs = sums.float() * (input_scale * scale)
-        return outputs if self.bias is None else outputs + self.bias
+        outputs = outputs if self.bias is None else outputs + self.bias
+        if self.has_integer_zero_point:
+            return outputs
+        input_sums = (rounded.float() - input_zero_point.float()).sum(-1, keepdim=True)
+        return outputs + input_sums * (input_scale * scale * (nearest - zero_point))
 
     def _input_integers(self: Any, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return inputs as uint8, their scale and zero point."""
@@ -108,7 +129,7 @@ class Int8Product:
         return levels.to(torch.uint8), state["scale"].float(), state["zero_point"].to(torch.uint8)
 
     def _weight_integers(self: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the weight as int8 (rows, columns), its scale and zero point.
+        """Return the weight as int8 (rows, columns), its scale and zero point in float32.
 
         These are scalars, or one for each row.
         """
@@ -122,8 +143,7 @@ class Int8Product:
         else:
             values = _as_int8(codes) if quantizer.bits == 8 else codes.to(torch.int8)
             scale = stored["scale"].float()
-        zero_point = _zero_point(quantizer, stored).to(torch.int8)
-        return values, _as_vector(scale), _as_vector(zero_point)
+        return values, _as_vector(scale), _as_vector(_zero_point(quantizer, stored))
 
 
 def _as_vector(tensor: Tensor) -> Tensor:

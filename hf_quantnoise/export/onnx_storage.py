@@ -70,4 +70,6 @@ def copy_with_stored_state(model: PreTrainedModel, int8_layers: set[str]) -> Pre
             layer.register_parameter(tensor_name, tensor)
         mixins = (Int8Product, StoredState) if name in int8_layers else (StoredState,)
         layer.__class__ = type(type(layer).__name__, (*mixins, type(layer)), {})
+        if name in int8_layers:
+            layer.prepare()
     return model

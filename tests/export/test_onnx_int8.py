@@ -7,8 +7,9 @@ from support.onnx_exports import inputs_of
 from support.tiny import SIZES, VOCABULARY, make_vision_model
 from transformers import BertConfig, BertForSequenceClassification
 
-from hf_quantnoise import IPQConfig, export_onnx, quantize_model
+from hf_quantnoise import FixedPointConfig, IPQConfig, export_onnx, quantize_model
 from hf_quantnoise.export.onnx_graph import store_as_float16
+from hf_quantnoise.modeling import packed_layers
 
 LAYER = "bert.encoder.layer.0."
 PQ = {"scheme": "pq", "block_size": 4, "n_centroids": 256, "codebook_bits": 8}
@@ -93,9 +94,9 @@ def test_int8_products_are_those_of_rounded_inputs(tmp_path, bits):
 
     program = onnx.load(str(result.file))
     products, producers = products_of(program.graph)
-    packed_layers = {name for name, m in model.named_modules() if hasattr(m, "weight_indices")}
-    tables = {name for name in packed_layers if "embeddings" in name}
-    assert products.keys() == packed_layers - tables - {ADDITIVE}
+    names = {name for name, _ in packed_layers(model)}
+    tables = {name for name in names if "embeddings" in name}
+    assert products.keys() == names - tables - {ADDITIVE}
     known = {value.name for value in program.graph.output}
     # The float inputs, before they are rounded.
     floats = {}
@@ -129,6 +130,52 @@ def test_int8_products_are_those_of_rounded_inputs(tmp_path, bits):
         assert off.mean() < 0.05, (name, np.abs(found - expected).max(), tolerance)
         assert (np.abs(found - expected) < tolerance + scale * np.abs(weight).max() * 2).all()
         assert np.abs(expected).std() > 10 * tolerance or name == ROUNDED
+
+
+def round_inputs(layer, arguments):
+    """Round the inputs of a layer to 8 bits by their range; a pre-hook."""
+    values, _ = rounded(arguments[0].double().numpy(), layer)
+    return (torch.from_numpy(values).float(),)
+
+
+@pytest.mark.parametrize("observer", ["minmax", "channel"])
+@pytest.mark.parametrize("bits", [None, 8], ids=["in each call", "saved"])
+@torch.no_grad()
+def test_int8_form_keeps_trained_zero_points(bits, observer, tmp_path):
+    """They are between two integers, and may round to either."""
+    import onnxruntime
+
+    torch.manual_seed(0)
+    config = BertConfig(**{**SIZES, "num_hidden_layers": 1, "initializer_range": 0.2})
+    model = BertForSequenceClassification(config).eval()
+    data = [{"input_ids": torch.randint(5, VOCABULARY, (4, 9))}]
+    config = FixedPointConfig(bits=4, observer=observer, activation_bits=bits)
+    quantize_model(model, config, calibration_data=data if bits else None, progress=False)
+    for _, layer in packed_layers(model):
+        # minmax: towards 0 from an integer, as little as an optimizer's first steps move it.
+        step = torch.rand_like(layer.weight_zero_point) - 0.5 if observer == "channel" else -0.01
+        layer.weight_zero_point += step
+    result = export_onnx(model, tmp_path, dtype="int8")
+    assert result.not_int8 == {}
+    session = onnxruntime.InferenceSession(str(result.file))
+    inputs = inputs_of(session, VOCABULARY)
+    inputs["attention_mask"][:] = 1
+    (found,) = session.run(["logits"], {name: each.numpy() for name, each in inputs.items()})
+    for _, layer in packed_layers(model):
+        if bits is None and not isinstance(layer, torch.nn.Embedding):
+            layer.register_forward_pre_hook(round_inputs)
+    expected = model(**inputs).logits.numpy()
+    # An input halfway between two levels may be rounded to either in float32.
+    np.testing.assert_allclose(found, expected, atol=0.02 * np.abs(expected).max())
+
+
+def test_int8_form_leaves_layers_with_averaged_input_ranges(tmp_path):
+    model = packed(activation_bits=8)
+    layer = model.bert.encoder.layer[0].intermediate.dense
+    layer.input_zero_point += 0.3
+    result = export_onnx(model, tmp_path, dtype="int8")
+    assert result.not_int8.keys() == {ADDITIVE, f"{LAYER}intermediate.dense"}
+    assert "not an integer" in result.not_int8[f"{LAYER}intermediate.dense"]
 
 
 def test_int8_form_needs_a_linear_layer(tmp_path):
