@@ -9,6 +9,7 @@ from transformers.utils import logging
 from ..configuration import QuantizedModelConfig
 from ..modeling.convert import is_packed
 from ..structure import is_layer
+from .replaced_ties import untie_replaced
 from .skeleton import quantizer_of
 
 logger = logging.get_logger(__name__)
@@ -38,9 +39,8 @@ def match_plan_to_layers(model: PreTrainedModel, config: QuantizedModelConfig) -
         logger.warning(f"{name} was replaced after quantization; it is saved in floating point.")
         del config.plan[name]
         config.left_dense[name] = "replaced by a layer in floating point after it was quantized"
-    for entry in config.plan.values():
-        if "tied_to" in entry and entry["tied_to"] not in config.plan:
-            del entry["tied_to"]
+    if replaced:
+        untie_replaced(model, config)
 
 
 def _require_planned(modules: Modules, config: QuantizedModelConfig) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Container
 from copy import copy
 from functools import cache
 
@@ -26,6 +26,7 @@ from ..quantizers import Quantizer, quantizer_from_dict
 from ..sharing import difference
 from ..structure import is_layer
 from .conversions import renamed_layer, renamings_of, spellings
+from .replaced_ties import untie_replaced
 
 logger = logging.get_logger(__name__)
 
@@ -86,8 +87,9 @@ def build_skeleton(
     }
     local.shared_layers = names.translate_shared(config.shared_layers)
     kept, reshaped = _translate_plan(names, config.plan, stored)
+    local.plan = plan = _close_over_ties(kept, names, local.left_dense)
+    untie_replaced(model, local)
     local.left_dense |= reshaped
-    local.plan = plan = _close_over_ties(kept, names)
     layers = {name: names.modules[name] for name in plan}
     with renamed_ties(model, plan):
         for name, entry in plan.items():
@@ -241,16 +243,19 @@ def _require_equal_settings(model: PreTrainedModel, plan: dict[str, dict]) -> No
             )
 
 
-def _close_over_ties(plan: dict[str, dict], names: Names) -> dict[str, dict]:
+def _close_over_ties(plan: dict[str, dict], names: Names, dense: Container[str]) -> dict[str, dict]:
     """Add tied partners that the class of the checkpoint lacks (an LM head).
 
-    Their inputs were never measured, so they are not rounded.
+    Their inputs were never measured, so they are not rounded. ``dense`` has the skipped layers,
+    which are in the files.
     """
     plan = dict(plan)
     for pair in names.model.all_tied_weights_keys.items():
         target, source = (name.removesuffix(".weight") for name in pair)
         for known, partner in ((source, target), (target, source)):
-            if known in plan and partner not in plan and names.is_layer(partner):
+            if partner in plan or partner in dense:
+                continue
+            if known in plan and names.is_layer(partner):
                 plan[partner] = {**plan[known], "tied_to": known}
                 plan[partner].pop("activation_bits", None)
     return plan

@@ -3,8 +3,11 @@
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from support.files import digest
 from support.zoo import TIED, ZOO, ipq_config, users_of_table
+from torch import nn
+from transformers import AutoConfig
 
 from hf_quantnoise import FixedPointConfig, IPQConfig, quantize_model
 from hf_quantnoise.modeling import packed_names
@@ -59,6 +62,50 @@ def test_tied_weights_are_stored_once_and_stay_tied(name, config, tmp_path):
     plain = type(model).from_pretrained(tmp_path / "dense")
     for dense in (again, plain):
         assert is_one(dense, users) and len(list(dense.parameters())) == n_parameters
+
+
+@pytest.mark.parametrize(
+    ("name", "replaced"),
+    [
+        ("GPT-2", ["lm_head"]),
+        ("GPT-2", ["transformer.wte"]),
+        ("T5", ["lm_head"]),
+        ("T5", ["shared"]),
+        ("T5", ["encoder.embed_tokens"]),
+        ("T5", ["shared", "encoder.embed_tokens", "decoder.embed_tokens"]),
+    ],
+)
+@torch.no_grad()
+def test_replaced_user_of_table_stays_replaced(name, replaced, tmp_path):
+    kind = ZOO[name]
+    model = kind.make()
+    users = users_of_table(model)
+    quantize_model(model, ipq_config(model), progress=False)
+    layer = model.get_submodule(replaced[0])
+    torch.manual_seed(1)
+    if isinstance(layer, nn.Embedding):
+        new = nn.Embedding(layer.num_embeddings, layer.embedding_dim)
+    else:
+        new = nn.Linear(layer.in_features, layer.out_features, bias=False)
+    for user in replaced:
+        model.set_submodule(user, new)
+    expected = model(**kind.batch()).logits
+    model.save_pretrained(tmp_path / "a")
+    again, info = kind.auto.from_pretrained(tmp_path / "a", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert torch.equal(again(**kind.batch()).logits, expected)
+    others = [user for user in users if user not in replaced]
+    assert is_one(again, others) and is_one(again, replaced)
+    assert again.config.quantization_config.plan.keys().isdisjoint(replaced)
+    again.save_pretrained(tmp_path / "b")
+    assert digest(tmp_path / "a") == digest(tmp_path / "b")
+    again.tie_weights()
+    assert torch.equal(again(**kind.batch()).logits, expected)
+    # Also if the files are read by the caller.
+    state = load_file(tmp_path / "a" / "model.safetensors")
+    config = AutoConfig.from_pretrained(tmp_path / "a")
+    again = type(model).from_pretrained(None, config=config, state_dict=state)
+    assert torch.equal(again(**kind.batch()).logits, expected)
 
 
 @pytest.mark.parametrize("name", ["RoBERTa", "ALBERT", "GPT-2", "T5"])
