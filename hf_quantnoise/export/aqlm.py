@@ -26,6 +26,7 @@ from ..compat import init_weights_function, should_convert_module
 from ..files.model_folders import replaced_model
 from ..hub.processing import save_processing
 from ..modeling import PackedLayer, packed_layers
+from ..modeling.packable import has_adapters
 from ..quantizers.product import ProductQuantizer
 from .checks import require_packed
 
@@ -108,10 +109,11 @@ def export_aqlm(model: PreTrainedModel, folder: str | os.PathLike) -> AqlmExport
         The setting, the layers stored as codes, and the reason for each dense layer.
 
     Raises:
-        ValueError: if the model is not packed, quantizes activations (AQLM does not), or has no
-            layer that fits AQLM's layout.
+        ValueError: if the model is not packed, has adapters, quantizes activations (AQLM does not),
+            or has no layer that fits AQLM's layout.
     """
     require_packed(model, "export_aqlm")
+    _require_no_adapters(model)
     folder = Path(require_output_folder("folder", folder))
     layers_by_setting, dense = _group_by_setting(model)
     if not layers_by_setting:
@@ -143,6 +145,16 @@ def export_aqlm(model: PreTrainedModel, folder: str | os.PathLike) -> AqlmExport
         save_processing(model, part, os.fspath(folder))
     disk_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     return AqlmExport(folder, setting, names, dense, disk_bytes)
+
+
+def _require_no_adapters(model: PreTrainedModel) -> None:
+    """Raise a ``ValueError`` if the model has PEFT adapters, which ``save_pretrained`` is for."""
+    if has_adapters(model):
+        raise ValueError(
+            f"export_aqlm: {type(model).__name__} has PEFT adapters, which AQLM checkpoints cannot "
+            "hold; export the model without them (peft_model.unload(), or load it again), or "
+            "dequantize it, merge them, and quantize the merged model"
+        )
 
 
 def _group_by_setting(

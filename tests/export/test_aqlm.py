@@ -229,3 +229,16 @@ def test_export_aqlm_with_256_centroids_runs_on_the_numba_kernel(tmp_path):
     result, logits = export(model, tmp_path / "case")
     (found,) = run_without_package([result.folder])
     torch.testing.assert_close(found, logits, rtol=0, atol=1e-4)
+
+
+def test_export_aqlm_refuses_adapters(tmp_path):
+    """Only the adapter would be written; one that was deleted leaves layers of other names."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    model = quantize_model(make_model("bert"), IPQ, progress=False)
+    model.add_adapter(peft.LoraConfig(target_modules=["query"], r=4))
+    for is_deleted in (False, True):
+        if is_deleted:
+            model.delete_adapter("default")
+        with pytest.raises(ValueError, match=r"export_aqlm: .*has PEFT adapters.*load it again"):
+            export_aqlm(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
