@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 from copy import deepcopy
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, logging
 
 from ..files.durable import write_json
@@ -22,6 +22,12 @@ from ..hub.processing import processing_files, save_processing
 
 logger = logging.get_logger(__name__)
 
+# Fields of a config in which two exports of one model may differ. Earlier releases wrote some of
+# them as they were before the model was saved, or as they were after it.
+_NOT_OF_THE_MODEL = (
+    "architectures", "dtype", "quantization_config", "transformers.js_config",
+    "transformers_version",
+)  # fmt: skip
 # Name of a dtype in transformers.js -> suffix of the file.
 SUFFIXES = {"fp32": "", "int8": "_int8"}
 
@@ -43,9 +49,7 @@ def save_companions(model: PreTrainedModel, part: str, dtype: str, folder: str) 
     Raises:
         ValueError: if the folder has a graph of another dtype, and the config of another model.
     """
-    config = deepcopy(model.config)
-    del config.quantization_config
-    config.save_pretrained(part)
+    _dense_config(model).save_pretrained(part)
     path = os.path.join(part, CONFIG_NAME)
     write_json(read_json(path) | {"transformers.js_config": {"dtype": dtype}}, path)
     _require_same_model(part, dtype, folder)
@@ -61,6 +65,17 @@ def save_companions(model: PreTrainedModel, part: str, dtype: str, folder: str) 
         )
 
 
+def _dense_config(model: PreTrainedModel) -> PreTrainedConfig:
+    """Return the config of a model as it is saved, without that of its quantization."""
+    config = deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    for each in (config, *(getattr(config, key, None) for key in config.sub_configs)):
+        if each is not None:
+            each.dtype = model.dtype
+            vars(each).pop("quantization_config", None)
+    return config
+
+
 def _require_same_model(part: str, dtype: str, folder: str) -> None:
     """Raise a ``ValueError`` if a graph that stays in a folder is of another model."""
     config = os.path.join(folder, CONFIG_NAME)
@@ -69,14 +84,20 @@ def _require_same_model(part: str, dtype: str, folder: str) -> None:
     if not kept or not os.path.isfile(config):
         return
     old, new = (read_json(path) for path in (config, os.path.join(part, CONFIG_NAME)))
-    for values in (old, new):
-        for name in ("transformers.js_config", "transformers_version"):
-            values.pop(name, None)
-    if old != new:
+    if _of_the_model(old) != _of_the_model(new):
         raise ValueError(
             f"invalid folder {folder!r}: got one with {kept[0]} and the {CONFIG_NAME} of another "
             "model, expected an empty one or one with this model; choose another folder"
         )
+
+
+def _of_the_model(config: dict) -> dict:
+    """Return the fields of a config, and of those in it, that two exports of a model share."""
+    return {
+        name: _of_the_model(value) if isinstance(value, dict) else value
+        for name, value in config.items()
+        if name not in _NOT_OF_THE_MODEL
+    }
 
 
 def _write_preprocessor(folder: str) -> None:

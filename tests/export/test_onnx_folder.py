@@ -1,6 +1,7 @@
 """Folders of ONNX exports have the layout that transformers.js and optimum load."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -11,7 +12,10 @@ from transformers import (
     AutoConfig,
     AutoTokenizer,
     BertConfig,
+    BertForMaskedLM,
     BertForSequenceClassification,
+    CLIPConfig,
+    CLIPModel,
     PreTrainedTokenizerFast,
     ViTConfig,
     ViTForImageClassification,
@@ -19,7 +23,7 @@ from transformers import (
 )
 
 from hf_quantnoise import FixedPointConfig, export_onnx, quantize_model
-from hf_quantnoise.export.onnx_folder import save_companions
+from hf_quantnoise.export.onnx_folder import onnx_path, save_companions
 from hf_quantnoise.hub.processing import remember_processing
 
 SMALL = {**SIZES, "num_hidden_layers": 1}
@@ -113,3 +117,45 @@ def test_graphs_of_two_models_in_one_folder_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"config\.json of another model.*choose another folder"):
         export_onnx(other, tmp_path, dtype="int8")
     assert before == {name: (tmp_path / name).read_bytes() for name in names_of(tmp_path)}
+
+
+def clip():
+    sizes = {k: v for k, v in SMALL.items() if k != "vocab_size"}
+    text = {**sizes, "vocab_size": SIZES["vocab_size"]}
+    return CLIPConfig(
+        text_config=text, vision_config={**sizes, "image_size": 16, "patch_size": 8},
+        projection_dim=16,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("cls", "config"),
+    [
+        (BertForMaskedLM, lambda: BertConfig(**SMALL, architectures=["BertModel"])),
+        (CLIPModel, clip),
+    ],
+)
+def test_graphs_of_one_model_before_and_after_it_was_saved(cls, config, tmp_path):
+    model = packed(cls, config(), tokenizer())
+    onnx, saved = tmp_path / "onnx", tmp_path / "saved"
+
+    def companions(model, dtype, name):
+        part = tmp_path / name
+        for folder in (part, onnx):
+            (folder / "onnx").mkdir(parents=True, exist_ok=True)
+        save_companions(model, str(part), dtype, str(onnx))
+        (onnx / onnx_path(dtype)).touch()
+        shutil.copy(part / "config.json", onnx)
+        return json.loads((part / "config.json").read_text())
+
+    before = companions(model, "fp32", "1")
+    model.save_pretrained(saved)
+    after = [
+        companions(model, "int8", "2"),
+        companions(cls.from_pretrained(saved), "fp32", "3"),
+    ]
+    for config in (before, *after):
+        assert config.pop("transformers.js_config")
+        assert "quantization_config" not in json.dumps(config)
+        assert config["architectures"] == [cls.__name__]
+    assert after == [before, before]
