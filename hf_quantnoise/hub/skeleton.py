@@ -135,6 +135,8 @@ class Names:
         }
         self.unsaved = ignored_on_save(model)
         self.renamings = renamings_of(model)
+        architectures = model.config.architectures or ()
+        self.is_of_class_that_saved = type(model).__name__ in architectures
 
     def find(self, name: str) -> str | None:
         """Return the local name for a name of the checkpoint, or None if this class lacks it."""
@@ -187,6 +189,8 @@ def _translate_plan(
         if (name := names.find(original)) is None:
             continue
         if not names.is_layer(name):
+            if name in names.modules and not names.is_of_class_that_saved:
+                continue  # another head, of several layers under this name
             raise ValueError(
                 f"invalid plan in quantization_config: {name} is not a layer that can be packed in "
                 f"{type(names.model).__name__}"

@@ -8,9 +8,16 @@ import torch
 import transformers
 from hub.test_conversions import config_of, state_of
 from support.conversions import build_tiny
-from transformers import CLIPModel, CLIPTextModel, CLIPVisionModel, PreTrainedModel
+from transformers import (
+    CLIPModel,
+    CLIPTextModel,
+    CLIPVisionModel,
+    PreTrainedModel,
+    RobertaForSequenceClassification,
+    RobertaForTokenClassification,
+)
 
-from hf_quantnoise import quantize_model
+from hf_quantnoise import AutoQuantizedModel, FixedPointConfig, quantize_model
 from hf_quantnoise.modeling import packed_layers
 
 # Saved class -> number of classes of its file that load from the dense folder.
@@ -78,3 +85,27 @@ def test_parts_of_clip_give_its_outputs(tmp_path):
         assert (tmp_path / "1" / file).read_bytes() == (tmp_path / "2" / file).read_bytes()
     dense = CLIPModel.from_pretrained(tmp_path / "1").dequantize()
     assert "quantization_config" not in str(dense.config.to_dict())
+
+
+def test_head_of_other_layers_under_one_name_is_left_out(tmp_path):
+    """``classifier`` is a layer of one class, and a module with layers in the other one."""
+    tagger, classifier = RobertaForTokenClassification, RobertaForSequenceClassification
+    model = build_tiny(tagger.__name__)
+    quantize_model(model, FixedPointConfig(bits=8), progress=False)
+    assert "classifier" in model.config.quantization_config.plan
+    model.save_pretrained(tmp_path)
+    again, info = classifier.from_pretrained(tmp_path, output_loading_info=True)
+    assert all(key.startswith("classifier.") for key in info["missing_keys"])
+    assert isinstance(again.classifier.out_proj, torch.nn.Linear)
+    ids = torch.arange(10).view(2, 5)
+    with torch.no_grad():
+        assert torch.equal(again.roberta(ids)[0], model.roberta(ids)[0])
+
+
+def test_auto_class_takes_a_new_head_of_a_packed_one(tmp_path):
+    model = build_tiny("RobertaForSequenceClassification")
+    quantize_model(model, FixedPointConfig(bits=8), progress=False)
+    model.save_pretrained(tmp_path)
+    more = {"num_labels": 10, "ignore_mismatched_sizes": True}
+    again = AutoQuantizedModel.from_pretrained(tmp_path, **more)
+    assert again(torch.arange(10).view(2, 5)).logits.shape == (2, 10)
