@@ -31,7 +31,7 @@ from hf_quantnoise.compat.torch_func import in_torch_func
 
 ROOT = Path(hf_quantnoise.__file__).parent
 # Private by their name, but documented (namedtuple) or without a public counterpart (argparse).
-STANDARD_LIBRARY = {"_actions", "_asdict", "_option_string_actions", "_subparsers"}
+STANDARD_LIBRARY = {"_actions", "_asdict", "_option_string_actions", "_replace", "_subparsers"}
 
 CLASSES = {
     "torch.nn.Module": nn.Module,

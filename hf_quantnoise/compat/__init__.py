@@ -251,6 +251,14 @@ def prepare_inputs(trainer: Trainer, batch: Any) -> dict[str, Any]:
     return trainer._prepare_inputs(batch)
 
 
+def count_labels(trainer: Trainer, batch: Any) -> Tensor | int | None:
+    """Return what a ``compute_loss_func`` is passed for a batch, by the rule for shifted labels.
+
+    None if the loss does not take a number of labels.
+    """
+    return trainer._get_num_items_in_batch([batch], trainer.args.device)
+
+
 def finish_current_push(trainer: Trainer) -> None:
     """Wait for an upload that is in progress."""
     trainer._finish_current_push()

@@ -23,10 +23,10 @@ from transformers import AqlmConfig, PreTrainedModel
 
 from ..argument_checks import require_output_folder
 from ..compat import init_weights_function, should_convert_module
+from ..compat.peft import has_adapters
 from ..files.model_folders import replaced_model
 from ..hub.processing import save_processing
 from ..modeling import PackedLayer, packed_layers
-from ..modeling.packable import has_adapters
 from ..quantizers.product import ProductQuantizer
 from .checks import require_packed
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ...argument_checks import require_instance
+from ...compat import count_labels
 from ..arguments import CompressionArguments
 from ..distillation.teacher import Teacher, require_distillation, require_teacher
 from .fsdp import share_what_rank_0_read
@@ -108,8 +109,7 @@ class DistillingTrainer(PackedModelTrainer):
         # number, which is wrong for functions that return a mean.
         self.args.average_tokens_across_devices = False
         try:
-            # Private: the rule for shifted labels. None without compute_loss_func.
-            count = self._get_num_items_in_batch([inputs], self.args.device)
+            count = count_labels(self, inputs)
             result: Any = super().compute_loss(model, inputs, True, count)
             return result
         finally:
