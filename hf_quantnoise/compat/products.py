@@ -14,13 +14,23 @@ def has_int8_products() -> bool:
     return torch.cpu._is_vnni_supported() and torch.backends.quantized.engine != "none"
 
 
+def _is_x86() -> bool:
+    return platform.machine().lower() in ("x86_64", "amd64")
+
+
+def has_saturating_int8_products() -> bool:
+    """Return whether sums of two products of uint8 and int8 may saturate in 16 bits (AVX2)."""
+    known = getattr(torch.cpu, "get_capabilities", dict)()  # not in the oldest versions
+    return _is_x86() and not torch.cpu._is_vnni_supported() and not known.get("avx_vnni", False)
+
+
 def has_bf16_products(device: torch.device) -> bool:
     """Return whether a device multiplies bfloat16 in hardware, so that it is fast."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu":
         return True
-    if platform.machine().lower() in ("x86_64", "amd64"):  # others are emulated with AVX-512
+    if _is_x86():  # without these, emulated with AVX-512
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..argument_checks import require_instance, require_output_folder, require_tensors, run_batch
+from ..compat.products import has_saturating_int8_products
 from ..configuration.checks import one_of
 from ..files.model_folders import replaced_model
 from .checks import require_packed
@@ -31,6 +32,8 @@ from .onnx_inputs import dynamic_axes, example_inputs, without_ones
 from .onnx_int8 import int8_layers
 from .onnx_storage import copy_with_stored_state
 
+logger = logging.getLogger(__name__)
+
 # Messages about the internals of torch's exporter, on which the user cannot act. The axis names
 # are used by several inputs, or by none, on purpose.
 _IGNORED_WARNINGS = (
@@ -39,6 +42,10 @@ _IGNORED_WARNINGS = (
 )
 _EXPORTER_LOGGER = "torch.onnx._internal.exporter._registration"
 _IGNORED_LOG = "torchvision is not installed. Skipping"
+_SATURATION = (
+    "this machine has no VNNI instructions, and onnxruntime's products of 8 bits saturate there "
+    'unless the session has the config entry "session.x64quantprecision" = "1"'
+)
 
 
 @dataclass(frozen=True)
@@ -110,6 +117,9 @@ def export_onnx(
         dtype: ``"fp32"``: weights are decoded, and products computed in float32. ``"int8"``:
             products of Linear layers are computed in 8-bit integers, which is faster and needs
             less memory; inputs, and codebooks that are not stored in 8 bits, are rounded to 8 bits.
+            On x86 CPUs without VNNI, onnxruntime's 8-bit products saturate silently unless the
+            session has the config entry ``session.x64quantprecision`` = "1"; exporting on such a
+            machine logs a warning.
         leftover_bits: 16 rounds dense matrices to float16 in the file. Matrices whose values fit
             float16 exactly are always stored in it.
 
@@ -133,6 +143,8 @@ def export_onnx(
         require_decoder(model, inputs)
     onnxscript = _onnxscript()
     layers, others = int8_layers(model) if dtype == "int8" else (set(), {})
+    if layers and has_saturating_int8_products():
+        logger.warning(_SATURATION)
     if dtype == "int8" and not layers:
         raise ValueError(
             f"invalid dtype 'int8': no layer of {type(model).__name__} can have int8 products "
@@ -193,15 +205,15 @@ def _quiet_exporter() -> Iterator[None]:
     def is_relevant(record: logging.LogRecord) -> bool:
         return not record.getMessage().startswith(_IGNORED_LOG)
 
-    logger = logging.getLogger(_EXPORTER_LOGGER)
-    logger.addFilter(is_relevant)
+    exporter = logging.getLogger(_EXPORTER_LOGGER)
+    exporter.addFilter(is_relevant)
     try:
         with warnings.catch_warnings():
             for category, pattern in _IGNORED_WARNINGS:
                 warnings.filterwarnings("ignore", pattern, category)
             yield
     finally:
-        logger.removeFilter(is_relevant)
+        exporter.removeFilter(is_relevant)
 
 
 def _onnxscript() -> Any:

@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from support.onnx_exports import inputs_of
+from support.onnx_exports import inputs_of, session_of
 from support.tiny import SIZES, VOCABULARY, make_vision_model
 from transformers import BertConfig, BertForSequenceClassification
 
 from hf_quantnoise import FixedPointConfig, IPQConfig, export_onnx, quantize_model
+from hf_quantnoise.export import onnx_file
 from hf_quantnoise.export.onnx_graph import store_as_float16
 from hf_quantnoise.modeling import packed_layers
 
@@ -84,7 +85,6 @@ def rounded(inputs, layer):
 )
 def test_int8_products_are_those_of_rounded_inputs(tmp_path, bits):
     import onnx
-    import onnxruntime
 
     model = packed(activation_bits=bits)
     result = export_onnx(model, tmp_path, dtype="int8")
@@ -111,7 +111,7 @@ def test_int8_products_are_those_of_rounded_inputs(tmp_path, bits):
     assert (saved > 0) == (bits is not None)
     names = {name for pair in floats.values() for name in pair} - known
     program.graph.output.extend(onnx.helper.make_empty_tensor_value_info(n) for n in sorted(names))
-    session = onnxruntime.InferenceSession(program.SerializeToString())
+    session = session_of(program.SerializeToString())
     inputs = inputs_of(session, VOCABULARY)
     inputs["attention_mask"][:] = 1
     wanted = [name for pair in floats.values() for name in pair]
@@ -143,7 +143,6 @@ def round_inputs(layer, arguments):
 @torch.no_grad()
 def test_int8_form_keeps_trained_zero_points(bits, observer, tmp_path):
     """They are between two integers, and may round to either."""
-    import onnxruntime
 
     torch.manual_seed(0)
     config = BertConfig(**{**SIZES, "num_hidden_layers": 1, "initializer_range": 0.2})
@@ -157,7 +156,7 @@ def test_int8_form_keeps_trained_zero_points(bits, observer, tmp_path):
         layer.weight_zero_point += step
     result = export_onnx(model, tmp_path, dtype="int8")
     assert result.not_int8 == {}
-    session = onnxruntime.InferenceSession(str(result.file))
+    session = session_of(result)
     inputs = inputs_of(session, VOCABULARY)
     inputs["attention_mask"][:] = 1
     (found,) = session.run(["logits"], {name: each.numpy() for name, each in inputs.items()})
@@ -217,3 +216,11 @@ def test_store_as_float16_keeps_the_outputs(round_matrices):
     for found, (name, expected) in zip(session.run(None, {}), tensors.items(), strict=True):
         half = expected.astype(np.float16).astype(np.float32) if name in halves else expected
         np.testing.assert_array_equal(found, half)
+
+
+def test_machine_whose_products_may_saturate_is_warned(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(onnx_file, "has_saturating_int8_products", lambda: True)
+    monkeypatch.setattr(onnx_file, "_traced", lambda *args: pytest.fail("exported"))
+    with pytest.raises(pytest.fail.Exception, match="exported"):
+        export_onnx(packed(), tmp_path, dtype="int8")
+    assert '"session.x64quantprecision" = "1"' in caplog.text

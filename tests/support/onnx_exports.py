@@ -42,10 +42,14 @@ def example_of(name: str) -> dict[str, Tensor] | None:
     return {key: v for key, v in batch if isinstance(v, Tensor) and key != "labels"}
 
 
-def session_of(result: OnnxExport, **options: Any) -> Any:
+def session_of(graph: OnnxExport | bytes, **arguments: Any) -> Any:
+    """Return a session that computes exact products of 8-bit integers on every CPU."""
     import onnxruntime
 
-    return onnxruntime.InferenceSession(str(result.file), **options)
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    found = graph if isinstance(graph, bytes) else str(graph.file)
+    return onnxruntime.InferenceSession(found, options, **arguments)
 
 
 def inputs_of(session: Any, vocabulary: int) -> dict[str, Tensor]:
