@@ -27,7 +27,7 @@ from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from .accelerate import bind_hooked_forward, offloaded_names, undo_accelerate_prepare
+from .hooks import bind_hooked_forward, offloaded_names, undo_accelerate_prepare
 from .peft import set_table_of_prompts
 from .saving import check_before_saving
 

@@ -1,4 +1,4 @@
-"""Private names of accelerate."""
+"""Private names of accelerate: its hooks, and its mark of a prepared model."""
 
 from __future__ import annotations
 
