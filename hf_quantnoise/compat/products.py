@@ -20,7 +20,7 @@ def _is_x86() -> bool:
 
 def has_saturating_int8_products() -> bool:
     """Return whether sums of two products of uint8 and int8 may saturate in 16 bits (AVX2)."""
-    known = getattr(torch.cpu, "get_capabilities", dict)()  # not in the oldest versions
+    known: dict = getattr(torch.cpu, "get_capabilities", dict)()  # not in the oldest versions
     return _is_x86() and not torch.cpu._is_vnni_supported() and not known.get("avx_vnni", False)
 
 
