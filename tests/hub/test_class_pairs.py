@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from hf_quantnoise import AutoQuantizedModel, FixedPointConfig, quantize_model
+from hf_quantnoise.hub.skeleton import SHAPES_ARE_CHECKED
 from hf_quantnoise.modeling import packed_layers
 
 # Saved class -> number of classes of its file that load from the dense folder.
@@ -102,6 +103,7 @@ def test_head_of_other_layers_under_one_name_is_left_out(tmp_path):
         assert torch.equal(again.roberta(ids)[0], model.roberta(ids)[0])
 
 
+@pytest.mark.skipif(not SHAPES_ARE_CHECKED, reason="initialised by transformers 5.23 and newer")
 def test_auto_class_takes_a_new_head_of_a_packed_one(tmp_path):
     model = build_tiny("RobertaForSequenceClassification")
     quantize_model(model, FixedPointConfig(bits=8), progress=False)
