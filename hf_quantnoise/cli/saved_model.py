@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import suppress
 from fnmatch import fnmatch
 from typing import Any
 
+from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
@@ -40,7 +42,7 @@ def saved_entries(folder: str) -> list[str]:
     weights = [name for name in names if variant_of(name) is not None or _PICKLED.fullmatch(name)]
     saved, foreign = {*weights, *_OTHERS, *processing_files(folder)}, []
     config = _config_of(folder) if CONFIG_NAME in names else {}
-    saved |= _code_files(config or {})
+    saved |= _code_files(folder, config or {})
     entries = []
     for name in names:
         path = os.path.join(folder, name)
@@ -86,9 +88,15 @@ def _config_of(folder: str) -> dict[str, Any] | None:
     return config if "model_type" in config else None
 
 
-def _code_files(config: dict[str, Any]) -> set[str]:
-    """Return the names of the files with a model's own code."""
+def _code_files(folder: str, config: dict[str, Any]) -> set[str]:
+    """Return the names of the files with a model's own code, and of those that they import."""
     auto_map = config.get("auto_map")
     classes = auto_map.values() if isinstance(auto_map, dict) else ()
     names = [each.partition("--") for each in classes if isinstance(each, str)]
-    return {f"{(name or before).partition('.')[0]}.py" for before, _, name in names}
+    files = {f"{(name or before).partition('.')[0]}.py" for before, _, name in names}
+    found: set[str] = set(files)
+    for file in files:
+        with suppress(OSError):  # it, or one that it imports, is missing
+            imported = get_relative_import_files(os.path.join(folder, file))
+            found |= {os.path.basename(each) for each in imported}
+    return found

@@ -32,7 +32,10 @@ def has_bf16_products(device: torch.device) -> bool:
         return True
     if _is_x86():  # without these, emulated with AVX-512
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    # The operation is not in builds without oneDNN.
+    return torch.backends.mkldnn.is_available() and bool(
+        torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
 
 
 def int8_product(inputs: Tensor, weight: Tensor) -> Tensor:

@@ -63,13 +63,14 @@ def optimize_for_inference(model: Model, form: str | None = None) -> Model:
             "first with quantize_model or QuantNoiseTrainer.compress, or load a compressed model"
         )
     _require_in_memory(model)
-    is_fast = has_bf16_products(layers[0].weight_indices.device)
-    form = form or ("bf16" if is_fast else "float32")
-    if form == "bf16" and not is_fast:
-        logger.warning(
-            "form 'bf16' is slow on this machine, which has no instructions for bfloat16; "
-            "'float32' is faster"
-        )
+    if form in (None, "bf16") and not has_bf16_products(layers[0].weight_indices.device):
+        if form is not None:
+            logger.warning(
+                "form 'bf16' is slow on this machine, which has no instructions for bfloat16; "
+                "'float32' is faster"
+            )
+        form = form or "float32"
+    form = form or "bf16"
     if form == "int8" and not (int8.is_available() and all(_is_on_cpu(layer) for layer in layers)):
         raise ValueError(
             "invalid form: got 'int8', which needs a model on a CPU with int8 instructions "

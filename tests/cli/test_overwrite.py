@@ -54,12 +54,13 @@ def test_overwrite_replaces_the_code_of_a_model(old, run):
     config = json.loads((old / "config.json").read_text())
     code = {"AutoModel": "me/model--modeling_own.Own", "AutoTokenizer": ["tokens.Slow", None]}
     (old / "config.json").write_text(json.dumps(config | {"auto_map": code}))
-    write(old, "modeling_own.py", "train.py")
+    write(old, "modeling_own.py", "helper.py", "train.py")
+    (old / "modeling_own.py").write_text("from .helper import X\n")
     code, _, err = run(f"{COMMANDS[0]} --overwrite")
     assert code == 1 and "(train.py)" in err, err
     (old / "train.py").unlink()
     assert run(f"{COMMANDS[0]} --overwrite")[0] == 0
-    assert not (old / "modeling_own.py").exists()
+    assert not {"modeling_own.py", "helper.py"} & {path.name for path in old.iterdir()}
 
 
 FOREIGN = {

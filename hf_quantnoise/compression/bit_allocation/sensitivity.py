@@ -4,7 +4,7 @@ With calibration batches, it is the divergence between the outputs of the model 
 weight and of the dense model: that of distillation, or the relative error of outputs that
 distillation cannot compare. This is measured for two candidates of each weight and interpolated for
 the others by their quantization error: for small errors the divergence grows with ||W - W_q||^2,
-because its gradient is zero at the dense model. Without batches, it is the quantization error.
+because its gradient is zero at the dense model. Without batches, the cost is the error.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def output_divergence(
     reference: dict[str, Tensor],
     batch: Mapping[str, Any],
 ) -> float:
-    """Return the divergence of distillation, or the relative error if that has no such head.
+    """Return the divergence of distillation, or the relative error of heads that it does not know.
 
     The relative errors of all outputs are added.
     """

@@ -15,6 +15,11 @@ from ..distillation.teacher import Teacher
 from ..exact_checkpoints import ExactCheckpoints
 from .distilling_trainer import DistillingTrainer
 
+# What Trainer computes of the steps since it was started.
+_OF_LATER_STEPS = {"train_loss", "train_runtime"} | {
+    f"train_{unit}_per_second" for unit in ("samples", "steps", "tokens")
+}
+
 
 class _StageCheckpoints(ExactCheckpoints):
     """A checkpoint without the tensors in memory is incomplete."""
@@ -65,7 +70,7 @@ class StageTrainer(DistillingTrainer):
         """Return the metrics that are not of the steps since the training was resumed only."""
         if not self._resumed:
             return metrics
-        return {name: value for name, value in metrics.items() if not name.startswith("train_")}
+        return {name: value for name, value in metrics.items() if name not in _OF_LATER_STEPS}
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the optimizer; centroids with another learning rate get a parameter group."""
