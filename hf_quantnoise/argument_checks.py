@@ -137,6 +137,13 @@ def require_weights(model: nn.Module, field: str = "model") -> None:
             )
 
 
+def require_in_memory(tensors: Iterable[tuple[str, Tensor]], reason: str) -> None:
+    """Raise a ``ValueError`` if a named tensor is offloaded; ``reason`` ends the error."""
+    offloaded = next((name for name, tensor in tensors if tensor.is_meta), None)
+    if offloaded is not None:
+        raise ValueError(f"invalid device_map: {offloaded} is offloaded, and {reason}")
+
+
 # ---- batches -------------------------------------------------------------------------------------
 
 

@@ -1,9 +1,14 @@
-"""Transformations of ``torch.func``, and forward-mode differentiation."""
+"""Whether operations run in a graph, in ``torch.func``, or in forward-mode differentiation."""
 
 from __future__ import annotations
 
 import torch
 from torch.autograd import forward_ad
+
+
+def is_graph() -> bool:
+    """Return whether operations are recorded, for any number of inputs and other machines."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def in_torch_func() -> bool:

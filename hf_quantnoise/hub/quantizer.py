@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
-from ..argument_checks import as_float_dtype, require_instance
+from ..argument_checks import as_float_dtype, require_in_memory, require_instance
 from ..batch_norm import warn_without_data
 from ..compat import (
     DisableTorchFunction,
@@ -136,10 +136,10 @@ class QuantNoiseHfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs):
         if not self.pre_quantized:
-            _require_in_memory(
-                model,
-                "quantized; quantize without offloading, save_pretrained, and load the result with "
-                "this device_map",
+            require_in_memory(
+                model.named_parameters(),
+                "a weight must be in memory to be quantized; quantize without offloading, "
+                "save_pretrained, and load the result with this device_map",
             )
             warn_without_data(model, "from_pretrained has no data; use quantize_model")
             model.is_quantized = False  # the packer takes dense models, and marks it
@@ -214,7 +214,10 @@ class QuantNoiseHfQuantizer(HfQuantizer):
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None):
         dtype = as_float_dtype(dtype)  # config.dtype is its name once the model was saved
-        _require_in_memory(model, "dequantized; load the model without offloading")
+        require_in_memory(
+            model.named_parameters(),
+            "a weight must be in memory to be dequantized; load the model without offloading",
+        )
         unpack_model(model)
         detach_saving(model)
         convert_all(model)
@@ -258,13 +261,3 @@ def _cannot_be_offloaded(name: str, reason: str) -> ValueError:
         f"invalid device_map: {name} {reason}, so it cannot be offloaded; use a device_map that "
         "does not put it on 'disk' or 'cpu'"
     )
-
-
-def _require_in_memory(model: PreTrainedModel, action: str) -> None:
-    """Raise ValueError if a parameter is offloaded; ``action`` ends the error."""
-    offloaded = next((name for name, tensor in model.named_parameters() if tensor.is_meta), None)
-    if offloaded is not None:
-        raise ValueError(
-            f"invalid device_map: {offloaded} is offloaded, and a weight must be in memory to be "
-            + action
-        )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..argument_checks import require_model
+from ..argument_checks import require_in_memory, require_model
 from ..compat.peft import has_adapters
 from ..compat.products import has_bf16_products
 from ..layer_types import known_layer_type
@@ -53,7 +53,8 @@ def optimize_for_inference(model: Model, form: str | None = None) -> Model:
         TypeError: if the model is not a module.
     """
     require_model(model, nn.Module)
-    layers = [module for module in model.modules() if isinstance(module, PackedLayer)]
+    named = {name: each for name, each in model.named_modules() if isinstance(each, PackedLayer)}
+    layers = list(named.values())
     if form is not None and form not in dense.FORMS:
         known = ", ".join(map(repr, dense.FORMS))
         raise ValueError(f"invalid form: got {form!r}, expected one of {known}, or None")
@@ -62,7 +63,11 @@ def optimize_for_inference(model: Model, form: str | None = None) -> Model:
             f"optimize_for_inference: {type(model).__name__} has no packed layer; compress it "
             "first with quantize_model or QuantNoiseTrainer.compress, or load a compressed model"
         )
-    _require_in_memory(model)
+    require_in_memory(
+        ((name, tensor) for name, each in named.items() for tensor in each.state_dict().values()),
+        "must be in memory to be decoded once; load the model without offloading, or use it as it "
+        "is",
+    )
     if form in (None, "bf16") and not has_bf16_products(layers[0].weight_indices.device):
         if form is not None:
             logger.warning(
@@ -105,16 +110,6 @@ def restore_packed(model: Model) -> Model:
             for parameter in trained:
                 parameter.requires_grad_()
     return model
-
-
-def _require_in_memory(model: nn.Module) -> None:
-    """Raise ValueError if a packed layer is offloaded."""
-    for name, layer in model.named_modules():
-        if isinstance(layer, PackedLayer) and any(t.is_meta for t in layer.state_dict().values()):
-            raise ValueError(
-                f"invalid device_map: {name} is offloaded, and must be in memory to be decoded "
-                "once; load the model without offloading, or use it as it is"
-            )
 
 
 def _is_on_cpu(layer: Any) -> bool:

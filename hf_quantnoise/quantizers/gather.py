@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..compat.torch_func import is_graph
+
 # A dtype for each size in bytes: a centroid of that size is copied as one element.
 _WIDE = {2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 
@@ -15,12 +17,7 @@ def is_wide(codes: Tensor, row_bytes: int) -> bool:
 
     It is about three times as fast as ``F.embedding``, and gives the same bits.
     """
-    return (
-        row_bytes in _WIDE
-        and codes.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-    )
+    return row_bytes in _WIDE and codes.device.type == "cpu" and not is_graph()
 
 
 def gather_rows(table: Tensor, codes: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..compat.torch_func import is_graph
+
 # Codes that are packed or unpacked at a time, a multiple of 8.
 PART = 2**17
 
@@ -113,7 +115,7 @@ def unpack_codes(packed: Tensor, bits: int, count: int) -> Tensor:
         shifts = torch.arange(0, 8, bits, device=packed.device, dtype=torch.uint8)
         return ((packed[:, None] >> shifts) & (2**bits - 1)).reshape(-1)[:count]
     # A graph may be exported to a format that has no views as another dtype.
-    if bits < 8 and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+    if bits < 8 and not is_graph():
         return _spread(_words(packed, bits), bits).view(torch.uint8)[:count]
     return _from_bytes(packed, bits, count)
 

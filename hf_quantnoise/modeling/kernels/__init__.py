@@ -25,10 +25,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ...compat.torch_func import records_tangents
+from ...compat.torch_func import is_graph, records_tangents
 from ...layer_types import records_gradients
 from . import autocast, compiled, decode, dense, int8, tables, triton_products
-from .case import Case, Kernel, is_graph
+from .case import Case, Kernel
 
 __all__ = ["IN_GRAPHS", "KERNELS", "Case", "Kernel", "kernel_for", "rounds_inputs", "run_kernel"]
 

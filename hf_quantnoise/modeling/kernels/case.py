@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ...compat.torch_func import in_torch_func
+from ...compat.torch_func import in_torch_func, is_graph
 
 # A matrix is decoded in slices of about this size: a large table (a tied LM head) is never dense.
 SCRATCH_BYTES = 8 * 2**20
@@ -19,11 +19,6 @@ SCRATCH_BYTES = 8 * 2**20
 FEW_INPUTS = 64
 PART_FOR_FEW = 1 / 4
 MANY = 2**30
-
-
-def is_graph() -> bool:
-    """Return whether operations are recorded, for any number of inputs and other machines."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 @dataclass(frozen=True)
